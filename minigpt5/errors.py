@@ -1,0 +1,43 @@
+"""One exception tree. Every message names the value seen and what to do about it."""
+
+
+class MiniGPT5Error(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+class InvalidRequest(MiniGPT5Error, ValueError):
+    """A request that cannot be served as it is.
+
+    `field` names the request's field, so that an HTTP front can point at it.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field = field
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class BaseModelNotFound(MiniGPT5Error):
+    """A base-model id that no place provides; the message lists the places."""
+
+
+class ModelFolderError(MiniGPT5Error):
+    """A model folder that is missing, damaged or not what it says it is."""
+
+
+class FingerprintMismatch(ModelFolderError):
+    """Vokens of one model were given to the decoder of another."""
+
+
+class StoryNotFound(MiniGPT5Error, KeyError):
+    """No story, page or picture under this id."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else "story not found"
+
+
+class TrainingError(MiniGPT5Error):
+    """A training step that must not be continued from, such as a NaN loss."""

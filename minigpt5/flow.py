@@ -1,0 +1,140 @@
+"""The whole way of a story on one screen. Read this file first.
+
+A generator writes text and vokens, a decoder draws each page's vokens, and while a picture is being drawn
+the generator writes on. Both are callables that return async iterators, so that Ray Serve handles, local
+engines and test fakes all fit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Callable
+
+from minigpt5.types import (
+    DecoderEvent,
+    DrawRequest,
+    GeneratorEvent,
+    Page,
+    PageDone,
+    Picture,
+    PictureFailed,
+    SlotOpened,
+    Story,
+    StoryEvent,
+    StoryRequest,
+    StoryStarted,
+    TextDelta,
+    Usage,
+    Vokens,
+)
+
+Generate = Callable[[StoryRequest], AsyncIterator[GeneratorEvent]]
+Decode = Callable[[DrawRequest], AsyncIterator[DecoderEvent]]
+
+
+def page_seed(story_seed: int, page: int) -> int:
+    """The seed of a page's picture: a function of the story's seed and the page, never of what ran before."""
+    digest = hashlib.sha256(f"{story_seed}/{page}".encode()).digest()
+    return (
+        int.from_bytes(digest[:4], "big") >> 1
+    )  # 31 bits: fits every integer field on the way
+
+
+async def stream_story(
+    request: StoryRequest, generate: Generate, decode: Decode, *, story_id: str = ""
+) -> AsyncIterator[StoryEvent]:
+    """Run one story and yield its events as they happen.
+
+    Text comes in order; pictures overlap with later text, and a page is done when it has both. A picture that
+    fails is an event on its page. A generator that fails raises, after the pictures under way are stopped.
+    """
+    yield StoryStarted(story_id=story_id, seed=request.seed)
+    events: asyncio.Queue[StoryEvent | BaseException | None] = asyncio.Queue()
+    drawing: set[asyncio.Task[None]] = set()
+
+    async def draw(vokens: Vokens, text: str) -> None:
+        page, picture, error = vokens.page, None, None
+        draw_request = DrawRequest(
+            vokens=vokens, seed=page_seed(request.seed, page), settings=request.draw
+        )
+        try:
+            async for event in decode(draw_request):
+                if isinstance(event, Picture):
+                    picture = event
+                events.put_nowait(event)
+        except (
+            Exception
+        ) as failure:  # a failed picture is data on its page, not the end of the story
+            error = describe(failure)
+            events.put_nowait(PictureFailed(page=page, error=error))
+        events.put_nowait(
+            PageDone(page=Page(index=page, text=text, picture=picture, error=error))
+        )
+
+    async def write() -> None:
+        text: dict[int, str] = {}
+        try:
+            async for event in generate(request):
+                if isinstance(event, TextDelta):
+                    text[event.page] = text.get(event.page, "") + event.text
+                    events.put_nowait(event)
+                elif isinstance(event, Vokens):
+                    events.put_nowait(SlotOpened(page=event.page))
+                    drawing.add(
+                        asyncio.create_task(
+                            draw(event, text.get(event.page, "").strip())
+                        )
+                    )
+                else:
+                    events.put_nowait(event)
+            await asyncio.gather(*drawing)
+            events.put_nowait(None)
+        except Exception as failure:
+            events.put_nowait(failure)
+
+    writing = asyncio.create_task(write())
+    try:
+        while (event := await events.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        for task in [writing, *drawing]:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(writing, *drawing, return_exceptions=True)
+
+
+def describe(failure: BaseException) -> str:
+    """A remote exception's own cause in one line: what a reader of the page needs, without the traceback."""
+    cause = getattr(failure, "cause", None) or failure
+    lines = str(cause).strip().splitlines()
+    return lines[-1] if lines else type(cause).__name__
+
+
+async def write_story(
+    request: StoryRequest,
+    generate: Generate,
+    decode: Decode,
+    *,
+    story_id: str = "",
+    model: str = "",
+) -> Story:
+    """Run one story to its end."""
+    pages: dict[int, Page] = {page.index: page for page in request.previous}
+    usage = Usage(prompt_tokens=0, completion_tokens=0)
+    async for event in stream_story(request, generate, decode, story_id=story_id):
+        if isinstance(event, PageDone):
+            pages[event.page.index] = event.page
+        elif isinstance(event, Usage):
+            usage = event
+    return Story(
+        id=story_id,
+        prompt=" ".join(part for part in request.prompt if isinstance(part, str)),
+        seed=request.seed,
+        model=model,
+        pages=tuple(pages[index] for index in sorted(pages)),
+        usage=usage,
+    )

@@ -1,0 +1,41 @@
+"""Vokens -> condition of the diffusion model: `fc`, learned queries and a small transformer (arXiv 2310.02239, 3.2).
+
+There are no position encodings and no masks, as published: the order of the vokens is in their states alone.
+Shape letters: B pictures, V vokens, H language-model width, Q condition positions, D condition width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minigpt5.config import ModelConfig
+
+
+class Mapper(nn.Module):
+    """(B, V, H) -> (B, Q, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.condition_width
+        self.num_vokens, self.hidden = config.num_vokens, config.hidden
+        self.fc = nn.Sequential(nn.Linear(config.hidden, width), nn.GELU(), nn.Linear(width, width))
+        self.queries = nn.Parameter(torch.randn(1, config.condition_length, width))
+        self.transformer = nn.Transformer(
+            d_model=width,
+            nhead=config.mapper_heads,
+            num_encoder_layers=config.mapper_layers,
+            num_decoder_layers=config.mapper_layers,
+            dim_feedforward=4 * width,
+            dropout=0.0,
+            norm_first=True,
+            batch_first=True,
+        )
+
+    def forward(self, vokens_BVH: Tensor) -> Tensor:
+        queries_BQD = self.queries.expand(len(vokens_BVH), -1, -1)
+        return self.transformer(self.fc(vokens_BVH), queries_BQD)
+
+    def null_condition(self) -> Tensor:
+        """The condition of no picture in particular: zero states before `fc`. A constant: (1, Q, D)."""
+        return self(torch.zeros(1, self.num_vokens, self.hidden, device=self.queries.device))

@@ -1,0 +1,184 @@
+"""The model folder: written by training, read by everything else. Safetensors and JSON only.
+
+    config.json           ModelConfig with the fingerprint
+    vokens.safetensors    rows of the embedding and the head
+    mapper.safetensors    fc, queries, transformer
+    adapter/              LoRA in PEFT's format, after stage 2
+    vision/               Q-Former and projection
+    decoder/              vae/, unet/, scheduler/ in diffusers' layout
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minigpt5.base_models import resolve
+from minigpt5.config import ModelConfig, from_json, to_json
+from minigpt5.errors import ModelFolderError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from minigpt5.diffusion import Diffusion
+    from minigpt5.language import LanguageModel
+    from minigpt5.mapper import Mapper
+    from minigpt5.vision import Vision
+
+PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Read and check `config.json`; the weights are not touched. Raises ModelFolderError."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelFolderError(f"{folder} is not a model folder: it has no config.json; name one that training wrote")
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelFolderError(f"{path} is damaged ({error}): restore it from where the folder came from") from error
+
+
+def compute_fingerprint(folder: str | Path) -> str:
+    """SHA-256 over every weight file's path and content, in order of path."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_folder(folder: str | Path) -> ModelConfig:
+    """The config of a folder whose weights are those it was saved with. Raises ModelFolderError."""
+    folder = Path(folder)
+    config = load_config(folder)
+    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
+    if pickles:
+        raise ModelFolderError(f"{folder} holds pickled files ({', '.join(pickles)}): convert them to safetensors")
+    found = compute_fingerprint(folder)
+    if found != config.fingerprint:
+        raise ModelFolderError(
+            f"the weights in {folder} have fingerprint {found[:12]} but config.json says "
+            f"{config.fingerprint[:12] or '(none)'}: a file is damaged, missing or foreign; restore the folder"
+        )
+    return config
+
+
+def load_generator_parts(
+    folder: str | Path,
+) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
+    """What writes: config, tokenizer, language model with rows and merged adapter, vision path."""
+    from minigpt5.language import LanguageModel, load_tokenizer
+
+    folder = Path(folder)
+    config = check_folder(folder)
+    base = resolve(config.language_model)
+    language = LanguageModel.from_base(base, config)
+    load_module(language.rows, folder / "vokens.safetensors")
+    if (folder / "adapter").is_dir():
+        language.load_adapter(folder / "adapter")
+    vision = new_vision(config)
+    load_module(vision.qformer, folder / "vision" / "qformer.safetensors")
+    return config, load_tokenizer(base, config), language, vision
+
+
+def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:
+    """What draws: config, mapper, diffusion model."""
+    from minigpt5.diffusion import Diffusion
+
+    folder = Path(folder)
+    config = check_folder(folder)
+    mapper = load_mapper(folder, config)
+    local = folder / config.diffusion
+    return config, mapper, Diffusion.from_pretrained(local if local.is_dir() else resolve(config.diffusion))
+
+
+def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
+    from minigpt5.mapper import Mapper
+
+    mapper = Mapper(config)
+    load_module(mapper, folder / "mapper.safetensors")
+    return mapper
+
+
+def load_rows(folder: Path, language: LanguageModel) -> None:
+    load_module(language.rows, folder / "vokens.safetensors")
+
+
+def load_qformer(folder: Path, vision: Vision) -> None:
+    load_module(vision.qformer, folder / "vision" / "qformer.safetensors")
+
+
+def new_vision(config: ModelConfig) -> Vision:
+    """The vision path with its frozen encoder and a fresh Q-Former."""
+    from minigpt5.vision import PictureEncoder, QFormer, Vision
+
+    encoder = PictureEncoder(resolve(config.vision.encoder))
+    return Vision(encoder, QFormer(config), image_px=config.vision.image_px)
+
+
+def save(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    language: LanguageModel,
+    mapper: Mapper,
+    vision: Vision,
+    diffusion: Diffusion,
+) -> ModelConfig:
+    """Write everything that was trained, as float16; returns the config with its fingerprint."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_module(language.rows, folder / "vokens.safetensors")
+    save_module(mapper, folder / "mapper.safetensors")
+    save_module(vision.qformer, folder / "vision" / "qformer.safetensors")
+    if hasattr(language.body, "peft_config"):
+        language.body.save_pretrained(str(folder / "adapter"))
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+        _halve(folder / "adapter" / "adapter_model.safetensors")
+    for name in ("vae", "unet"):
+        part = getattr(diffusion, name)
+        part.half().save_pretrained(folder / config.diffusion / name)
+        part.float()
+    diffusion.scheduler.save_pretrained(folder / config.diffusion / "scheduler")
+    config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder))
+    (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+    return config
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """Fill a module from a file that must hold exactly its tensors. Raises ModelFolderError."""
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): restore the model folder") from error
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != found:
+        different = sorted(set(expected.items()) ^ set(found.items()))[:4]
+        raise ModelFolderError(f"{path} does not fit config.json: {different}; restore the model folder")
+    module.load_state_dict({name: value.float() for name, value in weights.items()})
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """Write a module's tensors as float16."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().half().contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def _halve(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value.half() for name, value in load_file(path).items()}, path, metadata={"format": "pt"})

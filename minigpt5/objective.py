@@ -1,0 +1,136 @@
+"""A batch -> losses: text, picture and caption, one module for every stage of the model (arXiv 2310.02239, 3.3).
+
+Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, Q condition positions, D condition width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from minigpt5.config import ModelConfig
+from minigpt5.diffusion import Diffusion
+from minigpt5.language import LanguageModel, pad
+from minigpt5.mapper import Mapper
+from minigpt5.prompt import IGNORED, Segment, encode
+from minigpt5.text_encoder import TextEncoder
+from minigpt5.vision import Vision
+from minigpt5.vokens import align
+
+GUIDANCE_DROPOUT = 0.1
+"""Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Published: text 0.01, picture 1, caption 0.1 in stage 1 and 0 in stage 2."""
+
+    text: float
+    picture: float
+    caption: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A training sequence with the pictures that it reads and those that it draws, both in reading order."""
+
+    segments: list[Segment]
+    read: list[np.ndarray]
+    """uint8 (128, 128, 3) each."""
+    drawn: list[np.ndarray]
+    captions: list[str]
+    """What each drawn picture shows, for the text encoder."""
+
+
+class Objective(nn.Module):
+    """The whole model under its losses. What is trained is decided by requires_grad, outside."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        language: LanguageModel,
+        vision: Vision,
+        mapper: Mapper,
+        diffusion: Diffusion,
+        text_encoder: TextEncoder,
+        *,
+        body_is_frozen: bool,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.body_is_frozen = config, tokenizer, body_is_frozen
+        self.language, self.vision, self.mapper = language, vision, mapper
+        self.diffusion, self.text_encoder = diffusion, text_encoder
+        self.diffusion.requires_grad_(False)
+        self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
+
+    def standardise_captions(self, captions: list[str]) -> None:
+        """Take the spread of each feature from `captions`: unscaled, predicting the mean is already a small loss."""
+        self.caption_scale_D = self.text_encoder(captions).flatten(0, 1).std(dim=0)
+
+    def forward(self, rows: list[Row], weights: LossWeights) -> dict[str, Tensor]:
+        """Losses by name; "loss" is their weighted sum."""
+        captions_only = all(not row.read and len(row.drawn) == 1 for row in rows)
+        if self.body_is_frozen and captions_only:
+            vokens_PVH, losses = self._read_captions(rows)
+        else:
+            vokens_PVH, losses = self._read_sequences(rows)
+        total = weights.text * losses["text"]
+        if len(vokens_PVH):
+            for name, loss in self._picture_losses(rows, vokens_PVH, weights).items():
+                losses[name] = loss
+                total = total + getattr(weights, name) * loss
+        return {"loss": total, **losses}
+
+    def _encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
+        queries = self.config.vision.num_queries
+        tokens = encode(segments, self.tokenizer, self.language.rows, num_image_embeddings=queries)
+        return tokens.ids, tokens.labels
+
+    def _read_captions(self, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
+        ids_BS, mask_BS = pad([self._encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
+        states_BVH = self.language.voken_states(ids_BS, mask_BS)
+        first_B = torch.full((len(rows),), self.language.rows.first)
+        return states_BVH, {"text": F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)}
+
+    def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whole sequences; logits at the learnt positions only."""
+        encoded = [self._encode(row.segments) for row in rows]
+        ids_BS, mask_BS = pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
+        labels_BS, _ = pad([labels for _, labels in encoded], IGNORED)
+        labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
+        pictures = [picture for row in rows for picture in row.read]
+        image_NQH = self.vision(np.stack(pictures)) if pictures else None
+        states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
+        next_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
+        is_learnt_BS = next_BS != IGNORED
+        text = F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
+        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
+        return vokens_PVH, {"text": text}
+
+    def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+        captions = [caption for row in rows for caption in row.captions]
+        is_null_P = torch.rand(len(captions)) < GUIDANCE_DROPOUT
+        condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
+        losses = {}
+        if weights.caption:
+            asked = ["" if null else caption for null, caption in zip(is_null_P.tolist(), captions, strict=True)]
+            error_PQD = (condition_PQD - self.text_encoder(asked)) / self.caption_scale_D
+            losses["caption"] = error_PQD.square().mean()
+        if weights.picture:
+            pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
+            with torch.no_grad():
+                latents_PCYX = self.diffusion.to_latents(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            losses["picture"] = self.diffusion.loss(
+                latents_PCYX,
+                condition_PQD,
+                noise=torch.randn_like(latents_PCYX),
+                timesteps=torch.randint(self.diffusion.scheduler.config.num_train_timesteps, (len(captions),)),
+            ).mean()
+        return losses

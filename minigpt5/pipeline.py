@@ -1,0 +1,80 @@
+"""MiniGPT5: the whole model in one process, for notebooks and the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from minigpt5.config import ModelConfig
+from minigpt5.decoder import DiffusionDecoder
+from minigpt5.flow import stream_story
+from minigpt5.generator import VokenGenerator
+from minigpt5.story import StoryBuilder
+from minigpt5.types import DrawRequest, DrawSettings, Picture, Story, StoryEvent, StoryRequest, Vokens
+
+DEFAULT_SEED = 7
+
+
+class MiniGPT5:
+    """Both engines in this process.
+
+    Example: MiniGPT5.from_pretrained("models/storybook").write("A fox who finds a balloon", pages=4, seed=7)
+    """
+
+    def __init__(self, generator: VokenGenerator, decoder: DiffusionDecoder) -> None:
+        self.generator, self.decoder = generator, decoder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, num_threads: int | None = None) -> MiniGPT5:
+        """Load a model folder. Raises ModelFolderError or BaseModelNotFound, both of which say what to do."""
+        return cls(
+            VokenGenerator.from_pretrained(folder, num_threads=num_threads),
+            DiffusionDecoder.from_pretrained(folder),
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.generator.config
+
+    def write(
+        self,
+        prompt: str,
+        *,
+        pages: int = 4,
+        seed: int = DEFAULT_SEED,
+        draw: DrawSettings | None = None,
+        on_event: Callable[[StoryEvent], None] = lambda event: None,
+    ) -> Story:
+        """Write and draw a story. Raises InvalidRequest where the prompt is empty or too long."""
+        request = StoryRequest(
+            prompt=(prompt,), pages=pages, seed=seed, sampling=self.config.sampling, draw=draw or self.config.draw
+        )
+        self.generator.check(request)
+
+        async def run() -> Story:
+            builder = StoryBuilder(request, story_id=secrets.token_hex(8), model=self.config.name)
+            async for event in stream_story(request, self.generator.generate, self.decoder.decode):
+                builder.add(event)
+                on_event(event)
+            return builder.story()
+
+        return asyncio.run(run())
+
+    def vokens(self, text: str) -> Vokens:
+        """The vokens of a caption, without writing anything."""
+
+        async def run() -> Vokens:
+            async for event in self.generator.generate(StoryRequest(prompt=(text,), pages=1, mode="caption")):
+                if isinstance(event, Vokens):
+                    return event
+            raise AssertionError("the generator ended without vokens")
+
+        return asyncio.run(run())
+
+    def draw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
+        """Draw vokens; the same vokens and seed give the same picture."""
+        request = DrawRequest(vokens=vokens, seed=seed, settings=settings or self.config.draw)
+        self.decoder.check(request)
+        return self.decoder.draw([request])[0]

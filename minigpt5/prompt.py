@@ -1,0 +1,152 @@
+"""Request or training row -> token ids, picture slots and labels: the one template of training and serving.
+
+A sequence is BOS and segments. A segment is text, a picture that is read (its slot is widened to one placeholder
+for each embedding), or a picture that is drawn (the vokens). The published strings are kept (arXiv 2310.02239's code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from minigpt5.types import InputImage, Page, PromptPart, StoryRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from minigpt5.vokens import VokenRows
+
+IGNORED = -100
+END = " ###"
+READ_AND_TELL = (
+    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide "
+    "it to you. Please understanding images and generate story."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A piece of a sequence; `is_target`: the model learns to produce it."""
+
+    kind: Literal["text", "read", "draw"]
+    text: str = ""
+    is_target: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A sequence ready for the language model."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    """The id where it is learnt, else -100. Of a picture only [IMG0] is: the others are given after it."""
+
+
+def text(words: str, *, is_target: bool = False) -> Segment:
+    return Segment(kind="text", text=words, is_target=is_target)
+
+
+READ = Segment(kind="read")
+DRAW = Segment(kind="draw")
+DRAW_TARGET = Segment(kind="draw", is_target=True)
+
+
+def encode(
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, rows: VokenRows, *, num_image_embeddings: int
+) -> Tokens:
+    """Segments -> ids and labels, BOS first."""
+    ids, labels = [tokenizer.bos_token_id], [IGNORED]
+    for segment in segments:
+        if segment.kind == "text":
+            new = tokenizer.encode(segment.text, add_special_tokens=False)
+            learnt = new if segment.is_target else [IGNORED] * len(new)
+        elif segment.kind == "read":
+            new = [rows.placeholder] * num_image_embeddings
+            learnt = [IGNORED] * len(new)
+        else:
+            new = rows.ids
+            learnt = ([new[0]] if segment.is_target else [IGNORED]) + [IGNORED] * (len(new) - 1)
+        ids += new
+        labels += learnt
+    return Tokens(ids=ids, labels=labels)
+
+
+def caption_segments(caption: str) -> list[Segment]:
+    """Stage 1 and caption mode: the bare caption, then its picture."""
+    return [text(caption), DRAW_TARGET, text(END, is_target=True)]
+
+
+def describe_segments(description: str) -> list[Segment]:
+    """Vision: a picture, then what is on it."""
+    return [
+        text("###Human: <Img>"),
+        READ,
+        text("</Img> Describe this image. ###Assistant:"),
+        text(f" {description}{END}", is_target=True),
+    ]
+
+
+def story_segments(prompt: Sequence[PromptPart], num_pages: int, pages: Sequence[str]) -> list[Segment]:
+    """A prompt and a page count, then the pages so far, each text followed by its picture."""
+    segments = [text("###Human: ")]
+    for part in prompt:
+        if isinstance(part, InputImage):
+            segments += [text("<Img>"), READ, text("</Img> ")]
+        else:
+            segments.append(text(part.strip()))
+    segments.append(text(f" Tell it in {num_pages} pages with pictures. ###Assistant:"))
+    for page in pages:
+        segments += [text(f" {page}", is_target=True), DRAW_TARGET]
+    if len(pages) == num_pages:
+        segments.append(text(END, is_target=True))
+    return segments
+
+
+def next_page_segments(
+    history: Sequence[str], page: str, task: Literal["text", "picture", "both"], *, variant: int
+) -> list[Segment]:
+    """The published stage-2 tasks on a page that follows others: its text from its picture, its picture from its
+    text, or both. `variant` chooses among the published instructions."""
+    segments = [text(f"{READ_AND_TELL}###Human:")]
+    for past in history:
+        segments += [text(f"{past}<Img>"), READ, text("</Img>")]
+    if history:
+        segments.append(text("\n"))
+    if task == "picture":
+        asks = (" Generate an image with the scene description: ", " the scene description: ")
+        segments += [text(f"{asks[variant % 2]}{page} ###Assistant:"), DRAW_TARGET]
+    elif task == "both":
+        asks = (
+            " Tell me the next scene with image.",
+            " Generate the next scene with image.",
+            " What should happen then?",
+        )
+        segments += [text(f"{asks[variant % 3]} ###Assistant:"), text(f" {page}", is_target=True), DRAW_TARGET]
+    else:
+        asks = (" Tell me the next scene description by this image: ", " What happen in the next scene image: ")
+        segments += [text(f"{asks[variant % 2]}<Img>"), READ, text("</Img> ###Assistant:")]
+        segments.append(text(f" {page}", is_target=True))
+    return [*segments, text(END, is_target=True)]
+
+
+def request_segments(request: StoryRequest) -> list[Segment]:
+    """What the generator reads before it writes."""
+    if request.mode == "caption":
+        return caption_segments(" ".join(part for part in request.prompt if isinstance(part, str)))[:1]
+    written: list[Page] = list(request.previous)
+    segments = story_segments(request.prompt, len(written) + request.pages, [page.text for page in written])
+    return segments
+
+
+__all__ = [
+    "IGNORED",
+    "Segment",
+    "Tokens",
+    "caption_segments",
+    "describe_segments",
+    "encode",
+    "next_page_segments",
+    "request_segments",
+    "story_segments",
+]

@@ -1,0 +1,196 @@
+"""A seed -> a Scene (its facts), and a Scene -> a picture of 128 x 128 pixels, composed from emoji sprites.
+
+Sprites: Noto emoji (Apache-2.0), one sheet of 96 px tiles, in the order CHARACTERS + OBJECTS + SKY_SPRITES.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_PX = 128
+TILE_PX, TILES_PER_ROW = 96, 10
+SPRITE_PX = (44, 60)
+"""Smallest and largest side of a sprite in a scene; smaller ones do not survive the VAE."""
+
+CHARACTERS = (
+    "fox rabbit-face penguin owl elephant lion cat dog cow-face pig horse duck bird turtle frog whale bear panda "
+    "tiger monkey mouse chicken snail unicorn dragon robot ghost princess snowman butterfly"
+).split()
+OBJECTS = (
+    "house castle tent evergreen-tree palm-tree cactus mushroom sunflower tulip red-apple banana balloon bicycle "
+    "automobile bus locomotive sailboat rocket tractor fire wrapped-gift birthday-cake soccer-ball umbrella"
+).split()
+SKY_SPRITES = ("sun", "crescent-moon", "cloud")
+PLACES = ("meadow", "beach", "snow", "forest", "road", "desert")
+TIMES = ("day", "sunset", "night", "rain")
+
+Split = Literal["train", "validation", "heldout"]
+_SPLIT_OFFSET = {"train": 0, "validation": 1, "heldout": 2}
+
+SKY = {  # top and horizon colour
+    "day": ((110, 185, 240), (190, 225, 250)),
+    "sunset": ((240, 120, 70), (250, 200, 120)),
+    "night": ((15, 20, 60), (45, 55, 110)),
+    "rain": ((140, 150, 160), (185, 190, 195)),
+}
+GROUND = {
+    "meadow": (112, 178, 76),
+    "beach": (240, 214, 150),
+    "snow": (240, 246, 252),
+    "forest": (56, 108, 58),
+    "road": (112, 112, 118),
+    "desert": (222, 158, 88),
+}
+GROUND_LIGHT = {"day": 1.0, "sunset": 0.92, "night": 0.5, "rain": 0.8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """The facts of a picture. `seed` fixes what the facts leave open: sizes, heights, colours' last few levels."""
+
+    who: str
+    what: str
+    side: Literal["left", "right"]
+    """Where the character stands; the object is on the other side."""
+    place: str
+    time: str
+    seed: int
+
+
+def is_held_out(who: str, what: str) -> bool:
+    """Combinations that no training ever sees."""
+    return (7 * CHARACTERS.index(who) + OBJECTS.index(what)) % 3 == 0
+
+
+def scene_at(index: int, *, seed: int, split: Split = "train", held_out_pairs: bool | None = False) -> Scene:
+    """Scene number `index`: a pure function of its arguments, and splits never share a random stream.
+
+    `held_out_pairs`: only held-out combinations (True), none of them (False) or both (None).
+    """
+    rng = np.random.default_rng([_SPLIT_OFFSET[split], seed, index])
+    while True:
+        who, what = CHARACTERS[rng.integers(len(CHARACTERS))], OBJECTS[rng.integers(len(OBJECTS))]
+        if held_out_pairs is None or is_held_out(who, what) == held_out_pairs:
+            break
+    return Scene(
+        who=who,
+        what=what,
+        side="left" if rng.random() < 0.5 else "right",
+        place=PLACES[rng.integers(len(PLACES))],
+        time=TIMES[rng.integers(len(TIMES))],
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def scenes(seed: int, *, split: Split = "train", held_out_pairs: bool | None = False) -> Iterator[Scene]:
+    """Endless scenes, in the order of their index."""
+    for index in itertools.count():
+        yield scene_at(index, seed=seed, split=split, held_out_pairs=held_out_pairs)
+
+
+def draw_scene(scene: Scene) -> np.ndarray:
+    """The picture of a scene: (128, 128, 3) uint8."""
+    return _compose(scene)[0]
+
+
+def sprite_boxes(scene: Scene) -> dict[str, tuple[int, int, int, int]]:
+    """Where the character and the object stand: name -> (left, top, right, bottom) in pixels."""
+    return _compose(scene)[1]
+
+
+def _compose(scene: Scene) -> tuple[np.ndarray, dict[str, tuple[int, int, int, int]]]:
+    rng = np.random.default_rng(scene.seed)
+    canvas = _background(scene, rng)
+    _paste_sky_sprite(canvas, scene.time, rng)
+    boxes = {}
+    for name, on_left in ((scene.what, scene.side == "right"), (scene.who, scene.side == "left")):
+        side_px = int(rng.integers(SPRITE_PX[0], SPRITE_PX[1] + 1))
+        sprite = sprite_image(name, side_px)
+        half = IMAGE_PX // 2
+        free = half - sprite.width
+        x = (0 if on_left else half) + int(rng.integers(max(0, free) + 1)) + min(0, free) // 2
+        x = min(max(x, 0), IMAGE_PX - sprite.width)
+        bottom = int(rng.integers(98, 120))
+        box = (x, bottom - sprite.height, x + sprite.width, bottom)
+        canvas.paste(sprite, box[:2], sprite)
+        boxes[name] = box
+    return np.asarray(canvas), boxes
+
+
+def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    horizon = int(rng.integers(70, 82))
+    top, bottom = (
+        np.clip(np.array(c, float) + rng.uniform(-8, 8), 0, 255) for c in SKY[scene.time]
+    )
+    ramp = np.linspace(0, 1, horizon)[:, None]
+    sky_YC = top * (1 - ramp) + bottom * ramp
+    near = np.array(GROUND[scene.place], float) * GROUND_LIGHT[scene.time] + rng.uniform(-6, 6)
+    depth = np.linspace(0.88, 1.04, IMAGE_PX - horizon)[:, None]
+    ground_YC = near * depth
+    rows_YC = np.clip(np.concatenate([sky_YC, ground_YC]), 0, 255).astype(np.uint8)
+    canvas = Image.fromarray(np.repeat(rows_YC[:, None, :], IMAGE_PX, axis=1))
+    pen = ImageDraw.Draw(canvas)
+    shade = tuple(int(c) for c in np.clip(near * 0.8, 0, 255))
+    light = GROUND_LIGHT[scene.time]
+    if scene.place == "beach":  # a strip of sea under the horizon
+        sea = tuple(int(c * light) for c in (64, 150, 190))
+        pen.rectangle((0, horizon, IMAGE_PX, horizon + 9), fill=sea)
+    elif scene.place == "road":  # lane marks
+        for x in range(int(rng.integers(24)) - 24, IMAGE_PX, 24):
+            pen.rectangle((x, 121, x + 12, 123), fill=tuple(int(235 * light) for _ in range(3)))
+    elif scene.place == "forest":  # a row of dark tree tops on the horizon
+        for x in range(int(rng.integers(12)) - 12, IMAGE_PX, 12):
+            height = int(rng.integers(10, 18))
+            pen.polygon([(x, horizon), (x + 6, horizon - height), (x + 12, horizon)], fill=shade)
+    elif scene.place == "desert":  # a dune
+        x = int(rng.integers(0, 90))
+        pen.ellipse((x - 40, horizon - 8, x + 60, horizon + 20), fill=tuple(int(c) for c in near * 0.9))
+    elif scene.place == "snow":  # hills of snow
+        x = int(rng.integers(0, 90))
+        pen.ellipse((x - 30, horizon - 10, x + 50, horizon + 24), fill=tuple(int(c) for c in near * 0.96))
+    else:  # meadow: tufts of grass
+        for _ in range(14):
+            x, y = int(rng.integers(IMAGE_PX)), int(rng.integers(horizon + 6, IMAGE_PX))
+            pen.line((x, y, x + 2, y - 4), fill=shade)
+    if scene.time == "rain":
+        for _ in range(26):
+            x, y = int(rng.integers(IMAGE_PX)), int(rng.integers(horizon))
+            pen.line((x, y, x - 2, y + 6), fill=(112, 128, 150))
+    if scene.time == "night":
+        for _ in range(9):
+            x, y = int(rng.integers(IMAGE_PX)), int(rng.integers(48))
+            pen.rectangle((x, y, x + 1, y + 1), fill=(235, 235, 215))
+    return canvas
+
+
+def _paste_sky_sprite(canvas: Image.Image, time: str, rng: np.random.Generator) -> None:
+    name = {"day": "sun", "sunset": "sun", "night": "crescent-moon", "rain": "cloud"}[time]
+    sprite = sprite_image(name, int(rng.integers(22, 29)))
+    y = int(rng.integers(30, 40)) if time == "sunset" else int(rng.integers(2, 10))
+    canvas.paste(sprite, (int(rng.integers(4, IMAGE_PX - sprite.width - 4)), y), sprite)
+
+
+@functools.lru_cache(maxsize=4096)
+def sprite_image(name: str, side_px: int) -> Image.Image:
+    """A sprite with transparency, its longer side scaled to `side_px`."""
+    index = (*CHARACTERS, *OBJECTS, *SKY_SPRITES).index(name)
+    x, y = (index % TILES_PER_ROW) * TILE_PX, (index // TILES_PER_ROW) * TILE_PX
+    tile = _sheet().crop((x, y, x + TILE_PX, y + TILE_PX))
+    tile = tile.crop(tile.getchannel("A").getbbox())
+    scale = side_px / max(tile.size)
+    size = max(1, round(tile.width * scale)), max(1, round(tile.height * scale))
+    return tile.resize(size, Image.Resampling.LANCZOS)
+
+
+@functools.cache
+def _sheet() -> Image.Image:
+    with (files("minigpt5.storybook") / "sprites.png").open("rb") as file:
+        return Image.open(file).convert("RGBA")

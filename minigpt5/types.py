@@ -1,0 +1,211 @@
+"""What crosses a process or a stage: frozen, keyword-only, numpy or bytes.
+
+The way of a story through these types:
+
+    StoryRequest -> TextDelta | Vokens -> DrawRequest -> Progress | Picture -> Page -> Story
+
+Shape letters: V = vokens of one picture (8), H = hidden width of the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+MAX_PAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputImage:
+    """A picture that the language model reads: encoded bytes (PNG or JPEG), already bounded and checked."""
+
+    data: bytes
+
+
+PromptPart = str | InputImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. A temperature of 0 is greedy."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    repetition_penalty: float = 1.0
+    max_page_tokens: int = 64
+    """A page whose text reaches this many tokens gets its picture there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings:
+    """How a picture is denoised."""
+
+    steps: int = 20
+    """Denoising steps, 1 to 100."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 is none."""
+    scheduler: str = "ddim"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryRequest:
+    """What is asked for, with every default filled in.
+
+    Example: StoryRequest(prompt=("A fox who finds a balloon",), pages=4, seed=7)
+    """
+
+    prompt: tuple[PromptPart, ...]
+    pages: int = 4
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    draw: DrawSettings = field(default_factory=DrawSettings)
+    mode: Literal["story", "caption"] = "story"
+    """"story": `pages` pages of text, each with a picture. "caption": no text is written,
+    the prompt itself is the caption and one picture is drawn from it (page 1 has an empty text)."""
+    previous: tuple[Page, ...] = ()
+    """Pages already written; the story goes on after them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDelta:
+    """A piece of a page's text, in the order of writing."""
+
+    page: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Vokens:
+    """The hidden states of one picture's vokens: what conditions the diffusion model.
+
+    Example: Vokens(page=1, hidden_VH=np.zeros((8, 576), np.float32), fingerprint="3f9c...")
+    """
+
+    page: int
+    hidden_VH: np.ndarray
+    """Last-layer states after the final norm that predict [IMG0]..[IMG7]; float32."""
+    fingerprint: str
+    """Of the model folder that made them: only its own decoder may draw them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the text of a request cost, in tokens. Sent once, after the last page."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DrawRequest:
+    """One picture to draw."""
+
+    vokens: Vokens
+    seed: int
+    settings: DrawSettings = field(default_factory=DrawSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A denoising step is done."""
+
+    page: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A finished picture."""
+
+    page: int
+    png: bytes
+    width: int
+    height: int
+    seed: int
+    denoise_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """One page of a story. A page whose picture failed has an error instead."""
+
+    index: int
+    """From 1."""
+    text: str
+    picture: Picture | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryStarted:
+    """First event of a story."""
+
+    story_id: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotOpened:
+    """A page's text is complete, its picture is coming."""
+
+    page: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFailed:
+    """A page's picture could not be drawn; the story goes on."""
+
+    page: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageDone:
+    """A page has its text and its picture (or the picture's error)."""
+
+    page: Page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """A finished story. In a notebook it shows itself."""
+
+    id: str
+    prompt: str
+    """The prompt's text, without its pictures."""
+    seed: int
+    model: str
+    pages: tuple[Page, ...]
+    usage: Usage
+
+    @property
+    def num_denoise_steps(self) -> int:
+        return sum(page.picture.denoise_steps for page in self.pages if page.picture)
+
+    def save(self, path: str) -> str:
+        """Write the story as one self-contained HTML file; returns the path."""
+        from minigpt5.export import save_html
+
+        return save_html(self, path)
+
+    def _repr_html_(self) -> str:
+        from minigpt5.export import to_html_fragment
+
+        return to_html_fragment(self)
+
+
+GeneratorEvent = TextDelta | Vokens | Usage
+DecoderEvent = Progress | Picture
+StoryEvent = (
+    StoryStarted
+    | TextDelta
+    | SlotOpened
+    | Progress
+    | Picture
+    | PictureFailed
+    | PageDone
+    | Usage
+)

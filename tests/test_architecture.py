@@ -1,0 +1,236 @@
+"""The import rules, held by reading every file's syntax tree.
+
+A rule is a function (file, tree) -> complaints. Each runs on all files, and on small sources that break it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("minigpt5", "deployments", "training", "batch_jobs")
+TOP_LEVEL_FOLDERS = {*PACKAGES, "cluster", "tests", "models", "bench"}
+LIGHT_MODULES = ("types", "errors", "config", "story", "flow", "store", "export")
+
+Rule = Callable[[str, ast.Module], list[str]]
+
+
+def packages_keep_apart(file: str, tree: ast.Module) -> list[str]:
+    """deployments, training and batch_jobs import minigpt5 and never each other; minigpt5 imports none."""
+    own = file.split("/")[0]
+    allowed = {own, "minigpt5"}
+    forbidden = {*PACKAGES, "tests"} - allowed
+    return [f"imports {name}" for name in imports(file, tree) if name.split(".")[0] in forbidden]
+
+
+def the_model_knows_no_framework(file: str, tree: ast.Module) -> list[str]:
+    frameworks = {"ray", "deepspeed", "fastapi", "pydantic", "starlette", "uvicorn"}
+    if not file.startswith("minigpt5/"):
+        return []
+    return [f"imports {name}" for name in imports(file, tree) if name.split(".")[0] in frameworks]
+
+
+def nothing_imports_torchvision(file: str, tree: ast.Module) -> list[str]:
+    """There is none that fits the CPU build of torch, and an install without it must work."""
+    return [f"imports {name}" for name in imports(file, tree) if name.split(".")[0] == "torchvision"]
+
+
+def only_the_application_binds(file: str, tree: ast.Module) -> list[str]:
+    """One file wires the deployments. A socket's bind takes an address, which is a pair."""
+    if file == "deployments/application.py":
+        return []
+    return [
+        f"line {call.lineno} calls .bind"
+        for call in calls(tree)
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "bind"
+        if not (len(call.args) == 1 and isinstance(call.args[0], ast.Tuple))
+    ]
+
+
+def only_zero_imports_deepspeed(file: str, tree: ast.Module) -> list[str]:
+    if file == "training/zero.py":
+        return []
+    return [f"imports {name}" for name in imports(file, tree) if name.split(".")[0] == "deepspeed"]
+
+
+def few_files_touch_weights(file: str, tree: ast.Module) -> list[str]:
+    """safetensors.numpy's save and load are free: they make the bytes of vokens, not weight files."""
+    if file in (
+        "minigpt5/model_folder.py",
+        "minigpt5/base_models.py",
+        "minigpt5/published.py",
+        "training/checkpoint.py",
+    ):
+        return []
+    wire = {"safetensors.numpy", "safetensors.numpy.save", "safetensors.numpy.load"}
+    complaints = [
+        f"imports {name}"
+        for name in imports(file, tree)
+        if (name.split(".")[0] in ("safetensors", "pickle", "joblib") and name not in wire)
+        or name in ("torch.load", "torch.save")
+    ]
+    for call in calls(tree):
+        name = ast.unparse(call.func)
+        if name in ("torch.load", "torch.save", "numpy.load", "np.load") or name.endswith(
+            (".save_file", ".load_file", ".save_pretrained")
+        ):
+            complaints.append(f"line {call.lineno} calls {name}")
+    return complaints
+
+
+def nothing_unpickles_code(file: str, tree: ast.Module) -> list[str]:
+    """torch.load runs what it reads unless it is told weights_only=True."""
+    return [
+        f"line {call.lineno} calls torch.load without weights_only=True"
+        for call in calls(tree)
+        if ast.unparse(call.func) == "torch.load"
+        if not any(
+            keyword.arg == "weights_only"
+            and isinstance(keyword.value, ast.Constant)
+            and keyword.value.value is True
+            for keyword in call.keywords
+        )
+    ]
+
+
+BROKEN: list[tuple[Rule, str, str]] = [
+    (packages_keep_apart, "minigpt5/flow.py", "from deployments.api import app"),
+    (packages_keep_apart, "minigpt5/flow.py", "def f():\n    import training.loop"),
+    (packages_keep_apart, "minigpt5/storybook/world.py", "from ...batch_jobs import stages"),
+    (packages_keep_apart, "deployments/api.py", "import batch_jobs"),
+    (
+        packages_keep_apart,
+        "training/train.py",
+        "import importlib\nimportlib.import_module('deployments.api')",
+    ),
+    (packages_keep_apart, "batch_jobs/illustrate.py", "from tests.reference import compare"),
+    (the_model_knows_no_framework, "minigpt5/pipeline.py", "import ray"),
+    (the_model_knows_no_framework, "minigpt5/config.py", "from pydantic import BaseModel"),
+    (
+        the_model_knows_no_framework,
+        "minigpt5/flow.py",
+        "try:\n    from ray import serve\nexcept ImportError: ...",
+    ),
+    (the_model_knows_no_framework, "minigpt5/flow.py", "__import__('fastapi')"),
+    (nothing_imports_torchvision, "minigpt5/vision.py", "from torchvision import transforms"),
+    (only_the_application_binds, "deployments/api.py", "app = Ingress.bind(generator)"),
+    (only_the_application_binds, "training/train.py", "Worker.options(num_cpus=1).bind()"),
+    (only_zero_imports_deepspeed, "training/loop.py", "import deepspeed"),
+    (only_zero_imports_deepspeed, "training/train.py", "def f():\n    from deepspeed import initialize"),
+    (few_files_touch_weights, "minigpt5/mapper.py", "from safetensors.torch import load_file"),
+    (few_files_touch_weights, "minigpt5/vision.py", "import torch\ntorch.load('x.pth', weights_only=True)"),
+    (few_files_touch_weights, "training/loop.py", "import torch\ntorch.save({}, 'x.pt')"),
+    (few_files_touch_weights, "minigpt5/store.py", "from safetensors.numpy import save_file"),
+    (few_files_touch_weights, "training/loop.py", "model.unet.save_pretrained('x')"),
+    (few_files_touch_weights, "minigpt5/metrics.py", "import pickle"),
+    (nothing_unpickles_code, "minigpt5/published.py", "import torch\ntorch.load('x.pth')"),
+    (nothing_unpickles_code, "minigpt5/published.py", "import torch\ntorch.load('x', weights_only=False)"),
+]
+
+KEPT: list[tuple[Rule, str, str]] = [
+    (packages_keep_apart, "deployments/api.py", "from minigpt5 import flow\nfrom .schemas import Story"),
+    (packages_keep_apart, "minigpt5/storybook/world.py", "from ..types import Story"),
+    (the_model_knows_no_framework, "deployments/api.py", "import ray, fastapi"),
+    (only_the_application_binds, "deployments/application.py", "app = Ingress.bind()"),
+    (only_the_application_binds, "deployments/__main__.py", "listener.bind((host, port))"),
+    (only_zero_imports_deepspeed, "training/zero.py", "import deepspeed"),
+    (few_files_touch_weights, "minigpt5/model_folder.py", "from safetensors.torch import save_file"),
+    (few_files_touch_weights, "minigpt5/store.py", "from safetensors.numpy import load, save"),
+    (nothing_unpickles_code, "minigpt5/base_models.py", "import torch\ntorch.load('x', weights_only=True)"),
+]
+
+RULES = list(dict.fromkeys(rule for rule, _, _ in BROKEN))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_file_keeps_the_rule(rule: Rule) -> None:
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert files
+    complaints = [
+        f"{file}: {complaint}"
+        for path in files
+        for file in [path.relative_to(ROOT).as_posix()]
+        for complaint in rule(file, ast.parse(path.read_text(), filename=file))
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize(("rule", "file", "source"), BROKEN)
+def test_a_broken_rule_is_seen(rule: Rule, file: str, source: str) -> None:
+    assert rule(file, ast.parse(source))
+
+
+@pytest.mark.parametrize(("rule", "file", "source"), KEPT)
+def test_a_kept_rule_is_no_complaint(rule: Rule, file: str, source: str) -> None:
+    assert not rule(file, ast.parse(source))
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_the_light_modules_start_without_torch(module: str) -> None:
+    assert not loads_torch(f"minigpt5.{module}")
+
+
+def test_the_package_itself_starts_without_torch() -> None:
+    assert not loads_torch("minigpt5")
+    assert not loads_torch("minigpt5.base_models")
+
+
+def test_a_module_that_loads_torch_by_a_detour_is_seen() -> None:
+    assert loads_torch("safetensors.torch")
+
+
+def test_the_top_level_holds_what_the_readme_names_and_nothing_else() -> None:
+    assert not strangers(ROOT)
+    assert not list(ROOT.glob("*.py"))
+
+
+def test_a_stranger_at_the_top_level_is_seen(tmp_path: Path) -> None:
+    for name in ("minigpt5", ".venv", "minigpt5.egg-info", "runs", "utils"):
+        (tmp_path / name).mkdir()
+    assert strangers(tmp_path) == {"utils"}
+
+
+def strangers(root: Path) -> set[str]:
+    """Folders that are neither part of the layout nor hidden nor made by a run or an installation."""
+    made = {"runs", "build", "__pycache__"}
+    names = {path.name for path in root.iterdir() if path.is_dir()}
+    return {
+        name
+        for name in names - TOP_LEVEL_FOLDERS - made
+        if not name.startswith(".") and not name.endswith(".egg-info")
+    }
+
+
+def loads_torch(module: str) -> bool:
+    """Whether a fresh process that imports the module has torch loaded afterwards."""
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip() == "True"
+
+
+def imports(file: str, tree: ast.Module) -> Iterator[str]:
+    """Full names of all that a file imports, at any depth: `from a.b import c` gives a.b.c."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # The first dot drops the file's own name, each further one a folder; so does it in __init__.py.
+            parents = file.split("/")[: -node.level] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}".strip(".") for alias in node.names)
+    for call in calls(tree):
+        if ast.unparse(call.func) in ("importlib.import_module", "import_module", "__import__") and call.args:
+            name = call.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield name.value
+
+
+def calls(tree: ast.Module) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))

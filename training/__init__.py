@@ -1,0 +1,1 @@
+"""Training: the package's objectives behind an optimizer, on Ray Train."""

@@ -1,0 +1,93 @@
+"""Stage "unet": caption through the text encoder -> latents. The base that the vokens are later aligned with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from minigpt5.base_models import resolve
+from minigpt5.config import storybook
+from minigpt5.decoder import denoise
+from minigpt5.diffusion import Diffusion, new_storybook_scheduler, new_storybook_unet
+from minigpt5.storybook.captions import canonical_caption, draw_facts, write_caption
+from minigpt5.storybook.scenes import draw_scene, scene_at
+from minigpt5.text_encoder import TextEncoder
+from training.loop import Batch
+from training.presets import Preset
+from training.sheet import save_sheet, to_tensor
+
+NULL_SHARE = 0.1
+CANONICAL_SHARE = 0.4
+
+
+class UnetObjective(nn.Module):
+    """The denoising loss on fresh scenes, a tenth of them under the null condition."""
+
+    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder) -> None:
+        super().__init__()
+        self.diffusion, self.text_encoder = diffusion, text_encoder
+        diffusion.vae.requires_grad_(False)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        with torch.no_grad():
+            latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]))
+        captions: list[str] = batch["caption"]  # type: ignore[assignment]
+        is_null = torch.rand(len(captions)) < NULL_SHARE
+        captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
+        loss = self.diffusion.loss(
+            latents_BCYX,
+            self.text_encoder(captions),
+            noise=torch.randn_like(latents_BCYX),
+            timesteps=torch.randint(self.diffusion.scheduler.config.num_train_timesteps, (len(captions),)),
+        ).mean()
+        return {"loss": loss}
+
+
+class UnetStage:
+    def __init__(self, preset: Preset, runs: Path) -> None:
+        torch.manual_seed(preset.seed)
+        config = storybook()
+        vae = AutoencoderKL.from_pretrained(runs / "vae" / "model" / "vae", torch_dtype=torch.float32)
+        unet = new_storybook_unet(config.condition_width).to(memory_format=torch.channels_last)
+        text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
+        self.preset = preset
+        self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
+        self.objective = UnetObjective(self.diffusion, text_encoder)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.learning_rate}]
+
+    def row(self, row_id: int) -> Batch:
+        scene = scene_at(row_id, seed=self.preset.seed)
+        rng = np.random.default_rng([self.preset.seed, row_id])
+        facts = draw_facts(scene, rng)
+        caption = canonical_caption(facts) if rng.random() < CANONICAL_SHARE else write_caption(facts, rng)
+        return {"pixels": draw_scene(scene), "caption": caption}
+
+    @torch.no_grad()
+    def draw_sheet(self, path: Path) -> None:
+        """Held-out pairs: the asked scenes above what is drawn from their captions."""
+        scenes = [scene_at(i, seed=0, split="validation", held_out_pairs=True) for i in range(16)]
+        rng = np.random.default_rng(0)
+        captions = [write_caption(draw_facts(scene, rng, complete=1.0), rng) for scene in scenes]
+        drawn_BCYX = denoise(
+            self.diffusion,
+            self.objective.text_encoder(captions),
+            self.objective.text_encoder([""]),
+            seeds=list(range(16)),
+            draw=storybook().draw,
+            guidance_rescale=storybook().guidance_rescale,
+        )
+        true_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
+        save_sheet(path, [true_BCYX[:8], drawn_BCYX[:8], true_BCYX[8:], drawn_BCYX[8:]])
+
+    def save(self, folder: Path) -> None:
+        self.diffusion.unet.half().save_pretrained(folder / "unet")
+        self.diffusion.unet.float()
+        self.diffusion.vae.half().save_pretrained(folder / "vae")
+        self.diffusion.vae.float()
+        self.diffusion.scheduler.save_pretrained(folder / "scheduler")

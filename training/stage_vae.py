@@ -1,0 +1,98 @@
+"""Stage "vae": pictures -> latents -> pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from minigpt5.diffusion import new_storybook_vae
+from minigpt5.storybook.scenes import IMAGE_PX, draw_scene, scene_at, sprite_boxes
+from training.loop import Batch
+from training.presets import Preset
+from training.sheet import save_sheet, to_tensor
+
+CROP_PX = 64
+LATENT_NOISE = 0.05
+"""Added to the latents, so that the decoder forgives what the UNet gets slightly wrong."""
+
+
+class VaeObjective(nn.Module):
+    """L1, a little L2 against colour drift, and the L1 of the gradients for crispness; sprites count threefold."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        pixels_BCYX = to_tensor(batch["pixels"])
+        weight_B1YX = 1 + 2 * torch.as_tensor(batch["inside"]).float()
+        weight_B1YX = weight_B1YX / weight_B1YX.mean()
+        latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode()
+        decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * torch.randn_like(latents_BCYX)).sample
+        error_BCYX = decoded_BCYX - pixels_BCYX
+        l1 = (error_BCYX.abs() * weight_B1YX).mean()
+        l2 = (error_BCYX.square() * weight_B1YX).mean()
+        rows, columns = error_BCYX.diff(dim=2), error_BCYX.diff(dim=3)
+        gradient = (rows.abs() * weight_B1YX[:, :, 1:]).mean() + (columns.abs() * weight_B1YX[..., 1:]).mean()
+        size = 1e-4 * latents_BCYX.square().mean()  # keeps the latents' scale from wandering
+        loss = l1 + l2 + gradient + size
+        return {"loss": loss, "l1": l1, "mse": error_BCYX.square().mean(), "gradient": gradient}
+
+
+class VaeStage:
+    def __init__(self, preset: Preset) -> None:
+        torch.manual_seed(preset.seed)
+        self.preset = preset
+        self.vae = new_storybook_vae().to(memory_format=torch.channels_last)
+        self.objective = VaeObjective(self.vae)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return [{"params": list(self.vae.parameters()), "lr": self.preset.learning_rate}]
+
+    def row(self, row_id: int) -> Batch:
+        """A crop of a scene, four times of five with a sprite in it."""
+        scene = scene_at(row_id, seed=self.preset.seed)
+        rng = np.random.default_rng([self.preset.seed, row_id])
+        inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
+        boxes = list(sprite_boxes(scene).values())
+        for left, top, right, bottom in boxes:
+            inside[:, top:bottom, left:right] = True
+        if rng.random() < 0.8:
+            left, top, right, bottom = boxes[rng.integers(2)]
+            x, y = (left + right - CROP_PX) // 2, (top + bottom - CROP_PX) // 2
+            x, y = x + int(rng.integers(-16, 17)), y + int(rng.integers(-16, 17))
+        else:
+            x, y = (int(v) for v in rng.integers(0, IMAGE_PX - CROP_PX + 1, 2))
+        x, y = (min(max(v, 0), IMAGE_PX - CROP_PX) for v in (x, y))
+        window = np.s_[y : y + CROP_PX, x : x + CROP_PX]
+        return {"pixels": draw_scene(scene)[window], "inside": inside[(slice(None), *window)]}
+
+    @torch.no_grad()
+    def draw_sheet(self, path: Path) -> None:
+        """Validation scenes above their reconstructions."""
+        scenes = [scene_at(i, seed=0, split="validation") for i in range(16)]
+        pixels_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
+        decoded_BCYX = self.vae.decode(self.vae.encode(pixels_BCYX).latent_dist.mode()).sample
+        print(f"validation mse {F.mse_loss(decoded_BCYX, pixels_BCYX).item():.5f}", flush=True)
+        save_sheet(path, [pixels_BCYX[:8], decoded_BCYX[:8], pixels_BCYX[8:], decoded_BCYX[8:]])
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Write the VAE with its latents' statistics, which put them on the UNet's scale."""
+        scenes = (scene_at(i, seed=self.preset.seed) for i in range(1024))
+        latents = []
+        for _ in range(32):
+            pixels_BCYX = to_tensor(np.stack([draw_scene(next(scenes)) for _ in range(32)]))
+            latents.append(self.vae.encode(pixels_BCYX).latent_dist.mode())
+        latents_NCYX = torch.cat(latents)
+        self.vae.register_to_config(
+            latents_mean=[round(v, 4) for v in latents_NCYX.mean(dim=(0, 2, 3)).tolist()],
+            latents_std=[round(v, 4) for v in latents_NCYX.std(dim=(0, 2, 3)).tolist()],
+        )
+        self.vae.half().save_pretrained(folder / "vae")
+        self.vae.float()
