@@ -63,7 +63,7 @@ class ModelConfig:
     image_px: int
     """Side of a drawn picture."""
     guidance_rescale: float = 0.0
-    """How far the guided prediction is scaled back to the spread of the unguided one (arXiv 2305.08891, section 3.4)."""
+    """How far the guided prediction is scaled back to the spread of the unguided one (arXiv 2305.08891, 3.4)."""
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)

@@ -1,4 +1,4 @@
-"""The latent diffusion model in diffusers' own layout: VAE, UNet, scheduler; the denoising loss and picture <-> latents.
+"""The latent diffusion model in diffusers' own layout: VAE, UNet, scheduler; denoising loss, picture <-> latents.
 
 Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
 """
@@ -52,9 +52,7 @@ class Diffusion(nn.Module):
 
     def loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Denoising loss with min-SNR weights, one value a picture: (B,)."""
-        return denoising_loss(
-            self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps
-        )
+        return denoising_loss(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
 
 
 def load_scheduler(folder: str | Path, name: str | None) -> DDIMScheduler:

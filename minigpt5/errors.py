@@ -39,5 +39,9 @@ class StoryNotFound(MiniGPT5Error, KeyError):
         return str(self.args[0]) if self.args else "story not found"
 
 
+class StorageError(MiniGPT5Error):
+    """A folder or URI for stories that cannot be used."""
+
+
 class TrainingError(MiniGPT5Error):
     """A training step that must not be continued from, such as a NaN loss."""

@@ -37,9 +37,7 @@ Decode = Callable[[DrawRequest], AsyncIterator[DecoderEvent]]
 def page_seed(story_seed: int, page: int) -> int:
     """The seed of a page's picture: a function of the story's seed and the page, never of what ran before."""
     digest = hashlib.sha256(f"{story_seed}/{page}".encode()).digest()
-    return (
-        int.from_bytes(digest[:4], "big") >> 1
-    )  # 31 bits: fits every integer field on the way
+    return int.from_bytes(digest[:4], "big") >> 1  # 31 bits: fits every integer field on the way
 
 
 async def stream_story(
@@ -56,22 +54,16 @@ async def stream_story(
 
     async def draw(vokens: Vokens, text: str) -> None:
         page, picture, error = vokens.page, None, None
-        draw_request = DrawRequest(
-            vokens=vokens, seed=page_seed(request.seed, page), settings=request.draw
-        )
+        draw_request = DrawRequest(vokens=vokens, seed=page_seed(request.seed, page), settings=request.draw)
         try:
             async for event in decode(draw_request):
                 if isinstance(event, Picture):
                     picture = event
                 events.put_nowait(event)
-        except (
-            Exception
-        ) as failure:  # a failed picture is data on its page, not the end of the story
+        except Exception as failure:  # a failed picture is data on its page, not the end of the story
             error = describe(failure)
             events.put_nowait(PictureFailed(page=page, error=error))
-        events.put_nowait(
-            PageDone(page=Page(index=page, text=text, picture=picture, error=error))
-        )
+        events.put_nowait(PageDone(page=Page(index=page, text=text, picture=picture, error=error)))
 
     async def write() -> None:
         text: dict[int, str] = {}
@@ -82,11 +74,7 @@ async def stream_story(
                     events.put_nowait(event)
                 elif isinstance(event, Vokens):
                     events.put_nowait(SlotOpened(page=event.page))
-                    drawing.add(
-                        asyncio.create_task(
-                            draw(event, text.get(event.page, "").strip())
-                        )
-                    )
+                    drawing.add(asyncio.create_task(draw(event, text.get(event.page, "").strip())))
                 else:
                     events.put_nowait(event)
             await asyncio.gather(*drawing)

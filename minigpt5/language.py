@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         return cls(causal.model, head_TH, rows)
 
     @property
-    def embedding_TH(self) -> Tensor:
+    def embedding(self) -> Tensor:
         return self.body.get_input_embeddings().weight
 
     def add_adapter(self, lora: LoraConfig) -> None:
@@ -66,7 +66,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
         """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""
-        embeds_BSH = self.rows.embed(ids_BS, self.embedding_TH)
+        embeds_BSH = self.rows.embed(ids_BS, self.embedding)
         if image_NQH is None:
             return embeds_BSH
         is_slot_BS = ids_BS == self.rows.placeholder

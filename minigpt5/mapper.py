@@ -21,10 +21,15 @@ class Mapper(nn.Module):
         self.num_vokens, self.hidden = config.num_vokens, config.hidden
         self.fc = nn.Sequential(nn.Linear(config.hidden, width), nn.GELU(), nn.Linear(width, width))
         self.queries = nn.Parameter(torch.randn(1, config.condition_length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, config.mapper_heads, 4 * width, dropout=0.0, norm_first=True, batch_first=True
+        )
         self.transformer = nn.Transformer(
             d_model=width,
             nhead=config.mapper_heads,
-            num_encoder_layers=config.mapper_layers,
+            custom_encoder=nn.TransformerEncoder(  # as nn.Transformer would build it, without its warning
+                layer, config.mapper_layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
+            ),
             num_decoder_layers=config.mapper_layers,
             dim_feedforward=4 * width,
             dropout=0.0,

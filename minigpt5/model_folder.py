@@ -1,11 +1,11 @@
 """The model folder: written by training, read by everything else. Safetensors and JSON only.
 
-    config.json           ModelConfig with the fingerprint
-    vokens.safetensors    rows of the embedding and the head
-    mapper.safetensors    fc, queries, transformer
-    adapter/              LoRA in PEFT's format, after stage 2
-    vision/               Q-Former and projection
-    decoder/              vae/, unet/, scheduler/ in diffusers' layout
+config.json           ModelConfig with the fingerprint
+vokens.safetensors    rows of the embedding and the head
+mapper.safetensors    fc, queries, transformer
+adapter/              LoRA in PEFT's format, after stage 2
+vision/               Q-Former and projection
+decoder/              vae/, unet/, scheduler/ in diffusers' layout
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from minigpt5.config import ModelConfig, from_json, to_json
 from minigpt5.errors import ModelFolderError
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -143,14 +144,23 @@ def save(
         language.body.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
         _halve(folder / "adapter" / "adapter_model.safetensors")
-    for name in ("vae", "unet"):
-        part = getattr(diffusion, name)
-        part.half().save_pretrained(folder / config.diffusion / name)
-        part.float()
-    diffusion.scheduler.save_pretrained(folder / config.diffusion / "scheduler")
+    save_diffusion(diffusion, folder / config.diffusion)
     config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder))
     (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
     return config
+
+
+def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
+    """Write VAE, UNet and scheduler in diffusers' layout."""
+    save_part(diffusion.vae, folder / "vae")
+    save_part(diffusion.unet, folder / "unet")
+    diffusion.scheduler.save_pretrained(folder / "scheduler")
+
+
+def save_part(part: ModelMixin, folder: Path) -> None:
+    """Write a VAE or a UNet as float16; it stays float32 here."""
+    part.half().save_pretrained(folder)
+    part.float()
 
 
 def load_module(module: nn.Module, path: Path) -> None:

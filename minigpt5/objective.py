@@ -13,17 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from minigpt5 import prompt
 from minigpt5.config import ModelConfig
 from minigpt5.diffusion import Diffusion
 from minigpt5.language import LanguageModel, pad
 from minigpt5.mapper import Mapper
-from minigpt5.prompt import IGNORED, Segment, encode
+from minigpt5.prompt import IGNORED, Segment
+from minigpt5.rows import Row
 from minigpt5.text_encoder import TextEncoder
 from minigpt5.vision import Vision
 from minigpt5.vokens import align
 
 GUIDANCE_DROPOUT = 0.1
 """Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
+MEMORY = 8192
+"""Pictures whose states are kept for replay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +37,6 @@ class LossWeights:
     text: float
     picture: float
     caption: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A training sequence with the pictures that it reads and those that it draws, both in reading order."""
-
-    segments: list[Segment]
-    read: list[np.ndarray]
-    """uint8 (128, 128, 3) each."""
-    drawn: list[np.ndarray]
-    captions: list[str]
-    """What each drawn picture shows, for the text encoder."""
 
 
 class Objective(nn.Module):
@@ -61,17 +53,30 @@ class Objective(nn.Module):
         text_encoder: TextEncoder,
         *,
         body_is_frozen: bool,
+        num_replayed: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.body_is_frozen = config, tokenizer, body_is_frozen
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
         self.diffusion.requires_grad_(False)
+        self.num_replayed = num_replayed
+        self._memory: list[tuple[Tensor, Tensor]] = []
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
 
-    def standardise_captions(self, captions: list[str]) -> None:
-        """Take the spread of each feature from `captions`: unscaled, predicting the mean is already a small loss."""
-        self.caption_scale_D = self.text_encoder(captions).flatten(0, 1).std(dim=0)
+    @torch.no_grad()
+    def standardise_captions(self, captions: list[str], *, start_there: bool = False) -> None:
+        """Take the spread of each feature from `captions`: unscaled, predicting the mean is already a small loss.
+
+        `start_there`: a fresh mapper's last norm begins at the features' mean and spread.
+        """
+        states_ND = self.text_encoder(captions).flatten(0, 1)
+        spread_D = states_ND.std(dim=0)
+        self.caption_scale_D = spread_D.clamp(min=0.1 * float(spread_D.median()))  # a feature may be constant
+        if start_there:
+            last = self.mapper.transformer.decoder.norm
+            last.weight.copy_(spread_D)
+            last.bias.copy_(states_ND.mean(dim=0))
 
     def forward(self, rows: list[Row], weights: LossWeights) -> dict[str, Tensor]:
         """Losses by name; "loss" is their weighted sum."""
@@ -87,21 +92,21 @@ class Objective(nn.Module):
                 total = total + getattr(weights, name) * loss
         return {"loss": total, **losses}
 
-    def _encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
+    def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
         queries = self.config.vision.num_queries
-        tokens = encode(segments, self.tokenizer, self.language.rows, num_image_embeddings=queries)
+        tokens = prompt.encode(segments, self.tokenizer, self.language.rows, num_image_embeddings=queries)
         return tokens.ids, tokens.labels
 
     def _read_captions(self, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
         """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
-        ids_BS, mask_BS = pad([self._encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
+        ids_BS, mask_BS = pad([self.encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
         first_B = torch.full((len(rows),), self.language.rows.first)
         return states_BVH, {"text": F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)}
 
     def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
         """Whole sequences; logits at the learnt positions only."""
-        encoded = [self._encode(row.segments) for row in rows]
+        encoded = [self.encode(row.segments) for row in rows]
         ids_BS, mask_BS = pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
         labels_BS, _ = pad([labels for _, labels in encoded], IGNORED)
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
@@ -117,12 +122,16 @@ class Objective(nn.Module):
     def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         captions = [caption for row in rows for caption in row.captions]
         is_null_P = torch.rand(len(captions)) < GUIDANCE_DROPOUT
-        condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
+        vokens_PVH = vokens_PVH.masked_fill(is_null_P[:, None, None], 0)
+        condition_PQD = self.mapper(vokens_PVH)
         losses = {}
         if weights.caption:
             asked = ["" if null else caption for null, caption in zip(is_null_P.tolist(), captions, strict=True)]
-            error_PQD = (condition_PQD - self.text_encoder(asked)) / self.caption_scale_D
+            target_PQD = self.text_encoder(asked)
+            error_PQD = (condition_PQD - target_PQD) / self.caption_scale_D
             losses["caption"] = error_PQD.square().mean()
+            if self.num_replayed:
+                losses["caption"] = losses["caption"] + self._replay(vokens_PVH, target_PQD)
         if weights.picture:
             pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
             with torch.no_grad():
@@ -134,3 +143,13 @@ class Objective(nn.Module):
                 timesteps=torch.randint(self.diffusion.scheduler.config.num_train_timesteps, (len(captions),)),
             ).mean()
         return losses
+
+    def _replay(self, vokens_PVH: Tensor, target_PQD: Tensor) -> Tensor:
+        """Caption loss on states of earlier steps: the mapper is cheap beside the language model that made them,
+        and the rows move slowly enough for states to stay true for a while."""
+        self._memory += zip(vokens_PVH.detach(), target_PQD, strict=True)
+        self._memory = self._memory[-MEMORY:]
+        chosen = torch.randint(len(self._memory), (self.num_replayed,)).tolist()
+        states_RVH = torch.stack([self._memory[i][0] for i in chosen])
+        target_RQD = torch.stack([self._memory[i][1] for i in chosen])
+        return ((self.mapper(states_RVH) - target_RQD) / self.caption_scale_D).square().mean()

@@ -49,7 +49,11 @@ class MiniGPT5:
     ) -> Story:
         """Write and draw a story. Raises InvalidRequest where the prompt is empty or too long."""
         request = StoryRequest(
-            prompt=(prompt,), pages=pages, seed=seed, sampling=self.config.sampling, draw=draw or self.config.draw
+            prompt=(prompt,),
+            pages=pages,
+            seed=seed,
+            sampling=self.config.sampling,
+            draw=draw or self.config.draw,
         )
         self.generator.check(request)
 

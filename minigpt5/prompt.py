@@ -53,7 +53,11 @@ DRAW_TARGET = Segment(kind="draw", is_target=True)
 
 
 def encode(
-    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, rows: VokenRows, *, num_image_embeddings: int
+    segments: Sequence[Segment],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: VokenRows,
+    *,
+    num_image_embeddings: int,
 ) -> Tokens:
     """Segments -> ids and labels, BOS first."""
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
@@ -122,9 +126,16 @@ def next_page_segments(
             " Generate the next scene with image.",
             " What should happen then?",
         )
-        segments += [text(f"{asks[variant % 3]} ###Assistant:"), text(f" {page}", is_target=True), DRAW_TARGET]
+        segments += [
+            text(f"{asks[variant % 3]} ###Assistant:"),
+            text(f" {page}", is_target=True),
+            DRAW_TARGET,
+        ]
     else:
-        asks = (" Tell me the next scene description by this image: ", " What happen in the next scene image: ")
+        asks = (
+            " Tell me the next scene description by this image: ",
+            " What happen in the next scene image: ",
+        )
         segments += [text(f"{asks[variant % 2]}<Img>"), READ, text("</Img> ###Assistant:")]
         segments.append(text(f" {page}", is_target=True))
     return [*segments, text(END, is_target=True)]

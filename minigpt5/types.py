@@ -199,13 +199,4 @@ class Story:
 
 GeneratorEvent = TextDelta | Vokens | Usage
 DecoderEvent = Progress | Picture
-StoryEvent = (
-    StoryStarted
-    | TextDelta
-    | SlotOpened
-    | Progress
-    | Picture
-    | PictureFailed
-    | PageDone
-    | Usage
-)
+StoryEvent = StoryStarted | TextDelta | SlotOpened | Progress | Picture | PictureFailed | PageDone | Usage

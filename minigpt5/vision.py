@@ -43,7 +43,9 @@ class QFormer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         vision = config.vision
-        self.features = nn.Sequential(nn.LayerNorm(vision.encoder_width), nn.Linear(vision.encoder_width, vision.hidden))
+        self.features = nn.Sequential(
+            nn.LayerNorm(vision.encoder_width), nn.Linear(vision.encoder_width, vision.hidden)
+        )
         self.positions = nn.Parameter(0.02 * torch.randn(1, vision.num_features, vision.hidden))
         self.queries = nn.Parameter(torch.randn(1, vision.num_queries, vision.hidden))
         layer = nn.TransformerDecoderLayer(

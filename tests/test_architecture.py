@@ -91,9 +91,7 @@ def nothing_unpickles_code(file: str, tree: ast.Module) -> list[str]:
         for call in calls(tree)
         if ast.unparse(call.func) == "torch.load"
         if not any(
-            keyword.arg == "weights_only"
-            and isinstance(keyword.value, ast.Constant)
-            and keyword.value.value is True
+            keyword.arg == "weights_only" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
             for keyword in call.keywords
         )
     ]
@@ -201,9 +199,7 @@ def strangers(root: Path) -> set[str]:
     made = {"runs", "build", "__pycache__"}
     names = {path.name for path in root.iterdir() if path.is_dir()}
     return {
-        name
-        for name in names - TOP_LEVEL_FOLDERS - made
-        if not name.startswith(".") and not name.endswith(".egg-info")
+        name for name in names - TOP_LEVEL_FOLDERS - made if not name.startswith(".") and not name.endswith(".egg-info")
     }
 
 

@@ -111,9 +111,7 @@ def test_a_converted_model_keeps_the_names_and_values_of_its_source(cache: Path)
     spec = importlib.util.find_spec(EFFICIENTNET.module)
     assert spec and spec.submodule_search_locations
     (name,) = EFFICIENTNET.sha256
-    source = torch.load(
-        Path(spec.submodule_search_locations[0]) / EFFICIENTNET.folder / name, weights_only=True
-    )
+    source = torch.load(Path(spec.submodule_search_locations[0]) / EFFICIENTNET.folder / name, weights_only=True)
     converted = load_tensors(folder)
     assert converted.keys() == source.keys()
     assert all(torch.equal(converted[name], source[name]) for name in source)

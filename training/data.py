@@ -1,40 +1,143 @@
-"""Rows by their id -> batches by their step: the same rows in a plain process and in a Ray Data pipeline."""
+"""A row's id -> the row, a pure function of the preset; and rows -> batches, in this process or through Ray Data.
+
+Ray Data only fetches: order and content depend on the seed and the row's id alone, so that a run may be resumed
+anywhere, by any number of workers.
+"""
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.loop import Batch
+from minigpt5.prompt import caption_segments, describe_segments, next_page_segments, story_segments
+from minigpt5.rows import Row
+from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
+from minigpt5.storybook.scenes import IMAGE_PX, draw_scene, scene_at, sprite_boxes
+from training.presets import Preset
 
-Row = Callable[[int], Batch]
+if TYPE_CHECKING:
+    from ray.data import DataIterator, Dataset
+
+    from training.loop import Batch
+
+CROP_PX = 64
+CANONICAL_SHARE = 0.4
+"""Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
+CAPTION_SHARE, STORY_SHARE = 0.25, 0.5
+"""Of the rows of "learn" are stage-1 captions, lest they are forgotten, and whole stories; the rest are pages."""
 
 
-def collate(rows: list[Batch], row_ids: list[int]) -> Batch:
+def row_at(preset: Preset, row_id: int) -> dict[str, object]:
+    """Row number `row_id` of a stage."""
+    rng = np.random.default_rng([preset.seed, row_id])
+    if preset.stage == "vae":
+        return _crop(preset.seed, row_id, rng)
+    if preset.stage == "unet":
+        return _captioned_scene(preset.seed, row_id, rng)
+    if preset.stage == "vision":
+        return {"row": _description(preset.seed, row_id, rng)}
+    choice = rng.random()
+    if preset.stage == "align" or choice < CAPTION_SHARE:
+        return {"row": _caption(preset.seed, row_id, rng)}
+    if choice < CAPTION_SHARE + STORY_SHARE:
+        return {"row": _story(preset.seed, row_id)}
+    return {"row": _page(preset.seed, row_id, rng)}
+
+
+def _crop(seed: int, row_id: int, rng: np.random.Generator) -> dict[str, object]:
+    """A crop of a scene, four times of five with a sprite in it, and where the sprites are."""
+    scene = scene_at(row_id, seed=seed)
+    inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
+    boxes = list(sprite_boxes(scene).values())
+    for left, top, right, bottom in boxes:
+        inside[:, top:bottom, left:right] = True
+    if rng.random() < 0.8:
+        left, top, right, bottom = boxes[rng.integers(2)]
+        x = (left + right - CROP_PX) // 2 + int(rng.integers(-16, 17))
+        y = (top + bottom - CROP_PX) // 2 + int(rng.integers(-16, 17))
+    else:
+        x, y = (int(v) for v in rng.integers(0, IMAGE_PX - CROP_PX + 1, 2))
+    x, y = (min(max(v, 0), IMAGE_PX - CROP_PX) for v in (x, y))
+    window = np.s_[y : y + CROP_PX, x : x + CROP_PX]
+    return {"pixels": draw_scene(scene)[window], "inside": inside[(slice(None), *window)]}
+
+
+def _captioned_scene(seed: int, row_id: int, rng: np.random.Generator) -> dict[str, object]:
+    scene = scene_at(row_id, seed=seed)
+    facts = draw_facts(scene, rng)
+    caption = canonical_caption(facts) if rng.random() < CANONICAL_SHARE else write_caption(facts, rng)
+    return {"pixels": draw_scene(scene), "caption": caption}
+
+
+def _description(seed: int, row_id: int, rng: np.random.Generator) -> Row:
+    scene = scene_at(row_id, seed=seed)
+    description = write_caption(Facts.of(scene), rng)
+    return Row(segments=describe_segments(description), read=[draw_scene(scene)], drawn=[], captions=[])
+
+
+def _caption(seed: int, row_id: int, rng: np.random.Generator) -> Row:
+    scene = scene_at(row_id, seed=seed)
+    facts = draw_facts(scene, rng)
+    return Row(
+        segments=caption_segments(write_caption(facts, rng)),
+        read=[],
+        drawn=[draw_scene(scene)],
+        captions=[canonical_caption(facts)],
+    )
+
+
+def _story(seed: int, row_id: int) -> Row:
+    from minigpt5.storybook.stories import story_at
+
+    story = story_at(row_id, seed=seed)
+    return Row(
+        segments=story_segments([story.prompt], len(story.pages), [page.text for page in story.pages]),
+        read=[],
+        drawn=[draw_scene(page.scene) for page in story.pages],
+        captions=[canonical_caption(page.facts) for page in story.pages],
+    )
+
+
+def _page(seed: int, row_id: int, rng: np.random.Generator) -> Row:
+    """One of the published tasks on one of a story's first three pages."""
+    from minigpt5.storybook.stories import story_at
+
+    story = story_at(row_id, seed=seed)
+    index = int(rng.integers(min(3, len(story.pages))))
+    page, history = story.pages[index], story.pages[:index]
+    task = ("text", "picture", "both")[rng.integers(3)] if index else "picture"
+    picture, read = draw_scene(page.scene), [draw_scene(past.scene) for past in history]
+    segments = next_page_segments([past.text for past in history], page.text, task, variant=int(rng.integers(6)))
+    if task == "text":
+        return Row(segments=segments, read=[*read, picture], drawn=[], captions=[])
+    return Row(segments=segments, read=read, drawn=[picture], captions=[canonical_caption(page.facts)])
+
+
+def collate(rows: list[dict[str, object]], row_ids: list[int]) -> Batch:
     """Arrays of equal shape are stacked, everything else becomes a list."""
     batch: Batch = {"row_ids": row_ids}
-    for key in rows[0]:
+    for key, first in rows[0].items():
         values = [row[key] for row in rows]
-        batch[key] = np.stack(values) if isinstance(values[0], np.ndarray) else values
+        batch[key] = np.stack(values) if isinstance(first, np.ndarray) else values  # type: ignore[arg-type]
     return batch
 
 
-def local_batches(row: Row, batch_size: int) -> Callable[[int], Iterator[Batch]]:
-    """Batches made by a thread of this process, a few ahead. Row ids go on without end."""
+def local_batches(preset: Preset) -> Callable[[int], Iterator[Batch]]:
+    """Batches from a step on, made by a thread of this process a few ahead. They go on without end."""
 
     def batches(step: int) -> Iterator[Batch]:
         ahead: queue.Queue[Batch | Exception] = queue.Queue(maxsize=4)
 
         def produce() -> None:
-            start = step * batch_size
             try:
-                while True:
-                    ids = list(range(start, start + batch_size))
-                    ahead.put(collate([row(i) for i in ids], ids))
-                    start += batch_size
+                for start in range(step * preset.batch_size, preset.steps * preset.batch_size, preset.batch_size):
+                    ids = list(range(start, start + preset.batch_size))
+                    ahead.put(collate([row_at(preset, i) for i in ids], ids))
             except Exception as failure:
                 ahead.put(failure)
 
@@ -44,5 +147,33 @@ def local_batches(row: Row, batch_size: int) -> Callable[[int], Iterator[Batch]]
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+
+    return batches
+
+
+def ray_rows(preset: Preset, *, first_step: int) -> Dataset:
+    """The same rows as a Ray Data pipeline, in order, from `first_step` to the end of the preset."""
+    import ray
+
+    def make(rows: dict[str, np.ndarray]) -> dict[str, list[object]]:
+        ids = [int(i) + first_step * preset.batch_size for i in rows["id"]]
+        return {"id": ids, "row": [pickle.dumps(row_at(preset, i)) for i in ids]}
+
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    num_rows = (preset.steps - first_step) * preset.batch_size
+    blocks = max(1, num_rows // (8 * preset.batch_size))
+    return ray.data.range(num_rows, override_num_blocks=blocks).map_batches(make, batch_size=preset.batch_size)
+
+
+def ray_batches(
+    shard: DataIterator, preset: Preset, *, first_step: int, num_workers: int
+) -> Callable[[int], Iterator[Batch]]:
+    """A worker's batches of `ray_rows`, from a step on."""
+
+    def batches(step: int) -> Iterator[Batch]:
+        size = preset.batch_size // num_workers
+        for index, block in enumerate(shard.iter_batches(batch_size=size, batch_format="numpy")):
+            if index >= step - first_step:  # a restarted worker has already done the earlier ones
+                yield collate([pickle.loads(row) for row in block["row"]], [int(i) for i in block["id"]])
 
     return batches

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from minigpt5.errors import TrainingError
+from training.checkpoint import Position, resume, save_checkpoint
 from training.presets import Preset
 
 Batch = dict[str, object]
-Report = Callable[[dict[str, float], Path | None], None]
+Report = Callable[[dict[str, float]], None]
 
 
 class Stage(Protocol):
@@ -37,21 +35,13 @@ class Stage(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-@dataclass
-class Position:
-    """How far a run is."""
-
-    step: int = 0
-    elapsed_s: float = 0.0
-
-
 def fit(
     stage: Stage,
     preset: Preset,
     folder: Path,
     batches: Callable[[int], Iterator[Batch]],
     *,
-    report: Report = lambda metrics, checkpoint: None,
+    report: Report = lambda metrics: None,
 ) -> None:
     """Train `stage` to the end of `preset`, resuming from the newest checkpoint under `folder`.
 
@@ -83,9 +73,10 @@ def fit(
             )
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
+        average_over_workers(trained)
         nn.utils.clip_grad_norm_(trained.values(), preset.clip_norm)
         optimizer.step()
-        position = Position(position.step + 1, started + time.monotonic() - clock)
+        position = Position(position.step + 1, agree(started + time.monotonic() - clock))
         for name, value in average.items():
             decay = min(preset.ema, (1 + position.step) / (10 + position.step))
             value.lerp_(trained[name].detach(), 1 - decay)
@@ -93,27 +84,56 @@ def fit(
         count += 1
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.item()
-        saved = None
+        saved = False
         if position.elapsed_s >= next_save_s:
-            saved = save_checkpoint(folder, position, trained, optimizer, average)
+            if is_first_worker():
+                save_checkpoint(folder, position, trained, optimizer, average)
+            saved = True
             next_save_s = position.elapsed_s + preset.checkpoint_every_s
         if position.step % preset.log_every == 0 or saved:
             metrics = {name: total / count for name, total in sums.items()}
             metrics |= {"step": position.step, "elapsed_s": round(position.elapsed_s, 1), "lr_factor": rate}
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(metrics) + "\n")
-            report(metrics, saved)
+            if is_first_worker():
+                with (folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(metrics) + "\n")
+            report(metrics)
             sums, count = {}, 0
         if position.elapsed_s >= next_sheet_s:
-            with averaged(trained, average):
-                stage.draw_sheet(folder / f"sheet-{position.step:06d}.png")
+            if is_first_worker():
+                with Averaged(trained, average):
+                    stage.draw_sheet(folder / f"sheet-{position.step:06d}.png")
             next_sheet_s = position.elapsed_s + preset.sheet_every_s
 
-    saved = save_checkpoint(folder, position, trained, optimizer, average)
-    with averaged(trained, average):
-        stage.draw_sheet(folder / "sheet.png")
-        stage.save(folder / "model")
-    report({"step": position.step, "elapsed_s": position.elapsed_s}, saved)
+    if is_first_worker():
+        save_checkpoint(folder, position, trained, optimizer, average)
+        with Averaged(trained, average):
+            stage.draw_sheet(folder / "sheet.png")
+            stage.save(folder / "model")
+    report({"step": position.step, "elapsed_s": position.elapsed_s})
+
+
+def is_first_worker() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def average_over_workers(trained: dict[str, nn.Parameter]) -> None:
+    """Mean gradients; a worker whose batch did not touch a parameter counts as zero, so that none waits for ever."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    for parameter in trained.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        distributed.all_reduce(parameter.grad)
+        parameter.grad /= distributed.get_world_size()
+
+
+def agree(elapsed_s: float) -> float:
+    """The first worker's clock: what ends a run or makes a checkpoint must be the same for all."""
+    if not distributed.is_initialized():
+        return elapsed_s
+    clock = torch.tensor([elapsed_s], dtype=torch.float64)
+    distributed.broadcast(clock, src=0)
+    return clock.item()
 
 
 def progress_of(preset: Preset, position: Position) -> float:
@@ -128,7 +148,7 @@ def learning_rate_factor(step: int, progress: float, preset: Preset) -> float:
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-class averaged:
+class Averaged:
     """Within this context the trained parameters hold their running average, where there is one."""
 
     def __init__(self, trained: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
@@ -146,57 +166,3 @@ class averaged:
 
     def __exit__(self, *_: object) -> None:
         self._swap()
-
-
-def save_checkpoint(
-    folder: Path,
-    position: Position,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-) -> Path:
-    """Write `checkpoint-<step>`, complete or not at all; the two newest are kept."""
-    final = folder / f"checkpoint-{position.step:08d}"
-    partial = folder / f".partial-{position.step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    state = {
-        "trained": {name: p.detach() for name, p in trained.items()},
-        "optimizer": optimizer.state_dict(),
-        "average": average,
-    }
-    torch.save(state, partial / "state.pt")
-    (partial / "position.json").write_text(json.dumps(vars(position)))
-    if not final.exists():
-        os.replace(partial, final)
-    for old in checkpoints(folder)[:-2]:
-        shutil.rmtree(old)
-    return final
-
-
-def resume(
-    folder: Path,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-) -> Position:
-    """Load the newest checkpoint of `folder`, if there is one."""
-    found = checkpoints(folder)
-    if not found:
-        return Position()
-    state = torch.load(found[-1] / "state.pt", weights_only=True)
-    if set(state["trained"]) != set(trained):
-        different = sorted(set(state["trained"]) ^ set(trained))[:5]
-        raise TrainingError(f"{found[-1]} was written by another model: {different} differ; use another --run")
-    with torch.no_grad():
-        for name, value in state["trained"].items():
-            trained[name].copy_(value)
-        for name, value in state["average"].items():
-            average[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    return Position(**json.loads((found[-1] / "position.json").read_text()))
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"))

@@ -29,6 +29,8 @@ class Preset:
     picture_from: float = 0.0
     """Share of the run after which the picture loss counts."""
     caption_weight: float = 0.0
+    num_replayed: int = 0
+    """Remembered pictures on which the mapper is trained at every step, beside the batch."""
     rows_learning_rate: float = 0.0
     mapper_learning_rate: float = 0.0
     checkpoint_every_s: float = 180.0
@@ -54,6 +56,7 @@ STORYBOOK = {
         picture_weight=1.0,
         picture_from=0.7,
         caption_weight=1.0,
+        num_replayed=48,
         ema=0.99,
     ),
     "learn": Preset(

@@ -18,22 +18,17 @@ from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.decoder import denoise
 from minigpt5.diffusion import Diffusion
-from minigpt5.language import LanguageModel, load_tokenizer
+from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
-from minigpt5.objective import LossWeights, Objective, Row
-from minigpt5.prompt import caption_segments, describe_segments, next_page_segments, story_segments
-from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
+from minigpt5.objective import LossWeights, Objective
+from minigpt5.prompt import caption_segments
+from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from minigpt5.storybook.stories import story_at
 from minigpt5.text_encoder import TextEncoder
 from training.loop import Batch
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
-CAPTION_SHARE = 0.25
-"""Of the rows of "learn" are stage-1 captions, lest they are forgotten."""
-STORY_SHARE = 0.5
-"""Of the rows of "learn" are whole stories; the rest are the published tasks on a single page."""
 PREVIOUS = {"vision": None, "align": "vision", "learn": "align"}
 
 
@@ -81,8 +76,11 @@ class ModelStage:
             self.diffusion,
             text_encoder,
             body_is_frozen=preset.stage != "learn",
+            num_replayed=preset.num_replayed,
         )
-        objective.standardise_captions([canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)])
+        objective.standardise_captions(
+            [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)], start_there=preset.stage == "align"
+        )
         self.objective = StageObjective(objective, preset)
 
     def _load(self, folder: Path) -> None:
@@ -101,61 +99,15 @@ class ModelStage:
         if preset.stage == "vision":
             return [{"params": list(self.vision.qformer.parameters()), "lr": preset.learning_rate}]
         groups: list[dict[str, object]] = [
-            {"params": list(self.language.rows.parameters()), "lr": preset.rows_learning_rate, "weight_decay": 0.0},
+            {
+                "params": list(self.language.rows.parameters()),
+                "lr": preset.rows_learning_rate,
+                "weight_decay": 0.0,
+            },
             {"params": list(self.mapper.parameters()), "lr": preset.mapper_learning_rate},
         ]
         adapter = [p for p in self.language.body.parameters() if p.requires_grad]
         return [*groups, {"params": adapter, "lr": preset.learning_rate}] if adapter else groups
-
-    def row(self, row_id: int) -> Batch:
-        rng = np.random.default_rng([self.preset.seed, row_id])
-        stage = self.preset.stage
-        if stage == "vision":
-            return {"row": self._description_row(row_id, rng)}
-        choice = rng.random()
-        if stage == "align" or choice < CAPTION_SHARE:
-            return {"row": self._caption_row(row_id, rng)}
-        return {"row": self._story_row(row_id) if choice < CAPTION_SHARE + STORY_SHARE else self._page_row(row_id, rng)}
-
-    def _description_row(self, row_id: int, rng: np.random.Generator) -> Row:
-        scene = scene_at(row_id, seed=self.preset.seed)
-        description = write_caption(Facts.of(scene), rng)
-        return Row(segments=describe_segments(description), read=[draw_scene(scene)], drawn=[], captions=[])
-
-    def _caption_row(self, row_id: int, rng: np.random.Generator) -> Row:
-        scene = scene_at(row_id, seed=self.preset.seed)
-        facts = draw_facts(scene, rng)
-        return Row(
-            segments=caption_segments(write_caption(facts, rng)),
-            read=[],
-            drawn=[draw_scene(scene)],
-            captions=[canonical_caption(facts)],
-        )
-
-    def _story_row(self, row_id: int) -> Row:
-        story = story_at(row_id, seed=self.preset.seed)
-        return Row(
-            segments=story_segments([story.prompt], len(story.pages), [page.text for page in story.pages]),
-            read=[],
-            drawn=[draw_scene(page.scene) for page in story.pages],
-            captions=[canonical_caption(page.facts) for page in story.pages],
-        )
-
-    def _page_row(self, row_id: int, rng: np.random.Generator) -> Row:
-        story = story_at(row_id, seed=self.preset.seed)
-        index = int(rng.integers(min(3, len(story.pages))))
-        page, history = story.pages[index], story.pages[:index]
-        task = ("text", "picture", "both")[rng.integers(3)] if index else "picture"
-        picture = draw_scene(page.scene)
-        read = [draw_scene(past.scene) for past in history]
-        return Row(
-            segments=next_page_segments(
-                [past.text for past in history], page.text, task, variant=int(rng.integers(6))
-            ),
-            read=[*read, picture] if task == "text" else read,
-            drawn=[] if task == "text" else [picture],
-            captions=[] if task == "text" else [canonical_caption(page.facts)],
-        )
 
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:
@@ -165,9 +117,7 @@ class ModelStage:
         facts = [Facts.of(scene) for scene in scenes]
         captions = [write_caption(fact, rng) for fact in facts]
         model = self.objective.model
-        encoded = [model._encode(caption_segments(caption)[:1])[0] for caption in captions]
-        from minigpt5.language import pad
-
+        encoded = [model.encode(caption_segments(caption)[:1])[0] for caption in captions]
         ids_BS, mask_BS = pad(encoded, model.tokenizer.eos_token_id)
         conditions = {
             "base": model.text_encoder([canonical_caption(fact) for fact in facts]),

@@ -9,11 +9,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.decoder import denoise
 from minigpt5.diffusion import Diffusion, new_storybook_scheduler, new_storybook_unet
-from minigpt5.storybook.captions import canonical_caption, draw_facts, write_caption
+from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
 from training.loop import Batch
@@ -21,7 +22,6 @@ from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
 NULL_SHARE = 0.1
-CANONICAL_SHARE = 0.4
 
 
 class UnetObjective(nn.Module):
@@ -61,13 +61,6 @@ class UnetStage:
     def parameter_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.learning_rate}]
 
-    def row(self, row_id: int) -> Batch:
-        scene = scene_at(row_id, seed=self.preset.seed)
-        rng = np.random.default_rng([self.preset.seed, row_id])
-        facts = draw_facts(scene, rng)
-        caption = canonical_caption(facts) if rng.random() < CANONICAL_SHARE else write_caption(facts, rng)
-        return {"pixels": draw_scene(scene), "caption": caption}
-
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:
         """Held-out pairs: the asked scenes above what is drawn from their captions."""
@@ -86,8 +79,4 @@ class UnetStage:
         save_sheet(path, [true_BCYX[:8], drawn_BCYX[:8], true_BCYX[8:], drawn_BCYX[8:]])
 
     def save(self, folder: Path) -> None:
-        self.diffusion.unet.half().save_pretrained(folder / "unet")
-        self.diffusion.unet.float()
-        self.diffusion.vae.half().save_pretrained(folder / "vae")
-        self.diffusion.vae.float()
-        self.diffusion.scheduler.save_pretrained(folder / "scheduler")
+        model_folder.save_diffusion(self.diffusion, folder)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from minigpt5 import model_folder
 from minigpt5.diffusion import new_storybook_vae
-from minigpt5.storybook.scenes import IMAGE_PX, draw_scene, scene_at, sprite_boxes
+from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.loop import Batch
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
-CROP_PX = 64
 LATENT_NOISE = 0.05
 """Added to the latents, so that the decoder forgives what the UNet gets slightly wrong."""
 
@@ -54,24 +54,6 @@ class VaeStage:
     def parameter_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.vae.parameters()), "lr": self.preset.learning_rate}]
 
-    def row(self, row_id: int) -> Batch:
-        """A crop of a scene, four times of five with a sprite in it."""
-        scene = scene_at(row_id, seed=self.preset.seed)
-        rng = np.random.default_rng([self.preset.seed, row_id])
-        inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
-        boxes = list(sprite_boxes(scene).values())
-        for left, top, right, bottom in boxes:
-            inside[:, top:bottom, left:right] = True
-        if rng.random() < 0.8:
-            left, top, right, bottom = boxes[rng.integers(2)]
-            x, y = (left + right - CROP_PX) // 2, (top + bottom - CROP_PX) // 2
-            x, y = x + int(rng.integers(-16, 17)), y + int(rng.integers(-16, 17))
-        else:
-            x, y = (int(v) for v in rng.integers(0, IMAGE_PX - CROP_PX + 1, 2))
-        x, y = (min(max(v, 0), IMAGE_PX - CROP_PX) for v in (x, y))
-        window = np.s_[y : y + CROP_PX, x : x + CROP_PX]
-        return {"pixels": draw_scene(scene)[window], "inside": inside[(slice(None), *window)]}
-
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:
         """Validation scenes above their reconstructions."""
@@ -94,5 +76,4 @@ class VaeStage:
             latents_mean=[round(v, 4) for v in latents_NCYX.mean(dim=(0, 2, 3)).tolist()],
             latents_std=[round(v, 4) for v in latents_NCYX.std(dim=(0, 2, 3)).tolist()],
         )
-        self.vae.half().save_pretrained(folder / "vae")
-        self.vae.float()
+        model_folder.save_part(self.vae, folder / "vae")

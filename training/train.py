@@ -51,8 +51,8 @@ def run(preset: Preset, runs: Path) -> None:
     torch.set_num_threads(preset.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     stage = build_stage(preset, runs)
-    batches = data.local_batches(stage.row, preset.batch_size)
-    loop.fit(stage, preset, runs / preset.stage, batches, report=lambda metrics, _: print(metrics, flush=True))
+    batches = data.local_batches(preset)
+    loop.fit(stage, preset, runs / preset.stage, batches, report=lambda metrics: print(metrics, flush=True))
 
 
 if __name__ == "__main__":

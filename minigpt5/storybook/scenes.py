@@ -20,14 +20,64 @@ TILE_PX, TILES_PER_ROW = 96, 10
 SPRITE_PX = (44, 60)
 """Smallest and largest side of a sprite in a scene; smaller ones do not survive the VAE."""
 
-CHARACTERS = (
-    "fox rabbit-face penguin owl elephant lion cat dog cow-face pig horse duck bird turtle frog whale bear panda "
-    "tiger monkey mouse chicken snail unicorn dragon robot ghost princess snowman butterfly"
-).split()
-OBJECTS = (
-    "house castle tent evergreen-tree palm-tree cactus mushroom sunflower tulip red-apple banana balloon bicycle "
-    "automobile bus locomotive sailboat rocket tractor fire wrapped-gift birthday-cake soccer-ball umbrella"
-).split()
+CHARACTERS = [
+    "fox",
+    "rabbit-face",
+    "penguin",
+    "owl",
+    "elephant",
+    "lion",
+    "cat",
+    "dog",
+    "cow-face",
+    "pig",
+    "horse",
+    "duck",
+    "bird",
+    "turtle",
+    "frog",
+    "whale",
+    "bear",
+    "panda",
+    "tiger",
+    "monkey",
+    "mouse",
+    "chicken",
+    "snail",
+    "unicorn",
+    "dragon",
+    "robot",
+    "ghost",
+    "princess",
+    "snowman",
+    "butterfly",
+]
+OBJECTS = [
+    "house",
+    "castle",
+    "tent",
+    "evergreen-tree",
+    "palm-tree",
+    "cactus",
+    "mushroom",
+    "sunflower",
+    "tulip",
+    "red-apple",
+    "banana",
+    "balloon",
+    "bicycle",
+    "automobile",
+    "bus",
+    "locomotive",
+    "sailboat",
+    "rocket",
+    "tractor",
+    "fire",
+    "wrapped-gift",
+    "birthday-cake",
+    "soccer-ball",
+    "umbrella",
+]
 SKY_SPRITES = ("sun", "crescent-moon", "cloud")
 PLACES = ("meadow", "beach", "snow", "forest", "road", "desert")
 TIMES = ("day", "sunset", "night", "rain")
@@ -127,9 +177,7 @@ def _compose(scene: Scene) -> tuple[np.ndarray, dict[str, tuple[int, int, int, i
 
 def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
     horizon = int(rng.integers(70, 82))
-    top, bottom = (
-        np.clip(np.array(c, float) + rng.uniform(-8, 8), 0, 255) for c in SKY[scene.time]
-    )
+    top, bottom = (np.clip(np.array(c, float) + rng.uniform(-8, 8), 0, 255) for c in SKY[scene.time])
     ramp = np.linspace(0, 1, horizon)[:, None]
     sky_YC = top * (1 - ramp) + bottom * ramp
     near = np.array(GROUND[scene.place], float) * GROUND_LIGHT[scene.time] + rng.uniform(-6, 6)

@@ -1,0 +1,84 @@
+"""`python -m minigpt5 "A fox who finds a balloon"`: a story without a server, as an HTML storybook."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from minigpt5.config import default_model_folder
+from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
+from minigpt5.types import MAX_PAGES, PageDone, StoryEvent, TextDelta
+
+
+class Teller:
+    """Shows a story on a terminal while it is written; pictures are said to be done between pages."""
+
+    def __init__(self) -> None:
+        self._page = 0
+        self._finished: list[str] = []
+
+    def tell(self, event: StoryEvent) -> None:
+        if isinstance(event, TextDelta):
+            if event.page != self._page:
+                self._end_page()
+                self._page = event.page
+                print(f"[{event.page}] ", end="")
+            print(event.text, end="", flush=True)
+        elif isinstance(event, PageDone):
+            page = event.page
+            outcome = f"has no picture: {page.error}" if page.error else "is drawn"
+            self._finished.append(f"    page {page.index} {outcome}")
+
+    def end(self) -> None:
+        self._end_page()
+
+    def _end_page(self) -> None:
+        if self._page:
+            print()
+        for line in self._finished:
+            print(line)
+        self._finished.clear()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m minigpt5", description=__doc__)
+    parser.add_argument("prompt", nargs="?", help="what the story is about; else $MINIGPT5_PROMPT")
+    parser.add_argument("--pages", type=int, default=4, help=f"1 to {MAX_PAGES} (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="the same seed, the same story (default %(default)s)")
+    parser.add_argument("--out", default="story.html", help="the storybook (default %(default)s)")
+    parser.add_argument("--model", type=Path, default=default_model_folder(), help="model folder (default %(default)s)")
+    options = parser.parse_args(arguments)
+    prompt = options.prompt if options.prompt is not None else os.environ.get("MINIGPT5_PROMPT", "")
+    try:
+        print(write(prompt, pages=options.pages, seed=options.seed, out=options.out, model=options.model))
+    except MiniGPT5Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def write(prompt: str, *, pages: int, seed: int, out: str, model: Path) -> str:
+    """Write the storybook and return its path. What can be refused at once is, before the model is loaded."""
+    if not prompt.strip():
+        raise InvalidRequest("prompt", "prompt is empty: say what the story is about")
+    if not 1 <= pages <= MAX_PAGES:
+        raise InvalidRequest("pages", f"pages is {pages} but must be from 1 to {MAX_PAGES}")
+    if seed < 0:
+        raise InvalidRequest("seed", f"seed is {seed} but must be 0 or more")
+    if not Path(out).parent.is_dir():
+        raise StorageError(f"{out} cannot be written: there is no folder {Path(out).parent}; create it or name another")
+    from minigpt5 import MiniGPT5
+
+    teller = Teller()
+    story = MiniGPT5.from_pretrained(model).write(prompt, pages=pages, seed=seed, on_event=teller.tell)
+    teller.end()
+    return story.save(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The row of a training data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minigpt5.prompt import Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A training sequence with the pictures that it reads and those that it draws, both in reading order."""
+
+    segments: list[Segment]
+    read: list[np.ndarray]
+    """uint8 (side, side, 3) each."""
+    drawn: list[np.ndarray]
+    captions: list[str]
+    """What each drawn picture shows, for the text encoder."""

@@ -1,0 +1,170 @@
+"""Story events, in any order -> an ordered Story, or the state of a story that is still being made.
+
+StoryState is what a store keeps and an HTTP front shows: numbers and text only, the pictures lie beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt5.types import (
+    DrawSettings,
+    Page,
+    PageDone,
+    Picture,
+    PictureFailed,
+    Sampling,
+    Story,
+    StoryEvent,
+    StoryRequest,
+    TextDelta,
+    Usage,
+)
+
+Status = Literal["drawing", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageState:
+    """What is known of a finished picture besides its bytes."""
+
+    width: int
+    height: int
+    seed: int
+    draw: DrawSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageState:
+    """A page as far as it is: its text, then its picture or the picture's error."""
+
+    index: int
+    text: str
+    image: ImageState | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryState:
+    """A story as far as it is.
+
+    Example: StoryState(id="story_3f", created=1767225600, model="storybook", prompt="A fox", seed=7, num_pages=4)
+    """
+
+    id: str
+    created: int
+    """Seconds since 1970."""
+    model: str
+    prompt: str
+    """The prompt's text, without its pictures."""
+    seed: int
+    num_pages: int
+    """Pages asked for."""
+    status: Status = "drawing"
+    error: str | None = None
+    """Why the story failed."""
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    draw: DrawSettings = dataclasses.field(default_factory=DrawSettings)
+    pages: tuple[PageState, ...] = ()
+    usage: Usage = dataclasses.field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
+
+    @property
+    def num_images(self) -> int:
+        return sum(page.image is not None for page in self.pages)
+
+    @property
+    def num_denoise_steps(self) -> int:
+        return sum(page.image.draw.steps for page in self.pages if page.image)
+
+
+def new_story_id() -> str:
+    return f"story_{secrets.token_hex(12)}"
+
+
+class StoryBuilder:
+    """Collects the events of one story.
+
+    Example: builder = StoryBuilder(request, story_id="story_3f"); builder.add(event); builder.story()
+    """
+
+    def __init__(
+        self, request: StoryRequest, *, story_id: str = "", model: str = "", created: int | None = None
+    ) -> None:
+        self.request = request
+        self._empty = StoryState(
+            id=story_id,
+            created=int(time.time()) if created is None else created,
+            model=model,
+            prompt=" ".join(part for part in request.prompt if isinstance(part, str)),
+            seed=request.seed,
+            num_pages=len(request.previous) + request.pages,
+            sampling=request.sampling,
+            draw=request.draw,
+        )
+        self._pages = {page.index: page for page in request.previous}
+        self._usage = self._empty.usage
+
+    def add(self, event: StoryEvent) -> None:
+        match event:
+            case TextDelta():
+                page = self._page(event.page)
+                self._pages[event.page] = dataclasses.replace(page, text=page.text + event.text)
+            case Picture():
+                self._pages[event.page] = dataclasses.replace(self._page(event.page), picture=event)
+            case PictureFailed():
+                self._pages[event.page] = dataclasses.replace(self._page(event.page), error=event.error)
+            case PageDone():
+                self._pages[event.page.index] = event.page
+            case Usage():
+                self._usage = event
+
+    def story(self) -> Story:
+        return Story(
+            id=self._empty.id,
+            prompt=self._empty.prompt,
+            seed=self._empty.seed,
+            model=self._empty.model,
+            pages=tuple(self._pages[index] for index in sorted(self._pages)),
+            usage=self._usage,
+        )
+
+    def state(self, status: Status = "drawing", *, error: str | None = None) -> StoryState:
+        pages = tuple(self.page_state(index) for index in sorted(self._pages))
+        return dataclasses.replace(self._empty, status=status, error=error, pages=pages, usage=self._usage)
+
+    def num_characters(self, page: int) -> int:
+        """Of the page's text so far."""
+        return len(self._page(page).text)
+
+    def page_state(self, index: int) -> PageState:
+        page = self._page(index)
+        picture = page.picture
+        image = picture and ImageState(
+            width=picture.width,
+            height=picture.height,
+            seed=picture.seed,
+            draw=dataclasses.replace(self.request.draw, steps=picture.denoise_steps),
+        )
+        return PageState(index=index, text=page.text.strip(), image=image, error=page.error)
+
+    def _page(self, index: int) -> Page:
+        return self._pages.get(index) or Page(index=index, text="")
+
+
+def page_from_json(values: dict[str, object]) -> PageState:
+    """The inverse of dataclasses.asdict on a PageState."""
+    image = values.pop("image", None)
+    if isinstance(image, dict):
+        values["image"] = ImageState(**{**image, "draw": DrawSettings(**image["draw"])})
+    return PageState(**values)  # type: ignore[arg-type]
+
+
+def state_from_json(values: dict[str, object], *, pages: tuple[PageState, ...]) -> StoryState:
+    """The inverse of dataclasses.asdict on a StoryState whose pages are kept apart."""
+    nested = {"sampling": Sampling, "draw": DrawSettings, "usage": Usage}
+    filled = {key: nested[key](**value) if key in nested else value for key, value in values.items()}  # type: ignore[arg-type]
+    return StoryState(**{**filled, "pages": pages})  # type: ignore[arg-type]

@@ -1,0 +1,73 @@
+"""The two engine faces without a model: what they make is a function of the request, as in the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator
+
+import numpy as np
+from PIL import Image
+
+from minigpt5.errors import FingerprintMismatch, InvalidRequest
+from minigpt5.types import (
+    DecoderEvent,
+    DrawRequest,
+    GeneratorEvent,
+    Picture,
+    Progress,
+    StoryRequest,
+    TextDelta,
+    Usage,
+    Vokens,
+)
+
+FINGERPRINT = "fake"
+MAX_PROMPT = 200
+BREAKS_ON_PAGE_2 = "this one breaks on page 2"
+CANNOT_BE_DRAWN = "page 2 of this one cannot be drawn"
+
+
+class FakeGenerator:
+    fingerprint = FINGERPRINT
+
+    def check(self, request: StoryRequest) -> None:
+        if len(str(request.prompt[0])) > MAX_PROMPT:
+            raise InvalidRequest("prompt", f"prompt is longer than {MAX_PROMPT}: shorten it")
+
+    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        prompt = str(request.prompt[0])
+        for page in range(1, request.pages + 1):
+            await asyncio.sleep(0)
+            yield TextDelta(page=page, text=f"Page {page} ")
+            if page == 2 and prompt == BREAKS_ON_PAGE_2:
+                raise RuntimeError("out of words")
+            yield TextDelta(page=page, text=f"of {prompt}, {request.seed}. ")
+            value = -1.0 if page == 2 and prompt == CANNOT_BE_DRAWN else request.seed % 251 + page
+            yield Vokens(page=page, hidden_VH=np.full((8, 4), value, np.float32), fingerprint=FINGERPRINT)
+        yield Usage(prompt_tokens=1, completion_tokens=request.pages)
+
+
+class FakeDecoder:
+    fingerprint = FINGERPRINT
+
+    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        vokens, settings = request.vokens, request.settings
+        if vokens.fingerprint != self.fingerprint:
+            raise FingerprintMismatch("vokens of another model")
+        if vokens.hidden_VH[0, 0] < 0:
+            raise RuntimeError("out of paint")
+        for step in range(1, settings.steps + 1):
+            await asyncio.sleep(0)
+            yield Progress(page=vokens.page, step=step, steps=settings.steps)
+        pixels = np.random.default_rng([request.seed, int(vokens.hidden_VH[0, 0])]).integers(0, 256, (8, 8, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        yield Picture(
+            page=vokens.page,
+            png=file.getvalue(),
+            width=8,
+            height=8,
+            seed=request.seed,
+            denoise_steps=settings.steps,
+        )
