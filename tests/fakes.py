@@ -89,9 +89,7 @@ class FakeDecoder:
             await asyncio.sleep(0)
             yield Progress(page=page, step=step, steps=steps)
         png = make_png((request.seed % 256, request.seed // 256 % 256, page))
-        yield Picture(
-            page=page, png=png, width=IMAGE_PX, height=IMAGE_PX, seed=request.seed, denoise_steps=steps
-        )
+        yield Picture(page=page, png=png, width=IMAGE_PX, height=IMAGE_PX, seed=request.seed, denoise_steps=steps)
 
 
 class LocalEngines:

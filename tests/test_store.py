@@ -48,7 +48,9 @@ def test_vokens_and_pictures_come_back_byte_for_byte(store: StoryStore) -> None:
     assert store.load_picture("story_1", 2) == make_png()
 
 
-@pytest.mark.parametrize("story_id", ["story_none", "", "..", "../x", "a/b", "a\\b", "a\0b", ".x", "x" * 65, "st\u00f6ry"])
+@pytest.mark.parametrize(
+    "story_id", ["story_none", "", "..", "../x", "a/b", "a\\b", "a\0b", ".x", "x" * 65, "st\u00f6ry"]
+)
 def test_an_unknown_id_is_no_story(store: StoryStore, story_id: str) -> None:
     with pytest.raises(StoryNotFound):
         store.load(story_id)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import random
 
-from minigpt5.flow import page_seed, write_story
+from minigpt5.flow import page_seed, stream_story, write_story
 from minigpt5.story import StoryBuilder, page_from_json, state_from_json
 from minigpt5.types import (
     DrawSettings,
@@ -15,6 +16,7 @@ from minigpt5.types import (
     Picture,
     PictureFailed,
     SlotOpened,
+    Story,
     StoryEvent,
     StoryRequest,
     StoryStarted,
@@ -90,20 +92,17 @@ def test_a_state_survives_json() -> None:
     assert state_from_json(values, pages=pages) == state
 
 
-async def _written() -> list[str]:
-    story = await write_story(REQUEST, FakeGenerator().generate, FakeDecoder().decode)
-    return [page.text for page in story.pages]
-
-
 def test_the_builder_and_write_story_agree() -> None:
-    import asyncio
-
-    from minigpt5.flow import stream_story
-
-    async def built() -> list[str]:
-        builder = StoryBuilder(REQUEST)
+    async def build() -> Story:
+        builder = StoryBuilder(REQUEST, story_id="story_1", model="storybook")
         async for event in stream_story(REQUEST, FakeGenerator().generate, FakeDecoder().decode):
             builder.add(event)
-        return [page.text for page in builder.story().pages]
+        return builder.story()
 
-    assert asyncio.run(built()) == asyncio.run(_written()) == ["Page 1 of 7.", "Page 2 of 7.", "Page 3 of 7."]
+    async def write() -> Story:
+        engines = FakeGenerator().generate, FakeDecoder().decode
+        return await write_story(REQUEST, *engines, story_id="story_1", model="storybook")
+
+    built = asyncio.run(build())
+    assert built == asyncio.run(write())
+    assert [page.text for page in built.pages] == ["Page 1 of 7.", "Page 2 of 7.", "Page 3 of 7."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def run_on_ray(preset: Preset, runs: Path, num_workers: int) -> None:
             f"batch_size is {preset.batch_size} but must be a multiple of the {num_workers} workers: set batch_size="
         )
     if not ray.is_initialized():
-        ray.init(log_to_driver=True)
+        ray.init(num_cpus=max(4, os.cpu_count() or 1))  # logical: data tasks must fit beside the workers
     first_step = checkpoint.newest_step(runs / preset.stage)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(

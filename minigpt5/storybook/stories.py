@@ -1,8 +1,8 @@
 """A number -> a picture story of the world, page by page, with the scene and the facts of every page.
 
-`page_facts` is the way back: it reads a story's pages and keeps cast, place and time, to score written stories.
-The sentences themselves are in the second half of the file: {S} is the character ({M} as a grammatical object,
-{h} {o} its pronouns), {O} the object, {carried} "carried {O}"; each becomes a name, a noun or a pronoun.
+`page_facts` is the way back: it reads pages and keeps cast, place and time, to score written stories.
+The sentences themselves are in the second half of the file: {S} is the character ({M} as an object, {h} {o}
+its pronouns), {O} the object, {carried} "carried {O}"; each becomes a name, a noun or a pronoun.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class StoryPage:
 class StoryText:
     """A story and what a user would type to get it.
 
-    Example: story_at(7, seed=0).pages[1].text == "There, she wondered why it would not move."
+    Example: story_at(7, seed=0).pages[1].text is
+    "In the rain, the butterfly heard a strange noise and hid behind it."
     """
 
     prompt: str
@@ -52,7 +53,7 @@ def story_at(
     num_pages: int | None = None,
     held_out_pairs: bool | None = False,
 ) -> StoryText:
-    """Story number `index` of 1 to 8 pages, a pure function of its arguments; cast and split as in `scene_at`."""
+    """Story number `index` of 1 to 8 pages: a pure function of its arguments, like `scene_at`."""
     if num_pages is not None and not 1 <= num_pages <= 8:
         raise ValueError(f"num_pages is {num_pages} but must be from 1 to 8, or None to draw it")
     first = scene_at(index, seed=seed, split=split, held_out_pairs=held_out_pairs)

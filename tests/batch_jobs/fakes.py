@@ -60,7 +60,9 @@ class FakeDecoder:
         for step in range(1, settings.steps + 1):
             await asyncio.sleep(0)
             yield Progress(page=vokens.page, step=step, steps=settings.steps)
-        pixels = np.random.default_rng([request.seed, int(vokens.hidden_VH[0, 0])]).integers(0, 256, (8, 8, 3), np.uint8)
+        pixels = np.random.default_rng([request.seed, int(vokens.hidden_VH[0, 0])]).integers(
+            0, 256, (8, 8, 3), np.uint8
+        )
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         yield Picture(

@@ -1,0 +1,190 @@
+"""`python -m deployments`: what `make serve` runs. `serve run deployments:app` on loopback in a Ray of its own,
+with a port, checks beforehand and a clean end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import FrameType
+
+HOST = "127.0.0.1"
+READY_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 10.0
+
+
+class StartError(Exception):
+    """The server cannot start; the message says what to do."""
+
+
+def main() -> int:
+    args = parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        serve_until_interrupted(args)
+    except KeyboardInterrupt:
+        return 0
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_args() -> argparse.Namespace:
+    from minigpt5.config import default_model_folder
+    from minigpt5.store import default_storage
+
+    parser = argparse.ArgumentParser(prog="python -m deployments", description="Serve stories over HTTP; Ctrl-C ends.")
+    parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default: the shipped one)")
+    parser.add_argument("--storage", default=default_storage(), help="folder or URI (default: %(default)s)")
+    return parser.parse_args()
+
+
+def serve_until_interrupted(args: argparse.Namespace) -> None:
+    """Raises StartError, or KeyboardInterrupt at the end, when nothing of ours runs any more."""
+    started_at = time.monotonic()
+    check_port(args.port)
+    check_model(args.model)
+    check_storage(args.storage)
+    print("starting ...", flush=True)
+    try:
+        start(args)
+        wait_until_ready(args.port)
+        print(describe_server(args, startup_s=time.monotonic() - started_at), flush=True)
+        while True:
+            time.sleep(3600)
+    finally:
+        end()
+
+
+def check_port(port: int) -> None:
+    """Serve itself would only say so in a log file."""
+    if not 1 <= port <= 65535:
+        raise StartError(f"port is {port} but must be from 1 to 65535: make serve PORT=8000")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise StartError(
+                f"port {port} cannot be used ({error.strerror}): choose another one, such as "
+                f"make serve PORT={port % 65535 + 1}"
+            ) from None
+
+
+def check_model(folder: str) -> None:
+    """Hash the weights and find the base models: an engine that fails to load says so much later and less clearly."""
+    from minigpt5.base_models import resolve
+    from minigpt5.errors import MiniGPT5Error
+    from minigpt5.model_folder import check_folder
+
+    try:
+        config = check_folder(folder)
+        for base_model in (config.language_model, config.vision.encoder):
+            resolve(base_model)
+    except MiniGPT5Error as error:
+        raise StartError(str(error)) from None
+
+
+def check_storage(uri: str) -> None:
+    from minigpt5.errors import StorageError
+    from minigpt5.store import StoryStore
+
+    try:
+        StoryStore(uri)
+    except StorageError as error:
+        raise StartError(str(error)) from None
+
+
+def start(args: argparse.Namespace) -> None:
+    """A Ray of our own, then the application in it. Raises StartError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a coming change
+    import ray
+    from ray import serve
+
+    from deployments.application import AppArgs, app
+
+    ray.init(
+        address="local",  # never join a Ray that somebody else has started on this machine
+        namespace="serve",
+        num_cpus=max(2, os.cpu_count() or 2),
+        object_store_memory=256 * 2**20,  # what crosses processes here is small
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in the place of ours
+    serve.start(http_options={"host": HOST, "port": args.port})
+    try:
+        serve.run(app(AppArgs(model=args.model, storage=args.storage)), name="default", route_prefix="/")
+    except RuntimeError as error:
+        logs = f"{ray._private.worker._global_node.get_logs_dir_path()}/serve"
+        raise StartError(
+            f"the application did not start: {str(error).strip().splitlines()[-1]}; logs: {logs}"
+        ) from None
+
+
+def find_logs() -> str:
+    """The folder of Serve's log files."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return f"{context.get_temp_dir()}/{context.get_session_name()}/logs/serve"
+
+
+def wait_until_ready(port: int) -> None:
+    """Raises StartError."""
+    reason = "no answer"
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{port}/readyz", timeout=10):
+                return
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")
+        except OSError as error:
+            reason = str(error)
+        time.sleep(0.2)
+    raise StartError(f"not ready within {READY_TIMEOUT_S:g} s: {reason}")
+
+
+def describe_server(args: argparse.Namespace, *, startup_s: float) -> str:
+    url = f"http://{HOST}:{args.port}"
+    body = '{"prompt": "A fox who finds a red balloon"}'
+    return (
+        f"\nready after {startup_s:.0f} s: {url}\n"
+        f"  curl {url}/v1/stories -H 'Content-Type: application/json' -d '{body}'\n"
+        f"  model    {args.model}\n"
+        f"  stories  {args.storage}\n"
+        "Ctrl-C ends it.\n"
+    )
+
+
+def end() -> None:
+    """End every process of our Ray. Finished pages are stored; a story under way stops where it is."""
+    import psutil
+    import ray
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    processes = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=END_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

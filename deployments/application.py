@@ -1,0 +1,94 @@
+"""The builder: arguments -> Serve application. Every `.bind()` of the project is here."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+from ray.serve import Application
+
+from deployments.api import Ingress
+from deployments.diffusion_decoder import DiffusionDecoder
+from deployments.voken_generator import VokenGenerator
+from minigpt5.config import default_model_folder
+from minigpt5.model_folder import load_config
+from minigpt5.store import default_storage
+
+# Serve reads the annotation of `app` itself, so this file must not postpone annotations.
+
+
+class AppArgs(BaseModel):
+    """`serve run deployments:app key=value ...`, or `args:` in a Serve config.
+
+    The defaults fit two CPUs with two replicas of each engine.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(default_factory=lambda: str(default_model_folder()))
+    """Model folder."""
+    storage: str = Field(default_factory=default_storage)
+    """Folder or URI that keeps the stories."""
+    max_running: int = Field(default=16, ge=1)
+    """Stories and picture requests that run at once; more are answered with 503."""
+    generator_min_replicas: int = Field(default=1, ge=0)
+    generator_max_replicas: int = Field(default=2, ge=1)
+    generator_num_cpus: float = Field(default=0.4, gt=0)
+    """What a replica reserves, not what it uses."""
+    generator_num_threads: int = Field(default=1, ge=1)
+    """torch threads of a replica."""
+    decoder_min_replicas: int = Field(default=1, ge=0)
+    decoder_max_replicas: int = Field(default=2, ge=1)
+    decoder_num_cpus: float = Field(default=0.4, gt=0)
+    decoder_num_threads: int = Field(default=2, ge=1)
+    log_level: str = "INFO"
+
+    @model_validator(mode="after")
+    def has_room(self) -> "AppArgs":
+        for engine in ("generator", "decoder"):
+            low, high = getattr(self, f"{engine}_min_replicas"), getattr(self, f"{engine}_max_replicas")
+            if low > high:
+                raise ValueError(f"{engine}_min_replicas is {low} but {engine}_max_replicas is {high}")
+        return self
+
+
+def app(args: AppArgs) -> Application:
+    """Wire the three deployments. Raises ModelFolderError where `args.model` is no model folder."""
+    model = str(Path(args.model).expanduser().resolve())
+    load_config(model)
+    storage = args.storage if "://" in args.storage else str(Path(args.storage).expanduser().resolve())
+    logging_config = {"log_level": args.log_level}
+    generator = serve.deployment(
+        VokenGenerator,
+        name="VokenGenerator",
+        max_ongoing_requests=32,
+        autoscaling_config={
+            "min_replicas": args.generator_min_replicas,
+            "max_replicas": args.generator_max_replicas,
+            "target_ongoing_requests": 8,
+        },
+        ray_actor_options={"num_cpus": args.generator_num_cpus},
+        max_constructor_retry_count=2,
+        logging_config=logging_config,
+    ).bind(model, args.generator_num_threads)
+    decoder = serve.deployment(
+        DiffusionDecoder,
+        name="DiffusionDecoder",
+        max_ongoing_requests=64,
+        autoscaling_config={
+            "min_replicas": args.decoder_min_replicas,
+            "max_replicas": args.decoder_max_replicas,
+            "target_ongoing_requests": 16,
+        },
+        ray_actor_options={"num_cpus": args.decoder_num_cpus},
+        max_constructor_retry_count=2,
+        logging_config=logging_config,
+    ).bind(model, args.decoder_num_threads)
+    return serve.deployment(
+        Ingress,
+        name="Ingress",
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0.1},
+        max_constructor_retry_count=2,
+        logging_config=logging_config,
+    ).bind(generator, decoder, model, storage, args.max_running)

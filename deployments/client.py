@@ -1,0 +1,95 @@
+"""The two engines as the HTTP front sees them: Serve's handles become the callables that flow.py joins."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Protocol
+
+from ray.exceptions import RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from minigpt5.errors import FingerprintMismatch, MiniGPT5Error
+from minigpt5.flow import describe
+from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest
+
+READY_TIMEOUT_S = 5.0
+
+
+class NotReady(Exception):
+    """An engine does not answer; the message says which and why."""
+
+
+class Engines(Protocol):
+    """What the front needs of the engines, wherever they run."""
+
+    def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]: ...
+
+    def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]: ...
+
+    async def check(self, request: StoryRequest) -> None:
+        """Raises InvalidRequest where the request cannot be written."""
+
+    async def check_ready(self) -> None:
+        """Raises NotReady or FingerprintMismatch where a story would fail."""
+
+
+class ServeEngines:
+    """The engines behind Serve's handles."""
+
+    def __init__(self, generator: DeploymentHandle, decoder: DeploymentHandle) -> None:
+        self._generator, self._decoder = generator, decoder
+
+    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        events = self._generator.options(stream=True).generate.remote(request)
+        try:
+            with _own_errors():
+                async for event in events:
+                    yield event
+        finally:
+            events.cancel()  # does nothing to a stream that has ended
+
+    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        events = self._decoder.options(stream=True).decode.remote(request)
+        try:
+            with _own_errors():
+                async for event in events:
+                    yield event
+        finally:
+            events.cancel()
+
+    async def check(self, request: StoryRequest) -> None:
+        with _own_errors():
+            await self._generator.check.remote(request)
+
+    async def check_ready(self) -> None:
+        generator, decoder = await asyncio.gather(
+            self._fingerprint(self._generator, "VokenGenerator"),
+            self._fingerprint(self._decoder, "DiffusionDecoder"),
+        )
+        if generator != decoder:
+            raise FingerprintMismatch(
+                f"VokenGenerator serves model {generator[:12]} but DiffusionDecoder serves {decoder[:12]}: "
+                "start both from the same model folder"
+            )
+
+    async def _fingerprint(self, handle: DeploymentHandle, name: str) -> str:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                return await handle.fingerprint.remote()
+        except TimeoutError:
+            raise NotReady(f"{name} does not answer within {READY_TIMEOUT_S:g} s") from None
+        except Exception as failure:  # whatever Serve raises, the engine cannot be used now
+            raise NotReady(f"{name} does not answer: {describe(failure)}") from failure
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """An error of ours that an engine raised comes out as itself, without Ray's wrapping."""
+    try:
+        yield
+    except RayTaskError as failure:
+        if isinstance(failure.cause, MiniGPT5Error):
+            raise failure.cause from None
+        raise

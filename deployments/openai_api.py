@@ -1,0 +1,119 @@
+"""OpenAI's endpoints, so that its official client works unchanged.
+
+Ignored fields of an image request: user, quality, style, moderation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import secrets
+import time
+from typing import Annotated
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from pydantic import Field, field_validator
+
+from deployments.errors import ApiError
+from deployments.front import Front, FrontOf
+from deployments.schemas import MAX_SEED, Body, check_prompt_text, shown
+from minigpt5.types import DrawRequest, Picture, StoryRequest, Vokens
+
+MAX_PICTURES = 10
+
+images = APIRouter()
+
+
+class CreateImages(Body):
+    """POST /v1/images/generations."""
+
+    prompt: str
+    n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    """Of the first picture; each further one has the next seed."""
+    size: str | None = None
+    model: str | None = None
+    response_format: str | None = None
+    output_format: str | None = None
+    output_compression: int | None = None
+    background: str | None = None
+    stream: bool | None = None
+    partial_images: int | None = None
+    user: str | None = None
+    quality: str | None = None
+    style: str | None = None
+    moderation: str | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def has_content(cls, prompt: str) -> str:
+        check_prompt_text([prompt])
+        return prompt
+
+
+def refuse_unserved(body: CreateImages, *, model: str, native_size: str) -> None:
+    """Refuse what ignoring would mislead about. Raises ApiError."""
+    if body.model not in (None, model):
+        message = f"model {shown(body.model)} does not exist here; the model is {model}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    served: dict[str, tuple[object, ...]] = {
+        "size": ("auto", native_size),
+        "response_format": ("b64_json",),
+        "output_format": ("png",),
+        "output_compression": (100,),
+        "background": ("auto", "opaque"),
+        "stream": (False,),
+        "partial_images": (0,),
+    }
+    for name, values in served.items():
+        value = getattr(body, name)
+        if value is not None and value not in values:
+            expected = " or ".join(map(shown, values))
+            message = f"{name} is {shown(value)}, which this version does not serve: leave it out or send {expected}"
+            raise ApiError(400, message, param=name, code="unsupported_value")
+
+
+@images.post("/v1/images/generations")
+async def create_images(body: CreateImages, front: FrontOf) -> JSONResponse:
+    """Pictures of a caption. A client that goes away stops the work."""
+    native_size = f"{front.config.image_px}x{front.config.image_px}"
+    refuse_unserved(body, model=front.config.name, native_size=native_size)
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    request = StoryRequest(prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.draw)
+    with front.admission.place():
+        await front.engines.check(request)
+        vokens = await _write_vokens(front, request)
+        pictures = await _draw_all(front, request, vokens, seeds=[seed + k for k in range(body.n or 1)])
+    data = [{"b64_json": base64.b64encode(picture.png).decode(), "x_seed": picture.seed} for picture in pictures]
+    return JSONResponse(
+        {"created": int(time.time()), "data": data, "output_format": "png", "x_native_size": native_size}
+    )
+
+
+async def _write_vokens(front: Front, request: StoryRequest) -> Vokens:
+    async with contextlib.aclosing(front.engines.generate(request)) as events:  # type: ignore[type-var]
+        async for event in events:
+            if isinstance(event, Vokens):
+                return event
+    raise AssertionError("the generator ended without vokens")
+
+
+async def _draw_all(front: Front, request: StoryRequest, vokens: Vokens, *, seeds: list[int]) -> list[Picture]:
+    """All at once, so that they share the decoder's batch; the first failure ends the rest."""
+    try:
+        async with asyncio.TaskGroup() as drawing:
+            tasks = [drawing.create_task(_draw(front, request, vokens, seed)) for seed in seeds]
+    except* Exception as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _draw(front: Front, request: StoryRequest, vokens: Vokens, seed: int) -> Picture:
+    draw_request = DrawRequest(vokens=vokens, seed=seed, settings=request.draw)
+    async with contextlib.aclosing(front.engines.decode(draw_request)) as events:  # type: ignore[type-var]
+        async for event in events:
+            if isinstance(event, Picture):
+                return event
+    raise AssertionError("the decoder ended without a picture")

@@ -1,0 +1,123 @@
+"""The stories that run: each is a task of the server, and clients read along from its events.
+
+An accepted story is finished even if nobody listens any more. Whatever is announced is stored before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+from collections.abc import AsyncIterator
+
+from deployments.admission import Admission
+from deployments.client import Engines
+from deployments.events import StreamEvent, done_event, error_event, join_text, to_stream_event
+from minigpt5.errors import MiniGPT5Error
+from minigpt5.flow import Generate, describe, stream_story
+from minigpt5.store import StoryStore
+from minigpt5.story import StoryBuilder, StoryState, new_story_id
+from minigpt5.types import GeneratorEvent, PageDone, Picture, SlotOpened, StoryEvent, StoryRequest, Vokens
+
+logger = logging.getLogger("ray.serve")
+
+
+class RunningStory:
+    """One story's events so far, for any number of readers."""
+
+    def __init__(self, builder: StoryBuilder) -> None:
+        self.builder = builder
+        self.id = builder.state().id
+        self.final: StoryState | None = None
+        self._events: list[StreamEvent] = []
+        self._news = asyncio.Event()
+
+    def publish(self, event: StreamEvent | None, *, final: StoryState | None = None) -> None:
+        if event:
+            self._events.append(event)
+        self.final = final
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def follow(self) -> AsyncIterator[StreamEvent]:
+        """All events from the first, then the coming ones as they come."""
+        position = 0
+        while True:
+            while position < len(self._events):
+                yield self._events[position]
+                position += 1
+            if self.final:
+                return
+            await self._news.wait()
+
+    async def finish(self) -> StoryState:
+        async for _ in self.follow():
+            pass
+        assert self.final
+        return self.final
+
+
+class Registry:
+    """Starts stories and owns them until their end."""
+
+    def __init__(self, engines: Engines, store: StoryStore, admission: Admission, *, model: str) -> None:
+        self._engines, self._store, self._admission, self._model = engines, store, admission, model
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, request: StoryRequest) -> RunningStory:
+        """Raises Overloaded, or InvalidRequest where the generator cannot write it."""
+        self._admission.enter()
+        try:
+            await self._engines.check(request)
+            story = RunningStory(StoryBuilder(request, story_id=new_story_id(), model=self._model))
+            await asyncio.to_thread(self._store.save, story.builder.state())
+        except BaseException:
+            self._admission.leave()
+            raise
+        # In a context of its own: Serve cancels what a request's context has started when its client is gone.
+        task = asyncio.create_task(self._run(story), context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return story
+
+    async def _run(self, story: RunningStory) -> None:
+        builder = story.builder
+        try:
+            events = stream_story(
+                builder.request, self._keeping_vokens(story.id), self._engines.decode, story_id=story.id
+            )
+            async for event in join_text(events):
+                builder.add(event)
+                await asyncio.to_thread(self._keep, builder, story.id, event)
+                story.publish(to_stream_event(event, builder))
+            state = builder.state("done")
+            await asyncio.to_thread(self._store.save, state)
+            story.publish(done_event(state), final=state)
+        except Exception as failure:  # whatever it was, its readers must hear of it
+            logger.error("%s failed: %s", story.id, type(getattr(failure, "cause", None) or failure).__name__)
+            state = builder.state("failed", error=describe(failure))
+            with contextlib.suppress(OSError, MiniGPT5Error):  # the storage may be what failed
+                await asyncio.to_thread(self._store.save, state)
+            story.publish(error_event(state), final=state)
+        finally:
+            self._admission.leave()
+
+    def _keeping_vokens(self, story_id: str) -> Generate:
+        async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+            async for event in self._engines.generate(request):
+                if isinstance(event, Vokens):
+                    await asyncio.to_thread(self._store.save_vokens, story_id, event)
+                yield event
+
+        return generate
+
+    def _keep(self, builder: StoryBuilder, story_id: str, event: StoryEvent) -> None:
+        """Store what an event announces."""
+        match event:
+            case Picture():
+                self._store.save_picture(story_id, event)
+            case SlotOpened(page=index):
+                self._store.save_page(story_id, builder.page_state(index))
+            case PageDone():
+                self._store.save_page(story_id, builder.page_state(event.page.index))

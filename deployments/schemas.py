@@ -1,0 +1,259 @@
+"""The JSON of the HTTP contract: request bodies -> StoryRequest, StoryState -> replies."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import io
+import json
+import secrets
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+
+from minigpt5.config import ModelConfig
+from minigpt5.errors import InvalidRequest
+from minigpt5.story import PageState, StoryState
+from minigpt5.types import MAX_PAGES, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
+
+MAX_PROMPT_CHARACTERS = 16_000
+MAX_PROMPT_PARTS = 32
+MAX_IMAGE_PIXELS = 4096 * 4096
+MAX_SEED = 2**53 - 1  # exact in every JSON reader
+IMAGE_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image"}
+"""What pydantic puts into an error's path for the members of our unions."""
+
+
+def shown(value: object, *, max_length: int = 60) -> str:
+    """A value as JSON, cut to what fits a message."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= max_length else f"{text[:max_length]}..."
+
+
+class Body(BaseModel):
+    """A request body: an unknown field is an error, and so is a value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(Body):
+    type: Literal["image"]
+    image: str
+    """A data URL of a PNG, JPEG or WebP picture."""
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("as-text")] | Annotated[ImagePart, Tag("as-image")],
+    Discriminator(
+        lambda part: {"text": "as-text", "image": "as-image"}.get(
+            str(part.get("type") if isinstance(part, dict) else getattr(part, "type", ""))
+        ),
+        custom_error_type="prompt_part",
+        custom_error_message='must be {"type": "text", "text": ...} or {"type": "image", "image": data URL}',
+    ),
+]
+Prompt = Annotated[
+    Annotated[str, Tag("as-string")]
+    | Annotated[list[Part], Field(min_length=1, max_length=MAX_PROMPT_PARTS), Tag("as-parts")],
+    Discriminator(lambda prompt: "as-string" if isinstance(prompt, str) else "as-parts"),
+]
+
+
+class CreateStory(Body):
+    """POST /v1/stories. What is left out takes the model folder's defaults."""
+
+    prompt: Prompt
+    pages: Annotated[int, Field(ge=1, le=MAX_PAGES)] = 4
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    stream: bool = False
+    steps: Annotated[int, Field(ge=1, le=100)] | None = None
+    guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
+    scheduler: Literal["ddim", "pndm", "dpm-solver++"] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_page_tokens: Annotated[int, Field(ge=1, le=512)] | None = None
+    wait: bool = True
+    feedback: Literal["text", "pictures"] = "text"
+    previews: bool = False
+
+    @field_validator("prompt")
+    @classmethod
+    def has_content(cls, prompt: Prompt) -> Prompt:
+        parts = [prompt] if isinstance(prompt, str) else prompt
+        texts = [part if isinstance(part, str) else part.text for part in parts if not isinstance(part, ImagePart)]
+        check_prompt_text(texts, has_image=len(texts) < len(parts))
+        return prompt
+
+    @field_validator("wait", "feedback", "previews")
+    @classmethod
+    def is_served(cls, value: object, info: ValidationInfo) -> object:
+        default = cls.model_fields[str(info.field_name)].default
+        if value != default:
+            raise ValueError(
+                f"{info.field_name} is {shown(value)}, which this version does not serve: "
+                f"leave it out or send {shown(default)}"
+            )
+        return value
+
+
+def check_prompt_text(texts: Sequence[str], *, has_image: bool = False) -> None:
+    """Raises ValueError."""
+    length = sum(map(len, texts))
+    if length > MAX_PROMPT_CHARACTERS:
+        raise ValueError(
+            f"prompt has {length} characters ({shown(texts[0])}) but must have at most {MAX_PROMPT_CHARACTERS}"
+        )
+    if not has_image and not any(text.strip() for text in texts):
+        raise ValueError(
+            f"prompt is empty ({shown(texts[0])}) but must have from 1 to {MAX_PROMPT_CHARACTERS} characters"
+        )
+
+
+def to_story_request(body: CreateStory, config: ModelConfig) -> StoryRequest:
+    """Fill in the defaults and decode the pictures, which may take a moment. Raises InvalidRequest."""
+    return StoryRequest(
+        prompt=_read_prompt(body.prompt),
+        pages=body.pages,
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        sampling=dataclasses.replace(
+            config.sampling, **_sent(body, [field.name for field in dataclasses.fields(Sampling)])
+        ),
+        draw=dataclasses.replace(
+            config.draw, **_sent(body, [field.name for field in dataclasses.fields(DrawSettings)])
+        ),
+    )
+
+
+def _sent(body: CreateStory, names: list[str]) -> dict[str, object]:
+    values = {name: getattr(body, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_prompt(prompt: Prompt) -> tuple[PromptPart, ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    return tuple(
+        part.text if isinstance(part, TextPart) else decode_data_url(part.image, field=f"prompt[{index}].image")
+        for index, part in enumerate(prompt)
+    )
+
+
+def decode_data_url(url: str, *, field: str) -> InputImage:
+    """A data URL -> a picture that is known to decode. Nothing is ever fetched. Raises InvalidRequest."""
+    accepted = "PNG, JPEG or WebP"
+    header, comma, payload = url.partition(",")
+    if not comma or not header.startswith("data:") or not header.endswith(";base64"):
+        raise InvalidRequest(
+            field, f"{field} is {shown(url)} but must be a data URL (data:image/png;base64,...) of a {accepted} picture"
+        )
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(field, f"{field} is {shown(url)}, whose base64 is broken: {error}") from error
+    try:
+        return _read_picture(data, field=field)
+    except InvalidRequest:
+        raise
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning) as error:
+        # Pillow's decoders raise any of these on bytes that are no picture or only part of one.
+        raise InvalidRequest(
+            field, f"{field} ({shown(url)}, {len(data)} bytes) is not a readable {accepted} picture"
+        ) from error
+
+
+def _read_picture(data: bytes, *, field: str) -> InputImage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+        picture = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
+        if picture.width * picture.height > MAX_IMAGE_PIXELS:
+            raise InvalidRequest(
+                field,
+                f"{field} has {picture.width} x {picture.height} pixels but must have at most {MAX_IMAGE_PIXELS}",
+            )
+        picture.verify()
+        picture = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
+        picture.load()
+    if picture.format != "WEBP":
+        return InputImage(data=data)
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "PNG")
+    return InputImage(data=file.getvalue())
+
+
+class ImageReply(BaseModel):
+    url: str
+    width: int
+    height: int
+    seed: int
+
+
+class PageReply(BaseModel):
+    index: int
+    text: str
+    image: ImageReply | None = None
+    error: str | None = None
+
+
+class UsageReply(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    images: int
+    denoise_steps: int
+
+
+class StoryReply(BaseModel):
+    """A story as far as it is."""
+
+    id: str
+    object: Literal["story"] = "story"
+    created: int
+    model: str
+    prompt: str
+    seed: int
+    status: Literal["drawing", "done", "failed", "cancelled"]
+    error: str | None = None
+    pages: list[PageReply]
+    usage: UsageReply
+
+
+def picture_url(story_id: str, page: int) -> str:
+    return f"/v1/stories/{story_id}/pages/{page}.png"
+
+
+def page_reply(story_id: str, page: PageState) -> PageReply:
+    image = page.image and ImageReply(
+        url=picture_url(story_id, page.index), width=page.image.width, height=page.image.height, seed=page.image.seed
+    )
+    return PageReply(index=page.index, text=page.text, image=image, error=page.error)
+
+
+def story_reply(state: StoryState) -> StoryReply:
+    return StoryReply(
+        id=state.id,
+        created=state.created,
+        model=state.model,
+        prompt=state.prompt,
+        seed=state.seed,
+        status=state.status,
+        error=state.error,
+        pages=[page_reply(state.id, page) for page in state.pages],
+        usage=UsageReply(
+            prompt_tokens=state.usage.prompt_tokens,
+            completion_tokens=state.usage.completion_tokens,
+            images=state.num_images,
+            denoise_steps=state.num_denoise_steps,
+        ),
+    )

@@ -1,0 +1,28 @@
+"""The generator engine as a Serve deployment: a shim that loads it and passes calls on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from minigpt5.types import GeneratorEvent, StoryRequest
+
+
+class VokenGenerator:
+    """Writes text and vokens."""
+
+    def __init__(self, model: str, num_threads: int) -> None:
+        from minigpt5.generator import VokenGenerator as Engine
+
+        self.engine = Engine.from_pretrained(model, num_threads=num_threads)
+
+    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+    async def check(self, request: StoryRequest) -> None:
+        self.engine.check(request)
+
+    async def fingerprint(self) -> str:
+        return self.engine.fingerprint

@@ -1,0 +1,114 @@
+"""Every file under cluster/ is what its reader expects: Serve, KubeRay, and the modules and arguments that they name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from batch_jobs import illustrate
+from deployments.application import AppArgs
+from training.presets import STORYBOOK
+
+FOLDER = Path(__file__).parent.parent.parent / "cluster"
+SERVE_CONFIGS = ["serve-storybook.yaml", "serve-minigpt5-7b.yaml", "rayservice.yaml"]
+MANIFESTS = ["rayservice.yaml", "rayjob.yaml"]
+DEPLOYMENTS = ["Ingress", "VokenGenerator", "DiffusionDecoder"]
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def serve_config(name: str) -> dict[str, Any]:
+    """The Serve config itself, or the one inside a RayService."""
+    (document,) = documents(name)
+    return yaml.safe_load(document["spec"]["serveConfigV2"]) if document.get("kind") == "RayService" else document
+
+
+def manifests() -> Iterator[Any]:
+    for name in MANIFESTS:
+        for document in documents(name):
+            yield pytest.param(document, id=f"{name}:{document['metadata']['name']}")
+
+
+def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest["spec"]
+    cluster: dict[str, Any] = spec["rayClusterConfig" if manifest["kind"] == "RayService" else "rayClusterSpec"]
+    return cluster
+
+
+def test_every_file_is_tested() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {*SERVE_CONFIGS, *MANIFESTS}
+
+
+@pytest.mark.parametrize("name", SERVE_CONFIGS)
+def test_serve_takes_the_config(name: str) -> None:
+    config = ServeDeploySchema.model_validate(serve_config(name))
+    (application,) = config.applications
+    module, attribute = application.import_path.split(":")
+    assert callable(getattr(importlib.import_module(module), attribute))
+    AppArgs.model_validate(application.args)
+    assert [deployment.name for deployment in application.deployments] == DEPLOYMENTS
+
+
+@pytest.mark.parametrize("name", SERVE_CONFIGS)
+def test_every_engine_scales_by_itself_and_is_given_the_threads_that_it_uses(name: str) -> None:
+    (application,) = serve_config(name)["applications"]
+    args = AppArgs.model_validate(application["args"])
+    _, generator, decoder = application["deployments"]
+    for engine, num_threads in ((generator, args.generator_num_threads), (decoder, args.decoder_num_threads)):
+        scaling = engine["autoscaling_config"]
+        assert 1 <= scaling["min_replicas"] < scaling["max_replicas"]
+        assert scaling["target_ongoing_requests"] <= engine["max_ongoing_requests"]
+        assert engine["ray_actor_options"]["num_cpus"] in (num_threads, 0.4)
+
+
+def test_the_storybook_fits_two_cpus() -> None:
+    (application,) = serve_config("serve-storybook.yaml")["applications"]
+    asked = sum(
+        deployment["ray_actor_options"]["num_cpus"] * deployment.get("autoscaling_config", {}).get("max_replicas", 1)
+        for deployment in application["deployments"]
+    )
+    assert asked <= 2
+
+
+@pytest.mark.parametrize("manifest", manifests())
+def test_a_manifest_has_what_kuberay_asks_for(manifest: dict[str, Any]) -> None:
+    assert manifest["apiVersion"] == "ray.io/v1"
+    cluster = cluster_of(manifest)
+    assert cluster["rayVersion"] == importlib.metadata.version("ray")
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    images = set()
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        images.add(container["image"])
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+    assert len(images) == 1
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_a_job_names_a_module_and_arguments_that_it_takes() -> None:
+    train, batch = (shlex.split(document["spec"]["entrypoint"]) for document in documents("rayjob.yaml"))
+    assert train[:3] == ["python", "-m", "training.train"] and train[3] in STORYBOOK
+    assert importlib.util.find_spec(train[2])
+    workers = int(train[train.index("--workers") + 1])
+    assert STORYBOOK[train[3]].batch_size % workers == 0
+    assert documents("rayjob.yaml")[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == workers
+    assert batch[:3] == ["python", "-m", "batch_jobs.illustrate"]
+    options = illustrate.make_parser().parse_args(batch[3:])
+    num_cpus = (options.generators + options.decoders) * illustrate.ENGINE_CPUS
+    (group,) = documents("rayjob.yaml")[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert num_cpus <= group["replicas"] * int(container["resources"]["limits"]["cpu"])

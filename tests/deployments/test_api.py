@@ -1,0 +1,603 @@
+"""The HTTP contract, with fake engines behind the real front."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import pytest
+from PIL import Image
+
+from deployments.api import create_api
+from deployments.events import join_text
+from deployments.front import Front, build_front
+from deployments.schemas import CreateStory, to_story_request
+from minigpt5.config import storybook
+from minigpt5.flow import page_seed
+from minigpt5.store import StoryStore
+from minigpt5.types import DrawSettings, SlotOpened, StoryEvent, TextDelta
+from tests.fakes import FINGERPRINT, FakeDecoder, FakeGenerator, LocalEngines, make_png
+
+CONFIG = dataclasses.replace(
+    storybook(), image_px=16, fingerprint=FINGERPRINT, draw=DrawSettings(steps=3, guidance_scale=2.5)
+)
+Use = Callable[[httpx.AsyncClient], Awaitable[None]]
+
+
+class Served:
+    """The front over fakes, and a client of it."""
+
+    def __init__(
+        self,
+        storage: Path,
+        *,
+        generator: FakeGenerator | None = None,
+        decoder: FakeDecoder | None = None,
+        max_running: int = 4,
+    ) -> None:
+        self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
+        self.store = StoryStore(str(storage))
+        engines = LocalEngines(self.generator, self.decoder)
+        self.front: Front = build_front(CONFIG, engines, self.store, max_running=max_running)
+
+    def run(self, use: Use) -> None:
+        async def main() -> None:
+            transport = httpx.ASGITransport(create_api(self.front), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                await use(client)
+
+        asyncio.run(main())
+
+    def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        replies: list[httpx.Response] = []
+
+        async def use(client: httpx.AsyncClient) -> None:
+            replies.append(await client.request(method, path, **kwargs))
+
+        self.run(use)
+        return replies[0]
+
+    def post(self, body: object, path: str = "/v1/stories") -> httpx.Response:
+        return self.request("POST", path, json=body)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Served:
+    return Served(tmp_path)
+
+
+def read_events(text: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """(id, event, data) of each server-sent event."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        if not block.startswith(":"):
+            fields = dict(line.split(": ", 1) for line in block.split("\n"))
+            assert list(fields) == ["id", "event", "data"]
+            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
+    return found
+
+
+def assert_error(reply: httpx.Response, status: int, *, param: str | None = None, says: tuple[str, ...] = ()) -> None:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert error["param"] == param
+    for words in says:
+        assert words in error["message"]
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# A story
+
+
+def test_a_story_comes_back_whole(served: Served) -> None:
+    reply = served.post({"prompt": "A fox", "seed": 7})
+    story = reply.json()
+    assert reply.status_code == 201
+    assert reply.headers["location"] == f"/v1/stories/{story['id']}"
+    assert (story["object"], story["status"], story["model"], story["prompt"]) == (
+        "story",
+        "done",
+        "storybook",
+        "A fox",
+    )
+    assert story["seed"] == 7
+    assert [page["text"] for page in story["pages"]] == [f"Page {n} of 7." for n in (1, 2, 3, 4)]
+    assert story["pages"][1]["image"] == {
+        "url": f"/v1/stories/{story['id']}/pages/2.png",
+        "width": 16,
+        "height": 16,
+        "seed": page_seed(7, 2),
+    }
+    assert story["usage"] == {"prompt_tokens": 5, "completion_tokens": 48, "images": 4, "denoise_steps": 12}
+    assert isinstance(story["created"], int)
+
+
+def test_a_finished_story_and_its_pictures_can_be_fetched(served: Served) -> None:
+    story = served.post({"prompt": "A fox", "pages": 2}).json()
+    assert served.request("GET", f"/v1/stories/{story['id']}").json() == story
+    picture = served.request("GET", story["pages"][1]["image"]["url"])
+    assert picture.headers["content-type"] == "image/png"
+    assert picture.content.startswith(b"\x89PNG")
+    assert served.store.load_vokens(story["id"], 2).fingerprint == FINGERPRINT
+
+
+def test_optional_fields_reach_the_engines_and_the_rest_are_the_folders_defaults(served: Served) -> None:
+    served.post({"prompt": "A fox", "pages": 1, "steps": 5, "temperature": 0, "scheduler": "pndm", "top_p": 1})
+    request = served.generator.requests[0]
+    assert request.sampling == dataclasses.replace(CONFIG.sampling, temperature=0, top_p=1)
+    assert request.draw == DrawSettings(steps=5, guidance_scale=2.5, scheduler="pndm")
+    assert served.decoder.requests[0].settings == request.draw
+
+
+def test_without_a_seed_stories_differ(served: Served) -> None:
+    first, second = (served.post({"prompt": "A fox", "pages": 1}).json() for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert first["id"] != second["id"]
+
+
+def test_pictures_in_the_prompt_reach_the_generator(served: Served) -> None:
+    parts = [
+        {"type": "text", "text": "Go on from"},
+        {"type": "image", "image": data_url(make_png())},
+    ]
+    story = served.post({"prompt": parts, "pages": 1}).json()
+    assert story["prompt"] == "Go on from"
+    text, image = served.generator.requests[0].prompt
+    assert text == "Go on from"
+    assert image.data == make_png()  # type: ignore[union-attr]
+
+
+# The stream
+
+
+def test_a_stream_has_every_event_in_order(served: Served) -> None:
+    reply = served.post({"prompt": "A fox", "pages": 2, "seed": 7, "stream": True})
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = read_events(reply.text)
+    assert events[0][1:] == ("story", {"id": events[0][2]["id"], "seed": 7})
+    story_id = events[0][2]["id"]
+    for page in (1, 2):
+        own = [name for _, name, data in events if data.get("page", data.get("index")) == page]
+        assert own == sorted(own, key=["text", "slot", "progress", "image", "page"].index)
+        assert set(own) == {"text", "slot", "progress", "image", "page"}
+        text = "".join(data["delta"] for _, name, data in events if name == "text" and data["page"] == page)
+        assert text == f"Page {page} of 7."
+        steps = [
+            (data["step"], data["steps"]) for _, name, data in events if name == "progress" and data["page"] == page
+        ]
+        assert steps == [(1, 3), (2, 3), (3, 3)]
+    text_pages = [data["page"] for _, name, data in events if name == "text"]
+    assert text_pages == sorted(text_pages)
+    image = next(data for _, name, data in events if name == "image" and data["page"] == 1)
+    assert image["url"] == f"/v1/stories/{story_id}/pages/1.png"
+    assert set(image) == {"page", "url", "width", "height", "seed"}
+    assert events[-1][1] == "done"
+    assert events[-1][2] == served.request("GET", f"/v1/stories/{story_id}").json()
+
+
+def test_every_event_id_is_a_position_of_its_own(served: Served) -> None:
+    reply = served.post({"prompt": "A fox", "seed": 7, "stream": True})
+    ids = [position for position, _, _ in read_events(reply.text)]
+    assert len(set(ids)) == len(ids)
+    assert {"0-story-0", "1-text-12", "2-slot-0", "3-progress-2", "4-image-0", "4-page-0", "4-done-0"} <= set(ids)
+
+
+def test_what_is_announced_can_be_fetched_at_once(tmp_path: Path) -> None:
+    served = Served(tmp_path, generator=FakeGenerator(delay_s=0.002))
+
+    async def use(client: httpx.AsyncClient) -> None:
+        story = await served.front.registry.start(to_story_request(CreateStory(prompt="A fox"), CONFIG))
+        async for event in story.follow():
+            data = json.loads(event.data)
+            if event.name == "image":
+                assert (await client.get(data["url"])).status_code == 200
+            if event.name == "page":
+                pages = (await client.get(f"/v1/stories/{story.id}")).json()["pages"]
+                assert data in pages
+
+    served.run(use)
+
+
+def test_a_story_is_finished_though_its_client_went_away(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        served.generator.gate.clear()
+        asking = asyncio.create_task(client.post("/v1/stories", json={"prompt": "A fox", "pages": 2}))
+        while not served.generator.requests:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        [story_id] = [path.name for path in (tmp_path / "stories").iterdir()]
+        assert (await client.get(f"/v1/stories/{story_id}")).json()["status"] == "drawing"
+        served.generator.gate.set()
+        while (story := (await client.get(f"/v1/stories/{story_id}")).json())["status"] == "drawing":
+            await asyncio.sleep(0.01)
+        assert story["status"] == "done"
+        assert len(story["pages"]) == 2
+        assert served.front.admission.num_running == 0
+
+    served.run(use)
+
+
+def test_text_events_are_at_most_twenty_a_second() -> None:
+    async def write() -> AsyncIterator[StoryEvent]:
+        for page in (1, 2):
+            for _ in range(40):
+                await asyncio.sleep(0.004)
+                yield TextDelta(page=page, text="word ")
+            yield SlotOpened(page=page)
+
+    async def read() -> list[tuple[float, StoryEvent]]:
+        clock = asyncio.get_running_loop().time
+        return [(clock(), event) async for event in join_text(write())]
+
+    seen = asyncio.run(read())
+    times = [at for at, event in seen if isinstance(event, TextDelta)]
+    assert all(later - earlier >= 0.049 for earlier, later in zip(times, times[1:], strict=False))
+    assert 6 <= len(times) <= 16
+    for page in (1, 2):
+        text = "".join(event.text for _, event in seen if isinstance(event, TextDelta) and event.page == page)
+        assert text == "word " * 40
+    assert isinstance(seen[-1][1], SlotOpened)
+
+
+def test_the_first_text_is_sent_at_once() -> None:
+    async def write() -> AsyncIterator[StoryEvent]:
+        yield TextDelta(page=1, text="Once")
+        await asyncio.sleep(0.2)
+        yield SlotOpened(page=1)
+
+    async def wait() -> float:
+        clock = asyncio.get_running_loop().time
+        started_at = clock()
+        async for _ in join_text(write()):
+            return clock() - started_at
+        raise AssertionError
+
+    assert asyncio.run(wait()) < 0.04
+
+
+# Failures
+
+
+def test_a_failed_picture_stays_on_its_page(tmp_path: Path) -> None:
+    served = Served(tmp_path, decoder=FakeDecoder(fails_on_page=2))
+    story = served.post({"prompt": "A fox", "pages": 3}).json()
+    assert story["status"] == "done"
+    assert story["pages"][1]["error"] == "the decoder broke"
+    assert "image" not in story["pages"][1]
+    assert [("image" in page) for page in story["pages"]] == [True, False, True]
+    assert_error(served.request("GET", f"/v1/stories/{story['id']}/pages/2.png"), 404, says=("page 2",))
+
+
+def test_a_broken_generator_fails_the_story_and_keeps_what_was_finished(tmp_path: Path) -> None:
+    served = Served(tmp_path, generator=FakeGenerator(fails_on_page=3, delay_s=0.02))
+    reply = served.post({"prompt": "A fox"})
+    assert_error(reply, 500, says=("the generator broke", "/v1/stories/story_"))
+    story = served.request("GET", reply.headers["location"]).json()
+    assert (story["status"], story["error"]) == ("failed", "the generator broke")
+    assert len(story["pages"]) == 2
+    events = read_events(served.post({"prompt": "A fox", "stream": True}).text)
+    assert events[-1][1] == "error"
+    assert events[-1][2]["error"]["message"] == "the generator broke"
+    assert served.front.admission.num_running == 0
+
+
+def test_a_decoder_of_another_model_is_named(tmp_path: Path) -> None:
+    served = Served(tmp_path, decoder=FakeDecoder(fingerprint="cd" * 32))
+    story = served.post({"prompt": "A fox", "pages": 1}).json()
+    assert story["pages"][0]["error"] == "vokens of another model"
+    assert_error(served.request("GET", "/readyz"), 503, says=("different models",))
+    assert_error(served.post({"prompt": "A fox"}, "/v1/images/generations"), 500, says=("another model",))
+
+
+def test_a_full_server_says_when_to_come_back(tmp_path: Path) -> None:
+    served = Served(tmp_path, max_running=1)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        served.generator.gate.clear()
+        first = asyncio.create_task(client.post("/v1/stories", json={"prompt": "A fox", "pages": 1}))
+        while not served.generator.requests:
+            await asyncio.sleep(0.01)
+        for path in ("/v1/stories", "/v1/images/generations"):
+            reply = await client.post(path, json={"prompt": "A fox"})
+            assert_error(reply, 503, says=("limit is 1",))
+            assert reply.headers["retry-after"] == "5"
+        assert (await client.get("/readyz")).status_code == 503
+        assert (await client.get("/healthz")).status_code == 200
+        served.generator.gate.set()
+        assert (await first).status_code == 201
+        assert (await client.get("/readyz")).status_code == 200
+
+    served.run(use)
+
+
+def test_an_unexpected_failure_has_the_same_shape(served: Served) -> None:
+    def fail(story_id: str) -> None:
+        raise RuntimeError("secret detail")
+
+    served.store.load = fail  # type: ignore[assignment,method-assign]
+    reply = served.request("GET", "/v1/stories/story_1")
+    assert_error(reply, 500)
+    assert "secret" not in reply.text
+
+
+# Bad input
+
+BAD_STORIES: list[tuple[dict[str, object], str, tuple[str, ...]]] = [
+    ({"prompt": ""}, "prompt", ("prompt is empty", '""', "16000")),
+    ({"prompt": "  \n"}, "prompt", ("prompt is empty",)),
+    ({"prompt": "x" * 16_001}, "prompt", ("16001", "16000")),
+    ({"prompt": []}, "prompt", ("prompt is []", "at least 1")),
+    ({"prompt": [{"type": "text", "text": " "}]}, "prompt", ("prompt is empty",)),
+    ({"prompt": 5}, "prompt", ("prompt is 5",)),
+    ({}, "prompt", ("prompt is missing",)),
+    ({"prompt": [{"type": "video"}]}, "prompt[0]", ("video", '"type": "text"')),
+    ({"prompt": ["A fox"]}, "prompt[0]", ("A fox",)),
+    ({"prompt": [{"type": "text", "text": "a"}, {"type": "image"}]}, "prompt[1].image", ("missing",)),
+    ({"prompt": [{"type": "text", "text": "a", "x": 1}]}, "prompt[0].x", ("not a field",)),
+    ({"prompt": "A fox", "pages": 0}, "pages", ("pages is 0", "greater than or equal to 1")),
+    ({"prompt": "A fox", "pages": 17}, "pages", ("pages is 17", "less than or equal to 16")),
+    ({"prompt": "A fox", "pages": "4"}, "pages", ('pages is "4"', "integer")),
+    ({"prompt": "A fox", "pages": True}, "pages", ("pages is true", "integer")),
+    ({"prompt": "A fox", "pages": 2.5}, "pages", ("pages is 2.5", "integer")),
+    ({"prompt": "A fox", "colour": "red"}, "colour", ("colour", '"red"', "not a field")),
+    ({"prompt": "A fox", "seed": -1}, "seed", ("seed is -1",)),
+    ({"prompt": "A fox", "seed": 2**53}, "seed", (str(2**53),)),
+    ({"prompt": "A fox", "steps": 101}, "steps", ("steps is 101", "100")),
+    ({"prompt": "A fox", "guidance_scale": 0.5}, "guidance_scale", ("0.5", "1")),
+    ({"prompt": "A fox", "scheduler": "euler"}, "scheduler", ('"euler"', "ddim")),
+    ({"prompt": "A fox", "temperature": -0.1}, "temperature", ("-0.1",)),
+    ({"prompt": "A fox", "top_p": 0}, "top_p", ("top_p is 0",)),
+    ({"prompt": "A fox", "max_page_tokens": 0}, "max_page_tokens", ("max_page_tokens is 0",)),
+    ({"prompt": "A fox", "wait": False}, "wait", ("wait is false", "does not serve")),
+    ({"prompt": "A fox", "feedback": "pictures"}, "feedback", ('feedback is "pictures"', "does not serve")),
+    ({"prompt": "A fox", "previews": True}, "previews", ("previews is true", "does not serve")),
+    ({"prompt": "word " * 200}, "prompt", ("200 tokens", "100")),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "says"), BAD_STORIES, ids=lambda value: str(value)[:40])
+def test_a_bad_field_is_named_with_its_value_and_limit(
+    served: Served, body: dict[str, object], param: str, says: tuple[str, ...]
+) -> None:
+    assert_error(served.post(body), 422, param=param, says=says)
+    assert_error(served.post({**body, "stream": True}), 422, param=param, says=says)
+    assert served.front.admission.num_running == 0
+    assert served.post({"prompt": "A fox", "pages": 1}).status_code == 201  # the server lives on
+
+
+LARGE_PNG = make_png(size=(5000, 4000))
+BAD_IMAGES = {
+    "text": (data_url(b"not a picture at all"), "not a readable"),
+    "cut off": (data_url(make_png(size=(64, 64))[:-40]), "not a readable"),
+    "only a header": (data_url(make_png()[:20]), "not a readable"),
+    "another format": (data_url(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "image/gif"), "not a readable"),
+    "address": ("https://example.com/x.png", "must be a data URL"),
+    "file": ("file:///etc/passwd", "must be a data URL"),
+    "no base64": ("data:image/png,abc", "must be a data URL"),
+    "broken base64": ("data:image/png;base64,@@@@", "base64 is broken"),
+    "empty": ("", "must be a data URL"),
+    "nothing in it": ("data:image/png;base64,", "not a readable"),
+    "too many pixels": (data_url(LARGE_PNG), "5000 x 4000 pixels but must have at most 16777216"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_an_image_that_is_none_is_named_by_its_place(served: Served, name: str) -> None:
+    url, says = BAD_IMAGES[name]
+    parts = [{"type": "text", "text": "Go on"}, {"type": "image", "image": url}]
+    reply = served.post({"prompt": parts})
+    assert_error(reply, 422, param="prompt[1].image", says=("prompt[1].image", says))
+    assert len(reply.text) < 400
+    assert not served.generator.requests
+
+
+def test_webp_is_read_and_handed_on_as_png(served: Served) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(file, "WEBP", lossless=True)
+    served.post({"prompt": [{"type": "image", "image": data_url(file.getvalue(), "image/webp")}], "pages": 1})
+    [part] = served.generator.requests[0].prompt
+    assert part.data.startswith(b"\x89PNG")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {"content-type": "application/json"}, 400),
+        (b"\xff\xfe", {"content-type": "application/json"}, 400),
+        (b"[1]", {"content-type": "application/json"}, 422),
+        (b"", {"content-type": "application/json"}, 422),
+        (b'{"prompt": "A fox"}', {"content-type": "application/x-www-form-urlencoded"}, 422),
+        (b"[" * 100_000, {"content-type": "application/json"}, 400),
+        (b'{"prompt": "A fox", "pages": ' + b"9" * 5000 + b"}", {"content-type": "application/json"}, 400),
+        (b'{"prompt": "A fox", "guidance_scale": NaN}', {"content-type": "application/json"}, 422),
+    ],
+)
+def test_a_body_that_is_no_object_is_refused(
+    served: Served, content: bytes, headers: dict[str, str], status: int
+) -> None:
+    reply = served.request("POST", "/v1/stories", content=content, headers=headers)
+    assert reply.status_code == status, reply.text
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", ["/v1/stories", "/v1/images/generations"])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_over_the_limit_is_refused_unread(served: Served, path: str, is_chunked: bool) -> None:
+    num_read = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal num_read
+        for _ in range(64):
+            num_read += 1
+            yield b"x" * 2**20
+
+    content = chunks() if is_chunked else b"x" * (8 * 2**20 + 1)
+    reply = served.request("POST", path, content=content, headers={"content-type": "application/json"})
+    assert_error(reply, 413, says=("8388608",))
+    assert num_read <= 10
+
+
+def test_a_body_at_the_limit_is_read(served: Served) -> None:
+    body = b'{"prompt": "A fox", "pages": 1' + b" " * (8 * 2**20 - 31) + b"}"
+    assert len(body) == 8 * 2**20
+    headers = {"content-type": "application/json"}
+    assert served.request("POST", "/v1/stories", content=body, headers=headers).status_code == 201
+
+
+def test_headers_and_queries_of_later_versions_are_refused(served: Served) -> None:
+    story_id = served.post({"prompt": "A fox", "pages": 1}).json()["id"]
+    assert_error(served.request("GET", f"/v1/stories/{story_id}?wait=30"), 422, param="wait")
+    assert_error(served.request("GET", f"/v1/stories/{story_id}/pages/1.png?variant=2"), 422, param="variant")
+    reply = served.request("POST", "/v1/stories", json={"prompt": "A fox"}, headers={"Idempotency-Key": "a"})
+    assert_error(reply, 422, param="Idempotency-Key")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/stories/story_none", 404),
+        ("GET", "/v1/stories/..%2f..%2fetc", 404),
+        ("GET", "/v1/stories/%00", 404),
+        ("GET", "/v1/stories/story_none/pages/1.png", 404),
+        ("GET", "/v1/stories/story_none/pages/x.png", 404),
+        ("GET", "/v1/stories/story_none/pages/99999999999999999999999.png", 404),
+        ("POST", "/v1/chat/completions", 404),
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/stories", 405),
+        ("DELETE", "/v1/stories/story_none", 405),
+        ("PUT", "/v1/images/generations", 405),
+    ],
+)
+def test_what_is_not_there_has_openais_error_shape(served: Served, method: str, path: str, status: int) -> None:
+    assert_error(served.request(method, path), status)
+
+
+# Pictures
+
+
+def test_pictures_of_a_caption(served: Served) -> None:
+    reply = served.post({"prompt": "A fox on a hill", "n": 3, "seed": 11}, "/v1/images/generations")
+    assert reply.status_code == 200
+    body = reply.json()
+    assert body["x_native_size"] == "16x16"
+    assert [item["x_seed"] for item in body["data"]] == [11, 12, 13]
+    assert all(base64.b64decode(item["b64_json"]).startswith(b"\x89PNG") for item in body["data"])
+    [request] = served.generator.requests  # the language model is asked once
+    assert (request.mode, request.prompt, request.pages) == ("caption", ("A fox on a hill",), 1)
+    assert [draw.settings for draw in served.decoder.requests] == [CONFIG.draw] * 3
+    assert served.generator.num_closed == 1
+
+
+@pytest.mark.parametrize("size", ["auto", "16x16", None])
+def test_the_native_size_is_served(served: Served, size: str | None) -> None:
+    reply = served.post({"prompt": "A fox", "size": size, "model": "storybook"}, "/v1/images/generations")
+    assert reply.status_code == 200
+
+
+def test_ignored_fields_are_accepted(served: Served) -> None:
+    body = {
+        "prompt": "A fox",
+        "user": "u",
+        "quality": "hd",
+        "style": "vivid",
+        "moderation": "low",
+        "background": "auto",
+    }
+    body |= {"response_format": "b64_json", "output_format": "png"}
+    assert served.post(body, "/v1/images/generations").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", "1024x1024"),
+        ("response_format", "url"),
+        ("output_format", "jpeg"),
+        ("background", "transparent"),
+        ("stream", True),
+        ("partial_images", 2),
+        ("output_compression", 50),
+        ("n", 0),
+        ("n", 11),
+        ("prompt", ""),
+        ("prompt", None),
+        ("seed", -1),
+        ("colour", "red"),
+    ],
+)
+def test_what_would_mislead_is_refused_by_name(served: Served, field: str, value: object) -> None:
+    reply = served.post({"prompt": "A fox", field: value}, "/v1/images/generations")
+    assert_error(reply, 400, param=field, says=(field, json.dumps(value)))
+    assert not served.generator.requests
+
+
+def test_an_unknown_model_is_not_found(served: Served) -> None:
+    reply = served.post({"prompt": "A fox", "model": "dall-e-3"}, "/v1/images/generations")
+    assert_error(reply, 404, param="model", says=("dall-e-3", "storybook"))
+    assert reply.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_lost_connection_stops_the_pictures(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        served.generator.gate.clear()
+        asking = asyncio.create_task(client.post("/v1/images/generations", json={"prompt": "A fox"}))
+        while not served.generator.requests:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.wait({asking})
+        await asyncio.sleep(0.01)
+        assert served.generator.num_closed == 1
+        assert served.front.admission.num_running == 0
+
+    served.run(use)
+
+
+# The rest
+
+
+def test_models_shows_the_defaults_that_a_request_takes(served: Served) -> None:
+    body = served.request("GET", "/v1/models").json()
+    [model] = body["data"]
+    assert body["object"] == "list"
+    assert (model["id"], model["object"], model["image_size"]) == ("storybook", "model", "16x16")
+    assert model["defaults"]["steps"] == 3
+    assert set(model["defaults"]) <= set(CreateStory.model_fields)
+    served.post({"prompt": "A fox", **model["defaults"], "pages": 1, "seed": 1})
+    served.post({"prompt": "A fox", "pages": 1, "seed": 1})
+    assert served.generator.requests[0] == served.generator.requests[1]
+
+
+def test_health_readiness_docs_and_the_page(served: Served) -> None:
+    assert served.request("GET", "/healthz").json() == {"status": "alive"}
+    assert served.request("GET", "/readyz").json() == {"status": "ready"}
+    assert served.request("GET", "/docs").status_code == 200
+    assert "CreateStory" in served.request("GET", "/openapi.json").json()["components"]["schemas"]
+    page = served.request("GET", "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
+def test_the_schedulers_are_those_that_the_decoder_knows() -> None:
+    from minigpt5.diffusion import SCHEDULERS  # loads torch
+
+    annotation = CreateStory.model_fields["scheduler"].annotation
+    names = {name for member in get_args(annotation) for name in get_args(member)}
+    assert names == set(SCHEDULERS)

@@ -1,0 +1,66 @@
+"""Starting the server: what can be wrong is said before Ray starts."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from deployments.__main__ import StartError, check_model, check_port, check_storage
+from deployments.application import AppArgs
+
+
+def test_a_taken_port_is_named_with_what_to_do() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(StartError, match=rf"port {port} .*make serve PORT=\d+"):
+            check_port(port)
+    check_port(port)
+
+
+@pytest.mark.parametrize("port", [0, 65536, -1])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(StartError, match=f"port is {port}"):
+        check_port(port)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="no config.json"):
+        check_model(str(tmp_path))
+
+
+def test_storage_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(StartError, match="/proc/version"):
+        check_storage("/proc/version/stories")
+
+
+def test_arguments_of_the_builder_are_typed() -> None:
+    args = AppArgs.model_validate({"model": "x", "decoder_max_replicas": "3", "generator_num_cpus": "0.5"})
+    assert (args.decoder_max_replicas, args.generator_num_cpus) == (3, 0.5)
+    with pytest.raises(ValueError, match="colour"):
+        AppArgs.model_validate({"colour": "red"})
+    with pytest.raises(ValueError, match="decoder_min_replicas is 3"):
+        AppArgs.model_validate({"decoder_min_replicas": 3, "decoder_max_replicas": 2})
+
+
+def test_the_defaults_fit_two_cpus_at_full_scale() -> None:
+    args = AppArgs()
+    engines = args.generator_num_cpus * args.generator_max_replicas + args.decoder_num_cpus * args.decoder_max_replicas
+    assert engines + 0.1 <= 2
+    assert Path(args.model).is_absolute()
+
+
+def test_the_builder_wires_three_deployments_of_fixed_names(tmp_path: Path) -> None:
+    import json
+
+    from deployments import app
+    from minigpt5.config import storybook, to_json
+
+    (tmp_path / "config.json").write_text(json.dumps(to_json(storybook())))
+    application = app(AppArgs(model=str(tmp_path), storage=str(tmp_path)))
+    names = {application._bound_deployment.name}
+    names |= {argument._bound_deployment.name for argument in application._bound_deployment.init_args[:2]}
+    assert names == {"Ingress", "VokenGenerator", "DiffusionDecoder"}
