@@ -4,7 +4,11 @@ Two pools of actors on Ray Data, one that writes and one that draws; pages go fr
 written, and each story is stored when it is whole. A second run does what the first has left. A row without a seed
 gets one from its prompt, so that every run makes the same stories, and the same as a server for that seed.
 
-It runs in the cluster of $RAY_ADDRESS, which `ray job submit` sets, else in one of its own on this machine.
+It runs in the cluster of $RAY_ADDRESS, which `ray job submit` sets, else in one of its own on this machine. A cluster
+with token authentication is asked with the token of $RAY_AUTH_TOKEN or ~/.ray/auth_token:
+
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 -- \\
+        python -m batch_jobs.illustrate s3://bucket/prompts.jsonl --output s3://bucket/stories
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from pathlib import Path
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, read_rows
@@ -130,11 +134,11 @@ def _stories(rows: list[StoryJob | BadRow], make_pages: Callable[[list[StoryJob]
 def make_pages_on_ray(jobs: list[StoryJob], *, config: ModelConfig, engines: Engines) -> Iterable[Row]:
     """The pipeline: jobs -> written pages -> drawn pages, in the order in which they are finished."""
     connect(engines.num_generators + engines.num_decoders)
-    context = DataContext.get_current()
-    context.target_max_block_size = 1  # a block for each page: it is drawn while the next one is written
-    context.enable_progress_bars = False
     table = pa.Table.from_pylist([asdict(job) for job in jobs])
-    written = ray.data.from_arrow(table, override_num_blocks=min(len(jobs), MAX_BLOCKS)).map_batches(
+    stories = ray.data.from_arrow(table, override_num_blocks=min(len(jobs), MAX_BLOCKS))
+    stories.context.target_max_block_size = 1  # a block for each page: it is drawn while the next one is written
+    stories.context.enable_progress_bars = False
+    written = stories.map_batches(
         Write,
         fn_constructor_args=(engines.load_generator, config.sampling),
         compute=_pool(engines.num_generators, STORIES_AT_ONCE),

@@ -10,7 +10,7 @@ import json
 import secrets
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
@@ -128,17 +128,14 @@ def to_story_request(body: CreateStory, config: ModelConfig) -> StoryRequest:
         prompt=_read_prompt(body.prompt),
         pages=body.pages,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        sampling=dataclasses.replace(
-            config.sampling, **_sent(body, [field.name for field in dataclasses.fields(Sampling)])
-        ),
-        draw=dataclasses.replace(
-            config.draw, **_sent(body, [field.name for field in dataclasses.fields(DrawSettings)])
-        ),
+        sampling=dataclasses.replace(config.sampling, **_sent(body, Sampling)),
+        draw=dataclasses.replace(config.draw, **_sent(body, DrawSettings)),
     )
 
 
-def _sent(body: CreateStory, names: list[str]) -> dict[str, object]:
-    values = {name: getattr(body, name, None) for name in names}
+def _sent(body: CreateStory, settings: type[Sampling] | type[DrawSettings]) -> dict[str, Any]:
+    """The fields of `settings` that the body sets."""
+    values = {field.name: getattr(body, field.name, None) for field in dataclasses.fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -234,9 +231,10 @@ def picture_url(story_id: str, page: int) -> str:
 
 
 def page_reply(story_id: str, page: PageState) -> PageReply:
-    image = page.image and ImageReply(
-        url=picture_url(story_id, page.index), width=page.image.width, height=page.image.height, seed=page.image.seed
-    )
+    image = None
+    if page.image:
+        url = picture_url(story_id, page.index)
+        image = ImageReply(url=url, width=page.image.width, height=page.image.height, seed=page.image.seed)
     return PageReply(index=page.index, text=page.text, image=image, error=page.error)
 
 

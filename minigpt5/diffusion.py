@@ -75,9 +75,8 @@ def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
     if vae.config.latents_mean is None:
         zero = torch.zeros(1, dtype=like.dtype, device=like.device)
         return zero, zero + 1 / vae.config.scaling_factor
-    options = {"dtype": like.dtype, "device": like.device}
     mean, std = (
-        torch.tensor(values, **options).view(1, -1, 1, 1)
+        torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std

@@ -6,6 +6,7 @@ Shape letters: B sequences, S positions, H hidden width, V vokens, N input pictu
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,10 @@ class LanguageModel(nn.Module):
 
     def __init__(self, body: nn.Module, head_TH: Tensor, rows: VokenRows) -> None:
         super().__init__()
-        self.body, self.rows = body, rows
+        self.body: Any = body
+        """The transformer, with or without an adapter around it."""
+        self.rows = rows
+        self.head_TH: Tensor
         self.register_buffer("head_TH", head_TH, persistent=False)
 
     @classmethod

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from minigpt5.types import InputImage, Page, PromptPart, StoryRequest
+from minigpt5.types import InputImage, PromptPart, StoryRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from minigpt5.vokens import VokenRows
 
 IGNORED = -100
+Task = Literal["text", "picture", "both"]
+"""A page's text from its picture, its picture from its text, or both."""
 END = " ###"
 READ_AND_TELL = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide "
@@ -107,12 +109,11 @@ def story_segments(prompt: Sequence[PromptPart], num_pages: int, pages: Sequence
     return segments
 
 
-def next_page_segments(
-    history: Sequence[str], page: str, task: Literal["text", "picture", "both"], *, variant: int
-) -> list[Segment]:
+def next_page_segments(history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
     """The published stage-2 tasks on a page that follows others: its text from its picture, its picture from its
     text, or both. `variant` chooses among the published instructions."""
     segments = [text(f"{READ_AND_TELL}###Human:")]
+    asks: tuple[str, ...]
     for past in history:
         segments += [text(f"{past}<Img>"), READ, text("</Img>")]
     if history:
@@ -145,19 +146,5 @@ def request_segments(request: StoryRequest) -> list[Segment]:
     """What the generator reads before it writes."""
     if request.mode == "caption":
         return caption_segments(" ".join(part for part in request.prompt if isinstance(part, str)))[:1]
-    written: list[Page] = list(request.previous)
-    segments = story_segments(request.prompt, len(written) + request.pages, [page.text for page in written])
-    return segments
-
-
-__all__ = [
-    "IGNORED",
-    "Segment",
-    "Tokens",
-    "caption_segments",
-    "describe_segments",
-    "encode",
-    "next_page_segments",
-    "request_segments",
-    "story_segments",
-]
+    written = [page.text for page in request.previous]
+    return story_segments(request.prompt, len(written) + request.pages, written)

@@ -143,12 +143,10 @@ class StoryBuilder:
     def page_state(self, index: int) -> PageState:
         page = self._page(index)
         picture = page.picture
-        image = picture and ImageState(
-            width=picture.width,
-            height=picture.height,
-            seed=picture.seed,
-            draw=dataclasses.replace(self.request.draw, steps=picture.denoise_steps),
-        )
+        image = None
+        if picture:
+            draw = dataclasses.replace(self.request.draw, steps=picture.denoise_steps)
+            image = ImageState(width=picture.width, height=picture.height, seed=picture.seed, draw=draw)
         return PageState(index=index, text=page.text.strip(), image=image, error=page.error)
 
     def _page(self, index: int) -> Page:

@@ -24,7 +24,7 @@ class PictureEncoder(nn.Module):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.network = EfficientNet.from_name("efficientnet-lite0")
-        self.network.load_state_dict(load_tensors(folder))
+        self.network.load_state_dict(load_tensors(Path(folder)))
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> PictureEncoder:

@@ -131,7 +131,12 @@ def test_an_input_picture_changes_what_is_written(generator: VokenGenerator) -> 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"prompt": ("  ",)}, "prompt"), ({"pages": 0}, "pages"), ({"pages": 17}, "pages"), ({"prompt": ("a " * 600,)}, "prompt")],
+    [
+        ({"prompt": ("  ",)}, "prompt"),
+        ({"pages": 0}, "pages"),
+        ({"pages": 17}, "pages"),
+        ({"prompt": ("a " * 600,)}, "prompt"),
+    ],
 )
 def test_bad_requests_name_their_field(generator: VokenGenerator, changes: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -20,7 +20,7 @@ from training.presets import Preset
 MAX_FAILURES = 3
 
 
-def run_on_ray(preset: Preset, runs: Path, num_workers: int) -> None:
+def run_on_ray(preset: Preset, runs: Path, start: Path | None, num_workers: int) -> None:
     """Train with `num_workers` workers; `runs` must be a folder that all of them see."""
     if preset.batch_size % num_workers:
         raise TrainingError(
@@ -29,14 +29,16 @@ def run_on_ray(preset: Preset, runs: Path, num_workers: int) -> None:
     if not ray.is_initialized():
         ray.init(num_cpus=max(4, os.cpu_count() or 1))  # logical: data tasks must fit beside the workers
     first_step = checkpoint.newest_step(runs / preset.stage)
+    settings = {
+        "preset": dataclasses.asdict(preset),
+        "runs": str(runs),
+        "start": str(start) if start else None,
+        "first_step": first_step,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
             work,
-            train_loop_config={
-                "preset": dataclasses.asdict(preset),
-                "runs": str(runs),
-                "first_step": first_step,
-            },
+            train_loop_config=settings,
             scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 0.5}),
             run_config=RunConfig(
                 name=preset.stage,
@@ -53,6 +55,7 @@ def work(settings: dict[str, object]) -> None:
     from training.train import build_stage
 
     preset, runs = Preset(**settings["preset"]), Path(str(settings["runs"]))  # type: ignore[arg-type]
+    start = Path(str(settings["start"])) if settings["start"] else None
     torch.set_num_threads(preset.num_threads)
     batches = data.ray_batches(
         ray.train.get_dataset_shard("train"),
@@ -60,4 +63,4 @@ def work(settings: dict[str, object]) -> None:
         first_step=int(str(settings["first_step"])),
         num_workers=ray.train.get_context().get_world_size(),
     )
-    loop.fit(build_stage(preset, runs), preset, runs / preset.stage, batches, report=ray.train.report)
+    loop.fit(build_stage(preset, runs, start), preset, runs / preset.stage, batches, report=ray.train.report)

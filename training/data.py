@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minigpt5.prompt import caption_segments, describe_segments, next_page_segments, story_segments
+from minigpt5.prompt import Task, caption_segments, describe_segments, next_page_segments, story_segments
 from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.scenes import IMAGE_PX, draw_scene, scene_at, sprite_boxes
@@ -110,7 +110,8 @@ def _page(seed: int, row_id: int, rng: np.random.Generator) -> Row:
     story = story_at(row_id, seed=seed)
     index = int(rng.integers(min(3, len(story.pages))))
     page, history = story.pages[index], story.pages[:index]
-    task = ("text", "picture", "both")[rng.integers(3)] if index else "picture"
+    tasks: tuple[Task, ...] = ("text", "picture", "both") if index else ("picture",)
+    task = tasks[rng.integers(len(tasks))]
     picture, read = draw_scene(page.scene), [draw_scene(past.scene) for past in history]
     segments = next_page_segments([past.text for past in history], page.text, task, variant=int(rng.integers(6)))
     if task == "text":
@@ -155,7 +156,7 @@ def ray_rows(preset: Preset, *, first_step: int) -> Dataset:
     """The same rows as a Ray Data pipeline, in order, from `first_step` to the end of the preset."""
     import ray
 
-    def make(rows: dict[str, np.ndarray]) -> dict[str, list[object]]:
+    def make(rows: dict[str, np.ndarray]) -> dict[str, list[int] | list[bytes]]:
         ids = [int(i) + first_step * preset.batch_size for i in rows["id"]]
         return {"id": ids, "row": [pickle.dumps(row_at(preset, i)) for i in ids]}
 

@@ -27,8 +27,9 @@ Report = Callable[[dict[str, float]], None]
 class Stage(Protocol):
     """One stage of training: what is trained, on which loss, and what comes out."""
 
-    objective: nn.Module
-    """batch, progress (0 to 1) -> losses by name; "loss" is the one that is minimised."""
+    @property
+    def objective(self) -> nn.Module:
+        """batch, progress (0 to 1) -> losses by name; "loss" is the one that is minimised."""
 
     def parameter_groups(self) -> list[dict[str, object]]: ...
     def draw_sheet(self, path: Path) -> None: ...

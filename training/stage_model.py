@@ -50,7 +50,7 @@ class StageObjective(nn.Module):
 
 
 class ModelStage:
-    def __init__(self, preset: Preset, runs: Path) -> None:
+    def __init__(self, preset: Preset, runs: Path, start: Path | None = None) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
         self.config = storybook()
@@ -58,14 +58,15 @@ class ModelStage:
         self.language = LanguageModel.from_base(base, self.config)
         self.vision = model_folder.new_vision(self.config)
         self.mapper = Mapper(self.config)
-        if previous := PREVIOUS[preset.stage]:
-            self._load(runs / previous / "model")
+        previous = start or (runs / before / "model" if (before := PREVIOUS[preset.stage]) else None)
+        if previous:
+            self._load(previous)
         if preset.stage == "learn":
-            self.language.add_adapter(self.config.lora)
+            self._adapt(previous)
         self._freeze()
         positions = self.config.condition_length
         text_encoder = TextEncoder(resolve(self.config.text_encoder), num_positions=positions)
-        self.diffusion = Diffusion.from_pretrained(runs / "unet" / "model")
+        self.diffusion = Diffusion.from_pretrained(start / "decoder" if start else runs / "unet" / "model")
         self.diffusion.unet.to(memory_format=torch.channels_last)
         objective = Objective(
             self.config,
@@ -79,7 +80,8 @@ class ModelStage:
             num_replayed=preset.num_replayed,
         )
         objective.standardise_captions(
-            [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)], start_there=preset.stage == "align"
+            [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
+            start_there=preset.stage == "align" and not start,
         )
         self.objective = StageObjective(objective, preset)
 
@@ -87,6 +89,13 @@ class ModelStage:
         model_folder.load_rows(folder, self.language)
         model_folder.load_qformer(folder, self.vision)
         self.mapper = model_folder.load_mapper(folder, self.config)
+
+    def _adapt(self, previous: Path | None) -> None:
+        """The adapter of the folder that is gone on from, else a fresh one."""
+        if previous and (previous / "adapter").is_dir():
+            self.language.load_adapter(previous / "adapter", trainable=True)
+        else:
+            self.language.add_adapter(self.config.lora)
 
     def _freeze(self) -> None:
         stage = self.preset.stage

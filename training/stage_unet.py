@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
@@ -48,14 +47,18 @@ class UnetObjective(nn.Module):
 
 
 class UnetStage:
-    def __init__(self, preset: Preset, runs: Path) -> None:
+    def __init__(self, preset: Preset, runs: Path, start: Path | None = None) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        vae = AutoencoderKL.from_pretrained(runs / "vae" / "model" / "vae", torch_dtype=torch.float32)
-        unet = new_storybook_unet(config.condition_width).to(memory_format=torch.channels_last)
+        if start:
+            self.diffusion = Diffusion.from_pretrained(start / "decoder")
+        else:
+            unet = new_storybook_unet(config.condition_width)
+            vae = model_folder.load_vae(runs / "vae" / "model")
+            self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
+        self.diffusion.unet.to(memory_format=torch.channels_last)
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
         self.preset = preset
-        self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
         self.objective = UnetObjective(self.diffusion, text_encoder)
 
     def parameter_groups(self) -> list[dict[str, object]]:

@@ -45,10 +45,11 @@ class VaeObjective(nn.Module):
 
 
 class VaeStage:
-    def __init__(self, preset: Preset) -> None:
+    def __init__(self, preset: Preset, start: Path | None = None) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
-        self.vae = new_storybook_vae().to(memory_format=torch.channels_last)
+        vae = model_folder.load_vae(start / "decoder") if start else new_storybook_vae()
+        self.vae = vae.to(memory_format=torch.channels_last)
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""Every file under cluster/ is what its reader expects: Serve, KubeRay, and the modules and arguments that they name."""
+"""Every file under cluster/ is what its reader expects: Serve, KubeRay, the modules and arguments that it names."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_storybook_fits_two_cpus() -> None:
     assert asked <= 2
 
 
-@pytest.mark.parametrize("manifest", manifests())
+@pytest.mark.parametrize("manifest", list(manifests()))
 def test_a_manifest_has_what_kuberay_asks_for(manifest: dict[str, Any]) -> None:
     assert manifest["apiVersion"] == "ray.io/v1"
     cluster = cluster_of(manifest)

@@ -16,7 +16,13 @@ from training import checkpoint, data, loop, presets
 from training.stage_vae import VaeStage
 
 TINY = dataclasses.replace(
-    presets.STORYBOOK["vae"], steps=4, batch_size=2, warmup_steps=2, log_every=1, sheet_every_s=1e9, checkpoint_every_s=1e9
+    presets.STORYBOOK["vae"],
+    steps=4,
+    batch_size=2,
+    warmup_steps=2,
+    log_every=1,
+    sheet_every_s=1e9,
+    checkpoint_every_s=1e9,
 )
 
 

@@ -1,0 +1,182 @@
+"""Picture accuracy through the vokens: `python -m tests.bench.quality [--num 500] [--model FOLDER]`.
+
+Scenes are asked for by captions of the held-out split that say every fact, drawn by the shipped folder's
+default request, one seed for each caption, no selection; the scorer reads the pictures. Held-out and seen pairs
+apart, and beside them the ceiling: what the scorer reads from true scenes and from their VAE reconstructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from minigpt5.config import default_model_folder
+from minigpt5.diffusion import Diffusion
+from minigpt5.pipeline import MiniGPT5
+from minigpt5.storybook.captions import Facts, write_caption
+from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
+from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
+from minigpt5.types import DrawRequest
+
+SEED = 2310
+BATCH_SIZE = 8
+TINY = 24
+NUM_CRISP = 100
+"""Pictures of each kind whose crispness is measured."""
+FACTS = ("who", "what", "side", "place", "time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is asked for: a scene nobody trained on, and a caption with all its facts."""
+
+    scene: Scene
+    caption: str
+    seed: int
+
+    @property
+    def facts(self) -> Facts:
+        return Facts.of(self.scene)
+
+
+def ask(num: int, *, held_out_pairs: bool) -> list[Asked]:
+    """The first `num` scenes of the held-out split, of held-out or of seen pairs."""
+    asked = []
+    for index in range(num):
+        scene = scene_at(index, seed=SEED, split="heldout", held_out_pairs=held_out_pairs)
+        caption = write_caption(Facts.of(scene), np.random.default_rng([SEED, index]))
+        asked.append(Asked(scene=scene, caption=caption, seed=index))
+    return asked
+
+
+def draw(model: MiniGPT5, asked: Sequence[Asked]) -> np.ndarray:
+    """One picture for each caption: (B, Y, X, 3) uint8."""
+    pictures = []
+    for start in range(0, len(asked), BATCH_SIZE):
+        requests = [
+            DrawRequest(vokens=model.vokens(one.caption), seed=one.seed, settings=model.config.draw)
+            for one in asked[start : start + BATCH_SIZE]
+        ]
+        pictures += [picture.png for picture in model.decoder.draw(requests)]
+    return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pictures])
+
+
+@torch.no_grad()
+def reconstruct(diffusion: Diffusion, pixels: np.ndarray) -> np.ndarray:
+    """Pictures through the VAE and back."""
+    batches = [
+        diffusion.to_pixels(diffusion.to_latents(to_pictures(pixels[start : start + BATCH_SIZE])))
+        for start in range(0, len(pixels), BATCH_SIZE)
+    ]
+    return ((torch.cat(batches) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def accuracy(scorer: Scorer, pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+    """Share of pictures that show each fact as it was asked for, and all of them."""
+    pairs = [(answer, one.facts) for answer, one in zip(scorer.score(pixels), asked, strict=True)]
+    right = {
+        name: sum(getattr(answer, name) == getattr(facts, name) for answer, facts in pairs) for name in FACTS
+    }
+    right["all"] = sum(answer == facts for answer, facts in pairs)
+    return {name: share(num, len(pairs)) for name, num in right.items()}
+
+
+def share(num_right: int, num: int) -> dict[str, float]:
+    """A share with its Wilson 95 % interval."""
+    z, p = 1.959964, num_right / num
+    middle = (p + z * z / (2 * num)) / (1 + z * z / num)
+    reach = z * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num)) / (1 + z * z / num)
+    low, high = max(0.0, middle - reach), min(1.0, middle + reach)
+    return {"share": round(p, 4), "low": round(low, 4), "high": round(high, 4), "num": num}
+
+
+def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
+    """Mean crispness of the asked character, of the asked object and of both."""
+    values = [
+        [crispness(picture, name) for name in (one.scene.who, one.scene.what)]
+        for picture, one in zip(pixels[:NUM_CRISP], asked, strict=False)
+    ]
+    who, what = np.mean(values, axis=0)
+    return {
+        "who": round(who, 4),
+        "what": round(what, 4),
+        "both": round((who + what) / 2, 4),
+        "num": len(values),
+    }
+
+
+def measure(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
+    """All figures of this bench."""
+    figures: dict[str, object] = {
+        "model": model.config.name,
+        "fingerprint": model.config.fingerprint,
+        "draw": dataclasses.asdict(model.config.draw),
+    }
+    for name, held_out_pairs in (("held_out_pairs", True), ("seen_pairs", False)):
+        asked = ask(num, held_out_pairs=held_out_pairs)
+        true = np.stack([draw_scene(one.scene) for one in asked])
+        again = reconstruct(model.decoder.diffusion, true)
+        start = time.monotonic()
+        drawn = draw(model, asked)
+        seconds = (time.monotonic() - start) / num
+        kinds = {"drawn": drawn, "reconstructed": again, "true": true}
+        figures[name] = {
+            "accuracy": {kind: accuracy(scorer, pixels, asked) for kind, pixels in kinds.items()},
+            "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
+            "seconds_a_picture": round(seconds, 3),
+        }
+    return figures
+
+
+def machine() -> dict[str, object]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
+    parser.add_argument(
+        "--num", type=int, default=500, help="captions of held-out pairs, and as many of seen pairs"
+    )
+    parser.add_argument("--tiny", action="store_true", help=f"{TINY} captions: a check that the bench runs")
+    parser.add_argument("--model", type=Path, default=default_model_folder())
+    parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
+    parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
+    options = parser.parse_args(arguments)
+    if options.num < 1:
+        parser.error(f"--num is {options.num} but must be 1 or more")
+    model = MiniGPT5.from_pretrained(options.model, num_threads=options.threads)
+    figures = measure(model, load_scorer(), TINY if options.tiny else options.num)
+    given = sys.argv[1:] if arguments is None else arguments
+    report = {
+        "ratios": {},
+        "figures": figures,
+        "machine": machine(),
+        "command": " ".join(["python -m tests.bench.quality", *given]),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

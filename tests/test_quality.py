@@ -1,0 +1,114 @@
+"""The shipped model's pictures show what captions ask for: 24 captions of pairs that no training has seen."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minigpt5.config import default_model_folder
+from minigpt5.pipeline import MiniGPT5
+from minigpt5.storybook.captions import Facts, facts_in
+from minigpt5.storybook.scenes import draw_scene, is_held_out
+from minigpt5.storybook.scorer import load_scorer
+from tests.bench import quality
+from tests.tiny import save_tiny
+
+FLOORS = {"who": 0.6, "what": 0.6, "side": 0.65, "place": 0.75, "time": 0.75}
+"""A model that is right nine times of ten falls below one of these less than once in a thousand runs."""
+CHANCE = 0.15
+"""Above what another caption's character is right by accident (1 in 30), below every floor."""
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniGPT5:
+    folder = default_model_folder()
+    if not (folder / "config.json").is_file():
+        pytest.skip("models/storybook is missing: there is no trained model to draw with")
+    return MiniGPT5.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[quality.Asked]:
+    return quality.ask(quality.TINY, held_out_pairs=True)
+
+
+@pytest.fixture(scope="module")
+def seen(model: MiniGPT5, asked: list[quality.Asked]) -> list[Facts]:
+    """What the scorer sees in the pictures."""
+    return load_scorer().score(quality.draw(model, asked))
+
+
+def test_pictures_show_what_held_out_captions_ask_for(seen: list[Facts], asked: list[quality.Asked]) -> None:
+    shares = {
+        name: np.mean(
+            [getattr(facts, name) == getattr(one.facts, name) for facts, one in zip(seen, asked, strict=True)]
+        )
+        for name in FLOORS
+    }
+    low = {
+        name: f"{shares[name]:.2f} is below {floor}" for name, floor in FLOORS.items() if shares[name] < floor
+    }
+    assert not low, low
+
+
+def test_pictures_of_other_captions_do_not_pass(seen: list[Facts], asked: list[quality.Asked]) -> None:
+    """The negative control: with captions shuffled, every way at once, the right character is an accident."""
+    right = [facts.who == one.facts.who for facts, one in others(seen, asked)]
+    assert np.mean(right) < CHANCE
+
+
+def test_the_floors_refuse_true_scenes_of_other_captions(asked: list[quality.Asked]) -> None:
+    """Without a model: the scorer passes the true scenes, and fails them when the captions are shuffled."""
+    true = load_scorer().score(np.stack([draw_scene(one.scene) for one in asked]))
+    assert np.mean([facts.who == one.facts.who for facts, one in zip(true, asked, strict=True)]) > 0.9
+    assert np.mean([facts.who == one.facts.who for facts, one in others(true, asked)]) < CHANCE
+
+
+def others(seen: list[Facts], asked: list[quality.Asked]) -> list[tuple[Facts, quality.Asked]]:
+    """Each picture with every caption but its own."""
+    return [(seen[i], asked[j]) for i, j in itertools.permutations(range(len(asked)), 2)]
+
+
+@pytest.mark.parametrize(
+    ("num_right", "num", "low", "high"), [(0, 10, 0.0, 0.2775), (475, 500, 0.9273, 0.9659)]
+)
+def test_a_share_has_its_wilson_interval(num_right: int, num: int, low: float, high: float) -> None:
+    found = quality.share(num_right, num)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_captions_ask_for_held_out_pairs_and_say_every_fact(asked: list[quality.Asked]) -> None:
+    assert all(is_held_out(one.scene.who, one.scene.what) for one in asked)
+    for one in asked:
+        assert facts_in(one.caption) == replace(one.facts, side=None)
+        assert one.facts.side in one.caption
+
+
+def test_the_bench_writes_its_report(tmp_path: Path) -> None:
+    """On a tiny model with random weights that draws 128 px in two steps."""
+    folder = tmp_path / "model"
+    save_tiny(folder)
+    edit_json(
+        folder / "config.json", image_px=128, draw={"steps": 2, "guidance_scale": 3.0, "scheduler": "ddim"}
+    )
+    edit_json(folder / "decoder" / "unet" / "config.json", sample_size=32)
+    out = tmp_path / "bench" / "quality.json"
+    quality.main(["--num", "2", "--model", str(folder), "--out", str(out), "--threads", "1"])
+    report = json.loads(out.read_text())
+    assert report["ratios"] == {}
+    assert report["machine"]["threads"] == 1
+    assert report["command"].startswith("python -m tests.bench.quality --num 2")
+    for pairs in ("held_out_pairs", "seen_pairs"):
+        figures = report["figures"][pairs]
+        assert figures["accuracy"]["true"]["who"]["share"] == 1
+        assert figures["accuracy"]["drawn"]["all"]["num"] == 2
+        assert figures["crispness"]["true"]["both"] > 0.85 > figures["crispness"]["drawn"]["both"]
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
