@@ -6,7 +6,6 @@ anywhere, by any number of workers.
 
 from __future__ import annotations
 
-import pickle
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -156,9 +155,11 @@ def ray_rows(preset: Preset, *, first_step: int) -> Dataset:
     """The same rows as a Ray Data pipeline, in order, from `first_step` to the end of the preset."""
     import ray
 
-    def make(rows: dict[str, np.ndarray]) -> dict[str, list[int] | list[bytes]]:
-        ids = [int(i) + first_step * preset.batch_size for i in rows["id"]]
-        return {"id": ids, "row": [pickle.dumps(row_at(preset, i)) for i in ids]}
+    def make(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids = rows["id"] + first_step * preset.batch_size
+        made = np.empty(len(ids), dtype=object)
+        made[:] = [row_at(preset, int(i)) for i in ids]
+        return {"id": ids, "row": made}
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     num_rows = (preset.steps - first_step) * preset.batch_size
@@ -175,6 +176,6 @@ def ray_batches(
         size = preset.batch_size // num_workers
         for index, block in enumerate(shard.iter_batches(batch_size=size, batch_format="numpy")):
             if index >= step - first_step:  # a restarted worker has already done the earlier ones
-                yield collate([pickle.loads(row) for row in block["row"]], [int(i) for i in block["id"]])
+                yield collate(list(block["row"]), block["id"].tolist())
 
     return batches

@@ -1,8 +1,8 @@
 """Picture accuracy through the vokens: `python -m tests.bench.quality [--num 500] [--model FOLDER]`.
 
 Scenes are asked for by captions of the held-out split that say every fact, drawn by the shipped folder's
-default request, one seed for each caption, no selection; the scorer reads the pictures. Held-out and seen pairs
-apart, and beside them the ceiling: what the scorer reads from true scenes and from their VAE reconstructions.
+default request, one seed for each caption, no selection; the scorer reads the pictures. Held-out and seen
+pairs apart, and beside them the ceiling: what the scorer reads from true scenes and their VAE reconstructions.
 """
 
 from __future__ import annotations

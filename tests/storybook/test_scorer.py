@@ -1,4 +1,4 @@
-"""The scorer reads true and blurred scenes and says no to other sprites; crispness tells sharp from blurred."""
+"""The scorer reads true and blurred scenes and refuses other sprites; crispness tells sharp from blurred."""
 
 from __future__ import annotations
 
