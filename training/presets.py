@@ -64,12 +64,13 @@ STORYBOOK = {
         steps=2_500,
         batch_size=4,
         learning_rate=5e-4,
-        mapper_learning_rate=1e-4,
-        rows_learning_rate=5e-4,
+        mapper_learning_rate=5e-4,
+        rows_learning_rate=1e-3,
         text_weight=1.0,
         picture_weight=0.0,
         caption_weight=0.5,
-        warmup_steps=50,
+        num_replayed=32,
+        warmup_steps=20,
     ),
 }
 

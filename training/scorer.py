@@ -44,8 +44,6 @@ UNKNOWN = -100
 """A label without a loss."""
 FACTS = ("who", "what", "side", "place", "time")
 
-Change = Callable[[np.ndarray], np.ndarray]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
@@ -117,7 +115,7 @@ def disturb(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=int(rng.integers(20, 90)))
         image = Image.open(file)
-    values = np.asarray(image).astype(np.float32)
+    values: np.ndarray = np.asarray(image).astype(np.float32)
     if rng.random() < 0.6:
         values = values * rng.uniform(0.85, 1.15, 3) + rng.uniform(-14, 14, 3)
     if rng.random() < 0.3:
@@ -164,14 +162,12 @@ def measure(scorer: Scorer, *, num: int = 1000) -> dict[str, dict[str, float]]:
         "true scenes, held-out pairs": shares(scorer, held_out),
     }
     for radius in (1.0, 1.5, 2.0):
-        figures[f"blur {radius} px, held-out pairs"] = shares(
-            scorer, held_out, lambda p, r=radius: blur(p, r)
-        )
+        figures[f"blur {radius} px, held-out pairs"] = shares(scorer, held_out, blur_px=radius)
     rng = np.random.default_rng(SEED)
     for name in ("who", "what"):
         others = [swapped(scene, name, rng) for scene in seen]
-        for kind, change in (("", lambda p: p), (", blur 1.5 px", lambda p: blur(p, 1.5))):
-            answers = scorer.score(np.stack([change(draw_scene(scene)) for scene in others]))
+        for kind, radius in (("", 0.0), (", blur 1.5 px", 1.5)):
+            answers = scorer.score(np.stack([blur(draw_scene(scene), radius) for scene in others]))
             wrong = [getattr(a, name) == getattr(s, name) for a, s in zip(answers, seen, strict=True)]
             figures[f"{name} swapped{kind}"] = {"accepted": float(np.mean(wrong))}
         emptied = [
@@ -183,8 +179,8 @@ def measure(scorer: Scorer, *, num: int = 1000) -> dict[str, dict[str, float]]:
     return figures
 
 
-def shares(scorer: Scorer, scenes: list[Scene], change: Change = lambda pixels: pixels) -> dict[str, float]:
-    answers = scorer.score(np.stack([change(draw_scene(scene)) for scene in scenes]))
+def shares(scorer: Scorer, scenes: list[Scene], *, blur_px: float = 0.0) -> dict[str, float]:
+    answers = scorer.score(np.stack([blur(draw_scene(scene), blur_px) for scene in scenes]))
     facts = [Facts.of(scene) for scene in scenes]
     right = {
         name: float(
@@ -199,7 +195,8 @@ def swapped(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
     """The same scene with another character or object: a picture that does not show what is asked for."""
     names = CHARACTERS if name == "who" else OBJECTS
     while True:
-        other = replace(scene, **{name: names[rng.integers(len(names))]})
+        chosen = names[rng.integers(len(names))]
+        other = replace(scene, who=chosen) if name == "who" else replace(scene, what=chosen)
         if getattr(other, name) != getattr(scene, name) and not is_held_out(other.who, other.what):
             return other
 

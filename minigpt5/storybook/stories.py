@@ -8,9 +8,9 @@ its pronouns), {O} the object, {carried} "carried {O}"; each becomes a name, a n
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def _says(lower: str, key: str | None) -> bool:
 
 
 def _pick(choices: Sequence[Choice], rng: np.random.Generator) -> Choice:
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _roles(num_pages: int) -> list[str]:
@@ -149,7 +149,7 @@ def _scenes(first: Scene, num_pages: int, rng: np.random.Generator) -> list[Scen
                 place = _pick([other for other in PLACES if other != place], rng)
             if rng.random() < 0.45:
                 time = _pick(_NEXT_TIMES[time], rng)
-            side = "left" if rng.random() < 0.5 else "right"
+            side: Literal["left", "right"] = "left" if rng.random() < 0.5 else "right"
             scenes.append(replace(first, place=place, time=time, side=side, seed=int(rng.integers(2**31))))
         if num_pages < 3 or (len({s.place for s in scenes}) > 1 and len({s.time for s in scenes}) > 1):
             return scenes
@@ -218,8 +218,8 @@ def _write_page(
     scene: Scene,
     before: Scene | None,
     voice: _Voice,
-    plot: dict[str, Sequence[str]],
-    wish: dict[str, Sequence[str]],
+    plot: Mapping[str, Sequence[str]],
+    wish: Mapping[str, Sequence[str]],
     rng: np.random.Generator,
 ) -> tuple[str, bool]:
     """The text of a page, and whether it says the side."""
@@ -251,9 +251,7 @@ class _Kept(dict):
 
 def _lead(scene: Scene, before: Scene, rng: np.random.Generator) -> str:
     """What opens a later page: the new time and place, or a look at the old ones, or nothing."""
-    leads = TIME_LEADS[scene.time]
-    if before.time != "rain":
-        leads = [lead for lead in leads if "again" not in lead]
+    leads = [lead for lead in TIME_LEADS[scene.time] if before.time == "rain" or "again" not in lead]
     time = _pick(leads, rng) + ", " if scene.time != before.time else ""
     if scene.place != before.place:
         return time + _pick(MOVES, rng).replace("{to}", _pick(PLACE_NAMES[scene.place], rng)) + ". "

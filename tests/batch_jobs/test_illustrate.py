@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -314,13 +315,19 @@ def test_the_shipped_model_illustrates_a_file_as_a_submitted_job(tmp_path: Path,
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}  # Ray's own clusters ask for the token that they wrote
     environment.pop("RAY_ADDRESS", None)
     runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
-    job = subprocess.run(
-        [*submit, "--runtime-env-json", runtime_env, "--", sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    deadline = time.monotonic() + 60
+    while True:
+        job = subprocess.run(
+            [*submit, "--runtime-env-json", runtime_env, "--", sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        # A cluster takes jobs some seconds after it is up.
+        if "No available agent" not in job.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(1)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "2 rows, 0 already there, 1 errors, 2 pictures" in job.stdout
     files = set((tmp_path / "out").iterdir())

@@ -1,8 +1,8 @@
 """Picture accuracy through the vokens: `python -m tests.bench.quality [--num 500] [--model FOLDER]`.
 
-Scenes are asked for by captions of the held-out split that say every fact, drawn by the shipped folder's
-default request, one seed for each caption, no selection; the scorer reads the pictures. Held-out and seen
-pairs apart, and beside them the ceiling: what the scorer reads from true scenes and their VAE reconstructions.
+Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
+default request, one seed for each caption, no selection; the scorer reads them. Held-out and seen pairs apart.
+Beside them the ceiling: what the scorer reads from true scenes and from their VAE reconstructions.
 """
 
 from __future__ import annotations
@@ -142,6 +142,12 @@ def measure(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
     return figures
 
 
+def save_report(path: Path, figures: dict[str, object], *, command: str) -> None:
+    report = {"ratios": {}, "figures": figures, "machine": machine(), "command": command}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def machine() -> dict[str, object]:
     return {
         "processor": platform.processor() or platform.machine(),
@@ -167,14 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = MiniGPT5.from_pretrained(options.model, num_threads=options.threads)
     figures = measure(model, load_scorer(), TINY if options.tiny else options.num)
     given = sys.argv[1:] if arguments is None else arguments
-    report = {
-        "ratios": {},
-        "figures": figures,
-        "machine": machine(),
-        "command": " ".join(["python -m tests.bench.quality", *given]),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    save_report(options.out, figures, command=" ".join(["python -m tests.bench.quality", *given]))
     print(json.dumps(figures, indent=2))
 
 

@@ -23,7 +23,7 @@ def random_facts(num: int) -> list[tuple[Facts, np.random.Generator]]:
 
 
 def test_a_caption_is_read_back_as_it_was_meant() -> None:
-    for facts, rng in random_facts(1500):
+    for facts, rng in random_facts(800):
         caption = captions.write_caption(facts, rng)
         assert captions.facts_in(caption) == replace(facts, side=None), caption
 

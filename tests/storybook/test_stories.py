@@ -11,7 +11,7 @@ from minigpt5.storybook.captions import KEY_OF, Facts, canonical_caption, facts_
 from minigpt5.storybook.scenes import is_held_out
 from minigpt5.storybook.stories import PAGE_WORDS, StoryText, page_facts, story_at
 
-NUM = 400
+NUM = 250
 
 
 @pytest.fixture(scope="module")
