@@ -7,14 +7,11 @@ several rows are in it at once, each on a thread of its own, and the engine batc
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import pyarrow as pa
-from safetensors.numpy import load, save
 
 from batch_jobs.inputs import StoryJob
 from minigpt5.errors import InvalidRequest
@@ -30,6 +27,7 @@ from minigpt5.types import (
     TextDelta,
     Vokens,
 )
+from minigpt5.voken_file import pack, unpack
 
 CLOSING_PAGE = 0
 Row = dict[str, Any]
@@ -139,13 +137,3 @@ def drain(events: AsyncIterator[T]) -> Iterator[T]:
     with asyncio.Runner() as runner:
         while (event := runner.run(step())) is not None:
             yield event
-
-
-def pack(vokens: Vokens) -> bytes:
-    """Vokens as safetensors: what an HTTP client fetches from a story, too."""
-    return save({"hidden_VH": np.ascontiguousarray(vokens.hidden_VH)}, {"fingerprint": vokens.fingerprint})
-
-
-def unpack(data: bytes, *, page: int) -> Vokens:
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return Vokens(page=page, hidden_VH=load(data)["hidden_VH"], fingerprint=header["__metadata__"]["fingerprint"])

@@ -76,8 +76,11 @@ def load_generator_parts(
     folder: str | Path,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
     """What writes: config, tokenizer, language model with rows and merged adapter, vision path."""
+    from transformers.utils import logging
+
     from minigpt5.language import LanguageModel, load_tokenizer
 
+    logging.disable_progress_bar()  # loading takes a moment; a bar in every server log says nothing
     folder = Path(folder)
     config = check_folder(folder)
     base = resolve(config.language_model)

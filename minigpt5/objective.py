@@ -53,14 +53,12 @@ class Objective(nn.Module):
         text_encoder: TextEncoder,
         *,
         body_is_frozen: bool,
-        num_replayed: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer, self.body_is_frozen = config, tokenizer, body_is_frozen
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
         self.diffusion.requires_grad_(False)
-        self.num_replayed = num_replayed
         self._memory: list[tuple[Tensor, Tensor]] = []
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
 
@@ -128,10 +126,8 @@ class Objective(nn.Module):
         if weights.caption:
             asked = ["" if null else caption for null, caption in zip(is_null_P.tolist(), captions, strict=True)]
             target_PQD = self.text_encoder(asked)
-            error_PQD = (condition_PQD - target_PQD) / self.caption_scale_D
-            losses["caption"] = error_PQD.square().mean()
-            if self.num_replayed:
-                losses["caption"] = losses["caption"] + self._replay(vokens_PVH, target_PQD)
+            losses["caption"] = self._caption_loss(condition_PQD, target_PQD)
+            self._remember(vokens_PVH, target_PQD)
         if weights.picture:
             pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
             with torch.no_grad():
@@ -144,12 +140,23 @@ class Objective(nn.Module):
             ).mean()
         return losses
 
-    def _replay(self, vokens_PVH: Tensor, target_PQD: Tensor) -> Tensor:
-        """Caption loss on states of earlier steps: the mapper is cheap beside the language model that made them,
-        and the rows move slowly enough for states to stay true for a while."""
+    @property
+    def can_replay(self) -> bool:
+        return bool(self._memory)
+
+    def replay(self, num_pictures: int) -> dict[str, Tensor]:
+        """Caption loss on remembered states of earlier batches: a step of the mapper costs a tenth of one of the
+        language model, whose rows move slowly enough for its states to stay true for a while. The memory is not
+        part of a checkpoint: a resumed run fills it anew."""
+        chosen = torch.randint(len(self._memory), (num_pictures,)).tolist()
+        states_PVH = torch.stack([self._memory[i][0] for i in chosen])
+        target_PQD = torch.stack([self._memory[i][1] for i in chosen])
+        loss = self._caption_loss(self.mapper(states_PVH), target_PQD)
+        return {"loss": loss, "replayed": loss}
+
+    def _remember(self, vokens_PVH: Tensor, target_PQD: Tensor) -> None:
         self._memory += zip(vokens_PVH.detach(), target_PQD, strict=True)
         self._memory = self._memory[-MEMORY:]
-        chosen = torch.randint(len(self._memory), (self.num_replayed,)).tolist()
-        states_RVH = torch.stack([self._memory[i][0] for i in chosen])
-        target_RQD = torch.stack([self._memory[i][1] for i in chosen])
-        return ((self.mapper(states_RVH) - target_RQD) / self.caption_scale_D).square().mean()
+
+    def _caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
+        return ((condition_PQD - target_PQD) / self.caption_scale_D).square().mean()

@@ -15,13 +15,12 @@ import re
 import secrets
 from pathlib import Path
 
-import numpy as np
 from pyarrow import fs
-from safetensors.numpy import load, save
 
 from minigpt5.errors import StorageError, StoryNotFound
 from minigpt5.story import PageState, StoryState, page_from_json, state_from_json
 from minigpt5.types import Picture, Vokens
+from minigpt5.voken_file import pack, unpack
 
 STORY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 
@@ -65,8 +64,7 @@ class StoryStore:
         self._write(f"{_folder(story_id, page.index)}/page.json", _to_bytes(dataclasses.asdict(page)))
 
     def save_vokens(self, story_id: str, vokens: Vokens) -> None:
-        data = save({"hidden_VH": np.ascontiguousarray(vokens.hidden_VH)}, {"fingerprint": vokens.fingerprint})
-        self._write(f"{_folder(story_id, vokens.page)}/vokens.safetensors", data)
+        self._write(f"{_folder(story_id, vokens.page)}/vokens.safetensors", pack(vokens))
 
     def save_picture(self, story_id: str, picture: Picture) -> None:
         self._write(f"{_folder(story_id, picture.page)}/picture.png", picture.png)
@@ -84,8 +82,7 @@ class StoryStore:
         data = self._read(
             f"{_folder(story_id, page)}/vokens.safetensors", f"story {story_id!r} has no vokens on page {page}"
         )
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return Vokens(page=page, hidden_VH=load(data)["hidden_VH"], fingerprint=header["__metadata__"]["fingerprint"])
+        return unpack(data, page=page)
 
     def load_picture(self, story_id: str, page: int) -> bytes:
         """The PNG. Raises StoryNotFound."""

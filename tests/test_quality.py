@@ -54,9 +54,7 @@ def test_pictures_show_what_held_out_captions_ask_for(seen: list[Facts], asked: 
         )
         for name in FLOORS
     }
-    low = {
-        name: f"{shares[name]:.2f} is below {floor}" for name, floor in FLOORS.items() if shares[name] < floor
-    }
+    low = {name: f"{shares[name]:.2f} is below {floor}" for name, floor in FLOORS.items() if shares[name] < floor}
     assert not low, low
 
 
@@ -78,9 +76,7 @@ def others(seen: list[Facts], asked: list[quality.Asked]) -> list[tuple[Facts, q
     return [(seen[i], asked[j]) for i, j in itertools.permutations(range(len(asked)), 2)]
 
 
-@pytest.mark.parametrize(
-    ("num_right", "num", "low", "high"), [(0, 10, 0.0, 0.2775), (475, 500, 0.9273, 0.9659)]
-)
+@pytest.mark.parametrize(("num_right", "num", "low", "high"), [(0, 10, 0.0, 0.2775), (475, 500, 0.9273, 0.9659)])
 def test_a_share_has_its_wilson_interval(num_right: int, num: int, low: float, high: float) -> None:
     found = quality.share(num_right, num)
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=2e-4)
@@ -103,9 +99,7 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
         DiffusionDecoder(config, tiny_mapper(config), diffusion),
     )
     out = tmp_path / "bench" / "quality.json"
-    quality.save_report(
-        out, quality.measure(model, load_scorer(), 2), command="python -m tests.bench.quality"
-    )
+    quality.save_report(out, quality.measure(model, load_scorer(), 2), command="python -m tests.bench.quality")
     report = json.loads(out.read_text())
     assert set(report) == {"ratios", "figures", "machine", "command"}
     assert report["machine"]["threads"] == 1

@@ -56,8 +56,8 @@ def fit(
     position = resume(folder, trained, optimizer, average)
     next_sheet_s = position.elapsed_s + preset.sheet_every_s
     next_save_s = position.elapsed_s + preset.checkpoint_every_s
-    sums: dict[str, float] = {}
-    count, started, clock = 0, position.elapsed_s, time.monotonic()
+    sums: dict[str, list[float]] = {}
+    started, clock = position.elapsed_s, time.monotonic()
 
     stream = batches(position.step)
     while (progress := progress_of(preset, position)) < 1:
@@ -82,9 +82,8 @@ def fit(
             decay = min(preset.ema, (1 + position.step) / (10 + position.step))
             value.lerp_(trained[name].detach(), 1 - decay)
 
-        count += 1
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.item()
+            sums.setdefault(name, []).append(loss.item())
         saved = False
         if position.elapsed_s >= next_save_s:
             if is_first_worker():
@@ -92,13 +91,13 @@ def fit(
             saved = True
             next_save_s = position.elapsed_s + preset.checkpoint_every_s
         if position.step % preset.log_every == 0 or saved:
-            metrics = {name: total / count for name, total in sums.items()}
+            metrics = {name: sum(values) / len(values) for name, values in sums.items()}
             metrics |= {"step": position.step, "elapsed_s": round(position.elapsed_s, 1), "lr_factor": rate}
             if is_first_worker():
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(metrics) + "\n")
             report(metrics)
-            sums, count = {}, 0
+            sums = {}
         if position.elapsed_s >= next_sheet_s:
             if is_first_worker():
                 with Averaged(trained, average):

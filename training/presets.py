@@ -29,8 +29,9 @@ class Preset:
     picture_from: float = 0.0
     """Share of the run after which the picture loss counts."""
     caption_weight: float = 0.0
-    num_replayed: int = 0
-    """Remembered pictures on which the mapper is trained at every step, beside the batch."""
+    replay_steps: int = 0
+    """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
+    replay_batch_size: int = 32
     rows_learning_rate: float = 0.0
     mapper_learning_rate: float = 0.0
     checkpoint_every_s: float = 180.0
@@ -50,13 +51,13 @@ STORYBOOK = {
         steps=8_000,
         batch_size=16,
         learning_rate=5e-4,
-        mapper_learning_rate=5e-4,
+        mapper_learning_rate=1e-3,
         rows_learning_rate=3e-3,
         text_weight=0.01,
         picture_weight=1.0,
         picture_from=0.7,
         caption_weight=1.0,
-        num_replayed=48,
+        replay_steps=6,
         ema=0.99,
     ),
     "learn": Preset(
@@ -69,7 +70,7 @@ STORYBOOK = {
         text_weight=1.0,
         picture_weight=0.0,
         caption_weight=0.5,
-        num_replayed=32,
+        replay_steps=6,
         warmup_steps=20,
     ),
 }

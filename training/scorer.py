@@ -146,8 +146,7 @@ def train(scorer: Scorer, *, minutes: float, report: Callable[[str], None] = pri
         step += 1
         if step % 50 == 0:
             named = " ".join(
-                f"{name} {loss:.3f}"
-                for name, loss in zip(("who", "what", "place", "time"), losses, strict=True)
+                f"{name} {loss:.3f}" for name, loss in zip(("who", "what", "place", "time"), losses, strict=True)
             )
             report(f"step {step} {done:.0%} {named}")
     return step * BATCH_SIZE
@@ -171,8 +170,7 @@ def measure(scorer: Scorer, *, num: int = 1000) -> dict[str, dict[str, float]]:
             wrong = [getattr(a, name) == getattr(s, name) for a, s in zip(answers, seen, strict=True)]
             figures[f"{name} swapped{kind}"] = {"accepted": float(np.mean(wrong))}
         emptied = [
-            with_sprites(without_sprites(draw_scene(s), s), s, [s.what if name == "who" else s.who])
-            for s in seen
+            with_sprites(without_sprites(draw_scene(s), s), s, [s.what if name == "who" else s.who]) for s in seen
         ]
         named = [getattr(answer, name) is not None for answer in scorer.score(np.stack(emptied))]
         figures[f"{name} missing"] = {"named": float(np.mean(named))}
@@ -183,9 +181,7 @@ def shares(scorer: Scorer, scenes: list[Scene], *, blur_px: float = 0.0) -> dict
     answers = scorer.score(np.stack([blur(draw_scene(scene), blur_px) for scene in scenes]))
     facts = [Facts.of(scene) for scene in scenes]
     right = {
-        name: float(
-            np.mean([getattr(a, name) == getattr(f, name) for a, f in zip(answers, facts, strict=True)])
-        )
+        name: float(np.mean([getattr(a, name) == getattr(f, name) for a, f in zip(answers, facts, strict=True)]))
         for name in FACTS
     }
     return {**right, "all": float(np.mean([a == f for a, f in zip(answers, facts, strict=True)]))}
@@ -206,10 +202,7 @@ def blur(pixels: np.ndarray, radius: float) -> np.ndarray:
 
 
 def readme(figures: dict[str, dict[str, float]], *, num_pictures: int, minutes: float) -> str:
-    lines = [
-        f"| {name} | {', '.join(f'{k} {v:.3f}' for k, v in values.items())} |"
-        for name, values in figures.items()
-    ]
+    lines = [f"| {name} | {', '.join(f'{k} {v:.3f}' for k, v in values.items())} |" for name, values in figures.items()]
     table = "\n".join(["| pictures | |", "| --- | --- |", *lines])
     return (
         "# The scorer\n\nReads from a picture who, what, side, place and time: "

@@ -38,9 +38,13 @@ class StageObjective(nn.Module):
     def __init__(self, objective: Objective, preset: Preset) -> None:
         super().__init__()
         self.model, self.preset = objective, preset
+        self.num_calls = 0
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         preset = self.preset
+        self.num_calls += 1
+        if self.model.can_replay and self.num_calls % (1 + preset.replay_steps):
+            return self.model.replay(preset.replay_batch_size)
         weights = LossWeights(
             text=preset.text_weight,
             picture=preset.picture_weight if progress >= preset.picture_from else 0.0,
@@ -77,7 +81,6 @@ class ModelStage:
             self.diffusion,
             text_encoder,
             body_is_frozen=preset.stage != "learn",
-            num_replayed=preset.num_replayed,
         )
         objective.standardise_captions(
             [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],

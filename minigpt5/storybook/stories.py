@@ -72,9 +72,7 @@ def story_at(
             if PAGE_WORDS[0] <= len(text.split()) <= PAGE_WORDS[1]:
                 break
         facts = Facts.of(scene)
-        pages.append(
-            StoryPage(text=text, scene=scene, facts=facts if said_side else replace(facts, side=None))
-        )
+        pages.append(StoryPage(text=text, scene=scene, facts=facts if said_side else replace(facts, side=None)))
     return StoryText(prompt=_write_prompt(first, rng), pages=tuple(pages))
 
 
@@ -87,9 +85,7 @@ def page_facts(pages: Sequence[str], prompt: str = "") -> list[Facts]:
     found = []
     for number, text in enumerate(pages):
         named, lower = facts_in(text), text.lower()
-        says_who = _says(lower, known.who) or (
-            name is not None and re.search(rf"\b{name}\b", lower) is not None
-        )
+        says_who = _says(lower, known.who) or (name is not None and re.search(rf"\b{name}\b", lower) is not None)
         known = Facts(
             who=known.who if number and says_who else named.who or known.who,
             what=known.what if number and _says(lower, known.what) else named.what or known.what,
@@ -176,9 +172,7 @@ class _Voice:
         names = NAMES["he"] + NAMES["she"] if gender == "it" else NAMES[gender]
         return cls(
             name=_pick(names, rng),
-            pronouns={"he": ("he", "him", "his"), "she": ("she", "her", "her"), "it": ("it", "it", "its")}[
-                gender
-            ],
+            pronouns={"he": ("he", "him", "his"), "she": ("she", "her", "her"), "it": ("it", "it", "its")}[gender],
             kind=name_of(scene.who),
             introduced=with_article(name_of(scene.who), _pick(ADJECTIVES, rng)),
             thing=name_of(scene.what),

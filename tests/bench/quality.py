@@ -1,7 +1,7 @@
 """Picture accuracy through the vokens: `python -m tests.bench.quality [--num 500] [--model FOLDER]`.
 
 Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
-default request, one seed for each caption, no selection; the scorer reads them. Held-out and seen pairs apart.
+default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
 Beside them the ceiling: what the scorer reads from true scenes and from their VAE reconstructions.
 """
 
@@ -88,9 +88,7 @@ def reconstruct(diffusion: Diffusion, pixels: np.ndarray) -> np.ndarray:
 def accuracy(scorer: Scorer, pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
     """Share of pictures that show each fact as it was asked for, and all of them."""
     pairs = [(answer, one.facts) for answer, one in zip(scorer.score(pixels), asked, strict=True)]
-    right = {
-        name: sum(getattr(answer, name) == getattr(facts, name) for answer, facts in pairs) for name in FACTS
-    }
+    right = {name: sum(getattr(answer, name) == getattr(facts, name) for answer, facts in pairs) for name in FACTS}
     right["all"] = sum(answer == facts for answer, facts in pairs)
     return {name: share(num, len(pairs)) for name, num in right.items()}
 
@@ -160,9 +158,7 @@ def machine() -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
-    parser.add_argument(
-        "--num", type=int, default=500, help="captions of held-out pairs, and as many of seen pairs"
-    )
+    parser.add_argument("--num", type=int, default=500, help="captions of held-out pairs, and as many of seen pairs")
     parser.add_argument("--tiny", action="store_true", help=f"{TINY} captions: a check that the bench runs")
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")

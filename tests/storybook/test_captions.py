@@ -41,10 +41,7 @@ def test_a_caption_says_the_side_only_where_it_is_given() -> None:
 
 
 def test_the_canonical_caption_goes_from_left_to_right() -> None:
-    assert (
-        captions.canonical_caption(FACTS)
-        == "an apple on the left, a fox on the right, on the beach, at night"
-    )
+    assert captions.canonical_caption(FACTS) == "an apple on the left, a fox on the right, on the beach, at night"
     only = Facts(who="unicorn")
     assert captions.canonical_caption(only) == "a unicorn"
 

@@ -26,12 +26,7 @@ def test_the_same_arguments_give_the_same_scene_and_picture() -> None:
 
 
 def test_splits_seeds_and_indices_give_other_scenes() -> None:
-    drawn = [
-        scenes.scene_at(index, seed=seed, split=split)
-        for index in (0, 1)
-        for seed in (0, 1)
-        for split in SPLITS
-    ]
+    drawn = [scenes.scene_at(index, seed=seed, split=split) for index in (0, 1) for seed in (0, 1) for split in SPLITS]
     assert len({scene.seed for scene in drawn}) == len(drawn)
 
 
@@ -77,9 +72,7 @@ def test_the_sky_has_the_colour_of_its_time(time: str) -> None:
 
 @pytest.mark.parametrize("name", ["who", "what", "place", "time", "side"])
 def test_another_fact_is_another_picture(name: str) -> None:
-    values = {"who": CHARACTERS, "what": OBJECTS, "place": PLACES, "time": TIMES, "side": ("left", "right")}[
-        name
-    ]
+    values = {"who": CHARACTERS, "what": OBJECTS, "place": PLACES, "time": TIMES, "side": ("left", "right")}[name]
     scene = some_scenes(1)[0]
     drawn = [scenes.draw_scene(replace(scene, **{name: value})).tobytes() for value in values]  # type: ignore[arg-type]
     assert len(set(drawn)) == len(values)

@@ -32,9 +32,7 @@ def blurred(pixels: np.ndarray, radius: float = 1.5) -> np.ndarray:
 
 def share_right(scorer: Scorer, scenes: list[Scene], pixels: list[np.ndarray], name: str) -> float:
     answers = scorer.score(np.stack(pixels))
-    return float(
-        np.mean([getattr(a, name) == getattr(s, name) for a, s in zip(answers, scenes, strict=True)])
-    )
+    return float(np.mean([getattr(a, name) == getattr(s, name) for a, s in zip(answers, scenes, strict=True)]))
 
 
 @pytest.mark.parametrize("change", [np.array, blurred], ids=["true", "blurred"])
@@ -57,9 +55,7 @@ def test_it_says_no_to_a_swapped_sprite(
 
 def test_it_says_no_to_swapped_places_times_and_sides(scorer: Scorer) -> None:
     for name, values in (("place", PLACES), ("time", TIMES), ("side", ("left", "right"))):
-        others = [
-            replace(s, **{name: values[(values.index(getattr(s, name)) + 1) % len(values)]}) for s in SCENES
-        ]
+        others = [replace(s, **{name: values[(values.index(getattr(s, name)) + 1) % len(values)]}) for s in SCENES]
         assert share_right(scorer, SCENES, [draw_scene(other) for other in others], name) <= 0.02, name
 
 
@@ -94,9 +90,7 @@ def test_a_missing_scorer_says_how_to_get_one(tmp_path: Path) -> None:
 def test_crispness_tells_true_scenes_from_blurred_ones_and_from_others() -> None:
     pictures = [(draw_scene(scene), scene.who) for scene in SCENES[:30]]
     true = np.mean([crispness(pixels, who) for pixels, who in pictures])
-    mild, strong = (
-        np.mean([crispness(blurred(pixels, r), who) for pixels, who in pictures]) for r in (1.5, 3)
-    )
+    mild, strong = (np.mean([crispness(blurred(pixels, r), who) for pixels, who in pictures]) for r in (1.5, 3))
     other = np.mean([crispness(pixels, "balloon" if who != "balloon" else "bus") for pixels, who in pictures])
     assert 0.89 < true < 0.95
     assert strong < mild - 0.05 < true - 0.1

@@ -82,9 +82,7 @@ def test_stories_are_read_back_page_by_page(stories: list[StoryText]) -> None:
     pairs = [
         (found, page)
         for story in stories
-        for found, page in zip(
-            page_facts([p.text for p in story.pages], story.prompt), story.pages, strict=True
-        )
+        for found, page in zip(page_facts([p.text for p in story.pages], story.prompt), story.pages, strict=True)
     ]
     for name in ("who", "what", "place", "time"):
         agreed = sum(getattr(found, name) == getattr(page.facts, name) for found, page in pairs)
