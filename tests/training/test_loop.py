@@ -90,6 +90,7 @@ def test_rows_are_a_function_of_their_id() -> None:
         assert str(data.row_at(preset, 5)) != str(data.row_at(preset, 6))
 
 
+@pytest.mark.cluster
 def test_two_workers_of_a_local_ray_train_a_stage(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training.train", "vae", "--workers", "2", "--runs", str(tmp_path)]
     settings = ["steps=4", "batch_size=4", "num_threads=1", "log_every=2", "warmup_steps=1"]
