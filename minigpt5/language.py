@@ -63,10 +63,13 @@ class LanguageModel(nn.Module):
         )
         self.body = get_peft_model(self.body, peft_config)
 
-    def load_adapter(self, folder: Path, *, trainable: bool = False) -> None:
-        """Read an adapter in PEFT's format; for inference it is merged into the body."""
-        adapted = PeftModel.from_pretrained(self.body, str(folder), is_trainable=trainable)
-        self.body = adapted if trainable else adapted.merge_and_unload().requires_grad_(False)
+    def load_adapter(self, folder: Path, *, is_trained: bool = False) -> None:
+        """Read an adapter in PEFT's format."""
+        self.body = PeftModel.from_pretrained(self.body, str(folder), is_trainable=is_trained)
+
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the body: faster, and no longer to be saved apart."""
+        self.body = self.body.merge_and_unload().requires_grad_(False)
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
         """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""

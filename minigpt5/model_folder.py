@@ -88,6 +88,7 @@ def load_generator_parts(
     load_module(language.rows, folder / "vokens.safetensors")
     if (folder / "adapter").is_dir():
         language.load_adapter(folder / "adapter")
+        language.merge_adapter()
     vision = new_vision(config)
     load_module(vision.qformer, folder / "vision" / "qformer.safetensors")
     return config, load_tokenizer(base, config), language, vision
@@ -146,6 +147,7 @@ def save(
     if hasattr(language.body, "peft_config"):
         language.body.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
+        _name_base(folder / "adapter" / "adapter_config.json", config.language_model)
         _halve(folder / "adapter" / "adapter_model.safetensors")
     save_diffusion(diffusion, folder / config.diffusion)
     config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder))
@@ -203,3 +205,9 @@ def _halve(path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     save_file({name: value.half() for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def _name_base(path: Path, base_id: str) -> None:
+    """The base model by its id: PEFT writes the folder that it was loaded from on this machine."""
+    values = json.loads(path.read_text()) | {"base_model_name_or_path": base_id}
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -65,8 +65,7 @@ class ModelStage:
         previous = start or (runs / before / "model" if (before := PREVIOUS[preset.stage]) else None)
         if previous:
             self._load(previous)
-        if preset.stage == "learn":
-            self._adapt(previous)
+        self._adapt(previous)
         self._freeze()
         positions = self.config.condition_length
         text_encoder = TextEncoder(resolve(self.config.text_encoder), num_positions=positions)
@@ -94,10 +93,11 @@ class ModelStage:
         self.mapper = model_folder.load_mapper(folder, self.config)
 
     def _adapt(self, previous: Path | None) -> None:
-        """The adapter of the folder that is gone on from, else a fresh one."""
+        """The adapter of the folder that is gone on from, trained in "learn" only, where a missing one is made."""
+        is_trained = self.preset.stage == "learn"
         if previous and (previous / "adapter").is_dir():
-            self.language.load_adapter(previous / "adapter", trainable=True)
-        else:
+            self.language.load_adapter(previous / "adapter", is_trained=is_trained)
+        elif is_trained:
             self.language.add_adapter(self.config.lora)
 
     def _freeze(self) -> None:
