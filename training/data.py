@@ -17,6 +17,7 @@ from minigpt5.prompt import Task, caption_segments, describe_segments, next_page
 from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.scenes import IMAGE_PX, draw_scene, scene_at, sprite_boxes
+from minigpt5.storybook.stories import story_at
 from training.presets import Preset
 
 if TYPE_CHECKING:
@@ -91,8 +92,6 @@ def _caption(seed: int, row_id: int, rng: np.random.Generator) -> Row:
 
 
 def _story(seed: int, row_id: int) -> Row:
-    from minigpt5.storybook.stories import story_at
-
     story = story_at(row_id, seed=seed)
     return Row(
         segments=story_segments([story.prompt], len(story.pages), [page.text for page in story.pages]),
@@ -104,8 +103,6 @@ def _story(seed: int, row_id: int) -> Row:
 
 def _page(seed: int, row_id: int, rng: np.random.Generator) -> Row:
     """One of the published tasks on one of a story's first three pages."""
-    from minigpt5.storybook.stories import story_at
-
     story = story_at(row_id, seed=seed)
     index = int(rng.integers(min(3, len(story.pages))))
     page, history = story.pages[index], story.pages[:index]
