@@ -109,11 +109,13 @@ async def write_story(
     *,
     story_id: str = "",
     model: str = "",
+    on_event: Callable[[StoryEvent], None] = lambda event: None,
 ) -> Story:
-    """Run one story to its end."""
+    """Run one story to its end; `on_event` hears of everything on the way."""
     pages: dict[int, Page] = {page.index: page for page in request.previous}
     usage = Usage(prompt_tokens=0, completion_tokens=0)
     async for event in stream_story(request, generate, decode, story_id=story_id):
+        on_event(event)
         if isinstance(event, PageDone):
             pages[event.page.index] = event.page
         elif isinstance(event, Usage):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 from minigpt5.config import ModelConfig
 from minigpt5.decoder import DiffusionDecoder
-from minigpt5.flow import stream_story
+from minigpt5.flow import write_story
 from minigpt5.generator import VokenGenerator
-from minigpt5.story import StoryBuilder
+from minigpt5.story import new_story_id
 from minigpt5.types import DrawRequest, DrawSettings, Picture, Story, StoryEvent, StoryRequest, Vokens
 
 DEFAULT_SEED = 7
@@ -56,15 +55,10 @@ class MiniGPT5:
             draw=draw or self.config.draw,
         )
         self.generator.check(request)
-
-        async def run() -> Story:
-            builder = StoryBuilder(request, story_id=secrets.token_hex(8), model=self.config.name)
-            async for event in stream_story(request, self.generator.generate, self.decoder.decode):
-                builder.add(event)
-                on_event(event)
-            return builder.story()
-
-        return asyncio.run(run())
+        engines = self.generator.generate, self.decoder.decode
+        return asyncio.run(
+            write_story(request, *engines, story_id=new_story_id(), model=self.config.name, on_event=on_event)
+        )
 
     def vokens(self, text: str) -> Vokens:
         """The vokens of a caption, without writing anything."""
