@@ -66,7 +66,8 @@ def fit(
         rate = learning_rate_factor(position.step, progress, preset)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
-        losses: dict[str, Tensor] = stage.objective(batch, progress)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(preset.bf16)):
+            losses: dict[str, Tensor] = stage.objective(batch, progress)
         if not math.isfinite(losses["loss"].item()):
             raise TrainingError(
                 f"the loss is {losses['loss'].item()} at step {position.step}, rows {batch.get('row_ids')}: "

@@ -24,6 +24,8 @@ class Preset:
     """Decay of the running average that is saved; 0: none."""
     seed: int = 1
     num_threads: int = 2
+    bf16: int = 0
+    """1: the objective runs under bfloat16 autocast; weights, optimizer and losses stay float32."""
     text_weight: float = 0.0
     picture_weight: float = 0.0
     picture_from: float = 0.0
@@ -43,8 +45,10 @@ class Preset:
 # learning rates (2e-5 for the rows moves nothing in so few steps), text weight 1 in learn (0.01 starves it), the
 # caption loss kept in learn, on the facts known so far (it teaches what "it" and "there" are without a UNet pass).
 STORYBOOK = {
-    "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0),
-    "unet": Preset(stage="unet", steps=16_000, batch_size=16, learning_rate=6e-4, ema=0.998, warmup_steps=200),
+    "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0, bf16=1),
+    "unet": Preset(
+        stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1
+    ),
     "vision": Preset(stage="vision", steps=2_000, batch_size=8, learning_rate=5e-4, text_weight=1.0),
     "align": Preset(
         stage="align",

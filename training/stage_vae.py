@@ -33,7 +33,7 @@ class VaeObjective(nn.Module):
         weight_B1YX = 1 + 2 * torch.as_tensor(batch["inside"]).float()
         weight_B1YX = weight_B1YX / weight_B1YX.mean()
         latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode()
-        decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * torch.randn_like(latents_BCYX)).sample
+        decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * torch.randn_like(latents_BCYX)).sample.float()
         error_BCYX = decoded_BCYX - pixels_BCYX
         l1 = (error_BCYX.abs() * weight_B1YX).mean()
         l2 = (error_BCYX.square() * weight_B1YX).mean()
@@ -49,7 +49,7 @@ class VaeStage:
         torch.manual_seed(preset.seed)
         self.preset = preset
         vae = model_folder.load_vae(start / "decoder") if start else new_storybook_vae()
-        self.vae = vae.to(memory_format=torch.channels_last)
+        self.vae = vae
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, object]]:
