@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from minigpt5.types import InputImage, PromptPart, StoryRequest
+from minigpt5.types import InputImage, Page, PromptPart, StoryRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,6 +109,33 @@ def story_segments(prompt: Sequence[PromptPart], num_pages: int, pages: Sequence
     return segments
 
 
+def reply_segments(prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
+    """A prompt as `describe_segments` asks, then what was already answered."""
+    segments = [text("###Human:")]
+    for part in prompt:
+        if isinstance(part, InputImage):
+            segments += [text(" <Img>"), READ, text("</Img>")]
+        else:
+            segments.append(text(f" {part.strip()}"))
+    segments.append(text(" ###Assistant:"))
+    for page in pages:
+        segments.append(text(f" {page.text}"))
+        segments += [DRAW] if page.picture else []
+    return join_texts(segments)
+
+
+def join_texts(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbouring texts of one kind as one: a tokenizer may part them otherwise when it sees them apart."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last and last.kind == segment.kind == "text" and last.is_target == segment.is_target:
+            joined[-1] = text(last.text + segment.text, is_target=segment.is_target)
+        else:
+            joined.append(segment)
+    return joined
+
+
 def next_page_segments(history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
     """The published stage-2 tasks on a page that follows others: its text from its picture, its picture from its
     text, or both. `variant` chooses among the published instructions."""
@@ -146,5 +173,7 @@ def request_segments(request: StoryRequest) -> list[Segment]:
     """What the generator reads before it writes."""
     if request.mode == "caption":
         return caption_segments(" ".join(part for part in request.prompt if isinstance(part, str)))[:1]
+    if request.mode == "reply":
+        return reply_segments(request.prompt, request.previous)
     written = [page.text for page in request.previous]
     return story_segments(request.prompt, len(written) + request.pages, written)

@@ -14,6 +14,7 @@ from minigpt5.language import pad
 from minigpt5.prompt import encode, request_segments, story_segments
 from minigpt5.types import Page, Sampling, StoryRequest, TextDelta, Usage, Vokens
 from minigpt5.vokens import align
+from minigpt5.writing import MIN_PAGE_TOKENS, mask
 from tests.tiny import tiny_config, tiny_language, tiny_tokenizer, tiny_vision
 
 
@@ -45,8 +46,9 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
         for _ in generated:
             for written in range(12):
                 state_H = language.states(language.embed(torch.tensor([ids])))[0, -1]
-                token = int(generator._page_logits(state_H, written).argmax())
-                if token == language.rows.first or token in generator._end_ids:
+                closed = [language.rows.first, *generator.end_ids] if written < MIN_PAGE_TOKENS else []
+                token = int(mask(language.logits(state_H).numpy(), language.rows, closed).argmax())
+                if token == language.rows.first or token in generator.end_ids:
                     break
                 ids.append(token)
             ids += language.rows.ids

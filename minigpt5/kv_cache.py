@@ -1,0 +1,222 @@
+"""Keys and values with a length per row, so that sequences of any lengths share one forward pass.
+
+The tokens of a pass lie one after another in a single sequence: linear layers see them all at once, and each row's
+tokens attend to that row's own past. transformers' models are unchanged: the cache is a `Cache`, and the attention
+is registered under `ATTENTION`, which without a pass is transformers' "sdpa".
+
+Shape letters: L layers, R rows, G key heads, A query heads, S positions of a row, T tokens of a pass, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION = "minigpt5_rows"
+LONG = 2
+"""A row that is so many times longer than the middle one attends by itself: the others need not wait for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Tokens of one row that attend by themselves."""
+
+    row: int
+    start: int
+    """First token of the pass."""
+    end: int
+    length: int
+    """Of the row, these tokens included."""
+    mask_TS: Tensor | None
+    """None: nothing is hidden that causality does not hide by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """Rows with one token each, which attend in one call over the first rows of the cache."""
+
+    rows: Tensor
+    tokens: Tensor
+    num_rows: int
+    length: int
+    """Of the longest."""
+    mask_R11S: Tensor
+    """Added to the scores: 0, or minus infinity where a row has no such position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Which row and position each token of a forward pass belongs to."""
+
+    rows_T: Tensor
+    positions_1T: Tensor
+    spans: list[Span]
+    together: Together | None
+
+
+class RowCache(Cache):
+    """Keys and values of at most `num_rows` sequences of at most `num_positions` tokens.
+
+    Memory is bounded from the start and taken from the system only as positions are filled.
+    """
+
+    def __init__(
+        self, *, num_layers: int, num_heads: int, head_width: int, num_rows: int, num_positions: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(layers=[])
+        shape = (num_layers, num_rows, num_heads, num_positions, head_width)
+        self.num_rows, self.num_positions = num_rows, num_positions
+        # numpy's zeros cost nothing until they are written to; what is masked must be finite.
+        self.keys_LRGSD, self.values_LRGSD = (
+            torch.from_numpy(np.zeros(shape, np.float32)).to(dtype) for _ in range(2)
+        )
+        self.lengths = [0] * num_rows
+        self._pass: Pass | None = None
+
+    @classmethod
+    def for_model(cls, body: nn.Module, *, num_rows: int, num_positions: int) -> RowCache:
+        """A cache for `body`, whose attention is set to read it."""
+        config: Any = body.config
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < num_positions:
+            raise ValueError(
+                f"the base model sees {window} tokens back (sliding_window) but the context is {num_positions}: "
+                "set context_tokens of config.json to at most that"
+            )
+        model: Any = body.get_base_model() if hasattr(body, "get_base_model") else body
+        model.set_attn_implementation(ATTENTION)
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_key_value_heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_rows=num_rows,
+            num_positions=num_positions,
+            dtype=next(body.parameters()).dtype,
+        )
+
+    def forward(self, body: nn.Module, embeds_TH: Tensor, counts: Sequence[tuple[int, int]]) -> Tensor:
+        """Append tokens to rows and return their last hidden states: (T, H).
+
+        `counts`: (row, number of its tokens), in the order of the tokens.
+        """
+        self._pass = self._plan(counts)
+        try:
+            states_1TH = body(
+                inputs_embeds=embeds_TH[None],
+                position_ids=self._pass.positions_1T,
+                past_key_values=self,
+                use_cache=True,
+                rows=self._pass,
+            ).last_hidden_state
+        finally:
+            self._pass = None
+        for row, num_tokens in counts:
+            self.lengths[row] += num_tokens
+        return states_1TH[0]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make `target` begin as `source` does; it then has `length` positions."""
+        for stored in (self.keys_LRGSD, self.values_LRGSD):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.lengths[target] = length
+
+    def _plan(self, counts: Sequence[tuple[int, int]]) -> Pass:
+        single = sorted(self.lengths[row] + 1 for row, num_tokens in counts if num_tokens == 1)
+        longest = LONG * single[len(single) // 2] if len(single) > 1 else 0
+        rows: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        together: list[tuple[int, int, int]] = []
+        for row, num_tokens in counts:
+            start, past = len(rows), self.lengths[row]
+            rows += [row] * num_tokens
+            positions += range(past, past + num_tokens)
+            if num_tokens == 1 and past < longest:
+                together.append((row, start, past + 1))
+                continue
+            length = past + num_tokens
+            mask_TS = None
+            if num_tokens > 1 and past:
+                mask_TS = torch.ones(num_tokens, length, dtype=torch.bool).tril(past)
+            spans.append(Span(row=row, start=start, end=start + num_tokens, length=length, mask_TS=mask_TS))
+        return Pass(
+            rows_T=torch.tensor(rows),
+            positions_1T=torch.tensor([positions]),
+            spans=spans,
+            together=_join(together) if together else None,
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store a pass's keys and values (1, G, T, D); the layer's whole store is what its attention reads."""
+        assert self._pass is not None, "a RowCache is read and written by RowCache.forward"
+        where = (self._pass.rows_T, slice(None), self._pass.positions_1T[0])
+        self.keys_LRGSD[layer_idx][where] = key_states[0].transpose(0, 1)
+        self.values_LRGSD[layer_idx][where] = value_states[0].transpose(0, 1)
+        return self.keys_LRGSD[layer_idx], self.values_LRGSD[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows have a length each, so positions are always given and no mask is made outside."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+def _join(together: list[tuple[int, int, int]]) -> Together:
+    rows, tokens, lengths = (torch.tensor(values) for values in zip(*together, strict=True))
+    num_rows, length = int(rows.max()) + 1, int(lengths.max())
+    seen_R = torch.ones(num_rows, dtype=torch.long)  # a row that is not here sees one position, so that none sees none
+    seen_R[rows] = lengths
+    hidden_RS = torch.arange(length) >= seen_R[:, None]
+    mask_R11S = torch.zeros(num_rows, 1, 1, length).masked_fill(hidden_RS[:, None, None], -torch.inf)
+    return Together(rows=rows, tokens=tokens, num_rows=num_rows, length=length, mask_R11S=mask_R11S)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    rows: Pass | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a pass: query (1, A, T, D) over key and value (R, G, S, D) -> (1, T, A, D)."""
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    _, num_heads, num_tokens, width = query.shape
+    out_TAD = query.new_empty(num_tokens, num_heads, width)
+    for span in rows.spans:
+        where = (slice(span.row, span.row + 1), slice(None), slice(span.length))
+        mask = None if span.mask_TS is None else span.mask_TS[None, None]
+        states = query[:, :, span.start : span.end]
+        out_TAD[span.start : span.end] = sdpa_attention_forward(
+            module, states, key[where], value[where], mask, **options
+        )[0][0]
+    if rows.together:
+        part = rows.together
+        query_RA1D = query.new_zeros(part.num_rows, num_heads, 1, width)
+        query_RA1D[part.rows, :, 0] = query[0, :, part.tokens].transpose(0, 1)
+        where = (slice(part.num_rows), slice(None), slice(part.length))
+        mask = part.mask_R11S.to(query.dtype)
+        out_R1AD = sdpa_attention_forward(module, query_RA1D, key[where], value[where], mask, **options)[0]
+        out_TAD[part.tokens] = out_R1AD[part.rows, 0]
+    return out_TAD[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
