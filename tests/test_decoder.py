@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from minigpt5 import model_folder
-from minigpt5.decoder import DiffusionDecoder, denoise
+from minigpt5.decoder import DiffusionDecoder
+from minigpt5.denoising import denoise
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, ModelFolderError
-from minigpt5.types import DrawRequest, DrawSettings, Picture, Progress, Vokens
+from minigpt5.types import DecoderEvent, DrawRequest, DrawSettings, Picture, Progress, Vokens
 from tests.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_mapper
 
 FAST = DrawSettings(steps=3, guidance_scale=2.0)
@@ -30,6 +31,18 @@ def vokens(page: int = 1, *, fingerprint: str = "f" * 64) -> Vokens:
 def decoder() -> DiffusionDecoder:
     config = tiny_config()
     return DiffusionDecoder(config, tiny_mapper(config), tiny_diffusion(config))
+
+
+def run(decoder: DiffusionDecoder, requests: list[DrawRequest]) -> list[list[DecoderEvent]]:
+    """All at once."""
+
+    async def collect(request: DrawRequest) -> list[DecoderEvent]:
+        return [event async for event in decoder.decode(request)]
+
+    async def together() -> list[list[DecoderEvent]]:
+        return await asyncio.gather(*map(collect, requests))
+
+    return asyncio.run(together())
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -75,14 +88,13 @@ def test_a_closed_stream_stops_the_work(decoder: DiffusionDecoder) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm-solver++"])
-def test_every_scheduler_draws(decoder: DiffusionDecoder, scheduler: str) -> None:
-    settings = DrawSettings(steps=5, guidance_scale=1.0, scheduler=scheduler)
-    steps = []
-    decoder.draw(
-        [DrawRequest(vokens=vokens(), seed=1, settings=settings)],
-        on_step=lambda step, steps_: steps.append(step) or True,  # type: ignore[func-returns-value]
-    )
-    assert steps[-1] == 5
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_every_scheduler_draws(decoder: DiffusionDecoder, scheduler: str, steps: int) -> None:
+    settings = DrawSettings(steps=steps, guidance_scale=1.0, scheduler=scheduler)
+    events = run(decoder, [DrawRequest(vokens=vokens(), seed=steps, settings=settings)])[0]
+    assert [event.step for event in events if isinstance(event, Progress)][-1] == steps
+    assert isinstance(events[-1], Picture)
+    assert pixels(events[-1]).std() > 1
 
 
 def test_vokens_of_another_model_are_refused(decoder: DiffusionDecoder) -> None:
