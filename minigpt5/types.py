@@ -72,6 +72,8 @@ class StoryRequest:
     """Text ends before the first of these strings, as end-of-text would end it; no part of one is shown."""
     previous: tuple[Page, ...] = ()
     """Pages already written; the story goes on after them."""
+    previews: bool = False
+    """Whether pictures show themselves on the way, in the Progress of some steps."""
     key: str = ""
     """Whose request it is: engines share their time equally among keys."""
 
@@ -144,7 +146,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One page of a story. A page whose picture failed has an error instead."""
+    """One page of a story. A page whose picture failed has an error instead; a reply may end with text alone."""
 
     index: int
     """From 1."""
@@ -178,7 +180,7 @@ class PictureFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class PageDone:
-    """A page has its text and its picture (or the picture's error)."""
+    """A page has its text and its picture, or the picture's error; the last page of a reply may have neither."""
 
     page: Page
 
