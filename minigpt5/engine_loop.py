@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Generic, TypeVar
 
 from minigpt5.errors import EngineFull
@@ -81,7 +81,7 @@ class EngineLoop(Generic[J]):
         """Work that is left of all jobs."""
         return sum(job.cost for job in list(self._jobs))
 
-    async def run(self, job: J) -> AsyncIterator[Any]:
+    async def run(self, job: J) -> AsyncGenerator[Any, None]:
         """The job's events. Closing the iterator takes the job out before the next step. Raises EngineFull."""
         self._add(job)
         try:
@@ -95,9 +95,7 @@ class EngineLoop(Generic[J]):
     def _add(self, job: J) -> None:
         with self._changed:
             if len(self._jobs) >= self.max_jobs:
-                raise EngineFull(
-                    f"the {self._name} has {len(self._jobs)} requests and takes at most {self.max_jobs}: try again later"
-                )
+                raise EngineFull(f"the {self._name} takes at most {self.max_jobs} requests at once: try again later")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 self._thread.start()

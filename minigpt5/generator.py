@@ -248,7 +248,9 @@ class VokenGenerator:
         if job.image_SH is None:
             return None
         start = self._cache.lengths[job.row]
-        num_before, num_slots = ((job.prompt[part] < 0).sum() for part in (slice(start), slice(start, start + num_tokens)))
+        num_before, num_slots = (
+            (job.prompt[part] < 0).sum() for part in (slice(start), slice(start, start + num_tokens))
+        )
         return job.image_SH[num_before : num_before + num_slots]
 
     def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:

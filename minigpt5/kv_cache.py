@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -75,23 +76,21 @@ class RowCache(Cache):
         shape = (num_layers, num_rows, num_heads, num_positions, head_width)
         self.num_rows, self.num_positions = num_rows, num_positions
         # numpy's zeros cost nothing until they are written to; what is masked must be finite.
-        self.keys_LRGSD, self.values_LRGSD = (
-            torch.from_numpy(np.zeros(shape, np.float32)).to(dtype) for _ in range(2)
-        )
+        self.keys_LRGSD, self.values_LRGSD = (torch.from_numpy(np.zeros(shape, np.float32)).to(dtype) for _ in range(2))
         self.lengths = [0] * num_rows
         self._pass: Pass | None = None
 
     @classmethod
-    def for_model(cls, body: nn.Module, *, num_rows: int, num_positions: int) -> RowCache:
-        """A cache for `body`, whose attention is set to read it."""
-        config: Any = body.config
+    def for_model(cls, body: Any, *, num_rows: int, num_positions: int) -> RowCache:
+        """A cache for a transformer, with or without an adapter, whose attention is set to read it."""
+        config = body.config
         window = getattr(config, "sliding_window", None)
         if window is not None and window < num_positions:
             raise ValueError(
                 f"the base model sees {window} tokens back (sliding_window) but the context is {num_positions}: "
                 "set context_tokens of config.json to at most that"
             )
-        model: Any = body.get_base_model() if hasattr(body, "get_base_model") else body
+        model = body.get_base_model() if isinstance(body, PeftModel) else body
         model.set_attn_implementation(ATTENTION)
         return cls(
             num_layers=config.num_hidden_layers,

@@ -47,7 +47,5 @@ class TextStream:
     def _num_held(self, text: str) -> int:
         """The longest end of `text` that a stop string begins with."""
         longest = max(map(len, self._stop), default=1) - 1
-        return next(
-            (num for num in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-num:]) for s in self._stop)),
-            0,
-        )
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((num for num in lengths if any(stop.startswith(text[-num:]) for stop in self._stop)), 0)

@@ -102,7 +102,8 @@ class Writer:
     def _reply(self) -> Script:
         request = self.request
         state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
-        page, num_pictures, said = len(request.previous) + 1, 0, []
+        page, num_pictures = len(request.previous) + 1, 0
+        said: list[int] = []
         while True:
             is_owed = request.pictures == "forced" and not num_pictures
             text = yield from self._text(

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2Config, Qwen2Model
 
@@ -22,11 +23,15 @@ SHAPE = {
 }
 
 
+ADAPTER = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+
+
 def body_of(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     models = {
         "llama": lambda: LlamaModel(LlamaConfig(**SHAPE)),
         "llama without shared heads": lambda: LlamaModel(LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})),
+        "llama with an adapter": lambda: get_peft_model(LlamaModel(LlamaConfig(**SHAPE)), ADAPTER),
         "qwen2": lambda: Qwen2Model(Qwen2Config(**SHAPE)),
         "mistral": lambda: MistralModel(MistralConfig(**SHAPE, sliding_window=None)),
     }
@@ -37,7 +42,7 @@ def embeds(num_tokens: int, seed: int) -> Tensor:
     return torch.randn(num_tokens, 32, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama without shared heads", "qwen2", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "llama without shared heads", "llama with an adapter", "qwen2", "mistral"])
 def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str) -> None:
     body = body_of(kind)
     sequences = [embeds(length, seed) for seed, length in enumerate((20, 35, 7, 150, 60, 1))]
