@@ -9,11 +9,12 @@ Shape letters: L layers, R rows, G key heads, A query heads, S positions of a ro
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -75,8 +76,7 @@ class RowCache(Cache):
         super().__init__(layers=[])
         shape = (num_layers, num_rows, num_heads, num_positions, head_width)
         self.num_rows, self.num_positions = num_rows, num_positions
-        # numpy's zeros cost nothing until they are written to; what is masked must be finite.
-        self.keys_LRGSD, self.values_LRGSD = (torch.from_numpy(np.zeros(shape, np.float32)).to(dtype) for _ in range(2))
+        self.keys_LRGSD, self.values_LRGSD = reserve(shape, dtype), reserve(shape, dtype)
         self.lengths = [0] * num_rows
         self._pass: Pass | None = None
 
@@ -172,6 +172,14 @@ class RowCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
+
+
+def reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory page by page as they are written to (what is masked must be finite, so zeros)."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else the first token of a row takes its memory to the last position
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _join(together: list[tuple[int, int, int]]) -> Together:
