@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
         if image_NQH is None:
             return embeds_BSH
         is_slot_BS = ids_BS == self.rows.placeholder
-        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1))
+        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH.dtype))
 
     def states(
         self,

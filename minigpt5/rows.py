@@ -19,3 +19,5 @@ class Row:
     drawn: list[np.ndarray]
     captions: list[str]
     """What each drawn picture shows, for the text encoder."""
+    is_caption: bool = False
+    """A bare caption and its picture, nothing else: a frozen body need not carry gradients through its text."""

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 CROP_PX = 64
 CANONICAL_SHARE = 0.4
 """Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
-CAPTION_SHARE, STORY_SHARE = 0.25, 0.5
-"""Of the rows of "learn" are stage-1 captions, lest they are forgotten, and whole stories; the rest are pages."""
 
 
 def row_at(preset: Preset, row_id: int) -> dict[str, object]:
@@ -42,9 +40,9 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
     if preset.stage == "vision":
         return {"row": _description(preset.seed, row_id, rng)}
     choice = rng.random()
-    if preset.stage == "align" or choice < CAPTION_SHARE:
+    if preset.stage == "align" or choice < preset.caption_share:
         return {"row": _caption(preset.seed, row_id, rng)}
-    if choice < CAPTION_SHARE + STORY_SHARE:
+    if choice < preset.caption_share + preset.story_share:
         return {"row": _story(preset.seed, row_id)}
     return {"row": _page(preset.seed, row_id, rng)}
 
@@ -88,6 +86,7 @@ def _caption(seed: int, row_id: int, rng: np.random.Generator) -> Row:
         read=[],
         drawn=[draw_scene(scene)],
         captions=[canonical_caption(facts)],
+        is_caption=True,
     )
 
 

@@ -34,6 +34,9 @@ class Preset:
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32
+    caption_share: float = 0.25
+    story_share: float = 0.5
+    """Of the rows of "learn": bare captions, lest they are forgotten, and whole stories; the rest are pages."""
     rows_learning_rate: float = 0.0
     mapper_learning_rate: float = 0.0
     checkpoint_every_s: float = 180.0
@@ -46,9 +49,7 @@ class Preset:
 # caption loss kept in learn, on the facts known so far (it teaches what "it" and "there" are without a UNet pass).
 STORYBOOK = {
     "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0, bf16=1),
-    "unet": Preset(
-        stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1
-    ),
+    "unet": Preset(stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1),
     "vision": Preset(stage="vision", steps=2_000, batch_size=8, learning_rate=5e-4, text_weight=1.0),
     "align": Preset(
         stage="align",

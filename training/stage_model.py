@@ -3,6 +3,8 @@
 vision  picture -> description; the Q-Former is trained, the language model frozen
 align   caption -> picture; voken rows and mapper are trained, the language model frozen (unimodal alignment)
 learn   interleaved stories; LoRA, rows and mapper are trained (multimodal learning)
+
+A learning rate of 0 freezes what it belongs to.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.decoder import denoise
-from minigpt5.diffusion import Diffusion
+from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
 from minigpt5.objective import LossWeights, Objective
@@ -26,10 +28,9 @@ from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
 from training.loop import Batch
+from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
-
-PREVIOUS = {"vision": None, "align": "vision", "learn": "align"}
 
 
 class StageObjective(nn.Module):
@@ -54,7 +55,7 @@ class StageObjective(nn.Module):
 
 
 class ModelStage:
-    def __init__(self, preset: Preset, runs: Path, start: Path | None = None) -> None:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
         self.config = storybook()
@@ -62,15 +63,15 @@ class ModelStage:
         self.language = LanguageModel.from_base(base, self.config)
         self.vision = model_folder.new_vision(self.config)
         self.mapper = Mapper(self.config)
-        previous = start or (runs / before / "model" if (before := PREVIOUS[preset.stage]) else None)
+        previous = parts.model(preset.stage)
         if previous:
             self._load(previous)
         self._adapt(previous)
         self._freeze()
         positions = self.config.condition_length
         text_encoder = TextEncoder(resolve(self.config.text_encoder), num_positions=positions)
-        self.diffusion = Diffusion.from_pretrained(start / "decoder" if start else runs / "unet" / "model")
-        self.diffusion.unet.to(memory_format=torch.channels_last)
+        vae, unet = load_vae(parts.need("vae")), load_unet(parts.need("unet"))
+        self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
         objective = Objective(
             self.config,
             load_tokenizer(base, self.config),
@@ -79,11 +80,10 @@ class ModelStage:
             self.mapper,
             self.diffusion,
             text_encoder,
-            body_is_frozen=preset.stage != "learn",
         )
         objective.standardise_captions(
             [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
-            start_there=preset.stage == "align" and not start,
+            start_there=preset.stage == "align" and not parts.start,
         )
         self.objective = StageObjective(objective, preset)
 
@@ -94,7 +94,7 @@ class ModelStage:
 
     def _adapt(self, previous: Path | None) -> None:
         """The adapter of the folder that is gone on from, trained in "learn" only, where a missing one is made."""
-        is_trained = self.preset.stage == "learn"
+        is_trained = self.preset.stage == "learn" and self.preset.learning_rate > 0
         if previous and (previous / "adapter").is_dir():
             self.language.load_adapter(previous / "adapter", is_trained=is_trained)
         elif is_trained:
@@ -103,23 +103,23 @@ class ModelStage:
     def _freeze(self) -> None:
         stage = self.preset.stage
         self.vision.qformer.requires_grad_(stage == "vision")
-        self.language.rows.requires_grad_(stage != "vision")
+        self.language.rows.requires_grad_(stage != "vision" and self.preset.rows_learning_rate > 0)
         self.mapper.requires_grad_(stage != "vision")
 
     def parameter_groups(self) -> list[dict[str, object]]:
         preset = self.preset
         if preset.stage == "vision":
             return [{"params": list(self.vision.qformer.parameters()), "lr": preset.learning_rate}]
+        rows, adapter = (
+            [parameter for parameter in module.parameters() if parameter.requires_grad]
+            for module in (self.language.rows, self.language.body)
+        )
         groups: list[dict[str, object]] = [
-            {
-                "params": list(self.language.rows.parameters()),
-                "lr": preset.rows_learning_rate,
-                "weight_decay": 0.0,
-            },
+            {"params": rows, "lr": preset.rows_learning_rate, "weight_decay": 0.0},
             {"params": list(self.mapper.parameters()), "lr": preset.mapper_learning_rate},
+            {"params": adapter, "lr": preset.learning_rate},
         ]
-        adapter = [p for p in self.language.body.parameters() if p.requires_grad]
-        return [*groups, {"params": adapter, "lr": preset.learning_rate}] if adapter else groups
+        return [group for group in groups if group["params"]]
 
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:

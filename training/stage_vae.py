@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
-from minigpt5.diffusion import new_storybook_vae
+from minigpt5.diffusion import load_vae, new_storybook_vae
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.loop import Batch
+from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
@@ -45,11 +46,11 @@ class VaeObjective(nn.Module):
 
 
 class VaeStage:
-    def __init__(self, preset: Preset, start: Path | None = None) -> None:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
-        vae = model_folder.load_vae(start / "decoder") if start else new_storybook_vae()
-        self.vae = vae
+        goes_on = parts.start or parts.decoder
+        self.vae = load_vae(parts.need("vae")) if goes_on else new_storybook_vae()
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, object]]:
