@@ -22,7 +22,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test lint quality storybook-model clean
+.PHONY: help install serve story test test-slow lint quality storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ story: $(STAMP)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=
 
 test: $(STAMP)  ## all tests but the slow ones and the benchmarks
 	$(RUN) -m pytest
+
+test-slow: $(STAMP)  ## the slow tests: every training stage on Ray Train, one after the other
+	$(RUN) -m pytest -m slow
 
 lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .
