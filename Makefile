@@ -63,8 +63,8 @@ quality: $(STAMP)  ## the shipped model's figures, into bench/quality.json
 	$(RUN) -m tests.bench.quality
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
-	for leg in vae unet vision align learn; do $(RUN) -m training.train $$leg || exit 1; done
-	cp -r runs/learn/model/. models/storybook/
+	for leg in vae unet vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done
+	cp -r runs/refine/model/. models/storybook/
 
 clean:  ## caches and build leftovers; .venv/ and runs/ stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build *.egg-info story.html

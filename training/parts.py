@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minigpt5.errors import TrainingError
 
-PREVIOUS = {"align": "vision", "learn": "align"}
+PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
 """The stage whose model folder a stage goes on from, where `start` names no other."""
 
 

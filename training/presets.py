@@ -36,7 +36,7 @@ class Preset:
     replay_batch_size: int = 32
     caption_share: float = 0.25
     story_share: float = 0.5
-    """Of the rows of "learn": bare captions, lest they are forgotten, and whole stories; the rest are pages."""
+    """Of the rows of "learn" and "refine": bare captions, lest they are forgotten, and stories; the rest are pages."""
     rows_learning_rate: float = 0.0
     mapper_learning_rate: float = 0.0
     checkpoint_every_s: float = 180.0
@@ -77,6 +77,21 @@ STORYBOOK = {
         caption_weight=0.5,
         replay_steps=6,
         warmup_steps=20,
+    ),
+    "refine": Preset(
+        stage="refine",
+        steps=12_000,
+        batch_size=16,
+        learning_rate=0.0,
+        mapper_learning_rate=1e-3,
+        caption_share=0.7,
+        story_share=0.22,
+        caption_weight=1.0,
+        replay_steps=7,
+        replay_batch_size=48,
+        ema=0.99,
+        warmup_steps=50,
+        bf16=1,
     ),
 }
 

@@ -1,8 +1,9 @@
-"""Stages "vision", "align" and "learn": the package's Objective, with a stage's rows and trainable parts.
+"""Stages "vision", "align", "learn" and "refine": the package's Objective, with a stage's rows and trainable parts.
 
 vision  picture -> description; the Q-Former is trained, the language model frozen
 align   caption -> picture; voken rows and mapper are trained, the language model frozen (unimodal alignment)
 learn   interleaved stories; LoRA, rows and mapper are trained (multimodal learning)
+refine  captions and stories; the mapper alone learns to follow what the language model has become
 
 A learning rate of 0 freezes what it belongs to.
 """

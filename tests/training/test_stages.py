@@ -27,9 +27,9 @@ def train(stage: str, runs: Path, *options: str) -> Path:
 @pytest.mark.cluster
 @pytest.mark.timeout(3600)
 def test_from_nothing_to_a_model(tmp_path: Path) -> None:
-    for stage in ("vae", "unet", "vision", "align", "learn"):
+    for stage in ("vae", "unet", "vision", "align", "learn", "refine"):
         folder = train(stage, tmp_path)
-    again = train("align", tmp_path / "again", "--start", str(folder), "--decoder", str(tmp_path / "unet" / "model"))
+    again = train("refine", tmp_path / "again", "--start", str(folder), "--decoder", str(tmp_path / "unet" / "model"))
     for finished in (folder, again):
         model = MiniGPT5.from_pretrained(finished)
         story = model.write("A fox who finds a balloon", pages=1, seed=1)
