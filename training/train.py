@@ -1,4 +1,4 @@
-"""`python -m training.train vae|unet|vision|align|learn|refine [key=value ...]`: one stage, resumed where it was left."""
+"""`python -m training.train vae|unet|vision|align|learn|refine [key=value ...]`: one stage, resumed where it stopped."""
 
 from __future__ import annotations
 
