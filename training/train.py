@@ -1,4 +1,4 @@
-"""`python -m training.train vae|unet|vision|align|learn|refine [key=value ...]`: one stage, resumed where it stopped."""
+"""`python -m training.train vae|unet|vision|align|learn|refine [key=value ...]`: one stage, or the rest of it."""
 
 from __future__ import annotations
 
