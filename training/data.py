@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from training.loop import Batch
 
-CROP_PX = 64
 CANONICAL_SHARE = 0.4
 """Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
 
@@ -34,7 +33,7 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
     """Row number `row_id` of a stage."""
     rng = np.random.default_rng([preset.seed, row_id])
     if preset.stage == "vae":
-        return _crop(preset.seed, row_id, rng)
+        return _crop(preset.seed, row_id, preset.crop_px, rng)
     if preset.stage == "unet":
         return _captioned_scene(preset.seed, row_id, rng)
     if preset.stage == "vision":
@@ -47,7 +46,7 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
     return {"row": _page(preset.seed, row_id, rng)}
 
 
-def _crop(seed: int, row_id: int, rng: np.random.Generator) -> dict[str, object]:
+def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dict[str, object]:
     """A crop of a scene, four times of five with a sprite in it, and where the sprites are."""
     scene = scene_at(row_id, seed=seed)
     inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
@@ -56,12 +55,12 @@ def _crop(seed: int, row_id: int, rng: np.random.Generator) -> dict[str, object]
         inside[:, top:bottom, left:right] = True
     if rng.random() < 0.8:
         left, top, right, bottom = boxes[rng.integers(2)]
-        x = (left + right - CROP_PX) // 2 + int(rng.integers(-16, 17))
-        y = (top + bottom - CROP_PX) // 2 + int(rng.integers(-16, 17))
+        x = (left + right - crop_px) // 2 + int(rng.integers(-16, 17))
+        y = (top + bottom - crop_px) // 2 + int(rng.integers(-16, 17))
     else:
-        x, y = (int(v) for v in rng.integers(0, IMAGE_PX - CROP_PX + 1, 2))
-    x, y = (min(max(v, 0), IMAGE_PX - CROP_PX) for v in (x, y))
-    window = np.s_[y : y + CROP_PX, x : x + CROP_PX]
+        x, y = (int(v) for v in rng.integers(0, IMAGE_PX - crop_px + 1, 2))
+    x, y = (min(max(v, 0), IMAGE_PX - crop_px) for v in (x, y))
+    window = np.s_[y : y + crop_px, x : x + crop_px]
     return {"pixels": draw_scene(scene)[window], "inside": inside[(slice(None), *window)]}
 
 

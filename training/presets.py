@@ -26,6 +26,10 @@ class Preset:
     num_threads: int = 2
     bf16: int = 0
     """1: the objective runs under bfloat16 autocast; weights, optimizer and losses stay float32."""
+    crop_px: int = 64
+    """Side of the crops of "vae"."""
+    encoder_is_frozen: int = 0
+    """1: "vae" trains the way back alone: latents, and so a UNet trained on them, stay valid."""
     text_weight: float = 0.0
     picture_weight: float = 0.0
     picture_from: float = 0.0
