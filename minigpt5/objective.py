@@ -26,6 +26,8 @@ from minigpt5.vokens import align
 
 GUIDANCE_DROPOUT = 0.1
 """Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
+WORD_SHARPNESS = 8.0
+"""Distances are in units of a word's own size, so that an embedding at its word is e^8 times as near as at none."""
 MEMORY = 32_768
 """Pictures whose states are kept for replay: 70 KB each in the storybook preset."""
 
@@ -143,6 +145,22 @@ class Objective(nn.Module):
                 timesteps=torch.randint(self.diffusion.scheduler.config.num_train_timesteps, (len(captions),)),
             ).mean()
         return losses
+
+    def words(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
+
+        A picture then reads like a text; the tokens of the batch are what each one is told apart from.
+        """
+        image_NQH = self.vision(np.stack([picture for row in rows for picture in row.read])).float()
+        filler = self.tokenizer.encode(".", add_special_tokens=False)[:1] * image_NQH.shape[1]
+        said = [self.tokenizer.encode(text, add_special_tokens=False) for row in rows for text in row.shown]
+        ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said])
+        seen_W, target_NQ = ids_NQ.unique(return_inverse=True)
+        words_WH = self.language.embedding[seen_W].detach().float()
+        distance_NQW = (image_NQH[:, :, None] - words_WH).square().sum(-1) / words_WH.square().sum(-1).mean()
+        chosen = F.cross_entropy(-WORD_SHARPNESS * distance_NQW.flatten(0, 1), target_NQ.flatten())
+        near = distance_NQW.gather(2, target_NQ[..., None]).mean()
+        return {"loss": chosen + near, "words": chosen, "distance": near}
 
     @property
     def can_replay(self) -> bool:

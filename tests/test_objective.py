@@ -129,3 +129,21 @@ def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_pictures_learn_to_read_like_words() -> None:
+    objective = new_objective()
+    rows = [
+        Row(segments=[], read=[np.full((32, 32, 3), shade, np.uint8)], shown=[shown], drawn=[], captions=[])
+        for shade, shown in ((20, "a fox at night"), (230, "an owl, in the snow"))
+    ]
+    optimizer = torch.optim.AdamW(objective.vision.qformer.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(80):
+        loss = objective.words(rows)
+        optimizer.zero_grad()
+        loss["loss"].backward()
+        optimizer.step()
+        losses.append(loss["words"].item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(parameter.grad is None for parameter in objective.language.parameters())

@@ -73,8 +73,14 @@ def _captioned_scene(seed: int, row_id: int, rng: np.random.Generator) -> dict[s
 
 def _description(seed: int, row_id: int, rng: np.random.Generator) -> Row:
     scene = scene_at(row_id, seed=seed)
-    description = write_caption(Facts.of(scene), rng)
-    return Row(segments=describe_segments(description), read=[draw_scene(scene)], drawn=[], captions=[])
+    facts = Facts.of(scene)
+    return Row(
+        segments=describe_segments(write_caption(facts, rng)),
+        read=[draw_scene(scene)],
+        shown=[canonical_caption(facts)],
+        drawn=[],
+        captions=[],
+    )
 
 
 def _caption(seed: int, row_id: int, rng: np.random.Generator) -> Row:

@@ -38,6 +38,8 @@ class Preset:
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32
+    words_until: float = 0.0
+    """Share of the run in which "vision" learns words alone, without a pass of the language model."""
     caption_share: float = 0.25
     story_share: float = 0.5
     """Of the rows of "learn" and "refine": bare captions, lest they are forgotten, and stories; the rest are pages."""
@@ -54,7 +56,15 @@ class Preset:
 STORYBOOK = {
     "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0, bf16=1),
     "unet": Preset(stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1),
-    "vision": Preset(stage="vision", steps=2_000, batch_size=8, learning_rate=5e-4, text_weight=1.0),
+    "vision": Preset(
+        stage="vision",
+        steps=6_000,
+        batch_size=16,
+        learning_rate=1e-3,
+        text_weight=1.0,
+        words_until=0.6,
+        bf16=1,
+    ),
     "align": Preset(
         stage="align",
         steps=8_000,

@@ -25,6 +25,7 @@ from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
 from minigpt5.objective import LossWeights, Objective
 from minigpt5.prompt import caption_segments
+from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
@@ -47,12 +48,15 @@ class StageObjective(nn.Module):
         self.num_calls += 1
         if self.model.can_replay and self.num_calls % (1 + preset.replay_steps):
             return self.model.replay(preset.replay_batch_size)
+        rows: list[Row] = batch["row"]  # type: ignore[assignment]
+        if progress < preset.words_until:
+            return self.model.words(rows)
         weights = LossWeights(
             text=preset.text_weight,
             picture=preset.picture_weight if progress >= preset.picture_from else 0.0,
             caption=preset.caption_weight,
         )
-        return self.model(batch["row"], weights)
+        return self.model(rows, weights)
 
 
 class ModelStage:
