@@ -23,7 +23,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test lint quality bench-engines storybook-model clean
+.PHONY: help install serve story test test-slow lint quality bench-engines storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ story: $(STAMP)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=
 test: $(STAMP)  ## all tests but the slow ones and the benchmarks
 	$(RUN) -m pytest
 
+test-slow: $(STAMP)  ## the slow tests: every training stage on Ray Train, one after the other
+	$(RUN) -m pytest -m slow
+
 lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -64,8 +67,8 @@ bench-engines: $(STAMP)  ## how fast text and pictures are made, into bench/engi
 	$(RUN) -m tests.bench.engines $(if $(URL),--url $(URL))
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
-	for leg in vae unet vision align learn; do $(RUN) -m training.train $$leg || exit 1; done
-	cp -r runs/learn/model/. models/storybook/
+	for leg in vae unet vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done
+	cp -r runs/refine/model/. models/storybook/
 
 clean:  ## caches and build leftovers; .venv/ and runs/ stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache build *.egg-info story.html

@@ -19,6 +19,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+_LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
@@ -32,13 +33,7 @@ class Diffusion(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Diffusion:
         """Read `vae/`, `unet/` and `scheduler/` under `folder` as float32."""
-        folder = Path(folder)
-        options = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
-        return cls(
-            AutoencoderKL.from_pretrained(folder / "vae", **options),
-            UNet2DConditionModel.from_pretrained(folder / "unet", **options),
-            load_scheduler(folder, None),
-        )
+        return cls(load_vae(folder), load_unet(folder), load_scheduler(folder, None))
 
     def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""
@@ -53,6 +48,16 @@ class Diffusion(nn.Module):
     def loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Denoising loss with min-SNR weights, one value a picture: (B,)."""
         return denoising_loss(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
+
+
+def load_vae(folder: str | Path) -> AutoencoderKL:
+    """The `vae/` of a folder in diffusers' layout, as float32."""
+    return AutoencoderKL.from_pretrained(Path(folder) / "vae", **_LOADING)
+
+
+def load_unet(folder: str | Path) -> UNet2DConditionModel:
+    """The `unet/` of a folder in diffusers' layout, as float32."""
+    return UNet2DConditionModel.from_pretrained(Path(folder) / "unet", **_LOADING)
 
 
 def load_scheduler(folder: str | Path, name: str | None) -> DDIMScheduler:

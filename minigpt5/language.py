@@ -5,6 +5,9 @@ Shape letters: B sequences, S positions, H hidden width, V vokens, N input pictu
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +64,13 @@ class LanguageModel(nn.Module):
         peft_config = PeftLoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
         )
-        self.body = get_peft_model(self.body, peft_config)
+        with _peft_is_quiet():
+            self.body = get_peft_model(self.body, peft_config)
 
     def load_adapter(self, folder: Path, *, is_trained: bool = False) -> None:
         """Read an adapter in PEFT's format."""
-        self.body = PeftModel.from_pretrained(self.body, str(folder), is_trainable=is_trained)
+        with _peft_is_quiet():
+            self.body = PeftModel.from_pretrained(self.body, str(folder), is_trainable=is_trained)
 
     def merge_adapter(self) -> None:
         """Fold the adapter into the body: faster, and no longer to be saved apart."""
@@ -77,7 +82,7 @@ class LanguageModel(nn.Module):
         if image_NQH is None:
             return embeds_BSH
         is_slot_BS = ids_BS == self.rows.placeholder
-        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1))
+        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH.dtype))
 
     def states(
         self,
@@ -119,6 +124,14 @@ class LanguageModel(nn.Module):
             positions_BS=lengths_B[:, None] + offsets_V,
         )
         return torch.cat([before_B1H, at_vokens_BVH], dim=1)
+
+
+@contextmanager
+def _peft_is_quiet() -> Iterator[None]:
+    """PEFT asks transformers for an attribute by its old name; nothing that a user could act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def pad(sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:

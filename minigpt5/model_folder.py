@@ -21,7 +21,7 @@ from minigpt5.config import ModelConfig, from_json, to_json
 from minigpt5.errors import ModelFolderError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ModelMixin
+    from diffusers import ModelMixin
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -160,14 +160,6 @@ def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
     save_part(diffusion.vae, folder / "vae")
     save_part(diffusion.unet, folder / "unet")
     diffusion.scheduler.save_pretrained(folder / "scheduler")
-
-
-def load_vae(folder: Path) -> AutoencoderKL:
-    """The `vae/` of a folder in diffusers' layout, as float32."""
-    import torch
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
 
 def save_part(part: ModelMixin, folder: Path) -> None:

@@ -26,8 +26,10 @@ from minigpt5.vokens import align
 
 GUIDANCE_DROPOUT = 0.1
 """Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
-MEMORY = 8192
-"""Pictures whose states are kept for replay."""
+WORD_SHARPNESS = 8.0
+"""Distances are in units of a word's own size, so that an embedding at its word is e^8 times as near as at none."""
+MEMORY = 32_768
+"""Pictures whose states are kept for replay: 70 KB each in the storybook preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +53,9 @@ class Objective(nn.Module):
         mapper: Mapper,
         diffusion: Diffusion,
         text_encoder: TextEncoder,
-        *,
-        body_is_frozen: bool,
     ) -> None:
         super().__init__()
-        self.config, self.tokenizer, self.body_is_frozen = config, tokenizer, body_is_frozen
+        self.config, self.tokenizer = config, tokenizer
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
         self.diffusion.requires_grad_(False)
@@ -78,11 +78,13 @@ class Objective(nn.Module):
 
     def forward(self, rows: list[Row], weights: LossWeights) -> dict[str, Tensor]:
         """Losses by name; "loss" is their weighted sum."""
-        captions_only = all(not row.read and len(row.drawn) == 1 for row in rows)
-        if self.body_is_frozen and captions_only:
-            vokens_PVH, losses = self._read_captions(rows)
-        else:
-            vokens_PVH, losses = self._read_sequences(rows)
+        bare = [row for row in rows if self.body_is_frozen and row.is_caption]
+        whole = [row for row in rows if not (self.body_is_frozen and row.is_caption)]
+        read = [self._read_captions(bare)] if bare else []
+        read += [self._read_sequences(whole)] if whole else []
+        rows = [*bare, *whole]
+        vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
+        losses = {"text": torch.stack([text for _, text in read]).mean()}
         total = weights.text * losses["text"]
         if len(vokens_PVH):
             for name, loss in self._picture_losses(rows, vokens_PVH, weights).items():
@@ -90,19 +92,23 @@ class Objective(nn.Module):
                 total = total + getattr(weights, name) * loss
         return {"loss": total, **losses}
 
+    @property
+    def body_is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.language.body.parameters())
+
     def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
         queries = self.config.vision.num_queries
         tokens = prompt.encode(segments, self.tokenizer, self.language.rows, num_image_embeddings=queries)
         return tokens.ids, tokens.labels
 
-    def _read_captions(self, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read_captions(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
         ids_BS, mask_BS = pad([self.encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
         first_B = torch.full((len(rows),), self.language.rows.first)
-        return states_BVH, {"text": F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)}
+        return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
 
-    def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """Whole sequences; logits at the learnt positions only."""
         encoded = [self.encode(row.segments) for row in rows]
         ids_BS, mask_BS = pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
@@ -115,7 +121,7 @@ class Objective(nn.Module):
         is_learnt_BS = next_BS != IGNORED
         text = F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
-        return vokens_PVH, {"text": text}
+        return vokens_PVH, text
 
     def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         captions = [caption for row in rows for caption in row.captions]
@@ -139,6 +145,22 @@ class Objective(nn.Module):
                 timesteps=torch.randint(self.diffusion.scheduler.config.num_train_timesteps, (len(captions),)),
             ).mean()
         return losses
+
+    def words(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
+
+        A picture then reads like a text; the tokens of the batch are what each one is told apart from.
+        """
+        image_NQH = self.vision(np.stack([picture for row in rows for picture in row.read])).float()
+        filler = self.tokenizer.encode(".", add_special_tokens=False)[:1] * image_NQH.shape[1]
+        said = [self.tokenizer.encode(text, add_special_tokens=False) for row in rows for text in row.shown]
+        ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said])
+        seen_W, target_NQ = ids_NQ.unique(return_inverse=True)
+        words_WH = self.language.embedding[seen_W].detach().float()
+        distance_NQW = (image_NQH[:, :, None] - words_WH).square().sum(-1) / words_WH.square().sum(-1).mean()
+        chosen = F.cross_entropy(-WORD_SHARPNESS * distance_NQW.flatten(0, 1), target_NQ.flatten())
+        near = distance_NQW.gather(2, target_NQ[..., None]).mean()
+        return {"loss": chosen + near, "words": chosen, "distance": near}
 
     @property
     def can_replay(self) -> bool:

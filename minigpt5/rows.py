@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,10 @@ class Row:
     segments: list[Segment]
     read: list[np.ndarray]
     """uint8 (side, side, 3) each."""
+    shown: list[str] = field(default_factory=list)
+    """What each read picture shows, where that is known."""
     drawn: list[np.ndarray]
     captions: list[str]
     """What each drawn picture shows, for the text encoder."""
+    is_caption: bool = False
+    """A bare caption and its picture, nothing else: a frozen body need not carry gradients through its text."""

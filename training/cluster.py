@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
-from pathlib import Path
 
 import ray
 import ray.train
@@ -15,26 +13,22 @@ from ray.train.torch import TorchTrainer
 
 from minigpt5.errors import TrainingError
 from training import checkpoint, data, loop
+from training.parts import Parts
 from training.presets import Preset
 
 MAX_FAILURES = 3
 
 
-def run_on_ray(preset: Preset, runs: Path, start: Path | None, num_workers: int) -> None:
-    """Train with `num_workers` workers; `runs` must be a folder that all of them see."""
+def run_on_ray(preset: Preset, parts: Parts, num_workers: int) -> None:
+    """Train with `num_workers` workers; the folders of `parts` must be ones that all of them see."""
     if preset.batch_size % num_workers:
         raise TrainingError(
             f"batch_size is {preset.batch_size} but must be a multiple of the {num_workers} workers: set batch_size="
         )
     if not ray.is_initialized():
         ray.init(num_cpus=max(4, os.cpu_count() or 1))  # logical: data tasks must fit beside the workers
-    first_step = checkpoint.newest_step(runs / preset.stage)
-    settings = {
-        "preset": dataclasses.asdict(preset),
-        "runs": str(runs),
-        "start": str(start) if start else None,
-        "first_step": first_step,
-    }
+    first_step = checkpoint.newest_step(parts.runs / preset.stage)
+    settings = {"preset": preset, "parts": parts, "first_step": first_step}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
             work,
@@ -54,8 +48,8 @@ def work(settings: dict[str, object]) -> None:
     """One worker."""
     from training.train import build_stage
 
-    preset, runs = Preset(**settings["preset"]), Path(str(settings["runs"]))  # type: ignore[arg-type]
-    start = Path(str(settings["start"])) if settings["start"] else None
+    preset, parts = settings["preset"], settings["parts"]
+    assert isinstance(preset, Preset) and isinstance(parts, Parts)
     torch.set_num_threads(preset.num_threads)
     batches = data.ray_batches(
         ray.train.get_dataset_shard("train"),
@@ -63,4 +57,4 @@ def work(settings: dict[str, object]) -> None:
         first_step=int(str(settings["first_step"])),
         num_workers=ray.train.get_context().get_world_size(),
     )
-    loop.fit(build_stage(preset, runs, start), preset, runs / preset.stage, batches, report=ray.train.report)
+    loop.fit(build_stage(preset, parts), preset, parts.runs / preset.stage, batches, report=ray.train.report)

@@ -25,31 +25,28 @@ if TYPE_CHECKING:
 
     from training.loop import Batch
 
-CROP_PX = 64
 CANONICAL_SHARE = 0.4
 """Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
-CAPTION_SHARE, STORY_SHARE = 0.25, 0.5
-"""Of the rows of "learn" are stage-1 captions, lest they are forgotten, and whole stories; the rest are pages."""
 
 
 def row_at(preset: Preset, row_id: int) -> dict[str, object]:
     """Row number `row_id` of a stage."""
     rng = np.random.default_rng([preset.seed, row_id])
     if preset.stage == "vae":
-        return _crop(preset.seed, row_id, rng)
+        return _crop(preset.seed, row_id, preset.crop_px, rng)
     if preset.stage == "unet":
         return _captioned_scene(preset.seed, row_id, rng)
     if preset.stage == "vision":
         return {"row": _description(preset.seed, row_id, rng)}
     choice = rng.random()
-    if preset.stage == "align" or choice < CAPTION_SHARE:
+    if preset.stage == "align" or choice < preset.caption_share:
         return {"row": _caption(preset.seed, row_id, rng)}
-    if choice < CAPTION_SHARE + STORY_SHARE:
+    if choice < preset.caption_share + preset.story_share:
         return {"row": _story(preset.seed, row_id)}
     return {"row": _page(preset.seed, row_id, rng)}
 
 
-def _crop(seed: int, row_id: int, rng: np.random.Generator) -> dict[str, object]:
+def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dict[str, object]:
     """A crop of a scene, four times of five with a sprite in it, and where the sprites are."""
     scene = scene_at(row_id, seed=seed)
     inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
@@ -58,12 +55,12 @@ def _crop(seed: int, row_id: int, rng: np.random.Generator) -> dict[str, object]
         inside[:, top:bottom, left:right] = True
     if rng.random() < 0.8:
         left, top, right, bottom = boxes[rng.integers(2)]
-        x = (left + right - CROP_PX) // 2 + int(rng.integers(-16, 17))
-        y = (top + bottom - CROP_PX) // 2 + int(rng.integers(-16, 17))
+        x = (left + right - crop_px) // 2 + int(rng.integers(-16, 17))
+        y = (top + bottom - crop_px) // 2 + int(rng.integers(-16, 17))
     else:
-        x, y = (int(v) for v in rng.integers(0, IMAGE_PX - CROP_PX + 1, 2))
-    x, y = (min(max(v, 0), IMAGE_PX - CROP_PX) for v in (x, y))
-    window = np.s_[y : y + CROP_PX, x : x + CROP_PX]
+        x, y = (int(v) for v in rng.integers(0, IMAGE_PX - crop_px + 1, 2))
+    x, y = (min(max(v, 0), IMAGE_PX - crop_px) for v in (x, y))
+    window = np.s_[y : y + crop_px, x : x + crop_px]
     return {"pixels": draw_scene(scene)[window], "inside": inside[(slice(None), *window)]}
 
 
@@ -76,8 +73,14 @@ def _captioned_scene(seed: int, row_id: int, rng: np.random.Generator) -> dict[s
 
 def _description(seed: int, row_id: int, rng: np.random.Generator) -> Row:
     scene = scene_at(row_id, seed=seed)
-    description = write_caption(Facts.of(scene), rng)
-    return Row(segments=describe_segments(description), read=[draw_scene(scene)], drawn=[], captions=[])
+    facts = Facts.of(scene)
+    return Row(
+        segments=describe_segments(write_caption(facts, rng)),
+        read=[draw_scene(scene)],
+        shown=[canonical_caption(facts)],
+        drawn=[],
+        captions=[],
+    )
 
 
 def _caption(seed: int, row_id: int, rng: np.random.Generator) -> Row:
@@ -88,6 +91,7 @@ def _caption(seed: int, row_id: int, rng: np.random.Generator) -> Row:
         read=[],
         drawn=[draw_scene(scene)],
         captions=[canonical_caption(facts)],
+        is_caption=True,
     )
 
 

@@ -138,9 +138,13 @@ def agree(elapsed_s: float) -> float:
 
 
 def progress_of(preset: Preset, position: Position) -> float:
-    """0 at the start, 1 at the end: by steps, or by minutes where the preset bounds them."""
+    """0 at the start, 1 at the end: by steps, or by minutes where the preset bounds them.
+
+    A run of no steps ends at once: it puts the parts that it would have gone on from into one folder.
+    """
+    by_steps = position.step / preset.steps if preset.steps else 1.0
     by_time = position.elapsed_s / (60 * preset.minutes) if preset.minutes else 0.0
-    return max(position.step / preset.steps, by_time)
+    return max(by_steps, by_time)
 
 
 def learning_rate_factor(step: int, progress: float, preset: Preset) -> float:

@@ -26,6 +26,10 @@ class Preset:
     num_threads: int = 2
     bf16: int = 0
     """1: the objective runs under bfloat16 autocast; weights, optimizer and losses stay float32."""
+    crop_px: int = 64
+    """Side of the crops of "vae"."""
+    encoder_is_frozen: int = 0
+    """1: "vae" trains the way back alone: latents, and so a UNet trained on them, stay valid."""
     text_weight: float = 0.0
     picture_weight: float = 0.0
     picture_from: float = 0.0
@@ -34,6 +38,11 @@ class Preset:
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32
+    words_until: float = 0.0
+    """Share of the run in which "vision" learns words alone, without a pass of the language model."""
+    caption_share: float = 0.25
+    story_share: float = 0.5
+    """Of the rows of "learn" and "refine": bare captions, lest they are forgotten, and stories; the rest are pages."""
     rows_learning_rate: float = 0.0
     mapper_learning_rate: float = 0.0
     checkpoint_every_s: float = 180.0
@@ -46,10 +55,16 @@ class Preset:
 # caption loss kept in learn, on the facts known so far (it teaches what "it" and "there" are without a UNet pass).
 STORYBOOK = {
     "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0, bf16=1),
-    "unet": Preset(
-        stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1
+    "unet": Preset(stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1),
+    "vision": Preset(
+        stage="vision",
+        steps=6_000,
+        batch_size=16,
+        learning_rate=1e-3,
+        text_weight=1.0,
+        words_until=0.6,
+        bf16=1,
     ),
-    "vision": Preset(stage="vision", steps=2_000, batch_size=8, learning_rate=5e-4, text_weight=1.0),
     "align": Preset(
         stage="align",
         steps=8_000,
@@ -76,6 +91,21 @@ STORYBOOK = {
         caption_weight=0.5,
         replay_steps=6,
         warmup_steps=20,
+    ),
+    "refine": Preset(
+        stage="refine",
+        steps=12_000,
+        batch_size=16,
+        learning_rate=0.0,
+        mapper_learning_rate=1e-3,
+        caption_share=0.7,
+        story_share=0.22,
+        caption_weight=1.0,
+        replay_steps=7,
+        replay_batch_size=48,
+        ema=0.99,
+        warmup_steps=50,
+        bf16=1,
     ),
 }
 

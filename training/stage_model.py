@@ -1,8 +1,11 @@
-"""Stages "vision", "align" and "learn": the package's Objective, with a stage's rows and trainable parts.
+"""Stages "vision", "align", "learn" and "refine": the package's Objective, with a stage's rows and trainable parts.
 
 vision  picture -> description; the Q-Former is trained, the language model frozen
 align   caption -> picture; voken rows and mapper are trained, the language model frozen (unimodal alignment)
 learn   interleaved stories; LoRA, rows and mapper are trained (multimodal learning)
+refine  captions and stories; the mapper alone learns to follow what the language model has become
+
+A learning rate of 0 freezes what it belongs to.
 """
 
 from __future__ import annotations
@@ -17,19 +20,19 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.decoder import denoise
-from minigpt5.diffusion import Diffusion
+from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
 from minigpt5.objective import LossWeights, Objective
 from minigpt5.prompt import caption_segments
+from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
 from training.loop import Batch
+from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
-
-PREVIOUS = {"vision": None, "align": "vision", "learn": "align"}
 
 
 class StageObjective(nn.Module):
@@ -45,16 +48,19 @@ class StageObjective(nn.Module):
         self.num_calls += 1
         if self.model.can_replay and self.num_calls % (1 + preset.replay_steps):
             return self.model.replay(preset.replay_batch_size)
+        rows: list[Row] = batch["row"]  # type: ignore[assignment]
+        if progress < preset.words_until:
+            return self.model.words(rows)
         weights = LossWeights(
             text=preset.text_weight,
             picture=preset.picture_weight if progress >= preset.picture_from else 0.0,
             caption=preset.caption_weight,
         )
-        return self.model(batch["row"], weights)
+        return self.model(rows, weights)
 
 
 class ModelStage:
-    def __init__(self, preset: Preset, runs: Path, start: Path | None = None) -> None:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
         self.config = storybook()
@@ -62,15 +68,15 @@ class ModelStage:
         self.language = LanguageModel.from_base(base, self.config)
         self.vision = model_folder.new_vision(self.config)
         self.mapper = Mapper(self.config)
-        previous = start or (runs / before / "model" if (before := PREVIOUS[preset.stage]) else None)
+        previous = parts.model(preset.stage)
         if previous:
             self._load(previous)
         self._adapt(previous)
         self._freeze()
         positions = self.config.condition_length
         text_encoder = TextEncoder(resolve(self.config.text_encoder), num_positions=positions)
-        self.diffusion = Diffusion.from_pretrained(start / "decoder" if start else runs / "unet" / "model")
-        self.diffusion.unet.to(memory_format=torch.channels_last)
+        vae, unet = load_vae(parts.need("vae")), load_unet(parts.need("unet"))
+        self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
         objective = Objective(
             self.config,
             load_tokenizer(base, self.config),
@@ -79,11 +85,10 @@ class ModelStage:
             self.mapper,
             self.diffusion,
             text_encoder,
-            body_is_frozen=preset.stage != "learn",
         )
         objective.standardise_captions(
             [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
-            start_there=preset.stage == "align" and not start,
+            start_there=preset.stage == "align" and not parts.start,
         )
         self.objective = StageObjective(objective, preset)
 
@@ -94,7 +99,7 @@ class ModelStage:
 
     def _adapt(self, previous: Path | None) -> None:
         """The adapter of the folder that is gone on from, trained in "learn" only, where a missing one is made."""
-        is_trained = self.preset.stage == "learn"
+        is_trained = self.preset.stage == "learn" and self.preset.learning_rate > 0
         if previous and (previous / "adapter").is_dir():
             self.language.load_adapter(previous / "adapter", is_trained=is_trained)
         elif is_trained:
@@ -103,23 +108,23 @@ class ModelStage:
     def _freeze(self) -> None:
         stage = self.preset.stage
         self.vision.qformer.requires_grad_(stage == "vision")
-        self.language.rows.requires_grad_(stage != "vision")
+        self.language.rows.requires_grad_(stage != "vision" and self.preset.rows_learning_rate > 0)
         self.mapper.requires_grad_(stage != "vision")
 
     def parameter_groups(self) -> list[dict[str, object]]:
         preset = self.preset
         if preset.stage == "vision":
             return [{"params": list(self.vision.qformer.parameters()), "lr": preset.learning_rate}]
+        rows, adapter = (
+            [parameter for parameter in module.parameters() if parameter.requires_grad]
+            for module in (self.language.rows, self.language.body)
+        )
         groups: list[dict[str, object]] = [
-            {
-                "params": list(self.language.rows.parameters()),
-                "lr": preset.rows_learning_rate,
-                "weight_decay": 0.0,
-            },
+            {"params": rows, "lr": preset.rows_learning_rate, "weight_decay": 0.0},
             {"params": list(self.mapper.parameters()), "lr": preset.mapper_learning_rate},
+            {"params": adapter, "lr": preset.learning_rate},
         ]
-        adapter = [p for p in self.language.body.parameters() if p.requires_grad]
-        return [*groups, {"params": adapter, "lr": preset.learning_rate}] if adapter else groups
+        return [group for group in groups if group["params"]]
 
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:

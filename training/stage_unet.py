@@ -13,11 +13,12 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.decoder import denoise
-from minigpt5.diffusion import Diffusion, new_storybook_scheduler, new_storybook_unet
+from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
 from training.loop import Batch
+from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
@@ -48,15 +49,13 @@ class UnetObjective(nn.Module):
 
 
 class UnetStage:
-    def __init__(self, preset: Preset, runs: Path, start: Path | None = None) -> None:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        if start:
-            self.diffusion = Diffusion.from_pretrained(start / "decoder")
-        else:
-            unet = new_storybook_unet(config.condition_width)
-            vae = model_folder.load_vae(runs / "vae" / "model")
-            self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
+        goes_on = parts.start or parts.decoder
+        folder = parts.find("unet") if goes_on else None
+        unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
+        self.diffusion = Diffusion(load_vae(parts.need("vae")), unet, new_storybook_scheduler())
         # Plain attention: under bfloat16 the backward pass of torch's fused kernel is the slower one on a CPU.
         self.diffusion.unet.set_attn_processor(AttnProcessor())
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
-from minigpt5.diffusion import new_storybook_vae
+from minigpt5.diffusion import load_vae, new_storybook_vae
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.loop import Batch
+from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
@@ -32,7 +33,7 @@ class VaeObjective(nn.Module):
         pixels_BCYX = to_tensor(batch["pixels"])
         weight_B1YX = 1 + 2 * torch.as_tensor(batch["inside"]).float()
         weight_B1YX = weight_B1YX / weight_B1YX.mean()
-        latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode()
+        latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode().float()
         decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * torch.randn_like(latents_BCYX)).sample.float()
         error_BCYX = decoded_BCYX - pixels_BCYX
         l1 = (error_BCYX.abs() * weight_B1YX).mean()
@@ -45,15 +46,19 @@ class VaeObjective(nn.Module):
 
 
 class VaeStage:
-    def __init__(self, preset: Preset, start: Path | None = None) -> None:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
-        vae = model_folder.load_vae(start / "decoder") if start else new_storybook_vae()
-        self.vae = vae
+        goes_on = parts.start or parts.decoder
+        self.vae = load_vae(parts.need("vae")) if goes_on else new_storybook_vae()
+        if preset.encoder_is_frozen:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        return [{"params": list(self.vae.parameters()), "lr": self.preset.learning_rate}]
+        trained = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
+        return [{"params": trained, "lr": self.preset.learning_rate}]
 
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:
@@ -67,6 +72,11 @@ class VaeStage:
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Write the VAE with its latents' statistics, which put them on the UNet's scale."""
+        if not self.preset.encoder_is_frozen:
+            self._measure_latents()
+        model_folder.save_part(self.vae, folder / "vae")
+
+    def _measure_latents(self) -> None:
         scenes = (scene_at(i, seed=self.preset.seed) for i in range(1024))
         latents = []
         for _ in range(32):
@@ -77,4 +87,3 @@ class VaeStage:
             latents_mean=[round(v, 4) for v in latents_NCYX.mean(dim=(0, 2, 3)).tolist()],
             latents_std=[round(v, 4) for v in latents_NCYX.std(dim=(0, 2, 3)).tolist()],
         )
-        model_folder.save_part(self.vae, folder / "vae")

@@ -1,4 +1,4 @@
-"""`python -m training.train vae|unet|vision|align|learn [key=value ...]`: one stage, resumed where it was left."""
+"""`python -m training.train vae|unet|vision|align|learn|refine [key=value ...]`: one stage, or the rest of it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 import torch
 
 from training import data, loop, presets
+from training.parts import Parts
 from training.presets import Preset
 
 
-def build_stage(preset: Preset, runs: Path, start: Path | None) -> loop.Stage:
-    """The stage of a preset, on what earlier ones left under `runs`, or on the model folder `start`."""
+def build_stage(preset: Preset, parts: Parts) -> loop.Stage:
+    """The stage of a preset, on the weights that it goes on from."""
     if preset.stage == "vae":
         from training.stage_vae import VaeStage
 
-        return VaeStage(preset, start)
+        return VaeStage(preset, parts)
     if preset.stage == "unet":
         from training.stage_unet import UnetStage
 
-        return UnetStage(preset, runs, start)
+        return UnetStage(preset, parts)
     from training.stage_model import ModelStage
 
-    return ModelStage(preset, runs, start)
+    return ModelStage(preset, parts)
 
 
 def main() -> None:
@@ -33,28 +34,30 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value, see training/presets.py")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs; a stage is runs/<stage>")
     parser.add_argument("--start", type=Path, help="model folder to go on from, such as models/storybook")
+    parser.add_argument("--decoder", type=Path, help="folder whose vae/ and unet/ come before the start's")
     parser.add_argument("--workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray")
     options = parser.parse_intermixed_args()
     try:
         preset = presets.override(presets.STORYBOOK[options.stage], options.settings)
     except ValueError as error:
         parser.error(str(error))
-    runs, start = options.runs.absolute(), options.start and options.start.absolute()
+    runs, start, decoder = (path and path.absolute() for path in (options.runs, options.start, options.decoder))
+    parts = Parts(runs=runs, start=start, decoder=decoder)
     if options.workers == 0:
-        run(preset, runs, start)
+        run(preset, parts)
     else:
         from training.cluster import run_on_ray
 
-        run_on_ray(preset, runs, start, options.workers)
+        run_on_ray(preset, parts, options.workers)
 
 
-def run(preset: Preset, runs: Path, start: Path | None) -> None:
+def run(preset: Preset, parts: Parts) -> None:
     """The stage in this process."""
     torch.set_num_threads(preset.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stage = build_stage(preset, runs, start)
+    stage = build_stage(preset, parts)
     batches = data.local_batches(preset)
-    loop.fit(stage, preset, runs / preset.stage, batches, report=lambda metrics: print(metrics, flush=True))
+    loop.fit(stage, preset, parts.runs / preset.stage, batches, report=lambda metrics: print(metrics, flush=True))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Picture accuracy through the vokens: `python -m tests.bench.quality [--num 500] [--model FOLDER]`.
+"""Picture accuracy and story agreement: `python -m tests.bench.quality [--num 500] [--stories 50] [--model FOLDER]`.
 
 Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
 Beside them the ceiling: what the scorer reads from true scenes and from their VAE reconstructions.
+
+Stories are written by the model itself from held-out prompts; a parser of the world's language keeps cast, place and
+time so far, and the scorer says whether each page's picture shows them.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts, write_caption
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
+from minigpt5.storybook.stories import page_facts, story_at
 from minigpt5.types import DrawRequest
 
 SEED = 2310
@@ -38,6 +42,8 @@ TINY = 24
 NUM_CRISP = 100
 """Pictures of each kind whose crispness is measured."""
 FACTS = ("who", "what", "side", "place", "time")
+STORY_FACTS = ("who", "what", "place", "time")
+STORY_PAGES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,34 @@ def draw(model: MiniGPT5, asked: Sequence[Asked]) -> np.ndarray:
             for one in asked[start : start + BATCH_SIZE]
         ]
         pictures += [picture.png for picture in model.decoder.draw(requests)]
-    return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pictures])
+    return np.stack([pixels_of(png) for png in pictures])
+
+
+def agreement(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
+    """Of the pages of `num` stories that the model writes: the share whose picture shows each fact known by then."""
+    known = dict.fromkeys(STORY_FACTS, 0)
+    shown = dict.fromkeys(STORY_FACTS, 0)
+    num_true_casts = 0
+    for index in range(num):
+        asked = story_at(index, seed=SEED, split="heldout", num_pages=STORY_PAGES, held_out_pairs=True)
+        story = model.write(asked.prompt, pages=STORY_PAGES, seed=index)
+        pictures = np.stack([pixels_of(page.picture.png) for page in story.pages if page.picture])
+        texts = [page.text for page in story.pages]
+        read, cast = page_facts(texts, asked.prompt), asked.pages[0].facts
+        num_true_casts += any((facts.who, facts.what) == (cast.who, cast.what) for facts in page_facts(texts))
+        for facts, answer in zip(read, scorer.score(pictures), strict=True):
+            for name in STORY_FACTS:
+                if (value := getattr(facts, name)) is not None:
+                    known[name] += 1
+                    shown[name] += getattr(answer, name) == value
+    return {
+        "pictures": {name: share(shown[name], known[name]) for name in STORY_FACTS if known[name]},
+        "stories_with_the_prompts_cast": share(num_true_casts, num),
+    }
+
+
+def pixels_of(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 @torch.no_grad()
@@ -117,7 +150,7 @@ def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
     }
 
 
-def measure(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
+def measure(model: MiniGPT5, scorer: Scorer, num: int, num_stories: int) -> dict[str, object]:
     """All figures of this bench."""
     figures: dict[str, object] = {
         "model": model.config.name,
@@ -137,6 +170,8 @@ def measure(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
             "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
             "seconds_a_picture": round(seconds, 3),
         }
+    if num_stories:
+        figures["stories"] = agreement(model, scorer, num_stories)
     return figures
 
 
@@ -159,15 +194,17 @@ def machine() -> dict[str, object]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
     parser.add_argument("--num", type=int, default=500, help="captions of held-out pairs, and as many of seen pairs")
-    parser.add_argument("--tiny", action="store_true", help=f"{TINY} captions: a check that the bench runs")
+    parser.add_argument("--stories", type=int, default=50, help="stories that the model writes; 0: none")
+    parser.add_argument("--tiny", action="store_true", help=f"{TINY} captions and a story: a check that the bench runs")
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     options = parser.parse_args(arguments)
-    if options.num < 1:
-        parser.error(f"--num is {options.num} but must be 1 or more")
+    if options.num < 1 or options.stories < 0:
+        parser.error(f"--num is {options.num} and --stories {options.stories} but must be at least 1 and 0")
     model = MiniGPT5.from_pretrained(options.model, num_threads=options.threads)
-    figures = measure(model, load_scorer(), TINY if options.tiny else options.num)
+    nums = (TINY, 1) if options.tiny else (options.num, options.stories)
+    figures = measure(model, load_scorer(), *nums)
     given = sys.argv[1:] if arguments is None else arguments
     save_report(options.out, figures, command=" ".join(["python -m tests.bench.quality", *given]))
     print(json.dumps(figures, indent=2))

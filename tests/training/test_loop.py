@@ -13,6 +13,7 @@ import torch
 
 from minigpt5.errors import TrainingError
 from training import checkpoint, data, loop, presets
+from training.parts import Parts
 from training.stage_vae import VaeStage
 
 TINY = dataclasses.replace(
@@ -31,7 +32,7 @@ class Stopped(Exception):
 
 
 def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset = TINY) -> VaeStage:
-    stage = VaeStage(preset)
+    stage = VaeStage(preset, Parts(runs=folder))
     stage.draw_sheet = lambda path: None  # type: ignore[method-assign]
     stage.save = lambda folder: None  # type: ignore[method-assign]
 
@@ -62,7 +63,7 @@ def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
-    stage = VaeStage(TINY)
+    stage = VaeStage(TINY, Parts(runs=tmp_path))
     with torch.no_grad():
         next(stage.vae.parameters()).fill_(math.nan)
     with pytest.raises(TrainingError, match=r"nan at step 0, rows \[0, 1\]"):
@@ -84,7 +85,7 @@ def test_settings_are_checked() -> None:
 
 
 def test_rows_are_a_function_of_their_id() -> None:
-    for stage in ("vae", "unet", "vision", "align", "learn"):
+    for stage in ("vae", "unet", "vision", "align", "learn", "refine"):
         preset = presets.STORYBOOK[stage]
         assert str(data.row_at(preset, 5)) == str(data.row_at(preset, 5))
         assert str(data.row_at(preset, 5)) != str(data.row_at(preset, 6))

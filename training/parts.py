@@ -1,0 +1,40 @@
+"""Where a stage finds the weights that it goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt5.errors import TrainingError
+
+PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
+"""The stage whose model folder a stage goes on from, where `start` names no other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Folders of weights: `decoder` goes before `start`, `start` before what earlier stages left under `runs`."""
+
+    runs: Path
+    start: Path | None = None
+    """A model folder."""
+    decoder: Path | None = None
+    """A folder in diffusers' layout that replaces the whole decoder of `start`, or a part of it."""
+
+    def model(self, stage: str) -> Path | None:
+        """The model folder that `stage` goes on from; None where it begins anew."""
+        if self.start:
+            return self.start
+        return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
+
+    def find(self, part: str) -> Path | None:
+        """The first folder that has `part` ("vae" or "unet") under it; None where there is none."""
+        trained = (self.runs / "unet" / "model", self.runs / "vae" / "model")
+        folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
+        return next((folder for folder in folders if folder and (folder / part).is_dir()), None)
+
+    def need(self, part: str) -> Path:
+        """As `find`; raises TrainingError where there is none."""
+        if folder := self.find(part):
+            return folder
+        raise TrainingError(f"no {part} to go on from: train one first, or name a model folder with --start")
