@@ -24,15 +24,24 @@ class Denoising:
     """One picture on its way from noise to latents, with a scheduler of its own."""
 
     def __init__(
-        self, diffusion: Diffusion, condition_QD: Tensor, *, seed: int, draw: DrawSettings, guidance_rescale: float
+        self,
+        diffusion: Diffusion,
+        condition_QD: Tensor,
+        *,
+        seed: int,
+        draw: DrawSettings,
+        guidance_rescale: float,
+        noise_1CYX: Tensor | None = None,
     ) -> None:
-        unet = diffusion.unet
+        """`noise_1CYX`: what the picture begins as, instead of what `seed` gives."""
         self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
         options = SCHEDULER_OPTIONS.get(draw.scheduler, {})
         self.scheduler = SCHEDULERS[draw.scheduler].from_config(diffusion.scheduler.config, **options)
         self.scheduler.set_timesteps(draw.steps)
-        shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        noise_1CYX = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        if noise_1CYX is None:
+            config = diffusion.unet.config
+            shape = (1, config.in_channels, config.sample_size, config.sample_size)
+            noise_1CYX = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         self.latents_1CYX = noise_1CYX.to(condition_QD) * self.scheduler.init_noise_sigma
         self.clean_1CYX = self.latents_1CYX
         """What the last prediction makes of the latents without their noise."""

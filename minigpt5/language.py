@@ -55,6 +55,12 @@ class LanguageModel(nn.Module):
         rows.initialise(causal.get_input_embeddings().weight, head_TH, seed=0)
         return cls(causal.model, head_TH, rows)
 
+    @torch.no_grad()
+    def replace_vocabulary(self, embedding_TH: Tensor, head_TH: Tensor) -> None:
+        """Other rows than the base model's own: published checkpoints carry theirs, which training has moved."""
+        self.embedding.copy_(embedding_TH)
+        self.head_TH = head_TH.to(self.head_TH)
+
     @property
     def embedding(self) -> Tensor:
         return self.body.get_input_embeddings().weight

@@ -34,11 +34,19 @@ MEMORY = 32_768
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Published: text 0.01, picture 1, caption 0.1 in stage 1 and 0 in stage 2."""
+    """Of the three losses."""
 
     text: float
     picture: float
     caption: float
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of those that there are."""
+        return torch.stack([getattr(self, name) * loss for name, loss in losses.items()]).sum()
+
+
+STAGE1 = LossWeights(text=0.01, picture=1.0, caption=0.1)
+STAGE2 = LossWeights(text=0.01, picture=1.0, caption=0.0)
 
 
 class Objective(nn.Module):
@@ -85,12 +93,9 @@ class Objective(nn.Module):
         rows = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
-        total = weights.text * losses["text"]
         if len(vokens_PVH):
-            for name, loss in self._picture_losses(rows, vokens_PVH, weights).items():
-                losses[name] = loss
-                total = total + getattr(weights, name) * loss
-        return {"loss": total, **losses}
+            losses |= self._picture_losses(rows, vokens_PVH, weights)
+        return {"loss": weights.total(losses), **losses}
 
     @property
     def body_is_frozen(self) -> bool:
@@ -117,11 +122,14 @@ class Objective(nn.Module):
         pictures = [picture for row in rows for picture in row.read]
         image_NQH = self.vision(np.stack(pictures)) if pictures else None
         states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
+        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
+        return vokens_PVH, self.text_loss(states_BSH, labels_BS)
+
+    def text_loss(self, states_BSH: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross-entropy of the next token where it is learnt; logits are computed there only."""
         next_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
         is_learnt_BS = next_BS != IGNORED
-        text = F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
-        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
-        return vokens_PVH, text
+        return F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
 
     def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         captions = [caption for row in rows for caption in row.captions]
@@ -132,7 +140,7 @@ class Objective(nn.Module):
         if weights.caption:
             asked = ["" if null else caption for null, caption in zip(is_null_P.tolist(), captions, strict=True)]
             target_PQD = self.text_encoder(asked)
-            losses["caption"] = self._caption_loss(condition_PQD, target_PQD)
+            losses["caption"] = self.caption_loss(condition_PQD, target_PQD)
             self._remember(vokens_PVH, target_PQD)
         if weights.picture:
             pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
@@ -173,12 +181,13 @@ class Objective(nn.Module):
         chosen = torch.randint(len(self._memory), (num_pictures,)).tolist()
         states_PVH = torch.stack([self._memory[i][0] for i in chosen])
         target_PQD = torch.stack([self._memory[i][1] for i in chosen])
-        loss = self._caption_loss(self.mapper(states_PVH), target_PQD)
+        loss = self.caption_loss(self.mapper(states_PVH), target_PQD)
         return {"loss": loss, "replayed": loss}
 
     def _remember(self, vokens_PVH: Tensor, target_PQD: Tensor) -> None:
         self._memory += zip(vokens_PVH.detach(), target_PQD, strict=True)
         self._memory = self._memory[-MEMORY:]
 
-    def _caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
+    def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
+        """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""
         return ((condition_PQD - target_PQD) / self.caption_scale_D).square().mean()

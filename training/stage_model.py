@@ -66,7 +66,7 @@ class ModelStage:
         self.config = storybook()
         base = resolve(self.config.language_model)
         self.language = LanguageModel.from_base(base, self.config)
-        self.vision = model_folder.new_vision(self.config)
+        self.vision = model_folder.load_vision(None, self.config)
         self.mapper = Mapper(self.config)
         previous = parts.model(preset.stage)
         if previous:
