@@ -83,6 +83,8 @@ class ModelConfig:
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)
+    published_quirks: bool = False
+    """Repeat the published code's bugs (minigpt5/published.py lists them), to compare with its numbers."""
     licences: tuple[str, ...] = ()
     """Of base models and training sets."""
     fingerprint: str = ""

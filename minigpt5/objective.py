@@ -20,7 +20,7 @@ from minigpt5.language import LanguageModel, pad
 from minigpt5.mapper import Mapper
 from minigpt5.prompt import IGNORED, Segment
 from minigpt5.rows import Row
-from minigpt5.text_encoder import TextEncoder
+from minigpt5.text_encoder import ClipTextEncoder, TextEncoder
 from minigpt5.vision import Vision
 from minigpt5.vokens import align
 
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         vision: Vision,
         mapper: Mapper,
         diffusion: Diffusion,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | ClipTextEncoder,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -103,7 +103,13 @@ class Objective(nn.Module):
 
     def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
         queries = self.config.vision.num_queries
-        tokens = prompt.encode(segments, self.tokenizer, self.language.rows, num_image_embeddings=queries)
+        tokens = prompt.encode(
+            segments,
+            self.tokenizer,
+            self.language.rows,
+            num_image_embeddings=queries,
+            published_quirks=self.config.published_quirks,
+        )
         return tokens.ids, tokens.labels
 
     def _read_captions(self, rows: list[Row]) -> tuple[Tensor, Tensor]:

@@ -60,9 +60,15 @@ def encode(
     rows: VokenRows,
     *,
     num_image_embeddings: int,
+    published_quirks: bool = False,
 ) -> Tokens:
-    """Segments -> ids and labels, BOS first."""
+    """Segments -> ids and labels, BOS first.
+
+    `published_quirks`: of the first picture [IMG7] is learnt too, of any other all vokens (an index that ends one too
+    early, and looks at the first picture only).
+    """
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
+    num_drawn = 0
     for segment in segments:
         if segment.kind == "text":
             new = tokenizer.encode(segment.text, add_special_tokens=False)
@@ -72,7 +78,12 @@ def encode(
             learnt = [IGNORED] * len(new)
         else:
             new = rows.ids
-            learnt = ([new[0]] if segment.is_target else [IGNORED]) + [IGNORED] * (len(new) - 1)
+            learnt = [IGNORED] * len(new)
+            if segment.is_target:
+                learnt[0] = new[0]
+                if published_quirks:
+                    learnt = new if num_drawn else [new[0], *learnt[1:-1], new[-1]]
+                num_drawn += 1
         ids += new
         labels += learnt
     return Tokens(ids=ids, labels=labels)

@@ -3,6 +3,17 @@
 A published file is a Lightning checkpoint that holds what its stage trained: stage 1 `fc`, the queries, the mapper and
 both vocabulary matrices; stage 2 the mapper, both matrices again and LoRA, so that it needs its stage-1 file beside
 it. Every key has one home in a model folder, and no key is skipped in silence.
+
+Where the published code has a bug, ours does the right thing, and repeats the bug with `published_quirks` in the
+config (the numbers are of our list of differences):
+
+D4   the label of [IMG7] is learnt, and every label of a target's second picture (prompt.encode)
+D8   captions are encoded with their padding masked, unlike in Stable Diffusion (text_encoder.ClipTextEncoder)
+D11  a forced picture comes before any text, and not at all where the logits are negative (writing.Writer)
+D14  a reply has one picture: vokens after the first are text without a meaning (writing.Writer)
+     the repetition penalty lowers vokens too, so that a second picture comes less often (writing.Writer)
+D6   the old rows of the vocabulary shrink by weight decay: only new rows are trained here, with or without the flag;
+     what an imported checkpoint has of it is kept (`vocabulary.safetensors`)
 """
 
 from __future__ import annotations
