@@ -114,8 +114,8 @@ def denoising_error(
 def min_snr_weight(scheduler: DDIMScheduler, timesteps: Tensor) -> Tensor:
     """min(SNR, 5) / SNR for the noise, min(SNR, 5) / (SNR + 1) for the velocity (arXiv 2303.09556, 3.4 and appendix).
 
-    The second is 0 where the schedule ends without signal, so that the first step of drawing would never be learnt:
-    it has a floor.
+    The second has a floor: it is 0 where the schedule ends without signal, and the first step of drawing would never
+    be learnt.
     """
     alpha_bar_B = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr_B = alpha_bar_B / (1 - alpha_bar_B)

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from minigpt5.base_models import resolve
 from minigpt5.config import LoraConfig, ModelConfig, VisionConfig, minigpt5_7b, to_json
@@ -90,7 +91,8 @@ def import_checkpoint(
     config = _config_of(stage1, stage2, vision, llm=llm, diffusion=diffusion, like=like)
     _check("the stage-1 checkpoint", stage1, stage1_shapes(config))
     if stage2 is not None:
-        _check("the stage-2 checkpoint", stage2, stage2_shapes(config))
+        base = AutoConfig.from_pretrained(resolve(llm))
+        _check("the stage-2 checkpoint", stage2, stage2_shapes(config, base))
     vision = {key: value for key, value in vision.items() if key != _IGNORED}
     _check("the vision weights", vision, vision_shapes(config))
 
@@ -170,17 +172,8 @@ def stage1_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | dict.fromkeys(_STAGE1.values(), matrix)
 
 
-def stage2_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def stage2_shapes(config: ModelConfig, llm: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Every key of a stage-2 checkpoint: 126 and four for each layer of the language model."""
-    from transformers import AutoConfig
-
-    llm = AutoConfig.from_pretrained(resolve(config.language_model))
-    return _stage2_shapes(config, llm)
-
-
-def _stage2_shapes(config: ModelConfig, llm: object) -> dict[str, tuple[int, ...]]:
-    from transformers import AutoModel
-
     with torch.device("meta"):
         body = AutoModel.from_config(llm)
     shapes = {key: shape for key, shape in stage1_shapes(config).items() if key.startswith("llm_to_t2i_mapping.")}
@@ -204,8 +197,6 @@ def vision_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _config_of(
     stage1: Tensors, stage2: Tensors | None, vision: Tensors, *, llm: str, diffusion: str, like: ModelConfig
 ) -> ModelConfig:
-    from transformers import AutoConfig
-
     needed = ("t2i_decoder_prompt", *_STAGE1.values())
     if missing := [key for key in needed if key not in stage1]:
         raise ModelFolderError(

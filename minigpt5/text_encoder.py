@@ -61,7 +61,5 @@ class ClipTextEncoder(nn.Module):
 def load_text_encoder(folder: str | Path, config: ModelConfig) -> TextEncoder | ClipTextEncoder:
     """The text encoder of a base model's folder: of Stable Diffusion's layout, or a sentence encoder's."""
     if (Path(folder) / "text_encoder").is_dir():
-        return ClipTextEncoder(
-            folder, num_positions=config.condition_length, published_quirks=config.published_quirks
-        )
+        return ClipTextEncoder(folder, num_positions=config.condition_length, published_quirks=config.published_quirks)
     return TextEncoder(folder, num_positions=config.condition_length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -111,13 +112,13 @@ class Stage:
             "voken_hidden": relative(vokens_PVH[:1], case["voken_hidden"]),
             "voken_projected": relative(self.mapper.fc(vokens_PVH[:1]), case["voken_projected"]),
             "condition": relative(condition_PQD[:1], case["condition"]),
-            "text_loss": abs(losses["text"].item() - told["text_loss"]),
-            "image_loss": abs(losses["picture"].item() - told["image_loss"]),
-            "image_loss_unweighted": abs(error.item() - F.mse_loss(case["model_pred"], case["noise"]).item()),
-            "loss": abs((STAGE1 if self.number == 1 else STAGE2).total(losses).item() - told["loss"]),
+            "text_loss": finite((losses["text"] - told["text_loss"]).abs()),
+            "image_loss": finite((losses["picture"] - told["image_loss"]).abs()),
+            "image_loss_unweighted": finite((error - F.mse_loss(case["model_pred"], case["noise"])).abs()),
+            "loss": finite(((STAGE1 if self.number == 1 else STAGE2).total(losses) - told["loss"]).abs()),
         }
         if self.number == 1:
-            found["caption_loss"] = abs(losses["caption"].item() - told["caption_loss"])
+            found["caption_loss"] = finite((losses["caption"] - told["caption_loss"]).abs())
         return found
 
     def _widen(self, ids_S: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +150,7 @@ class Stage:
         while picture.num_calls_left:
             advance(self.diffusion, [picture], null_1QD)
         pixels_YXC = (self.diffusion.to_pixels(picture.latents_1CYX)[0].permute(1, 2, 0) + 1) / 2
-        return float((pixels_YXC - self.cases["draw.image"]).abs().max())
+        return finite((pixels_YXC - self.cases["draw.image"]).abs().max())
 
 
 def burst(language: LanguageModel, ids_1S: Tensor, image_NQH: Tensor, config: ModelConfig) -> Tensor:
@@ -183,9 +184,13 @@ def told_sizes(values: dict[str, dict]) -> ModelConfig:  # type: ignore[type-arg
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected value."""
+    """The largest difference over the largest expected value; infinite where something is no number."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
-    return float((found - expected).abs().max() / expected.abs().max())
+    return finite((found - expected).abs().max() / expected.abs().max())
+
+
+def finite(value: Tensor) -> float:
+    return float(value) if value.isfinite() else math.inf
 
 
 def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
