@@ -111,7 +111,7 @@ def counts(parts: Parts) -> dict[str, int]:
     new_rows = count(parts.rows)
     return {
         "language model": count(parts.language),
-        "vision encoder": count(parts.vision.encoder),  # type: ignore[arg-type]
+        "vision encoder": count(parts.vision.encoder),
         "Q-Former and projection": count(parts.vision.qformer),
         "mapper": transformer,
         "fc": fc,

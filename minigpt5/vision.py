@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,18 +23,11 @@ from minigpt5.config import ModelConfig, VisionConfig
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class Encoder(Protocol):
-    """What is family-specific about reading pixels."""
-
-    def prepare(self, pixels_NCYX: Tensor) -> Tensor:
-        """Pixels from 0 to 255, of any one size -> what `__call__` takes."""
-
-    def __call__(self, pixels_NCYX: Tensor) -> Tensor:
-        """(N, 3, image_px, image_px) -> (N, F, E)."""
-
-
 class EfficientNetEncoder(nn.Module):
-    """EfficientNet-Lite0, frozen: pixels -> a grid of features."""
+    """EfficientNet-Lite0, frozen: pixels -> a grid of features.
+
+    `prepare` takes pixels from 0 to 255 of any one size to what `forward` takes: (N, 3, image_px, image_px).
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -52,6 +44,7 @@ class EfficientNetEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels_NCYX: Tensor) -> Tensor:
+        """(N, 3, image_px, image_px) -> (N, F, E)."""
         return self.network.extract_features(pixels_NCYX).flatten(2).transpose(1, 2)
 
 
@@ -93,6 +86,7 @@ class EvaClipEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels_NCYX: Tensor) -> Tensor:
+        """(N, 3, image_px, image_px) -> (N, F, E)."""
         return self.network(pixels_NCYX).last_hidden_state
 
 
@@ -164,7 +158,8 @@ class Vision(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         encoder, qformer = FAMILIES[config.vision.family]
-        self.encoder, self.qformer = encoder(config.vision), qformer(config)
+        self.encoder: EfficientNetEncoder | EvaClipEncoder = encoder(config.vision)
+        self.qformer: SmallQFormer | Blip2QFormer = qformer(config)
 
     def forward(self, pixels_NYXC: np.ndarray) -> Tensor:
         """uint8 pictures of any one size -> (N, Q, H)."""
