@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,10 @@ class Blip2QFormer(nn.Module):
         return self.projection(states)
 
 
-FAMILIES = {"efficientnet": (EfficientNetEncoder, SmallQFormer), "eva-clip": (EvaClipEncoder, Blip2QFormer)}
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "efficientnet": (EfficientNetEncoder, SmallQFormer),
+    "eva-clip": (EvaClipEncoder, Blip2QFormer),
+}
 
 
 class Vision(nn.Module):
