@@ -232,7 +232,8 @@ class VokenGenerator:
         self._resume(ready)
 
     def _part(self, jobs: list[_Job]) -> list[tuple[_Job, int]]:
-        """How much each reads in this step: prompts in parts, so that those who write keep their pace."""
+        """How much each reads in this step: prompts in parts, so that those who write keep their pace; the client who
+        got least so far comes first."""
         num_short = sum(len(job.left) <= SHORT_READ for job in jobs)
         budget = max(SHORT_READ, num_short) if num_short else LONG_READ
         parts = []
