@@ -23,7 +23,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test lint quality bench-engines storybook-model clean
+.PHONY: help install serve story test lint quality storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,11 +57,12 @@ lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-quality: $(STAMP)  ## the shipped model's figures, into bench/quality.json
-	$(RUN) -m tests.bench.quality
-
+.PHONY: bench-engines
 bench-engines: $(STAMP)  ## how fast text and pictures are made, into bench/engines.json (URL= of a running server: over HTTP too)
 	$(RUN) -m tests.bench.engines $(if $(URL),--url $(URL))
+
+quality: $(STAMP)  ## the shipped model's figures, into bench/quality.json
+	$(RUN) -m tests.bench.quality
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
 	for leg in vae unet vision align learn; do $(RUN) -m training.train $$leg || exit 1; done
