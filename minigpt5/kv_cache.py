@@ -178,8 +178,8 @@ class RowCache(Cache):
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take memory page by page as they are written to (what is masked must be finite, so zeros)."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else the first token of a row takes its memory to the last position
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: else the first token of a row takes its memory to the last position
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
