@@ -8,7 +8,6 @@ STORAGE ?=
 PROMPT ?= A fox who finds a red balloon
 PAGES ?= 4
 SEED ?= 7
-URL ?=
 OUT ?= story.html
 
 RUN := .venv/bin/python

@@ -33,8 +33,10 @@ from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, StoryRequest
 from minigpt5.vision import Vision
 from minigpt5.writing import STOP, Read, Score, Script, Writer
 
-SHORT_READ = 16
-"""A reading of more tokens is done in parts while others write: of so many, or as many as requests write."""
+SHORT_READ = 64
+"""So many tokens are read at once: what is written, a picture's vokens, most prompts."""
+PART = 16
+"""A longer prompt is read in parts while others write: of so many tokens, or as many as requests write."""
 LONG_READ = 512
 """Tokens of a step while nobody writes."""
 PICTURE_BYTES = 64 * 2**20
@@ -232,9 +234,10 @@ class VokenGenerator:
         self._resume(ready)
 
     def _part(self, jobs: list[_Job]) -> list[tuple[_Job, int]]:
-        """How much each reads in this step: prompts in parts, so that those who write keep their pace."""
+        """How much each reads in this step: prompts in parts, so that those who write keep their pace; the client who
+        got least so far comes first."""
         num_short = sum(len(job.left) <= SHORT_READ for job in jobs)
-        budget = max(SHORT_READ, num_short) if num_short else LONG_READ
+        budget = max(PART, num_short) if num_short else LONG_READ
         parts = []
         for job in jobs:
             num_tokens = len(job.left) if len(job.left) <= SHORT_READ else min(len(job.left), budget)

@@ -23,11 +23,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ATTENTION = "minigpt5_rows"
-LONG = 2
-"""A row that is so many times longer than the middle one attends by itself: the others need not wait for it."""
+WASTE = 2
+"""Rows attend in one call while it looks at no more than so many times the rows and positions that it needs."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Span:
     """Tokens of one row that attend by themselves."""
 
@@ -41,20 +41,23 @@ class Span:
     """None: nothing is hidden that causality does not hide by itself."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Together:
-    """Rows with one token each, which attend in one call over the first rows of the cache."""
+    """Rows with one token each, which attend in one call over a range of the cache."""
 
+    first: int
+    last: int
+    """Rows of the range; those between that are not here attend to no purpose."""
     rows: Tensor
+    """Counted from `first`."""
     tokens: Tensor
-    num_rows: int
     length: int
     """Of the longest."""
     mask_R11S: Tensor
     """Added to the scores: 0, or minus infinity where a row has no such position."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pass:
     """Which row and position each token of a forward pass belongs to."""
 
@@ -128,29 +131,28 @@ class RowCache(Cache):
         self.lengths[target] = length
 
     def _plan(self, counts: Sequence[tuple[int, int]]) -> Pass:
-        single = sorted(self.lengths[row] + 1 for row, num_tokens in counts if num_tokens == 1)
-        longest = LONG * single[len(single) // 2] if len(single) > 1 else 0
         rows: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
-        together: list[tuple[int, int, int]] = []
         for row, num_tokens in counts:
             start, past = len(rows), self.lengths[row]
             rows += [row] * num_tokens
             positions += range(past, past + num_tokens)
-            if num_tokens == 1 and past < longest:
-                together.append((row, start, past + 1))
-                continue
-            length = past + num_tokens
             mask_TS = None
             if num_tokens > 1 and past:
-                mask_TS = torch.ones(num_tokens, length, dtype=torch.bool).tril(past)
-            spans.append(Span(row=row, start=start, end=start + num_tokens, length=length, mask_TS=mask_TS))
+                mask_TS = torch.ones(num_tokens, past + num_tokens, dtype=torch.bool).tril(past)
+            spans.append(Span(row=row, start=start, end=len(rows), length=past + num_tokens, mask_TS=mask_TS))
+        single = [span for span in spans if span.end - span.start == 1]
+        longest = WASTE * sorted(span.length for span in single)[len(single) // 2] if single else 0
+        joined = [span for span in single if span.length <= longest]
+        num_rows = max((span.row for span in joined), default=0) - min((span.row for span in joined), default=0) + 1
+        if len(joined) < 2 or num_rows > WASTE * len(joined):
+            joined = []
         return Pass(
             rows_T=torch.tensor(rows),
             positions_1T=torch.tensor([positions]),
-            spans=spans,
-            together=_join(together) if together else None,
+            spans=[span for span in spans if span not in joined],
+            together=_join(joined) if joined else None,
         )
 
     def update(
@@ -176,20 +178,27 @@ class RowCache(Cache):
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take memory page by page as they are written to (what is masked must be finite, so zeros)."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else the first token of a row takes its memory to the last position
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: else the first token of a row takes its memory to the last position
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _join(together: list[tuple[int, int, int]]) -> Together:
-    rows, tokens, lengths = (torch.tensor(values) for values in zip(*together, strict=True))
-    num_rows, length = int(rows.max()) + 1, int(lengths.max())
-    seen_R = torch.ones(num_rows, dtype=torch.long)  # a row that is not here sees one position, so that none sees none
-    seen_R[rows] = lengths
+def _join(spans: list[Span]) -> Together:
+    first, last = min(span.row for span in spans), max(span.row for span in spans)
+    length = max(span.length for span in spans)
+    rows = torch.tensor([span.row - first for span in spans])
+    seen_R = torch.ones(last - first + 1, dtype=torch.long)  # who is not here sees one position: to see none is NaN
+    seen_R[rows] = torch.tensor([span.length for span in spans])
     hidden_RS = torch.arange(length) >= seen_R[:, None]
-    mask_R11S = torch.zeros(num_rows, 1, 1, length).masked_fill(hidden_RS[:, None, None], -torch.inf)
-    return Together(rows=rows, tokens=tokens, num_rows=num_rows, length=length, mask_R11S=mask_R11S)
+    return Together(
+        first=first,
+        last=last,
+        rows=rows,
+        tokens=torch.tensor([span.start for span in spans]),
+        length=length,
+        mask_R11S=torch.zeros(len(seen_R), 1, 1, length).masked_fill(hidden_RS[:, None, None], -torch.inf),
+    )
 
 
 def attend(
@@ -216,9 +225,9 @@ def attend(
         )[0][0]
     if rows.together:
         part = rows.together
-        query_RA1D = query.new_zeros(part.num_rows, num_heads, 1, width)
+        query_RA1D = query.new_zeros(len(part.mask_R11S), num_heads, 1, width)
         query_RA1D[part.rows, :, 0] = query[0, :, part.tokens].transpose(0, 1)
-        where = (slice(part.num_rows), slice(None), slice(part.length))
+        where = (slice(part.first, part.last + 1), slice(None), slice(part.length))
         mask = part.mask_R11S.to(query.dtype)
         out_R1AD = sdpa_attention_forward(module, query_RA1D, key[where], value[where], mask, **options)[0]
         out_TAD[part.tokens] = out_R1AD[part.rows, 0]

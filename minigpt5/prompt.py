@@ -71,7 +71,8 @@ def encode(
     num_drawn = 0
     for segment in segments:
         if segment.kind == "text":
-            new = tokenizer.encode(segment.text, add_special_tokens=False)
+            # Words that spell a voken or a slot are words: what is drawn and read is said by segments alone.
+            new = tokenizer.encode(segment.text, add_special_tokens=False, split_special_tokens=True)
             learnt = new if segment.is_target else [IGNORED] * len(new)
         elif segment.kind == "read":
             new = [rows.placeholder] * num_image_embeddings

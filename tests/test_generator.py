@@ -403,6 +403,35 @@ def test_a_client_with_many_stories_leaves_room_for_another() -> None:
     assert ends.index("few") <= 1
 
 
+def test_a_clients_long_prompts_do_not_hold_up_anothers_short_one() -> None:
+    generator = new_generator(max_rows=8, max_batch=8)
+    order: list[str] = []
+
+    async def first_text(key: str, prompt: str) -> None:
+        stream = generator.generate(story(key=key, prompt=(prompt,), pages=1))
+        async for event in stream:
+            if isinstance(event, TextDelta):
+                order.append(key)
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+
+    async def write() -> None:
+        async for _ in generator.generate(story(key="writes", pages=8, sampling=Sampling(max_page_tokens=40))):
+            pass
+
+    async def together() -> None:
+        writing = asyncio.create_task(write())
+        await asyncio.sleep(0.05)
+        many = [asyncio.create_task(first_text("long", f"{i} " + f"{i} foxes and an owl " * 60)) for i in range(5)]
+        await asyncio.sleep(0.05)
+        await first_text("short", "go to the sea in a small red boat, find a tent on the beach and sleep well")
+        await asyncio.gather(*many)
+        writing.cancel()
+
+    asyncio.run(together())
+    assert order[0] == "short", order
+
+
 def test_a_failure_ends_its_own_request_only(generator: VokenGenerator) -> None:
     async def together() -> list[object]:
         async def collect(request: StoryRequest) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -95,6 +97,18 @@ def test_a_row_that_is_cut_forgets_what_came_after() -> None:
     found = cache.forward(body, second, [(0, 5)])
     expected = body(inputs_embeds=torch.cat([first[:4], second])[None]).last_hidden_state[0, 4:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="only Linux says how much memory is really taken")
+def test_rows_take_memory_only_as_they_are_filled() -> None:
+    body = body_of("llama")
+    cache = RowCache.for_model(body, num_rows=64, num_positions=32768)
+    reserved = cache.keys_LRGSD.nbytes + cache.values_LRGSD.nbytes
+    before = psutil.Process().memory_info().rss
+    for row in range(64):
+        cache.forward(body, embeds(100, row), [(row, 100)])
+    taken = psutil.Process().memory_info().rss - before
+    assert reserved > 500 * 2**20 and taken < reserved / 10
 
 
 def test_padded_batches_are_read_as_before() -> None:
