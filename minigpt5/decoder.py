@@ -23,7 +23,6 @@ from torch import Tensor
 from minigpt5.bounded_cache import BoundedCache
 from minigpt5.config import ModelConfig
 from minigpt5.denoising import Denoising, advance
-from minigpt5.denoising import denoise as denoise  # for those who draw without vokens
 from minigpt5.diffusion import SCHEDULERS, Diffusion
 from minigpt5.engine_loop import EngineLoop, Job
 from minigpt5.errors import FingerprintMismatch, InvalidRequest

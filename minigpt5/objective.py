@@ -28,8 +28,10 @@ GUIDANCE_DROPOUT = 0.1
 """Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
 WORD_SHARPNESS = 8.0
 """Distances are in units of a word's own size, so that an embedding at its word is e^8 times as near as at none."""
-MEMORY = 32_768
-"""Pictures whose states are kept for replay: 70 KB each in the storybook preset."""
+CONTRAST_SHARPNESS = 40.0
+"""One fact changes some hundredths to a fifth of a caption's mean squared features."""
+MEMORY = 24_576
+"""Pictures whose states are kept for replay: 70 KB each in the storybook preset, 200 KB with contrasts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class LossWeights:
     text: float
     picture: float
     caption: float
+    contrast: float = 0.0
+    """Of telling a picture's caption from those that differ in one fact."""
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of those that there are."""
@@ -67,7 +71,7 @@ class Objective(nn.Module):
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
         self.diffusion.requires_grad_(False)
-        self._memory: list[tuple[Tensor, Tensor]] = []
+        self._memory: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
 
     @torch.no_grad()
@@ -140,14 +144,13 @@ class Objective(nn.Module):
     def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         captions = [caption for row in rows for caption in row.captions]
         is_null_P = torch.rand(len(captions)) < GUIDANCE_DROPOUT
-        vokens_PVH = vokens_PVH.masked_fill(is_null_P[:, None, None], 0)
-        condition_PQD = self.mapper(vokens_PVH)
-        losses = {}
+        condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
+        losses: dict[str, Tensor] = {}
         if weights.caption:
-            asked = ["" if null else caption for null, caption in zip(is_null_P.tolist(), captions, strict=True)]
-            target_PQD = self.text_encoder(asked)
-            losses["caption"] = self.caption_loss(condition_PQD, target_PQD)
-            self._remember(vokens_PVH, target_PQD)
+            target_PQD = self.text_encoder(captions)
+            others_PKQD = self._encode_contrasts(rows) if weights.contrast else None
+            losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
+            self._remember(vokens_PVH, target_PQD, others_PKQD)
         if weights.picture:
             pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
             with torch.no_grad():
@@ -180,18 +183,47 @@ class Objective(nn.Module):
     def can_replay(self) -> bool:
         return bool(self._memory)
 
-    def replay(self, num_pictures: int) -> dict[str, Tensor]:
-        """Caption loss on remembered states of earlier batches: a step of the mapper costs a tenth of one of the
+    def replay(self, num_pictures: int, *, contrast_weight: float = 0.0) -> dict[str, Tensor]:
+        """Caption losses on remembered states of earlier batches: a step of the mapper costs a tenth of one of the
         language model, whose rows move slowly enough for its states to stay true for a while. The memory is not
         part of a checkpoint: a resumed run fills it anew."""
-        chosen = torch.randint(len(self._memory), (num_pictures,)).tolist()
-        states_PVH = torch.stack([self._memory[i][0] for i in chosen])
-        target_PQD = torch.stack([self._memory[i][1] for i in chosen])
-        loss = self.caption_loss(self.mapper(states_PVH), target_PQD)
-        return {"loss": loss, "replayed": loss}
+        chosen = [self._memory[i] for i in torch.randint(len(self._memory), (num_pictures,)).tolist()]
+        states, targets, others = zip(*chosen, strict=True)
+        is_null_P = torch.rand(num_pictures) < GUIDANCE_DROPOUT
+        condition_PQD = self.mapper(torch.stack(states).masked_fill(is_null_P[:, None, None], 0))
+        others_PKQD = torch.stack(others).float() if contrast_weight else None
+        losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
+        weights = LossWeights(text=0.0, picture=0.0, caption=1.0, contrast=contrast_weight)
+        return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
 
-    def _remember(self, vokens_PVH: Tensor, target_PQD: Tensor) -> None:
-        self._memory += zip(vokens_PVH.detach(), target_PQD, strict=True)
+    def _caption_losses(
+        self, condition_PQD: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, is_null_P: Tensor
+    ) -> dict[str, Tensor]:
+        """Towards the caption's states, or those of no caption; away from those of captions that are not true."""
+        null_1QD = self.text_encoder([""])
+        losses = {"caption": self.caption_loss(condition_PQD, target_PQD.where(~is_null_P[:, None, None], null_1QD))}
+        if others_PKQD is not None and not is_null_P.all():
+            told = (states[~is_null_P] for states in (condition_PQD, target_PQD, others_PKQD))
+            losses["contrast"] = self._contrast_loss(*told)
+        return losses
+
+    def _encode_contrasts(self, rows: list[Row]) -> Tensor:
+        """The text encoder's states of what each picture does not show: (P, K, Q, D)."""
+        contrasts = [captions for row in rows for captions in row.contrasts]
+        states_NQD = self.text_encoder([caption for captions in contrasts for caption in captions])
+        return states_NQD.unflatten(0, (len(contrasts), -1))
+
+    def _contrast_loss(self, condition_PQD: Tensor, target_PQD: Tensor, others_PKQD: Tensor) -> Tensor:
+        """Cross-entropy of the nearest caption being the right one: a mean squared error is content with a blend of
+        captions that share most of their words, and a single word is what the picture depends on."""
+        candidates = torch.cat([target_PQD[:, None], others_PKQD], dim=1)
+        distance_PK = ((condition_PQD[:, None] - candidates) / self.caption_scale_D).square().mean(dim=(2, 3))
+        right_P = torch.zeros(len(distance_PK), dtype=torch.long)
+        return F.cross_entropy(-CONTRAST_SHARPNESS * distance_PK, right_P)
+
+    def _remember(self, vokens_PVH: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None) -> None:
+        others = [None] * len(target_PQD) if others_PKQD is None else others_PKQD.bfloat16()
+        self._memory += zip(vokens_PVH.detach(), target_PQD, others, strict=True)
         self._memory = self._memory[-MEMORY:]
 
     def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:

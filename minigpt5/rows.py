@@ -21,5 +21,7 @@ class Row:
     drawn: list[np.ndarray]
     captions: list[str]
     """What each drawn picture shows, for the text encoder."""
+    contrasts: list[list[str]] = field(default_factory=list)
+    """For each drawn picture, what it does not show: its caption with one fact changed. As many for each, or none."""
     is_caption: bool = False
     """A bare caption and its picture, nothing else: a frozen body need not carry gradients through its text."""

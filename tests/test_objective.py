@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_captions_and_stories_share_a_batch() -> None:
     objective = new_objective()
     torch.manual_seed(0)
     objective([story(), caption("a fox beside a tent")], CAPTIONS_ONLY)
-    remembered = [target for _, target in objective._memory]
+    remembered = [target for _, target, _ in objective._memory]
     expected = objective.text_encoder(["a fox beside a tent", "a fox", "a balloon"])
     null = objective.text_encoder([""])[0]
     for target, asked in zip(remembered, expected, strict=True):
@@ -147,3 +149,24 @@ def test_pictures_learn_to_read_like_words() -> None:
         losses.append(loss["words"].item())
     assert losses[-1] < 0.2 * losses[0]
     assert all(parameter.grad is None for parameter in objective.language.parameters())
+
+
+def test_contrasts_teach_the_fact_that_differs() -> None:
+    """The distance to the right caption falls below that to one with another time of day."""
+    objective = new_objective()
+    objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
+    rows = [
+        dataclasses.replace(caption("a fox at night"), contrasts=[["a fox at sunset", "an owl at night"]]),
+        dataclasses.replace(caption("a fox at sunset"), contrasts=[["a fox at night", "an owl at sunset"]]),
+    ]
+    weights = LossWeights(text=0.0, picture=0.0, caption=1.0, contrast=1.0)
+    torch.manual_seed(0)
+    first = objective(rows, weights)
+    assert first["loss"].item() == pytest.approx(first["caption"].item() + first["contrast"].item(), rel=1e-5)
+    optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
+    for _ in range(60):
+        losses = objective.replay(8, contrast_weight=1.0)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+    assert losses["replayed contrast"].item() < 0.5 * first["contrast"].item()

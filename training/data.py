@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,16 @@ import numpy as np
 from minigpt5.prompt import Task, caption_segments, describe_segments, next_page_segments, story_segments
 from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
-from minigpt5.storybook.scenes import IMAGE_PX, draw_scene, scene_at, sprite_boxes
+from minigpt5.storybook.scenes import (
+    CHARACTERS,
+    IMAGE_PX,
+    OBJECTS,
+    PLACES,
+    TIMES,
+    draw_scene,
+    scene_at,
+    sprite_boxes,
+)
 from minigpt5.storybook.stories import story_at
 from training.presets import Preset
 
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
 
     from training.loop import Batch
 
+FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
 CANONICAL_SHARE = 0.4
 """Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
 
@@ -42,7 +53,7 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
     if preset.stage == "align" or choice < preset.caption_share:
         return {"row": _caption(preset.seed, row_id, rng)}
     if choice < preset.caption_share + preset.story_share:
-        return {"row": _story(preset.seed, row_id)}
+        return {"row": _story(preset.seed, row_id, rng)}
     return {"row": _page(preset.seed, row_id, rng)}
 
 
@@ -91,18 +102,29 @@ def _caption(seed: int, row_id: int, rng: np.random.Generator) -> Row:
         read=[],
         drawn=[draw_scene(scene)],
         captions=[canonical_caption(facts)],
+        contrasts=[_contrasts(facts, rng)],
         is_caption=True,
     )
 
 
-def _story(seed: int, row_id: int) -> Row:
+def _story(seed: int, row_id: int, rng: np.random.Generator) -> Row:
     story = story_at(row_id, seed=seed)
     return Row(
         segments=story_segments([story.prompt], len(story.pages), [page.text for page in story.pages]),
         read=[],
         drawn=[draw_scene(page.scene) for page in story.pages],
         captions=[canonical_caption(page.facts) for page in story.pages],
+        contrasts=[_contrasts(page.facts, rng) for page in story.pages],
     )
+
+
+def _contrasts(facts: Facts, rng: np.random.Generator) -> list[str]:
+    """The canonical caption with one fact after another changed."""
+    captions = []
+    for name, values in FACT_VALUES.items():
+        others = [value for value in values if value != getattr(facts, name)]
+        captions.append(canonical_caption(replace(facts, **{name: others[rng.integers(len(others))]})))
+    return captions
 
 
 def _page(seed: int, row_id: int, rng: np.random.Generator) -> Row:
@@ -116,7 +138,13 @@ def _page(seed: int, row_id: int, rng: np.random.Generator) -> Row:
     segments = next_page_segments([past.text for past in history], page.text, task, variant=int(rng.integers(6)))
     if task == "text":
         return Row(segments=segments, read=[*read, picture], drawn=[], captions=[])
-    return Row(segments=segments, read=read, drawn=[picture], captions=[canonical_caption(page.facts)])
+    return Row(
+        segments=segments,
+        read=read,
+        drawn=[picture],
+        captions=[canonical_caption(page.facts)],
+        contrasts=[_contrasts(page.facts, rng)],
+    )
 
 
 def collate(rows: list[dict[str, object]], row_ids: list[int]) -> Batch:

@@ -35,6 +35,8 @@ class Preset:
     picture_from: float = 0.0
     """Share of the run after which the picture loss counts."""
     caption_weight: float = 0.0
+    contrast_weight: float = 0.0
+    """Of telling the caption from others that differ in one fact."""
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32
@@ -101,7 +103,8 @@ STORYBOOK = {
         caption_share=0.7,
         story_share=0.22,
         caption_weight=1.0,
-        replay_steps=7,
+        contrast_weight=0.2,
+        replay_steps=5,
         replay_batch_size=48,
         ema=0.99,
         warmup_steps=50,

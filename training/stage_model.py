@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
-from minigpt5.decoder import denoise
+from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
@@ -47,7 +47,7 @@ class StageObjective(nn.Module):
         preset = self.preset
         self.num_calls += 1
         if self.model.can_replay and self.num_calls % (1 + preset.replay_steps):
-            return self.model.replay(preset.replay_batch_size)
+            return self.model.replay(preset.replay_batch_size, contrast_weight=preset.contrast_weight)
         rows: list[Row] = batch["row"]  # type: ignore[assignment]
         if progress < preset.words_until:
             return self.model.words(rows)
@@ -55,6 +55,7 @@ class StageObjective(nn.Module):
             text=preset.text_weight,
             picture=preset.picture_weight if progress >= preset.picture_from else 0.0,
             caption=preset.caption_weight,
+            contrast=preset.contrast_weight,
         )
         return self.model(rows, weights)
 
