@@ -22,7 +22,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-slow lint quality storybook-model clean
+.PHONY: help install serve story test test-slow lint quality bench-engines storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,9 @@ lint: $(STAMP)  ## style, format and types
 
 quality: $(STAMP)  ## the shipped model's figures, into bench/quality.json
 	$(RUN) -m tests.bench.quality
+
+bench-engines: $(STAMP)  ## how fast text and pictures are made, into bench/engines.json (URL= of a running server: over HTTP too)
+	$(RUN) -m tests.bench.engines $(if $(URL),--url $(URL))
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
 	for leg in vae unet vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done

@@ -5,16 +5,31 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from minigpt5.types import DrawSettings, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaConfig:
+    """What only the "eva-clip" family has sizes for."""
+
+    patch_px: int
+    num_layers: int
+    num_heads: int
+    intermediate: int
+    qformer_intermediate: int
+    cross_attention_every: int
+    """Layers of the Q-Former with cross-attention: each so many, from the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """Picture -> embeddings that the language model reads."""
 
+    family: Literal["efficientnet", "eva-clip"] = "efficientnet"
     encoder: str
-    """Base-model id of the frozen picture encoder."""
+    """Folder of the frozen picture encoder: relative to the model folder, or a base-model id."""
     image_px: int = 224
     encoder_width: int
     """Channels of one of the encoder's features."""
@@ -25,6 +40,7 @@ class VisionConfig:
     num_layers: int
     num_heads: int
     num_queries: int = 32
+    eva: EvaConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +83,8 @@ class ModelConfig:
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)
+    published_quirks: bool = False
+    """Repeat the published code's bugs (minigpt5/published.py lists them), to compare with its numbers."""
     licences: tuple[str, ...] = ()
     """Of base models and training sets."""
     fingerprint: str = ""
@@ -111,20 +129,70 @@ def storybook() -> ModelConfig:
     )
 
 
+def minigpt5_7b() -> ModelConfig:
+    """The published system (arXiv 2310.02239): Vicuna-7B, EVA-CLIP ViT-g with Q-Former, Stable Diffusion 2.1."""
+    return ModelConfig(
+        name="minigpt5-7b",
+        language_model="Vision-CAIR/vicuna-7b",
+        hidden=4096,
+        vocabulary=32000,
+        context_tokens=2048,
+        vision=VisionConfig(
+            family="eva-clip",
+            encoder="vision",
+            encoder_width=1408,
+            num_features=257,
+            hidden=768,
+            num_layers=12,
+            num_heads=12,
+            eva=EvaConfig(
+                patch_px=14,
+                num_layers=39,
+                num_heads=16,
+                intermediate=6144,
+                qformer_intermediate=3072,
+                cross_attention_every=2,
+            ),
+        ),
+        text_encoder="stabilityai/stable-diffusion-2-1-base",
+        diffusion="stabilityai/stable-diffusion-2-1-base",
+        condition_length=77,
+        condition_width=1024,
+        image_px=512,
+        lora=LoraConfig(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj")),
+        sampling=Sampling(temperature=1.0, top_p=0.9, repetition_penalty=2.0, max_page_tokens=256),
+        draw=DrawSettings(steps=50, guidance_scale=7.5, scheduler="pndm"),
+        licences=(
+            "Vicuna-7B v0: the LLaMA licence, non-commercial",
+            "EVA-CLIP: MIT",
+            "BLIP-2 Q-Former: BSD-3-Clause",
+            "Stable Diffusion 2.1-base: CreativeML Open RAIL++-M",
+            "CC3M, VIST, MMDialog: the licences of their authors, for research",
+        ),
+    )
+
+
 def to_json(config: ModelConfig) -> dict[str, object]:
     return dataclasses.asdict(config)
 
 
-def from_json(values: dict[str, object]) -> ModelConfig:
+def from_json(values: dict[str, Any]) -> ModelConfig:
     """The inverse of `to_json`. An unknown or missing key raises TypeError naming it."""
-    nested = {"vision": VisionConfig, "lora": LoraConfig, "sampling": Sampling, "draw": DrawSettings}
-    filled = {
-        key: nested[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})  # type: ignore[attr-defined]
-        if key in nested
-        else value
-        for key, value in values.items()
-    }
-    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in filled.items()})  # type: ignore[arg-type]
+    return _build(ModelConfig, values)
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    nested = {"vision": VisionConfig, "eva": EvaConfig, "lora": LoraConfig, "sampling": Sampling, "draw": DrawSettings}
+    return kind(
+        **{
+            key: _build(nested[key], value)
+            if key in nested and value is not None
+            else tuple(value)
+            if isinstance(value, list)
+            else value
+            for key, value in values.items()
+        }
+    )
 
 
 def default_model_folder() -> Path:

@@ -1,105 +1,70 @@
-"""DiffusionDecoder: vokens -> picture. Requests that wait together and ask for the same settings share a batch.
+"""DiffusionDecoder: vokens -> pictures.
 
-Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
+Continuous batching: pictures join and leave between denoising steps, each with its own settings and seed;
+`denoising.py` is how they share a UNet call. Finished latents go through the VAE together.
+
+Shape letters: B pictures, V vokens, H language-model width, C latent channels, Y X rows and columns, Q condition
+positions, D condition width.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import dataclasses
+import hashlib
 import io
-import queue
-import threading
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Hashable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from minigpt5.bounded_cache import BoundedCache
 from minigpt5.config import ModelConfig
+from minigpt5.denoising import Denoising, advance
 from minigpt5.diffusion import SCHEDULERS, Diffusion
+from minigpt5.engine_loop import EngineLoop, Job
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
+from minigpt5.fair_share import FairShare
 from minigpt5.mapper import Mapper
-from minigpt5.types import DecoderEvent, DrawRequest, DrawSettings, Picture, Progress
+from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress
 
-OnStep = Callable[[int, int], bool]
-"""(step, steps) -> whether to go on."""
-
-
-class Cancelled(Exception):
-    """Nobody waits for this batch any more."""
-
-
-@torch.no_grad()
-def denoise(
-    diffusion: Diffusion,
-    condition_BQD: Tensor,
-    null_1QD: Tensor,
-    *,
-    seeds: list[int],
-    draw: DrawSettings,
-    guidance_rescale: float = 0.0,
-    on_step: OnStep = lambda step, steps: True,
-) -> Tensor:
-    """Draw one picture for each condition: (B, 3, pixels, pixels) in [-1, 1].
-
-    A picture depends on its own condition and seed only, not on its company in the batch. Guidance follows
-    arXiv 2207.12598, rescaled as in arXiv 2305.08891, section 3.4; a scale of 1 costs no second UNet call.
-    """
-    unet = diffusion.unet
-    scheduler = SCHEDULERS[draw.scheduler].from_config(diffusion.scheduler.config)
-    scheduler.set_timesteps(draw.steps)
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents_BCYX = torch.stack(noise).to(condition_BQD) * scheduler.init_noise_sigma
-    guided = draw.guidance_scale != 1
-    if guided:
-        null_BQD = null_1QD.expand(len(condition_BQD), -1, -1)
-        condition_BQD = torch.cat([null_BQD, condition_BQD])
-    num_calls = len(scheduler.timesteps)  # one more than asked for with PNDM
-    for call, timestep in enumerate(scheduler.timesteps):
-        latents_in = torch.cat([latents_BCYX] * 2) if guided else latents_BCYX
-        latents_in = scheduler.scale_model_input(latents_in, timestep)
-        predicted = unet(latents_in, timestep, encoder_hidden_states=condition_BQD).sample
-        if guided:
-            unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + draw.guidance_scale * (conditional - unconditional)
-            if guidance_rescale:
-                spread = conditional.std(dim=(1, 2, 3), keepdim=True) / predicted.std(dim=(1, 2, 3), keepdim=True)
-                predicted = predicted * (guidance_rescale * spread + 1 - guidance_rescale)
-        latents_BCYX = scheduler.step(predicted, timestep, latents_BCYX).prev_sample
-        if not on_step(min((call + 1) * draw.steps // num_calls, draw.steps), draw.steps):
-            raise Cancelled
-    return diffusion.to_pixels(latents_BCYX)
+NUM_PREVIEWS = 3
+"""Of a picture, where they are asked for."""
+PREVIEW_PX = 64
+PICTURE_BYTES = 64 * 2**20
+"""Of finished pictures that are kept."""
 
 
-@dataclass(eq=False)
-class _Job:
-    request: DrawRequest
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[DecoderEvent | Exception] = field(default_factory=asyncio.Queue)
-    is_cancelled: bool = False
+class _Job(Job[DecoderEvent]):
+    """A picture that is asked for; `denoising` from its first step on."""
 
-    def put(self, event: DecoderEvent | Exception) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+    def __init__(self, request: DrawRequest) -> None:
+        self.num_samples = 1 if request.settings.guidance_scale == 1 else 2
+        super().__init__(key=request.key, cost=request.settings.steps * self.num_samples)
+        self.request = request
+        self.denoising: Denoising | None = None
 
 
 class DiffusionDecoder:
-    """The engine that draws: the mapper, the UNet and the VAE behind one queue."""
+    """The engine that draws: the mapper, the UNet and the VAE behind one thread."""
 
-    def __init__(self, config: ModelConfig, mapper: Mapper, diffusion: Diffusion, *, max_batch: int = 8) -> None:
+    def __init__(
+        self, config: ModelConfig, mapper: Mapper, diffusion: Diffusion, *, max_batch: int = 8, max_jobs: int = 512
+    ) -> None:
+        """At most `max_batch` guided pictures share a step; others wait, and beyond `max_jobs` they are refused."""
         self.config = config
         self.fingerprint = config.fingerprint
         self.mapper, self.diffusion = mapper.eval(), diffusion.eval()
         self.max_batch = max_batch
         with torch.no_grad():
             self._null_1QD = mapper.null_condition()
-        self._waiting: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._held: list[_Job] = []
-        self._thread: threading.Thread | None = None
-        self._start = threading.Lock()
+        self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
+        self._fair = FairShare(2 * max_batch, least=2)
+        self._loop = EngineLoop[_Job](
+            "decoder", choose=self._choose, advance=self._advance, leave=lambda job: None, max_jobs=max_jobs
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, num_threads: int | None = None) -> DiffusionDecoder:
@@ -109,6 +74,25 @@ class DiffusionDecoder:
         if num_threads:
             torch.set_num_threads(num_threads)
         return cls(*load_decoder_parts(folder))
+
+    @property
+    def num_running(self) -> int:
+        """Pictures that have begun."""
+        return self._loop.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._loop.num_waiting
+
+    @property
+    def queued_cost(self) -> float:
+        """UNet samples that all pictures here still need: one for each step, two where it is guided."""
+        return self._loop.queued_cost
+
+    @property
+    def num_cache_hits(self) -> int:
+        """Pictures that were answered without drawing."""
+        return self._pictures.num_hits
 
     def check(self, request: DrawRequest) -> None:
         """Raise where `request` cannot be drawn: FingerprintMismatch or InvalidRequest."""
@@ -129,86 +113,105 @@ class DiffusionDecoder:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
-        """Draw one picture; ends with a Picture. Closing the iterator stops the work at the next step."""
+        """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
+        stops the work at the next step.
+
+        Raises what `check` raises, or EngineFull.
+        """
         self.check(request)
-        with self._start:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
-                self._thread.start()
-        job = _Job(request, asyncio.get_running_loop())
-        self._waiting.put(job)
-        try:
-            while True:
-                event = await job.events.get()
-                if isinstance(event, Exception):
-                    raise event
+        if known := self._pictures.get(content_key(request)):
+            yield dataclasses.replace(known, page=request.vokens.page)
+            return
+        async with contextlib.aclosing(self._loop.run(_Job(request))) as events:
+            async for event in events:
                 yield event
-                if isinstance(event, Picture):
-                    return
-        finally:
-            job.is_cancelled = True
 
-    def draw(self, requests: list[DrawRequest], *, on_step: OnStep = lambda step, steps: True) -> list[Picture]:
-        """Draw pictures of equal settings in one batch, in this thread."""
-        settings = requests[0].settings
+    @torch.no_grad()
+    def draw(self, requests: Sequence[DrawRequest]) -> list[Picture]:
+        """Draw pictures in one batch, in this thread."""
+        pictures = self._begin(requests)
+        while running := [picture for picture in pictures if picture.num_calls_left]:
+            advance(self.diffusion, running, self._null_1QD)
+        return self._finish(requests, pictures)
+
+    def _choose(self, jobs: list[_Job]) -> list[_Job]:
+        return self._fair.choose(jobs, key=lambda job: job.key, cost=lambda job: job.num_samples)
+
+    @torch.no_grad()
+    def _advance(self, jobs: list[_Job]) -> None:
+        """One denoising step, and the pictures that are finished with it."""
+        new = [job for job in jobs if job.denoising is None]
+        for job, denoising in zip(new, self._begin([job.request for job in new]), strict=True):
+            job.denoising, job.is_started = denoising, True
+        running = [(job, job.denoising) for job in jobs if job.denoising is not None]
+        advance(self.diffusion, [denoising for _, denoising in running], self._null_1QD)
+        for job, denoising in running:
+            job.cost = denoising.num_calls_left * job.num_samples
+            self._tell(job, denoising)
+        finished = [(job, denoising) for job, denoising in running if not denoising.num_calls_left]
+        pictures = self._finish([job.request for job, _ in finished], [denoising for _, denoising in finished])
+        for (job, _), picture in zip(finished, pictures, strict=True):
+            self._pictures.put(content_key(job.request), picture)
+            job.put(picture)
+            job.is_done = True
+
+    def _begin(self, requests: Sequence[DrawRequest]) -> list[Denoising]:
+        if not requests:
+            return []
         states_BVH = torch.stack([torch.from_numpy(request.vokens.hidden_VH).float() for request in requests])
-        with torch.no_grad():
-            pixels_BCYX = denoise(
+        return [
+            Denoising(
                 self.diffusion,
-                self.mapper(states_BVH),
-                self._null_1QD,
-                seeds=[request.seed for request in requests],
-                draw=settings,
+                condition_QD,
+                seed=request.seed,
+                draw=request.settings,
                 guidance_rescale=self.config.guidance_rescale,
-                on_step=on_step,
             )
-        pixels = ((pixels_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        pictures = []
-        for request, picture_YXC in zip(requests, pixels, strict=True):
-            file = io.BytesIO()
-            Image.fromarray(picture_YXC).save(file, "PNG")
-            pictures.append(
-                Picture(
-                    page=request.vokens.page,
-                    png=file.getvalue(),
-                    width=picture_YXC.shape[1],
-                    height=picture_YXC.shape[0],
-                    seed=request.seed,
-                    denoise_steps=settings.steps,
-                )
+            for request, condition_QD in zip(requests, self.mapper(states_BVH), strict=True)
+        ]
+
+    def _tell(self, job: _Job, denoising: Denoising) -> None:
+        step, steps = denoising.step, job.request.settings.steps
+        preview = None
+        if job.request.previews and denoising.num_calls_left and is_shown(step, steps):
+            preview = encode(self.diffusion.to_pixels(denoising.clean_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
+        job.put(Progress(page=job.request.vokens.page, step=step, steps=steps, preview=preview))
+
+    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Picture]:
+        if not pictures:
+            return []
+        pixels_BCYX = self.diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in pictures]))
+        return [
+            Picture(
+                page=request.vokens.page,
+                png=png,
+                width=pixels_BCYX.shape[3],
+                height=pixels_BCYX.shape[2],
+                seed=request.seed,
+                denoise_steps=request.settings.steps,
             )
-        return pictures
+            for request, png in zip(requests, encode(pixels_BCYX, "PNG"), strict=True)
+        ]
 
-    def _work(self) -> None:
-        while True:
-            batch = self._next_batch()
 
-            def on_step(step: int, steps: int, batch: list[_Job] = batch) -> bool:
-                for job in batch:
-                    job.put(Progress(page=job.request.vokens.page, step=step, steps=steps))
-                return any(not job.is_cancelled for job in batch)
+def content_key(request: DrawRequest) -> Hashable:
+    """Requests of one key are the same picture."""
+    return hashlib.sha256(request.vokens.hidden_VH.tobytes()).digest(), request.seed, request.settings
 
-            try:
-                pictures = self.draw([job.request for job in batch], on_step=on_step)
-            except Cancelled:
-                continue
-            except Exception as failure:  # the batch fails, the engine lives on
-                for job in batch:
-                    job.put(failure)
-                continue
-            for job, picture in zip(batch, pictures, strict=True):
-                job.put(picture)
 
-    def _next_batch(self) -> list[_Job]:
-        """The oldest waiting request and all others of the same settings, at most `max_batch`."""
-        if not self._held:
-            self._held.append(self._waiting.get())
-        while not self._waiting.empty():
-            self._held.append(self._waiting.get())
-        self._held = [job for job in self._held if not job.is_cancelled]
-        if not self._held:
-            return self._next_batch()
-        settings = self._held[0].request.settings
-        batch = [job for job in self._held if job.request.settings == settings][: self.max_batch]
-        self._held = [job for job in self._held if job not in batch]
-        return batch
+def is_shown(step: int, steps: int) -> bool:
+    """Whether this step of `steps` has a preview: NUM_PREVIEWS of them, evenly."""
+    parts = NUM_PREVIEWS + 1
+    return step * parts // steps > (step - 1) * parts // steps
+
+
+def encode(pixels_BCYX: Tensor, file_format: str, *, side_px: int | None = None) -> list[bytes]:
+    """Pictures in [-1, 1] -> files, made smaller where `side_px` is given."""
+    files = []
+    for picture_YXC in ((pixels_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy():
+        picture, file = Image.fromarray(picture_YXC), io.BytesIO()
+        if side_px:
+            picture.thumbnail((side_px, side_px))
+        picture.save(file, file_format)
+        files.append(file.getvalue())
+    return files

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
 _LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
+MIN_VELOCITY_WEIGHT = 0.05
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
@@ -47,7 +48,13 @@ class Diffusion(nn.Module):
 
     def loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Denoising loss with min-SNR weights, one value a picture: (B,)."""
-        return denoising_loss(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
+        return self.error(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps) * min_snr_weight(
+            self.scheduler, timesteps
+        )
+
+    def error(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As `loss`, without weights."""
+        return denoising_error(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
@@ -87,7 +94,7 @@ def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def denoising_loss(
+def denoising_error(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
     latents_BCYX: Tensor,
@@ -96,19 +103,25 @@ def denoising_loss(
     noise: Tensor,
     timesteps: Tensor,
 ) -> Tensor:
-    """Mean squared error of the prediction, weighted by min(SNR, 5) (arXiv 2303.09556, eq. 5 and appendix for v)."""
+    """Mean squared error of the prediction, of the noise or of the velocity: (B,)."""
     noisy_BCYX = scheduler.add_noise(latents_BCYX, noise, timesteps)
     predicted_BCYX = unet(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
-    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target_BCYX = scheduler.get_velocity(latents_BCYX, noise, timesteps) if is_velocity else noise
+    return F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
+
+
+def min_snr_weight(scheduler: DDIMScheduler, timesteps: Tensor) -> Tensor:
+    """min(SNR, 5) / SNR for the noise, min(SNR, 5) / (SNR + 1) for the velocity (arXiv 2303.09556, 3.4 and appendix).
+
+    The second has a floor: it is 0 where the schedule ends without signal, and the first step of drawing would never
+    be learnt.
+    """
+    alpha_bar_B = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr_B = alpha_bar_B / (1 - alpha_bar_B)
     if scheduler.config.prediction_type == "v_prediction":
-        target_BCYX = scheduler.get_velocity(latents_BCYX, noise, timesteps)
-        weight = snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)
-    else:
-        target_BCYX = noise
-        weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
-    error_B = F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
-    return error_B * weight
+        return (snr_B.clamp(max=MIN_SNR_GAMMA) / (snr_B + 1)).clamp(min=MIN_VELOCITY_WEIGHT)
+    return (MIN_SNR_GAMMA / snr_B).clamp(max=1)  # 1 where there is no signal
 
 
 def new_storybook_vae() -> AutoencoderKL:

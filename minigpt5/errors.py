@@ -45,3 +45,7 @@ class StorageError(MiniGPT5Error):
 
 class TrainingError(MiniGPT5Error):
     """A training step that must not be continued from, such as a NaN loss."""
+
+
+class EngineFull(MiniGPT5Error):
+    """An engine has as many requests as it takes; the caller may try again later."""

@@ -45,8 +45,9 @@ async def stream_story(
 ) -> AsyncIterator[StoryEvent]:
     """Run one story and yield its events as they happen.
 
-    Text comes in order; pictures overlap with later text, and a page is done when it has both. A picture that
-    fails is an event on its page. A generator that fails raises, after the pictures under way are stopped.
+    Text comes in order; pictures overlap with later text, and a page is done when it has both. Text after the last
+    picture is a page by itself. A picture that fails is an event on its page. A generator that fails raises, after
+    the pictures under way are stopped.
     """
     yield StoryStarted(story_id=story_id, seed=request.seed)
     events: asyncio.Queue[StoryEvent | BaseException | None] = asyncio.Queue()
@@ -54,7 +55,13 @@ async def stream_story(
 
     async def draw(vokens: Vokens, text: str) -> None:
         page, picture, error = vokens.page, None, None
-        draw_request = DrawRequest(vokens=vokens, seed=page_seed(request.seed, page), settings=request.draw)
+        draw_request = DrawRequest(
+            vokens=vokens,
+            seed=page_seed(request.seed, page),
+            settings=request.draw,
+            key=request.key,
+            previews=request.previews,
+        )
         try:
             async for event in decode(draw_request):
                 if isinstance(event, Picture):
@@ -74,9 +81,12 @@ async def stream_story(
                     events.put_nowait(event)
                 elif isinstance(event, Vokens):
                     events.put_nowait(SlotOpened(page=event.page))
-                    drawing.add(asyncio.create_task(draw(event, text.get(event.page, "").strip())))
+                    drawing.add(asyncio.create_task(draw(event, text.pop(event.page, "").strip())))
                 else:
                     events.put_nowait(event)
+            for page, rest in text.items():  # a reply may end with text: there is no picture to wait for
+                if rest.strip():
+                    events.put_nowait(PageDone(page=Page(index=page, text=rest.strip())))
             await asyncio.gather(*drawing)
             events.put_nowait(None)
         except Exception as failure:

@@ -53,7 +53,13 @@ class LanguageModel(nn.Module):
         head_TH = causal.get_output_embeddings().weight.detach()
         rows = VokenRows(config.vocabulary, config.num_vokens, config.hidden)
         rows.initialise(causal.get_input_embeddings().weight, head_TH, seed=0)
-        return cls(causal.model, head_TH, rows)
+        return cls(causal.base_model, head_TH, rows)
+
+    @torch.no_grad()
+    def replace_vocabulary(self, embedding_TH: Tensor, head_TH: Tensor) -> None:
+        """Other rows than the base model's own: published checkpoints carry theirs, which training has moved."""
+        self.embedding.copy_(embedding_TH)
+        self.head_TH = head_TH.to(self.head_TH)
 
     @property
     def embedding(self) -> Tensor:

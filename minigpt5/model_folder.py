@@ -2,6 +2,7 @@
 
 config.json           ModelConfig with the fingerprint
 vokens.safetensors    rows of the embedding and the head
+vocabulary.safetensors  the base model's own rows, where an imported checkpoint has others
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection
@@ -76,22 +77,14 @@ def load_generator_parts(
     folder: str | Path,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
     """What writes: config, tokenizer, language model with rows and merged adapter, vision path."""
-    from transformers.utils import logging
+    from minigpt5.language import load_tokenizer
 
-    from minigpt5.language import LanguageModel, load_tokenizer
-
-    logging.disable_progress_bar()  # loading takes a moment; a bar in every server log says nothing
     folder = Path(folder)
     config = check_folder(folder)
-    base = resolve(config.language_model)
-    language = LanguageModel.from_base(base, config)
-    load_module(language.rows, folder / "vokens.safetensors")
-    if (folder / "adapter").is_dir():
-        language.load_adapter(folder / "adapter")
-        language.merge_adapter()
-    vision = new_vision(config)
-    load_module(vision.qformer, folder / "vision" / "qformer.safetensors")
-    return config, load_tokenizer(base, config), language, vision
+    vision = load_vision(folder, config)
+    load_qformer(folder, vision)
+    language = load_language(folder, config)
+    return config, load_tokenizer(resolve(config.language_model), config), language, vision
 
 
 def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:
@@ -103,6 +96,25 @@ def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusi
     mapper = load_mapper(folder, config)
     local = folder / config.diffusion
     return config, mapper, Diffusion.from_pretrained(local if local.is_dir() else resolve(config.diffusion))
+
+
+def load_language(folder: Path, config: ModelConfig) -> LanguageModel:
+    """The language model with its rows and its adapter, merged."""
+    from safetensors.torch import load_file
+    from transformers.utils import logging
+
+    from minigpt5.language import LanguageModel
+
+    logging.disable_progress_bar()  # loading takes a moment; a bar in every server log says nothing
+    language = LanguageModel.from_base(resolve(config.language_model), config)
+    if (vocabulary := folder / "vocabulary.safetensors").is_file():
+        rows = load_file(vocabulary)
+        language.replace_vocabulary(rows["embedding"], rows["head"])
+    load_rows(folder, language)
+    if (folder / "adapter").is_dir():
+        language.load_adapter(folder / "adapter")
+        language.merge_adapter()
+    return language
 
 
 def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
@@ -121,12 +133,15 @@ def load_qformer(folder: Path, vision: Vision) -> None:
     load_module(vision.qformer, folder / "vision" / "qformer.safetensors")
 
 
-def new_vision(config: ModelConfig) -> Vision:
-    """The vision path with its frozen encoder and a fresh Q-Former."""
-    from minigpt5.vision import PictureEncoder, QFormer, Vision
+def load_vision(folder: Path | None, config: ModelConfig) -> Vision:
+    """The vision path with its frozen encoder, from `folder` or a base model, and a fresh Q-Former."""
+    from minigpt5.vision import Vision
 
-    encoder = PictureEncoder(resolve(config.vision.encoder))
-    return Vision(encoder, QFormer(config), image_px=config.vision.image_px)
+    vision = Vision(config)
+    local = folder / config.vision.encoder if folder else None
+    source = local if local and local.is_dir() else resolve(config.vision.encoder)
+    load_module(vision.encoder.network, source / "model.safetensors")
+    return vision
 
 
 def save(

@@ -20,7 +20,7 @@ from minigpt5.language import LanguageModel, pad
 from minigpt5.mapper import Mapper
 from minigpt5.prompt import IGNORED, Segment
 from minigpt5.rows import Row
-from minigpt5.text_encoder import TextEncoder
+from minigpt5.text_encoder import ClipTextEncoder, TextEncoder
 from minigpt5.vision import Vision
 from minigpt5.vokens import align
 
@@ -36,13 +36,21 @@ MEMORY = 24_576
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Published: text 0.01, picture 1, caption 0.1 in stage 1 and 0 in stage 2."""
+    """Of the three losses."""
 
     text: float
     picture: float
     caption: float
     contrast: float = 0.0
     """Of telling a picture's caption from those that differ in one fact."""
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of those that there are."""
+        return torch.stack([getattr(self, name) * loss for name, loss in losses.items()]).sum()
+
+
+STAGE1 = LossWeights(text=0.01, picture=1.0, caption=0.1)
+STAGE2 = LossWeights(text=0.01, picture=1.0, caption=0.0)
 
 
 class Objective(nn.Module):
@@ -56,7 +64,7 @@ class Objective(nn.Module):
         vision: Vision,
         mapper: Mapper,
         diffusion: Diffusion,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | ClipTextEncoder,
     ) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -89,12 +97,9 @@ class Objective(nn.Module):
         rows = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
-        total = weights.text * losses["text"]
         if len(vokens_PVH):
-            for name, loss in self._picture_losses(rows, vokens_PVH, weights).items():
-                losses[name] = loss
-                total = total + getattr(weights, name) * loss
-        return {"loss": total, **losses}
+            losses |= self._picture_losses(rows, vokens_PVH, weights)
+        return {"loss": weights.total(losses), **losses}
 
     @property
     def body_is_frozen(self) -> bool:
@@ -102,7 +107,13 @@ class Objective(nn.Module):
 
     def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
         queries = self.config.vision.num_queries
-        tokens = prompt.encode(segments, self.tokenizer, self.language.rows, num_image_embeddings=queries)
+        tokens = prompt.encode(
+            segments,
+            self.tokenizer,
+            self.language.rows,
+            num_image_embeddings=queries,
+            published_quirks=self.config.published_quirks,
+        )
         return tokens.ids, tokens.labels
 
     def _read_captions(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
@@ -121,11 +132,14 @@ class Objective(nn.Module):
         pictures = [picture for row in rows for picture in row.read]
         image_NQH = self.vision(np.stack(pictures)) if pictures else None
         states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
+        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
+        return vokens_PVH, self.text_loss(states_BSH, labels_BS)
+
+    def text_loss(self, states_BSH: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross-entropy of the next token where it is learnt; logits are computed there only."""
         next_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
         is_learnt_BS = next_BS != IGNORED
-        text = F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
-        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
-        return vokens_PVH, text
+        return F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
 
     def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         captions = [caption for row in rows for caption in row.captions]
@@ -180,15 +194,14 @@ class Objective(nn.Module):
         others_PKQD = torch.stack(others).float() if contrast_weight else None
         losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
         weights = LossWeights(text=0.0, picture=0.0, caption=1.0, contrast=contrast_weight)
-        loss = sum(getattr(weights, name) * value for name, value in losses.items())
-        return {"loss": loss, **{f"replayed {name}": value for name, value in losses.items()}}
+        return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
 
     def _caption_losses(
         self, condition_PQD: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, is_null_P: Tensor
     ) -> dict[str, Tensor]:
         """Towards the caption's states, or those of no caption; away from those of captions that are not true."""
         null_1QD = self.text_encoder([""])
-        losses = {"caption": self._caption_loss(condition_PQD, target_PQD.where(~is_null_P[:, None, None], null_1QD))}
+        losses = {"caption": self.caption_loss(condition_PQD, target_PQD.where(~is_null_P[:, None, None], null_1QD))}
         if others_PKQD is not None and not is_null_P.all():
             told = (states[~is_null_P] for states in (condition_PQD, target_PQD, others_PKQD))
             losses["contrast"] = self._contrast_loss(*told)
@@ -213,5 +226,6 @@ class Objective(nn.Module):
         self._memory += zip(vokens_PVH.detach(), target_PQD, others, strict=True)
         self._memory = self._memory[-MEMORY:]
 
-    def _caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
+    def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
+        """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""
         return ((condition_PQD - target_PQD) / self.caption_scale_D).square().mean()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from minigpt5.types import InputImage, PromptPart, StoryRequest
+from minigpt5.types import InputImage, Page, PromptPart, StoryRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,19 +60,31 @@ def encode(
     rows: VokenRows,
     *,
     num_image_embeddings: int,
+    published_quirks: bool = False,
 ) -> Tokens:
-    """Segments -> ids and labels, BOS first."""
+    """Segments -> ids and labels, BOS first.
+
+    `published_quirks`: of the first picture [IMG7] is learnt too, of any other all vokens (an index that ends one too
+    early, and looks at the first picture only).
+    """
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
+    num_drawn = 0
     for segment in segments:
         if segment.kind == "text":
-            new = tokenizer.encode(segment.text, add_special_tokens=False)
+            # Words that spell a voken or a slot are words: what is drawn and read is said by segments alone.
+            new = tokenizer.encode(segment.text, add_special_tokens=False, split_special_tokens=True)
             learnt = new if segment.is_target else [IGNORED] * len(new)
         elif segment.kind == "read":
             new = [rows.placeholder] * num_image_embeddings
             learnt = [IGNORED] * len(new)
         else:
             new = rows.ids
-            learnt = ([new[0]] if segment.is_target else [IGNORED]) + [IGNORED] * (len(new) - 1)
+            learnt = [IGNORED] * len(new)
+            if segment.is_target:
+                learnt[0] = new[0]
+                if published_quirks:
+                    learnt = new if num_drawn else [new[0], *learnt[1:-1], new[-1]]
+                num_drawn += 1
         ids += new
         labels += learnt
     return Tokens(ids=ids, labels=labels)
@@ -107,6 +119,33 @@ def story_segments(prompt: Sequence[PromptPart], num_pages: int, pages: Sequence
     if len(pages) == num_pages:
         segments.append(text(END, is_target=True))
     return segments
+
+
+def reply_segments(prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
+    """A prompt as `describe_segments` asks, then what was already answered."""
+    segments = [text("###Human:")]
+    for part in prompt:
+        if isinstance(part, InputImage):
+            segments += [text(" <Img>"), READ, text("</Img>")]
+        else:
+            segments.append(text(f" {part.strip()}"))
+    segments.append(text(" ###Assistant:"))
+    for page in pages:
+        segments.append(text(f" {page.text}"))
+        segments += [DRAW] if page.picture else []
+    return join_texts(segments)
+
+
+def join_texts(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbouring texts of one kind as one: a tokenizer may part them otherwise when it sees them apart."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last and last.kind == segment.kind == "text" and last.is_target == segment.is_target:
+            joined[-1] = text(last.text + segment.text, is_target=segment.is_target)
+        else:
+            joined.append(segment)
+    return joined
 
 
 def next_page_segments(history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
@@ -146,5 +185,7 @@ def request_segments(request: StoryRequest) -> list[Segment]:
     """What the generator reads before it writes."""
     if request.mode == "caption":
         return caption_segments(" ".join(part for part in request.prompt if isinstance(part, str)))[:1]
+    if request.mode == "reply":
+        return reply_segments(request.prompt, request.previous)
     written = [page.text for page in request.previous]
     return story_segments(request.prompt, len(written) + request.pages, written)

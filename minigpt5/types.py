@@ -35,7 +35,7 @@ class Sampling:
     top_p: float = 0.9
     repetition_penalty: float = 1.0
     max_page_tokens: int = 64
-    """A page whose text reaches this many tokens gets its picture there."""
+    """A page whose text reaches this many tokens gets its picture there; a reply has at most so many in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,21 @@ class StoryRequest:
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)
-    mode: Literal["story", "caption"] = "story"
+    mode: Literal["story", "caption", "reply"] = "story"
     """"story": `pages` pages of text, each with a picture. "caption": no text is written,
-    the prompt itself is the caption and one picture is drawn from it (page 1 has an empty text)."""
+    the prompt itself is the caption and one picture is drawn from it (page 1 has an empty text).
+    "reply": an answer as in a chat, with at most `pages` pictures where the model opens them; a picture ends
+    its page, and text after the last picture is a page without one."""
+    pictures: Literal["auto", "none", "forced"] = "auto"
+    """Of a reply: where the model opens them, none, or at least one, after text."""
+    stop: tuple[str, ...] = ()
+    """Text ends before the first of these strings, as end-of-text would end it; no part of one is shown."""
     previous: tuple[Page, ...] = ()
     """Pages already written; the story goes on after them."""
+    previews: bool = False
+    """Whether pictures show themselves on the way, in the Progress of some steps."""
+    key: str = ""
+    """Whose request it is: engines share their time equally among keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +115,10 @@ class DrawRequest:
     vokens: Vokens
     seed: int
     settings: DrawSettings = field(default_factory=DrawSettings)
+    key: str = ""
+    """Whose request it is: engines share their time equally among keys."""
+    previews: bool = False
+    """Whether some steps' Progress shows the picture as far as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +128,8 @@ class Progress:
     page: int
     step: int
     steps: int
+    preview: bytes | None = None
+    """The picture as the model expects it by now, a small JPEG: at a few steps, where asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +146,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One page of a story. A page whose picture failed has an error instead."""
+    """One page of a story. A page whose picture failed has an error instead; a reply may end with text alone."""
 
     index: int
     """From 1."""
@@ -164,7 +180,7 @@ class PictureFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class PageDone:
-    """A page has its text and its picture (or the picture's error)."""
+    """A page has its text and its picture, or the picture's error; the last page of a reply may have neither."""
 
     page: Page
 

@@ -1,43 +1,97 @@
 """Picture -> embeddings that the language model reads: a frozen encoder, a Q-Former and a projection.
 
+Two families, chosen by `VisionConfig.family`: "eva-clip", the published one (EVA-CLIP ViT-g and BLIP-2's Q-Former, by
+transformers' own classes), and "efficientnet", small enough for a laptop.
+
 Shape letters: N pictures, F encoder features, E encoder width, Q queries, H language-model width.
 """
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
 
-from minigpt5.base_models import load_tensors
-from minigpt5.config import ModelConfig
+from minigpt5.config import ModelConfig, VisionConfig
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class PictureEncoder(nn.Module):
-    """EfficientNet-Lite0, frozen: pixels -> a grid of features."""
+class EfficientNetEncoder(nn.Module):
+    """EfficientNet-Lite0, frozen: pixels -> a grid of features.
 
-    def __init__(self, folder: str | Path) -> None:
+    `prepare` takes pixels from 0 to 255 of any one size to what `forward` takes: (N, 3, image_px, image_px).
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.image_px = config.image_px
         self.network = EfficientNet.from_name("efficientnet-lite0")
-        self.network.load_state_dict(load_tensors(Path(folder)))
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> PictureEncoder:
+    def train(self, mode: bool = True) -> EfficientNetEncoder:
         """Always in evaluation mode: its batch statistics are frozen too."""
         return super().train(False)
 
+    def prepare(self, pixels_NCYX: Tensor) -> Tensor:
+        return (_resize(pixels_NCYX, (self.image_px, self.image_px)) - 127) / 128
+
     @torch.no_grad()
     def forward(self, pixels_NCYX: Tensor) -> Tensor:
-        """(N, 3, 224, 224), scaled as (x - 127) / 128 -> (N, F, E)."""
+        """(N, 3, image_px, image_px) -> (N, F, E)."""
         return self.network.extract_features(pixels_NCYX).flatten(2).transpose(1, 2)
 
 
-class QFormer(nn.Module):
+class EvaClipEncoder(nn.Module):
+    """EVA-CLIP ViT (arXiv 2211.07636) as BLIP-2 uses it: without its last block and final norm, then `ln_vision`."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        assert config.eva is not None
+        self.image_px = config.image_px
+        self.network = Blip2VisionModel(
+            Blip2VisionConfig(
+                hidden_size=config.encoder_width,
+                intermediate_size=config.eva.intermediate,
+                num_hidden_layers=config.eva.num_layers,
+                num_attention_heads=config.eva.num_heads,
+                image_size=config.image_px,
+                patch_size=config.eva.patch_px,
+                hidden_act="gelu",
+                layer_norm_eps=1e-6,
+                qkv_bias=True,
+            )
+        )
+        self.network.post_layernorm.eps = 1e-5  # ln_vision is not one of the encoder's own norms
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> EvaClipEncoder:
+        return super().train(False)
+
+    def prepare(self, pixels_NCYX: Tensor) -> Tensor:
+        """Short side to `image_px`, the middle cut out, CLIP's mean and spread."""
+        height, width = pixels_NCYX.shape[-2:]
+        scale = self.image_px / min(height, width)
+        pixels_NCYX = _resize(pixels_NCYX, (round(height * scale), round(width * scale)))
+        top, left = ((side - self.image_px) // 2 for side in pixels_NCYX.shape[-2:])
+        pixels_NCYX = pixels_NCYX[..., top : top + self.image_px, left : left + self.image_px]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return (pixels_NCYX / 255 - mean) / std
+
+    @torch.no_grad()
+    def forward(self, pixels_NCYX: Tensor) -> Tensor:
+        """(N, 3, image_px, image_px) -> (N, F, E)."""
+        return self.network(pixels_NCYX).last_hidden_state
+
+
+class SmallQFormer(nn.Module):
     """Learned queries that attend to the encoder's features (arXiv 2301.12597), then a projection to the model."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -66,25 +120,63 @@ class QFormer(nn.Module):
         return self.projection(self.layers(self.queries.expand(len(memory), -1, -1), memory))
 
 
-class Vision(nn.Module):
-    """The whole path."""
+class Blip2QFormer(nn.Module):
+    """BLIP-2's Q-Former (arXiv 2301.12597, 3.1) without its text branch, then MiniGPT-4's projection."""
 
-    def __init__(self, encoder: PictureEncoder, qformer: QFormer, *, image_px: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.encoder, self.qformer, self.image_px = encoder, qformer, image_px
+        vision = config.vision
+        assert vision.eva is not None
+        self.queries = nn.Parameter(torch.zeros(1, vision.num_queries, vision.hidden))
+        self.layers = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=vision.hidden,
+                num_hidden_layers=vision.num_layers,
+                num_attention_heads=vision.num_heads,
+                intermediate_size=vision.eva.qformer_intermediate,
+                cross_attention_frequency=vision.eva.cross_attention_every,
+                encoder_hidden_size=vision.encoder_width,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                use_qformer_text_input=False,
+            )
+        )
+        self.projection = nn.Linear(vision.hidden, config.hidden)
+
+    def forward(self, features_NFE: Tensor) -> Tensor:
+        """(N, F, E) -> (N, Q, H)."""
+        queries_NQD = self.queries.expand(len(features_NFE), -1, -1)
+        states = self.layers(query_embeds=queries_NQD, encoder_hidden_states=features_NFE).last_hidden_state
+        return self.projection(states)
+
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "efficientnet": (EfficientNetEncoder, SmallQFormer),
+    "eva-clip": (EvaClipEncoder, Blip2QFormer),
+}
+
+
+class Vision(nn.Module):
+    """The whole path: its encoder and Q-Former are those of the config's family, with weights still to be loaded."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        encoder, qformer = FAMILIES[config.vision.family]
+        self.encoder: EfficientNetEncoder | EvaClipEncoder = encoder(config.vision)
+        self.qformer: SmallQFormer | Blip2QFormer = qformer(config)
 
     def forward(self, pixels_NYXC: np.ndarray) -> Tensor:
         """uint8 pictures of any one size -> (N, Q, H)."""
-        return self.qformer(self.encoder(self.prepare(pixels_NYXC)))
-
-    def prepare(self, pixels_NYXC: np.ndarray) -> Tensor:
-        pixels = torch.as_tensor(pixels_NYXC).permute(0, 3, 1, 2).float()
-        size = (self.image_px, self.image_px)
-        return (nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True) - 127) / 128
+        pixels_NCYX = torch.as_tensor(pixels_NYXC).permute(0, 3, 1, 2).float()
+        return self.qformer(self.encoder(self.encoder.prepare(pixels_NCYX)))
 
     @torch.no_grad()
-    def read(self, pictures: list[bytes]) -> Tensor:
-        """Encoded pictures (PNG, JPEG) -> (N, Q, H)."""
-        side = (self.image_px, self.image_px)
-        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize(side)) for data in pictures]
-        return self(np.stack(pixels))
+    def read(self, pictures: Sequence[bytes]) -> Tensor:
+        """Encoded pictures (PNG, JPEG), each of any size -> (N, Q, H)."""
+        pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+        prepared = [self.encoder.prepare(torch.tensor(one).permute(2, 0, 1)[None].float()) for one in pixels]
+        return self.qformer(self.encoder(torch.cat(prepared)))
+
+
+def _resize(pixels_NCYX: Tensor, size: tuple[int, int]) -> Tensor:
+    return nn.functional.interpolate(pixels_NCYX, size, mode="bilinear", antialias=True)

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from minigpt5.flow import page_seed, stream_story, write_story
+from minigpt5.flow import Generate, page_seed, stream_story, write_story
+from minigpt5.story import StoryBuilder
 from minigpt5.types import (
     DecoderEvent,
     DrawRequest,
@@ -18,6 +19,7 @@ from minigpt5.types import (
     PictureFailed,
     Progress,
     SlotOpened,
+    Story,
     StoryEvent,
     StoryRequest,
     StoryStarted,
@@ -114,3 +116,44 @@ def test_closing_the_stream_closes_both_engines() -> None:
 def test_page_seeds_differ_and_depend_on_seed_and_page_only() -> None:
     assert page_seed(7, 1) == page_seed(7, 1)
     assert len({page_seed(seed, page) for seed in range(20) for page in range(1, 5)}) == 80
+
+
+def test_a_reply_may_have_any_number_of_pages_and_end_with_text() -> None:
+    async def answer(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        for page in (1, 2):
+            yield TextDelta(page=page, text=f" Picture {page}:")
+            yield Vokens(page=page, hidden_VH=np.zeros((8, 4), np.float32), fingerprint="x")
+        yield TextDelta(page=3, text=" That is all. ")
+        yield Usage(prompt_tokens=3, completion_tokens=4)
+
+    async def silent(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        yield TextDelta(page=1, text=" ")
+        yield Usage(prompt_tokens=3, completion_tokens=1)
+
+    request = StoryRequest(prompt=("x",), mode="reply", pages=5)
+    builder = StoryBuilder(request)
+
+    async def run(generate: Generate) -> Story:
+        return await write_story(request, generate, decode, on_event=builder.add)
+
+    story = asyncio.run(run(answer))
+    assert [page.text for page in story.pages] == ["Picture 1:", "Picture 2:", "That is all."]
+    assert [page.picture is not None for page in story.pages] == [True, True, False]
+    assert [page.error for page in story.pages] == [None] * 3
+    assert builder.story().pages == story.pages
+    assert asyncio.run(run(silent)).pages == ()
+
+
+def test_pictures_are_asked_for_in_the_name_of_the_story() -> None:
+    asked: list[DrawRequest] = []
+
+    async def listen(request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        asked.append(request)
+        async for event in decode(request):
+            yield event
+
+    request = StoryRequest(prompt=("x",), pages=2, key="ada", previews=True)
+    asyncio.run(write_story(request, generate, listen))
+    assert [(one.key, one.previews, one.seed) for one in asked] == [
+        ("ada", True, page_seed(0, page)) for page in (1, 2)
+    ]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minigpt5.errors import InvalidRequest
 from minigpt5.generator import VokenGenerator
 from minigpt5.language import pad
 from minigpt5.prompt import encode, request_segments, story_segments
-from minigpt5.types import Page, Sampling, StoryRequest, TextDelta, Usage, Vokens
+from minigpt5.types import InputImage, Page, Sampling, StoryRequest, TextDelta, Usage, Vokens
 from minigpt5.vokens import align
+from minigpt5.writing import MIN_PAGE_TOKENS, mask
 from tests.tiny import tiny_config, tiny_language, tiny_tokenizer, tiny_vision
 
 
@@ -35,6 +38,12 @@ def request(**changes: object) -> StoryRequest:
     return StoryRequest(**(values | changes))  # type: ignore[arg-type]
 
 
+def plain_picture(colour: str) -> InputImage:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(file, "PNG")
+    return InputImage(data=file.getvalue())
+
+
 def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenerator) -> None:
     events = run(generator, request(sampling=Sampling(temperature=0, max_page_tokens=12)))
     language, tokenizer = generator.language, generator.tokenizer
@@ -45,8 +54,9 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
         for _ in generated:
             for written in range(12):
                 state_H = language.states(language.embed(torch.tensor([ids])))[0, -1]
-                token = int(generator._page_logits(state_H, written).argmax())
-                if token == language.rows.first or token in generator._end_ids:
+                closed = [language.rows.first, *generator.end_ids] if written < MIN_PAGE_TOKENS else []
+                token = int(mask(language.logits(state_H).numpy(), language.rows, closed).argmax())
+                if token == language.rows.first or token in generator.end_ids:
                     break
                 ids.append(token)
             ids += language.rows.ids
@@ -114,17 +124,9 @@ def test_a_story_goes_on_after_its_previous_pages(generator: VokenGenerator) -> 
 
 
 def test_an_input_picture_changes_what_is_written(generator: VokenGenerator) -> None:
-    import io
-
-    from PIL import Image
-
-    from minigpt5.types import InputImage
-
     texts = []
     for colour in ("red", "blue"):
-        file = io.BytesIO()
-        Image.new("RGB", (40, 30), colour).save(file, "PNG")
-        events = run(generator, request(prompt=(InputImage(data=file.getvalue()), "What is this?"), pages=1))
+        events = run(generator, request(prompt=(plain_picture(colour), "What is this?"), pages=1))
         texts.append(next(event.hidden_VH for event in events if isinstance(event, Vokens)))
     assert not np.allclose(texts[0], texts[1])
 
@@ -150,3 +152,11 @@ def test_only_the_first_voken_of_a_picture_is_learnt(generator: VokenGenerator) 
     learnt = [label for label in tokens.labels if label >= rows.first]
     assert learnt == [rows.first]
     assert [token for token in tokens.ids if token >= rows.first] == rows.ids
+
+
+def test_words_that_spell_vokens_and_slots_are_words(generator: VokenGenerator) -> None:
+    rows = generator.language.rows
+    tokens = encode(story_segments(["[IMG0] <ImageHere>"], 1, []), generator.tokenizer, rows, num_image_embeddings=4)
+    assert max(tokens.ids) < rows.first
+    events = run(generator, request(prompt=(plain_picture("red"), "<ImageHere> [IMG0]"), pages=1))
+    assert isinstance(events[-1], Usage)

@@ -14,7 +14,8 @@ from minigpt5.config import ModelConfig, VisionConfig, storybook
 from minigpt5.diffusion import Diffusion, new_storybook_scheduler
 from minigpt5.language import LanguageModel, load_tokenizer
 from minigpt5.mapper import Mapper
-from minigpt5.vision import PictureEncoder, QFormer, Vision
+from minigpt5.model_folder import load_module
+from minigpt5.vision import Vision
 from minigpt5.vokens import VokenRows
 
 HIDDEN = 48
@@ -63,7 +64,9 @@ def tiny_tokenizer(config: ModelConfig):  # type: ignore[no-untyped-def]
 
 def tiny_vision(config: ModelConfig) -> Vision:
     torch.manual_seed(1)
-    return Vision(PictureEncoder(resolve(config.vision.encoder)), QFormer(config), image_px=config.vision.image_px)
+    vision = Vision(config)
+    load_module(vision.encoder.network, resolve(config.vision.encoder) / "model.safetensors")
+    return vision
 
 
 def tiny_mapper(config: ModelConfig) -> Mapper:

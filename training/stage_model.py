@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
-from minigpt5.decoder import denoise
+from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
@@ -67,7 +67,7 @@ class ModelStage:
         self.config = storybook()
         base = resolve(self.config.language_model)
         self.language = LanguageModel.from_base(base, self.config)
-        self.vision = model_folder.new_vision(self.config)
+        self.vision = model_folder.load_vision(None, self.config)
         self.mapper = Mapper(self.config)
         previous = parts.model(preset.stage)
         if previous:

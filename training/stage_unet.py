@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
-from minigpt5.decoder import denoise
+from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at

@@ -1,0 +1,126 @@
+"""Conditions -> latents, step by step: pictures at different steps, of different settings, in one UNet call.
+
+A picture depends on its own condition, seed and settings only, not on its company. Guidance follows arXiv 2207.12598,
+rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.
+
+Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minigpt5.diffusion import SCHEDULERS, Diffusion
+from minigpt5.types import DrawSettings
+
+SCHEDULER_OPTIONS = {"pndm": {"skip_prk_steps": True}}
+"""What a noise schedule that was made for another sampler does not say; Stable Diffusion's own folder has it so."""
+
+
+class Denoising:
+    """One picture on its way from noise to latents, with a scheduler of its own."""
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        condition_QD: Tensor,
+        *,
+        seed: int,
+        draw: DrawSettings,
+        guidance_rescale: float,
+        noise_1CYX: Tensor | None = None,
+    ) -> None:
+        """`noise_1CYX`: what the picture begins as, instead of what `seed` gives."""
+        self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
+        options = SCHEDULER_OPTIONS.get(draw.scheduler, {})
+        self.scheduler = SCHEDULERS[draw.scheduler].from_config(diffusion.scheduler.config, **options)
+        self.scheduler.set_timesteps(draw.steps)
+        if noise_1CYX is None:
+            config = diffusion.unet.config
+            shape = (1, config.in_channels, config.sample_size, config.sample_size)
+            noise_1CYX = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        self.latents_1CYX = noise_1CYX.to(condition_QD) * self.scheduler.init_noise_sigma
+        self.clean_1CYX = self.latents_1CYX
+        """What the last prediction makes of the latents without their noise."""
+        self.num_calls = 0
+        """UNet calls so far."""
+
+    @property
+    def is_guided(self) -> bool:
+        return self.draw.guidance_scale != 1
+
+    @property
+    def num_calls_left(self) -> int:
+        return len(self.scheduler.timesteps) - self.num_calls
+
+    @property
+    def step(self) -> int:
+        """Steps done, of `draw.steps`; some schedulers need more calls than steps."""
+        return max(1, self.num_calls * self.draw.steps // len(self.scheduler.timesteps))
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.scheduler.timesteps[self.num_calls]
+
+    def latents_in(self) -> Tensor:
+        return self.scheduler.scale_model_input(self.latents_1CYX, self.timestep)
+
+    def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:
+        """Go a step on, as the UNet predicts."""
+        predicted = conditional_1CYX
+        if unconditional_1CYX is not None:
+            predicted = unconditional_1CYX + self.draw.guidance_scale * (conditional_1CYX - unconditional_1CYX)
+            if self.guidance_rescale:
+                spread = conditional_1CYX.std() / predicted.std()
+                predicted = predicted * (self.guidance_rescale * spread + 1 - self.guidance_rescale)
+        timestep = self.timestep
+        self.clean_1CYX = self._clean(predicted, timestep)
+        self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX).prev_sample
+        self.num_calls += 1
+
+    def _clean(self, predicted_1CYX: Tensor, timestep: Tensor) -> Tensor:
+        alpha_bar = self.scheduler.alphas_cumprod[timestep].clamp(min=1e-4)
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return signal * self.latents_1CYX - noise * predicted_1CYX
+        return (self.latents_1CYX - noise * predicted_1CYX) / signal
+
+
+@torch.no_grad()
+def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:
+    """One UNet call for all pictures, whichever step each is at."""
+    guided = [picture for picture in pictures if picture.is_guided]
+    calls = [*guided, *pictures]
+    conditions = [*[null_1QD[0]] * len(guided), *(picture.condition_QD for picture in pictures)]
+    predicted_BCYX = diffusion.unet(
+        torch.cat([picture.latents_in() for picture in calls]),
+        torch.stack([picture.timestep for picture in calls]),
+        encoder_hidden_states=torch.stack(conditions),
+    ).sample
+    predicted = predicted_BCYX.split(1)
+    unconditional = dict(zip(map(id, guided), predicted, strict=False))
+    for picture, conditional in zip(pictures, predicted[len(guided) :], strict=True):
+        picture.take(conditional, unconditional.get(id(picture)))
+
+
+@torch.no_grad()
+def denoise(
+    diffusion: Diffusion,
+    condition_BQD: Tensor,
+    null_1QD: Tensor,
+    *,
+    seeds: list[int],
+    draw: DrawSettings,
+    guidance_rescale: float = 0.0,
+) -> Tensor:
+    """Draw one picture for each condition: (B, 3, pixels, pixels) in [-1, 1]."""
+    pictures = [
+        Denoising(diffusion, condition_QD, seed=seed, draw=draw, guidance_rescale=guidance_rescale)
+        for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
+    ]
+    while pictures[0].num_calls_left:
+        advance(diffusion, pictures, null_1QD)
+    return diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in pictures]))

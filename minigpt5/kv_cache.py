@@ -1,0 +1,238 @@
+"""Keys and values with a length per row, so that sequences of any lengths share one forward pass.
+
+The tokens of a pass lie one after another in a single sequence: linear layers see them all at once, and each row's
+tokens attend to that row's own past. transformers' models are unchanged: the cache is a `Cache`, and the attention
+is registered under `ATTENTION`, which without a pass is transformers' "sdpa".
+
+Shape letters: L layers, R rows, G key heads, A query heads, S positions of a row, T tokens of a pass, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION = "minigpt5_rows"
+WASTE = 2
+"""Rows attend in one call while it looks at no more than so many times the rows and positions that it needs."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Span:
+    """Tokens of one row that attend by themselves."""
+
+    row: int
+    start: int
+    """First token of the pass."""
+    end: int
+    length: int
+    """Of the row, these tokens included."""
+    mask_TS: Tensor | None
+    """None: nothing is hidden that causality does not hide by itself."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Together:
+    """Rows with one token each, which attend in one call over a range of the cache."""
+
+    first: int
+    last: int
+    """Rows of the range; those between that are not here attend to no purpose."""
+    rows: Tensor
+    """Counted from `first`."""
+    tokens: Tensor
+    length: int
+    """Of the longest."""
+    mask_R11S: Tensor
+    """Added to the scores: 0, or minus infinity where a row has no such position."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """Which row and position each token of a forward pass belongs to."""
+
+    rows_T: Tensor
+    positions_1T: Tensor
+    spans: list[Span]
+    together: Together | None
+
+
+class RowCache(Cache):
+    """Keys and values of at most `num_rows` sequences of at most `num_positions` tokens.
+
+    Memory is bounded from the start and taken from the system only as positions are filled.
+    """
+
+    def __init__(
+        self, *, num_layers: int, num_heads: int, head_width: int, num_rows: int, num_positions: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(layers=[])
+        shape = (num_layers, num_rows, num_heads, num_positions, head_width)
+        self.num_rows, self.num_positions = num_rows, num_positions
+        self.keys_LRGSD, self.values_LRGSD = reserve(shape, dtype), reserve(shape, dtype)
+        self.lengths = [0] * num_rows
+        self._pass: Pass | None = None
+
+    @classmethod
+    def for_model(cls, body: Any, *, num_rows: int, num_positions: int) -> RowCache:
+        """A cache for a transformer, with or without an adapter, whose attention is set to read it."""
+        config = body.config
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < num_positions:
+            raise ValueError(
+                f"the base model sees {window} tokens back (sliding_window) but the context is {num_positions}: "
+                "set context_tokens of config.json to at most that"
+            )
+        model = body.get_base_model() if isinstance(body, PeftModel) else body
+        model.set_attn_implementation(ATTENTION)
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_key_value_heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_rows=num_rows,
+            num_positions=num_positions,
+            dtype=next(body.parameters()).dtype,
+        )
+
+    def forward(self, body: nn.Module, embeds_TH: Tensor, counts: Sequence[tuple[int, int]]) -> Tensor:
+        """Append tokens to rows and return their last hidden states: (T, H).
+
+        `counts`: (row, number of its tokens), in the order of the tokens.
+        """
+        self._pass = self._plan(counts)
+        try:
+            states_1TH = body(
+                inputs_embeds=embeds_TH[None],
+                position_ids=self._pass.positions_1T,
+                past_key_values=self,
+                use_cache=True,
+                rows=self._pass,
+            ).last_hidden_state
+        finally:
+            self._pass = None
+        for row, num_tokens in counts:
+            self.lengths[row] += num_tokens
+        return states_1TH[0]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make `target` begin as `source` does; it then has `length` positions."""
+        for stored in (self.keys_LRGSD, self.values_LRGSD):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.lengths[target] = length
+
+    def _plan(self, counts: Sequence[tuple[int, int]]) -> Pass:
+        rows: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for row, num_tokens in counts:
+            start, past = len(rows), self.lengths[row]
+            rows += [row] * num_tokens
+            positions += range(past, past + num_tokens)
+            mask_TS = None
+            if num_tokens > 1 and past:
+                mask_TS = torch.ones(num_tokens, past + num_tokens, dtype=torch.bool).tril(past)
+            spans.append(Span(row=row, start=start, end=len(rows), length=past + num_tokens, mask_TS=mask_TS))
+        single = [span for span in spans if span.end - span.start == 1]
+        longest = WASTE * sorted(span.length for span in single)[len(single) // 2] if single else 0
+        joined = [span for span in single if span.length <= longest]
+        num_rows = max((span.row for span in joined), default=0) - min((span.row for span in joined), default=0) + 1
+        if len(joined) < 2 or num_rows > WASTE * len(joined):
+            joined = []
+        return Pass(
+            rows_T=torch.tensor(rows),
+            positions_1T=torch.tensor([positions]),
+            spans=[span for span in spans if span not in joined],
+            together=_join(joined) if joined else None,
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store a pass's keys and values (1, G, T, D); the layer's whole store is what its attention reads."""
+        assert self._pass is not None, "a RowCache is read and written by RowCache.forward"
+        where = (self._pass.rows_T, slice(None), self._pass.positions_1T[0])
+        self.keys_LRGSD[layer_idx][where] = key_states[0].transpose(0, 1)
+        self.values_LRGSD[layer_idx][where] = value_states[0].transpose(0, 1)
+        return self.keys_LRGSD[layer_idx], self.values_LRGSD[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Rows have a length each, so positions are always given and no mask is made outside."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+def reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory page by page as they are written to (what is masked must be finite, so zeros)."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: else the first token of a row takes its memory to the last position
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _join(spans: list[Span]) -> Together:
+    first, last = min(span.row for span in spans), max(span.row for span in spans)
+    length = max(span.length for span in spans)
+    rows = torch.tensor([span.row - first for span in spans])
+    seen_R = torch.ones(last - first + 1, dtype=torch.long)  # who is not here sees one position: to see none is NaN
+    seen_R[rows] = torch.tensor([span.length for span in spans])
+    hidden_RS = torch.arange(length) >= seen_R[:, None]
+    return Together(
+        first=first,
+        last=last,
+        rows=rows,
+        tokens=torch.tensor([span.start for span in spans]),
+        length=length,
+        mask_R11S=torch.zeros(len(seen_R), 1, 1, length).masked_fill(hidden_RS[:, None, None], -torch.inf),
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    rows: Pass | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a pass: query (1, A, T, D) over key and value (R, G, S, D) -> (1, T, A, D)."""
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    _, num_heads, num_tokens, width = query.shape
+    out_TAD = query.new_empty(num_tokens, num_heads, width)
+    for span in rows.spans:
+        where = (slice(span.row, span.row + 1), slice(None), slice(span.length))
+        mask = None if span.mask_TS is None else span.mask_TS[None, None]
+        states = query[:, :, span.start : span.end]
+        out_TAD[span.start : span.end] = sdpa_attention_forward(
+            module, states, key[where], value[where], mask, **options
+        )[0][0]
+    if rows.together:
+        part = rows.together
+        query_RA1D = query.new_zeros(len(part.mask_R11S), num_heads, 1, width)
+        query_RA1D[part.rows, :, 0] = query[0, :, part.tokens].transpose(0, 1)
+        where = (slice(part.first, part.last + 1), slice(None), slice(part.length))
+        mask = part.mask_R11S.to(query.dtype)
+        out_R1AD = sdpa_attention_forward(module, query_RA1D, key[where], value[where], mask, **options)[0]
+        out_TAD[part.tokens] = out_R1AD[part.rows, 0]
+    return out_TAD[None], None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,191 @@
+"""Parameters of the full-size system, counted on the meta device, and the memory that serving and training it takes.
+
+`python -m minigpt5.published sizes`. Nothing is downloaded: the base models' shapes are written down here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from minigpt5.config import ModelConfig, minigpt5_7b
+from minigpt5.mapper import Mapper
+from minigpt5.vision import Vision
+from minigpt5.vokens import VokenRows
+
+GB = 1e9
+LLAMA_7B: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+SD21_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SD_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+SD21_TEXT: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Every module of the full-size system, without memory."""
+
+    config: ModelConfig
+    language: nn.Module
+    rows: VokenRows
+    vision: Vision
+    mapper: Mapper
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+
+    @property
+    def lora(self) -> int:
+        """Parameters of LoRA: rank times both sides of every adapted matrix."""
+        adapted = [
+            module
+            for name, module in self.language.named_modules()
+            if name.rpartition(".")[2] in self.config.lora.targets
+        ]
+        return sum(self.config.lora.rank * (module.in_features + module.out_features) for module in adapted)
+
+    @property
+    def matrices(self) -> int:
+        """Both vocabulary matrices, new rows included."""
+        config = self.config
+        return 2 * (config.vocabulary + config.num_vokens + 1) * config.hidden
+
+
+def build() -> Parts:
+    """Every module on the meta device."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
+
+    config = minigpt5_7b()
+    with torch.device("meta"):
+        return Parts(
+            config=config,
+            language=LlamaForCausalLM(LlamaConfig(**LLAMA_7B)),
+            rows=VokenRows(config.vocabulary, config.num_vokens, config.hidden),
+            vision=Vision(config),
+            mapper=Mapper(config),
+            unet=UNet2DConditionModel(**SD21_UNET),
+            vae=AutoencoderKL(**SD_VAE),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**SD21_TEXT)),
+        )
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def counts(parts: Parts) -> dict[str, int]:
+    """Parameters by part, and what each stage trains: as the published code flags them, and as they really move."""
+    mapper = parts.mapper
+    transformer, fc, queries = count(mapper.transformer), count(mapper.fc), mapper.queries.numel()
+    new_rows = count(parts.rows)
+    return {
+        "language model": count(parts.language),
+        "vision encoder": count(parts.vision.encoder),
+        "Q-Former and projection": count(parts.vision.qformer),
+        "mapper": transformer,
+        "fc": fc,
+        "queries": queries,
+        "new vocabulary rows": new_rows,
+        "LoRA": parts.lora,
+        "UNet": count(parts.unet),
+        "VAE": count(parts.vae),
+        "text encoder": count(parts.text_encoder),
+        "stage 1, flagged as trained": parts.matrices + transformer + fc + queries,
+        "stage 1, trained": new_rows + transformer + fc + queries,
+        "stage 2, flagged as trained": parts.matrices + transformer + parts.lora,
+        "stage 2, trained": new_rows + transformer + parts.lora,
+    }
+
+
+def cache_bytes_per_token(bytes_per_value: int = 2) -> int:
+    """Keys and values of one token in every layer of the language model."""
+    return 2 * LLAMA_7B["num_hidden_layers"] * LLAMA_7B["hidden_size"] * bytes_per_value
+
+
+def serving_gb(sizes: dict[str, int], *, stories: int, tokens: int, pictures: int) -> dict[str, dict[str, float]]:
+    """Memory of each deployment in GB: 16-bit weights, KV cache of `stories` sequences of `tokens`, activations of
+    `pictures` guided 512 px pictures (estimated: the widest feature maps of a UNet call, and of the VAE's last one)."""
+    writes = sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"] + sizes["LoRA"]
+    draws = sizes["mapper"] + sizes["fc"] + sizes["queries"] + sizes["UNet"] + sizes["VAE"]
+    unet = 2 * pictures * 12 * 320 * 64 * 64 * 2  # some twelve maps of the first level are alive at once
+    vae = pictures * 4 * 128 * 512 * 512 * 2
+    return {
+        "VokenGenerator": {
+            "weights": 2 * writes / GB,
+            "KV cache": stories * tokens * cache_bytes_per_token() / GB,
+            "activations": stories * LLAMA_7B["vocab_size"] * 4 / GB,
+        },
+        "DiffusionDecoder": {"weights": 2 * draws / GB, "KV cache": 0.0, "activations": max(unet, vae) / GB},
+    }
+
+
+def training_gb(sizes: dict[str, int], *, zero: int, workers: int) -> dict[str, dict[str, float]]:
+    """Memory of one worker in GB, by stage: frozen parts in bf16, what is trained in float32 with its gradients and
+    AdamW's two moments, which ZeRO 1, 2 and 3 divide among workers (arXiv 1910.02054, 3); frozen parts stay whole
+    below ZeRO 3. Activations come on top: they depend on the batch."""
+    frozen = sum(
+        sizes[name]
+        for name in ("language model", "vision encoder", "Q-Former and projection", "UNet", "VAE", "text encoder")
+    )
+    table = {}
+    for stage in ("stage 1", "stage 2"):
+        trained = sizes[f"{stage}, trained"]
+        table[stage] = {
+            "frozen": 2 * frozen / GB / (workers if zero == 3 else 1),
+            "trained": 4 * trained / GB / (workers if zero == 3 else 1),
+            "gradients": 4 * trained / GB / (workers if zero >= 2 else 1),
+            "optimizer": 8 * trained / GB / (workers if zero >= 1 else 1),
+        }
+    return table
+
+
+def print_tables() -> None:
+    sizes = counts(build())
+    print("parameters")
+    for name, number in sizes.items():
+        print(f"  {name:28} {number:>15,}")
+    print(f"\nKV cache: {cache_bytes_per_token():,} bytes a token at 16 bits")
+    print("\nserving, GB at 16 bits; 16 stories of 1,024 tokens, 8 pictures at once")
+    _print(serving_gb(sizes, stories=16, tokens=1024, pictures=8))
+    for zero in range(4):
+        print(f"\ntraining, GB for each of 4 workers with ZeRO {zero}, without activations")
+        _print(training_gb(sizes, zero=zero, workers=4))
+
+
+def _print(table: dict[str, dict[str, float]]) -> None:
+    names = list(next(iter(table.values())))
+    print(f"  {'':18}" + "".join(f"{name:>13}" for name in [*names, "together"]))
+    for row, values in table.items():
+        cells = [*values.values(), sum(values.values())]
+        print(f"  {row:18}" + "".join(f"{value:13.2f}" for value in cells))

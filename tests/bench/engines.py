@@ -1,0 +1,475 @@
+"""How fast the engines are: `python -m tests.bench.engines [--model FOLDER] [--url http://127.0.0.1:8000]`.
+
+Stories of 4 pages with 48 tokens of text each and guided pictures, written and drawn by
+
+  ours        both engines in this process, 1 to 16 stories at once
+  published   a loop in the published way: one story at a time, token by token, diffusers' own pipeline for each picture
+  limit       the same tokens and steps in lockstep with no engine around them, at the best of a sweep of batch sizes
+
+with the same weights, precision, threads and scheduler, in one run. With `--url`, stories are also asked for over
+HTTP by a process of its own, from a server of the same model folder that `make serve` has started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import concurrent.futures
+import dataclasses
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from transformers import DynamicCache
+
+from minigpt5.config import ModelConfig, default_model_folder
+from minigpt5.decoder import DiffusionDecoder, encode
+from minigpt5.diffusion import SCHEDULERS
+from minigpt5.flow import page_seed, stream_story
+from minigpt5.generator import VokenGenerator
+from minigpt5.language import LanguageModel
+from minigpt5.model_folder import load_decoder_parts, load_generator_parts
+from minigpt5.prompt import encode as encode_prompt
+from minigpt5.prompt import request_segments
+from minigpt5.sampling import sample_token
+from minigpt5.types import DrawRequest, PageDone, Picture, StoryRequest, TextDelta, Vokens
+from tests.bench.quality import machine
+
+WHO = ("fox", "owl", "bear", "cat", "dog", "duck", "frog", "lion", "mouse", "panda", "pig", "rabbit")
+WHAT = ("balloon", "tent", "rocket", "tulip", "bicycle", "umbrella", "castle", "banana")
+P99_SAMPLES = 300
+"""Fewer say nothing about one in a hundred."""
+LONG_CONTEXT = 8192
+LONG_COMPANY = 4
+"""Stories under way when a long prompt joins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked for."""
+
+    pages: int = 4
+    page_tokens: int = 48
+    steps: tuple[int, ...] = (20, 4, 50)
+    """The first is the one that the ratios are of."""
+    concurrent: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    long_prompt_tokens: int = 6000
+    num_published: int = 2
+    """Stories of the published loop that are timed; it takes them one after another."""
+
+    def story(self, index: int, config: ModelConfig, *, steps: int) -> StoryRequest:
+        """No two alike, so that no cache answers."""
+        sampling = dataclasses.replace(config.sampling, max_page_tokens=self.page_tokens)
+        return StoryRequest(
+            prompt=(f"A {WHO[index % len(WHO)]} who finds a {WHAT[index // len(WHO) % len(WHAT)]}",),
+            pages=self.pages,
+            seed=1000 + index,
+            sampling=sampling,
+            draw=dataclasses.replace(config.draw, steps=steps),
+        )
+
+
+TINY = Load(
+    pages=2, page_tokens=6, steps=(2,), concurrent=(1, 2), batch_sizes=(1, 2), long_prompt_tokens=200, num_published=1
+)
+
+
+class FullPages(LanguageModel):
+    """Never opens a picture and never ends by itself: every page has as many tokens as it may have."""
+
+    def __init__(self, language: LanguageModel, closed: Sequence[int]) -> None:
+        super().__init__(language.body, language.head_TH, language.rows)
+        self.closed = list(closed)
+
+    def logits(self, states_BSH: Tensor) -> Tensor:
+        logits = super().logits(states_BSH)
+        logits[..., self.closed] = -torch.inf
+        return logits
+
+
+class Engines:
+    """Both engines, and their parts for the ways without an engine."""
+
+    def __init__(self, generator: VokenGenerator, decoder: DiffusionDecoder) -> None:
+        rows = generator.language.rows
+        generator.language = FullPages(generator.language, [rows.first, *generator.end_ids])
+        self.generator, self.decoder, self.config = generator, decoder, generator.config
+        self._num_asked = 0
+
+    def new_stories(self, num: int, load: Load, *, steps: int) -> list[StoryRequest]:
+        first, self._num_asked = self._num_asked, self._num_asked + num
+        return [load.story(index, self.config, steps=steps) for index in range(first, first + num)]
+
+    def prompt_ids(self, request: StoryRequest) -> list[int]:
+        queries = self.config.vision.num_queries
+        rows = self.generator.language.rows
+        return encode_prompt(
+            request_segments(request), self.generator.tokenizer, rows, num_image_embeddings=queries
+        ).ids
+
+
+@dataclass
+class Timing:
+    """When what came of one story, in seconds from the start of its load."""
+
+    start: float
+    texts: list[float] = field(default_factory=list)
+    pages: list[float] = field(default_factory=list)
+    pictures: list[float] = field(default_factory=list)
+
+
+# Ours
+
+
+async def write_at_once(engines: Engines, requests: Sequence[StoryRequest]) -> tuple[float, list[Timing]]:
+    """Seconds until all are done, and each one's own times."""
+    began = time.perf_counter()
+
+    async def one(request: StoryRequest) -> Timing:
+        timing = Timing(start=time.perf_counter() - began)
+        async for event in stream_story(request, engines.generator.generate, engines.decoder.decode):
+            now = time.perf_counter() - began
+            if isinstance(event, TextDelta):
+                timing.texts.append(now)
+            elif isinstance(event, Picture):
+                timing.pictures.append(now)
+            elif isinstance(event, PageDone):
+                assert event.page.error is None, event.page.error
+                timing.pages.append(now)
+        return timing
+
+    timings = await asyncio.gather(*map(one, requests))
+    return time.perf_counter() - began, list(timings)
+
+
+def describe_load(seconds: float, timings: Sequence[Timing], load: Load) -> dict[str, object]:
+    num = len(timings)
+    cadence = [b - a for timing in timings for a, b in zip(timing.pages, timing.pages[1:], strict=False)]
+    return {
+        "stories_per_s": num / seconds,
+        "pictures_per_s": num * load.pages / seconds,
+        "text_tokens_per_s": num * load.pages * load.page_tokens / seconds,
+        "story_s": spread([timing.pages[-1] - timing.start for timing in timings]),
+        "first_text_s": spread([timing.texts[0] - timing.start for timing in timings]),
+        "first_picture_s": spread([timing.pictures[0] - timing.start for timing in timings]),
+        "page_cadence_s": spread(cadence),
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    quantiles = {"p50": 0.5, "p95": 0.95} | ({"p99": 0.99} if len(values) >= P99_SAMPLES else {})
+    return {name: float(np.quantile(values, share)) for name, share in quantiles.items()} | {"num": len(values)}
+
+
+async def measure_bound(engines: Engines, request: StoryRequest) -> float:
+    """The shortest time of a story whose pictures are drawn while its text goes on: stages measured alone."""
+    began = last = time.perf_counter()
+    text_s, vokens = [], []
+    async for event in engines.generator.generate(request):
+        if isinstance(event, Vokens):
+            vokens.append(event)
+            text_s.append(time.perf_counter() - last)
+            last = time.perf_counter()
+    assert last > began
+    draw_s = []
+    for one in vokens:
+        began = time.perf_counter()
+        seed = page_seed(request.seed, one.page) + 1  # not the picture that is drawn again when the whole is measured
+        async for _ in engines.decoder.decode(DrawRequest(vokens=one, seed=seed, settings=request.draw)):
+            pass
+        draw_s.append(time.perf_counter() - began)
+    return max(sum(text_s[: k + 1]) + sum(draw_s[k:]) for k in range(len(text_s)))
+
+
+async def measure_token_gaps(engines: Engines, load: Load) -> dict[str, float]:
+    """Gaps between the texts of running stories, without and with a long prompt that joins them."""
+    figures = {}
+    for name in ("without", "with"):
+        stories = engines.new_stories(LONG_COMPANY, load, steps=1)
+        arrivals: list[list[float]] = []
+        is_reading = asyncio.Event()
+
+        async def write(
+            request: StoryRequest, arrivals: list[list[float]] = arrivals, started: asyncio.Event = is_reading
+        ) -> None:
+            times: list[float] = []
+            arrivals.append(times)
+            async for event in engines.generator.generate(request):
+                if isinstance(event, TextDelta):
+                    times.append(time.perf_counter())
+                    started.set()
+
+        running = [asyncio.create_task(write(story)) for story in stories]
+        await is_reading.wait()
+        joining = None
+        if name == "with":
+            words = " and a fox" * (load.long_prompt_tokens // 3)
+            request = dataclasses.replace(engines.new_stories(1, load, steps=1)[0], prompt=(words,), pages=1)
+            joining = asyncio.create_task(write(request, [], is_reading))
+        await asyncio.gather(*running)
+        if joining:
+            joining.cancel()
+            await asyncio.gather(joining, return_exceptions=True)
+            while engines.generator.num_running:  # it leaves at the next step
+                await asyncio.sleep(0.01)
+        gaps = [b - a for times in arrivals for a, b in zip(times, times[1:], strict=False)]
+        figures[f"p95_{name}_s"] = float(np.quantile(gaps, 0.95))
+    return {**figures, "ratio": figures["p95_with_s"] / figures["p95_without_s"]}
+
+
+# In the published way
+
+
+@torch.no_grad()
+def write_as_published(engines: Engines, request: StoryRequest) -> float:
+    """Seconds of one story."""
+    began = time.perf_counter()
+    language, decoder = engines.generator.language, engines.decoder
+    pipeline = published_pipeline(decoder, request)
+    cache = DynamicCache()
+    ids_1S = torch.tensor([engines.prompt_ids(request)])
+    state_H = language.states(language.embed(ids_1S), cache=cache)[0, -1]
+    for page in range(1, request.pages + 1):
+        written: list[int] = []
+        while len(written) < request.sampling.max_page_tokens:
+            logits_T = language.logits(state_H).numpy()
+            logits_T[language.rows.first :] = -np.inf
+            choice = sample_token(
+                logits_T, request.sampling, seed=request.seed, page=page, position=len(written), seen=written
+            )
+            written.append(choice.token)
+            engines.generator.tokenizer.decode(written)
+            state_H = language.states(language.embed(torch.tensor([[choice.token]])), cache=cache)[0, -1]
+        states_VH = language.states(language.embed(torch.tensor([language.rows.ids])), cache=cache)[0]
+        hidden_VH, state_H = torch.cat([state_H[None], states_VH[:-1]]), states_VH[-1]
+        latents_1CYX = pipeline(
+            prompt_embeds=decoder.mapper(hidden_VH[None]),
+            negative_prompt_embeds=decoder.mapper.null_condition(),
+            num_inference_steps=request.draw.steps,
+            guidance_scale=request.draw.guidance_scale,
+            guidance_rescale=engines.config.guidance_rescale,
+            generator=torch.Generator().manual_seed(page_seed(request.seed, page)),
+            output_type="latent",
+        ).images
+        encode(decoder.diffusion.to_pixels(latents_1CYX), "PNG")
+    return time.perf_counter() - began
+
+
+def published_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> StableDiffusionPipeline:
+    # An offset, which the pipeline insists on, plays no part with timesteps that are spaced from the end.
+    pipeline = StableDiffusionPipeline(
+        vae=decoder.diffusion.vae,
+        unet=decoder.diffusion.unet,
+        scheduler=SCHEDULERS[request.draw.scheduler].from_config(decoder.diffusion.scheduler.config, steps_offset=1),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# The limit
+
+
+@torch.no_grad()
+def text_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int) -> float:
+    """Seconds of text a story: as many tokens, the same in every row, logits computed and not looked at."""
+    language = engines.generator.language
+    began = time.perf_counter()
+    cache = DynamicCache()
+
+    def read(ids: list[int]) -> Tensor:
+        ids_BS = torch.tensor([ids]).expand(batch_size, -1)
+        return language.states(language.embed(ids_BS), cache=cache)[:, -1]
+
+    states_BH = read(engines.prompt_ids(request))
+    for _ in range(request.pages):
+        for token in range(request.sampling.max_page_tokens):
+            language.logits(states_BH)
+            states_BH = read([100 + token])
+        states_BH = read(language.rows.ids)
+    return (time.perf_counter() - began) / batch_size
+
+
+@torch.no_grad()
+def picture_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int) -> float:
+    """Seconds a picture."""
+    decoder, draw = engines.decoder, request.draw
+    unet = decoder.diffusion.unet
+    began = time.perf_counter()
+    states_BVH = torch.randn(batch_size, engines.config.num_vokens, engines.config.hidden)
+    scheduler = SCHEDULERS[draw.scheduler].from_config(decoder.diffusion.scheduler.config)
+    scheduler.set_timesteps(draw.steps)
+    null_BQD = decoder.mapper.null_condition().expand(batch_size, -1, -1)
+    condition_BQD = torch.cat([null_BQD, decoder.mapper(states_BVH)])
+    latents_BCYX = torch.randn(batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    for timestep in scheduler.timesteps:
+        predicted = unet(torch.cat([latents_BCYX] * 2), timestep, encoder_hidden_states=condition_BQD).sample
+        unconditional, conditional = predicted.chunk(2)
+        predicted = unconditional + draw.guidance_scale * (conditional - unconditional)
+        spread_B = conditional.std(dim=(1, 2, 3), keepdim=True) / predicted.std(dim=(1, 2, 3), keepdim=True)
+        rescale = engines.config.guidance_rescale
+        predicted = predicted * (rescale * spread_B + 1 - rescale)
+        latents_BCYX = scheduler.step(predicted, timestep, latents_BCYX).prev_sample
+    encode(decoder.diffusion.to_pixels(latents_BCYX), "PNG")
+    return (time.perf_counter() - began) / batch_size
+
+
+def measure_limit(engines: Engines, request: StoryRequest, batch_sizes: Sequence[int]) -> dict[str, object]:
+    """Stories/s of the best batch sizes: text, then pictures, each with all threads."""
+    text_s = {size: text_in_lockstep(engines, request, size) for size in batch_sizes}
+    picture_s = {size: picture_in_lockstep(engines, request, size) for size in batch_sizes}
+    return {
+        "stories_per_s": 1 / (min(text_s.values()) + request.pages * min(picture_s.values())),
+        "text_s_by_batch_size": text_s,
+        "picture_s_by_batch_size": picture_s,
+    }
+
+
+# Over HTTP
+
+
+def load_over_http(url: str, load: Load, *, concurrent_stories: int, num: int) -> dict[str, object]:
+    """Post `num` stories, so many at a time: in a process of its own, so that a server's figures are a server's."""
+
+    def post(index: int) -> float:
+        words = f"A {WHO[index % len(WHO)]} who finds a {WHAT[index % len(WHAT)]}"
+        body = {"prompt": words, "pages": load.pages, "seed": index, "steps": load.steps[0]}
+        body["max_page_tokens"] = load.page_tokens
+        request = urllib.request.Request(
+            f"{url}/v1/stories", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        began = time.perf_counter()
+        with urllib.request.urlopen(request, timeout=3600) as reply:
+            story = json.load(reply)
+        assert story["status"] == "done", story
+        return time.perf_counter() - began
+
+    began = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(concurrent_stories) as pool:
+        seconds = list(pool.map(post, range(num)))
+    return {"stories_per_s": num / (time.perf_counter() - began), "story_s": spread(seconds)}
+
+
+def measure_http(url: str, load: Load, *, tiny: bool) -> dict[str, object]:
+    """The same load from a process of its own, by number of stories at once."""
+    figures: dict[str, object] = {}
+    for concurrent_stories in load.concurrent:
+        command = [sys.executable, "-m", "tests.bench.engines", "--load", url, str(concurrent_stories)]
+        finished = subprocess.run([*command, *(["--tiny"] if tiny else [])], stdout=subprocess.PIPE, check=True)
+        figures[str(concurrent_stories)] = json.loads(finished.stdout)
+    return figures
+
+
+# The whole
+
+
+def measure(engines: Engines, load: Load) -> tuple[dict[str, float], dict[str, object]]:
+    """Ratios and figures."""
+    asyncio.run(write_at_once(engines, engines.new_stories(1, load, steps=1)))  # the first call is always the slowest
+    by_steps: dict[str, dict[str, object]] = {}
+    ratios_by_steps: dict[str, dict[str, float]] = {}
+    most = max(load.concurrent)
+    for steps in load.steps:
+        published_s = [
+            write_as_published(engines, story) for story in engines.new_stories(load.num_published, load, steps=steps)
+        ]
+        limit = measure_limit(engines, load.story(0, engines.config, steps=steps), load.batch_sizes)
+        bound_s = asyncio.run(measure_bound(engines, engines.new_stories(1, load, steps=steps)[0]))
+        ours, rates = {}, {}
+        for num in load.concurrent if steps == load.steps[0] else sorted({1, most}):
+            seconds, timings = asyncio.run(write_at_once(engines, engines.new_stories(num, load, steps=steps)))
+            ours[str(num)] = describe_load(seconds, timings, load)
+            rates[num] = num / seconds
+        published_rate = len(published_s) / sum(published_s)
+        ratios_by_steps[str(steps)] = {
+            f"stories_{most}_vs_published": rates[most] / published_rate,
+            f"stories_{most}_vs_limit": rates[most] / float(str(limit["stories_per_s"])),
+            "latency_1_vs_published": published_rate / rates[1],
+            "overlap": 1 / rates[1] / bound_s,
+        }
+        published = {"stories_per_s": published_rate, "story_s": spread(published_s)}
+        by_steps[str(steps)] = {"ours": ours, "published": published, "limit": limit, "bound_s": bound_s}
+    figures: dict[str, object] = {
+        "load": dataclasses.asdict(load),
+        "by_steps": by_steps,
+        "ratios_by_steps": ratios_by_steps,
+        "close_choices": engines.generator.num_close_choices,
+        "prompt_tokens": engines.generator.num_prompt_tokens,
+        "reused_prompt_tokens": engines.generator.num_reused_tokens,
+    }
+    return ratios_by_steps[str(load.steps[0])], figures
+
+
+def show(ratios: dict[str, float], figures: dict[str, object]) -> None:
+    """One table on the terminal."""
+    by_steps: dict[str, dict[str, Any]] = figures["by_steps"]  # type: ignore[assignment]
+    print(f"{'steps':>5}  {'way':<12} {'stories/s':>9}  {'story p50 s':>11}  {'first text s':>12}  {'picture s':>9}")
+    for steps, ways in by_steps.items():
+        rows = {"published": ways["published"], "limit": ways["limit"]}
+        rows |= {f"ours, {num}": row for num, row in ways["ours"].items()}
+        for name, row in rows.items():
+            story, text, picture = (
+                row.get(f"{what}_s", {}).get("p50", math.nan) for what in ("story", "first_text", "first_picture")
+            )
+            rate = row["stories_per_s"]
+            print(f"{steps:>5}  {name:<12} {rate:9.4f}  {story:11.2f}  {text:12.2f}  {picture:9.2f}")
+        for what in ("text", "picture"):
+            sweep = ways["limit"][f"{what}_s_by_batch_size"]
+            print(f"       limit, {what} s by batch size: " + ", ".join(f"{n}: {s:.3f}" for n, s in sweep.items()))
+    print("ratios: " + ", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.engines", description=__doc__)
+    parser.add_argument("--model", type=Path, default=default_model_folder())
+    parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
+    parser.add_argument("--tiny", action="store_true", help="a check that the bench runs")
+    parser.add_argument("--url", help="of a running server of the same model folder")
+    parser.add_argument("--out", type=Path, default=Path("bench") / "engines.json")
+    parser.add_argument("--load", nargs=2, metavar=("URL", "N"), help="only post stories, N at once, and print figures")
+    options = parser.parse_args(arguments)
+    load = TINY if options.tiny else Load()
+    if options.load:
+        num = int(options.load[1])
+        print(json.dumps(load_over_http(options.load[0], load, concurrent_stories=num, num=max(num, 4))))
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config, *parts = load_generator_parts(options.model)
+    decoder = DiffusionDecoder(*load_decoder_parts(options.model))
+    engines = Engines(VokenGenerator(config, *parts), decoder)
+    ratios, figures = measure(engines, load)
+    wide = dataclasses.replace(config, context_tokens=LONG_CONTEXT)
+    figures["long_prompt"] = asyncio.run(measure_token_gaps(Engines(VokenGenerator(wide, *parts), decoder), load))
+    if options.url:
+        figures["http"] = measure_http(options.url, load, tiny=options.tiny)
+    show(ratios, figures)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m tests.bench.engines", *given])
+    report = {"ratios": ratios, "figures": figures, "machine": machine(), "command": command}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

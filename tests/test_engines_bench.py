@@ -1,0 +1,102 @@
+"""The bench of the engines, on a tiny model with random weights: that it runs, and that it measures what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from minigpt5.decoder import DiffusionDecoder
+from minigpt5.generator import VokenGenerator
+from minigpt5.types import Usage, Vokens
+from tests.bench import engines as bench
+from tests.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
+
+
+@pytest.fixture(scope="module")
+def engines() -> bench.Engines:
+    config = tiny_config()
+    generator = VokenGenerator(config, tiny_tokenizer(config), tiny_language(config), tiny_vision(config))
+    return bench.Engines(generator, DiffusionDecoder(config, tiny_mapper(config), tiny_diffusion(config)))
+
+
+def test_it_measures_every_way_and_gives_the_ratios(engines: bench.Engines) -> None:
+    ratios, figures = bench.measure(engines, bench.TINY)
+    assert set(ratios) == {"stories_2_vs_published", "stories_2_vs_limit", "latency_1_vs_published", "overlap"}
+    assert all(0 < ratio < 100 for ratio in ratios.values())
+    ours = figures["by_steps"]["2"]["ours"]  # type: ignore[index]
+    assert set(ours) == {"1", "2"}
+    assert ours["2"]["story_s"]["num"] == 2 and ours["2"]["page_cadence_s"]["num"] == 2
+    assert "p99" not in ours["2"]["story_s"]
+    json.dumps(figures)
+    bench.show(ratios, figures)
+
+
+def test_its_stories_have_as_many_tokens_as_they_say(engines: bench.Engines) -> None:
+    async def collect() -> list[object]:
+        return [event async for event in engines.generator.generate(engines.new_stories(1, bench.TINY, steps=2)[0])]
+
+    events = asyncio.run(collect())
+    assert sum(isinstance(event, Vokens) for event in events) == 2
+    usage = events[-1]
+    assert isinstance(usage, Usage) and usage.completion_tokens == 2 * (6 + 8)
+
+
+def test_no_two_of_its_stories_are_alike() -> None:
+    stories = [bench.Load().story(index, tiny_config(), steps=20) for index in range(90)]
+    assert len({story.prompt for story in stories}) == 90
+
+
+def test_the_gap_between_tokens_is_measured_with_and_without_a_long_prompt(engines: bench.Engines) -> None:
+    load = dataclasses.replace(bench.TINY, page_tokens=10, long_prompt_tokens=100)
+    figures = asyncio.run(bench.measure_token_gaps(engines, load))
+    assert figures["ratio"] == pytest.approx(figures["p95_with_s"] / figures["p95_without_s"])
+    assert engines.generator.num_running == 0
+
+
+def test_a_percentile_needs_its_samples() -> None:
+    assert set(bench.spread(range(299))) == {"p50", "p95", "num"}
+    assert set(bench.spread(range(300))) == {"p50", "p95", "p99", "num"}
+    assert bench.spread([]) == {}
+
+
+class Stories(BaseHTTPRequestHandler):
+    """Answers as the server does, at once."""
+
+    bodies: list[dict[str, object]] = []
+
+    def do_POST(self) -> None:  # noqa: N802 (http.server's name)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.bodies.append({"path": self.path, **body})
+        reply = json.dumps({"status": "done"}).encode()
+        self.send_response(201)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stories)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_load_over_http_asks_for_the_same_stories(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--load", url, "2", "--tiny"])
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["story_s"]["num"] == 4 and figures["stories_per_s"] > 0
+    assert len(Stories.bodies) == 4
+    first = Stories.bodies[0]
+    assert (first["path"], first["pages"], first["steps"], first["max_page_tokens"]) == ("/v1/stories", 2, 2, 6)
