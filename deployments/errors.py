@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.admission import RETRY_AFTER_S, Overloaded
 from deployments.schemas import UNION_TAGS, shown
-from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
+from minigpt5.errors import EngineFull, FingerprintMismatch, InvalidRequest, StoryNotFound
 
 MAX_BODY_BYTES = 8 * 2**20
 OPENAI_PATHS = ("/v1/images/", "/v1/chat/")
@@ -66,8 +66,9 @@ def install_error_handlers(api: FastAPI) -> None:
     async def stop_mismatch(request: Request, error: FingerprintMismatch) -> JSONResponse:
         return error_response(500, str(error), code="fingerprint_mismatch")
 
+    @api.exception_handler(EngineFull)
     @api.exception_handler(Overloaded)
-    async def turn_away(request: Request, error: Overloaded) -> JSONResponse:
+    async def turn_away(request: Request, error: Overloaded | EngineFull) -> JSONResponse:
         return error_response(503, str(error), code="overloaded", headers={"Retry-After": str(RETRY_AFTER_S)})
 
     @api.exception_handler(HTTPException)

@@ -141,6 +141,7 @@ class VokenGenerator:
             end_ids=self.end_ids,
             fingerprint=self.fingerprint,
             put=job.put,
+            published_quirks=self.config.published_quirks,
         )
         job.script = job.writer.script()
         pictures = [part.data for part in request.prompt if isinstance(part, InputImage)]

@@ -5,12 +5,14 @@ Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, Q
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
 from minigpt5 import prompt
@@ -72,6 +74,8 @@ class Objective(nn.Module):
         self.diffusion, self.text_encoder = diffusion, text_encoder
         self.diffusion.requires_grad_(False)
         self._memory: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._standardising: RemovableHandle | None = None
+        self._voken_mean_H, self._voken_std_H = torch.zeros(config.hidden), torch.ones(config.hidden)
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
 
     @torch.no_grad()
@@ -100,6 +104,30 @@ class Objective(nn.Module):
         if len(vokens_PVH):
             losses |= self._picture_losses(rows, vokens_PVH, weights)
         return {"loss": weights.total(losses), **losses}
+
+    def standardise_vokens(self, states_PVH: Tensor) -> None:
+        """Let `fc` see voken states of equal spread while it is trained: a few of their features are fifty times as
+        large as the rest, which then hardly learn. The mapper's function stays what it was; `settle` folds it in."""
+        self._voken_mean_H = states_PVH.mean(dim=(0, 1))
+        self._voken_std_H = states_PVH.std(dim=(0, 1)) + 1e-3
+        first: nn.Linear = self.mapper.fc[0]  # type: ignore[assignment]
+        with torch.no_grad():
+            first.bias += first.weight @ self._voken_mean_H
+            first.weight *= self._voken_std_H
+        self._standardising = first.register_forward_pre_hook(
+            lambda module, inputs: ((inputs[0] - self._voken_mean_H) / self._voken_std_H,)
+        )
+
+    def settle(self) -> Mapper:
+        """A copy of the mapper that takes voken states as they are."""
+        mapper = copy.deepcopy(self.mapper)
+        if self._standardising:
+            first: nn.Linear = mapper.fc[0]  # type: ignore[assignment]
+            first._forward_pre_hooks.clear()
+            with torch.no_grad():
+                first.weight /= self._voken_std_H
+                first.bias -= first.weight @ self._voken_mean_H
+        return mapper
 
     @property
     def body_is_frozen(self) -> bool:
@@ -180,8 +208,8 @@ class Objective(nn.Module):
         return {"loss": chosen + near, "words": chosen, "distance": near}
 
     @property
-    def can_replay(self) -> bool:
-        return bool(self._memory)
+    def num_remembered(self) -> int:
+        return len(self._memory)
 
     def replay(self, num_pictures: int, *, contrast_weight: float = 0.0) -> dict[str, Tensor]:
         """Caption losses on remembered states of earlier batches: a step of the mapper costs a tenth of one of the

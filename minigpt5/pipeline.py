@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from minigpt5.config import ModelConfig
@@ -11,9 +12,20 @@ from minigpt5.decoder import DiffusionDecoder
 from minigpt5.flow import write_story
 from minigpt5.generator import VokenGenerator
 from minigpt5.story import new_story_id
-from minigpt5.types import DrawRequest, DrawSettings, Picture, Story, StoryEvent, StoryRequest, Vokens
+from minigpt5.types import (
+    DrawRequest,
+    DrawSettings,
+    InputImage,
+    Picture,
+    Story,
+    StoryEvent,
+    StoryRequest,
+    TextDelta,
+    Vokens,
+)
 
 DEFAULT_SEED = 7
+DESCRIBE = "Describe this image."
 
 
 class MiniGPT5:
@@ -68,6 +80,22 @@ class MiniGPT5:
                 if isinstance(event, Vokens):
                     return event
             raise AssertionError("the generator ended without vokens")
+
+        return asyncio.run(run())
+
+    def describe(self, picture: bytes, question: str = DESCRIBE) -> str:
+        """What the model says of a picture (PNG or JPEG bytes), without drawing one."""
+        request = StoryRequest(
+            prompt=(InputImage(data=picture), question),
+            pages=1,
+            sampling=replace(self.config.sampling, temperature=0.0),
+            mode="reply",
+            pictures="none",
+        )
+
+        async def run() -> str:
+            events = self.generator.generate(request)
+            return "".join([event.text async for event in events if isinstance(event, TextDelta)])
 
         return asyncio.run(run())
 

@@ -10,8 +10,7 @@ config (the numbers are of our list of differences):
 D4   the label of [IMG7] is learnt, and every label of a target's second picture (prompt.encode)
 D8   captions are encoded with their padding masked, unlike in Stable Diffusion (text_encoder.ClipTextEncoder)
 D11  a forced picture comes before any text, and not at all where the logits are negative (writing.Writer)
-D14  a reply has one picture: vokens after the first are text without a meaning (writing.Writer)
-     the repetition penalty lowers vokens too, so that a second picture comes less often (writing.Writer)
+D14  a reply has one picture at most (writing.Writer)
 D6   the old rows of the vocabulary shrink by weight decay: only new rows are trained here, with or without the flag;
      what an imported checkpoint has of it is kept (`vocabulary.safetensors`)
 """

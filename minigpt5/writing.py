@@ -72,8 +72,9 @@ class Writer:
         end_ids: frozenset[int],
         fingerprint: str,
         put: Callable[[GeneratorEvent], None],
+        published_quirks: bool = False,
     ) -> None:
-        self.request, self.prompt_ids = request, prompt_ids
+        self.request, self.prompt_ids, self.published_quirks = request, prompt_ids, published_quirks
         self.num_close = 0
         """Choices whose margin was below CLOSE."""
         self._tokenizer, self._rows, self._end_ids = tokenizer, rows, end_ids
@@ -102,20 +103,23 @@ class Writer:
     def _reply(self) -> Script:
         request = self.request
         state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
+        max_pictures = 1 if self.published_quirks else request.pages
         page, num_pictures = len(request.previous) + 1, 0
         said: list[int] = []
         while True:
             is_owed = request.pictures == "forced" and not num_pictures
+            is_rushed = is_owed and self.published_quirks
             text = yield from self._text(
                 page,
                 state_H,
                 limit=request.sampling.max_page_tokens - len(said),
-                min_tokens=MIN_PAGE_TOKENS if is_owed else 0,
-                may_draw=request.pictures != "none" and num_pictures < request.pages,
+                min_tokens=MIN_PAGE_TOKENS if is_owed and not is_rushed else 0,
+                may_draw=request.pictures != "none" and num_pictures < max_pictures,
+                is_rushed=is_rushed,
                 said=said,
             )
             said += text.tokens
-            if not text.opens_picture and not is_owed:
+            if not text.opens_picture and (is_rushed or not is_owed):
                 return
             state_H = yield from self._picture(page, text.state_H)
             if not text.opens_picture:
@@ -130,9 +134,13 @@ class Writer:
         limit: int,
         min_tokens: int,
         may_draw: bool = True,
+        is_rushed: bool = False,
         said: list[int] = [],  # noqa: B006 (never changed)
     ) -> Generator[Read | Score, Any, _Text]:
-        """Up to `limit` tokens, until the model opens a picture or ends the text, or a stop string has come."""
+        """Up to `limit` tokens, until the model opens a picture or ends the text, or a stop string has come.
+
+        `is_rushed`: the published way to force a picture (D11), by ten times the best logit at every token.
+        """
         request, rows = self.request, self._rows
         stream = TextStream(self._tokenizer, (STOP, *request.stop))
         start = self._length
@@ -141,6 +149,8 @@ class Writer:
         opens_picture = False
         while len(stream.tokens) < limit:
             logits_T = yield Score(state_H=states[-1])
+            if is_rushed:
+                logits_T[rows.first] = 10 * logits_T.max()
             closed = [rows.first] if not may_draw else []
             if len(stream.tokens) < min_tokens:
                 closed = [rows.first, *self._end_ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import io
 import random
@@ -139,6 +140,24 @@ def test_a_forced_picture_comes_after_the_text_for_any_logits(
     assert text(events).strip()
     usage = events[-1]
     assert isinstance(usage, Usage) and usage.completion_tokens == (4 if end > 0 else 30) + 8
+
+
+def test_the_published_way_to_force_a_picture_draws_before_any_text_or_not_at_all(generator: VokenGenerator) -> None:
+    """Ten times the best logit: far above all others, or far below where that is negative."""
+    generator.config = dataclasses.replace(generator.config, published_quirks=True)
+    bias(generator, first_voken=-100, shift=1000)
+    events = run(generator, reply(pictures="forced"))[0]
+    assert isinstance(events[0], Vokens) and pages_with_pictures(events) == [1]
+    bias(generator, shift=-1000)
+    events = run(generator, reply(pictures="forced"))[0]
+    assert not pages_with_pictures(events) and text(events).strip()
+
+
+def test_the_published_reply_has_one_picture(generator: VokenGenerator) -> None:
+    bias(generator, first_voken=100)
+    assert len(pages_with_pictures(run(generator, reply())[0])) == 3
+    generator.config = dataclasses.replace(generator.config, published_quirks=True)
+    assert pages_with_pictures(run(generator, reply())[0]) == [1]
 
 
 def test_a_picture_that_the_model_opened_itself_is_not_forced_again(generator: VokenGenerator) -> None:

@@ -119,7 +119,7 @@ def test_a_row_without_pictures_has_a_text_loss_only() -> None:
 def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
     objective = new_objective()
     objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
-    assert not objective.can_replay
+    assert not objective.num_remembered
     objective([caption("a fox beside a tent"), caption("an owl")], CAPTIONS_ONLY)
     optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
     torch.manual_seed(0)
@@ -170,3 +170,16 @@ def test_contrasts_teach_the_fact_that_differs() -> None:
         losses["loss"].backward()
         optimizer.step()
     assert losses["replayed contrast"].item() < 0.5 * first["contrast"].item()
+
+
+def test_standardised_vokens_change_how_the_mapper_learns_and_not_what_it_does() -> None:
+    objective = new_objective()
+    states_PVH = torch.randn(6, 8, objective.config.hidden) * torch.linspace(0.1, 20, objective.config.hidden) + 3
+    with torch.no_grad():
+        before, null = objective.mapper(states_PVH), objective.mapper.null_condition()
+        objective.standardise_vokens(states_PVH)
+        torch.testing.assert_close(objective.mapper(states_PVH), before, atol=1e-4, rtol=1e-4)
+        settled = objective.settle()
+        torch.testing.assert_close(settled(states_PVH), before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(settled.null_condition(), null, atol=1e-4, rtol=1e-4)
+    assert settled.state_dict().keys() == objective.mapper.state_dict().keys()

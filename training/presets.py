@@ -40,6 +40,8 @@ class Preset:
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32
+    replay_from: int = 1
+    """Pictures that are remembered before any is replayed: fewer would be learnt by heart."""
     words_until: float = 0.0
     """Share of the run in which "vision" learns words alone, without a pass of the language model."""
     caption_share: float = 0.25
@@ -103,9 +105,10 @@ STORYBOOK = {
         caption_share=0.7,
         story_share=0.22,
         caption_weight=1.0,
-        contrast_weight=0.2,
-        replay_steps=5,
+        contrast_weight=0.3,
+        replay_steps=4,
         replay_batch_size=48,
+        replay_from=1_500,
         ema=0.99,
         warmup_steps=50,
         bf16=1,

@@ -46,7 +46,7 @@ class StageObjective(nn.Module):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         preset = self.preset
         self.num_calls += 1
-        if self.model.can_replay and self.num_calls % (1 + preset.replay_steps):
+        if self.model.num_remembered >= preset.replay_from and self.num_calls % (1 + preset.replay_steps):
             return self.model.replay(preset.replay_batch_size, contrast_weight=preset.contrast_weight)
         rows: list[Row] = batch["row"]  # type: ignore[assignment]
         if progress < preset.words_until:
@@ -91,7 +91,15 @@ class ModelStage:
             [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
             start_there=preset.stage == "align" and not parts.start,
         )
+        if preset.stage != "vision":
+            objective.standardise_vokens(self._some_voken_states(objective))
         self.objective = StageObjective(objective, preset)
+
+    @torch.no_grad()
+    def _some_voken_states(self, objective: Objective) -> Tensor:
+        captions = [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(64)]
+        encoded = [objective.encode(caption_segments(caption)[:1])[0] for caption in captions]
+        return self.language.voken_states(*pad(encoded, objective.tokenizer.eos_token_id))
 
     def _load(self, folder: Path) -> None:
         model_folder.load_rows(folder, self.language)
@@ -135,11 +143,12 @@ class ModelStage:
         facts = [Facts.of(scene) for scene in scenes]
         captions = [write_caption(fact, rng) for fact in facts]
         model = self.objective.model
+        mapper = model.settle()
         encoded = [model.encode(caption_segments(caption)[:1])[0] for caption in captions]
         ids_BS, mask_BS = pad(encoded, model.tokenizer.eos_token_id)
         conditions = {
             "base": model.text_encoder([canonical_caption(fact) for fact in facts]),
-            "vokens": self.mapper(self.language.voken_states(ids_BS, mask_BS)),
+            "vokens": mapper(self.language.voken_states(ids_BS, mask_BS)),
         }
         rows = [to_tensor(np.stack([draw_scene(scene) for scene in scenes]))]
         for condition_BQD in conditions.values():
@@ -147,7 +156,7 @@ class ModelStage:
                 denoise(
                     self.diffusion,
                     condition_BQD,
-                    self.mapper.null_condition(),
+                    mapper.null_condition(),
                     seeds=list(range(8)),
                     draw=self.config.draw,
                     guidance_rescale=self.config.guidance_rescale,
@@ -161,7 +170,7 @@ class ModelStage:
             folder,
             self.config,
             language=self.language,
-            mapper=self.mapper,
+            mapper=self.objective.model.settle(),
             vision=self.vision,
             diffusion=self.diffusion,
         )
