@@ -112,8 +112,8 @@ class Objective(nn.Module):
         self._voken_std_H = states_PVH.std(dim=(0, 1)) + 1e-3
         first: nn.Linear = self.mapper.fc[0]  # type: ignore[assignment]
         with torch.no_grad():
-            first.bias += first.weight @ self._voken_mean_H
-            first.weight *= self._voken_std_H
+            first.bias.add_(first.weight @ self._voken_mean_H)
+            first.weight.mul_(self._voken_std_H)
         self._standardising = first.register_forward_pre_hook(
             lambda module, inputs: ((inputs[0] - self._voken_mean_H) / self._voken_std_H,)
         )
@@ -125,8 +125,8 @@ class Objective(nn.Module):
             first: nn.Linear = mapper.fc[0]  # type: ignore[assignment]
             first._forward_pre_hooks.clear()
             with torch.no_grad():
-                first.weight /= self._voken_std_H
-                first.bias -= first.weight @ self._voken_mean_H
+                first.weight.div_(self._voken_std_H)
+                first.bias.sub_(first.weight @ self._voken_mean_H)
         return mapper
 
     @property
