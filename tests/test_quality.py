@@ -99,10 +99,11 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
         DiffusionDecoder(config, tiny_mapper(config), diffusion),
     )
     out = tmp_path / "bench" / "quality.json"
-    quality.save_report(out, quality.measure(model, load_scorer(), 2, 1), command="python -m tests.bench.quality")
+    quality.save_report(out, quality.measure(model, load_scorer(), 2, 1, 1), command="python -m tests.bench.quality")
     report = json.loads(out.read_text())
     assert set(report) == {"ratios", "figures", "machine", "command"}
     assert report["machine"]["threads"] == 1
+    assert report["figures"]["understanding"]["who"]["num"] == 1
     stories = report["figures"]["stories"]
     assert stories["pictures"]["who"]["num"] > 0 and stories["stories_with_the_prompts_cast"]["num"] == 1
     for pairs in ("held_out_pairs", "seen_pairs"):

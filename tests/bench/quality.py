@@ -1,11 +1,11 @@
-"""Picture accuracy and story agreement: `python -m tests.bench.quality [--num 500] [--stories 50] [--model FOLDER]`.
+"""How good a model is: `python -m tests.bench.quality [--num 500] [--stories 50] [--scenes 100] [--model FOLDER]`.
 
 Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
 Beside them the ceiling: what the scorer reads from true scenes and from their VAE reconstructions.
 
 Stories are written by the model itself from held-out prompts; a parser of the world's language keeps cast, place and
-time so far, and the scorer says whether each page's picture shows them.
+time so far, and the scorer says whether each page's picture shows them. Last, the model describes scenes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from PIL import Image
 from minigpt5.config import default_model_folder
 from minigpt5.diffusion import Diffusion
 from minigpt5.pipeline import MiniGPT5
-from minigpt5.storybook.captions import Facts, write_caption
+from minigpt5.storybook.captions import Facts, facts_in, write_caption
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
 from minigpt5.storybook.stories import page_facts, story_at
@@ -104,6 +104,24 @@ def agreement(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
     }
 
 
+def understanding(model: MiniGPT5, num: int) -> dict[str, dict[str, float]]:
+    """Share of `num` held-out scenes of which the model's description names each fact rightly."""
+    asked = ask(num, held_out_pairs=True)
+    said = [facts_in(model.describe(png_of(draw_scene(one.scene)))) for one in asked]
+    return {
+        name: share(
+            sum(getattr(facts, name) == getattr(one.facts, name) for facts, one in zip(said, asked, strict=True)), num
+        )
+        for name in STORY_FACTS
+    }
+
+
+def png_of(pixels_YXC: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels_YXC).save(file, "PNG")
+    return file.getvalue()
+
+
 def pixels_of(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
@@ -150,7 +168,7 @@ def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
     }
 
 
-def measure(model: MiniGPT5, scorer: Scorer, num: int, num_stories: int) -> dict[str, object]:
+def measure(model: MiniGPT5, scorer: Scorer, num: int, num_stories: int, num_scenes: int) -> dict[str, object]:
     """All figures of this bench."""
     figures: dict[str, object] = {
         "model": model.config.name,
@@ -172,6 +190,8 @@ def measure(model: MiniGPT5, scorer: Scorer, num: int, num_stories: int) -> dict
         }
     if num_stories:
         figures["stories"] = agreement(model, scorer, num_stories)
+    if num_scenes:
+        figures["understanding"] = understanding(model, num_scenes)
     return figures
 
 
@@ -195,15 +215,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
     parser.add_argument("--num", type=int, default=500, help="captions of held-out pairs, and as many of seen pairs")
     parser.add_argument("--stories", type=int, default=50, help="stories that the model writes; 0: none")
-    parser.add_argument("--tiny", action="store_true", help=f"{TINY} captions and a story: a check that the bench runs")
+    parser.add_argument("--scenes", type=int, default=100, help="scenes that the model describes; 0: none")
+    parser.add_argument(
+        "--tiny", action="store_true", help=f"{TINY} captions, a story and four scenes: a check that the bench runs"
+    )
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     options = parser.parse_args(arguments)
-    if options.num < 1 or options.stories < 0:
-        parser.error(f"--num is {options.num} and --stories {options.stories} but must be at least 1 and 0")
+    if options.num < 1 or options.stories < 0 or options.scenes < 0:
+        parser.error("--num must be at least 1, --stories and --scenes 0")
     model = MiniGPT5.from_pretrained(options.model, num_threads=options.threads)
-    nums = (TINY, 1) if options.tiny else (options.num, options.stories)
+    nums = (TINY, 1, 4) if options.tiny else (options.num, options.stories, options.scenes)
     figures = measure(model, load_scorer(), *nums)
     given = sys.argv[1:] if arguments is None else arguments
     save_report(options.out, figures, command=" ".join(["python -m tests.bench.quality", *given]))
