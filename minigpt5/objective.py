@@ -32,6 +32,8 @@ WORD_SHARPNESS = 8.0
 """Distances are in units of a word's own size, so that an embedding at its word is e^8 times as near as at none."""
 CONTRAST_SHARPNESS = 40.0
 """One fact changes some hundredths to a fifth of a caption's mean squared features."""
+WHITENING_RIDGE = 0.1
+REPLAYED_PICTURES = 16
 MEMORY = 24_576
 """Pictures whose states are kept for replay: 70 KB each in the storybook preset, 200 KB with contrasts."""
 
@@ -67,15 +69,19 @@ class Objective(nn.Module):
         mapper: Mapper,
         diffusion: Diffusion,
         text_encoder: TextEncoder | ClipTextEncoder,
+        *,
+        first_timestep: int = 0,
     ) -> None:
+        """`first_timestep`: the picture loss is of this much noise and more, and unweighted. What a picture shows is
+        decided there, and min-SNR weights all but drop these steps where the velocity is predicted."""
         super().__init__()
+        self.first_timestep = first_timestep
         self.config, self.tokenizer = config, tokenizer
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
         self.diffusion.requires_grad_(False)
-        self._memory: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._standardising: RemovableHandle | None = None
-        self._voken_mean_H, self._voken_std_H = torch.zeros(config.hidden), torch.ones(config.hidden)
+        self._memory: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self._whitening: RemovableHandle | None = None
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
 
     @torch.no_grad()
@@ -105,27 +111,40 @@ class Objective(nn.Module):
             losses |= self._picture_losses(rows, vokens_PVH, weights)
         return {"loss": weights.total(losses), **losses}
 
-    def standardise_vokens(self, states_PVH: Tensor) -> None:
-        """Let `fc` see voken states of equal spread while it is trained: a few of their features are fifty times as
-        large as the rest, which then hardly learn. The mapper's function stays what it was; `settle` folds it in."""
-        self._voken_mean_H = states_PVH.mean(dim=(0, 1))
-        self._voken_std_H = states_PVH.std(dim=(0, 1)) + 1e-3
+    def whiten_vokens(self, states_PVH: Tensor, *, noise: float = 0.0) -> None:
+        """Let `fc` see voken states of unit covariance while it is trained. What sets one voken apart from another
+        is so much larger than what one caption does from another that the mapper would hardly learn the latter. Its
+        function stays what it was; `settle` folds the whitening in.
+
+        `noise`, in units of that spread, is added wherever gradients flow: it is to the mapper what a ridge is to a
+        linear regression, and keeps it from learning few captions by heart."""
+        states_NH = states_PVH.flatten(0, 1).double()
+        mean_H = states_NH.mean(dim=0)
+        variance_H, axes_HH = torch.linalg.eigh(torch.cov(states_NH.T))
+        variance_H = variance_H + WHITENING_RIDGE * variance_H.median()
+        whiten_HH = axes_HH @ (axes_HH / variance_H.sqrt()).T
+        self._unwhiten_HH = (axes_HH @ (axes_HH * variance_H.sqrt()).T).float()
+        self._whiten_HH, self._voken_mean_H = whiten_HH.float(), mean_H.float()
         first: nn.Linear = self.mapper.fc[0]  # type: ignore[assignment]
         with torch.no_grad():
             first.bias.add_(first.weight @ self._voken_mean_H)
-            first.weight.mul_(self._voken_std_H)
-        self._standardising = first.register_forward_pre_hook(
-            lambda module, inputs: ((inputs[0] - self._voken_mean_H) / self._voken_std_H,)
-        )
+            first.weight.copy_(first.weight @ self._unwhiten_HH)
+
+        def whiten(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                states_PVH = (inputs[0].float() - self._voken_mean_H) @ self._whiten_HH
+            return states_PVH + noise * torch.randn_like(states_PVH) if torch.is_grad_enabled() else states_PVH
+
+        self._whitening = first.register_forward_pre_hook(whiten)
 
     def settle(self) -> Mapper:
         """A copy of the mapper that takes voken states as they are."""
         mapper = copy.deepcopy(self.mapper)
-        if self._standardising:
+        if self._whitening:
             first: nn.Linear = mapper.fc[0]  # type: ignore[assignment]
             first._forward_pre_hooks.clear()
             with torch.no_grad():
-                first.weight.div_(self._voken_std_H)
+                first.weight.copy_(first.weight @ self._whiten_HH)
                 first.bias.sub_(first.weight @ self._voken_mean_H)
         return mapper
 
@@ -174,22 +193,28 @@ class Objective(nn.Module):
         is_null_P = torch.rand(len(captions)) < GUIDANCE_DROPOUT
         condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
         losses: dict[str, Tensor] = {}
+        latents_PCYX = None
+        if weights.picture:
+            latents_PCYX = self._to_latents(rows)
+            losses["picture"] = self.picture_loss(latents_PCYX, condition_PQD)
         if weights.caption:
             target_PQD = self.text_encoder(captions)
             others_PKQD = self._encode_contrasts(rows) if weights.contrast else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
-            self._remember(vokens_PVH, target_PQD, others_PKQD)
-        if weights.picture:
-            pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
-            with torch.no_grad():
-                latents_PCYX = self.diffusion.to_latents(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            losses["picture"] = self.diffusion.loss(
-                latents_PCYX,
-                condition_PQD,
-                noise=torch.randn_like(latents_PCYX),
-                timesteps=torch.randint(self.diffusion.scheduler.config.num_train_timesteps, (len(captions),)),
-            ).mean()
+            self._remember(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
+
+    @torch.no_grad()
+    def _to_latents(self, rows: list[Row]) -> Tensor:
+        pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
+        return self.diffusion.to_latents(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+    def picture_loss(self, latents_PCYX: Tensor, condition_PQD: Tensor) -> Tensor:
+        """The denoising loss at random timesteps: with min-SNR weights, or from `first_timestep` on without."""
+        first, last = self.first_timestep, self.diffusion.scheduler.config.num_train_timesteps
+        loss = self.diffusion.error if first else self.diffusion.loss
+        timesteps = torch.randint(first, last, (len(latents_PCYX),))
+        return loss(latents_PCYX, condition_PQD, noise=torch.randn_like(latents_PCYX), timesteps=timesteps).mean()
 
     def words(self, rows: list[Row]) -> dict[str, Tensor]:
         """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
@@ -211,17 +236,20 @@ class Objective(nn.Module):
     def num_remembered(self) -> int:
         return len(self._memory)
 
-    def replay(self, num_pictures: int, *, contrast_weight: float = 0.0) -> dict[str, Tensor]:
-        """Caption losses on remembered states of earlier batches: a step of the mapper costs a tenth of one of the
-        language model, whose rows move slowly enough for its states to stay true for a while. The memory is not
-        part of a checkpoint: a resumed run fills it anew."""
+    def replay(self, num_pictures: int, weights: LossWeights) -> dict[str, Tensor]:
+        """All losses but the text's on remembered states of earlier batches, the picture loss on the first few.
+
+        A step of the mapper costs a tenth of one of the language model, whose rows move slowly enough for its states
+        to stay true for a while. The memory is not part of a checkpoint: a resumed run fills it anew."""
         chosen = [self._memory[i] for i in torch.randint(len(self._memory), (num_pictures,)).tolist()]
-        states, targets, others = zip(*chosen, strict=True)
+        states, targets, others, latents = zip(*chosen, strict=True)
         is_null_P = torch.rand(num_pictures) < GUIDANCE_DROPOUT
         condition_PQD = self.mapper(torch.stack(states).masked_fill(is_null_P[:, None, None], 0))
-        others_PKQD = torch.stack(others).float() if contrast_weight else None
+        others_PKQD = torch.stack(others).float() if weights.contrast else None
         losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
-        weights = LossWeights(text=0.0, picture=0.0, caption=1.0, contrast=contrast_weight)
+        if weights.picture:
+            latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])
+            losses["picture"] = self.picture_loss(latents_PCYX, condition_PQD[:REPLAYED_PICTURES])
         return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
 
     def _caption_losses(
@@ -249,9 +277,12 @@ class Objective(nn.Module):
         right_P = torch.zeros(len(distance_PK), dtype=torch.long)
         return F.cross_entropy(-CONTRAST_SHARPNESS * distance_PK, right_P)
 
-    def _remember(self, vokens_PVH: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None) -> None:
+    def _remember(
+        self, vokens_PVH: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, latents_PCYX: Tensor | None
+    ) -> None:
         others = [None] * len(target_PQD) if others_PKQD is None else others_PKQD.bfloat16()
-        self._memory += zip(vokens_PVH.detach(), target_PQD, others, strict=True)
+        latents = [None] * len(target_PQD) if latents_PCYX is None else latents_PCYX.float()
+        self._memory += zip(vokens_PVH.detach(), target_PQD, others, latents, strict=True)
         self._memory = self._memory[-MEMORY:]
 
     def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_captions_and_stories_share_a_batch() -> None:
     objective = new_objective()
     torch.manual_seed(0)
     objective([story(), caption("a fox beside a tent")], CAPTIONS_ONLY)
-    remembered = [target for _, target, _ in objective._memory]
+    remembered = [target for _, target, *_ in objective._memory]
     expected = objective.text_encoder(["a fox beside a tent", "a fox", "a balloon"])
     null = objective.text_encoder([""])[0]
     for target, asked in zip(remembered, expected, strict=True):
@@ -125,7 +125,7 @@ def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
     torch.manual_seed(0)
     losses = []
     for _ in range(60):
-        loss = objective.replay(8)["loss"]
+        loss = objective.replay(8, CAPTIONS_ONLY)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -165,19 +165,19 @@ def test_contrasts_teach_the_fact_that_differs() -> None:
     assert first["loss"].item() == pytest.approx(first["caption"].item() + first["contrast"].item(), rel=1e-5)
     optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
     for _ in range(60):
-        losses = objective.replay(8, contrast_weight=1.0)
+        losses = objective.replay(8, weights)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
     assert losses["replayed contrast"].item() < 0.5 * first["contrast"].item()
 
 
-def test_standardised_vokens_change_how_the_mapper_learns_and_not_what_it_does() -> None:
+def test_whitened_vokens_change_how_the_mapper_learns_and_not_what_it_does() -> None:
     objective = new_objective()
-    states_PVH = torch.randn(6, 8, objective.config.hidden) * torch.linspace(0.1, 20, objective.config.hidden) + 3
+    states_PVH = torch.randn(40, 8, objective.config.hidden) * torch.linspace(0.1, 20, objective.config.hidden) + 3
     with torch.no_grad():
         before, null = objective.mapper(states_PVH), objective.mapper.null_condition()
-        objective.standardise_vokens(states_PVH)
+        objective.whiten_vokens(states_PVH)
         torch.testing.assert_close(objective.mapper(states_PVH), before, atol=1e-4, rtol=1e-4)
         settled = objective.settle()
         torch.testing.assert_close(settled(states_PVH), before, atol=1e-4, rtol=1e-4)

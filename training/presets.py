@@ -37,6 +37,10 @@ class Preset:
     caption_weight: float = 0.0
     contrast_weight: float = 0.0
     """Of telling the caption from others that differ in one fact."""
+    voken_noise: float = 0.0
+    """Added to voken states, in units of their spread."""
+    first_timestep: int = 0
+    """Least noise of the picture loss; above 0 it is unweighted."""
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32
@@ -101,9 +105,12 @@ STORYBOOK = {
         steps=12_000,
         batch_size=16,
         learning_rate=0.0,
-        mapper_learning_rate=1e-3,
+        mapper_learning_rate=3e-4,
         caption_share=0.7,
         story_share=0.22,
+        picture_weight=2.0,
+        first_timestep=400,
+        voken_noise=0.6,
         caption_weight=1.0,
         contrast_weight=0.3,
         replay_steps=4,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
@@ -46,8 +47,6 @@ class StageObjective(nn.Module):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         preset = self.preset
         self.num_calls += 1
-        if self.model.num_remembered >= preset.replay_from and self.num_calls % (1 + preset.replay_steps):
-            return self.model.replay(preset.replay_batch_size, contrast_weight=preset.contrast_weight)
         rows: list[Row] = batch["row"]  # type: ignore[assignment]
         if progress < preset.words_until:
             return self.model.words(rows)
@@ -57,6 +56,8 @@ class StageObjective(nn.Module):
             caption=preset.caption_weight,
             contrast=preset.contrast_weight,
         )
+        if self.model.num_remembered >= preset.replay_from and self.num_calls % (1 + preset.replay_steps):
+            return self.model.replay(preset.replay_batch_size, weights)
         return self.model(rows, weights)
 
 
@@ -78,6 +79,7 @@ class ModelStage:
         text_encoder = TextEncoder(resolve(self.config.text_encoder), num_positions=positions)
         vae, unet = load_vae(parts.need("vae")), load_unet(parts.need("unet"))
         self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
+        unet.set_attn_processor(AttnProcessor())  # as in stage_unet.py
         objective = Objective(
             self.config,
             load_tokenizer(base, self.config),
@@ -86,20 +88,24 @@ class ModelStage:
             self.mapper,
             self.diffusion,
             text_encoder,
+            first_timestep=preset.first_timestep,
         )
         objective.standardise_captions(
             [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
             start_there=preset.stage == "align" and not parts.start,
         )
         if preset.stage != "vision":
-            objective.standardise_vokens(self._some_voken_states(objective))
+            objective.whiten_vokens(self._some_voken_states(objective), noise=preset.voken_noise)
         self.objective = StageObjective(objective, preset)
 
     @torch.no_grad()
     def _some_voken_states(self, objective: Objective) -> Tensor:
-        captions = [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(64)]
+        rng = np.random.default_rng(0)
+        captions = [write_caption(Facts.of(scene_at(i, seed=0)), rng) for i in range(256)]
         encoded = [objective.encode(caption_segments(caption)[:1])[0] for caption in captions]
-        return self.language.voken_states(*pad(encoded, objective.tokenizer.eos_token_id))
+        batches = [encoded[start : start + 32] for start in range(0, len(encoded), 32)]
+        eos = objective.tokenizer.eos_token_id
+        return torch.cat([self.language.voken_states(*pad(batch, eos)) for batch in batches])
 
     def _load(self, folder: Path) -> None:
         model_folder.load_rows(folder, self.language)
