@@ -181,6 +181,10 @@ def save_part(part: ModelMixin, folder: Path) -> None:
     """Write a VAE or a UNet as float16; it stays float32 here."""
     part.half().save_pretrained(folder)
     part.float()
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values.pop("_name_or_path", None)  # the folder that it was loaded from on this machine
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def load_module(module: nn.Module, path: Path) -> None:

@@ -6,6 +6,7 @@ A rule is a function (file, tree) -> complaints. Each runs on all files, and on 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -230,3 +231,8 @@ def imports(file: str, tree: ast.Module) -> Iterator[str]:
 
 def calls(tree: ast.Module) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def test_shipped_models_name_no_folder_of_a_machine() -> None:
+    for path in (ROOT / "models").rglob("*.json"):
+        assert not re.search(r'": "/', path.read_text()), f"{path} holds an absolute path"
