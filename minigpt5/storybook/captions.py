@@ -67,11 +67,12 @@ def with_article(name: str, adjective: str = "") -> str:
 
 
 def canonical_caption(facts: Facts) -> str:
-    """The one phrasing in which a picture is described to the diffusion model: left to right, then place, then time."""
+    """The one phrasing in which a picture is described to the diffusion model: who, what, then place, then time.
+
+    The order is the same for either side: a mapper in doubt about the side would else blend two orders of all words.
+    """
     other = {"left": "right", "right": "left", None: None}[facts.side]
     things = [(facts.who, facts.side), (facts.what, other)]
-    if facts.side == "right":
-        things.reverse()
     parts = [
         with_article(name_of(key)) + (f" on the {side}" if side else "") for key, side in things if key is not None
     ]

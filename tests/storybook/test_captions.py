@@ -40,8 +40,8 @@ def test_a_caption_says_the_side_only_where_it_is_given() -> None:
         assert ("left" in caption or "right" in caption) == (facts.side is not None), caption
 
 
-def test_the_canonical_caption_goes_from_left_to_right() -> None:
-    assert captions.canonical_caption(FACTS) == "an apple on the left, a fox on the right, on the beach, at night"
+def test_the_canonical_caption_names_the_character_first() -> None:
+    assert captions.canonical_caption(FACTS) == "a fox on the right, an apple on the left, on the beach, at night"
     only = Facts(who="unicorn")
     assert captions.canonical_caption(only) == "a unicorn"
 
