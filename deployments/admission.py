@@ -1,44 +1,190 @@
-"""How much runs at once: one bound for every front, far below Serve's own limits, so that reads always pass."""
+"""Which requests are taken on: one place for all fronts, by the time that they would wait.
+
+Work is predicted when a request comes and counted down as it is done: tokens for the generator, UNet samples for the
+decoder. Engines share their time equally among clients, so what a request waits for is, of each other client's work,
+at most as much as its own client has: somebody who sends many stories at once waits for them himself.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal
 
-RETRY_AFTER_S = 5
+from minigpt5.types import Progress, SlotOpened, StoryEvent, StoryRequest, Vokens
+
+Engine = Literal["generator", "decoder"]
+ENGINES: tuple[Engine, ...] = ("generator", "decoder")
+FIRST_SPEEDS: dict[Engine, float] = {"generator": 100.0, "decoder": 60.0}
+"""Tokens and UNet samples a second, until it is known how fast the engines are."""
+SPEED_WINDOW_S = 5.0
+"""A speed is measured over so much time in which there was work."""
+CHARACTERS_PER_TOKEN = 4
+MAX_RETRY_AFTER_S = 600
 
 
 class Overloaded(Exception):
-    """No place is free; ask again after `RETRY_AFTER_S`."""
+    """A request would wait for too long; ask again after `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Admission:
-    """Counts the stories and picture requests that run."""
+    """The work that has been promised, by engine and client."""
 
-    def __init__(self, max_running: int) -> None:
-        self.max_running = max_running
+    def __init__(self, *, max_wait_s: float, max_running: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """A request is refused where it would be done in more than `max_wait_s`, unless it would be on an idle server
+        too; and beyond `max_running`, which bounds memory."""
+        self.max_wait_s, self.max_running = max_wait_s, max_running
         self.num_running = 0
+        self._work: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
+        self._speeds = {engine: _Speed(FIRST_SPEEDS[engine], clock) for engine in ENGINES}
 
     @property
     def is_full(self) -> bool:
+        """Nothing more is taken, however little it asks for."""
         return self.num_running >= self.max_running
 
-    def enter(self) -> None:
-        """Take a place; `leave` gives it back. Raises Overloaded."""
+    @property
+    def retry_after_s(self) -> int:
+        """A place should be free by then: the mean work of those who have one."""
+        work_s = max(sum(self._work[engine].values()) / self._speeds[engine].per_s for engine in ENGINES)
+        return _whole(work_s / max(1, self.num_running))
+
+    def wait_s(self, request: StoryRequest, *, num_pictures: int = 1) -> float:
+        """Seconds until `request` would be done."""
+        costs = predict(request, num_pictures=num_pictures)
+        return max(self._wait_s(engine, request.key, costs[engine]) for engine in ENGINES)
+
+    def enter(self, request: StoryRequest, *, num_pictures: int = 1) -> Place:
+        """Take a place, which is to be left; `num_pictures` are drawn of each page. Raises Overloaded."""
         if self.is_full:
             raise Overloaded(
                 f"{self.num_running} requests are running and the limit is {self.max_running}: "
-                f"try again in {RETRY_AFTER_S} s"
+                f"try again in {self.retry_after_s} s",
+                retry_after_s=self.retry_after_s,
+            )
+        wait_s = self.wait_s(request, num_pictures=num_pictures)
+        if self.num_running and wait_s > self.max_wait_s:
+            too_long_s = _whole(wait_s - self.max_wait_s)
+            raise Overloaded(
+                f"this request would be done in about {wait_s:.0f} s and the limit is {self.max_wait_s:g} s: "
+                f"try again in {too_long_s} s, or ask for fewer pages or steps",
+                retry_after_s=too_long_s,
             )
         self.num_running += 1
+        return Place(self, request, num_pictures=num_pictures)
+
+    def _wait_s(self, engine: Engine, key: str, cost: float) -> float:
+        work = self._work[engine]
+        own = work.get(key, 0.0) + cost
+        return (own + sum(min(other, own) for name, other in work.items() if name != key)) / self._speeds[engine].per_s
+
+    def _promise(self, engine: Engine, key: str, cost: float) -> None:
+        if cost:
+            self._work[engine][key] += cost
+            self._speeds[engine].wake()
+
+    def _settle(self, engine: Engine, key: str, cost: float, *, is_done: bool) -> None:
+        """Work is done, or will never be."""
+        if is_done:
+            self._speeds[engine].add(cost)
+        self._work[engine][key] -= cost
+        if self._work[engine][key] <= 0:
+            del self._work[engine][key]
+        if not self._work[engine]:
+            self._speeds[engine].rest()
+
+
+class Place:
+    """A request that was taken on. As a context manager it is left in the end."""
+
+    def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int) -> None:
+        self._admission, self._key = admission, request.key
+        self._left = predict(request, num_pictures=num_pictures)
+        self._page_tokens = self._left["generator"] / request.pages
+        self._samples = samples_per_step(request)
+        self._is_left = False
+        for engine, cost in self._left.items():
+            admission._promise(engine, self._key, cost)
+
+    def see(self, event: StoryEvent | Vokens) -> None:
+        """Count down what an event shows to be done."""
+        if isinstance(event, SlotOpened | Vokens):
+            self._take("generator", self._page_tokens)
+        elif isinstance(event, Progress):
+            self._take("decoder", self._samples)
 
     def leave(self) -> None:
-        self.num_running -= 1
+        """Give the place back; a second time does nothing."""
+        if not self._is_left:
+            self._is_left = True
+            for engine, cost in self._left.items():
+                self._admission._settle(engine, self._key, cost, is_done=False)
+            self._admission.num_running -= 1
 
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
+    def _take(self, engine: Engine, cost: float) -> None:
+        if not self._is_left:
+            cost = min(cost, self._left[engine])
+            self._left[engine] -= cost
+            self._admission._settle(engine, self._key, cost, is_done=True)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
+
+
+def predict(request: StoryRequest, *, num_pictures: int = 1) -> dict[Engine, float]:
+    """The most that a request may cost: tokens and UNet samples."""
+    prompt = sum(len(part) for part in request.prompt if isinstance(part, str)) / CHARACTERS_PER_TOKEN
+    num_texts = {"story": request.pages, "reply": 1, "caption": 0}[request.mode]
+    num_drawn = 0 if request.pictures == "none" else request.pages * num_pictures
+    return {
+        "generator": prompt + num_texts * request.sampling.max_page_tokens + 1.0,
+        "decoder": float(num_drawn * request.draw.steps * samples_per_step(request)),
+    }
+
+
+def _whole(seconds: float) -> int:
+    return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
+
+
+def samples_per_step(request: StoryRequest) -> int:
+    """Guidance needs a second one."""
+    return 1 if request.draw.guidance_scale == 1 else 2
+
+
+class _Speed:
+    """How much an engine does in a second while it has work."""
+
+    def __init__(self, first: float, clock: Callable[[], float]) -> None:
+        self.per_s = first
+        self._clock = clock
+        self._done = self._busy_s = 0.0
+        self._since: float | None = None
+        """When the time began that is not counted yet; None: there is no work."""
+
+    def wake(self) -> None:
+        if self._since is None:
+            self._since = self._clock()
+
+    def rest(self) -> None:
+        self._since = None
+
+    def add(self, done: float) -> None:
+        now = self._clock()
+        self._busy_s += now - (now if self._since is None else self._since)
+        self._since = now
+        self._done += done
+        if self._busy_s >= SPEED_WINDOW_S:
+            self.per_s = (self.per_s + self._done / self._busy_s) / 2
+            self._done = self._busy_s = 0.0

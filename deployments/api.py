@@ -11,10 +11,9 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.admission import RETRY_AFTER_S
 from deployments.client import NotReady, ServeEngines
-from deployments.errors import ApiError, BodyLimit, error_response, install_error_handlers
-from deployments.front import Front, FrontOf, build_front
+from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
+from deployments.front import ClientOf, Front, FrontOf, build_front
 from deployments.openai_api import images
 from deployments.registry import RunningStory
 from deployments.schemas import CreateStory, StoryReply, shown, story_reply, to_story_request
@@ -44,9 +43,9 @@ operations = APIRouter()
 
 
 @stories.post("/v1/stories", status_code=201, dependencies=[Depends(refuse_idempotency_key)])
-async def create_story(body: CreateStory, front: FrontOf) -> Response:
+async def create_story(body: CreateStory, front: FrontOf, client: ClientOf) -> Response:
     """Write and draw a story: as a whole, or with `stream` as server-sent events."""
-    request = await asyncio.to_thread(to_story_request, body, front.config)
+    request = await asyncio.to_thread(to_story_request, body, front.config, client=client)
     story = await front.registry.start(request)
     if body.stream:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -109,6 +108,7 @@ async def is_ready(front: FrontOf) -> Response:
     """200 when a request would be accepted."""
     headers = {"Retry-After": str(RETRY_AFTER_S)}
     if front.admission.is_full:
+        headers = {"Retry-After": str(front.admission.retry_after_s)}
         return error_response(503, "all places are taken", code="overloaded", headers=headers)
     try:
         await front.engines.check_ready()
@@ -162,10 +162,11 @@ class Ingress:
         decoder: DeploymentHandle,
         model: str,
         storage: str,
+        max_wait_s: float,
         max_running: int,
     ) -> None:
-        engines = ServeEngines(generator, decoder)
-        self.front = build_front(load_config(model), engines, StoryStore(storage), max_running=max_running)
+        engines, store = ServeEngines(generator, decoder), StoryStore(storage)
+        self.front = build_front(load_config(model), engines, store, max_wait_s=max_wait_s, max_running=max_running)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self.front)

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.api import Ingress
 from deployments.diffusion_decoder import DiffusionDecoder
@@ -12,6 +13,9 @@ from deployments.voken_generator import VokenGenerator
 from minigpt5.config import default_model_folder
 from minigpt5.model_folder import load_config
 from minigpt5.store import default_storage
+
+SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+"""A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
 
 # Serve reads the annotation of `app` itself, so this file must not postpone annotations.
 
@@ -28,8 +32,10 @@ class AppArgs(BaseModel):
     """Model folder."""
     storage: str = Field(default_factory=default_storage)
     """Folder or URI that keeps the stories."""
-    max_running: int = Field(default=16, ge=1)
-    """Stories and picture requests that run at once; more are answered with 503."""
+    max_wait_s: float = Field(default=300, gt=0)
+    """A request that would be done later than this is answered with 503."""
+    max_running: int = Field(default=128, ge=1)
+    """Stories and picture requests that run at once, whatever they ask for; more are answered with 503."""
     generator_min_replicas: int = Field(default=1, ge=0)
     generator_max_replicas: int = Field(default=2, ge=1)
     generator_num_cpus: float = Field(default=0.4, gt=0)
@@ -60,7 +66,8 @@ def app(args: AppArgs) -> Application:
     generator = serve.deployment(
         VokenGenerator,
         name="VokenGenerator",
-        max_ongoing_requests=32,
+        max_ongoing_requests=256,  # above max_running: cancelled stories may take a moment to end
+        request_router_config=RequestRouterConfig(request_router_class=SESSION_ROUTER),
         autoscaling_config={
             "min_replicas": args.generator_min_replicas,
             "max_replicas": args.generator_max_replicas,
@@ -73,7 +80,7 @@ def app(args: AppArgs) -> Application:
     decoder = serve.deployment(
         DiffusionDecoder,
         name="DiffusionDecoder",
-        max_ongoing_requests=64,
+        max_ongoing_requests=512,
         autoscaling_config={
             "min_replicas": args.decoder_min_replicas,
             "max_replicas": args.decoder_max_replicas,
@@ -91,4 +98,4 @@ def app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(generator, decoder, model, storage, args.max_running)
+    ).bind(generator, decoder, model, storage, args.max_wait_s, args.max_running)

@@ -42,7 +42,7 @@ class ServeEngines:
         self._generator, self._decoder = generator, decoder
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        events = self._generator.options(stream=True).generate.remote(request)
+        events = self._generator.options(stream=True, session_id=request.session).generate.remote(request)
         try:
             with _own_errors():
                 async for event in events:

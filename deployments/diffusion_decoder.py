@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+from deployments.metrics import watch
 from minigpt5.types import DecoderEvent, DrawRequest
 
 
@@ -15,6 +16,7 @@ class DiffusionDecoder:
         from minigpt5.decoder import DiffusionDecoder as Engine
 
         self.engine = Engine.from_pretrained(model, num_threads=num_threads)
+        watch("decoder", self.engine)
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]

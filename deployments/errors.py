@@ -11,10 +11,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.admission import RETRY_AFTER_S, Overloaded
+from deployments.admission import Overloaded
 from deployments.schemas import UNION_TAGS, shown
 from minigpt5.errors import EngineFull, FingerprintMismatch, InvalidRequest, StoryNotFound
 
+RETRY_AFTER_S = 5
+"""Where it is not known how long something takes."""
 MAX_BODY_BYTES = 8 * 2**20
 OPENAI_PATHS = ("/v1/images/", "/v1/chat/")
 """Where OpenAI's clients expect 400 for what our own endpoints answer with 422."""
@@ -69,7 +71,8 @@ def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(EngineFull)
     @api.exception_handler(Overloaded)
     async def turn_away(request: Request, error: Overloaded | EngineFull) -> JSONResponse:
-        return error_response(503, str(error), code="overloaded", headers={"Retry-After": str(RETRY_AFTER_S)})
+        seconds = error.retry_after_s if isinstance(error, Overloaded) else RETRY_AFTER_S
+        return error_response(503, str(error), code="overloaded", headers={"Retry-After": str(seconds)})
 
     @api.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def to_stream_event(event: StoryEvent, builder: StoryBuilder) -> StreamEvent | N
         case SlotOpened(page=page):
             return _stream_event(page, "slot", 0, {"page": page})
         case Progress(page=page, step=step):
-            return _stream_event(page, "progress", step, {"page": page, "step": step, "steps": event.steps})
+            preview = {} if event.preview is None else {"preview": base64.b64encode(event.preview).decode()}
+            return _stream_event(page, "progress", step, {"page": page, "step": step, "steps": event.steps, **preview})
         case Picture(page=page):
             image = {"url": picture_url(story_id, page), "width": event.width, "height": event.height}
             return _stream_event(page, "image", 0, {"page": page, **image, "seed": event.seed})

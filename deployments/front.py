@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,8 +26,10 @@ class Front:
     registry: Registry
 
 
-def build_front(config: ModelConfig, engines: Engines, store: StoryStore, *, max_running: int) -> Front:
-    admission = Admission(max_running)
+def build_front(
+    config: ModelConfig, engines: Engines, store: StoryStore, *, max_wait_s: float, max_running: int
+) -> Front:
+    admission = Admission(max_wait_s=max_wait_s, max_running=max_running)
     registry = Registry(engines, store, admission, model=config.name)
     return Front(config=config, engines=engines, store=store, admission=admission, registry=registry)
 
@@ -36,3 +39,13 @@ def get_front(request: Request) -> Front:
 
 
 FrontOf = Annotated[Front, Depends(get_front)]
+
+
+def name_client(request: Request) -> str:
+    """Whose request it is, for the engines to share their time: the key that it comes with, else its address."""
+    if key := request.headers.get("Authorization"):
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+    return request.client.host if request.client else ""
+
+
+ClientOf = Annotated[str, Depends(name_client)]

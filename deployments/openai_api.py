@@ -16,8 +16,9 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import Field, field_validator
 
+from deployments.admission import Place
 from deployments.errors import ApiError
-from deployments.front import Front, FrontOf
+from deployments.front import ClientOf, Front, FrontOf
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, shown
 from minigpt5.types import DrawRequest, Picture, StoryRequest, Vokens
 
@@ -76,16 +77,19 @@ def refuse_unserved(body: CreateImages, *, model: str, native_size: str) -> None
 
 
 @images.post("/v1/images/generations")
-async def create_images(body: CreateImages, front: FrontOf) -> JSONResponse:
+async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) -> JSONResponse:
     """Pictures of a caption. A client that goes away stops the work."""
     native_size = f"{front.config.image_px}x{front.config.image_px}"
     refuse_unserved(body, model=front.config.name, native_size=native_size)
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    request = StoryRequest(prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.draw)
-    with front.admission.place():
+    request = StoryRequest(
+        prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.draw, key=client
+    )
+    with front.admission.enter(request, num_pictures=body.n or 1) as place:
         await front.engines.check(request)
         vokens = await _write_vokens(front, request)
-        pictures = await _draw_all(front, request, vokens, seeds=[seed + k for k in range(body.n or 1)])
+        place.see(vokens)
+        pictures = await _draw_all(front, place, request, vokens, seeds=[seed + k for k in range(body.n or 1)])
     data = [{"b64_json": base64.b64encode(picture.png).decode(), "x_seed": picture.seed} for picture in pictures]
     return JSONResponse(
         {"created": int(time.time()), "data": data, "output_format": "png", "x_native_size": native_size}
@@ -100,20 +104,23 @@ async def _write_vokens(front: Front, request: StoryRequest) -> Vokens:
     raise AssertionError("the generator ended without vokens")
 
 
-async def _draw_all(front: Front, request: StoryRequest, vokens: Vokens, *, seeds: list[int]) -> list[Picture]:
+async def _draw_all(
+    front: Front, place: Place, request: StoryRequest, vokens: Vokens, *, seeds: list[int]
+) -> list[Picture]:
     """All at once, so that they share the decoder's batch; the first failure ends the rest."""
     try:
         async with asyncio.TaskGroup() as drawing:
-            tasks = [drawing.create_task(_draw(front, request, vokens, seed)) for seed in seeds]
+            tasks = [drawing.create_task(_draw(front, place, request, vokens, seed)) for seed in seeds]
     except* Exception as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
-async def _draw(front: Front, request: StoryRequest, vokens: Vokens, seed: int) -> Picture:
-    draw_request = DrawRequest(vokens=vokens, seed=seed, settings=request.draw)
+async def _draw(front: Front, place: Place, request: StoryRequest, vokens: Vokens, seed: int) -> Picture:
+    draw_request = DrawRequest(vokens=vokens, seed=seed, settings=request.draw, key=request.key)
     async with contextlib.aclosing(front.engines.decode(draw_request)) as events:  # type: ignore[type-var]
         async for event in events:
             if isinstance(event, Picture):
                 return event
+            place.see(event)
     raise AssertionError("the decoder ended without a picture")

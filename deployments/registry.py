@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
 import logging
 from collections.abc import AsyncIterator
 
-from deployments.admission import Admission
+from deployments.admission import Admission, Place
 from deployments.client import Engines
 from deployments.events import StreamEvent, done_event, error_event, join_text, to_stream_event
+from deployments.metrics import StoryTimes
 from minigpt5.errors import MiniGPT5Error
 from minigpt5.flow import Generate, describe, stream_story
 from minigpt5.store import StoryStore
@@ -64,31 +66,34 @@ class Registry:
     def __init__(self, engines: Engines, store: StoryStore, admission: Admission, *, model: str) -> None:
         self._engines, self._store, self._admission, self._model = engines, store, admission, model
         self._tasks: set[asyncio.Task[None]] = set()
+        self._times = StoryTimes()
 
     async def start(self, request: StoryRequest) -> RunningStory:
         """Raises Overloaded, or InvalidRequest where the generator cannot write it."""
-        self._admission.enter()
+        place = self._admission.enter(request)
         try:
             await self._engines.check(request)
             story = RunningStory(StoryBuilder(request, story_id=new_story_id(), model=self._model))
             await asyncio.to_thread(self._store.save, story.builder.state())
         except BaseException:
-            self._admission.leave()
+            place.leave()
             raise
         # In a context of its own: Serve cancels what a request's context has started when its client is gone.
-        task = asyncio.create_task(self._run(story), context=contextvars.Context())
+        task = asyncio.create_task(self._run(story, place), context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return story
 
-    async def _run(self, story: RunningStory) -> None:
-        builder = story.builder
+    async def _run(self, story: RunningStory, place: Place) -> None:
+        builder, clock = story.builder, self._times.start()
         try:
-            events = stream_story(
-                builder.request, self._keeping_vokens(story.id), self._engines.decode, story_id=story.id
-            )
+            # Calls of one story go to the replica that has its earlier pages.
+            request = dataclasses.replace(builder.request, session=story.id)
+            events = stream_story(request, self._keeping_vokens(story.id), self._engines.decode, story_id=story.id)
             async for event in join_text(events):
                 builder.add(event)
+                place.see(event)
+                clock.see(event)
                 await asyncio.to_thread(self._keep, builder, story.id, event)
                 story.publish(to_stream_event(event, builder))
             state = builder.state("done")
@@ -101,14 +106,15 @@ class Registry:
                 await asyncio.to_thread(self._store.save, state)
             story.publish(error_event(state), final=state)
         finally:
-            self._admission.leave()
+            place.leave()
 
     def _keeping_vokens(self, story_id: str) -> Generate:
         async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-            async for event in self._engines.generate(request):
-                if isinstance(event, Vokens):
-                    await asyncio.to_thread(self._store.save_vokens, story_id, event)
-                yield event
+            async with contextlib.aclosing(self._engines.generate(request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if isinstance(event, Vokens):
+                        await asyncio.to_thread(self._store.save_vokens, story_id, event)
+                    yield event
 
         return generate
 

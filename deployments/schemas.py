@@ -97,7 +97,7 @@ class CreateStory(Body):
         check_prompt_text(texts, has_image=len(texts) < len(parts))
         return prompt
 
-    @field_validator("wait", "feedback", "previews")
+    @field_validator("wait", "feedback")
     @classmethod
     def is_served(cls, value: object, info: ValidationInfo) -> object:
         default = cls.model_fields[str(info.field_name)].default
@@ -122,7 +122,7 @@ def check_prompt_text(texts: Sequence[str], *, has_image: bool = False) -> None:
         )
 
 
-def to_story_request(body: CreateStory, config: ModelConfig) -> StoryRequest:
+def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = "") -> StoryRequest:
     """Fill in the defaults and decode the pictures, which may take a moment. Raises InvalidRequest."""
     return StoryRequest(
         prompt=_read_prompt(body.prompt),
@@ -130,6 +130,8 @@ def to_story_request(body: CreateStory, config: ModelConfig) -> StoryRequest:
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         sampling=dataclasses.replace(config.sampling, **_sent(body, Sampling)),
         draw=dataclasses.replace(config.draw, **_sent(body, DrawSettings)),
+        previews=body.previews,
+        key=client,
     )
 
 

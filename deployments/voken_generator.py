@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+from deployments.metrics import watch
 from minigpt5.types import GeneratorEvent, StoryRequest
 
 
@@ -15,6 +16,7 @@ class VokenGenerator:
         from minigpt5.generator import VokenGenerator as Engine
 
         self.engine = Engine.from_pretrained(model, num_threads=num_threads)
+        watch("generator", self.engine)
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]

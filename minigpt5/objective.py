@@ -33,6 +33,10 @@ WORD_SHARPNESS = 8.0
 CONTRAST_SHARPNESS = 40.0
 """One fact changes some hundredths to a fifth of a caption's mean squared features."""
 WHITENING_RIDGE = 0.1
+WHITENING_GAIN = 3.0
+"""Of a direction that a linear model would wholly explain a caption's states by."""
+WHITENING_RANK = 128
+"""Of the captions' states, for that."""
 REPLAYED_PICTURES = 16
 MEMORY = 24_576
 """Pictures whose states are kept for replay: 70 KB each in the storybook preset, 200 KB with contrasts."""
@@ -111,9 +115,10 @@ class Objective(nn.Module):
             losses |= self._picture_losses(rows, vokens_PVH, weights)
         return {"loss": weights.total(losses), **losses}
 
-    def whiten_vokens(self, states_PVH: Tensor, *, noise: float = 0.0) -> None:
-        """Let `fc` see voken states of unit covariance while it is trained. What sets one voken apart from another
-        is so much larger than what one caption does from another that the mapper would hardly learn the latter. Its
+    def whiten_vokens(self, states_PVH: Tensor, conditions_PQD: Tensor, *, noise: float = 0.0) -> None:
+        """Let `fc` see voken states of unit covariance while it is trained, but for the directions that go with the
+        conditions that are to come out, which are larger. What sets one voken apart from another, and one phrasing
+        from another, is so much more than what one scene does that the mapper would hardly learn the latter. Its
         function stays what it was; `settle` folds the whitening in.
 
         `noise`, in units of that spread, is added wherever gradients flow: it is to the mapper what a ridge is to a
@@ -123,12 +128,14 @@ class Objective(nn.Module):
         variance_H, axes_HH = torch.linalg.eigh(torch.cov(states_NH.T))
         variance_H = variance_H + WHITENING_RIDGE * variance_H.median()
         whiten_HH = axes_HH @ (axes_HH / variance_H.sqrt()).T
-        self._unwhiten_HH = (axes_HH @ (axes_HH * variance_H.sqrt()).T).float()
-        self._whiten_HH, self._voken_mean_H = whiten_HH.float(), mean_H.float()
+        white_PVH = (states_PVH.double() - mean_H) @ whiten_HH
+        gain_HH = _gain(white_PVH, conditions_PQD)
+        self._whiten_HH, self._voken_mean_H = (whiten_HH @ gain_HH).float(), mean_H.float()
+        self._unwhiten_HH = torch.linalg.inv(whiten_HH @ gain_HH).float()
         first: nn.Linear = self.mapper.fc[0]  # type: ignore[assignment]
         with torch.no_grad():
             first.bias.add_(first.weight @ self._voken_mean_H)
-            first.weight.copy_(first.weight @ self._unwhiten_HH)
+            first.weight.copy_(first.weight @ self._unwhiten_HH.T)
 
         def whiten(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
             with torch.autocast("cpu", enabled=False):
@@ -144,7 +151,7 @@ class Objective(nn.Module):
             first: nn.Linear = mapper.fc[0]  # type: ignore[assignment]
             first._forward_pre_hooks.clear()
             with torch.no_grad():
-                first.weight.copy_(first.weight @ self._whiten_HH)
+                first.weight.copy_(first.weight @ self._whiten_HH.T)
                 first.bias.sub_(first.weight @ self._voken_mean_H)
         return mapper
 
@@ -288,3 +295,16 @@ class Objective(nn.Module):
     def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
         """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""
         return ((condition_PQD - target_PQD) / self.caption_scale_D).square().mean()
+
+
+def _gain(white_PVH: Tensor, conditions_PQD: Tensor) -> Tensor:
+    """Stretches white voken states by 1 + WHITENING_GAIN times their canonical correlation (Hotelling, 1936) with the
+    conditions: (H, H)."""
+    num_pictures, num_vokens, width = white_PVH.shape
+    centred_PN = conditions_PQD.flatten(1).double()
+    centred_PN = centred_PN - centred_PN.mean(dim=0)
+    scores_PK = torch.linalg.svd(centred_PN, full_matrices=False).U[:, :WHITENING_RANK] * num_pictures**0.5
+    together_HK = torch.einsum("pvh,pk->hk", white_PVH, scores_PK) / (num_pictures * num_vokens)
+    axes_HK, correlation_K, _ = torch.linalg.svd(together_HK, full_matrices=False)
+    stretch_K = WHITENING_GAIN * correlation_K.clamp(max=1)
+    return torch.eye(width, dtype=torch.float64) + axes_HK @ (axes_HK * stretch_K).T

@@ -76,6 +76,8 @@ class StoryRequest:
     """Whether pictures show themselves on the way, in the Progress of some steps."""
     key: str = ""
     """Whose request it is: engines share their time equally among keys."""
+    session: str = ""
+    """Requests of one session begin alike: where there are several generators, they go to the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ class FakeDecoder:
             raise RuntimeError("the decoder broke")
         for step in range(1, steps + 1):
             await asyncio.sleep(0)
-            yield Progress(page=page, step=step, steps=steps)
+            yield Progress(page=page, step=step, steps=steps, preview=b"jpeg" if request.previews else None)
         png = make_png((request.seed % 256, request.seed // 256 % 256, page))
         yield Picture(page=page, png=png, width=IMAGE_PX, height=IMAGE_PX, seed=request.seed, denoise_steps=steps)
 

@@ -36,6 +36,10 @@ from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
 
+NUM_WHITENED = 1_024
+"""Captions whose voken states say how they spread."""
+
+
 class StageObjective(nn.Module):
     """The Objective as the loop calls it."""
 
@@ -95,17 +99,21 @@ class ModelStage:
             start_there=preset.stage == "align" and not parts.start,
         )
         if preset.stage != "vision":
-            objective.whiten_vokens(self._some_voken_states(objective), noise=preset.voken_noise)
+            objective.whiten_vokens(*self._some_vokens(objective), noise=preset.voken_noise)
         self.objective = StageObjective(objective, preset)
 
     @torch.no_grad()
-    def _some_voken_states(self, objective: Objective) -> Tensor:
+    def _some_vokens(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Voken states of some captions, and the text encoder's states of what they say."""
         rng = np.random.default_rng(0)
-        captions = [write_caption(Facts.of(scene_at(i, seed=0)), rng) for i in range(256)]
-        encoded = [objective.encode(caption_segments(caption)[:1])[0] for caption in captions]
-        batches = [encoded[start : start + 32] for start in range(0, len(encoded), 32)]
-        eos = objective.tokenizer.eos_token_id
-        return torch.cat([self.language.voken_states(*pad(batch, eos)) for batch in batches])
+        facts = [Facts.of(scene_at(i, seed=0)) for i in range(NUM_WHITENED)]
+        encoded = [objective.encode(caption_segments(write_caption(fact, rng))[:1])[0] for fact in facts]
+        states, targets = [], []
+        for start in range(0, len(facts), 32):
+            batch = slice(start, start + 32)
+            states.append(self.language.voken_states(*pad(encoded[batch], objective.tokenizer.eos_token_id)))
+            targets.append(objective.text_encoder([canonical_caption(fact) for fact in facts[batch]]))
+        return torch.cat(states), torch.cat(targets)
 
     def _load(self, folder: Path) -> None:
         model_folder.load_rows(folder, self.language)

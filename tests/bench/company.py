@@ -1,0 +1,240 @@
+"""Whether company matters: `python -m tests.bench.company [--num 200]`, both engines of a model folder in this process.
+
+text       requests written alone, and again while others join and leave at random: the same tokens?
+pictures   drawn alone, and again in random company of other settings: how far apart are the pictures?
+cancels    requests cancelled at random moments: how soon they are gone, and whether anything stays behind
+fairness   one client's page, alone and beside sixteen stories of another client
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import io
+import json
+import random
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from minigpt5.config import default_model_folder
+from minigpt5.decoder import DiffusionDecoder
+from minigpt5.flow import stream_story
+from minigpt5.generator import VokenGenerator
+from minigpt5.types import DrawRequest, DrawSettings, Picture, StoryRequest, TextDelta, Vokens
+from tests.bench.engines import WHAT, WHO, spread
+from tests.bench.quality import machine
+
+AT_ONCE = 24
+NUM_DRAWN_BY_BOTH = 3
+PATIENCE_S = 30.0
+"""How long what is cancelled may take to be gone."""
+
+
+def some_stories(num: int, generator: VokenGenerator, rng: random.Random) -> list[StoryRequest]:
+    """Requests of different prompts, lengths, temperatures and seeds; every third is greedy."""
+    stories = []
+    for index in range(num):
+        sampling = dataclasses.replace(
+            generator.config.sampling,
+            max_page_tokens=rng.randint(8, 32),
+            temperature=rng.choice([0.0, 0.7, 1.0]),
+        )
+        prompt = f"A {rng.choice(WHO)} who finds a {rng.choice(WHAT)}"
+        stories.append(StoryRequest(prompt=(prompt,), pages=rng.randint(1, 2), seed=index, sampling=sampling))
+    return stories
+
+
+async def write(generator: VokenGenerator, request: StoryRequest) -> tuple[str, list[np.ndarray]]:
+    """A request's text, and its vokens' states."""
+    text, states = "", []
+    async for event in generator.generate(request):
+        if isinstance(event, TextDelta):
+            text += event.text
+        elif isinstance(event, Vokens):
+            text += "\n"
+            states.append(event.hidden_VH)
+    return text, states
+
+
+async def join_at_random(works: Sequence[Any], rng: random.Random, *, pause_s: float) -> list[Any]:
+    """Run coroutines, at most AT_ONCE together, each begun a random moment after the one before."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def one(work: Any) -> Any:
+        async with places:
+            return await work
+
+    tasks = []
+    for work in works:
+        tasks.append(asyncio.create_task(one(work)))
+        await asyncio.sleep(rng.random() * pause_s)
+    return await asyncio.gather(*tasks)
+
+
+async def compare_texts(generator: VokenGenerator, num: int, rng: random.Random) -> dict[str, object]:
+    stories = some_stories(num, generator, rng)
+    first_close = generator.num_close_choices
+    alone = [await write(generator, story) for story in stories]
+    num_close = generator.num_close_choices - first_close
+    together = await join_at_random([write(generator, story) for story in stories], rng, pause_s=0.1)
+    pairs = list(zip(alone, together, strict=True))
+    same = [(one, other) for one, other in pairs if one[0] == other[0]]
+    apart = [float(np.abs(a - b).max()) for one, other in same for a, b in zip(one[1], other[1], strict=True)]
+    return {
+        "requests": num,
+        "same_text": len(same),
+        "close_choices": num_close,
+        "largest_voken_difference": max(apart, default=0.0),
+    }
+
+
+async def draw(decoder: DiffusionDecoder, request: DrawRequest) -> np.ndarray:
+    async for event in decoder.decode(request):
+        if isinstance(event, Picture):
+            return np.asarray(Image.open(io.BytesIO(event.png)), dtype=np.int16)
+    raise AssertionError("the decoder ended without a picture")
+
+
+async def compare_pictures(
+    decoder: DiffusionDecoder, again: DiffusionDecoder, vokens: Sequence[Vokens], num: int, rng: random.Random
+) -> dict[str, object]:
+    """`again` is a decoder of the same weights that has drawn nothing yet, so that no cache answers."""
+    requests = [
+        DrawRequest(
+            vokens=rng.choice(vokens),
+            seed=index,
+            settings=DrawSettings(
+                steps=rng.randint(2, 8),
+                guidance_scale=rng.choice([1.0, 3.0, 5.0]),
+                scheduler=rng.choice(["ddim", "pndm", "dpm-solver++"]),
+            ),
+        )
+        for index in range(num)
+    ]
+    alone = [await draw(decoder, request) for request in requests]
+    together = await join_at_random([draw(again, request) for request in requests], rng, pause_s=0.05)
+    levels = [int(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True)]
+    return {"pictures": num, "bit_equal": levels.count(0), "largest_difference_levels": max(levels)}
+
+
+async def cancel_at_random(
+    generator: VokenGenerator, decoder: DiffusionDecoder, num: int, rng: random.Random
+) -> dict[str, object]:
+    """Stories that are left at random moments: in the text, or while pictures are drawn."""
+
+    async def leave(request: StoryRequest) -> None:
+        async def read() -> None:
+            async for _ in stream_story(request, generator.generate, decoder.decode):
+                pass
+
+        reading = asyncio.create_task(read())
+        await asyncio.sleep(rng.random() * 2)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+    await join_at_random([leave(story) for story in some_stories(num, generator, rng)], rng, pause_s=0.1)
+    began = time.perf_counter()
+    while engines_are_busy(generator, decoder) and time.perf_counter() - began < PATIENCE_S:
+        await asyncio.sleep(0.005)
+    return {
+        "cancelled": num,
+        "seconds_until_nothing_is_in_flight": time.perf_counter() - began,
+        "in_flight_after": generator.num_running + generator.num_waiting + decoder.num_running + decoder.num_waiting,
+        "queued_cost_after": generator.queued_cost + decoder.queued_cost,
+        "seconds_of_a_step": await measure_cancel(generator),
+    }
+
+
+def engines_are_busy(*engines: VokenGenerator | DiffusionDecoder) -> bool:
+    return any(engine.num_running + engine.num_waiting for engine in engines)
+
+
+async def measure_cancel(generator: VokenGenerator) -> dict[str, float]:
+    """How long a lone request is still inside after it is cancelled, over the time of one of its steps."""
+    ratios = []
+    for seed in range(10):
+        times: list[float] = []
+        events: AsyncIterator[object] = generator.generate(StoryRequest(prompt=("A fox",), pages=4, seed=seed))
+        async for _ in events:
+            times.append(time.perf_counter())
+            if len(times) == 8:
+                break
+        began = time.perf_counter()
+        await events.aclose()  # type: ignore[attr-defined]
+        while generator.num_running:
+            await asyncio.sleep(0.0005)
+        ratios.append((time.perf_counter() - began) / float(np.median(np.diff(times))))
+    return {"median_cancel_over_step": float(np.median(ratios)), "most_cancel_over_step": max(ratios)}
+
+
+async def measure_fairness(generator: VokenGenerator, decoder: DiffusionDecoder) -> dict[str, object]:
+    """Seconds of a one-page story of one client: alone, and while another client has sixteen stories."""
+
+    async def tell(request: StoryRequest) -> float:
+        began = time.perf_counter()
+        async for _ in stream_story(request, generator.generate, decoder.decode):
+            pass
+        return time.perf_counter() - began
+
+    def story(seed: int, key: str, pages: int) -> StoryRequest:
+        prompt = f"A {WHO[seed % len(WHO)]} who finds a {WHAT[seed % len(WHAT)]}"
+        return StoryRequest(prompt=(prompt,), pages=pages, seed=seed, key=key, draw=generator.config.draw)
+
+    alone = [await tell(story(9000 + index, "few", 1)) for index in range(NUM_DRAWN_BY_BOTH)]
+    many = [asyncio.create_task(tell(story(index, "many", 4))) for index in range(16)]
+    await asyncio.sleep(2)
+    beside = [await tell(story(9100 + index, "few", 1)) for index in range(NUM_DRAWN_BY_BOTH)]
+    still = sum(not task.done() for task in many)
+    await asyncio.gather(*many)
+    ratio = float(np.median(beside) / np.median(alone))
+    return {"alone_s": spread(alone), "beside_16_s": spread(beside), "ratio": ratio, "of_16_still_running": still}
+
+
+async def measure(folder: Path, num: int) -> tuple[dict[str, float], dict[str, object]]:
+    rng = random.Random(5)
+    generator = VokenGenerator.from_pretrained(folder)
+    decoder, again = DiffusionDecoder.from_pretrained(folder), DiffusionDecoder.from_pretrained(folder)
+    texts = await compare_texts(generator, num, rng)
+    vokens = [
+        event async for event in generator.generate(some_stories(1, generator, rng)[0]) if isinstance(event, Vokens)
+    ]
+    pictures = await compare_pictures(decoder, again, vokens, num, rng)
+    cancels = await cancel_at_random(generator, again, num, rng)
+    fairness = await measure_fairness(generator, decoder)
+    figures: dict[str, object] = {"text": texts, "pictures": pictures, "cancels": cancels, "fairness": fairness}
+    ratios = {
+        "same_text": int(str(texts["same_text"])) / num,
+        "bit_equal_pictures": int(str(pictures["bit_equal"])) / num,
+        "page_beside_16_stories_vs_alone": float(str(fairness["ratio"])),
+    }
+    return ratios, figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.company", description=__doc__)
+    parser.add_argument("--model", type=Path, default=default_model_folder())
+    parser.add_argument("--num", type=int, default=200, help="requests, pictures and cancels, each")
+    parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
+    parser.add_argument("--out", type=Path, default=Path("bench") / "company.json")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ratios, figures = asyncio.run(measure(options.model, options.num))
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m tests.bench.company", *given])
+    report = {"ratios": ratios, "figures": figures, "machine": machine(), "command": command}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps({"ratios": ratios, **figures}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
