@@ -22,7 +22,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-slow lint quality bench-engines storybook-model clean
+.PHONY: help install serve story test test-slow lint quality bench-engines bench-company bench-steps storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,8 +62,14 @@ lint: $(STAMP)  ## style, format and types
 quality: $(STAMP)  ## the shipped model's figures, into bench/quality.json
 	$(RUN) -m tests.bench.quality
 
-bench-engines: $(STAMP)  ## how fast text and pictures are made, into bench/engines.json (URL= of a running server: over HTTP too)
-	$(RUN) -m tests.bench.engines $(if $(URL),--url $(URL))
+bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into bench/engines.json
+	$(RUN) -m tests.bench.engines --serve
+
+bench-company: $(STAMP)  ## whether company in a batch changes results, cancels, fairness, into bench/company.json
+	$(RUN) -m tests.bench.company
+
+bench-steps: $(STAMP)  ## accuracy and seconds of a picture by sampler, steps and guidance, into bench/steps.json
+	$(RUN) -m tests.bench.steps
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
 	for leg in vae unet vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done

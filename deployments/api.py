@@ -91,6 +91,7 @@ async def list_models(front: FrontOf) -> JSONResponse:
             "scheduler": config.draw.scheduler,
             "temperature": config.sampling.temperature,
             "top_p": config.sampling.top_p,
+            "min_page_tokens": config.sampling.min_page_tokens,
             "max_page_tokens": config.sampling.max_page_tokens,
         },
     }

@@ -16,7 +16,7 @@ class DiffusionDecoder:
         from minigpt5.decoder import DiffusionDecoder as Engine
 
         self.engine = Engine.from_pretrained(model, num_threads=num_threads)
-        watch("decoder", self.engine)
+        watch("decoder", self.engine, {"minigpt5_pictures_reused": lambda: self.engine.num_cache_hits})
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]

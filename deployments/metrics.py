@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from ray.serve.metrics import Gauge, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 from minigpt5.types import Picture, SlotOpened, StoryEvent, TextDelta
 
@@ -27,22 +27,28 @@ class Engine(Protocol):
     def queued_cost(self) -> float: ...
 
 
-def watch(name: str, engine: Engine) -> None:
-    """Report an engine's load every second, as long as its process lives."""
+def watch(name: str, engine: Engine, totals: Mapping[str, Callable[[], float]]) -> None:
+    """Report an engine's load every second, as long as its process lives; `totals` only grow, and become counters."""
     in_flight = Gauge("minigpt5_requests_in_flight", description="Requests inside an engine.", tag_keys=("engine",))
     queue_cost = Gauge(
         "minigpt5_queue_cost",
         description="Work that an engine's requests still need: tokens, or UNet samples.",
         tag_keys=("engine",),
     )
+    counters = {total: Counter(total, description=f"Of the {name}, since it started.") for total in totals}
+    counted = dict.fromkeys(totals, 0.0)
 
     def report() -> None:
         while True:
             in_flight.set(engine.num_running + engine.num_waiting, tags={"engine": name})
             queue_cost.set(engine.queued_cost, tags={"engine": name})
+            for total, counter in counters.items():
+                if (value := totals[total]()) > counted[total]:
+                    counter.inc(value - counted[total])
+                    counted[total] = value
             time.sleep(PERIOD_S)
 
-    threading.Thread(target=report, name=f"{name}-gauges", daemon=True).start()
+    threading.Thread(target=report, name=f"{name}-metrics", daemon=True).start()
 
 
 class StoryTimes:

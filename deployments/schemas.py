@@ -84,6 +84,7 @@ class CreateStory(Body):
     scheduler: Literal["ddim", "pndm", "dpm-solver++"] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_page_tokens: Annotated[int, Field(ge=0, le=512)] | None = None
     max_page_tokens: Annotated[int, Field(ge=1, le=512)] | None = None
     wait: bool = True
     feedback: Literal["text", "pictures"] = "text"

@@ -16,7 +16,11 @@ class VokenGenerator:
         from minigpt5.generator import VokenGenerator as Engine
 
         self.engine = Engine.from_pretrained(model, num_threads=num_threads)
-        watch("generator", self.engine)
+        totals = {
+            "minigpt5_prompt_tokens": lambda: self.engine.num_prompt_tokens,
+            "minigpt5_prompt_tokens_reused": lambda: self.engine.num_reused_tokens,
+        }
+        watch("generator", self.engine, totals)
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]

@@ -34,6 +34,8 @@ class Sampling:
     temperature: float = 0.7
     top_p: float = 0.9
     repetition_penalty: float = 1.0
+    min_page_tokens: int = 4
+    """So much is said before a page's picture, and before the end of a reply that owes one, where the most allows."""
     max_page_tokens: int = 64
     """A page whose text reaches this many tokens gets its picture there; a reply has at most so many in all."""
 

@@ -24,8 +24,6 @@ from minigpt5.text_stream import TextStream
 from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
 from minigpt5.vokens import VokenRows
 
-MIN_PAGE_TOKENS = 4
-"""A page says something before its picture."""
 CLOSE = 1e-4
 """A choice with a smaller margin may fall otherwise when the batch has another shape."""
 STOP = END.strip()
@@ -95,9 +93,11 @@ class Writer:
 
     def _story(self) -> Script:
         state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
-        limit, first = self.request.sampling.max_page_tokens, len(self.request.previous) + 1
+        sampling, first = self.request.sampling, len(self.request.previous) + 1
         for page in range(first, first + self.request.pages):
-            text = yield from self._text(page, state_H, limit=limit, min_tokens=MIN_PAGE_TOKENS)
+            text = yield from self._text(
+                page, state_H, limit=sampling.max_page_tokens, min_tokens=sampling.min_page_tokens
+            )
             state_H = yield from self._picture(page, text.state_H)
 
     def _reply(self) -> Script:
@@ -113,7 +113,7 @@ class Writer:
                 page,
                 state_H,
                 limit=request.sampling.max_page_tokens - len(said),
-                min_tokens=MIN_PAGE_TOKENS if is_owed and not is_rushed else 0,
+                min_tokens=request.sampling.min_page_tokens if is_owed and not is_rushed else 0,
                 may_draw=request.pictures != "none" and num_pictures < max_pictures,
                 is_rushed=is_rushed,
                 said=said,

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from minigpt5.config import storybook
 from minigpt5.decoder import DiffusionDecoder
 from minigpt5.generator import VokenGenerator
 from minigpt5.types import Usage, Vokens
@@ -26,15 +27,16 @@ def engines() -> bench.Engines:
 
 
 def test_it_measures_every_way_and_gives_the_ratios(engines: bench.Engines) -> None:
-    ratios, figures = bench.measure(engines, bench.TINY)
+    by_steps = bench.measure(engines, bench.TINY)
+    ratios = bench.compare(by_steps["2"], "ours")
     assert set(ratios) == {"stories_2_vs_published", "stories_2_vs_limit", "latency_1_vs_published", "overlap"}
     assert all(0 < ratio < 100 for ratio in ratios.values())
-    ours = figures["by_steps"]["2"]["ours"]  # type: ignore[index]
+    ours = by_steps["2"]["ours"]
     assert set(ours) == {"1", "2"}
     assert ours["2"]["story_s"]["num"] == 2 and ours["2"]["page_cadence_s"]["num"] == 2
     assert "p99" not in ours["2"]["story_s"]
-    json.dumps(figures)
-    bench.show(ratios, figures)
+    json.dumps(by_steps)
+    bench.show({"by_steps": by_steps}, ratios)
 
 
 def test_its_stories_have_as_many_tokens_as_they_say(engines: bench.Engines) -> None:
@@ -66,18 +68,17 @@ def test_a_percentile_needs_its_samples() -> None:
 
 
 class Stories(BaseHTTPRequestHandler):
-    """Answers as the server does, at once."""
+    """Streams as the server does, at once."""
 
     bodies: list[dict[str, object]] = []
 
     def do_POST(self) -> None:  # noqa: N802 (http.server's name)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.bodies.append({"path": self.path, **body})
-        reply = json.dumps({"status": "done"}).encode()
-        self.send_response(201)
-        self.send_header("Content-Length", str(len(reply)))
+        names = ["story"] + body["pages"] * ["text", "slot", "image", "page"] + ["done"]
+        self.send_response(200)
         self.end_headers()
-        self.wfile.write(reply)
+        self.wfile.write("".join(f"id: 0\nevent: {name}\ndata: {{}}\n\n" for name in names).encode())
 
     def log_message(self, *arguments: object) -> None: ...
 
@@ -94,9 +95,12 @@ def url() -> Iterator[str]:
 
 
 def test_the_load_over_http_asks_for_the_same_stories(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main(["--load", url, "2", "--tiny"])
+    bench.main(["--load", url, "2", "3", "7", "--tiny"])
     figures = json.loads(capsys.readouterr().out)
-    assert figures["story_s"]["num"] == 4 and figures["stories_per_s"] > 0
-    assert len(Stories.bodies) == 4
-    first = Stories.bodies[0]
-    assert (first["path"], first["pages"], first["steps"], first["max_page_tokens"]) == ("/v1/stories", 2, 2, 6)
+    assert figures["stories_per_s"] > 0
+    for name in ("story_s", "first_text_s", "first_picture_s", "page_cadence_s"):
+        assert figures[name]["num"] == 3
+    asked = bench.TINY.story(7, storybook(), steps=2)
+    first = min(Stories.bodies, key=lambda body: str(body["seed"]))
+    assert (first["path"], first["prompt"], first["seed"]) == ("/v1/stories", asked.prompt[0], asked.seed)
+    assert (first["pages"], first["steps"], first["min_page_tokens"], first["max_page_tokens"]) == (2, 2, 6, 6)

@@ -16,7 +16,7 @@ from minigpt5.language import pad
 from minigpt5.prompt import encode, request_segments, story_segments
 from minigpt5.types import InputImage, Page, Sampling, StoryRequest, TextDelta, Usage, Vokens
 from minigpt5.vokens import align
-from minigpt5.writing import MIN_PAGE_TOKENS, mask
+from minigpt5.writing import mask
 from tests.tiny import tiny_config, tiny_language, tiny_tokenizer, tiny_vision
 
 
@@ -54,7 +54,7 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
         for _ in generated:
             for written in range(12):
                 state_H = language.states(language.embed(torch.tensor([ids])))[0, -1]
-                closed = [language.rows.first, *generator.end_ids] if written < MIN_PAGE_TOKENS else []
+                closed = [language.rows.first, *generator.end_ids] if written < Sampling().min_page_tokens else []
                 token = int(mask(language.logits(state_H).numpy(), language.rows, closed).argmax())
                 if token == language.rows.first or token in generator.end_ids:
                     break

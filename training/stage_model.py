@@ -35,7 +35,6 @@ from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
-
 NUM_WHITENED = 1_024
 """Captions whose voken states say how they spread."""
 

@@ -6,8 +6,8 @@ Stories of 4 pages with 48 tokens of text each and guided pictures, written and 
   published   a loop in the published way: one story at a time, token by token, diffusers' own pipeline for each picture
   limit       the same tokens and steps in lockstep with no engine around them, at the best of a sweep of batch sizes
 
-with the same weights, precision, threads and scheduler, in one run. With `--url`, stories are also asked for over
-HTTP by a process of its own, from a server of the same model folder that `make serve` has started.
+with the same weights, precision, threads and scheduler, in one run. With `--serve`, a server of the same model folder
+is then started, stories are streamed from it by a process of its own, and the ratios are of those.
 """
 
 from __future__ import annotations
@@ -15,31 +15,34 @@ from __future__ import annotations
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import DynamicCache
 
-from minigpt5.config import ModelConfig, default_model_folder
+from minigpt5.config import ModelConfig, default_model_folder, storybook
 from minigpt5.decoder import DiffusionDecoder, encode
 from minigpt5.diffusion import SCHEDULERS
 from minigpt5.flow import page_seed, stream_story
 from minigpt5.generator import VokenGenerator
-from minigpt5.language import LanguageModel
 from minigpt5.model_folder import load_decoder_parts, load_generator_parts
 from minigpt5.prompt import encode as encode_prompt
 from minigpt5.prompt import request_segments
@@ -70,9 +73,18 @@ class Load:
     num_published: int = 2
     """Stories of the published loop that are timed; it takes them one after another."""
 
+    def sizes(self) -> list[tuple[int, list[int]]]:
+        """How many stories at once, by steps: all that there are at the first, the least and the most at the others."""
+        return [
+            (steps, list(self.concurrent) if steps == self.steps[0] else sorted({1, max(self.concurrent)}))
+            for steps in self.steps
+        ]
+
     def story(self, index: int, config: ModelConfig, *, steps: int) -> StoryRequest:
         """No two alike, so that no cache answers."""
-        sampling = dataclasses.replace(config.sampling, max_page_tokens=self.page_tokens)
+        sampling = dataclasses.replace(
+            config.sampling, min_page_tokens=self.page_tokens, max_page_tokens=self.page_tokens
+        )
         return StoryRequest(
             prompt=(f"A {WHO[index % len(WHO)]} who finds a {WHAT[index // len(WHO) % len(WHAT)]}",),
             pages=self.pages,
@@ -87,25 +99,10 @@ TINY = Load(
 )
 
 
-class FullPages(LanguageModel):
-    """Never opens a picture and never ends by itself: every page has as many tokens as it may have."""
-
-    def __init__(self, language: LanguageModel, closed: Sequence[int]) -> None:
-        super().__init__(language.body, language.head_TH, language.rows)
-        self.closed = list(closed)
-
-    def logits(self, states_BSH: Tensor) -> Tensor:
-        logits = super().logits(states_BSH)
-        logits[..., self.closed] = -torch.inf
-        return logits
-
-
 class Engines:
     """Both engines, and their parts for the ways without an engine."""
 
     def __init__(self, generator: VokenGenerator, decoder: DiffusionDecoder) -> None:
-        rows = generator.language.rows
-        generator.language = FullPages(generator.language, [rows.first, *generator.end_ids])
         self.generator, self.decoder, self.config = generator, decoder, generator.config
         self._num_asked = 0
 
@@ -250,6 +247,7 @@ def write_as_published(engines: Engines, request: StoryRequest) -> float:
         while len(written) < request.sampling.max_page_tokens:
             logits_T = language.logits(state_H).numpy()
             logits_T[language.rows.first :] = -np.inf
+            logits_T[list(engines.generator.end_ids)] = -np.inf
             choice = sample_token(
                 logits_T, request.sampling, seed=request.seed, page=page, position=len(written), seen=written
             )
@@ -348,85 +346,119 @@ def measure_limit(engines: Engines, request: StoryRequest, batch_sizes: Sequence
 # Over HTTP
 
 
-def load_over_http(url: str, load: Load, *, concurrent_stories: int, num: int) -> dict[str, object]:
-    """Post `num` stories, so many at a time: in a process of its own, so that a server's figures are a server's."""
+def tell_over_http(url: str, request: StoryRequest, began: float) -> Timing:
+    """Stream one story and note when what arrived."""
+    body = {
+        "prompt": request.prompt[0],
+        "pages": request.pages,
+        "seed": request.seed,
+        "steps": request.draw.steps,
+        "min_page_tokens": request.sampling.min_page_tokens,
+        "max_page_tokens": request.sampling.max_page_tokens,
+        "stream": True,
+    }
+    timing = Timing(start=time.perf_counter() - began)
+    arrivals = {"text": timing.texts, "image": timing.pictures, "page": timing.pages}
+    post = urllib.request.Request(f"{url}/v1/stories", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    name = ""
+    with urllib.request.urlopen(post, timeout=3600) as reply:
+        for line in map(bytes.decode, reply):
+            if line.startswith("event: "):
+                name = line.split()[1]
+                arrivals.get(name, []).append(time.perf_counter() - began)
+    assert name == "done", name
+    return timing
 
-    def post(index: int) -> float:
-        words = f"A {WHO[index % len(WHO)]} who finds a {WHAT[index % len(WHAT)]}"
-        body = {"prompt": words, "pages": load.pages, "seed": index, "steps": load.steps[0]}
-        body["max_page_tokens"] = load.page_tokens
-        request = urllib.request.Request(
-            f"{url}/v1/stories", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        began = time.perf_counter()
-        with urllib.request.urlopen(request, timeout=3600) as reply:
-            story = json.load(reply)
-        assert story["status"] == "done", story
-        return time.perf_counter() - began
 
+def load_over_http(url: str, load: Load, *, steps: int, num: int, first: int) -> dict[str, object]:
+    """Stream `num` stories at once: in a process of its own, so that a server's figures are a server's."""
+    config = storybook()
+    requests = [load.story(first + index, config, steps=steps) for index in range(num)]
     began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(concurrent_stories) as pool:
-        seconds = list(pool.map(post, range(num)))
-    return {"stories_per_s": num / (time.perf_counter() - began), "story_s": spread(seconds)}
+    with concurrent.futures.ThreadPoolExecutor(num) as pool:
+        timings = list(pool.map(lambda request: tell_over_http(url, request, began), requests))
+    return describe_load(time.perf_counter() - began, timings, load)
 
 
-def measure_http(url: str, load: Load, *, tiny: bool) -> dict[str, object]:
-    """The same load from a process of its own, by number of stories at once."""
-    figures: dict[str, object] = {}
-    for concurrent_stories in load.concurrent:
-        command = [sys.executable, "-m", "tests.bench.engines", "--load", url, str(concurrent_stories)]
-        finished = subprocess.run([*command, *(["--tiny"] if tiny else [])], stdout=subprocess.PIPE, check=True)
-        figures[str(concurrent_stories)] = json.loads(finished.stdout)
+def measure_http(url: str, load: Load, *, tiny: bool) -> dict[str, dict[str, Any]]:
+    """The same loads from a process of its own: by steps, then by number of stories at once."""
+    figures: dict[str, dict[str, Any]] = {}
+    first = 100_000  # no story that this server, or the engines of this process, have written
+    for steps, nums in load.sizes():
+        for num in nums:
+            command = [sys.executable, "-m", "tests.bench.engines", "--load", url, str(steps), str(num), str(first)]
+            finished = subprocess.run([*command, *(["--tiny"] if tiny else [])], stdout=subprocess.PIPE, check=True)
+            figures.setdefault(str(steps), {})[str(num)] = json.loads(finished.stdout)
+            first += num
     return figures
+
+
+@contextlib.contextmanager
+def running_server(model: Path, *, port: int = 8191) -> Iterator[tuple[str, Callable[[], float]]]:
+    """The URL of `python -m deployments`, and how much memory its processes have now, in GiB."""
+    with tempfile.TemporaryDirectory() as storage:
+        command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
+        server = subprocess.Popen([*command, "--storage", storage], stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            for line in server.stdout:
+                if line.startswith("ready"):
+                    break
+            else:
+                raise RuntimeError("the server did not start: see what it printed")
+
+            def memory_gib() -> float:
+                processes = psutil.Process(server.pid).children(recursive=True)
+                return sum(process.memory_full_info().pss for process in processes) / 2**30
+
+            yield f"http://127.0.0.1:{port}", memory_gib
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
 
 
 # The whole
 
 
-def measure(engines: Engines, load: Load) -> tuple[dict[str, float], dict[str, object]]:
-    """Ratios and figures."""
+def measure(engines: Engines, load: Load) -> dict[str, dict[str, Any]]:
+    """All ways of this process, by steps."""
     asyncio.run(write_at_once(engines, engines.new_stories(1, load, steps=1)))  # the first call is always the slowest
-    by_steps: dict[str, dict[str, object]] = {}
-    ratios_by_steps: dict[str, dict[str, float]] = {}
-    most = max(load.concurrent)
-    for steps in load.steps:
+    by_steps: dict[str, dict[str, Any]] = {}
+    for steps, nums in load.sizes():
         published_s = [
             write_as_published(engines, story) for story in engines.new_stories(load.num_published, load, steps=steps)
         ]
         limit = measure_limit(engines, load.story(0, engines.config, steps=steps), load.batch_sizes)
         bound_s = asyncio.run(measure_bound(engines, engines.new_stories(1, load, steps=steps)[0]))
-        ours, rates = {}, {}
-        for num in load.concurrent if steps == load.steps[0] else sorted({1, most}):
+        ours = {}
+        for num in nums:
             seconds, timings = asyncio.run(write_at_once(engines, engines.new_stories(num, load, steps=steps)))
             ours[str(num)] = describe_load(seconds, timings, load)
-            rates[num] = num / seconds
-        published_rate = len(published_s) / sum(published_s)
-        ratios_by_steps[str(steps)] = {
-            f"stories_{most}_vs_published": rates[most] / published_rate,
-            f"stories_{most}_vs_limit": rates[most] / float(str(limit["stories_per_s"])),
-            "latency_1_vs_published": published_rate / rates[1],
-            "overlap": 1 / rates[1] / bound_s,
-        }
-        published = {"stories_per_s": published_rate, "story_s": spread(published_s)}
+        published = {"stories_per_s": len(published_s) / sum(published_s), "story_s": spread(published_s)}
         by_steps[str(steps)] = {"ours": ours, "published": published, "limit": limit, "bound_s": bound_s}
-    figures: dict[str, object] = {
-        "load": dataclasses.asdict(load),
-        "by_steps": by_steps,
-        "ratios_by_steps": ratios_by_steps,
-        "close_choices": engines.generator.num_close_choices,
-        "prompt_tokens": engines.generator.num_prompt_tokens,
-        "reused_prompt_tokens": engines.generator.num_reused_tokens,
+    return by_steps
+
+
+def compare(ways: dict[str, Any], name: str) -> dict[str, float]:
+    """Ratios of `name`, "ours" or "http", to the published way and to the limit."""
+    most = max(map(int, ways[name]))
+    one, many = ways[name]["1"], ways[name][str(most)]
+    published, limit = ways["published"]["stories_per_s"], ways["limit"]["stories_per_s"]
+    return {
+        f"stories_{most}_vs_published": many["stories_per_s"] / published,
+        f"stories_{most}_vs_limit": many["stories_per_s"] / limit,
+        "latency_1_vs_published": published / one["stories_per_s"],
+        "overlap": 1 / one["stories_per_s"] / ways["bound_s"],
     }
-    return ratios_by_steps[str(load.steps[0])], figures
 
 
-def show(ratios: dict[str, float], figures: dict[str, object]) -> None:
+def show(figures: dict[str, Any], ratios: dict[str, float]) -> None:
     """One table on the terminal."""
-    by_steps: dict[str, dict[str, Any]] = figures["by_steps"]  # type: ignore[assignment]
     print(f"{'steps':>5}  {'way':<12} {'stories/s':>9}  {'story p50 s':>11}  {'first text s':>12}  {'picture s':>9}")
-    for steps, ways in by_steps.items():
+    for steps, ways in figures["by_steps"].items():
         rows = {"published": ways["published"], "limit": ways["limit"]}
-        rows |= {f"ours, {num}": row for num, row in ways["ours"].items()}
+        for name in ("ours", "http"):
+            rows |= {f"{name}, {num}": row for num, row in ways.get(name, {}).items()}
         for name, row in rows.items():
             story, text, picture = (
                 row.get(f"{what}_s", {}).get("p50", math.nan) for what in ("story", "first_text", "first_picture")
@@ -444,26 +476,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     parser.add_argument("--tiny", action="store_true", help="a check that the bench runs")
-    parser.add_argument("--url", help="of a running server of the same model folder")
+    parser.add_argument("--serve", action="store_true", help="also over HTTP, from a server that is started for it")
     parser.add_argument("--out", type=Path, default=Path("bench") / "engines.json")
-    parser.add_argument("--load", nargs=2, metavar=("URL", "N"), help="only post stories, N at once, and print figures")
+    parser.add_argument(
+        "--load",
+        nargs=4,
+        metavar=("URL", "STEPS", "NUM", "FIRST"),
+        help="only stream NUM stories at once, from number FIRST on, and print figures",
+    )
     options = parser.parse_args(arguments)
     load = TINY if options.tiny else Load()
     if options.load:
-        num = int(options.load[1])
-        print(json.dumps(load_over_http(options.load[0], load, concurrent_stories=num, num=max(num, 4))))
+        steps, num, first = map(int, options.load[1:])
+        print(json.dumps(load_over_http(options.load[0], load, steps=steps, num=num, first=first)))
         return
     if options.threads:
         torch.set_num_threads(options.threads)
     config, *parts = load_generator_parts(options.model)
     decoder = DiffusionDecoder(*load_decoder_parts(options.model))
     engines = Engines(VokenGenerator(config, *parts), decoder)
-    ratios, figures = measure(engines, load)
+    by_steps = measure(engines, load)
+    figures: dict[str, Any] = {
+        "load": dataclasses.asdict(load),
+        "by_steps": by_steps,
+        "close_choices": engines.generator.num_close_choices,
+        "prompt_tokens": engines.generator.num_prompt_tokens,
+        "reused_prompt_tokens": engines.generator.num_reused_tokens,
+    }
     wide = dataclasses.replace(config, context_tokens=LONG_CONTEXT)
     figures["long_prompt"] = asyncio.run(measure_token_gaps(Engines(VokenGenerator(wide, *parts), decoder), load))
-    if options.url:
-        figures["http"] = measure_http(options.url, load, tiny=options.tiny)
-    show(ratios, figures)
+    if options.serve:
+        with running_server(options.model) as (url, memory_gib):
+            for steps, row in measure_http(url, load, tiny=options.tiny).items():
+                by_steps[steps]["http"] = row
+            figures["server_memory_gib"] = memory_gib()
+    way = "http" if options.serve else "ours"
+    figures["ratios_by_steps"] = {
+        steps: {name: compare(ways, name) for name in ("ours", "http") if name in ways}
+        for steps, ways in by_steps.items()
+    }
+    ratios = compare(by_steps[str(load.steps[0])], way)
+    show(figures, ratios)
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m tests.bench.engines", *given])
     report = {"ratios": ratios, "figures": figures, "machine": machine(), "command": command}
