@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,11 +17,20 @@ from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_respons
 from deployments.front import ClientOf, Front, FrontOf, build_front
 from deployments.openai_api import images
 from deployments.registry import RunningStory
-from deployments.schemas import CreateStory, StoryReply, shown, story_reply, to_story_request
-from minigpt5.errors import FingerprintMismatch
+from deployments.schemas import (
+    CreatePicture,
+    CreateStory,
+    StoryReply,
+    shown,
+    story_reply,
+    to_draw_request,
+    to_story_request,
+)
+from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.model_folder import load_config
 from minigpt5.store import StoryStore
-from minigpt5.types import MAX_PAGES
+from minigpt5.types import MAX_PAGES, Picture, StoryRequest
+from minigpt5.voken_file import pack
 
 KEEP_ALIVE_S = 15.0
 STUDIO = Path(__file__).parent / "studio" / "index.html"
@@ -69,6 +79,38 @@ async def get_story(story_id: str, front: FrontOf) -> StoryReply:
 async def get_picture(story_id: str, page: int, front: FrontOf) -> Response:
     png = await asyncio.to_thread(front.store.load_picture, story_id, page)
     return Response(png, media_type="image/png")
+
+
+@stories.get("/v1/stories/{story_id}/pages/{page:int}/vokens")
+async def get_vokens(story_id: str, page: int, front: FrontOf) -> Response:
+    """What a page's picture was drawn from, as safetensors: it can be drawn again with other settings."""
+    vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+    return Response(pack(vokens), media_type="application/octet-stream")
+
+
+@stories.post("/v1/pictures")
+async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> Response:
+    """Vokens -> a PNG. A client that goes away stops the work."""
+    request = to_draw_request(body, front.config, client=client)
+    if request.vokens.fingerprint != front.config.fingerprint:
+        message = "vokens are of another model than the one that is served: only its own decoder may draw them"
+        raise InvalidRequest("vokens", message)
+    # What admission is told of: one picture, and no text.
+    story = StoryRequest(prompt=("",), pages=1, mode="caption", draw=request.settings, key=client)
+    with front.admission.enter(story) as place:
+        async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Picture):
+                    return Response(event.png, media_type="image/png", headers={"X-Seed": str(event.seed)})
+                place.see(event)
+    raise AssertionError("the decoder ended without a picture")
+
+
+@stories.post("/v1/stories/{story_id}/cancel", response_model=StoryReply, response_model_exclude_none=True)
+async def cancel_story(story_id: str, front: FrontOf) -> StoryReply:
+    """Stop a story's work; what was finished stays. A story that has ended stays as it is."""
+    await front.registry.cancel(story_id)
+    return story_reply(await asyncio.to_thread(front.store.load, story_id))
 
 
 @stories.get("/v1/models")

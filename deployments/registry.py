@@ -65,7 +65,7 @@ class Registry:
 
     def __init__(self, engines: Engines, store: StoryStore, admission: Admission, *, model: str) -> None:
         self._engines, self._store, self._admission, self._model = engines, store, admission, model
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._times = StoryTimes()
 
     async def start(self, request: StoryRequest) -> RunningStory:
@@ -80,9 +80,15 @@ class Registry:
             raise
         # In a context of its own: Serve cancels what a request's context has started when its client is gone.
         task = asyncio.create_task(self._run(story, place), context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[story.id] = task
+        task.add_done_callback(lambda task: self._tasks.pop(story.id, None))
         return story
+
+    async def cancel(self, story_id: str) -> None:
+        """Stop a story at the next token and the next denoising step; returns when that is stored."""
+        if task := self._tasks.get(story_id):
+            task.cancel()
+            await asyncio.wait({task})
 
     async def _run(self, story: RunningStory, place: Place) -> None:
         builder, clock = story.builder, self._times.start()
@@ -90,13 +96,18 @@ class Registry:
             # Calls of one story go to the replica that has its earlier pages.
             request = dataclasses.replace(builder.request, session=story.id)
             events = stream_story(request, self._keeping_vokens(story.id), self._engines.decode, story_id=story.id)
-            async for event in join_text(events):
-                builder.add(event)
-                place.see(event)
-                clock.see(event)
-                await asyncio.to_thread(self._keep, builder, story.id, event)
-                story.publish(to_stream_event(event, builder))
+            async with contextlib.aclosing(join_text(events)) as joined:  # type: ignore[type-var]
+                async for event in joined:
+                    builder.add(event)
+                    place.see(event)
+                    clock.see(event)
+                    await asyncio.to_thread(self._keep, builder, story.id, event)
+                    story.publish(to_stream_event(event, builder))
             state = builder.state("done")
+            await asyncio.to_thread(self._store.save, state)
+            story.publish(done_event(state), final=state)
+        except asyncio.CancelledError:
+            state = builder.state("cancelled")
             await asyncio.to_thread(self._store.save, state)
             story.publish(done_event(state), final=state)
         except Exception as failure:  # whatever it was, its readers must hear of it

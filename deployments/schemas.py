@@ -18,10 +18,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
 from minigpt5.story import PageState, StoryState
-from minigpt5.types import MAX_PAGES, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
+from minigpt5.types import MAX_PAGES, DrawRequest, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
+from minigpt5.voken_file import unpack
 
 MAX_PROMPT_CHARACTERS = 16_000
 MAX_PROMPT_PARTS = 32
+MAX_VOKENS_CHARACTERS = 2**20
+"""Eight vokens of a width of 4096 take 171 KiB."""
 MAX_IMAGE_PIXELS = 4096 * 4096
 MAX_SEED = 2**53 - 1  # exact in every JSON reader
 IMAGE_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
@@ -110,6 +113,17 @@ class CreateStory(Body):
         return value
 
 
+class CreatePicture(Body):
+    """POST /v1/pictures: vokens that were fetched, drawn again."""
+
+    vokens: Annotated[str, Field(min_length=1, max_length=MAX_VOKENS_CHARACTERS)]
+    """A safetensors file in base64."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    steps: Annotated[int, Field(ge=1, le=100)] | None = None
+    guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
+    scheduler: Literal["ddim", "pndm", "dpm-solver++"] | None = None
+
+
 def check_prompt_text(texts: Sequence[str], *, has_image: bool = False) -> None:
     """Raises ValueError."""
     length = sum(map(len, texts))
@@ -136,7 +150,21 @@ def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = ""
     )
 
 
-def _sent(body: CreateStory, settings: type[Sampling] | type[DrawSettings]) -> dict[str, Any]:
+def to_draw_request(body: CreatePicture, config: ModelConfig, *, client: str) -> DrawRequest:
+    """Raises InvalidRequest."""
+    try:
+        data = base64.b64decode(body.vokens, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest("vokens", f"vokens is {shown(body.vokens)}, whose base64 is broken: {error}") from error
+    return DrawRequest(
+        vokens=unpack(data, page=1),
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        settings=dataclasses.replace(config.draw, **_sent(body, DrawSettings)),
+        key=client,
+    )
+
+
+def _sent(body: CreateStory | CreatePicture, settings: type[Sampling] | type[DrawSettings]) -> dict[str, Any]:
     """The fields of `settings` that the body sets."""
     values = {field.name: getattr(body, field.name, None) for field in dataclasses.fields(settings)}
     return {name: value for name, value in values.items() if value is not None}

@@ -23,11 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from minigpt5.config import default_model_folder
 from minigpt5.decoder import DiffusionDecoder
+from minigpt5.denoising import Denoising
 from minigpt5.flow import stream_story
 from minigpt5.generator import VokenGenerator
+from minigpt5.model_folder import load_decoder_parts
 from minigpt5.types import DrawRequest, DrawSettings, Picture, StoryRequest, TextDelta, Vokens
 from tests.bench.engines import WHAT, WHO, spread
 from tests.bench.quality import machine
@@ -96,6 +99,18 @@ async def compare_texts(generator: VokenGenerator, num: int, rng: random.Random)
     }
 
 
+class Recording(DiffusionDecoder):
+    """Keeps the latents of what it draws, by seed."""
+
+    latents: dict[int, Tensor]
+
+    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Picture]:
+        self.latents = getattr(self, "latents", {})
+        for request, picture in zip(requests, pictures, strict=True):
+            self.latents[request.seed] = picture.latents_1CYX
+        return super()._finish(requests, pictures)
+
+
 async def draw(decoder: DiffusionDecoder, request: DrawRequest) -> np.ndarray:
     async for event in decoder.decode(request):
         if isinstance(event, Picture):
@@ -104,7 +119,7 @@ async def draw(decoder: DiffusionDecoder, request: DrawRequest) -> np.ndarray:
 
 
 async def compare_pictures(
-    decoder: DiffusionDecoder, again: DiffusionDecoder, vokens: Sequence[Vokens], num: int, rng: random.Random
+    decoder: Recording, again: Recording, vokens: Sequence[Vokens], num: int, rng: random.Random
 ) -> dict[str, object]:
     """`again` is a decoder of the same weights that has drawn nothing yet, so that no cache answers."""
     requests = [
@@ -122,7 +137,14 @@ async def compare_pictures(
     alone = [await draw(decoder, request) for request in requests]
     together = await join_at_random([draw(again, request) for request in requests], rng, pause_s=0.05)
     levels = [int(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True)]
-    return {"pictures": num, "bit_equal": levels.count(0), "largest_difference_levels": max(levels)}
+    apart = [float((decoder.latents[seed] - again.latents[seed]).abs().max()) for seed in range(num)]
+    return {
+        "pictures": num,
+        "bit_equal_latents": apart.count(0.0),
+        "bit_equal": levels.count(0),
+        "largest_latent_difference": max(apart),
+        "largest_difference_levels": max(levels),
+    }
 
 
 async def cancel_at_random(
@@ -201,7 +223,7 @@ async def measure_fairness(generator: VokenGenerator, decoder: DiffusionDecoder)
 async def measure(folder: Path, num: int) -> tuple[dict[str, float], dict[str, object]]:
     rng = random.Random(5)
     generator = VokenGenerator.from_pretrained(folder)
-    decoder, again = DiffusionDecoder.from_pretrained(folder), DiffusionDecoder.from_pretrained(folder)
+    decoder, again = (Recording(*load_decoder_parts(folder)) for _ in range(2))
     texts = await compare_texts(generator, num, rng)
     vokens = [
         event async for event in generator.generate(some_stories(1, generator, rng)[0]) if isinstance(event, Vokens)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,12 +23,14 @@ from deployments.schemas import CreateStory, to_story_request
 from minigpt5.config import storybook
 from minigpt5.flow import page_seed
 from minigpt5.store import StoryStore
-from minigpt5.types import DrawSettings, SlotOpened, StoryEvent, TextDelta
+from minigpt5.types import DrawSettings, SlotOpened, StoryEvent, TextDelta, Vokens
+from minigpt5.voken_file import pack, unpack
 from tests.fakes import FINGERPRINT, FakeDecoder, FakeGenerator, LocalEngines, make_png
 
 CONFIG = dataclasses.replace(
     storybook(), image_px=16, fingerprint=FINGERPRINT, draw=DrawSettings(steps=3, guidance_scale=2.5)
 )
+VOKENS = Vokens(page=1, hidden_VH=np.zeros((8, 4), np.float32), fingerprint=FINGERPRINT)
 Use = Callable[[httpx.AsyncClient], Awaitable[None]]
 
 
@@ -567,6 +570,109 @@ def test_a_lost_connection_stops_the_pictures(tmp_path: Path) -> None:
         assert served.front.admission.num_running == 0
 
     served.run(use)
+
+
+# Vokens out and in
+
+
+def test_vokens_come_out_and_are_drawn_again_with_other_settings(served: Served) -> None:
+    story = served.post({"prompt": "A fox", "pages": 2, "seed": 7}).json()
+    reply = served.request("GET", f"/v1/stories/{story['id']}/pages/2/vokens")
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "application/octet-stream")
+    vokens = unpack(reply.content, page=2)
+    assert vokens.fingerprint == FINGERPRINT
+    body = {"vokens": base64.b64encode(reply.content).decode(), "seed": 5, "steps": 2, "guidance_scale": 1}
+    again = served.post(body, "/v1/pictures")
+    assert (again.status_code, again.headers["content-type"], again.headers["x-seed"]) == (200, "image/png", "5")
+    assert again.content == make_png((5, 0, 1))
+    asked = served.decoder.requests[-1]
+    assert asked.settings == DrawSettings(steps=2, guidance_scale=1.0)
+    assert (asked.vokens.hidden_VH == vokens.hidden_VH).all()
+    assert_error(served.request("GET", f"/v1/stories/{story['id']}/pages/3/vokens"), 404)
+    assert served.front.admission.num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("vokens", "says"),
+    [
+        ("", "at least 1"),
+        ("not base64!", "base64 is broken"),
+        (base64.b64encode(b"no safetensors at all").decode(), "must be a safetensors file"),
+        (base64.b64encode(pack(dataclasses.replace(VOKENS, fingerprint="cd" * 32))).decode(), "of another model"),
+        (base64.b64encode(pack(dataclasses.replace(VOKENS, hidden_VH=np.zeros(3, np.float32)))).decode(), "(3,)"),
+        (base64.b64encode(pack(dataclasses.replace(VOKENS, hidden_VH=np.zeros((8, 4))))).decode(), "float64"),
+        ("A" * (2**20 + 1), "at most 1048576"),
+    ],
+)
+def test_vokens_that_are_none_are_refused(served: Served, vokens: str, says: str) -> None:
+    assert_error(served.post({"vokens": vokens}, "/v1/pictures"), 422, param="vokens", says=(says,))
+    assert not served.decoder.requests
+
+
+# Cancel
+
+
+def test_a_cancelled_story_keeps_what_was_finished_and_its_reader_hears_of_it(tmp_path: Path) -> None:
+    served = Served(tmp_path, generator=FakeGenerator(delay_s=0.05))
+
+    async def use(client: httpx.AsyncClient) -> None:
+        streaming = asyncio.create_task(client.post("/v1/stories", json={"prompt": "A fox", "stream": True}))
+        while not (stored := list((tmp_path / "stories").glob("story_*/pages/1/picture.png"))):
+            await asyncio.sleep(0.01)
+        path = f"/v1/stories/{stored[0].parts[-4]}"
+        reply = await client.post(f"{path}/cancel")
+        assert (reply.status_code, reply.json()["status"]) == (200, "cancelled")
+        assert "image" in reply.json()["pages"][0]
+        assert served.generator.num_closed == 1
+        events = read_events((await streaming).text)
+        assert events[-1][1] == "done"
+        assert events[-1][2]["status"] == "cancelled"
+        assert served.front.admission.num_running == 0
+        assert (await client.post(f"{path}/cancel")).json() == (await client.get(path)).json()
+        assert_error(await client.post("/v1/stories/story_none/cancel"), 404)
+
+    served.run(use)
+
+
+def test_cancel_passes_when_the_server_is_full(tmp_path: Path) -> None:
+    served = Served(tmp_path, max_running=1)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        served.generator.gate.clear()
+        waiting = asyncio.create_task(client.post("/v1/stories", json={"prompt": "A fox"}))
+        while not served.generator.requests:
+            await asyncio.sleep(0.01)
+        assert_error(await client.post("/v1/stories", json={"prompt": "A fox"}), 503)
+        [folder] = (tmp_path / "stories").glob("story_*")
+        assert (await client.post(f"/v1/stories/{folder.name}/cancel")).json()["status"] == "cancelled"
+        assert (await waiting).json()["status"] == "cancelled"
+        served.generator.gate.set()
+        assert (await client.post("/v1/stories", json={"prompt": "A fox"})).status_code == 201
+
+    served.run(use)
+
+
+def test_a_progress_shows_the_picture_where_previews_are_asked_for(served: Served) -> None:
+    body = {"prompt": "A fox", "pages": 1, "stream": True}
+    for previews in (False, True):
+        events = read_events(served.post({**body, "previews": previews}).text)
+        shown = [data.get("preview") for _, name, data in events if name == "progress"]
+        assert shown == [base64.b64encode(b"jpeg").decode() if previews else None] * 3
+
+
+def test_a_client_is_known_by_its_key_and_else_by_its_address(served: Served) -> None:
+    for headers in (
+        {},
+        {"Authorization": "Bearer one"},
+        {"Authorization": "Bearer two"},
+        {"Authorization": "Bearer one"},
+    ):
+        served.request("POST", "/v1/stories", json={"prompt": "A fox", "pages": 1}, headers=headers)
+    nobody, one, two, again = (request.key for request in served.generator.requests)
+    assert len({nobody, one, two}) == 3
+    assert one == again
+    assert {request.key for request in served.decoder.requests} == {nobody, one, two}
+    assert "one" not in one
 
 
 # The rest
