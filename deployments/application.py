@@ -1,6 +1,7 @@
 """The builder: arguments -> Serve application. Every `.bind()` of the project is here."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
@@ -40,11 +41,16 @@ class AppArgs(BaseModel):
     generator_max_replicas: int = Field(default=2, ge=1)
     generator_num_cpus: float = Field(default=0.4, gt=0)
     """What a replica reserves, not what it uses."""
+    generator_num_gpus: float = Field(default=0, ge=0)
+    """Of a replica, which then runs there."""
     generator_num_threads: int = Field(default=1, ge=1)
     """torch threads of a replica."""
     decoder_min_replicas: int = Field(default=1, ge=0)
     decoder_max_replicas: int = Field(default=2, ge=1)
     decoder_num_cpus: float = Field(default=0.4, gt=0)
+    decoder_num_gpus: float = Field(default=0, ge=0)
+    decoder_precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the UNet: bfloat16 is faster, and a picture then depends a little on what is drawn beside it."""
     decoder_num_threads: int = Field(default=2, ge=1)
     log_level: str = "INFO"
 
@@ -73,7 +79,7 @@ def app(args: AppArgs) -> Application:
             "max_replicas": args.generator_max_replicas,
             "target_ongoing_requests": 8,
         },
-        ray_actor_options={"num_cpus": args.generator_num_cpus},
+        ray_actor_options={"num_cpus": args.generator_num_cpus, "num_gpus": args.generator_num_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
     ).bind(model, args.generator_num_threads)
@@ -86,10 +92,10 @@ def app(args: AppArgs) -> Application:
             "max_replicas": args.decoder_max_replicas,
             "target_ongoing_requests": 16,
         },
-        ray_actor_options={"num_cpus": args.decoder_num_cpus},
+        ray_actor_options={"num_cpus": args.decoder_num_cpus, "num_gpus": args.decoder_num_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.decoder_num_threads)
+    ).bind(model, args.decoder_num_threads, args.decoder_precision)
     return serve.deployment(
         Ingress,
         name="Ingress",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Literal
 
 from deployments.metrics import watch
 from minigpt5.types import DecoderEvent, DrawRequest
@@ -12,10 +13,10 @@ from minigpt5.types import DecoderEvent, DrawRequest
 class DiffusionDecoder:
     """Draws vokens."""
 
-    def __init__(self, model: str, num_threads: int) -> None:
+    def __init__(self, model: str, num_threads: int, precision: Literal["float32", "bfloat16"]) -> None:
         from minigpt5.decoder import DiffusionDecoder as Engine
 
-        self.engine = Engine.from_pretrained(model, num_threads=num_threads)
+        self.engine = Engine.from_pretrained(model, num_threads=num_threads, precision=precision)
         watch("decoder", self.engine, {"minigpt5_pictures_reused": lambda: self.engine.num_cache_hits})
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minigpt5.bounded_cache import BoundedCache
 from minigpt5.config import ModelConfig
-from minigpt5.denoising import Denoising, advance
+from minigpt5.denoising import Denoising, Precision, advance
 from minigpt5.diffusion import SCHEDULERS, Diffusion
 from minigpt5.engine_loop import EngineLoop, Job
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
@@ -51,13 +51,20 @@ class DiffusionDecoder:
     """The engine that draws: the mapper, the UNet and the VAE behind one thread."""
 
     def __init__(
-        self, config: ModelConfig, mapper: Mapper, diffusion: Diffusion, *, max_batch: int = 8, max_jobs: int = 512
+        self,
+        config: ModelConfig,
+        mapper: Mapper,
+        diffusion: Diffusion,
+        *,
+        precision: Precision = "float32",
+        max_batch: int = 8,
+        max_jobs: int = 512,
     ) -> None:
         """At most `max_batch` guided pictures share a step; others wait, and beyond `max_jobs` they are refused."""
         self.config = config
         self.fingerprint = config.fingerprint
         self.mapper, self.diffusion = mapper.eval(), diffusion.eval()
-        self.max_batch = max_batch
+        self.precision, self.max_batch = precision, max_batch
         with torch.no_grad():
             self._null_1QD = mapper.null_condition()
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
@@ -67,13 +74,23 @@ class DiffusionDecoder:
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, num_threads: int | None = None) -> DiffusionDecoder:
-        """Load from a model folder. `num_threads`: torch threads of this process."""
-        from minigpt5.model_folder import load_decoder_parts
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        num_threads: int | None = None,
+        device: str | None = None,
+        precision: Precision = "float32",
+    ) -> DiffusionDecoder:
+        """Load from a model folder. `num_threads`: torch threads of this process. `device`: the GPU that this process
+        sees where there is one, else the CPU."""
+        from minigpt5.model_folder import default_device, load_decoder_parts
 
         if num_threads:
             torch.set_num_threads(num_threads)
-        return cls(*load_decoder_parts(folder))
+        config, mapper, diffusion = load_decoder_parts(folder)
+        device = device or default_device()
+        return cls(config, mapper.to(device), diffusion.to(device), precision=precision)
 
     @property
     def num_running(self) -> int:
@@ -131,7 +148,7 @@ class DiffusionDecoder:
         """Draw pictures in one batch, in this thread."""
         pictures = self._begin(requests)
         while running := [picture for picture in pictures if picture.num_calls_left]:
-            advance(self.diffusion, running, self._null_1QD)
+            advance(self.diffusion, running, self._null_1QD, precision=self.precision)
         return self._finish(requests, pictures)
 
     def _choose(self, jobs: list[_Job]) -> list[_Job]:
@@ -144,7 +161,7 @@ class DiffusionDecoder:
         for job, denoising in zip(new, self._begin([job.request for job in new]), strict=True):
             job.denoising, job.is_started = denoising, True
         running = [(job, job.denoising) for job in jobs if job.denoising is not None]
-        advance(self.diffusion, [denoising for _, denoising in running], self._null_1QD)
+        advance(self.diffusion, [denoising for _, denoising in running], self._null_1QD, precision=self.precision)
         for job, denoising in running:
             job.cost = denoising.num_calls_left * job.num_samples
             self._tell(job, denoising)
@@ -159,6 +176,7 @@ class DiffusionDecoder:
         if not requests:
             return []
         states_BVH = torch.stack([torch.from_numpy(request.vokens.hidden_VH).float() for request in requests])
+        states_BVH = states_BVH.to(self._null_1QD.device)
         return [
             Denoising(
                 self.diffusion,
@@ -208,7 +226,7 @@ def is_shown(step: int, steps: int) -> bool:
 def encode(pixels_BCYX: Tensor, file_format: str, *, side_px: int | None = None) -> list[bytes]:
     """Pictures in [-1, 1] -> files, made smaller where `side_px` is given."""
     files = []
-    for picture_YXC in ((pixels_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy():
+    for picture_YXC in ((pixels_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy():
         picture, file = Image.fromarray(picture_YXC), io.BytesIO()
         if side_px:
             picture.thumbnail((side_px, side_px))

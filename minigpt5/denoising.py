@@ -8,7 +8,9 @@ Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q con
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch import Tensor
 from minigpt5.diffusion import SCHEDULERS, Diffusion
 from minigpt5.types import DrawSettings
 
+Precision = Literal["float32", "bfloat16"]
+"""Of the UNet. In bfloat16 a picture depends a little on its company (bench/company.json has how much)."""
 SCHEDULER_OPTIONS = {"pndm": {"skip_prk_steps": True}}
 """What a noise schedule that was made for another sampler does not say; Stable Diffusion's own folder has it so."""
 
@@ -90,17 +94,22 @@ class Denoising:
 
 
 @torch.no_grad()
-def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:
-    """One UNet call for all pictures, whichever step each is at."""
+def advance(
+    diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor, *, precision: Precision = "float32"
+) -> None:
+    """One UNet call for all pictures, whichever step each is at; everything around it is float32."""
     guided = [picture for picture in pictures if picture.is_guided]
     calls = [*guided, *pictures]
     conditions = [*[null_1QD[0]] * len(guided), *(picture.condition_QD for picture in pictures)]
-    predicted_BCYX = diffusion.unet(
-        torch.cat([picture.latents_in() for picture in calls]),
-        torch.stack([picture.timestep for picture in calls]),
-        encoder_hidden_states=torch.stack(conditions),
-    ).sample
-    predicted = predicted_BCYX.split(1)
+    device = null_1QD.device
+    is_rough = precision == "bfloat16"
+    with torch.autocast(device.type, dtype=torch.bfloat16) if is_rough else contextlib.nullcontext():
+        predicted_BCYX = diffusion.unet(
+            torch.cat([picture.latents_in() for picture in calls]),
+            torch.stack([picture.timestep for picture in calls]).to(device),
+            encoder_hidden_states=torch.stack(conditions),
+        ).sample
+    predicted = predicted_BCYX.float().split(1)
     unconditional = dict(zip(map(id, guided), predicted, strict=False))
     for picture, conditional in zip(pictures, predicted[len(guided) :], strict=True):
         picture.take(conditional, unconditional.get(id(picture)))

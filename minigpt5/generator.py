@@ -100,13 +100,18 @@ class VokenGenerator:
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, num_threads: int | None = None) -> VokenGenerator:
-        """Load from a model folder. `num_threads`: torch threads of this process."""
-        from minigpt5.model_folder import load_generator_parts
+    def from_pretrained(
+        cls, folder: str | Path, *, num_threads: int | None = None, device: str | None = None
+    ) -> VokenGenerator:
+        """Load from a model folder. `num_threads`: torch threads of this process. `device`: the GPU that this process
+        sees where there is one, else the CPU."""
+        from minigpt5.model_folder import default_device, load_generator_parts
 
         if num_threads:
             torch.set_num_threads(num_threads)
-        return cls(*load_generator_parts(folder))
+        config, tokenizer, language, vision = load_generator_parts(folder)
+        device = device or default_device()
+        return cls(config, tokenizer, language.to(device), vision.to(device))
 
     @property
     def num_running(self) -> int:
@@ -275,7 +280,7 @@ class VokenGenerator:
                         self._begin(job, asked)
             if not asking:
                 return
-            logits = self.language.logits(torch.stack([state_H for _, state_H in asking])).float().numpy()
+            logits = self.language.logits(torch.stack([state_H for _, state_H in asking])).float().cpu().numpy()
             answers = list(zip((job for job, _ in asking), logits, strict=True))
 
     def _begin(self, job: _Job, read: Read) -> None:

@@ -74,12 +74,20 @@ class RowCache(Cache):
     """
 
     def __init__(
-        self, *, num_layers: int, num_heads: int, head_width: int, num_rows: int, num_positions: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_width: int,
+        num_rows: int,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(layers=[])
         shape = (num_layers, num_rows, num_heads, num_positions, head_width)
         self.num_rows, self.num_positions = num_rows, num_positions
-        self.keys_LRGSD, self.values_LRGSD = reserve(shape, dtype), reserve(shape, dtype)
+        self.keys_LRGSD, self.values_LRGSD = (reserve(shape, dtype, torch.device(device)) for _ in range(2))
         self.lengths = [0] * num_rows
         self._pass: Pass | None = None
 
@@ -102,6 +110,7 @@ class RowCache(Cache):
             num_rows=num_rows,
             num_positions=num_positions,
             dtype=next(body.parameters()).dtype,
+            device=next(body.parameters()).device,
         )
 
     def forward(self, body: nn.Module, embeds_TH: Tensor, counts: Sequence[tuple[int, int]]) -> Tensor:
@@ -113,7 +122,7 @@ class RowCache(Cache):
         try:
             states_1TH = body(
                 inputs_embeds=embeds_TH[None],
-                position_ids=self._pass.positions_1T,
+                position_ids=self._pass.positions_1T.to(embeds_TH.device),
                 past_key_values=self,
                 use_cache=True,
                 rows=self._pass,
@@ -176,8 +185,10 @@ class RowCache(Cache):
         return query_length, 0
 
 
-def reserve(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take memory page by page as they are written to (what is masked must be finite, so zeros)."""
+def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros (what is masked must be finite), which on the CPU take memory page by page as they are written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: else the first token of a row takes its memory to the last position
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -218,7 +229,7 @@ def attend(
     out_TAD = query.new_empty(num_tokens, num_heads, width)
     for span in rows.spans:
         where = (slice(span.row, span.row + 1), slice(None), slice(span.length))
-        mask = None if span.mask_TS is None else span.mask_TS[None, None]
+        mask = None if span.mask_TS is None else span.mask_TS[None, None].to(query.device)
         states = query[:, :, span.start : span.end]
         out_TAD[span.start : span.end] = sdpa_attention_forward(
             module, states, key[where], value[where], mask, **options
@@ -228,7 +239,7 @@ def attend(
         query_RA1D = query.new_zeros(len(part.mask_R11S), num_heads, 1, width)
         query_RA1D[part.rows, :, 0] = query[0, :, part.tokens].transpose(0, 1)
         where = (slice(part.first, part.last + 1), slice(None), slice(part.length))
-        mask = part.mask_R11S.to(query.dtype)
+        mask = part.mask_R11S.to(query)
         out_R1AD = sdpa_attention_forward(module, query_RA1D, key[where], value[where], mask, **options)[0]
         out_TAD[part.tokens] = out_R1AD[part.rows, 0]
     return out_TAD[None], None

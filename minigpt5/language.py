@@ -84,11 +84,12 @@ class LanguageModel(nn.Module):
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
         """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""
+        ids_BS = ids_BS.to(self.embedding.device)
         embeds_BSH = self.rows.embed(ids_BS, self.embedding)
         if image_NQH is None:
             return embeds_BSH
         is_slot_BS = ids_BS == self.rows.placeholder
-        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH.dtype))
+        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
 
     def states(
         self,

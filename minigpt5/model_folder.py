@@ -73,6 +73,13 @@ def check_folder(folder: str | Path) -> ModelConfig:
     return config
 
 
+def default_device() -> str:
+    """The GPU that this process sees, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_generator_parts(
     folder: str | Path,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:

@@ -168,14 +168,17 @@ class Vision(nn.Module):
     def forward(self, pixels_NYXC: np.ndarray) -> Tensor:
         """uint8 pictures of any one size -> (N, Q, H)."""
         pixels_NCYX = torch.as_tensor(pixels_NYXC).permute(0, 3, 1, 2).float()
-        return self.qformer(self.encoder(self.encoder.prepare(pixels_NCYX)))
+        return self._embed(self.encoder.prepare(pixels_NCYX))
 
     @torch.no_grad()
     def read(self, pictures: Sequence[bytes]) -> Tensor:
         """Encoded pictures (PNG, JPEG), each of any size -> (N, Q, H)."""
         pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
         prepared = [self.encoder.prepare(torch.tensor(one).permute(2, 0, 1)[None].float()) for one in pixels]
-        return self.qformer(self.encoder(torch.cat(prepared)))
+        return self._embed(torch.cat(prepared))
+
+    def _embed(self, prepared_NCYX: Tensor) -> Tensor:
+        return self.qformer(self.encoder(prepared_NCYX.to(self.qformer.queries.device)))
 
 
 def _resize(pixels_NCYX: Tensor, size: tuple[int, int]) -> Tensor:

@@ -187,7 +187,7 @@ class Writer:
 
     def _put_vokens(self, page: int, hidden_VH: Tensor) -> None:
         self._num_written += self._rows.num_vokens
-        self._put(Vokens(page=page, hidden_VH=hidden_VH.float().numpy(), fingerprint=self._fingerprint))
+        self._put(Vokens(page=page, hidden_VH=hidden_VH.float().cpu().numpy(), fingerprint=self._fingerprint))
 
     def _show(self, page: int, text: str) -> None:
         if text:

@@ -63,6 +63,15 @@ def test_a_picture_does_not_depend_on_its_company(decoder: DiffusionDecoder) -> 
     assert np.abs(pixels(alone) - pixels(decoder.draw([dataclasses.replace(company[1], seed=1)])[0])).max() > 1
 
 
+def test_in_bfloat16_the_picture_is_nearly_the_same(decoder: DiffusionDecoder) -> None:
+    request = DrawRequest(vokens=vokens(2), seed=9, settings=FAST)
+    config = tiny_config()
+    rough = DiffusionDecoder(config, tiny_mapper(config), tiny_diffusion(config), precision="bfloat16")
+    apart = np.abs(pixels(decoder.draw([request])[0]) - pixels(rough.draw([request])[0]))
+    assert apart.max() > 0
+    assert apart.mean() < 3
+
+
 def test_concurrent_requests_stream_their_own_progress_and_picture(decoder: DiffusionDecoder) -> None:
     requests = [DrawRequest(vokens=vokens(page), seed=page, settings=FAST) for page in (1, 2, 3)]
     for page, events in enumerate(run(decoder, requests), start=1):

@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minigpt5.config import default_model_folder
 from minigpt5.decoder import DiffusionDecoder
-from minigpt5.denoising import Denoising
+from minigpt5.denoising import Denoising, Precision
 from minigpt5.flow import stream_story
 from minigpt5.generator import VokenGenerator
 from minigpt5.model_folder import load_decoder_parts
@@ -148,7 +148,7 @@ async def compare_pictures(
 
 
 async def cancel_at_random(
-    generator: VokenGenerator, decoder: DiffusionDecoder, num: int, rng: random.Random
+    generator: VokenGenerator, decoder: DiffusionDecoder, vokens: Vokens, num: int, rng: random.Random
 ) -> dict[str, object]:
     """Stories that are left at random moments: in the text, or while pictures are drawn."""
 
@@ -171,7 +171,7 @@ async def cancel_at_random(
         "seconds_until_nothing_is_in_flight": time.perf_counter() - began,
         "in_flight_after": generator.num_running + generator.num_waiting + decoder.num_running + decoder.num_waiting,
         "queued_cost_after": generator.queued_cost + decoder.queued_cost,
-        "seconds_of_a_step": await measure_cancel(generator),
+        "leaving_over_a_step": await measure_cancel(generator, decoder, vokens),
     }
 
 
@@ -179,22 +179,32 @@ def engines_are_busy(*engines: VokenGenerator | DiffusionDecoder) -> bool:
     return any(engine.num_running + engine.num_waiting for engine in engines)
 
 
-async def measure_cancel(generator: VokenGenerator) -> dict[str, float]:
+async def measure_cancel(generator: VokenGenerator, decoder: DiffusionDecoder, vokens: Vokens) -> dict[str, object]:
     """How long a lone request is still inside after it is cancelled, over the time of one of its steps."""
-    ratios = []
-    for seed in range(10):
-        times: list[float] = []
-        events: AsyncIterator[object] = generator.generate(StoryRequest(prompt=("A fox",), pages=4, seed=seed))
-        async for _ in events:
-            times.append(time.perf_counter())
-            if len(times) == 8:
-                break
-        began = time.perf_counter()
-        await events.aclose()  # type: ignore[attr-defined]
-        while generator.num_running:
-            await asyncio.sleep(0.0005)
-        ratios.append((time.perf_counter() - began) / float(np.median(np.diff(times))))
-    return {"median_cancel_over_step": float(np.median(ratios)), "most_cancel_over_step": max(ratios)}
+
+    def write(seed: int) -> AsyncGenerator[object, None]:
+        return generator.generate(StoryRequest(prompt=("A fox",), pages=4, seed=seed))  # type: ignore[return-value]
+
+    def draw(seed: int) -> AsyncGenerator[object, None]:
+        return decoder.decode(DrawRequest(vokens=vokens, seed=10_000 + seed))  # type: ignore[return-value]
+
+    figures = {}
+    for name, start, engine in (("generator", write, generator), ("decoder", draw, decoder)):
+        ratios = []
+        for seed in range(10):
+            times: list[float] = []
+            events = start(seed)
+            async for _ in events:
+                times.append(time.perf_counter())
+                if len(times) == 8:
+                    break
+            began = time.perf_counter()
+            await events.aclose()
+            while engines_are_busy(engine):
+                await asyncio.sleep(0.0005)
+            ratios.append((time.perf_counter() - began) / float(np.median(np.diff(times))))
+        figures[name] = {"median": float(np.median(ratios)), "most": max(ratios)}
+    return figures
 
 
 async def measure_fairness(generator: VokenGenerator, decoder: DiffusionDecoder) -> dict[str, object]:
@@ -220,16 +230,16 @@ async def measure_fairness(generator: VokenGenerator, decoder: DiffusionDecoder)
     return {"alone_s": spread(alone), "beside_16_s": spread(beside), "ratio": ratio, "of_16_still_running": still}
 
 
-async def measure(folder: Path, num: int) -> tuple[dict[str, float], dict[str, object]]:
+async def measure(folder: Path, num: int, precision: Precision) -> tuple[dict[str, float], dict[str, object]]:
     rng = random.Random(5)
     generator = VokenGenerator.from_pretrained(folder)
-    decoder, again = (Recording(*load_decoder_parts(folder)) for _ in range(2))
+    decoder, again = (Recording(*load_decoder_parts(folder), precision=precision) for _ in range(2))
     texts = await compare_texts(generator, num, rng)
     vokens = [
         event async for event in generator.generate(some_stories(1, generator, rng)[0]) if isinstance(event, Vokens)
     ]
     pictures = await compare_pictures(decoder, again, vokens, num, rng)
-    cancels = await cancel_at_random(generator, again, num, rng)
+    cancels = await cancel_at_random(generator, again, vokens[0], num, rng)
     fairness = await measure_fairness(generator, decoder)
     figures: dict[str, object] = {"text": texts, "pictures": pictures, "cancels": cancels, "fairness": fairness}
     ratios = {
@@ -244,12 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.company", description=__doc__)
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--num", type=int, default=200, help="requests, pictures and cancels, each")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="of the UNet")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     parser.add_argument("--out", type=Path, default=Path("bench") / "company.json")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    ratios, figures = asyncio.run(measure(options.model, options.num))
+    ratios, figures = asyncio.run(measure(options.model, options.num, options.precision))
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m tests.bench.company", *given])
     report = {"ratios": ratios, "figures": figures, "machine": machine(), "command": command}
