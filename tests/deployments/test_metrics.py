@@ -49,7 +49,7 @@ def generators() -> Iterator[serve.handle.DeploymentHandle]:
     ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR", _metrics_export_port=METRICS_PORT)
     try:
         args = AppArgs(model=str(MODEL), generator_min_replicas=2, decoder_min_replicas=1)
-        serve.start(http_options={"host": "127.0.0.1", "port": 0, "location": "NoServer"})
+        serve.start(proxy_location="Disabled")
         serve.run(app(args), name="default", route_prefix="/")
         yield serve.get_deployment_handle("VokenGenerator", "default")
     finally:
