@@ -58,7 +58,6 @@ def describe(
         Tell,
         pool=pool,
         at_once=STORIES_AT_ONCE,
-        limits=limits,
         watch=monitor,
         sampling=config.sampling,
     )

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -122,8 +121,11 @@ def new_dataset(jobs: pa.Table, *, name: str) -> Dataset:
     return dataset
 
 
-def through(dataset: Dataset, stage: type, *, pool: Pool, at_once: int, limits: Limits, **arguments: Any) -> Dataset:
-    """The rows of `dataset` through a pool of actors of `stage`, several at once in each, in any order."""
+def through(dataset: Dataset, stage: type, *, pool: Pool, at_once: int, **arguments: Any) -> Dataset:
+    """The rows of `dataset` through a pool of actors of `stage`, several at once in each, in any order.
+
+    Ray Data starts an actor that died again without end; the end is `check_engines`.
+    """
     return dataset.map_batches(
         stage,
         fn_constructor_args=(pool.load,),
@@ -139,7 +141,6 @@ def through(dataset: Dataset, stage: type, *, pool: Pool, at_once: int, limits: 
         num_gpus=pool.num_gpus or None,
         batch_size=None,
         batch_format="pyarrow",
-        ray_remote_args_fn=partial(dict, max_restarts=limits.restarts),  # Ray Data's own default is without end
     )
 
 

@@ -95,7 +95,6 @@ def redraw(
         Draw,
         pool=pool,
         at_once=PICTURES_AT_ONCE,
-        limits=limits,
         store=output.store,
         watch=monitor,
         reach=output.reach,

@@ -9,13 +9,14 @@ the same row again at any time, after a death as after a new start of the job.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
-import pickle
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Generator as Generates
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -46,6 +47,7 @@ CLOSING_PAGE = 0
 Row = dict[str, Any]
 """A row of PAGE_SCHEMA; what is left out is null."""
 T = TypeVar("T")
+J = TypeVar("J", StoryJob, ImageJob)
 
 
 class Generator(Protocol):
@@ -92,12 +94,20 @@ CAPTION_SCHEMA = pa.schema(
 
 
 def as_table(jobs: list[StoryJob] | list[ImageJob]) -> pa.Table:
-    """Jobs as they enter a pipeline; `jobs_of` is the inverse."""
-    return pa.table({"job": pa.array([pickle.dumps(job) for job in jobs], pa.binary())})
+    """Jobs as they enter a pipeline, in JSON; `jobs_of` is the inverse, but for bytes, which become data URLs."""
+
+    def to_url(data: bytes) -> str:
+        return "data:;base64," + base64.b64encode(data).decode()
+
+    return pa.table({"job": [json.dumps(asdict(job), default=to_url) for job in jobs]})
 
 
-def jobs_of(table: pa.Table) -> Iterator[Any]:
-    return (pickle.loads(job) for job in table["job"].to_pylist())
+def jobs_of(table: pa.Table, kind: type[J]) -> Iterator[J]:
+    for job in table["job"].to_pylist():
+        values: dict[str, Any] = json.loads(job)
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        yield kind(**values)
 
 
 class Write:
@@ -118,7 +128,7 @@ class Write:
         self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
 
     def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
-        for job in jobs_of(jobs):
+        for job in jobs_of(jobs, StoryJob):
             for row in self.write(job):
                 yield pa.Table.from_pylist([row], schema=PAGE_SCHEMA)
 
@@ -264,7 +274,7 @@ class Tell:
         self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
 
     def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
-        for job in jobs_of(jobs):
+        for job in jobs_of(jobs, ImageJob):
             yield pa.Table.from_pylist([self.tell(job)], schema=CAPTION_SCHEMA)
 
     def tell(self, job: ImageJob) -> Row:
