@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_jobs.kill_points import POINTS
+from tests.bench import bulk_speed
 from tests.bench.kills import KINDS, kill_at, kill_many, make_reference, table, write_input
 from tests.bench.quality import machine
 
@@ -67,6 +68,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.what in (None, "kills"):
         kills(options)
+    measures = {"speed": bulk_speed.speed, "memory": bulk_speed.memory, "scaling": bulk_speed.scaling}
+    for name, measure in measures.items():
+        if options.what in (None, name):
+            figures, ratios = measure(Path(options.work) / name)
+            save(name, figures, **ratios)
+            shown = {key: value for key, value in figures.items() if key != "curve"}
+            print(json.dumps({**shown, **ratios}, indent=1))
 
 
 if __name__ == "__main__":

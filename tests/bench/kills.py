@@ -35,6 +35,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from batch_jobs.kill_points import POINTS, VARIABLE
+from minigpt5.voken_file import unpack
 
 ROOT = Path(__file__).parent.parent.parent
 NUM_STORIES, NUM_PAGES, STEPS = 24, 3, 30
@@ -94,7 +95,12 @@ def make_reference(source: Path, output: Path) -> dict[str, list[dict[str, Any]]
         assert isinstance(job, StoryJob)
         pages = [draw.draw(row) for row in write.write(job) if row["page"]]
         stories[job.id] = [
-            {"text": page["text"], "png": store.load_picture(job.id, page["page"]) or b""} for page in pages
+            {
+                "text": page["text"],
+                "vokens": page["vokens"],
+                "png": store.load_picture(job.id, page["page"]) or b"",
+            }
+            for page in pages
         ]
     return stories
 
@@ -172,6 +178,10 @@ class Round:
             "files_changed": self.num_changed,
             "error_rows": len(rows) - len(good),
             "errors": sorted({row["error"] for row in rows if row["error"]}),
+            "pictures": sum(bool(page["png"]) for row in rows for page in row["pages"]),
+            "largest_voken_difference": max(
+                (voken_difference(page["vokens"], expected["vokens"]) for page, expected in pairs), default=0.0
+            ),
             "pages_with_other_text": sum(page["text"] != expected["text"] for page, expected in pairs),
             "largest_pixel_difference": levels,
         }
@@ -181,6 +191,11 @@ def level_difference(png: bytes, expected: bytes) -> int:
     """In levels of a pixel."""
     one, other = (np.array(Image.open(io.BytesIO(data))).astype(int) for data in (png, expected))
     return int(np.abs(one - other).max())
+
+
+def voken_difference(packed: bytes, expected: bytes) -> float:
+    one, other = (unpack(data, page=1).hidden_VH for data in (packed, expected))
+    return float(np.abs(one - other).max())
 
 
 def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
@@ -228,7 +243,7 @@ def kill_many(
             trial = Round(source, work / f"{kind}-{seed}-{number}", environment)
             node = made.add_node(num_cpus=1, object_store_memory=2**28) if kind == "raylet" else None
             job: subprocess.Popen[bytes] | None = trial.start()
-            while job and len(trial.kills) + done < count:
+            while job and len(trial.kills) + done < count and time.monotonic() < until:
                 if not trial.wait_for_work(job):
                     break
                 delay = rng.uniform(0, 1.5)
@@ -292,17 +307,13 @@ def kill_at(point: str, *, work: Path, reference: dict[str, list[dict[str, Any]]
 
 def table(rounds: list[dict[str, Any]]) -> str:
     """What was killed how often, and what came of it."""
-    lines = [
-        f"{'killed':24}{'kills':>6}{'jobs':>6}{'rows':>7}{'lost':>6}{'doubled':>9}{'changed':>9}{'errors':>8}{'px':>4}"
-    ]
+    names = ("kills", "jobs", "rows", "lost", "doubled", "changed", "errors", "px")
+    lines = [f"{'killed':24}" + "".join(f"{name:>9}" for name in names)]
     for name in [*KINDS, *(f"point {point}" for point in POINTS)]:
         found = [one for one in rounds if name in (one["kind"], f"point {one.get('point')}")]
         if found:
-            sums = [sum(one[key] for one in found) for key in ("rows", "rows_lost", "rows_doubled")]
-            more = [sum(one[key] for one in found) for key in ("files_changed", "error_rows")]
+            keys = ("kills", "rows", "rows_lost", "rows_doubled", "files_changed", "error_rows")
+            num_kills, *sums = (sum(one[key] for one in found) for key in keys)
             px = max(one["largest_pixel_difference"] for one in found)
-            lines.append(
-                f"{name:24}{sum(one['kills'] for one in found):6}{len(found):6}{sums[0]:7}{sums[1]:6}{sums[2]:9}"
-                f"{more[0]:9}{more[1]:8}{px:4}"
-            )
+            lines.append(f"{name:24}" + "".join(f"{value:9}" for value in (num_kills, len(found), *sums, px)))
     return "\n".join(lines)
