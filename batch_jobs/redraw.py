@@ -49,14 +49,15 @@ class Fetch:
     seed: int | None
     """Of all stories; else each keeps its pictures' seeds."""
 
-    def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
+    def tables(self, files: pa.Table) -> Iterator[pa.Table]:
+        """Each page by itself, so that all decoders share a story's."""
         filesystem, _ = open_uri(self.uri)
         for path in files["path"].to_pylist():
             columns = ["id", "pages", "error"]
             for batch in parquet.ParquetFile(path, filesystem=filesystem).iter_batches(16, columns=columns):
                 for story in batch.to_pylist():
                     if story["id"] in self.ids:
-                        yield pa.Table.from_pylist(list(self.pages(story)), schema=PAGE_SCHEMA)
+                        yield from (pa.Table.from_pylist([row], schema=PAGE_SCHEMA) for row in self.pages(story))
 
     def pages(self, story: Row) -> Iterator[Row]:
         drawn = {name: getattr(self.settings, name) for name in ("steps", "guidance_scale", "scheduler")}
@@ -89,7 +90,7 @@ def redraw(
     files.context.enable_progress_bars = False
     files.set_name("redraw")
     fetch = Fetch(uri=uri, ids=frozenset(gathered), settings=settings, seed=seed)
-    pages = files.map_batches(fetch, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+    pages = files.map_batches(fetch.tables, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
     drawn = through(
         pages,
         Draw,
