@@ -67,7 +67,7 @@ def describe(
             yield None
         else:
             yield {**row, "timings": {"describe_s": row["seconds"]}}
-    report.figures = monitor.figures()
+    report.figures, report.gpus = monitor.figures(), {"generator": pool.num_gpus}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -110,6 +110,7 @@ def make_pages_on_ray(
             monitor.show(report.skipped + report.done, report.rows)
         yield row
     report.figures = monitor.figures()
+    report.gpus = {"generator": engines.generator.num_gpus, "decoder": engines.decoder.num_gpus}
 
 
 def main(arguments: list[str] | None = None) -> int:

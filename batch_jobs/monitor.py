@@ -170,8 +170,9 @@ def check_deaths(num_deaths: int) -> None:
         raise DiedTooOften(f"in flight at {num_deaths} engine deaths: it is not tried again")
 
 
-def summary(figures: Figures, *, num_pictures: int) -> dict[str, Any]:
-    """Of each pool, for reports and manifests: utilisation, deaths, cost of a page."""
+def summary(figures: Figures, *, num_pictures: int, gpus: dict[str, float] | None = None) -> dict[str, Any]:
+    """Of each pool, for reports and manifests: utilisation, deaths, cost of a page. `gpus`: of one engine of a pool."""
+    gpus = gpus or {}
     return {
         name: {
             "engines": pool.engines,
@@ -180,6 +181,7 @@ def summary(figures: Figures, *, num_pictures: int) -> dict[str, Any]:
             "busy_s": round(pool.busy_s, 2),
             "utilisation": round(pool.utilisation(), 3),
             "core_s_per_page": round(pool.cpu_s / num_pictures, 3) if num_pictures else None,
+            "gpu_s_per_page": round(gpus.get(name, 0.0) * pool.busy_s / max(1, num_pictures), 3),
         }
         for name, pool in figures.pools.items()
     }

@@ -106,7 +106,7 @@ def redraw(
             yield None
         elif gathered[row["id"]].add(row):
             yield gathered.pop(row["id"]).story()
-    report.figures = monitor.figures()
+    report.figures, report.gpus = monitor.figures(), {"decoder": pool.num_gpus}
 
 
 def parts(uri: str) -> list[str]:

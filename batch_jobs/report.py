@@ -26,6 +26,8 @@ class Report:
     kinds: Counter[str] = field(default_factory=Counter)
     """Rows with an error, by its kind."""
     figures: Figures = field(default_factory=Figures)
+    gpus: dict[str, float] = field(default_factory=dict)
+    """Of one engine of each pool."""
     stopped_at: int | None = None
     """The number of errors at which the run gave up."""
 
@@ -61,7 +63,7 @@ class Report:
             "seconds": round(self.seconds, 2),
             "rows_per_s": round(self.done * per_s, 3),
             "pictures_per_s": round(self.pictures * per_s, 3),
-            "pools": summary(self.figures, num_pictures=self.pictures or self.stories),
+            "pools": summary(self.figures, num_pictures=self.pictures or self.stories, gpus=self.gpus),
         }
 
     def __str__(self) -> str:
@@ -74,6 +76,7 @@ class Report:
         ]
         for name, pool in counts["pools"].items():
             cost = f", {pool['core_s_per_page']:.3f} core-seconds a page" if pool["core_s_per_page"] else ""
+            cost += f", {pool['gpu_s_per_page']:.3f} GPU-seconds a page" if pool["gpu_s_per_page"] else ""
             lines.append(
                 f"  {name}: {pool['engines']} engines, {pool['utilisation']:.0%} busy, {pool['deaths']} deaths{cost}"
             )

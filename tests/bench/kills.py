@@ -215,9 +215,10 @@ def engine_processes(root: psutil.Process) -> list[psutil.Process]:
 @contextlib.contextmanager
 def cluster(*, with_second_node: bool) -> Iterator[tuple[dict[str, str], Any]]:
     """A Ray of this process's own: what a driver's environment needs, and the cluster."""
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # it listens on this machine alone, for as long as this process lives
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     num_cpus = 1 if with_second_node else 4
     made = Cluster(
         initialize_head=True,
