@@ -37,7 +37,8 @@ def test_what_is_lost_doubled_or_changed_is_counted(tmp_path: Path) -> None:
     (part,) = (tmp_path / "out").glob("part-*")
     shutil.copy(part, part.with_name("part-again.parquet"))
     reference["missing"] = []
-    reference["fox"][0] = {**reference["fox"][0], "text": "Another.", "png": make_png(size=(8, 8))}
+    reference["fox"][0] = {**reference["fox"][0], "text": "Another."}
+    reference["fox"][1] = {**reference["fox"][1], "png": make_png(size=(8, 8))}
     verdict = trial.verdict(reference)
     assert (verdict["rows_lost"], verdict["rows_doubled"]) == (1, 3)
     assert verdict["pages_with_other_text"] == 2 and verdict["largest_pixel_difference"] > 1

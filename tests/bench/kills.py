@@ -7,7 +7,9 @@
     point    each point of batch_jobs/kill_points.py, in whichever process reaches it first
 
 The engines are the real classes at tiny size. Every finished job is compared with the same stories made by the same
-stages in one process without a kill: texts are to be alike, pixels within one level.
+stages in one process, one after another and without a kill: where the texts are alike, pixels are to be within one
+level. Texts are alike but where a choice was close (`minigpt5/writing.py`), which the tiny model, whose words are all
+about as likely, has far more often than a trained one: those pages are counted.
 """
 
 from __future__ import annotations
@@ -168,7 +170,8 @@ class Round:
         pairs = [
             (page, expected) for row in good for page, expected in zip(row["pages"], reference[row["id"]], strict=True)
         ]
-        levels = max((level_difference(page["png"], expected["png"]) for page, expected in pairs), default=0)
+        alike = [(page, expected) for page, expected in pairs if page["text"] == expected["text"]]
+        levels = max((level_difference(page["png"], expected["png"]) for page, expected in alike), default=0)
         return {
             "rows": len(reference),
             "kills": len(self.kills),
@@ -180,9 +183,9 @@ class Round:
             "errors": sorted({row["error"] for row in rows if row["error"]}),
             "pictures": sum(bool(page["png"]) for row in rows for page in row["pages"]),
             "largest_voken_difference": max(
-                (voken_difference(page["vokens"], expected["vokens"]) for page, expected in pairs), default=0.0
+                (voken_difference(page["vokens"], expected["vokens"]) for page, expected in alike), default=0.0
             ),
-            "pages_with_other_text": sum(page["text"] != expected["text"] for page, expected in pairs),
+            "pages_with_other_text": len(pairs) - len(alike),
             "largest_pixel_difference": levels,
         }
 
