@@ -1,24 +1,35 @@
 """An input file -> jobs: rows checked one by one, so that a bad row costs itself and never its neighbours.
 
-JSON lines, CSV and parquet with the columns `prompt` and, if wanted, `id`, `pages`, `seed`, `steps`, `guidance_scale`.
+JSON lines, CSV and parquet. A story has a `prompt`, or the `pages_text` of a finished one (a list; in CSV a JSON
+list), or both, and if wanted `id`, `pages`, `seed`, `images` (that the prompt shows), `steps`, `guidance_scale`. A
+picture to describe has an `image` and, if wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes
+in parquet.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from PIL import Image
 from pyarrow import ArrowException, fs, parquet
 
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.types import MAX_PAGES, DrawSettings
 
-COLUMNS = ("id", "prompt", "pages", "seed", "steps", "guidance_scale")
+COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale")
+DESCRIBE_COLUMNS = ("id", "image", "question")
+MAX_IMAGES = 8
+MAX_IMAGE_PIXELS = 2**25
 DEFAULT_PAGES = 4
 MAX_SEED = 2**63 - 1
 MAX_ID_LENGTH = 512
@@ -39,11 +50,25 @@ class StoryJob:
     seed: int
     steps: int
     guidance_scale: float
+    texts: tuple[str, ...] = ()
+    """Of a finished story: the pages' texts, which stay as they are."""
+    images: tuple[str | bytes, ...] = ()
+    """What the prompt shows: file contents, or places and data URLs that `load_image` knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageJob:
+    """One picture to describe."""
+
+    row: int
+    id: str
+    image: str | bytes
+    question: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadRow:
-    """An input row that cannot become a story, and why."""
+    """An input row that cannot become an output of its kind, and why."""
 
     row: int
     id: str
@@ -74,14 +99,41 @@ def read_rows(uri: str) -> Iterator[RawRow]:
         raise StorageError(f"{uri} cannot be read ({error}): check its name, format and permissions") from error
 
 
-def check_rows(raw_rows: Iterable[RawRow], *, draw: DrawSettings) -> Iterator[StoryJob | BadRow]:
-    """A job or a bad row for each row, with ids that are unique. `draw` fills in what a row leaves out.
+J = TypeVar("J", StoryJob, ImageJob)
 
-    A row without an id gets one from its content; a row whose id an earlier row has becomes a bad row.
-    """
+
+def digest_of(uri: str) -> str:
+    """What a file holds, or a folder: a job's second run is to be given the same. Raises StorageError."""
+    digest = hashlib.sha256()
+    try:
+        filesystem, path = open_uri(uri)
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            found = filesystem.get_file_info(fs.FileSelector(path))
+            digest.update(repr(sorted((info.base_name, info.size) for info in found)).encode())
+        else:
+            with filesystem.open_input_stream(path, compression=None) as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+    except (OSError, ArrowException) as error:
+        raise StorageError(f"{uri} cannot be read ({error}): check its name, format and permissions") from error
+    return digest.hexdigest()
+
+
+def check_rows(raw_rows: Iterable[RawRow], *, draw: DrawSettings) -> Iterator[StoryJob | BadRow]:
+    """A job or a bad row for each row, with ids that are unique. `draw` fills in what a row leaves out."""
+    return _unique(raw_rows, partial(check_row, draw=draw))
+
+
+def check_image_rows(raw_rows: Iterable[RawRow], *, question: str) -> Iterator[ImageJob | BadRow]:
+    """As `check_rows`, for pictures; `question` is what a row without one asks."""
+    return _unique(raw_rows, partial(check_image_row, question=question))
+
+
+def _unique(raw_rows: Iterable[RawRow], check: Callable[..., J | BadRow]) -> Iterator[J | BadRow]:
+    """A row without an id gets one from its content; a row whose id an earlier row has becomes a bad row."""
     first_row_of: dict[str, int] = {}
     for number, raw in enumerate(raw_rows, start=1):
-        checked = check_row(raw, row=number, draw=draw)
+        checked = check(raw, row=number)
         first = first_row_of.setdefault(checked.id, number)
         if first != number:
             reason = (
@@ -89,28 +141,28 @@ def check_rows(raw_rows: Iterable[RawRow], *, draw: DrawSettings) -> Iterator[St
                 if _is_left_out(raw.values.get("id"))
                 else f"id {checked.id!r} is already that of row {first}: give each row its own"
             )
-            checked = BadRow(row=number, id=f"{checked.id}#{number}", prompt=checked.prompt, error=reason)
+            shown = getattr(checked, "prompt", "")
+            checked = BadRow(row=number, id=f"{checked.id}#{number}", prompt=shown, error=reason)
             first_row_of.setdefault(checked.id, number)
         yield checked
 
 
 def check_row(raw: RawRow, *, row: int, draw: DrawSettings) -> StoryJob | BadRow:
     """One row, without a look at the others."""
-    content = raw.unreadable or json.dumps(raw.values, sort_keys=True, default=str)
-    values = {column: None if _is_left_out(raw.values.get(column)) else raw.values[column] for column in COLUMNS}
+    values = _values(raw, COLUMNS)
     prompt = values["prompt"] if isinstance(values["prompt"], str) else ""
-    row_id = _id(values["id"]) or _digest(content).hex()[:16]
+    row_id = _row_id(raw)
     bad = BadRow(row=row, id=row_id, prompt=prompt.encode(errors="replace").decode(), error="")
     if raw.unreadable:
         return replace(bad, error=f"row {row} is unreadable ({raw.reason})")
     try:
-        if values["id"] is not None and not _id(values["id"]):
-            raise InvalidRequest(
-                "id",
-                f"id is {values['id']!r:.80} but must be a whole number or a text of at most {MAX_ID_LENGTH} letters",
-            )
+        _check_id(values["id"])
+        texts = _texts(values["pages_text"])
         if values["prompt"] is not None and not isinstance(values["prompt"], str):
             raise InvalidRequest("prompt", f"prompt is {values['prompt']!r:.80} but must be a text")
+        if texts and not prompt.strip():
+            prompt = texts[0]  # the model reads a prompt before any page
+            bad = replace(bad, prompt=prompt)
         if not prompt.strip():
             raise InvalidRequest("prompt", "prompt is empty: say what the story is about")
         if prompt != bad.prompt:
@@ -119,13 +171,53 @@ def check_row(raw: RawRow, *, row: int, draw: DrawSettings) -> StoryJob | BadRow
             row=row,
             id=row_id,
             prompt=prompt,
-            pages=_whole("pages", values["pages"], DEFAULT_PAGES, low=1, high=MAX_PAGES),
+            pages=_pages(values["pages"], texts),
+            texts=texts,
+            images=_images(values["images"]),
             seed=_whole("seed", values["seed"], prompt_seed(prompt), low=0, high=MAX_SEED),
             steps=_whole("steps", values["steps"], draw.steps, low=1, high=100),
             guidance_scale=_number("guidance_scale", values["guidance_scale"], draw.guidance_scale, low=1, high=20),
         )
     except InvalidRequest as error:
         return replace(bad, error=str(error))
+
+
+def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRow:
+    """One picture, without a look at the others or into it."""
+    values = _values(raw, DESCRIBE_COLUMNS)
+    row_id = _row_id(raw)
+    try:
+        if raw.unreadable:
+            raise InvalidRequest("row", f"row {row} is unreadable ({raw.reason})")
+        _check_id(values["id"])
+        if not isinstance(values["image"], str | bytes):
+            raise InvalidRequest("image", f"image is {values['image']!r:.80} but must be a path, a URI or bytes")
+        if not isinstance(values["question"], str | None):
+            raise InvalidRequest("question", f"question is {values['question']!r:.80} but must be a text")
+    except InvalidRequest as error:
+        return BadRow(row=row, id=row_id, prompt="", error=str(error))
+    return ImageJob(row=row, id=row_id, image=values["image"], question=values["question"] or question)
+
+
+def load_image(image: str | bytes) -> bytes:
+    """The picture's file. Raises InvalidRequest where it cannot be read or is no picture."""
+    shown = f"{len(image)} bytes" if isinstance(image, bytes) else f"{image:.80}"
+    try:
+        if isinstance(image, bytes):
+            data = image
+        elif image.startswith("data:"):
+            data = base64.b64decode(image.partition(",")[2], validate=True)
+        else:
+            filesystem, path = open_uri(image)
+            with filesystem.open_input_stream(path, compression=None) as file:
+                data = file.read()
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.width * picture.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"it has {picture.width} x {picture.height} pixels, more than {MAX_IMAGE_PIXELS}")
+            picture.load()
+    except (OSError, ValueError, ArrowException, StorageError, Image.DecompressionBombError) as error:
+        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a PNG or JPEG file") from error
+    return data
 
 
 def prompt_seed(prompt: str) -> int:
@@ -172,6 +264,65 @@ def _csv_rows(file: io.BufferedIOBase) -> Iterator[RawRow]:
 def _parquet_rows(file: io.BufferedIOBase) -> Iterator[RawRow]:
     for batch in parquet.ParquetFile(file).iter_batches():
         yield from (RawRow(values=values) for values in batch.to_pylist())
+
+
+def _values(raw: RawRow, columns: tuple[str, ...]) -> dict[str, Any]:
+    return {column: None if _is_left_out(raw.values.get(column)) else raw.values[column] for column in columns}
+
+
+def _row_id(raw: RawRow) -> str:
+    """The row's own id, else one of its content."""
+    content = raw.unreadable or json.dumps(raw.values, sort_keys=True, default=str)
+    return _id(raw.values.get("id")) or _digest(content).hex()[:16]
+
+
+def _check_id(value: object) -> None:
+    if value is not None and not _id(value):
+        raise InvalidRequest(
+            "id", f"id is {value!r:.80} but must be a whole number or a text of at most {MAX_ID_LENGTH} letters"
+        )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """Texts of a finished story's pages; CSV brings a JSON list."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise InvalidRequest("pages_text", f"pages_text is {value!r:.80} but must be a list of texts") from None
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InvalidRequest("pages_text", f"pages_text is {value!r:.80} but must be a list of texts")
+    empty = next((number for number, text in enumerate(value, start=1) if not text.strip()), None)
+    if empty:
+        raise InvalidRequest("pages_text", f"pages_text has no text on page {empty}: each page needs one")
+    if not 1 <= len(value) <= MAX_PAGES:
+        raise InvalidRequest("pages_text", f"pages_text has {len(value)} pages but must have from 1 to {MAX_PAGES}")
+    if any(text != text.encode(errors="replace").decode() for text in value):
+        raise InvalidRequest("pages_text", "pages_text holds half of a surrogate pair: write it as UTF-8")
+    return tuple(value)
+
+
+def _pages(value: object, texts: tuple[str, ...]) -> int:
+    pages = _whole("pages", value, len(texts) or DEFAULT_PAGES, low=1, high=MAX_PAGES)
+    if texts and pages != len(texts):
+        raise InvalidRequest("pages", f"pages is {pages} but pages_text has {len(texts)}: leave pages out")
+    return pages
+
+
+def _images(value: object) -> tuple[str | bytes, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    images = [value] if isinstance(value, str | bytes) else value
+    if not isinstance(images, list) or not all(isinstance(image, str | bytes) and image for image in images):
+        raise InvalidRequest("images", f"images is {value!r:.80} but must be a list of paths, URIs or bytes")
+    if len(images) > MAX_IMAGES:
+        raise InvalidRequest("images", f"images has {len(images)} but at most {MAX_IMAGES} are read")
+    return tuple(images)
 
 
 def _is_left_out(value: object) -> bool:

@@ -1,27 +1,32 @@
 """Pages in any order -> whole stories -> a parquet data set that grows while the job runs.
 
-A file is put in place when it is whole, so that after any crash the data set holds stories that are finished and
-nothing else: a later run asks for the ids in it and leaves those out.
+A file is put in place when it is whole, so that after any crash the data set holds rows that are finished and
+nothing else: a later run asks for the ids in it and leaves those out. Pictures are read from where the decoders stored
+them when the file is written, so that a job holds none of those that are finished.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 from pyarrow import ArrowException, dataset, fs, parquet
 
-from batch_jobs.inputs import BadRow, StoryJob, open_uri
+from batch_jobs.inputs import BadRow, open_uri
+from batch_jobs.kill_points import Reach, unharmed
 from batch_jobs.stages import CLOSING_PAGE, Row
+from batch_jobs.state import PageStore
 from minigpt5.errors import StorageError
 
 PAGE = pa.struct(
     {
         "index": pa.int32(),
         "text": pa.string(),
-        "png": pa.binary(),
+        "png": pa.binary(),  # null where `uri` says where it lies
+        "uri": pa.string(),
         "vokens": pa.binary(),  # safetensors
         "seed": pa.int64(),
         "error": pa.string(),
@@ -33,21 +38,36 @@ STORY_SCHEMA = pa.schema(
         "prompt": pa.string(),
         "seed": pa.int64(),
         "pages": pa.list_(PAGE),
+        # What the engines worked on the story: pictures that share a batch count their whole time each.
+        "timings": pa.struct({"write_s": pa.float64(), "draw_s": pa.float64()}),
         "error": pa.string(),
-        "seconds": pa.float64(),  # what the engines worked on the story, writing and drawing added up
+    }
+)
+DESCRIPTION_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "image": pa.string(),  # its place; null where the input row held the picture itself
+        "question": pa.string(),
+        "caption": pa.string(),
+        "timings": pa.struct({"describe_s": pa.float64()}),
+        "error": pa.string(),
     }
 )
 FLUSH_BYTES = 32 * 2**20
 """A file of this size is worth a file of its own, on object stores too."""
 FLUSH_S = 30.0
-"""A crash costs no more than the stories of this time."""
+"""A row is in the data set at most so long after it was finished. A crash costs none: its pages are stored."""
+PICTURE_BYTES = 32 * 2**10
+"""What a picture is reckoned at before it is read."""
 
 
 @dataclass
 class Gathered:
     """What has arrived of one story."""
 
-    job: StoryJob
+    id: str
+    prompt: str
+    seed: int | None
     pages: dict[int, Row] = field(default_factory=dict)
     closing: Row | None = None
 
@@ -60,34 +80,49 @@ class Gathered:
         return self.closing is not None and len(self.pages) == self.closing["num_pages"]
 
     def story(self) -> Row:
-        """A row of STORY_SCHEMA. Its error is its own, else that of its first page without a picture."""
+        """A row of STORY_SCHEMA, but for its pictures. Its error is its own, else of its first page without one."""
         assert self.closing is not None
         pages = [self.pages[index] for index in sorted(self.pages)]
         failed = (f"page {page['page']} has no picture: {page['error']}" for page in pages if page["error"])
         return {
-            "id": self.job.id,
-            "prompt": self.job.prompt,
-            "seed": self.job.seed,
-            "pages": [{"index": page["page"], **{name: page[name] for name in PAGE.names[1:]}} for page in pages],
+            "id": self.id,
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "pages": [{"index": page["page"], **page} for page in pages],
+            "timings": {
+                "write_s": self.closing["seconds"],
+                "draw_s": sum(page["seconds"] or 0.0 for page in pages),
+            },
             "error": self.closing["error"] or next(failed, None),
-            "seconds": self.closing["seconds"] + sum(page["seconds"] for page in pages),
+            "kind": self.closing["kind"] or next((page["kind"] for page in pages if page["error"]), None),
         }
 
 
 def bad_story(row: BadRow) -> Row:
     """The output row of an input row that cannot become a story."""
-    return {"id": row.id, "prompt": row.prompt, "seed": None, "pages": [], "error": row.error, "seconds": 0.0}
+    timings = {"write_s": 0.0, "draw_s": 0.0}
+    return {"id": row.id, "prompt": row.prompt, "pages": [], "timings": timings, "error": row.error, "kind": "input"}
 
 
-class StorySink:
-    """A parquet data set under a folder or URI.
+class RowSink:
+    """A parquet data set under a folder or URI, of rows that have an `id`.
 
-    Example: sink = StorySink("s3://bucket/stories"); sink.add(story); sink.flush()
+    Example: sink = RowSink("s3://bucket/stories", STORY_SCHEMA, store=store); sink.add(story); sink.flush()
     """
 
-    def __init__(self, uri: str) -> None:
-        """Raises StorageError where `uri` cannot be written."""
-        self.uri = uri
+    def __init__(
+        self,
+        uri: str,
+        schema: pa.Schema,
+        *,
+        store: PageStore,
+        flush_s: float = FLUSH_S,
+        check: Callable[[], None] = lambda: None,
+        reach: Reach = unharmed,
+    ) -> None:
+        """`check` raises where nothing may be written any more. Raises StorageError where `uri` cannot be written."""
+        self.uri, self.schema, self.store = uri, schema, store
+        self._flush_s, self._check, self._reach = flush_s, check, reach
         self._files, self._folder = open_uri(uri)
         self._rows: list[Row] = []
         self._num_bytes = 0
@@ -97,26 +132,37 @@ class StorySink:
         except (OSError, ArrowException) as error:
             raise self._failure("cannot be written", error) from error
 
-    def written_ids(self) -> set[str]:
-        """Ids of the stories that earlier runs finished. Raises StorageError where other data lies there."""
+    def written(self) -> dict[str, str | None]:
+        """Ids of the rows that earlier runs finished, with their errors. Raises StorageError where other data lies
+        there."""
         try:
-            found = self._files.get_file_info(fs.FileSelector(self._folder))
-            paths = [info.path for info in found if info.base_name.startswith("part-")]
+            paths = self._paths()
             if not paths:
-                return set()
-            table = dataset.dataset(paths, filesystem=self._files, schema=STORY_SCHEMA).to_table(columns=["id"])
+                return {}
+            table = dataset.dataset(paths, filesystem=self._files, schema=self.schema).to_table(["id", "error"])
         except (OSError, ArrowException) as error:
             raise self._failure("cannot be read", error) from error
-        return set(table["id"].to_pylist())
+        return dict(zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True))
 
-    def add(self, story: Row) -> None:
-        self._rows.append(story)
-        self._num_bytes += sum(len(page["png"] or b"") + len(page["vokens"] or b"") for page in story["pages"])
-        if self._num_bytes >= FLUSH_BYTES or time.monotonic() - self._flushed_at >= FLUSH_S:
+    def rows(self) -> Iterator[Row]:
+        """All rows in place, one file at a time in memory."""
+        for path in self._paths():
+            yield from parquet.read_table(path, filesystem=self._files, schema=self.schema).to_pylist()
+
+    def add(self, row: Row) -> None:
+        self._rows.append(row)
+        self._num_bytes += sum(PICTURE_BYTES + len(page["vokens"] or b"") for page in row.get("pages", []))
+        if self._num_bytes >= FLUSH_BYTES:
+            self.flush()
+        self.tick()
+
+    def tick(self) -> None:
+        """Flush where it is time."""
+        if time.monotonic() - self._flushed_at >= self._flush_s:
             self.flush()
 
     def flush(self) -> None:
-        """Put what was added in place as one more file."""
+        """Put what was added in place as one more file, then let go of what was stored for it."""
         self._flushed_at = time.monotonic()
         if not self._rows:
             return
@@ -124,12 +170,42 @@ class StorySink:
         # Readers of parquet data sets pass over names that begin with a dot.
         written, final = f"{self._folder}/.{name}", f"{self._folder}/{name}"
         try:
-            table = pa.Table.from_pylist(self._rows, schema=STORY_SCHEMA)
+            table = pa.Table.from_pylist([self._with_pictures(row) for row in self._rows], schema=self.schema)
             parquet.write_table(table, written, filesystem=self._files, compression="zstd")
+            self._reach("part-hidden")
+            self._check()
             self._files.move(written, final)
+            self._reach("part-written")
+            for row in self._rows:
+                self.store.drop(row["id"])
         except (OSError, ArrowException) as error:
             raise self._failure("cannot be written", error) from error
         self._rows, self._num_bytes = [], 0
+
+    def sweep(self) -> None:
+        """Delete what a run that was killed had begun to write."""
+        for info in self._files.get_file_info(fs.FileSelector(self._folder)):
+            if info.base_name.startswith(".part-"):
+                self._files.delete_file(info.path)
+
+    def _with_pictures(self, row: Row) -> Row:
+        return (
+            {**row, "pages": [self._with_picture(row["id"], page) for page in row["pages"]]} if "pages" in row else row
+        )
+
+    def _with_picture(self, story: str, page: Row) -> Row:
+        if not page["has_picture"]:
+            return page
+        if self.store.keeps_pictures:
+            return {**page, "uri": self.store.picture_uri(story, page["index"])}
+        png = self.store.load_picture(story, page["index"])
+        if png is None:
+            raise self._failure("has lost a picture", FileNotFoundError(f"page {page['index']} of {story!r}"))
+        return {**page, "png": png}
+
+    def _paths(self) -> list[str]:
+        found = self._files.get_file_info(fs.FileSelector(self._folder))
+        return sorted(info.path for info in found if info.base_name.startswith("part-"))
 
     def _failure(self, what: str, error: Exception) -> StorageError:
         return StorageError(f"output {self.uri} {what} ({error}): name another folder or URI, or give it permission")

@@ -2,18 +2,29 @@
 
 Between the stages a row is a page; a last row with page 0 closes its story. Each class is one actor with one engine;
 several rows are in it at once, each on a thread of its own, and the engine batches them as it does for a server.
+What a stage makes is stored before its row goes on, and what is stored is not made again: so a stage may be asked for
+the same row again at any time, after a death as after a new start of the job.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Generator as Generates
+from dataclasses import asdict, replace
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from batch_jobs.inputs import StoryJob
+from batch_jobs.inputs import ImageJob, StoryJob, load_image
+from batch_jobs.kill_points import Reach, unharmed
+from batch_jobs.monitor import DiedTooOften, Seat, Watch, check_deaths
+from batch_jobs.state import PageStore, StoredPage
 from minigpt5.errors import InvalidRequest
 from minigpt5.flow import describe, page_seed
 from minigpt5.types import (
@@ -21,7 +32,10 @@ from minigpt5.types import (
     DrawRequest,
     DrawSettings,
     GeneratorEvent,
+    InputImage,
+    Page,
     Picture,
+    Progress,
     Sampling,
     StoryRequest,
     TextDelta,
@@ -33,6 +47,7 @@ CLOSING_PAGE = 0
 Row = dict[str, Any]
 """A row of PAGE_SCHEMA; what is left out is null."""
 T = TypeVar("T")
+J = TypeVar("J", StoryJob, ImageJob)
 
 
 class Generator(Protocol):
@@ -54,56 +69,160 @@ PAGE_SCHEMA = pa.schema(
         "page": pa.int32(),
         "text": pa.string(),
         "vokens": pa.binary(),
-        "png": pa.binary(),
+        "has_picture": pa.bool_(),  # it is stored, under the page's id and number
         "seed": pa.int64(),  # of the page's picture
         "steps": pa.int32(),
         "guidance_scale": pa.float64(),
+        "scheduler": pa.string(),
         "num_pages": pa.int32(),  # of the story that is closed: pages that were written
         "error": pa.string(),
+        "kind": pa.string(),  # of the error
         "seconds": pa.float64(),  # what an engine worked on this row
+    }
+)
+CAPTION_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "image": pa.string(),  # its place; null where the row brought the picture itself
+        "question": pa.string(),
+        "caption": pa.string(),
+        "error": pa.string(),
+        "kind": pa.string(),
+        "seconds": pa.float64(),
     }
 )
 
 
-class Write:
-    """Jobs -> pages with their vokens, each sent on as soon as it is written."""
+def as_table(jobs: list[StoryJob] | list[ImageJob]) -> pa.Table:
+    """Jobs as they enter a pipeline, in JSON; `jobs_of` is the inverse, but for bytes, which become data URLs."""
 
-    def __init__(self, load_engine: Callable[[], Generator], sampling: Sampling) -> None:
-        self.engine, self.sampling = load_engine(), sampling
+    def to_url(data: bytes) -> str:
+        return "data:;base64," + base64.b64encode(data).decode()
+
+    return pa.table({"job": [json.dumps(asdict(job), default=to_url) for job in jobs]})
+
+
+def jobs_of(table: pa.Table, kind: type[J]) -> Iterator[J]:
+    for job in table["job"].to_pylist():
+        values: dict[str, Any] = json.loads(job)
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        yield kind(**values)
+
+
+class Write:
+    """Jobs -> pages with their vokens, each stored and sent on as soon as it is written."""
+
+    def __init__(
+        self,
+        load_engine: Callable[[], Generator],
+        sampling: Sampling,
+        scheduler: str,
+        *,
+        store: PageStore,
+        watch: Watch,
+        engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
+        reach: Reach = unharmed,
+    ) -> None:
+        self.sampling, self.scheduler, self.store, self.reach = sampling, scheduler, store, reach
+        self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
 
     def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
-        for job in jobs.to_pylist():
-            for row in self.write(StoryJob(**job)):
+        for job in jobs_of(jobs, StoryJob):
+            for row in self.write(job):
                 yield pa.Table.from_pylist([row], schema=PAGE_SCHEMA)
 
     def write(self, job: StoryJob) -> Iterator[Row]:
         """The pages of one story and its closing row. A story that fails keeps the pages that it has."""
-        common = {"id": job.id, "steps": job.steps, "guidance_scale": job.guidance_scale}
-        request = StoryRequest(prompt=(job.prompt,), pages=job.pages, seed=job.seed, sampling=self.sampling)
-        num_pages, error, text = 0, None, ""
+        common = {"id": job.id, "steps": job.steps, "guidance_scale": job.guidance_scale, "scheduler": self.scheduler}
+        stored = self.store.load_texts(job.id)
+        num_stored = len(stored)
+        for page, known in enumerate(stored, start=1):
+            yield {**common, **_page_row(job, page, known)}
+        error, kind = None, None
         started = time.monotonic()
-        try:
-            self.engine.check(request)
-            for event in drain(self.engine.generate(request)):
+        if num_stored < job.pages:
+            if num_stored:
+                self.reach("recovering")
+            with self.seat.row(job.id) as num_deaths:
+                try:
+                    check_deaths(num_deaths)
+                    for known in self._new_pages(job, stored):
+                        num_stored += 1
+                        self.store.save_text(job.id, num_stored, known)
+                        self.reach("text-written")
+                        yield {**common, **_page_row(job, num_stored, known)}
+                except InvalidRequest as refusal:
+                    error, kind = str(refusal), "input"
+                except DiedTooOften as deaths:
+                    error, kind = str(deaths), "engine deaths"
+                except Exception as failure:  # one story fails, the others go on
+                    error, kind = f"writing failed: {describe(failure)}", "writing"
+        yield {
+            **common,
+            "page": CLOSING_PAGE,
+            "num_pages": num_stored,
+            "error": error,
+            "kind": kind,
+            "seconds": time.monotonic() - started,
+        }
+
+    def _new_pages(self, job: StoryJob, stored: list[StoredPage]) -> Iterator[StoredPage]:
+        """The pages after those that are stored. A story that broke off is written once more from its begin, which
+        gives the same words; should they differ from what is stored, the stored ones are gone on from instead."""
+        images = tuple(InputImage(data=load_image(image)) for image in job.images)
+        request = StoryRequest(
+            prompt=(*images, job.prompt), pages=job.pages, seed=job.seed, sampling=self.sampling, given=job.texts
+        )
+        if not stored or not job.texts:
+            is_alike = True
+            with contextlib.closing(self._pages_of(request)) as pages:
+                for index, page in enumerate(pages):
+                    if index >= len(stored):
+                        yield page
+                    elif page.text != stored[index].text:
+                        is_alike = False
+                        break
+            if is_alike:
+                return
+        previous = tuple(Page(index=index, text=page.text) for index, page in enumerate(stored, start=1))
+        num_left = job.pages - len(stored)
+        yield from self._pages_of(replace(request, previous=previous, pages=num_left, given=job.texts[len(stored) :]))
+
+    def _pages_of(self, request: StoryRequest) -> Generates[StoredPage, None, None]:
+        self.seat.engine.check(request)
+        self.reach("before-text")
+        text, num_pages = "", 0
+        with contextlib.closing(drain(self.seat.engine.generate(request))) as events:
+            for event in events:
                 if isinstance(event, TextDelta):
                     text += event.text
+                    if num_pages:
+                        self.reach("mid-text")
                 elif isinstance(event, Vokens):
-                    seed = page_seed(job.seed, event.page)
-                    yield {**common, "page": event.page, "text": text.strip(), "vokens": pack(event), "seed": seed}
+                    given = request.given[num_pages : num_pages + 1]
+                    yield StoredPage(text=given[0] if given else text.strip(), vokens=pack(event))
                     num_pages, text = num_pages + 1, ""
-        except InvalidRequest as refusal:
-            error = str(refusal)
-        except Exception as failure:  # one story fails, the others go on
-            error = f"writing failed: {describe(failure)}"
-        seconds = time.monotonic() - started
-        yield {**common, "page": CLOSING_PAGE, "num_pages": num_pages, "error": error, "seconds": seconds}
+
+
+def _page_row(job: StoryJob, page: int, stored: StoredPage) -> Row:
+    return {"page": page, "text": stored.text, "vokens": stored.vokens, "seed": page_seed(job.seed, page)}
 
 
 class Draw:
-    """Pages with vokens -> pages with pictures; closing rows pass."""
+    """Pages with vokens -> pages with stored pictures; closing rows pass."""
 
-    def __init__(self, load_engine: Callable[[], Decoder], scheduler: str) -> None:
-        self.engine, self.scheduler = load_engine(), scheduler
+    def __init__(
+        self,
+        load_engine: Callable[[], Decoder],
+        *,
+        store: PageStore,
+        watch: Watch,
+        engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
+        reach: Reach = unharmed,
+    ) -> None:
+        self.store, self.reach = store, reach
+        self.seat = Seat("decoder", load_engine, watch, engine_id=engine_id())
 
     def __call__(self, pages: pa.Table) -> Iterator[pa.Table]:
         for row in pages.to_pylist():
@@ -111,23 +230,93 @@ class Draw:
             yield pa.Table.from_pylist([finished], schema=PAGE_SCHEMA)
 
     def draw(self, page: Row) -> Row:
-        """One page with its picture, or with the reason why it has none."""
-        settings = DrawSettings(steps=page["steps"], guidance_scale=page["guidance_scale"], scheduler=self.scheduler)
-        png, error = None, None
+        """One page whose picture is stored, or with the reason why it has none."""
+        if self.store.has_picture(page["id"], page["page"]):
+            return {**page, "has_picture": True, "seconds": 0.0}
+        error, kind = None, None
         started = time.monotonic()
-        try:
-            request = DrawRequest(
-                vokens=unpack(page["vokens"], page=page["page"]), seed=page["seed"], settings=settings
-            )
-            for event in drain(self.engine.decode(request)):
-                if isinstance(event, Picture):
-                    png = event.png
-        except Exception as failure:  # one picture fails, the others go on
-            error = describe(failure)
-        return {**page, "png": png, "error": error, "seconds": time.monotonic() - started}
+        with self.seat.row(f"{page['id']}/{page['page']}") as num_deaths:
+            try:
+                check_deaths(num_deaths)
+                self.store.save_picture(page["id"], page["page"], self._draw(page))
+                self.reach("picture-written")
+            except DiedTooOften as deaths:
+                error, kind = str(deaths), "engine deaths"
+            except Exception as failure:  # one picture fails, the others go on
+                error, kind = describe(failure), "drawing"
+        seconds = time.monotonic() - started
+        return {**page, "has_picture": error is None, "error": error, "kind": kind, "seconds": seconds}
+
+    def _draw(self, page: Row) -> bytes:
+        settings = DrawSettings(steps=page["steps"], guidance_scale=page["guidance_scale"], scheduler=page["scheduler"])
+        vokens = unpack(page["vokens"], page=page["page"])
+        png = b""
+        for event in drain(self.seat.engine.decode(DrawRequest(vokens=vokens, seed=page["seed"], settings=settings))):
+            if isinstance(event, Progress):
+                self.reach("mid-picture")
+            elif isinstance(event, Picture):
+                png = event.png
+        return png
 
 
-def drain(events: AsyncIterator[T]) -> Iterator[T]:
+class Tell:
+    """Pictures -> what the model says of them."""
+
+    def __init__(
+        self,
+        load_engine: Callable[[], Generator],
+        sampling: Sampling,
+        *,
+        watch: Watch,
+        engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
+    ) -> None:
+        self.sampling = replace(sampling, temperature=0.0)
+        self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
+
+    def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
+        for job in jobs_of(jobs, ImageJob):
+            yield pa.Table.from_pylist([self.tell(job)], schema=CAPTION_SCHEMA)
+
+    def tell(self, job: ImageJob) -> Row:
+        """One picture's caption, or the reason why it has none."""
+        caption, error, kind = None, None, None
+        started = time.monotonic()
+        with self.seat.row(job.id) as num_deaths:
+            try:
+                check_deaths(num_deaths)
+                request = StoryRequest(
+                    prompt=(InputImage(data=load_image(job.image)), job.question),
+                    pages=1,
+                    sampling=self.sampling,
+                    mode="reply",
+                    pictures="none",
+                )
+                self.seat.engine.check(request)
+                events = drain(self.seat.engine.generate(request))
+                caption = "".join(event.text for event in events if isinstance(event, TextDelta)).strip()
+            except InvalidRequest as refusal:
+                error, kind = str(refusal), "input"
+            except DiedTooOften as deaths:
+                error, kind = str(deaths), "engine deaths"
+            except Exception as failure:  # one picture fails, the others go on
+                error, kind = f"describing failed: {describe(failure)}", "describing"
+        return {
+            "id": job.id,
+            "image": place_of(job.image),
+            "question": job.question,
+            "caption": caption,
+            "error": error,
+            "kind": kind,
+            "seconds": time.monotonic() - started,
+        }
+
+
+def place_of(image: str | bytes) -> str | None:
+    """Where a picture lies, where it is not in the row itself."""
+    return image if isinstance(image, str) and not image.startswith("data:") else None
+
+
+def drain(events: AsyncIterator[T]) -> Generates[T, None, None]:
     """An engine's stream on this thread. Ray Data would collect an asynchronous generator to its end before it passes
     anything on; from a plain one each row goes its way at once."""
 

@@ -28,7 +28,7 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.fair_share import FairShare
 from minigpt5.kv_cache import RowCache
 from minigpt5.language import LanguageModel
-from minigpt5.prompt import encode, request_segments
+from minigpt5.prompt import encode, page_ids, request_segments
 from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, StoryRequest
 from minigpt5.vision import Vision
 from minigpt5.writing import STOP, Read, Score, Script, Writer
@@ -163,7 +163,9 @@ class VokenGenerator:
         rows = self.language.rows
         ids = encode(request_segments(request), self.tokenizer, rows, num_image_embeddings=num_queries).ids
         limit = request.sampling.max_page_tokens
-        num_text = {"story": request.pages * limit, "reply": limit, "caption": 0}[request.mode]
+        num_given = sum(len(page_ids(words, self.tokenizer)) for words in request.given)
+        num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
+        num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
         if len(ids) + num_new > self.config.context_tokens:
             raise InvalidRequest(
@@ -304,5 +306,14 @@ def check_request(request: StoryRequest) -> None:
         raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {MAX_PAGES}")
     if request.pictures != "auto" and request.mode != "reply":
         raise InvalidRequest("pictures", f"pictures is {request.pictures!r} but a {request.mode} has its own: use auto")
+    if request.given and request.mode != "story":
+        raise InvalidRequest("given", f"given has texts but a {request.mode} has no pages to give: leave it out")
+    if len(request.given) > request.pages:
+        raise InvalidRequest(
+            "given", f"given has {len(request.given)} texts but pages is {request.pages}: ask for as many or more"
+        )
+    for number, words in enumerate(request.given, start=1):
+        if not words.strip():
+            raise InvalidRequest("given", f"given text {number} is empty: say what the page says")
     if not all(request.stop):
         raise InvalidRequest("stop", f"stop is {request.stop} but no stop string may be empty")

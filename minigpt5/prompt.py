@@ -71,8 +71,7 @@ def encode(
     num_drawn = 0
     for segment in segments:
         if segment.kind == "text":
-            # Words that spell a voken or a slot are words: what is drawn and read is said by segments alone.
-            new = tokenizer.encode(segment.text, add_special_tokens=False, split_special_tokens=True)
+            new = words_ids(segment.text, tokenizer)
             learnt = new if segment.is_target else [IGNORED] * len(new)
         elif segment.kind == "read":
             new = [rows.placeholder] * num_image_embeddings
@@ -88,6 +87,16 @@ def encode(
         ids += new
         labels += learnt
     return Tokens(ids=ids, labels=labels)
+
+
+def words_ids(words: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Words that spell a voken or a slot are words: what is drawn and read is said by segments alone."""
+    return tokenizer.encode(words, add_special_tokens=False, split_special_tokens=True)
+
+
+def page_ids(page: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A page's text as it stands in a story."""
+    return words_ids(f" {page.strip()}", tokenizer)
 
 
 def caption_segments(caption: str) -> list[Segment]:

@@ -74,6 +74,9 @@ class StoryRequest:
     """Text ends before the first of these strings, as end-of-text would end it; no part of one is shown."""
     previous: tuple[Page, ...] = ()
     """Pages already written; the story goes on after them."""
+    given: tuple[str, ...] = ()
+    """Texts of a story's first `pages`, used as they are: they are read, not written, and their vokens taken after
+    them. Further pages are written."""
     previews: bool = False
     """Whether pictures show themselves on the way, in the Progress of some steps."""
     key: str = ""

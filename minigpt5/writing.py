@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from minigpt5.prompt import END
+from minigpt5.prompt import END, page_ids
 from minigpt5.sampling import sample_token
 from minigpt5.text_stream import TextStream
 from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
@@ -78,12 +78,13 @@ class Writer:
         self._tokenizer, self._rows, self._end_ids = tokenizer, rows, end_ids
         self._fingerprint, self._put = fingerprint, put
         self._length = len(prompt_ids)
-        self._num_written = 0
+        self._num_given = self._num_written = 0
 
     def script(self) -> Script:
         """The whole request; ends with Usage."""
         yield from {"story": self._story, "caption": self._caption, "reply": self._reply}[self.request.mode]()
-        self._put(Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=self._num_written))
+        num_read = len(self.prompt_ids) + self._num_given
+        self._put(Usage(prompt_tokens=num_read, completion_tokens=self._num_written))
 
     def _caption(self) -> Script:
         """The prompt and its vokens in one reading."""
@@ -93,12 +94,16 @@ class Writer:
 
     def _story(self) -> Script:
         state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
-        sampling, first = self.request.sampling, len(self.request.previous) + 1
+        sampling, given, first = self.request.sampling, self.request.given, len(self.request.previous) + 1
         for page in range(first, first + self.request.pages):
-            text = yield from self._text(
-                page, state_H, limit=sampling.max_page_tokens, min_tokens=sampling.min_page_tokens
-            )
-            state_H = yield from self._picture(page, text.state_H)
+            if page - first < len(given):
+                state_H = yield from self._given(page, given[page - first])
+            else:
+                text = yield from self._text(
+                    page, state_H, limit=sampling.max_page_tokens, min_tokens=sampling.min_page_tokens
+                )
+                state_H = text.state_H
+            state_H = yield from self._picture(page, state_H)
 
     def _reply(self) -> Script:
         request = self.request
@@ -125,6 +130,15 @@ class Writer:
             if not text.opens_picture:
                 return
             page, num_pictures = page + 1, num_pictures + 1
+
+    def _given(self, page: int, words: str) -> Generator[Read | Score, Any, Tensor]:
+        """Read a page's text as if it had been written; returns the state after it."""
+        ids = page_ids(words, self._tokenizer)
+        self._show(page, words)
+        states_1H = yield Read(ids=ids, start=self._length)
+        self._length += len(ids)
+        self._num_given += len(ids)
+        return states_1H[-1]
 
     def _text(
         self,

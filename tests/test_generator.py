@@ -473,3 +473,45 @@ def test_what_cannot_take_effect_is_refused(generator: VokenGenerator, request_:
     with pytest.raises(InvalidRequest) as caught:
         generator.check(request_)
     assert caught.value.field == field
+
+
+# Given texts
+
+
+def test_a_given_text_is_read_as_a_written_page_is_and_the_story_goes_on_after_it(generator: VokenGenerator) -> None:
+    first, second = "A fox found a balloon " * 20, "He went home."  # the first is longer than one reading
+    given, after_first, after_both = run(
+        generator,
+        story(given=(first, second), pages=3),
+        story(previous=(Page(index=1, text=first.strip()),), given=(second,)),
+        story(previous=(Page(index=1, text=first.strip()), Page(index=2, text=second)), pages=1),
+    )
+    shown = {page: "".join(e.text for e in given if isinstance(e, TextDelta) and e.page == page) for page in (1, 2, 3)}
+    assert (shown[1], shown[2]) == (first, second)
+    assert shown[3] == text(after_both)
+    vokens = {event.page: event.hidden_VH for event in given if isinstance(event, Vokens)}
+    for events in (after_first, after_both):
+        for event in events:
+            if isinstance(event, Vokens):
+                np.testing.assert_allclose(event.hidden_VH, vokens[event.page], atol=1e-5)
+    assert pages_with_pictures(given) == [1, 2, 3]
+    usage = {
+        name: next(e for e in events if isinstance(e, Usage)) for name, events in (("3", given), ("1", after_both))
+    }
+    assert usage["3"].completion_tokens == usage["1"].completion_tokens + 2 * generator.config.num_vokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"given": ("a", "b", "c")}, "given has 3 texts but pages is 2"),
+        ({"given": ("a", " ")}, "given text 2 is empty"),
+        ({"given": ("a",), "mode": "reply"}, "a reply has no pages"),
+        ({"given": ("a fox " * 400,)}, "context window"),
+    ],
+)
+def test_given_texts_that_cannot_be_used_are_refused(
+    generator: VokenGenerator, changes: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        generator.check(story(**changes))

@@ -32,13 +32,17 @@ class FakeGenerator:
     fingerprint = FINGERPRINT
 
     def check(self, request: StoryRequest) -> None:
-        if len(str(request.prompt[0])) > MAX_PROMPT:
+        if len(str(request.prompt[-1])) > MAX_PROMPT:
             raise InvalidRequest("prompt", f"prompt is longer than {MAX_PROMPT}: shorten it")
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        prompt = str(request.prompt[0])
-        for page in range(1, request.pages + 1):
+        prompt, first = str(request.prompt[-1]), len(request.previous) + 1
+        for page in range(first, first + request.pages):
             await asyncio.sleep(0)
+            if given := request.given[page - first : page - first + 1]:
+                yield TextDelta(page=page, text=given[0])
+                yield Vokens(page=page, hidden_VH=np.full((8, 4), page, np.float32), fingerprint=FINGERPRINT)
+                continue
             yield TextDelta(page=page, text=f"Page {page} ")
             if page == 2 and prompt == BREAKS_ON_PAGE_2:
                 raise RuntimeError("out of words")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +24,18 @@ import ray
 from PIL import Image
 from pyarrow import csv, dataset, parquet
 
-from batch_jobs import illustrate
+from batch_jobs import books, illustrate, kill_points
 from batch_jobs.illustrate import Engines, make_pages_on_ray
-from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows, prompt_seed, read_rows
-from batch_jobs.outputs import STORY_SCHEMA, StorySink
-from batch_jobs.stages import Draw, Row, Write, unpack
+from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows, load_image, prompt_seed, read_rows
+from batch_jobs.job import Output
+from batch_jobs.monitor import Monitor, Seat
+from batch_jobs.outputs import STORY_SCHEMA
+from batch_jobs.pipeline import Limits, Pool, check_engines
+from batch_jobs.report import Report
+from batch_jobs.stages import Draw, Row, Write, as_table, unpack
+from batch_jobs.state import PageStore
 from minigpt5.config import default_model_folder, storybook
-from minigpt5.errors import StorageError
+from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
 from minigpt5.flow import page_seed, write_story
 from minigpt5.types import DrawSettings, StoryRequest
 from tests.batch_jobs.fakes import (
@@ -39,6 +46,7 @@ from tests.batch_jobs.fakes import (
     FakeDecoder,
     FakeGenerator,
 )
+from tests.fakes import make_png
 
 CONFIG = storybook()
 ROOT = Path(__file__).parent.parent.parent
@@ -59,21 +67,33 @@ def check(*rows: dict[str, object]) -> list[StoryJob | BadRow]:
     return list(check_rows((RawRow(values=row) for row in rows), draw=CONFIG.draw))
 
 
-def make_pages_here(jobs: list[StoryJob]) -> Iterator[Row]:
+def new_output(folder: Path, **changes: object) -> Output:
+    plan = {"job": "illustrate", "model": "fake", **changes}
+    return Output.at(str(folder / "out"), STORY_SCHEMA, plan)
+
+
+def make_pages_here(jobs: list[StoryJob], report: Report, *, output: Output) -> Iterator[Row | None]:
     """The stages in this process, as far out of order as they can come: the last page of all stories first."""
-    write, draw = Write(FakeGenerator, CONFIG.sampling), Draw(FakeDecoder, CONFIG.draw.scheduler)
-    table = pa.Table.from_pylist([vars(job) for job in jobs])
-    written = [row for batch in write(table) for row in batch.to_pylist()]
+    common = {"store": output.store, "watch": Monitor()}
+    write = Write(FakeGenerator, CONFIG.sampling, CONFIG.draw.scheduler, **common)  # type: ignore[arg-type]
+    draw = Draw(FakeDecoder, **common)  # type: ignore[arg-type]
+    written = [row for batch in write(as_table(jobs)) for row in batch.to_pylist()]
     drawn = [row for row in written for batch in draw(pa.Table.from_pylist([row])) for row in batch.to_pylist()]
+    yield None
     yield from reversed(drawn)
 
 
-def refuse(jobs: list[StoryJob]) -> Iterator[Row]:
+def illustrate_here(rows: list[StoryJob | BadRow], output: Output, **options: int) -> Report:
+    make_pages = partial(make_pages_here, output=output)
+    return illustrate.illustrate(rows, output, make_pages=make_pages, **options)  # type: ignore[arg-type]
+
+
+def refuse(jobs: list[StoryJob], report: Report) -> Iterator[Row | None]:
     raise AssertionError("there is nothing to write")
 
 
 def read_output(folder: Path) -> dict[str, Row]:
-    rows = dataset.dataset(folder).to_table().to_pylist()
+    rows = dataset.dataset(folder / "out").to_table().to_pylist()
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: row for row in rows}
 
@@ -171,20 +191,45 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_every_row_becomes_a_row_and_a_second_run_does_nothing(tmp_path: Path) -> None:
-    report = illustrate.illustrate(check(*PROMPTS), StorySink(str(tmp_path)), make_pages=make_pages_here)
+    report = illustrate_here(check(*PROMPTS), new_output(tmp_path))
     assert (report.rows, report.skipped, report.errors, report.pictures) == (7, 0, 4, 3 + 4 + 1 + 1 + 3)
+    assert report.kinds == {"input": 2, "writing": 1, "drawing": 1}
     check_output(tmp_path)
-    files = set(tmp_path.iterdir())
-    report = illustrate.illustrate(check(*PROMPTS), StorySink(str(tmp_path)), make_pages=refuse)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.state"}
+    assert not list(tmp_path.rglob("*.png")), "what is in the rows is kept nowhere else"
+    report = illustrate.illustrate(iter(lambda: 1 / 0, 0), new_output(tmp_path), make_pages=refuse)  # type: ignore
     assert (report.rows, report.skipped, report.errors) == (7, 7, 0)
-    assert set(tmp_path.iterdir()) == files
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    rows = check(PROMPTS[0])
+    illustrate_here(rows, new_output(tmp_path))
+    with pytest.raises(MiniGPT5Error, match="model is 'other' but was 'fake'"):
+        illustrate_here(rows, new_output(tmp_path, model="other"))
+
+
+def test_an_output_has_one_process_at_a_time(tmp_path: Path) -> None:
+    first = new_output(tmp_path)
+    first.state.take(first.plan)
+    second = new_output(tmp_path)
+    with pytest.raises(MiniGPT5Error, match=f"worked on by process {os.getpid()}"):
+        illustrate_here(check(PROMPTS[0]), second)
+    owner = tmp_path / "out.state" / "owner.json"
+    owner.write_text(owner.read_text().replace(str(os.getpid()), str(2**22 - 7)))  # a process that is not there
+    assert illustrate_here(check(PROMPTS[0]), second).stories == 1
+    owner.write_text(json.dumps({"token": "x", "host": socket.gethostname(), "pid": 1, "started": 0, "beat": 1}))
+    with pytest.raises(MiniGPT5Error, match="taken over by process 1 on"):
+        first.state.check()  # it was only slow: it writes nothing more
 
 
 def check_output(folder: Path) -> None:
     """Of PROMPTS through the fakes."""
     stories = {row["prompt"]: row for row in read_output(folder).values()}
     fox = stories["a fox"]
-    assert (fox["id"], fox["seed"], fox["error"]) == ("fox", 7, None) and fox["seconds"] > 0
+    assert (fox["id"], fox["seed"], fox["error"]) == ("fox", 7, None)
+    assert fox["timings"]["write_s"] > 0 and fox["timings"]["draw_s"] > 0
     assert [page["index"] for page in fox["pages"]] == [1, 2, 3]
     assert [page["text"] for page in fox["pages"]] == [f"Page {n} of a fox, 7." for n in (1, 2, 3)]
     assert [page["seed"] for page in fox["pages"]] == [page_seed(7, n) for n in (1, 2, 3)]
@@ -197,7 +242,7 @@ def check_output(folder: Path) -> None:
     assert undrawn["error"] == "page 2 has no picture: out of paint" and len(undrawn["pages"]) == 4
     assert [page["error"] for page in undrawn["pages"]] == [None, "out of paint", None, None]
     assert [page["png"] is None for page in undrawn["pages"]] == [False, True, False, False]
-    schema = dataset.dataset(folder).schema
+    schema = dataset.dataset(folder / "out").schema
     assert schema.remove_metadata() == STORY_SCHEMA
 
 
@@ -213,40 +258,213 @@ async def in_process(row: dict[str, object]) -> list[tuple[str, bytes | None]]:
 
 
 def test_a_story_is_that_of_the_in_process_flow(tmp_path: Path) -> None:
-    illustrate.illustrate(check(PROMPTS[0]), StorySink(str(tmp_path)), make_pages=make_pages_here)
+    illustrate_here(check(PROMPTS[0]), new_output(tmp_path))
     (story,) = read_output(tmp_path).values()
     assert [(page["text"], page["png"]) for page in story["pages"]] == asyncio.run(in_process(PROMPTS[0]))
 
 
-def test_a_run_that_breaks_keeps_the_stories_that_are_whole(tmp_path: Path) -> None:
-    def break_in_the_middle(jobs: list[StoryJob]) -> Iterator[Row]:
-        yield from make_pages_here(jobs[:1])
-        yield next(make_pages_here(jobs[1:]))
+def test_a_run_that_breaks_keeps_what_it_has_and_the_next_makes_only_the_rest(tmp_path: Path) -> None:
+    output = new_output(tmp_path)
+
+    def break_in_the_middle(jobs: list[StoryJob], report: Report) -> Iterator[Row | None]:
+        yield from make_pages_here(jobs[:1], report, output=output)
+        yield next(row for row in make_pages_here(jobs[1:], report, output=output) if row)
         raise RuntimeError("the cluster is gone")
 
     rows = check({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl"})
     with pytest.raises(RuntimeError, match="gone"):
-        illustrate.illustrate(rows, StorySink(str(tmp_path)), make_pages=break_in_the_middle)
+        illustrate.illustrate(rows, output, make_pages=break_in_the_middle)
     assert set(read_output(tmp_path)) == {"fox"}
-    report = illustrate.illustrate(rows, StorySink(str(tmp_path)), make_pages=make_pages_here)
+    fox = (part := next((tmp_path / "out").glob("part-*"))).read_bytes()
+    (picture,) = [path for path in tmp_path.rglob("1.png")]
+    picture.write_bytes(make_png())  # what is stored is not made again
+    (tmp_path / "out" / ".part-1.parquet").write_text("half a file")
+    again = new_output(tmp_path)
+    report = illustrate_here(rows, again)
     assert (report.skipped, report.stories) == (1, 1)
-    assert set(read_output(tmp_path)) == {"fox", "owl"}
+    assert part.read_bytes() == fox
+    found = read_output(tmp_path)
+    assert set(found) == {"fox", "owl"}
+    assert found["owl"]["pages"][0]["png"] == make_png()
+    assert not (tmp_path / "out" / ".part-1.parquet").exists() and not list(tmp_path.rglob("*.png"))
+
+
+def test_a_story_that_broke_off_in_its_text_goes_on_from_the_pages_that_are_stored(tmp_path: Path) -> None:
+    (job,) = check(PROMPTS[0])
+    assert isinstance(job, StoryJob)
+    store = PageStore(str(tmp_path / "whole"))
+    whole = list(new_writer(store).write(job))
+    for text in ("Page 1 of a fox, 7.", "Another text than before."):
+        store = PageStore(str(tmp_path / text[:4]))
+        store.save_text(job.id, 1, replace(PageStore(str(tmp_path / "whole")).load_texts(job.id)[0], text=text))
+        rows = list(new_writer(store).write(job))
+        assert [row["page"] for row in rows] == [row["page"] for row in whole] == [1, 2, 3, 0]
+        assert rows[0]["text"] == text and rows[0]["vokens"] == whole[0]["vokens"]
+        if text == whole[0]["text"]:
+            assert [row["text"] for row in rows[:3]] == [row["text"] for row in whole[:3]]
+
+
+def new_writer(store: PageStore, watch: Monitor | None = None) -> Write:
+    return Write(FakeGenerator, CONFIG.sampling, CONFIG.draw.scheduler, store=store, watch=watch or Monitor())
+
+
+def test_a_finished_story_keeps_its_text_and_gets_a_picture_for_each_page(tmp_path: Path) -> None:
+    texts = ["  A fox \nfound a balloon. ", "He went home."]
+    rows = check({"id": "tale", "pages_text": texts}, {"id": "csv", "pages_text": json.dumps(texts), "prompt": "a fox"})
+    report = illustrate_here(rows, new_output(tmp_path))
+    assert (report.errors, report.pictures) == (0, 4)
+    for story in read_output(tmp_path).values():
+        assert [page["text"] for page in story["pages"]] == texts
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"pages_text": "no list"}, "must be a list of texts"),
+        ({"pages_text": [1]}, "must be a list of texts"),
+        ({"pages_text": []}, "has 0 pages but"),
+        ({"pages_text": ["a", " "]}, "no text on page 2"),
+        ({"pages_text": ["a"] * 17}, "has 17 pages but must have from 1 to 16"),
+        ({"pages_text": ["a", "b"], "pages": 3}, "pages is 3 but pages_text has 2"),
+        ({"prompt": "a", "images": 3}, "images is 3 but must be a list"),
+        ({"prompt": "a", "images": ["x.png"] * 9}, "at most 8"),
+    ],
+)
+def test_a_bad_story_or_picture_list_says_what_is_wrong(row: dict[str, object], complaint: str) -> None:
+    (bad,) = check(row)
+    assert isinstance(bad, BadRow) and complaint in bad.error
+
+
+def test_pictures_of_a_prompt_come_from_files_and_data_urls(tmp_path: Path) -> None:
+    (tmp_path / "fox.png").write_bytes(make_png())
+    url = "data:image/png;base64," + base64.b64encode(make_png()).decode()
+    for image in (str(tmp_path / "fox.png"), (tmp_path / "fox.png").as_uri(), url, make_png()):
+        assert load_image(image) == make_png()
+    for image, complaint in ((str(tmp_path / "no.png"), "no.png"), (b"not a picture", "13 bytes"), ("data:,x", "read")):
+        with pytest.raises(InvalidRequest, match=complaint):
+            load_image(image)
+    rows = check({"id": "a", "prompt": "a", "images": str(tmp_path / "no.png")}, {"id": "b", "prompt": "b"})
+    report = illustrate_here(rows, new_output(tmp_path))
+    assert report.kinds == {"input": 1} and report.stories == 1
+
+
+def test_a_row_that_was_in_flight_at_two_engine_deaths_becomes_an_error(tmp_path: Path) -> None:
+    output, monitor = new_output(tmp_path), Monitor()
+    for _ in range(2):
+        monitor.enter("generator", "fox")  # and never leaves
+        monitor.enter("decoder", "owl/2")
+
+    def make_pages(jobs: list[StoryJob], report: Report) -> Iterator[Row]:
+        draw = Draw(FakeDecoder, store=output.store, watch=monitor)
+        for job in jobs:
+            for row in new_writer(output.store, monitor).write(job):
+                yield draw.draw(row) if row["page"] else row
+
+    rows = check({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl", "pages": 2})
+    report = illustrate.illustrate(rows, output, make_pages=make_pages)
+    assert report.kinds == {"engine deaths": 2}
+    found = read_output(tmp_path)
+    assert found["fox"]["error"] == "in flight at 2 engine deaths: it is not tried again" and not found["fox"]["pages"]
+    assert [page["error"] is None for page in found["owl"]["pages"]] == [True, False]
+
+
+def test_engines_that_die_too_often_or_cannot_start_end_the_run() -> None:
+    monitor = Monitor()
+    for _ in range(3):
+        monitor.starting("decoder", "one")
+    monitor.starting("decoder", "another")
+    assert (monitor.figures().pools["decoder"].engines, monitor.figures().pools["decoder"].deaths) == (2, 2)
+    check_engines(monitor.figures(), Limits(restarts=2), pools=("decoder",), waited_s=0)
+    with pytest.raises(MiniGPT5Error, match="died 2 times, more than --max-restarts 1"):
+        check_engines(monitor.figures(), Limits(restarts=1), pools=("decoder",), waited_s=0)
+    with pytest.raises(MiniGPT5Error, match="no generator and no decoder was ready after 11 s"):
+        check_engines(monitor.figures(), Limits(start_timeout_s=10), pools=("generator", "decoder"), waited_s=11)
+    with pytest.raises(ZeroDivisionError):
+        Seat("decoder", lambda: 1 / 0, monitor, engine_id="one")
+    with pytest.raises(MiniGPT5Error, match="the decoder cannot start: ZeroDivisionError: division by zero"):
+        check_engines(monitor.figures(), Limits(), pools=(), waited_s=0)
+
+
+def test_pictures_as_files_are_named_by_their_rows(tmp_path: Path) -> None:
+    output = Output.at(str(tmp_path / "out"), STORY_SCHEMA, {}, keeps_pictures=True)
+    illustrate_here(check(PROMPTS[0]), output)
+    (story,) = read_output(tmp_path).values()
+    assert [page["png"] for page in story["pages"]] == [None] * 3
+    pictures = [Path(page["uri"]).read_bytes() for page in story["pages"]]
+    assert [png for _, png in asyncio.run(in_process(PROMPTS[0]))] == pictures
+    assert not list((tmp_path / "out").rglob("*.png")), "readers of the data set would take them for parquet"
+
+
+def test_books_show_every_story_and_the_index_names_them_all(tmp_path: Path) -> None:
+    output = new_output(tmp_path)
+    illustrate_here(check(*PROMPTS), output)
+    index = Path(books.write_books(output.sink, model="fake"))
+    links = re.findall(r'href="(\w+\.html)"', index.read_text())
+    assert len(links) == 5 and index.read_text().count("<li>") == 7 and "prompt is empty" in index.read_text()
+    assert all("<img" in (index.parent / link).read_text() for link in links)
+
+
+def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> None:
+    reached: set[str] = set()
+    for _ in range(2):
+        output = new_output(tmp_path)
+        output.reach = output.sink._reach = reached.add
+        options = {"store": output.store, "watch": Monitor(), "reach": reached.add}
+
+        def make_pages(jobs: list[StoryJob], report: Report, options: dict[str, object] = options) -> Iterator[Row]:
+            write = Write(FakeGenerator, CONFIG.sampling, CONFIG.draw.scheduler, **options)  # type: ignore[arg-type]
+            for row in write.write(jobs[0]):
+                yield Draw(FakeDecoder, **options).draw(row) if row["page"] else row  # type: ignore[arg-type]
+            raise RuntimeError("the cluster is gone")
+
+        with pytest.raises(RuntimeError):
+            illustrate.illustrate(check(PROMPTS[0], PROMPTS[1]), output, make_pages=make_pages)
+    assert reached == set(kill_points.POINTS)
+
+
+def test_a_point_kills_once_and_an_unknown_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from batch_jobs import kill_points; kill_points.from_environment()('mid-text'); print('lives')"
+    environment = {**os.environ, kill_points.VARIABLE: f"mid-text:{tmp_path / 'marker'}", "PYTHONPATH": str(ROOT)}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True) for _ in range(2)
+    ]
+    assert (runs[0].returncode, runs[0].stdout) == (-9, "")
+    assert (runs[1].returncode, runs[1].stdout) == (0, "lives\n")
+    monkeypatch.setenv(kill_points.VARIABLE, "nowhere:x")
+    with pytest.raises(ValueError, match="nowhere:x"):
+        kill_points.from_environment()
 
 
 def test_too_many_errors_end_the_run(tmp_path: Path) -> None:
     rows = check(*[{"prompt": "", "id": number} for number in range(5)], {"prompt": "a fox"})
-    report = illustrate.illustrate(rows, StorySink(str(tmp_path)), make_pages=refuse, max_errors=2)
+    report = illustrate.illustrate(rows, new_output(tmp_path), make_pages=refuse, max_errors=2)
     assert report.stopped_at == 3
     assert len(read_output(tmp_path)) == 3
+    assert illustrate_here(rows, new_output(tmp_path)).skipped == 3
 
 
 def test_an_output_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
-        StorySink(str(tmp_path / "file"))
-    (tmp_path / "part-1.parquet").write_text("not parquet")
+        Output.at(str(tmp_path / "file"), STORY_SCHEMA, {})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "part-1.parquet").write_text("not parquet")
     with pytest.raises(StorageError, match="cannot be read"):
-        StorySink(str(tmp_path)).written_ids()
+        illustrate_here(check(PROMPTS[0]), new_output(tmp_path))
+
+
+def test_the_report_says_what_was_made_and_what_is_left() -> None:
+    report = Report(rows=10, skipped=2, seconds=20.0)
+    for _ in range(4):
+        report.add({"error": None, "pages": [{"has_picture": True}]})
+    assert report.progress() == "6 of 10 rows, 0 errors, 4 pictures, 0:20, about 0:20 left"
+    monitor = Monitor()
+    monitor.starting("decoder", "one")
+    monitor.enter("decoder", "fox/1")
+    monitor.leave("decoder", "fox/1", "life", 3.0, 2.0)
+    report.figures = monitor.figures()
+    report.figures.pools["decoder"].first_s, report.figures.pools["decoder"].last_s = 10.0, 14.0
+    assert "decoder: 1 engines, 75% busy, 0 deaths, 0.500 core-seconds a page" in str(report)
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,17 +477,19 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.cluster
 def test_stages_on_ray_give_the_same_data_set(tmp_path: Path) -> None:
-    engines = Engines(load_generator=FakeGenerator, load_decoder=FakeDecoder, num_decoders=2)
-    make_pages = partial(make_pages_on_ray, config=CONFIG, engines=engines)
+    output = new_output(tmp_path / "ray")
+    engines = Engines(generator=Pool(load=FakeGenerator), decoder=Pool(load=FakeDecoder, least=2, most=2))
+    make_pages = partial(make_pages_on_ray, config=CONFIG, engines=engines, output=output)
     was_up = ray.is_initialized()
     try:
-        report = illustrate.illustrate(check(*PROMPTS), StorySink(str(tmp_path / "ray")), make_pages=make_pages)
+        report = illustrate.illustrate(check(*PROMPTS), output, make_pages=make_pages)
     finally:
         if not was_up:
             ray.shutdown()
     assert (report.errors, report.pictures) == (4, 12)
     check_output(tmp_path / "ray")
-    illustrate.illustrate(check(*PROMPTS), StorySink(str(tmp_path / "here")), make_pages=make_pages_here)
+    assert report.figures.pools["decoder"].rows == 13 and 0 < report.figures.pools["decoder"].utilisation() <= 1
+    illustrate_here(check(*PROMPTS), new_output(tmp_path / "here"))
     found, expected = read_output(tmp_path / "ray"), read_output(tmp_path / "here")
     assert found.keys() == expected.keys()
     assert all(found[id]["pages"] == expected[id]["pages"] for id in found)
@@ -329,7 +549,7 @@ def test_the_shipped_model_illustrates_a_file_as_a_submitted_job(tmp_path: Path,
             break
         time.sleep(1)
     assert job.returncode == 0, job.stdout + job.stderr
-    assert "2 rows, 0 already there, 1 errors, 2 pictures" in job.stdout
+    assert "2 rows, 0 already there, 1 errors (1 input), 2 pictures" in job.stdout
     files = set((tmp_path / "out").iterdir())
     again = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
@@ -341,7 +561,7 @@ def test_the_shipped_model_illustrates_a_file_as_a_submitted_job(tmp_path: Path,
     model = MiniGPT5.from_pretrained(default_model_folder())
     draw = DrawSettings(steps=2, guidance_scale=model.config.draw.guidance_scale, scheduler=model.config.draw.scheduler)
     story = model.write("A fox who finds a balloon", pages=2, seed=7, draw=draw)
-    found = read_output(tmp_path / "out")["fox"]["pages"]
+    found = read_output(tmp_path)["fox"]["pages"]
     assert [page["text"] for page in found] == [page.text for page in story.pages]
     assert largest_difference([page["png"] for page in found], [p.picture.png for p in story.pages if p.picture]) <= 1
 

@@ -1,0 +1,71 @@
+"""A finished data set -> an HTML book of each story and an index page, beside the output: URI.books/index.html."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from html import escape
+
+from PIL import Image
+
+from batch_jobs.inputs import open_uri
+from batch_jobs.outputs import RowSink
+from batch_jobs.stages import Row
+from batch_jobs.state import write_whole
+from minigpt5.export import DOCUMENT, to_html_fragment
+from minigpt5.types import Page, Picture, Story, Usage
+
+INDEX = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>body {{ max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 1.1rem/1.6 Georgia, serif; }}
+li {{ margin: .4rem 0; overflow-wrap: anywhere; }} .error {{ color: #a33; }}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<ol>
+{entries}
+</ol>
+</body>
+</html>
+"""
+
+
+def write_books(sink: RowSink, *, model: str) -> str:
+    """The place of the index page. A book that is already there stays as it is."""
+    files, base = open_uri(sink.uri.rstrip("/"))
+    entries = []
+    for row in sink.rows():
+        name = f"{hashlib.sha256(row['id'].encode()).hexdigest()[:32]}.html"
+        error = f' <span class="error">{escape(row["error"])}</span>' if row["error"] else ""
+        if not row["pages"]:
+            entries.append(f"<li>{escape(row['prompt'] or row['id'])}{error}</li>")
+            continue
+        path = f"{base}.books/{name}"
+        if not files.get_file_info(path).is_file:
+            story = to_story(row, sink, model=model)
+            book = DOCUMENT.format(title=escape(story.prompt), story=to_html_fragment(story))
+            write_whole(files, path, book.encode())
+        entries.append(f'<li><a href="{name}">{escape(row["prompt"])}</a>{error}</li>')
+    title = f"{len(entries)} stories"
+    write_whole(files, f"{base}.books/index.html", INDEX.format(title=title, entries="\n".join(entries)).encode())
+    return f"{sink.uri.rstrip('/')}.books/index.html"
+
+
+def to_story(row: Row, sink: RowSink, *, model: str) -> Story:
+    """An output row as a story, its pictures read from where they lie."""
+    pages = []
+    for page in row["pages"]:
+        png = page["png"] or (sink.store.load_picture(row["id"], page["index"]) if page["uri"] else None)
+        picture = None
+        if png:
+            width, height = Image.open(io.BytesIO(png)).size
+            picture = Picture(
+                page=page["index"], png=png, width=width, height=height, seed=page["seed"], denoise_steps=0
+            )
+        pages.append(Page(index=page["index"], text=page["text"], picture=picture, error=page["error"]))
+    usage = Usage(prompt_tokens=0, completion_tokens=0)
+    return Story(id=row["id"], prompt=row["prompt"], seed=row["seed"], model=model, pages=tuple(pages), usage=usage)

@@ -1,0 +1,111 @@
+"""`python -m batch_jobs.describe pictures.jsonl --output DIR`: every picture of a file gets its caption.
+
+A row has an `image` (a path, a URI, a data URL, or bytes in parquet) and, if wanted, an `id` and a `question`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of, read_rows
+from batch_jobs.job import (
+    Output,
+    check_model,
+    generator_pool,
+    limits,
+    new_parser,
+    note_unknown_columns,
+    run_command,
+    work,
+)
+from batch_jobs.kill_points import Reach
+from batch_jobs.outputs import DESCRIPTION_SCHEMA
+from batch_jobs.pipeline import (
+    STORIES_AT_ONCE,
+    Limits,
+    Pool,
+    RemoteMonitor,
+    connect,
+    finished_rows,
+    new_dataset,
+    through,
+)
+from batch_jobs.report import Report
+from batch_jobs.stages import Row, Tell, as_table
+from minigpt5.config import ModelConfig
+
+QUESTION = "Describe this image."
+"""What the model was trained to be asked."""
+
+
+def describe(
+    rows: list[ImageJob | BadRow], report: Report, *, config: ModelConfig, pool: Pool, limits: Limits
+) -> Iterator[Row | None]:
+    """Output rows as they come to be: bad rows at once."""
+    for bad in rows:
+        if isinstance(bad, BadRow):
+            yield {"id": bad.id, "timings": {"describe_s": 0.0}, "error": bad.error, "kind": "input"}
+    jobs = [row for row in rows if isinstance(row, ImageJob)]
+    if not jobs:
+        return
+    connect(pool.least)
+    monitor = RemoteMonitor()
+    told = through(
+        new_dataset(as_table(jobs), name="describe"),
+        Tell,
+        pool=pool,
+        at_once=STORIES_AT_ONCE,
+        watch=monitor,
+        sampling=config.sampling,
+    )
+    for row in finished_rows(told, monitor, limits, pools=("generator",)):
+        if row is None:
+            monitor.show(report.skipped + report.done, report.rows)
+            yield None
+        else:
+            yield {**row, "timings": {"describe_s": row["seconds"]}}
+    report.figures, report.gpus = monitor.figures(), {"generator": pool.num_gpus}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command(run, make_parser().parse_args(arguments))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser("describe", __doc__ or "", generators=True, decoders=False)
+    parser.add_argument("input", help=f"JSON lines, CSV or parquet, path or URI; columns {', '.join(DESCRIBE_COLUMNS)}")
+    parser.add_argument("--question", default=QUESTION, help="of rows without one (default %(default)s)")
+    return parser
+
+
+def run(options: argparse.Namespace, reach: Reach) -> Report:
+    """Check all that can be checked at once, then work."""
+    model, config = check_model(options.model)
+    plan = {
+        "job": "describe",
+        "input_sha256": digest_of(options.input),
+        "model": config.fingerprint,
+        "question": options.question,
+    }
+    output = Output.at(options.output, DESCRIPTION_SCHEMA, plan, flush_s=options.flush_seconds, reach=reach)
+    make = partial(describe, config=config, pool=generator_pool(options, model), limits=limits(options))
+    return work(
+        _read(options.input, options.question),
+        output,
+        make,
+        max_errors=options.max_errors,
+        say=partial(print, flush=True),
+    )
+
+
+def _read(uri: str, question: str) -> Iterator[ImageJob | BadRow]:
+    rows = list(read_rows(uri))
+    note_unknown_columns(rows, DESCRIBE_COLUMNS)
+    yield from check_image_rows(rows, question=question)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

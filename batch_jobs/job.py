@@ -1,0 +1,236 @@
+"""The frame of every bulk job: what is already there, what is to do, and the output that loses nothing on the way.
+
+It runs in the cluster of $RAY_ADDRESS, which `ray job submit` sets, else in one of its own on this machine. A cluster
+with token authentication is asked with the token of $RAY_AUTH_TOKEN or ~/.ray/auth_token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from ray.exceptions import RayError
+
+from batch_jobs import kill_points
+from batch_jobs.inputs import RawRow
+from batch_jobs.kill_points import Reach, unharmed
+from batch_jobs.outputs import FLUSH_S, RowSink
+from batch_jobs.pipeline import Limits, Pool
+from batch_jobs.report import Report
+from batch_jobs.stages import Decoder, Generator, Row
+from batch_jobs.state import JobState, PageStore
+from minigpt5.base_models import resolve
+from minigpt5.config import ModelConfig, default_model_folder
+from minigpt5.errors import MiniGPT5Error
+from minigpt5.flow import describe
+from minigpt5.model_folder import check_folder
+
+REPORT_S = 5.0
+
+
+class HasId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+@dataclass(kw_only=True)
+class Output:
+    """Where a job puts its rows, and what it keeps beside them."""
+
+    sink: RowSink
+    state: JobState
+    store: PageStore
+    plan: dict[str, Any]
+    """What makes this job this job: a second run must have the same."""
+    reach: Reach = unharmed
+
+    @classmethod
+    def at(
+        cls,
+        uri: str,
+        schema: pa.Schema,
+        plan: dict[str, Any],
+        *,
+        keeps_pictures: bool = False,
+        flush_s: float = FLUSH_S,
+        reach: Reach = unharmed,
+    ) -> Output:
+        state, store = JobState(uri), PageStore(uri, keeps_pictures=keeps_pictures)
+        sink = RowSink(uri, schema, store=store, flush_s=flush_s, check=state.check, reach=reach)
+        return cls(sink=sink, state=state, store=store, plan=plan, reach=reach)
+
+
+def work(
+    items: Iterable[HasId],
+    output: Output,
+    make: Callable[[list[Any], Report], Iterable[Row | None]],
+    *,
+    max_errors: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Report:
+    """Do all items that `output` does not hold yet. `make` gives finished rows, in any order, and None now and then.
+
+    A job that an earlier run finished is left alone: `Report.skipped` is all of it. Raises MiniGPT5Error where the
+    output is another job's.
+    """
+    if output.state.is_finished(output.plan):
+        manifest = output.state.manifest() or {}
+        return Report(rows=manifest["rows"], skipped=manifest["rows"])
+    was_begun = output.state.take(output.plan)
+    try:
+        items = list(items)
+        done = output.sink.written()
+        if was_begun:
+            output.reach("recovering")
+            output.sink.sweep()
+            kept = output.store.drop_all_but({item.id for item in items} - done.keys())
+            say(f"going on: {len(done)} of {len(items)} rows are there, {kept} more are begun")
+        new = [item for item in items if item.id not in done]
+        report = Report(rows=len(items), skipped=len(items) - len(new))
+        _take_in(make(new, report) if new else (), output, report, max_errors=max_errors, say=say)
+        if report.stopped_at is None:
+            errors = sum(error is not None for error in output.sink.written().values())
+            output.state.finish({**report.counts(), "done": len(items), "errors": errors, "skipped": report.skipped})
+            output.store.drop_all_but(set())
+        return report
+    finally:
+        with contextlib.suppress(OSError):
+            output.state.release()
+
+
+def _take_in(
+    rows: Iterable[Row | None], output: Output, report: Report, *, max_errors: int | None, say: Callable[[str], None]
+) -> None:
+    """Rows into the sink, with a line now and then."""
+    started = said = time.monotonic()
+    try:
+        for row in rows:
+            output.state.beat()
+            if row is not None:
+                output.sink.add(row)
+                report.add(row)
+            output.sink.tick()
+            report.seconds = time.monotonic() - started
+            if max_errors is not None and report.errors > max_errors:
+                report.stopped_at = report.errors
+                break
+            if time.monotonic() - said >= REPORT_S:
+                said = time.monotonic()
+                say(report.progress())
+    finally:
+        output.sink.flush()
+
+
+def load_generator(folder: str, num_threads: int) -> Generator:
+    from minigpt5.generator import VokenGenerator
+
+    return VokenGenerator.from_pretrained(folder, num_threads=num_threads)
+
+
+def load_decoder(folder: str, num_threads: int) -> Decoder:
+    from minigpt5.decoder import DiffusionDecoder
+
+    return DiffusionDecoder.from_pretrained(folder, num_threads=num_threads)
+
+
+def check_model(folder: str) -> tuple[str, ModelConfig]:
+    """The folder's absolute path and its config, after a look whether all that it needs is here."""
+    model = str(Path(folder).expanduser().absolute())
+    config = check_folder(model)
+    for base_model in (config.language_model, config.vision.encoder):
+        resolve(base_model)
+    return model, config
+
+
+def generator_pool(options: argparse.Namespace, model: str) -> Pool:
+    least, most = options.generators
+    load = partial(load_generator, model, _num_threads(options))
+    return Pool(load=load, least=least, most=most, num_gpus=options.generator_gpus)
+
+
+def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
+    least, most = options.decoders
+    load = partial(load_decoder, model, _num_threads(options))
+    return Pool(load=load, least=least, most=most, num_gpus=options.decoder_gpus)
+
+
+def _num_threads(options: argparse.Namespace) -> int:
+    """Of torch in each engine, so that all together have the machine's cores."""
+    num_engines = sum(getattr(options, name, (0, 0))[1] for name in ("generators", "decoders"))
+    return max(1, (os.cpu_count() or 1) // num_engines)
+
+
+def limits(options: argparse.Namespace) -> Limits:
+    return Limits(restarts=options.max_restarts, start_timeout_s=options.start_timeout)
+
+
+def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> argparse.ArgumentParser:
+    """The options that jobs share."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m batch_jobs.{name}", description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output", required=True, help="folder or URI of the parquet data set; state lies beside it")
+    parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default %(default)s)")
+    for is_asked, pool, what in ((generators, "generator", "write and read"), (decoders, "decoder", "draw")):
+        if is_asked:
+            parser.add_argument(
+                f"--{pool}s",
+                type=pool_size,
+                default=(1, 1),
+                metavar="N|MIN:MAX",
+                help=f"actors that {what} (default 1)",
+            )
+            parser.add_argument(f"--{pool}-gpus", type=float, default=0.0, help="GPUs of each of them (default 0)")
+    parser.add_argument("--max-errors", type=int, help="give up when more rows than this fail (default: never)")
+    parser.add_argument("--max-restarts", type=int, default=20, help="give up after more engine deaths (default 20)")
+    parser.add_argument(
+        "--start-timeout", type=float, default=600.0, help="seconds until engines are ready (default 600)"
+    )
+    parser.add_argument(
+        "--flush-seconds", type=float, default=FLUSH_S, help="rows reach the output in (default %(default)g)"
+    )
+    return parser
+
+
+def pool_size(text: str) -> tuple[int, int]:
+    """A number, or the least and the most of a pool that grows."""
+    least, _, most = text.partition(":")
+    sizes = int(least), int(most or least)
+    if not 1 <= sizes[0] <= sizes[1]:
+        raise argparse.ArgumentTypeError(f"{text} but must be 1 or more, or MIN:MAX")
+    return sizes
+
+
+def note_unknown_columns(rows: Iterable[RawRow], known: tuple[str, ...]) -> None:
+    unknown = sorted({str(name) for row in rows for name in row.values} - set(known))
+    if unknown:
+        print(f"columns without a meaning here, ignored: {', '.join(unknown)}", file=sys.stderr)
+
+
+def run_command(run: Callable[[argparse.Namespace, Reach], Report], options: argparse.Namespace) -> int:
+    """A job as a command: its report, or its error in one line. The exit code: 2 for what the caller can put right."""
+    try:
+        report = run(options, kill_points.from_environment())
+    except MiniGPT5Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RayError as error:
+        print(f"error: Ray gave up: {describe(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what is stored stays, and the same command goes on from there", file=sys.stderr)
+        return 130
+    print(f"{report}\noutput: {options.output}", flush=True)
+    if report.stopped_at is not None:
+        print(f"error: gave up after {report.stopped_at} errors, see --max-errors", file=sys.stderr)
+        return 1
+    return 0

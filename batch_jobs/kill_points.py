@@ -1,0 +1,57 @@
+"""Named points at which a job can be made to die, so that its recovery can be tested where it is hardest.
+
+With MINIGPT5_KILL_AT=NAME:MARKER in the environment of a job (and of the Ray that runs it), the first process that
+reaches the point NAME creates the file MARKER and kills itself with SIGKILL; MARKER, once there, makes it happen once.
+Without it the points do nothing. `tests/bench/bulk.py` uses them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+VARIABLE = "MINIGPT5_KILL_AT"
+POINTS = (
+    "before-text",  # a generator has taken a story, nothing is written
+    "mid-text",  # a generator is inside a page that is not the story's first
+    "text-written",  # a page's text and vokens are stored, its row is not sent
+    "mid-picture",  # a decoder has done a denoising step
+    "picture-written",  # a PNG is stored, its row is not sent
+    "part-hidden",  # a data file is written, not yet in place
+    "part-written",  # a data file is in place, its stories' state is not yet cleared
+    "recovering",  # a run has found the state of an earlier one
+)
+Reach = Callable[[str], None]
+
+
+def unharmed(point: str) -> None:
+    """Points of a job that nobody wants to kill."""
+
+
+def from_environment() -> Reach:
+    """What is to be called at each point. Raises ValueError where the variable names none."""
+    value = os.environ.get(VARIABLE)
+    if not value:
+        return unharmed
+    name, _, marker = value.partition(":")
+    if name not in POINTS or not marker:
+        raise ValueError(f"{VARIABLE} is {value!r} but must be NAME:MARKER with NAME one of {', '.join(POINTS)}")
+    return KillPoint(name, Path(marker))
+
+
+class KillPoint:
+    """Kills this process at the first time that any process reaches the point."""
+
+    def __init__(self, name: str, marker: Path) -> None:
+        self.name, self.marker = name, marker
+
+    def __call__(self, point: str) -> None:
+        if point != self.name:
+            return
+        try:
+            self.marker.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)

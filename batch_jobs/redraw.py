@@ -1,0 +1,195 @@
+"""`python -m batch_jobs.redraw STORIES --output DIR --steps 50`: the pictures of an illustrated data set anew.
+
+STORIES is what `batch_jobs.illustrate` wrote. Its texts stay, its stored vokens are drawn with the settings that are
+given here; the language model is not asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pyarrow as pa
+import ray.data
+from pyarrow import ArrowException, dataset, fs, parquet
+
+from batch_jobs.inputs import digest_of, open_uri
+from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, run_command, work
+from batch_jobs.kill_points import Reach
+from batch_jobs.outputs import STORY_SCHEMA, Gathered
+from batch_jobs.pipeline import PICTURES_AT_ONCE, Limits, Pool, RemoteMonitor, connect, finished_rows, through
+from batch_jobs.report import Report
+from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, Row
+from minigpt5.diffusion import SCHEDULERS
+from minigpt5.errors import MiniGPT5Error, StorageError
+from minigpt5.flow import page_seed
+from minigpt5.types import DrawSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredStory:
+    """A row of the data set, without its pages."""
+
+    id: str
+    prompt: str
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """A file of the data set -> the pages of its stories, each with the settings that it gets, and closing rows."""
+
+    uri: str
+    ids: frozenset[str]
+    """Stories that are to be drawn."""
+    settings: DrawSettings
+    seed: int | None
+    """Of all stories; else each keeps its pictures' seeds."""
+
+    def tables(self, files: pa.Table) -> Iterator[pa.Table]:
+        """Each page by itself, so that all decoders share a story's."""
+        filesystem, _ = open_uri(self.uri)
+        for path in files["path"].to_pylist():
+            columns = ["id", "pages", "error"]
+            for batch in parquet.ParquetFile(path, filesystem=filesystem).iter_batches(16, columns=columns):
+                for story in batch.to_pylist():
+                    if story["id"] in self.ids:
+                        yield from (pa.Table.from_pylist([row], schema=PAGE_SCHEMA) for row in self.pages(story))
+
+    def pages(self, story: Row) -> Iterator[Row]:
+        drawn = {name: getattr(self.settings, name) for name in ("steps", "guidance_scale", "scheduler")}
+        for page in story["pages"]:
+            seed = page["seed"] if self.seed is None else page_seed(self.seed, page["index"])
+            texts = {"text": page["text"], "vokens": page["vokens"]}
+            yield {"id": story["id"], "page": page["index"], "seed": seed, **texts, **drawn}
+        error = story["error"] if story["error"] and " has no picture: " not in story["error"] else None
+        closing = {"page": CLOSING_PAGE, "num_pages": len(story["pages"]), "seconds": 0.0}
+        yield {"id": story["id"], **closing, "error": error, "kind": "earlier job" if error else None}
+
+
+def redraw(
+    stories: list[StoredStory],
+    report: Report,
+    *,
+    uri: str,
+    settings: DrawSettings,
+    seed: int | None,
+    pool: Pool,
+    limits: Limits,
+    output: Output,
+) -> Iterator[Row | None]:
+    """Output rows as they come to be."""
+    connect(pool.least)
+    monitor = RemoteMonitor()
+    gathered = {story.id: Gathered(story.id, story.prompt, story.seed if seed is None else seed) for story in stories}
+    files = ray.data.from_arrow(pa.table({"path": parts(uri)}), override_num_blocks=len(parts(uri)))
+    files.context.target_max_block_size = 1
+    files.context.enable_progress_bars = False
+    files.set_name("redraw")
+    fetch = Fetch(uri=uri, ids=frozenset(gathered), settings=settings, seed=seed)
+    pages = files.map_batches(fetch.tables, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+    drawn = through(
+        pages,
+        Draw,
+        pool=pool,
+        at_once=PICTURES_AT_ONCE,
+        store=output.store,
+        watch=monitor,
+        reach=output.reach,
+    )
+    for row in finished_rows(drawn, monitor, limits, pools=("decoder",)):
+        if row is None:
+            monitor.show(report.skipped + report.done, report.rows)
+            yield None
+        elif gathered[row["id"]].add(row):
+            yield gathered.pop(row["id"]).story()
+    report.figures, report.gpus = monitor.figures(), {"decoder": pool.num_gpus}
+
+
+def parts(uri: str) -> list[str]:
+    """The data set's files. Raises StorageError where there are none."""
+    try:
+        filesystem, folder = open_uri(uri)
+        found = filesystem.get_file_info(fs.FileSelector(folder))
+    except (OSError, ArrowException) as error:
+        raise StorageError(f"{uri} cannot be read ({error}): name the output of batch_jobs.illustrate") from error
+    paths = sorted(info.path for info in found if info.base_name.startswith("part-"))
+    if not paths:
+        raise StorageError(f"{uri} holds no stories: name the output of batch_jobs.illustrate")
+    return paths
+
+
+def read_stories(uri: str, *, fingerprint: str) -> Iterator[StoredStory]:
+    """Raises StorageError, and MiniGPT5Error where another model's vokens are stored."""
+    filesystem, _ = open_uri(uri)
+    try:
+        table = dataset.dataset(parts(uri), filesystem=filesystem).to_table(["id", "prompt", "seed"])
+        first = next(dataset.dataset(parts(uri), filesystem=filesystem).to_batches(columns=["pages"])).slice(0, 1)
+    except (OSError, ArrowException) as error:
+        raise StorageError(f"{uri} cannot be read ({error}): name the output of batch_jobs.illustrate") from error
+    pages = [page for row in first.to_pylist() for page in row["pages"]]
+    if pages and fingerprint.encode() not in pages[0]["vokens"]:
+        raise MiniGPT5Error(f"the vokens of {uri} are another model's: name with --model the one that wrote them")
+    yield from (StoredStory(**row) for row in table.to_pylist())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command(run, make_parser().parse_args(arguments))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = new_parser("redraw", __doc__ or "", generators=False, decoders=True)
+    parser.add_argument("input", help="output of batch_jobs.illustrate, path or URI")
+    parser.add_argument("--pictures", choices=("rows", "files"), default="rows", help="as in batch_jobs.illustrate")
+    parser.add_argument("--seed", type=int, help="of all stories (default: each picture keeps its own)")
+    parser.add_argument("--steps", type=int, help="denoising steps, 1 to 100 (default: the model's)")
+    parser.add_argument("--guidance-scale", type=float, help="1 to 20 (default: the model's)")
+    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="(default: the model's)")
+    return parser
+
+
+def run(options: argparse.Namespace, reach: Reach) -> Report:
+    """Check all that can be checked at once, then work."""
+    model, config = check_model(options.model)
+    chosen = DrawSettings(
+        steps=options.steps if options.steps is not None else config.draw.steps,
+        guidance_scale=options.guidance_scale if options.guidance_scale is not None else config.draw.guidance_scale,
+        scheduler=options.scheduler or config.draw.scheduler,
+    )
+    if not (1 <= chosen.steps <= 100 and 1 <= chosen.guidance_scale <= 20):
+        raise MiniGPT5Error(
+            f"--steps is {chosen.steps} and --guidance-scale {chosen.guidance_scale:g} but must be from 1 to 100 and "
+            "from 1 to 20"
+        )
+    plan = {
+        "job": "redraw",
+        "input_sha256": digest_of(options.input),
+        "model": config.fingerprint,
+        "pictures": options.pictures,
+        "steps": chosen.steps,
+        "guidance_scale": chosen.guidance_scale,
+        "scheduler": chosen.scheduler,
+        "seed": options.seed,
+    }
+    keeps = options.pictures == "files"
+    output = Output.at(
+        options.output, STORY_SCHEMA, plan, keeps_pictures=keeps, flush_s=options.flush_seconds, reach=reach
+    )
+    make = partial(
+        redraw,
+        uri=options.input,
+        settings=chosen,
+        seed=options.seed,
+        pool=decoder_pool(options, model),
+        limits=limits(options),
+        output=output,
+    )
+    stories = read_stories(options.input, fingerprint=config.fingerprint)
+    return work(stories, output, make, max_errors=options.max_errors, say=partial(print, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Pictures become captions, stored vokens become new pictures; what holds for stories holds for these jobs, too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+from pyarrow import dataset
+
+from batch_jobs import describe, illustrate, redraw
+from batch_jobs.describe import QUESTION
+from batch_jobs.inputs import BadRow, ImageJob, RawRow, check_image_rows
+from batch_jobs.job import Output, work
+from batch_jobs.monitor import Monitor
+from batch_jobs.outputs import DESCRIPTION_SCHEMA, STORY_SCHEMA
+from batch_jobs.pipeline import Limits, Pool
+from batch_jobs.report import Report
+from batch_jobs.stages import Row, Tell, as_table
+from minigpt5.config import storybook
+from minigpt5.errors import MiniGPT5Error, StorageError
+from minigpt5.flow import page_seed
+from minigpt5.pipeline import DESCRIBE
+from minigpt5.types import DrawSettings
+from tests.batch_jobs.fakes import FINGERPRINT, FakeDecoder, FakeGenerator
+from tests.batch_jobs.test_illustrate import PROMPTS, check, illustrate_here, new_output, read_output
+from tests.fakes import make_png
+
+CONFIG = storybook()
+SETTINGS = DrawSettings(steps=3, guidance_scale=2.0, scheduler=CONFIG.draw.scheduler)
+
+
+def check_images(*rows: dict[str, object]) -> list[ImageJob | BadRow]:
+    return list(check_image_rows((RawRow(values=row) for row in rows), question=QUESTION))
+
+
+def image_rows(folder: Path) -> list[ImageJob | BadRow]:
+    (folder / "fox.png").write_bytes(make_png())
+    return check_images(
+        {"id": "file", "image": str(folder / "fox.png")},
+        {"id": "bytes", "image": make_png(), "question": "Who is this?"},
+        {"id": "missing", "image": str(folder / "owl.png")},
+        {"id": "none"},
+    )
+
+
+def test_the_question_is_the_one_of_training() -> None:
+    assert QUESTION == DESCRIBE
+
+
+def check_captions(folder: Path) -> None:
+    rows = {row["id"]: row for row in dataset.dataset(folder / "out").to_table().to_pylist()}
+    assert rows["file"]["caption"] == f"Page 1 of {QUESTION}, 0." and rows["file"]["image"].endswith("fox.png")
+    assert rows["bytes"]["caption"] == "Page 1 of Who is this?, 0." and rows["bytes"]["image"] is None
+    assert "owl.png cannot be read" in rows["missing"]["error"] and rows["missing"]["caption"] is None
+    assert rows["none"]["error"].startswith("image is None but must be")
+    assert rows["file"]["timings"]["describe_s"] > 0
+
+
+def test_pictures_become_captions_and_bad_ones_errors(tmp_path: Path) -> None:
+    tell = Tell(FakeGenerator, CONFIG.sampling, watch=Monitor())
+
+    def make(rows: list[ImageJob | BadRow], report: Report) -> Iterator[Row]:
+        for row in rows:
+            if isinstance(row, BadRow):
+                yield {"id": row.id, "error": row.error, "kind": "input", "timings": {"describe_s": 0.0}}
+            else:
+                (told,) = [told for table in tell(as_table([row])) for told in table.to_pylist()]
+                yield {**told, "timings": {"describe_s": told["seconds"]}}
+
+    output = Output.at(str(tmp_path / "out"), DESCRIPTION_SCHEMA, {"job": "describe"})
+    report = work(image_rows(tmp_path), output, make)
+    assert (report.rows, report.stories, report.kinds) == (4, 2, {"input": 2})
+    check_captions(tmp_path)
+
+
+def test_stored_vokens_keep_their_text_and_take_the_new_settings(tmp_path: Path) -> None:
+    illustrate_here(check(*PROMPTS), new_output(tmp_path))
+    stories = {row["id"]: row for row in read_output(tmp_path).values()}
+    ids = frozenset(stories)
+    fetch = redraw.Fetch(uri=str(tmp_path / "out"), ids=ids, settings=SETTINGS, seed=None)
+    files = pa.table({"path": redraw.parts(str(tmp_path / "out"))})
+    pages = [row for table in fetch.tables(files) for row in table.to_pylist()]
+    fox = [page for page in pages if page["id"] == "fox"]
+    assert [page["page"] for page in fox] == [1, 2, 3, 0]
+    assert [page["text"] for page in fox[:3]] == [page["text"] for page in stories["fox"]["pages"]]
+    assert [page["seed"] for page in fox[:3]] == [page_seed(7, number) for number in (1, 2, 3)]
+    assert (fox[0]["steps"], fox[0]["guidance_scale"]) == (3, 2.0)
+    errors = {page["id"]: page["error"] for page in pages if not page["page"]}
+    assert sum(error is not None for error in errors.values()) == 3, "that of a picture is not the story's for ever"
+    other = redraw.Fetch(uri=str(tmp_path / "out"), ids=frozenset(["fox"]), settings=SETTINGS, seed=9)
+    (first, *_) = [row for table in other.tables(files) for row in table.to_pylist()]
+    assert first["seed"] == page_seed(9, 1)
+
+
+def test_stories_of_another_model_and_of_no_job_are_refused(tmp_path: Path) -> None:
+    illustrate_here(check(PROMPTS[0]), new_output(tmp_path))
+    (story,) = redraw.read_stories(str(tmp_path / "out"), fingerprint=FINGERPRINT)
+    assert (story.id, story.seed) == ("fox", 7)
+    with pytest.raises(MiniGPT5Error, match="another model's"):
+        list(redraw.read_stories(str(tmp_path / "out"), fingerprint="other"))
+    with pytest.raises(StorageError, match="holds no stories"):
+        redraw.parts(str(tmp_path))
+
+
+def test_the_commands_refuse_what_they_cannot_do_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "x.png"}))
+    for main, source in ((describe.main, tmp_path / "rows.jsonl"), (redraw.main, tmp_path)):
+        code = main([str(source), "--output", str(tmp_path / "out"), "--model", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        illustrate.make_parser().parse_args(["x.jsonl", "--output", "y", "--decoders", "3:1"])
+    assert illustrate.make_parser().parse_args(["x", "--output", "y", "--decoders", "1:3"]).decoders == (1, 3)
+
+
+@pytest.mark.cluster
+def test_both_jobs_run_on_ray(tmp_path: Path) -> None:
+    illustrate_here(check(*PROMPTS), new_output(tmp_path / "stories"))
+    uri, was_up = str(tmp_path / "stories" / "out"), ray.is_initialized()
+    drawn = Output.at(str(tmp_path / "drawn" / "out"), STORY_SCHEMA, {"job": "redraw"})
+    told = Output.at(str(tmp_path / "out"), DESCRIPTION_SCHEMA, {"job": "describe"})
+    make_pictures = partial(
+        redraw.redraw,
+        uri=uri,
+        settings=SETTINGS,
+        seed=5,
+        pool=Pool(load=FakeDecoder),
+        limits=Limits(),
+        output=drawn,
+    )
+    make_captions = partial(describe.describe, config=CONFIG, pool=Pool(load=FakeGenerator), limits=Limits())
+    try:
+        report = work(redraw.read_stories(uri, fingerprint=FINGERPRINT), drawn, make_pictures)
+        work(image_rows(tmp_path), told, make_captions)
+    finally:
+        if not was_up:
+            ray.shutdown()
+    assert (report.rows, report.pictures) == (7, 12)
+    before, after = read_output(tmp_path / "stories"), read_output(tmp_path / "drawn")
+    for id, story in after.items():
+        assert [page["text"] for page in story["pages"]] == [page["text"] for page in before[id]["pages"]]
+    assert after["fox"]["seed"] == 5 and after["fox"]["pages"][0]["png"] != before["fox"]["pages"][0]["png"]
+    check_captions(tmp_path)
