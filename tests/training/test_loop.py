@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
     stage = VaeStage(TINY, Parts(runs=tmp_path))
     with torch.no_grad():
         next(stage.vae.parameters()).fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"nan at step 0, rows \[0, 1\]"):
+    with pytest.raises(TrainingError, match=r"step 0 is not finite: nan, rows \[0, 1\]"):
         loop.fit(stage, TINY, tmp_path, data.local_batches(TINY))
 
 
