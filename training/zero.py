@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -40,6 +41,8 @@ class Zero:
         plain = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=preset.weight_decay)
         self.counts = [len(group["params"]) for group in plain.param_groups]
         self.order = [_name_of(p, self.trained) for group in plain.param_groups for p in group["params"]]
+        # Gloo moves the data; DeepSpeed's own way through shared memory would compile for minutes on every machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine, *_ = deepspeed.initialize(
             model=objective, optimizer=plain, config=_configuration(preset), dist_init_required=False
         )
@@ -58,6 +61,7 @@ class Zero:
         if self.stage == 0:
             values = {name: p.detach() for name, p in self.trained.items()}
             return {"trained": values, "optimizer": self.engine.optimizer.state_dict()}
+        self._link_moments()
         values = {name: safe_get_full_fp32_param(p).detach().clone() for name, p in self.trained.items()}
         moments = {
             index: {kind: safe_get_full_optimizer_state(self.trained[name], kind).clone() for kind in MOMENTS}
@@ -79,6 +83,7 @@ class Zero:
                     self.trained[name].copy_(value)
             self.engine.optimizer.load_state_dict(state["optimizer"])
             return
+        self._link_moments()
         for name, value in state["trained"].items():
             safe_set_full_fp32_param(self.trained[name], value)
             if self.stage < 3:  # these stages step a copy of their own
@@ -88,6 +93,18 @@ class Zero:
                 safe_set_full_optimizer_state(self.trained[name], state["optimizer"]["state"][index][kind], kind)
         for moments in self.engine.optimizer.optimizer.state.values():
             moments["step"] = state["optimizer"]["state"][0]["step"].clone()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find every moment: it makes them at the first step, and then links those of the first group
+        of parameters alone."""
+        zero = self.engine.optimizer
+        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for index, partition in enumerate(flat):
+            if not zero.optimizer.state[partition]:
+                zeros = {kind: torch.zeros_like(partition) for kind in MOMENTS}
+                zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **zeros}
+            if self.stage < 3:
+                lazy_init_hp_params_optimizer_state(zero.bit16_groups[index], partition, zero.optimizer.state)
 
     def _step(self) -> float:
         return max(float(moments["step"]) for moments in self.engine.optimizer.optimizer.state.values())
