@@ -85,9 +85,10 @@ class Zero:
             return
         self._link_moments()
         for name, value in state["trained"].items():
-            safe_set_full_fp32_param(self.trained[name], value)
-            if self.stage < 3:  # these stages step a copy of their own
-                self.trained[name].data.copy_(value)
+            parameter = self.trained[name]
+            safe_set_full_fp32_param(parameter, value)  # what is stepped, a copy of what is read
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=self.stage == 3):
+                parameter.data.copy_(value)
         for index, name in enumerate(self.order):
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(self.trained[name], state["optimizer"]["state"][index][kind], kind)
