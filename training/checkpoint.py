@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minigpt5.errors import TrainingError
 
@@ -22,53 +24,54 @@ class Position:
     elapsed_s: float = 0.0
 
 
-def save_checkpoint(
-    folder: Path,
-    position: Position,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-) -> Path:
-    """Write `checkpoint-<step>`, complete or not at all; the two newest are kept."""
+def save_checkpoint(folder: Path, position: Position, state: dict[str, Any], average: dict[str, Tensor]) -> Path:
+    """Write `checkpoint-<step>`, complete or not at all; the two newest are kept.
+
+    `state` holds what is trained and its optimizer. Raises TrainingError where it cannot be written, a full disk
+    included: the earlier checkpoints stay as they are.
+    """
     final = folder / f"checkpoint-{position.step:08d}"
     partial = folder / f".partial-{position.step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    state = {
-        "trained": {name: p.detach() for name, p in trained.items()},
-        "optimizer": optimizer.state_dict(),
-        "average": average,
-    }
-    torch.save(state, partial / "state.pt")
-    (partial / "position.json").write_text(json.dumps(vars(position)))
-    if not final.exists():
-        os.replace(partial, final)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, content in (("state.pt", {**state, "average": average}), ("position.json", vars(position))):
+            with (partial / name).open("wb") as file:
+                if name == "state.pt":
+                    torch.save(content, file)
+                else:
+                    file.write(json.dumps(content).encode())
+                file.flush()
+                os.fsync(file.fileno())  # a rename may reach the disk before what is renamed
+        if not final.exists():
+            os.replace(partial, final)
+    except (OSError, RuntimeError) as failure:  # torch's writer turns a full disk into a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = checkpoints(folder)
+        last = f"{kept[-1]} is kept" if kept else "there is no earlier one"
+        raise TrainingError(
+            f"the checkpoint {final} cannot be written: {failure}; {last}: make room, then resume"
+        ) from failure
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old)
     return final
 
 
-def resume(
-    folder: Path,
-    trained: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-) -> Position:
-    """Load the newest checkpoint of `folder`, if there is one."""
+def load_checkpoint(
+    folder: Path, trained: Iterable[str], average: dict[str, Tensor]
+) -> tuple[dict[str, Any] | None, Position]:
+    """The state and the position of the newest checkpoint of `folder`; None where there is none."""
     found = checkpoints(folder)
     if not found:
-        return Position()
+        return None, Position()
     state = torch.load(found[-1] / "state.pt", weights_only=True)
     if set(state["trained"]) != set(trained):
         different = sorted(set(state["trained"]) ^ set(trained))[:5]
         raise TrainingError(f"{found[-1]} was written by another model: {different} differ; use another --run")
     with torch.no_grad():
-        for name, value in state["trained"].items():
-            trained[name].copy_(value)
         for name, value in state["average"].items():
             average[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    return Position(**json.loads((found[-1] / "position.json").read_text()))
+    return state, Position(**json.loads((found[-1] / "position.json").read_text()))
 
 
 def newest_step(folder: Path) -> int:

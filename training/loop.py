@@ -11,13 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 
 from minigpt5.errors import TrainingError
-from training.checkpoint import Position, resume, save_checkpoint
+from training.checkpoint import Position, load_checkpoint, save_checkpoint
 from training.presets import Preset
 
 Batch = dict[str, object]
@@ -36,6 +36,64 @@ class Stage(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
+class Updater(Protocol):
+    """What turns losses into steps: Plain here, or training.zero.Zero."""
+
+    trained: dict[str, nn.Parameter]
+
+    def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
+    def update(self, loss: Tensor, factor: float) -> None:
+        """One step, the learning rates multiplied by `factor`."""
+
+    def state(self) -> dict[str, Any]:
+        """ "trained" values by name and torch's "optimizer" state. Called by every worker."""
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+class Plain:
+    """Torch's own optimizer; every worker holds everything."""
+
+    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> None:
+        self.objective, self.clip_norm = objective, preset.clip_norm
+        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=preset.weight_decay)
+
+    def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        return self.objective(batch, progress)
+
+    def update(self, loss: Tensor, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_over_workers(self.trained)
+        nn.utils.clip_grad_norm_(self.trained.values(), self.clip_norm)
+        self.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        trained = {name: p.detach() for name, p in self.trained.items()}
+        return {"trained": trained, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        for name, value in state["trained"].items():
+            self.trained[name].copy_(value)
+        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, initial, strict=True):
+            group["initial_lr"] = rate
+
+
+def new_updater(objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> Updater:
+    if preset.zero_stage < 0:
+        return Plain(objective, groups, preset)
+    from training.zero import Zero
+
+    return Zero(objective, groups, preset)
+
+
 def fit(
     stage: Stage,
     preset: Preset,
@@ -49,11 +107,12 @@ def fit(
     `batches(step)` yields the batches from that step on. Raises TrainingError where the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {name: p for name, p in stage.objective.named_parameters() if p.requires_grad}
-    groups = [{**group, "initial_lr": group["lr"]} for group in stage.parameter_groups()]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=preset.weight_decay)
+    updater = new_updater(stage.objective, stage.parameter_groups(), preset)
+    trained = updater.trained
     average = {name: p.detach().clone() for name, p in trained.items()} if preset.ema else {}
-    position = resume(folder, trained, optimizer, average)
+    state, position = load_checkpoint(folder, trained, average)
+    if state:
+        updater.load(state)
     next_sheet_s = position.elapsed_s + preset.sheet_every_s
     next_save_s = position.elapsed_s + preset.checkpoint_every_s
     sums: dict[str, list[float]] = {}
@@ -64,20 +123,10 @@ def fit(
         batch = next(stream)
         torch.manual_seed((preset.seed << 32) + position.step)
         rate = learning_rate_factor(position.step, progress, preset)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(preset.bf16)):
-            losses: dict[str, Tensor] = stage.objective(batch, progress)
-        if not math.isfinite(losses["loss"].item()):
-            raise TrainingError(
-                f"the loss is {losses['loss'].item()} at step {position.step}, rows {batch.get('row_ids')}: "
-                "lower the learning rate or look at these rows; the last checkpoint is kept"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        average_over_workers(trained)
-        nn.utils.clip_grad_norm_(trained.values(), preset.clip_norm)
-        optimizer.step()
+            losses: dict[str, Tensor] = updater.losses(batch, progress)
+        stop_if_not_finite(losses["loss"], position.step, batch)
+        updater.update(losses["loss"], rate)
         position = Position(position.step + 1, agree(started + time.monotonic() - clock))
         for name, value in average.items():
             decay = min(preset.ema, (1 + position.step) / (10 + position.step))
@@ -87,8 +136,9 @@ def fit(
             sums.setdefault(name, []).append(loss.item())
         saved = False
         if position.elapsed_s >= next_save_s:
+            state = updater.state()
             if is_first_worker():
-                save_checkpoint(folder, position, trained, optimizer, average)
+                save_checkpoint(folder, position, state, average)
             saved = True
             next_save_s = position.elapsed_s + preset.checkpoint_every_s
         if position.step % preset.log_every == 0 or saved:
@@ -105,8 +155,9 @@ def fit(
                     stage.draw_sheet(folder / f"sheet-{position.step:06d}.png")
             next_sheet_s = position.elapsed_s + preset.sheet_every_s
 
+    state = updater.state()
     if is_first_worker():
-        save_checkpoint(folder, position, trained, optimizer, average)
+        save_checkpoint(folder, position, state, average)
         with Averaged(trained, average):
             stage.draw_sheet(folder / "sheet.png")
             stage.save(folder / "model")
@@ -115,6 +166,24 @@ def fit(
 
 def is_first_worker() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def stop_if_not_finite(loss: Tensor, step: int, batch: Batch) -> None:
+    """Raise TrainingError on every worker where the loss of any is not finite: one alone would leave the others
+    waiting for its gradients."""
+    found = [f"{loss.item()}, rows {batch.get('row_ids')}"] if not math.isfinite(loss.item()) else []
+    if distributed.is_initialized():
+        is_broken = torch.tensor([float(len(found))])
+        distributed.all_reduce(is_broken)
+        if is_broken:
+            everyone: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+            distributed.all_gather_object(everyone, found)
+            found = [entry for entries in everyone for entry in entries]
+    if found:
+        raise TrainingError(
+            f"the loss at step {step} is not finite: {'; '.join(found)}: "
+            "lower the learning rate or look at these rows; the last checkpoint is kept"
+        )
 
 
 def average_over_workers(trained: dict[str, nn.Parameter]) -> None:

@@ -26,6 +26,10 @@ class Preset:
     num_threads: int = 2
     bf16: int = 0
     """1: the objective runs under bfloat16 autocast; weights, optimizer and losses stay float32."""
+    zero_stage: int = -1
+    """ZeRO stage of DeepSpeed, 0 to 3; -1: torch's own optimizer."""
+    zero_offload: int = 0
+    """1: DeepSpeed keeps the optimizer's state in the host's memory."""
     crop_px: int = 64
     """Side of the crops of "vae"."""
     encoder_is_frozen: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -62,11 +63,25 @@ def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path: Path) -> None
     assert checkpoint.newest_step(tmp_path) == 0
 
 
+def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(tmp_path: Path) -> None:
+    state = {"trained": {"weight": torch.zeros(100_000)}, "optimizer": {}}
+    good = checkpoint.save_checkpoint(tmp_path, checkpoint.Position(1), state, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses to write on, as on a full disk
+    try:
+        with pytest.raises(TrainingError, match="cannot be written.*checkpoint-00000001 is kept"):
+            checkpoint.save_checkpoint(tmp_path, checkpoint.Position(2), state, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [good]
+    assert checkpoint.load_checkpoint(tmp_path, ["weight"], {})[1] == checkpoint.Position(1)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
     stage = VaeStage(TINY, Parts(runs=tmp_path))
     with torch.no_grad():
         next(stage.vae.parameters()).fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"nan at step 0, rows \[0, 1\]"):
+    with pytest.raises(TrainingError, match=r"step 0 is not finite: nan, rows \[0, 1\]"):
         loop.fit(stage, TINY, tmp_path, data.local_batches(TINY))
 
 

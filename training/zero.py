@@ -1,0 +1,130 @@
+"""DeepSpeed's ZeRO in the place of the plain optimizer: gradients and optimizer state are shared out over workers.
+
+0 nothing is shared out, 1 the optimizer's state, 2 the gradients too, 3 the parameters too. A checkpoint is gathered
+into the plain loop's own, so that it belongs to no stage and to no number of workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, distributed, nn
+
+from minigpt5.errors import TrainingError
+from training.presets import Preset
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 5_000_000
+"""Elements that are reduced at once."""
+
+
+class Zero:
+    """An objective under ZeRO; see training.loop.Updater. Needs an initialised process group."""
+
+    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> None:
+        if not distributed.is_initialized():
+            raise TrainingError(
+                f"zero_stage is {preset.zero_stage} but there are no workers: set --workers to 1 or more"
+            )
+        self.stage = preset.zero_stage
+        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self.rates = [group["lr"] for group in groups]
+        plain = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=preset.weight_decay)
+        self.counts = [len(group["params"]) for group in plain.param_groups]
+        self.order = [_name_of(p, self.trained) for group in plain.param_groups for p in group["params"]]
+        # Gloo moves the data; DeepSpeed's own way through shared memory would compile for minutes on every machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=plain, config=_configuration(preset), dist_init_required=False
+        )
+
+    def losses(self, batch: object, progress: float) -> dict[str, Tensor]:
+        return self.engine(batch, progress)
+
+    def update(self, loss: Tensor, factor: float) -> None:
+        for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.engine.backward(loss)
+        self.engine.step()
+
+    def state(self) -> dict[str, Any]:
+        """Of all workers, and called by all of them: what `Plain.state` gives after the same steps."""
+        if self.stage == 0:
+            values = {name: p.detach() for name, p in self.trained.items()}
+            return {"trained": values, "optimizer": self.engine.optimizer.state_dict()}
+        self._link_moments()
+        values = {name: safe_get_full_fp32_param(p).detach().clone() for name, p in self.trained.items()}
+        moments = {
+            index: {kind: safe_get_full_optimizer_state(self.trained[name], kind).clone() for kind in MOMENTS}
+            | {"step": torch.tensor(float(self._step()))}
+            for index, name in enumerate(self.order)
+        }
+        groups, first = [], 0
+        for group, count in zip(self.engine.optimizer.param_groups, self.counts, strict=True):
+            kept = {key: value for key, value in group.items() if key != "params"}
+            groups.append(kept | {"params": list(range(first, first + count))})
+            first += count
+        return {"trained": values, "optimizer": {"state": moments, "param_groups": groups}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state of any stage and any number of workers. Called by all."""
+        if self.stage == 0:
+            with torch.no_grad():
+                for name, value in state["trained"].items():
+                    self.trained[name].copy_(value)
+            self.engine.optimizer.load_state_dict(state["optimizer"])
+            return
+        self._link_moments()
+        for name, value in state["trained"].items():
+            parameter = self.trained[name]
+            safe_set_full_fp32_param(parameter, value)  # what is stepped, a copy of what is read
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=self.stage == 3):
+                parameter.data.copy_(value)
+        for index, name in enumerate(self.order):
+            for kind in MOMENTS:
+                safe_set_full_optimizer_state(self.trained[name], state["optimizer"]["state"][index][kind], kind)
+        for moments in self.engine.optimizer.optimizer.state.values():
+            moments["step"] = state["optimizer"]["state"][0]["step"].clone()
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find every moment: it makes them at the first step, and then links those of the first group
+        of parameters alone."""
+        zero = self.engine.optimizer
+        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for index, partition in enumerate(flat):
+            if not zero.optimizer.state[partition]:
+                zeros = {kind: torch.zeros_like(partition) for kind in MOMENTS}
+                zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **zeros}
+            if self.stage < 3:
+                lazy_init_hp_params_optimizer_state(zero.bit16_groups[index], partition, zero.optimizer.state)
+
+    def _step(self) -> float:
+        return max(float(moments["step"]) for moments in self.engine.optimizer.optimizer.state.values())
+
+
+def _name_of(parameter: nn.Parameter, trained: dict[str, nn.Parameter]) -> str:
+    return next(name for name, other in trained.items() if other is parameter)
+
+
+def _configuration(preset: Preset) -> dict[str, Any]:
+    sharing: dict[str, Any] = {"stage": preset.zero_stage, "reduce_bucket_size": BUCKET, "overlap_comm": False}
+    if preset.zero_offload:
+        sharing["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed sees no rows: the loop counts them
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": preset.clip_norm,
+        "zero_optimization": sharing,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
