@@ -140,7 +140,11 @@ KEPT: list[tuple[Rule, str, str]] = [
     (only_the_application_binds, "deployments/__main__.py", "listener.bind((host, port))"),
     (only_zero_imports_deepspeed, "training/zero.py", "import deepspeed"),
     (few_files_touch_weights, "minigpt5/model_folder.py", "from safetensors.torch import save_file"),
-    (few_files_touch_weights, "minigpt5/store.py", "from safetensors import SafetensorError\nfrom safetensors.numpy import load, save"),
+    (
+        few_files_touch_weights,
+        "minigpt5/store.py",
+        "from safetensors import SafetensorError\nfrom safetensors.numpy import load, save",
+    ),
     (nothing_unpickles_code, "minigpt5/base_models.py", "import torch\ntorch.load('x', weights_only=True)"),
 ]
 
