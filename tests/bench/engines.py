@@ -514,6 +514,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for steps, row in measure_http(url, load, tiny=options.tiny).items():
                 by_steps[steps]["http"] = row
             figures["server_memory_gib"] = memory_gib()
+        figures["serve_overhead_s_a_story"] = {  # of a lone one: processes, HTTP, storage
+            steps: ways["http"]["1"]["story_s"]["p50"] - ways["ours"]["1"]["story_s"]["p50"]
+            for steps, ways in by_steps.items()
+        }
     way = "http" if options.serve else "ours"
     figures["ratios_by_steps"] = {
         steps: {name: compare(ways, name) for name in ("ours", "http") if name in ways}
