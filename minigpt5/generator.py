@@ -109,9 +109,7 @@ class VokenGenerator:
 
         if num_threads:
             torch.set_num_threads(num_threads)
-        config, tokenizer, language, vision = load_generator_parts(folder)
-        device = device or default_device()
-        return cls(config, tokenizer, language.to(device), vision.to(device))
+        return cls(*load_generator_parts(folder, device=device or default_device()))
 
     @property
     def num_running(self) -> int:

@@ -81,17 +81,18 @@ def default_device() -> str:
 
 
 def load_generator_parts(
-    folder: str | Path,
+    folder: str | Path, *, device: str = "cpu"
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
-    """What writes: config, tokenizer, language model with rows and merged adapter, vision path."""
+    """What writes, ready to: config, tokenizer, language model with rows and merged adapter, vision path."""
     from minigpt5.language import load_tokenizer
 
     folder = Path(folder)
     config = check_folder(folder)
     vision = load_vision(folder, config)
     load_qformer(folder, vision)
-    language = load_language(folder, config)
-    return config, load_tokenizer(resolve(config.language_model), config), language, vision
+    language = load_language(folder, config).to(device)
+    language.pack()
+    return config, load_tokenizer(resolve(config.language_model), config), language, vision.to(device)
 
 
 def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:

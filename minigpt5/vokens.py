@@ -54,7 +54,11 @@ class VokenRows(nn.Module):
 
     def logits(self, states_BSH: Tensor, head_TH: Tensor) -> Tensor:
         """(B, S, H) -> (B, S, T + num_vokens + 1)."""
-        return torch.cat([F.linear(states_BSH, head_TH), F.linear(states_BSH, self.head)], dim=-1)
+        return self.extend(F.linear(states_BSH, head_TH), states_BSH)
+
+    def extend(self, old_BST: Tensor, states_BSH: Tensor) -> Tensor:
+        """The base model's logits, and those of the new rows after them."""
+        return torch.cat([old_BST, F.linear(states_BSH, self.head)], dim=-1)
 
 
 def align(states_BSH: Tensor, ids_BS: Tensor, rows: VokenRows) -> tuple[Tensor, Tensor]:

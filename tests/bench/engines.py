@@ -67,7 +67,7 @@ class Load:
     page_tokens: int = 48
     steps: tuple[int, ...] = (20, 4, 50)
     """The first is the one that the ratios are of."""
-    concurrent: tuple[int, ...] = (1, 2, 4, 8, 16)
+    concurrent: tuple[int, ...] = (1, 4, 16)
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     long_prompt_tokens: int = 6000
     num_published: int = 2
