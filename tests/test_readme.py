@@ -62,7 +62,7 @@ def test_python_example_compiles() -> None:
 
 
 def test_named_paths_exist() -> None:
-    for path in re.findall(r"(?:cluster|training|models)/[\w./-]+", README):
+    for path in re.findall(r"(?<![\w/])(?:cluster|deployments|training|models|tests|bench)/[\w./-]+", README):
         assert (ROOT / path.rstrip(".")).exists(), f"the README names {path}, which does not exist"
 
 

@@ -525,6 +525,7 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(not (default_model_folder() / "config.json").exists(), reason=NO_MODEL)
 def test_the_shipped_model_illustrates_a_file_as_a_submitted_job(tmp_path: Path, cluster: str) -> None:
     rows = [{"id": "fox", "prompt": "A fox who finds a balloon", "pages": 2, "seed": 7, "steps": 2}, {"prompt": ""}]
@@ -535,7 +536,7 @@ def test_the_shipped_model_illustrates_a_file_as_a_submitted_job(tmp_path: Path,
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}  # Ray's own clusters ask for the token that they wrote
     environment.pop("RAY_ADDRESS", None)
     runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while True:
         job = subprocess.run(
             [*submit, "--runtime-env-json", runtime_env, "--", sys.executable, *command],
@@ -544,7 +545,7 @@ def test_the_shipped_model_illustrates_a_file_as_a_submitted_job(tmp_path: Path,
             capture_output=True,
             text=True,
         )
-        # A cluster takes jobs some seconds after it is up.
+        # A cluster takes jobs some seconds after it is up, on a busy machine a minute.
         if "No available agent" not in job.stderr or time.monotonic() > deadline:
             break
         time.sleep(1)

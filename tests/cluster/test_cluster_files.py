@@ -15,6 +15,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from batch_jobs import illustrate
+from batch_jobs.pipeline import ENGINE_CPUS
 from deployments.application import AppArgs
 from training.presets import STORYBOOK
 
@@ -108,7 +109,7 @@ def test_a_job_names_a_module_and_arguments_that_it_takes() -> None:
     assert documents("rayjob.yaml")[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == workers
     assert batch[:3] == ["python", "-m", "batch_jobs.illustrate"]
     options = illustrate.make_parser().parse_args(batch[3:])
-    num_cpus = (options.generators + options.decoders) * illustrate.ENGINE_CPUS
+    num_cpus = (options.generators[1] + options.decoders[1]) * ENGINE_CPUS
     (group,) = documents("rayjob.yaml")[1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     assert num_cpus <= group["replicas"] * int(container["resources"]["limits"]["cpu"])
