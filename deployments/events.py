@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 from deployments.schemas import page_reply, picture_url, story_reply
@@ -73,6 +73,8 @@ async def join_text(
     finally:
         arriving.cancel()
         await asyncio.wait({arriving})
+        if isinstance(events, AsyncGenerator):  # it may have been between two events, with work under way
+            await events.aclose()
 
 
 def to_stream_event(event: StoryEvent, builder: StoryBuilder) -> StreamEvent | None:

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 
 from deployments.admission import Admission, Place
 from deployments.client import Engines
@@ -101,23 +101,33 @@ class Registry:
                     builder.add(event)
                     place.see(event)
                     clock.see(event)
-                    await asyncio.to_thread(self._keep, builder, story.id, event)
+                    await _to_the_end(asyncio.to_thread(self._keep, builder, story.id, event))
                     story.publish(to_stream_event(event, builder))
             state = builder.state("done")
             await asyncio.to_thread(self._store.save, state)
             story.publish(done_event(state), final=state)
         except asyncio.CancelledError:
             state = builder.state("cancelled")
-            await asyncio.to_thread(self._store.save, state)
+            await self._keep_end(state)
             story.publish(done_event(state), final=state)
         except Exception as failure:  # whatever it was, its readers must hear of it
             logger.error("%s failed: %s", story.id, type(getattr(failure, "cause", None) or failure).__name__)
             state = builder.state("failed", error=describe(failure))
-            with contextlib.suppress(OSError, MiniGPT5Error):  # the storage may be what failed
-                await asyncio.to_thread(self._store.save, state)
+            await self._keep_end(state)
             story.publish(error_event(state), final=state)
         finally:
             place.leave()
+
+    async def _keep_end(self, state: StoryState) -> None:
+        """Store how a story ended that was not finished, and its pages as far as they are."""
+
+        def keep() -> None:
+            for page in state.pages:
+                self._store.save_page(state.id, page)
+            self._store.save(state)
+
+        with contextlib.suppress(OSError, MiniGPT5Error):  # the storage may be what failed
+            await asyncio.to_thread(keep)
 
     def _keeping_vokens(self, story_id: str) -> Generate:
         async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
@@ -138,3 +148,13 @@ class Registry:
                 self._store.save_page(story_id, builder.page_state(index))
             case PageDone():
                 self._store.save_page(story_id, builder.page_state(event.page.index))
+
+
+async def _to_the_end(work: Coroutine[None, None, None]) -> None:
+    """What has begun to be stored is stored, though the task is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

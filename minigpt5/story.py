@@ -137,8 +137,8 @@ class StoryBuilder:
         return dataclasses.replace(self._empty, status=status, error=error, pages=pages, usage=self._usage)
 
     def num_characters(self, page: int) -> int:
-        """Of the page's text so far."""
-        return len(self._page(page).text)
+        """Of the page's text so far, as it is stored."""
+        return len(self._page(page).text.lstrip())
 
     def page_state(self, index: int) -> PageState:
         page = self._page(index)
