@@ -38,7 +38,7 @@ def save(name: str, figures: Any, **ratios: float) -> None:
 
 def kills(options: argparse.Namespace) -> None:
     until = time.monotonic() + options.seconds
-    work = Path(options.work)
+    work = Path(options.work).absolute()
     reference = make_reference(write_input(work), work / "reference")
     rounds: list[dict[str, Any]] = load()["figures"].get("kills", [])
     for point in POINTS:
@@ -64,14 +64,14 @@ def main() -> None:
     parser.add_argument("--kind", choices=(*KINDS, "point"), help="of kills (default: all)")
     parser.add_argument("--count", type=int, default=20, help="kills of each kind (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no further kill after (default %(default)g)")
-    parser.add_argument("--work", default="/tmp/minigpt5-bulk", help="folder for inputs and outputs")
+    parser.add_argument("--work", default="runs/bulk", help="folder for inputs and outputs (default %(default)s)")
     options = parser.parse_args()
     if options.what in (None, "kills"):
         kills(options)
     measures = {"speed": bulk_speed.speed, "memory": bulk_speed.memory, "scaling": bulk_speed.scaling}
     for name, measure in measures.items():
         if options.what in (None, name):
-            figures, ratios = measure(Path(options.work) / name)
+            figures, ratios = measure(Path(options.work).absolute() / name)
             save(name, figures, **ratios)
             shown = {key: value for key, value in figures.items() if key != "curve"}
             print(json.dumps({**shown, **ratios}, indent=1))
