@@ -87,7 +87,8 @@ class Registry:
     async def cancel(self, story_id: str) -> None:
         """Stop a story at the next token and the next denoising step; returns when that is stored."""
         if task := self._tasks.get(story_id):
-            task.cancel()
+            if not task.cancelling():  # a second one would interrupt the storing of the first
+                task.cancel()
             await asyncio.wait({task})
 
     async def _run(self, story: RunningStory, place: Place) -> None:

@@ -620,8 +620,9 @@ def test_a_cancelled_story_keeps_what_was_finished_and_its_reader_hears_of_it(tm
         while not (stored := list((tmp_path / "stories").glob("story_*/pages/1/picture.png"))):
             await asyncio.sleep(0.01)
         path = f"/v1/stories/{stored[0].parts[-4]}"
-        reply = await client.post(f"{path}/cancel")
+        reply, second = await asyncio.gather(client.post(f"{path}/cancel"), client.post(f"{path}/cancel"))
         assert (reply.status_code, reply.json()["status"]) == (200, "cancelled")
+        assert second.json() == reply.json()
         assert "image" in reply.json()["pages"][0]
         assert served.generator.num_closed == 1
         events = read_events((await streaming).text)
