@@ -173,20 +173,21 @@ class DiffusionDecoder:
             job.is_done = True
 
     def _begin(self, requests: Sequence[DrawRequest]) -> list[Denoising]:
-        if not requests:
-            return []
-        states_BVH = torch.stack([torch.from_numpy(request.vokens.hidden_VH).float() for request in requests])
-        states_BVH = states_BVH.to(self._null_1QD.device)
         return [
             Denoising(
                 self.diffusion,
-                condition_QD,
+                self._map(request),
                 seed=request.seed,
                 draw=request.settings,
                 guidance_rescale=self.config.guidance_rescale,
             )
-            for request, condition_QD in zip(requests, self.mapper(states_BVH), strict=True)
+            for request in requests
         ]
+
+    def _map(self, request: DrawRequest) -> Tensor:
+        """The picture's condition: (Q, D). Each by itself, so that its bits are its own."""
+        states_VH = torch.from_numpy(request.vokens.hidden_VH).float().to(self._null_1QD.device)
+        return self.mapper(states_VH[None])[0]
 
     def _tell(self, job: _Job, denoising: Denoising) -> None:
         step, steps = denoising.step, job.request.settings.steps

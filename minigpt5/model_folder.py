@@ -96,14 +96,17 @@ def load_generator_parts(
 
 
 def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:
-    """What draws: config, mapper, diffusion model."""
+    """What draws, ready to: config, mapper, diffusion model."""
     from minigpt5.diffusion import Diffusion
+    from minigpt5.even_rows import even_rows
 
     folder = Path(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
     local = folder / config.diffusion
-    return config, mapper, Diffusion.from_pretrained(local if local.is_dir() else resolve(config.diffusion))
+    diffusion = Diffusion.from_pretrained(local if local.is_dir() else resolve(config.diffusion))
+    even_rows(diffusion)
+    return config, mapper, diffusion
 
 
 def load_language(folder: Path, config: ModelConfig) -> LanguageModel:
