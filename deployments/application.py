@@ -24,7 +24,8 @@ SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRo
 class AppArgs(BaseModel):
     """`serve run deployments:app key=value ...`, or `args:` in a Serve config.
 
-    The defaults fit two CPUs with two replicas of each engine.
+    The defaults fit two CPUs with one replica of each engine: a second one there would only slow down the first, and
+    waits until the cluster has more.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,15 +40,15 @@ class AppArgs(BaseModel):
     """Stories and picture requests that run at once, whatever they ask for; more are answered with 503."""
     generator_min_replicas: int = Field(default=1, ge=0)
     generator_max_replicas: int = Field(default=2, ge=1)
-    generator_num_cpus: float = Field(default=0.4, gt=0)
-    """What a replica reserves, not what it uses."""
+    generator_num_cpus: float = Field(default=0.7, gt=0)
+    """What a replica reserves; `generator_num_threads` is what it may use."""
     generator_num_gpus: float = Field(default=0, ge=0)
     """Of a replica, which then runs there."""
     generator_num_threads: int = Field(default=1, ge=1)
-    """torch threads of a replica."""
+    """torch threads of a replica. Writing mostly waits for memory: more help little."""
     decoder_min_replicas: int = Field(default=1, ge=0)
     decoder_max_replicas: int = Field(default=2, ge=1)
-    decoder_num_cpus: float = Field(default=0.4, gt=0)
+    decoder_num_cpus: float = Field(default=1, gt=0)
     decoder_num_gpus: float = Field(default=0, ge=0)
     decoder_precision: Literal["float32", "bfloat16"] = "float32"
     """Of the UNet: bfloat16 is faster, and a picture then depends a little on what is drawn beside it."""

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import AsyncIterator, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from minigpt5.engine_loop import EngineLoop, Job
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.fair_share import FairShare
 from minigpt5.mapper import Mapper
+from minigpt5.threads import single_thread
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress
 
 NUM_PREVIEWS = 3
@@ -59,18 +61,25 @@ class DiffusionDecoder:
         precision: Precision = "float32",
         max_batch: int = 8,
         max_jobs: int = 512,
+        num_threads: int | None = None,
     ) -> None:
-        """At most `max_batch` guided pictures share a step; others wait, and beyond `max_jobs` they are refused."""
+        """At most `max_batch` guided pictures share a step; others wait, and beyond `max_jobs` they are refused.
+        `num_threads`: torch threads of a step (default: as many as here)."""
         self.config = config
         self.fingerprint = config.fingerprint
         self.mapper, self.diffusion = mapper.eval(), diffusion.eval()
         self.precision, self.max_batch = precision, max_batch
-        with torch.no_grad():
+        with torch.no_grad(), single_thread():
             self._null_1QD = mapper.null_condition()
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
         self._fair = FairShare(2 * max_batch, least=2)
         self._loop = EngineLoop[_Job](
-            "decoder", choose=self._choose, advance=self._advance, leave=lambda job: None, max_jobs=max_jobs
+            "decoder",
+            choose=self._choose,
+            advance=self._advance,
+            leave=lambda job: None,
+            max_jobs=max_jobs,
+            begin=partial(torch.set_num_threads, num_threads or torch.get_num_threads()),
         )
 
     @classmethod
@@ -82,15 +91,14 @@ class DiffusionDecoder:
         device: str | None = None,
         precision: Precision = "float32",
     ) -> DiffusionDecoder:
-        """Load from a model folder. `num_threads`: torch threads of this process. `device`: the GPU that this process
-        sees where there is one, else the CPU."""
+        """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
+        where there is one, else the CPU."""
         from minigpt5.model_folder import default_device, load_decoder_parts
 
-        if num_threads:
-            torch.set_num_threads(num_threads)
-        config, mapper, diffusion = load_decoder_parts(folder)
+        with single_thread():
+            config, mapper, diffusion = load_decoder_parts(folder)
         device = device or default_device()
-        return cls(config, mapper.to(device), diffusion.to(device), precision=precision)
+        return cls(config, mapper.to(device), diffusion.to(device), precision=precision, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from minigpt5.fair_share import FairShare
 from minigpt5.kv_cache import RowCache
 from minigpt5.language import LanguageModel
 from minigpt5.prompt import encode, page_ids, request_segments
+from minigpt5.threads import single_thread
 from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, StoryRequest
 from minigpt5.vision import Vision
 from minigpt5.writing import STOP, Read, Score, Script, Writer
@@ -74,9 +76,10 @@ class VokenGenerator:
         max_rows: int = 24,
         max_batch: int = 16,
         max_jobs: int = 512,
+        num_threads: int | None = None,
     ) -> None:
         """`max_rows` requests are under way and `max_batch` of them take part in a step; others wait, and beyond
-        `max_jobs` they are refused."""
+        `max_jobs` they are refused. `num_threads`: torch threads of a step (default: as many as here)."""
         self.config = config
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
@@ -96,20 +99,25 @@ class VokenGenerator:
         self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
         self._fair = FairShare(max_batch, least=max_batch // 4)
         self._loop = EngineLoop[_Job](
-            "generator", choose=self._choose, advance=self._advance, leave=self._leave, max_jobs=max_jobs
+            "generator",
+            choose=self._choose,
+            advance=self._advance,
+            leave=self._leave,
+            max_jobs=max_jobs,
+            begin=partial(torch.set_num_threads, num_threads or torch.get_num_threads()),
         )
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *, num_threads: int | None = None, device: str | None = None
     ) -> VokenGenerator:
-        """Load from a model folder. `num_threads`: torch threads of this process. `device`: the GPU that this process
-        sees where there is one, else the CPU."""
+        """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
+        where there is one, else the CPU."""
         from minigpt5.model_folder import default_device, load_generator_parts
 
-        if num_threads:
-            torch.set_num_threads(num_threads)
-        return cls(*load_generator_parts(folder, device=device or default_device()))
+        with single_thread():
+            parts = load_generator_parts(folder, device=device or default_device())
+        return cls(*parts, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:
@@ -175,7 +183,8 @@ class VokenGenerator:
 
     @torch.no_grad()
     def _see(self, job: _Job, pictures: list[bytes]) -> None:
-        """Embed a prompt's pictures, each content once; runs beside the engine's own thread."""
+        """Embed a prompt's pictures, each content once; runs beside the engine's own thread, and without a team."""
+        torch.set_num_threads(1)
         digests = [hashlib.sha256(data).digest() for data in pictures]
         image_QHs = []
         for digest, data in zip(digests, pictures, strict=True):

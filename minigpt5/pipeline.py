@@ -12,6 +12,7 @@ from minigpt5.decoder import DiffusionDecoder
 from minigpt5.flow import write_story
 from minigpt5.generator import VokenGenerator
 from minigpt5.story import new_story_id
+from minigpt5.threads import share
 from minigpt5.types import (
     DrawRequest,
     DrawSettings,
@@ -38,11 +39,13 @@ class MiniGPT5:
         self.generator, self.decoder = generator, decoder
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, num_threads: int | None = None) -> MiniGPT5:
-        """Load a model folder. Raises ModelFolderError or BaseModelNotFound, both of which say what to do."""
+    def from_pretrained(cls, folder: str | Path, *, num_cores: int | None = None) -> MiniGPT5:
+        """Load a model folder; the engines share `num_cores` (default: all). Raises ModelFolderError or
+        BaseModelNotFound, both of which say what to do."""
+        generator_threads, decoder_threads = share(num_cores)
         return cls(
-            VokenGenerator.from_pretrained(folder, num_threads=num_threads),
-            DiffusionDecoder.from_pretrained(folder),
+            VokenGenerator.from_pretrained(folder, num_threads=generator_threads),
+            DiffusionDecoder.from_pretrained(folder, num_threads=decoder_threads),
         )
 
     @property

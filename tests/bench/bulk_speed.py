@@ -28,7 +28,7 @@ from minigpt5.generator import VokenGenerator
 from minigpt5.model_folder import check_folder
 from minigpt5.types import DrawRequest, DrawSettings, StoryRequest, Vokens
 from tests.bench.bulk_engines import SimulatedDecoder, SimulatedGenerator
-from tests.bench.engines import WHAT, WHO
+from tests.bench.load import WHAT, WHO
 
 FIXED_TEXTS = (8, 16)
 FIXED_PICTURES = (4, 8, 16)

@@ -1,9 +1,9 @@
-"""Whether company matters: `python -m tests.bench.company [--num 200]`, both engines of a model folder in this process.
+"""Whether company matters: `python -m tests.bench.company [--num 200]`, both engines of a model folder.
 
 text       requests written alone, and again while others join and leave at random: the same tokens?
 pictures   drawn alone, and again in random company of other settings: how far apart are the pictures?
 cancels    requests cancelled at random moments: how soon they are gone, and whether anything stays behind
-fairness   one client's page, alone and beside sixteen stories of another client
+fairness   one client's page, alone and beside sixteen stories of another client, over HTTP
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from minigpt5.flow import stream_story
 from minigpt5.generator import VokenGenerator
 from minigpt5.model_folder import load_decoder_parts
 from minigpt5.types import DrawRequest, DrawSettings, Picture, StoryRequest, TextDelta, Vokens
-from tests.bench.engines import WHAT, WHO, spread
+from tests.bench.http_load import measure_fairness, running_server
+from tests.bench.load import WHAT, WHO, Load
 from tests.bench.quality import machine
 
 AT_ONCE = 24
@@ -207,30 +208,7 @@ async def measure_cancel(generator: VokenGenerator, decoder: DiffusionDecoder, v
     return figures
 
 
-async def measure_fairness(generator: VokenGenerator, decoder: DiffusionDecoder) -> dict[str, object]:
-    """Seconds of a one-page story of one client: alone, and while another client has sixteen stories."""
-
-    async def tell(request: StoryRequest) -> float:
-        began = time.perf_counter()
-        async for _ in stream_story(request, generator.generate, decoder.decode):
-            pass
-        return time.perf_counter() - began
-
-    def story(seed: int, key: str, pages: int) -> StoryRequest:
-        prompt = f"A {WHO[seed % len(WHO)]} who finds a {WHAT[seed % len(WHAT)]}"
-        return StoryRequest(prompt=(prompt,), pages=pages, seed=seed, key=key, draw=generator.config.draw)
-
-    alone = [await tell(story(9000 + index, "few", 1)) for index in range(NUM_DRAWN_BY_BOTH)]
-    many = [asyncio.create_task(tell(story(index, "many", 4))) for index in range(16)]
-    await asyncio.sleep(2)
-    beside = [await tell(story(9100 + index, "few", 1)) for index in range(NUM_DRAWN_BY_BOTH)]
-    still = sum(not task.done() for task in many)
-    await asyncio.gather(*many)
-    ratio = float(np.median(beside) / np.median(alone))
-    return {"alone_s": spread(alone), "beside_16_s": spread(beside), "ratio": ratio, "of_16_still_running": still}
-
-
-async def measure(folder: Path, num: int, precision: Precision) -> tuple[dict[str, float], dict[str, object]]:
+async def measure(folder: Path, num: int, precision: Precision) -> tuple[dict[str, float], dict[str, Any]]:
     rng = random.Random(5)
     generator = VokenGenerator.from_pretrained(folder)
     decoder, again = (Recording(*load_decoder_parts(folder), precision=precision) for _ in range(2))
@@ -240,12 +218,10 @@ async def measure(folder: Path, num: int, precision: Precision) -> tuple[dict[st
     ]
     pictures = await compare_pictures(decoder, again, vokens, num, rng)
     cancels = await cancel_at_random(generator, again, vokens[0], num, rng)
-    fairness = await measure_fairness(generator, decoder)
-    figures: dict[str, object] = {"text": texts, "pictures": pictures, "cancels": cancels, "fairness": fairness}
+    figures: dict[str, Any] = {"text": texts, "pictures": pictures, "cancels": cancels}
     ratios = {
         "same_text": int(str(texts["same_text"])) / num,
         "bit_equal_pictures": int(str(pictures["bit_equal"])) / num,
-        "page_beside_16_stories_vs_alone": float(str(fairness["ratio"])),
     }
     return ratios, figures
 
@@ -261,6 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     ratios, figures = asyncio.run(measure(options.model, options.num, options.precision))
+    with running_server(options.model) as (url, _):
+        figures["fairness"] = measure_fairness(url, Load())
+    ratios["page_beside_16_stories_vs_alone"] = figures["fairness"]["ratio"]
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m tests.bench.company", *given])
     report = {"ratios": ratios, "figures": figures, "machine": machine(), "command": command}

@@ -1,44 +1,37 @@
-"""How fast the engines are: `python -m tests.bench.engines [--model FOLDER] [--url http://127.0.0.1:8000]`.
+"""How fast the engines are: `python -m tests.bench.engines [--model FOLDER] [--serve]`.
 
 Stories of 4 pages with 48 tokens of text each and guided pictures, written and drawn by
 
-  ours        both engines in this process, 1 to 16 stories at once
+  ours        both engines in one process, 1 to 16 stories at once
   published   a loop in the published way: one story at a time, token by token, diffusers' own pipeline for each picture
   limit       the same tokens and steps in lockstep with no engine around them, at the best of a sweep of batch sizes
 
-with the same weights, precision, threads and scheduler, in one run. With `--serve`, a server of the same model folder
-is then started, stories are streamed from it by a process of its own, and the ratios are of those.
+with the same weights, precision, cores and scheduler, in one run, each in a process of its own. With `--serve`, a
+server of the same model folder is then started, stories are streamed from it by a process of its own, and the ratios
+are of those.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import concurrent.futures
-import contextlib
 import dataclasses
 import json
 import math
-import resource
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import DynamicCache
 
-from minigpt5.config import ModelConfig, default_model_folder, storybook
+from minigpt5.config import default_model_folder
 from minigpt5.decoder import DiffusionDecoder, encode
 from minigpt5.diffusion import SCHEDULERS
 from minigpt5.flow import page_seed, stream_story
@@ -47,56 +40,15 @@ from minigpt5.model_folder import load_decoder_parts, load_generator_parts
 from minigpt5.prompt import encode as encode_prompt
 from minigpt5.prompt import request_segments
 from minigpt5.sampling import sample_token
+from minigpt5.threads import share, single_thread
 from minigpt5.types import DrawRequest, PageDone, Picture, StoryRequest, TextDelta, Vokens
+from tests.bench.http_load import measure_http, running_server
+from tests.bench.load import TINY, Load, Timing, describe_load, spread
 from tests.bench.quality import machine
 
-WHO = ("fox", "owl", "bear", "cat", "dog", "duck", "frog", "lion", "mouse", "panda", "pig", "rabbit")
-WHAT = ("balloon", "tent", "rocket", "tulip", "bicycle", "umbrella", "castle", "banana")
-P99_SAMPLES = 300
-"""Fewer say nothing about one in a hundred."""
 LONG_CONTEXT = 8192
 LONG_COMPANY = 4
 """Stories under way when a long prompt joins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What is asked for."""
-
-    pages: int = 4
-    page_tokens: int = 48
-    steps: tuple[int, ...] = (20, 4, 50)
-    """The first is the one that the ratios are of."""
-    concurrent: tuple[int, ...] = (1, 4, 16)
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    long_prompt_tokens: int = 6000
-    num_published: int = 2
-    """Stories of the published loop that are timed; it takes them one after another."""
-
-    def sizes(self) -> list[tuple[int, list[int]]]:
-        """How many stories at once, by steps: all that there are at the first, the least and the most at the others."""
-        return [
-            (steps, list(self.concurrent) if steps == self.steps[0] else sorted({1, max(self.concurrent)}))
-            for steps in self.steps
-        ]
-
-    def story(self, index: int, config: ModelConfig, *, steps: int) -> StoryRequest:
-        """No two alike, so that no cache answers."""
-        sampling = dataclasses.replace(
-            config.sampling, min_page_tokens=self.page_tokens, max_page_tokens=self.page_tokens
-        )
-        return StoryRequest(
-            prompt=(f"A {WHO[index % len(WHO)]} who finds a {WHAT[index // len(WHO) % len(WHAT)]}",),
-            pages=self.pages,
-            seed=1000 + index,
-            sampling=sampling,
-            draw=dataclasses.replace(config.draw, steps=steps),
-        )
-
-
-TINY = Load(
-    pages=2, page_tokens=6, steps=(2,), concurrent=(1, 2), batch_sizes=(1, 2), long_prompt_tokens=200, num_published=1
-)
 
 
 class Engines:
@@ -116,16 +68,6 @@ class Engines:
         return encode_prompt(
             request_segments(request), self.generator.tokenizer, rows, num_image_embeddings=queries
         ).ids
-
-
-@dataclass
-class Timing:
-    """When what came of one story, in seconds from the start of its load."""
-
-    start: float
-    texts: list[float] = field(default_factory=list)
-    pages: list[float] = field(default_factory=list)
-    pictures: list[float] = field(default_factory=list)
 
 
 # Ours
@@ -150,28 +92,6 @@ async def write_at_once(engines: Engines, requests: Sequence[StoryRequest]) -> t
 
     timings = await asyncio.gather(*map(one, requests))
     return time.perf_counter() - began, list(timings)
-
-
-def describe_load(seconds: float, timings: Sequence[Timing], load: Load) -> dict[str, object]:
-    num = len(timings)
-    cadence = [b - a for timing in timings for a, b in zip(timing.pages, timing.pages[1:], strict=False)]
-    return {
-        "stories_per_s": num / seconds,
-        "pictures_per_s": num * load.pages / seconds,
-        "text_tokens_per_s": num * load.pages * load.page_tokens / seconds,
-        "story_s": spread([timing.pages[-1] - timing.start for timing in timings]),
-        "first_text_s": spread([timing.texts[0] - timing.start for timing in timings]),
-        "first_picture_s": spread([timing.pictures[0] - timing.start for timing in timings]),
-        "page_cadence_s": spread(cadence),
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    quantiles = {"p50": 0.5, "p95": 0.95} | ({"p99": 0.99} if len(values) >= P99_SAMPLES else {})
-    return {name: float(np.quantile(values, share)) for name, share in quantiles.items()} | {"num": len(values)}
 
 
 async def measure_bound(engines: Engines, request: StoryRequest) -> float:
@@ -230,6 +150,31 @@ async def measure_token_gaps(engines: Engines, load: Load) -> dict[str, float]:
     return {**figures, "ratio": figures["p95_with_s"] / figures["p95_without_s"]}
 
 
+def measure_ours(engines: Engines, load: Load) -> dict[str, Any]:
+    """Both engines in this process, with the bound of a lone story."""
+    asyncio.run(write_at_once(engines, engines.new_stories(1, load, steps=1)))  # the first call is always the slowest
+    by_steps: dict[str, Any] = {}
+    for steps, nums in load.sizes():
+        bound_s = asyncio.run(measure_bound(engines, engines.new_stories(1, load, steps=steps)[0]))
+        ours = {}
+        for num in nums:
+            seconds, timings = asyncio.run(write_at_once(engines, engines.new_stories(num, load, steps=steps)))
+            ours[str(num)] = describe_load(seconds, timings, load)
+        by_steps[str(steps)] = {"ours": ours, "bound_s": bound_s}
+    generator = engines.generator
+    return {
+        "by_steps": by_steps,
+        "close_choices": generator.num_close_choices,
+        "prompt_tokens": generator.num_prompt_tokens,
+        "reused_prompt_tokens": generator.num_reused_tokens,
+    }
+
+
+def measure_long_prompt(engines: Engines, load: Load) -> dict[str, Any]:
+    asyncio.run(write_at_once(engines, engines.new_stories(1, load, steps=1)))  # the first call is always the slowest
+    return {"long_prompt": asyncio.run(measure_token_gaps(engines, load))}
+
+
 # In the published way
 
 
@@ -285,6 +230,16 @@ def published_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> Stab
     return pipeline
 
 
+def measure_published(engines: Engines, load: Load) -> dict[str, Any]:
+    write_as_published(engines, engines.new_stories(1, load, steps=1)[0])  # the first call is always the slowest
+    by_steps = {}
+    for steps in load.steps:
+        stories = engines.new_stories(load.num_published, load, steps=steps)
+        seconds = [write_as_published(engines, story) for story in stories]
+        by_steps[str(steps)] = {"stories_per_s": len(seconds) / sum(seconds), "story_s": spread(seconds)}
+    return {"by_steps": by_steps}
+
+
 # The limit
 
 
@@ -332,115 +287,53 @@ def picture_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int
     return (time.perf_counter() - began) / batch_size
 
 
-def measure_limit(
-    engines: Engines, request: StoryRequest, text_s: dict[int, float], batch_sizes: Sequence[int]
-) -> dict[str, object]:
+def measure_limit(engines: Engines, load: Load) -> dict[str, Any]:
     """Stories/s of the best batch sizes: text, then pictures, each with all threads."""
-    picture_s = {size: picture_in_lockstep(engines, request, size) for size in batch_sizes}
-    return {
-        "stories_per_s": 1 / (min(text_s.values()) + request.pages * min(picture_s.values())),
-        "text_s_by_batch_size": text_s,
-        "picture_s_by_batch_size": picture_s,
-    }
-
-
-# Over HTTP
-
-
-def tell_over_http(url: str, request: StoryRequest, began: float) -> Timing:
-    """Stream one story and note when what arrived."""
-    body = {
-        "prompt": request.prompt[0],
-        "pages": request.pages,
-        "seed": request.seed,
-        "steps": request.draw.steps,
-        "min_page_tokens": request.sampling.min_page_tokens,
-        "max_page_tokens": request.sampling.max_page_tokens,
-        "stream": True,
-    }
-    timing = Timing(start=time.perf_counter() - began)
-    arrivals = {"text": timing.texts, "image": timing.pictures, "page": timing.pages}
-    post = urllib.request.Request(f"{url}/v1/stories", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    name = ""
-    with urllib.request.urlopen(post, timeout=3600) as reply:
-        for line in map(bytes.decode, reply):
-            if line.startswith("event: "):
-                name = line.split()[1]
-                arrivals.get(name, []).append(time.perf_counter() - began)
-    assert name == "done", name
-    return timing
-
-
-def load_over_http(url: str, load: Load, *, steps: int, num: int, first: int) -> dict[str, object]:
-    """Stream `num` stories at once: in a process of its own, so that a server's figures are a server's."""
-    config = storybook()
-    requests = [load.story(first + index, config, steps=steps) for index in range(num)]
-    began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(num) as pool:
-        timings = list(pool.map(lambda request: tell_over_http(url, request, began), requests))
-    return describe_load(time.perf_counter() - began, timings, load)
-
-
-def measure_http(url: str, load: Load, *, tiny: bool) -> dict[str, dict[str, Any]]:
-    """The same loads from a process of its own: by steps, then by number of stories at once."""
-    figures: dict[str, dict[str, Any]] = {}
-    first = 100_000  # no story that this server, or the engines of this process, have written
-    warm_up = (load.steps[0], [1])  # the first call is always the slowest; its figures are replaced
-    for steps, nums in [warm_up, *load.sizes()]:
-        for num in nums:
-            command = [sys.executable, "-m", "tests.bench.engines", "--load", url, str(steps), str(num), str(first)]
-            finished = subprocess.run([*command, *(["--tiny"] if tiny else [])], stdout=subprocess.PIPE, check=True)
-            figures.setdefault(str(steps), {})[str(num)] = json.loads(finished.stdout)
-            first += num
-    return figures
-
-
-@contextlib.contextmanager
-def running_server(model: Path, *, port: int = 8191) -> Iterator[tuple[str, Callable[[], float]]]:
-    """The URL of `python -m deployments`, and how much memory its processes have now, in GiB."""
-    with tempfile.TemporaryDirectory() as storage:
-        command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
-        server = subprocess.Popen([*command, "--storage", storage], stdout=subprocess.PIPE, text=True)
-        try:
-            assert server.stdout is not None
-            for line in server.stdout:
-                if line.startswith("ready"):
-                    break
-            else:
-                raise RuntimeError("the server did not start: see what it printed")
-
-            def memory_gib() -> float:
-                processes = psutil.Process(server.pid).children(recursive=True)
-                return sum(process.memory_full_info().pss for process in processes) / 2**30
-
-            yield f"http://127.0.0.1:{port}", memory_gib
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(60)
+    first = load.story(0, engines.config, steps=load.steps[0])
+    text_in_lockstep(engines, first, 1)  # the first call is always the slowest
+    text_s = {size: text_in_lockstep(engines, first, size) for size in load.batch_sizes}
+    by_steps = {}
+    for steps in load.steps:
+        story = load.story(0, engines.config, steps=steps)
+        picture_s = {size: picture_in_lockstep(engines, story, size) for size in load.batch_sizes}
+        by_steps[str(steps)] = {
+            "stories_per_s": 1 / (min(text_s.values()) + story.pages * min(picture_s.values())),
+            "text_s_by_batch_size": text_s,
+            "picture_s_by_batch_size": picture_s,
+        }
+    return {"by_steps": by_steps}
 
 
 # The whole
 
 
-def measure(engines: Engines, load: Load) -> dict[str, dict[str, Any]]:
-    """All ways of this process, by steps."""
-    asyncio.run(write_at_once(engines, engines.new_stories(1, load, steps=1)))  # the first call is always the slowest
-    first = load.story(0, engines.config, steps=load.steps[0])
-    text_s = {size: text_in_lockstep(engines, first, size) for size in load.batch_sizes}
-    by_steps: dict[str, dict[str, Any]] = {}
-    for steps, nums in load.sizes():
-        published_s = [
-            write_as_published(engines, story) for story in engines.new_stories(load.num_published, load, steps=steps)
-        ]
-        limit = measure_limit(engines, load.story(0, engines.config, steps=steps), text_s, load.batch_sizes)
-        bound_s = asyncio.run(measure_bound(engines, engines.new_stories(1, load, steps=steps)[0]))
-        ours = {}
-        for num in nums:
-            seconds, timings = asyncio.run(write_at_once(engines, engines.new_stories(num, load, steps=steps)))
-            ours[str(num)] = describe_load(seconds, timings, load)
-        published = {"stories_per_s": len(published_s) / sum(published_s), "story_s": spread(published_s)}
-        by_steps[str(steps)] = {"ours": ours, "published": published, "limit": limit, "bound_s": bound_s}
-    return by_steps
+WAYS: dict[str, Callable[[Engines, Load], dict[str, Any]]] = {
+    "published": measure_published,
+    "limit": measure_limit,
+    "ours": measure_ours,
+    "long_prompt": measure_long_prompt,
+}
+
+
+def load_engines(model: Path, *, num_cores: int | None, context_tokens: int | None = None) -> Engines:
+    """Both engines with their share of the cores; the other ways have all of them."""
+    generator_threads, decoder_threads = share(num_cores)
+    with single_thread():
+        config, *parts = load_generator_parts(model)
+        drawing = load_decoder_parts(model)
+    config = dataclasses.replace(config, context_tokens=context_tokens or config.context_tokens)
+    return Engines(
+        VokenGenerator(config, *parts, num_threads=generator_threads),
+        DiffusionDecoder(*drawing, num_threads=decoder_threads),
+    )
+
+
+def measure_in_own_process(way: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one way: threads that another one has used would slow it down (`minigpt5/threads.py`)."""
+    command = [sys.executable, "-m", "tests.bench.engines", "--way", way, "--model", str(options.model)]
+    command += ["--tiny"] * options.tiny + (["--cores", str(options.cores)] if options.cores else [])
+    finished = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(finished.stdout)
 
 
 def compare(ways: dict[str, Any], name: str) -> dict[str, float]:
@@ -478,37 +371,27 @@ def show(figures: dict[str, Any], ratios: dict[str, float]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engines", description=__doc__)
     parser.add_argument("--model", type=Path, default=default_model_folder())
-    parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
+    parser.add_argument("--cores", type=int, help="that every way has (default: all)")
     parser.add_argument("--tiny", action="store_true", help="a check that the bench runs")
     parser.add_argument("--serve", action="store_true", help="also over HTTP, from a server that is started for it")
     parser.add_argument("--out", type=Path, default=Path("bench") / "engines.json")
-    parser.add_argument(
-        "--load",
-        nargs=4,
-        metavar=("URL", "STEPS", "NUM", "FIRST"),
-        help="only stream NUM stories at once, from number FIRST on, and print figures",
-    )
+    parser.add_argument("--way", choices=WAYS, help="measure this one alone and print its figures")
     options = parser.parse_args(arguments)
     load = TINY if options.tiny else Load()
-    if options.load:
-        steps, num, first = map(int, options.load[1:])
-        print(json.dumps(load_over_http(options.load[0], load, steps=steps, num=num, first=first)))
+    if options.way:
+        if options.cores:
+            torch.set_num_threads(options.cores)
+        context_tokens = LONG_CONTEXT if options.way == "long_prompt" else None
+        engines = load_engines(options.model, num_cores=options.cores, context_tokens=context_tokens)
+        print(json.dumps(WAYS[options.way](engines, load)))
         return
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    config, *parts = load_generator_parts(options.model)
-    decoder = DiffusionDecoder(*load_decoder_parts(options.model))
-    engines = Engines(VokenGenerator(config, *parts), decoder)
-    by_steps = measure(engines, load)
-    figures: dict[str, Any] = {
-        "load": dataclasses.asdict(load),
-        "by_steps": by_steps,
-        "close_choices": engines.generator.num_close_choices,
-        "prompt_tokens": engines.generator.num_prompt_tokens,
-        "reused_prompt_tokens": engines.generator.num_reused_tokens,
-    }
-    wide = dataclasses.replace(config, context_tokens=LONG_CONTEXT)
-    figures["long_prompt"] = asyncio.run(measure_token_gaps(Engines(VokenGenerator(wide, *parts), decoder), load))
+    by_steps: dict[str, dict[str, Any]] = {str(steps): {} for steps in load.steps}
+    figures: dict[str, Any] = {"load": dataclasses.asdict(load), "by_steps": by_steps}
+    for way in WAYS:
+        measured = measure_in_own_process(way, options)
+        for steps, row in measured.pop("by_steps", {}).items():
+            by_steps[steps] |= row if way == "ours" else {way: row}
+        figures |= measured
     if options.serve:
         with running_server(options.model) as (url, memory_gib):
             for steps, row in measure_http(url, load, tiny=options.tiny).items():

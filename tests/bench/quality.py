@@ -225,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.num < 1 or options.stories < 0 or options.scenes < 0:
         parser.error("--num must be at least 1, --stories and --scenes 0")
-    model = MiniGPT5.from_pretrained(options.model, num_threads=options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
     nums = (TINY, 1, 4) if options.tiny else (options.num, options.stories, options.scenes)
     figures = measure(model, load_scorer(), *nums)
     given = sys.argv[1:] if arguments is None else arguments

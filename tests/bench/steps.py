@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     parser.add_argument("--out", type=Path, default=Path("bench") / "steps.json")
     options = parser.parse_args(arguments)
-    model = MiniGPT5.from_pretrained(options.model, num_threads=options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
     scorer, asked = load_scorer(), ask(options.num, held_out_pairs=True)
     vokens = [model.vokens(one.caption) for one in asked]
     scales = options.guidance or [1.0, model.config.draw.guidance_scale]

@@ -70,16 +70,14 @@ def test_every_engine_scales_by_itself_and_is_given_the_threads_that_it_uses(nam
         scaling = engine["autoscaling_config"]
         assert 1 <= scaling["min_replicas"] < scaling["max_replicas"]
         assert scaling["target_ongoing_requests"] <= engine["max_ongoing_requests"]
-        assert engine["ray_actor_options"]["num_cpus"] in (num_threads, 0.4)
+        # A small machine reserves a part of what is used, so that the engines and the front fit two CPUs.
+        assert num_threads / 2 <= engine["ray_actor_options"]["num_cpus"] <= num_threads
 
 
-def test_the_storybook_fits_two_cpus() -> None:
+def test_two_cpus_have_room_for_one_storybook_replica_of_each_engine() -> None:
     (application,) = serve_config("serve-storybook.yaml")["applications"]
-    asked = sum(
-        deployment["ray_actor_options"]["num_cpus"] * deployment.get("autoscaling_config", {}).get("max_replicas", 1)
-        for deployment in application["deployments"]
-    )
-    assert asked <= 2
+    asked = [deployment["ray_actor_options"]["num_cpus"] for deployment in application["deployments"]]
+    assert sum(asked) <= 2 < sum(asked) + min(asked[1:])
 
 
 @pytest.mark.parametrize("manifest", list(manifests()))

@@ -48,7 +48,7 @@ def generators() -> Iterator[serve.handle.DeploymentHandle]:
     """The application with two generators; a handle of them."""
     ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR", _metrics_export_port=METRICS_PORT)
     try:
-        args = AppArgs(model=str(MODEL), generator_min_replicas=2, decoder_min_replicas=1)
+        args = AppArgs(model=str(MODEL), generator_min_replicas=2, generator_num_cpus=0.4)
         serve.start(proxy_location="Disabled")
         serve.run(app(args), name="default", route_prefix="/")
         yield serve.get_deployment_handle("VokenGenerator", "default")
