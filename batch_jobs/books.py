@@ -1,4 +1,5 @@
-"""A finished data set -> an HTML book of each story and an index page, beside the output: URI.books/index.html."""
+"""A finished data set -> an HTML and an EPUB book of each story and an index page, beside the output:
+URI.books/index.html."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from batch_jobs.inputs import open_uri
 from batch_jobs.outputs import RowSink
 from batch_jobs.stages import Row
 from batch_jobs.state import write_whole
-from minigpt5.export import DOCUMENT, to_html_fragment
+from minigpt5.epub import to_epub
+from minigpt5.export import to_html
 from minigpt5.types import Page, Picture, Story, Usage
 
 INDEX = """<!doctype html>
@@ -39,17 +41,19 @@ def write_books(sink: RowSink, *, model: str) -> str:
     files, base = open_uri(sink.uri.rstrip("/"))
     entries = []
     for row in sink.rows():
-        name = f"{hashlib.sha256(row['id'].encode()).hexdigest()[:32]}.html"
+        name = hashlib.sha256(row["id"].encode()).hexdigest()[:32]
         error = f' <span class="error">{escape(row["error"])}</span>' if row["error"] else ""
         if not row["pages"]:
             entries.append(f"<li>{escape(row['prompt'] or row['id'])}{error}</li>")
             continue
         path = f"{base}.books/{name}"
-        if not files.get_file_info(path).is_file:
+        if not files.get_file_info(f"{path}.html").is_file:  # the last of the two
             story = to_story(row, sink, model=model)
-            book = DOCUMENT.format(title=escape(story.prompt), story=to_html_fragment(story))
-            write_whole(files, path, book.encode())
-        entries.append(f'<li><a href="{name}">{escape(row["prompt"])}</a>{error}</li>')
+            write_whole(files, f"{path}.epub", to_epub(story))
+            write_whole(files, f"{path}.html", to_html(story).encode())
+        entries.append(
+            f'<li><a href="{name}.html">{escape(row["prompt"])}</a> <a href="{name}.epub">EPUB</a>{error}</li>'
+        )
     title = f"{len(entries)} stories"
     write_whole(files, f"{base}.books/index.html", INDEX.format(title=title, entries="\n".join(entries)).encode())
     return f"{sink.uri.rstrip('/')}.books/index.html"

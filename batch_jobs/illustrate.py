@@ -126,7 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
         default="rows",
         help="in the rows, or files that rows name (default rows)",
     )
-    parser.add_argument("--books", action="store_true", help="an HTML book of each story and an index page, too")
+    parser.add_argument(
+        "--books", action="store_true", help="an HTML and an EPUB book of each story and an index page, too"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Story -> one self-contained HTML storybook. Used by the command line and notebooks; no torch here."""
+"""Story -> one self-contained HTML storybook, and any book -> a file. No torch here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import secrets
 from html import escape
 from pathlib import Path
 
+from minigpt5.epub import describe_picture, to_epub
 from minigpt5.errors import StorageError
 from minigpt5.types import Page, Story
 
@@ -61,15 +62,21 @@ def to_html_fragment(story: Story) -> str:
     )
 
 
-def save_html(story: Story, path: str) -> str:
-    """Write the story as one HTML file, whole or not at all; returns the path. Raises StorageError."""
+def to_html(story: Story) -> str:
+    """The story as a page of its own, with everything in it."""
+    return DOCUMENT.format(title=escape(story.prompt) or "A story", story=to_html_fragment(story))
+
+
+def save(story: Story, path: str) -> str:
+    """Write the story as one file, HTML or by its name EPUB, whole or not at all; returns the path. Raises
+    StorageError."""
     target = Path(path)
     if not target.parent.is_dir():
         raise StorageError(f"{path} cannot be written: there is no folder {target.parent}; create it or name another")
-    document = DOCUMENT.format(title=escape(story.prompt) or "A story", story=to_html_fragment(story))
+    data = to_epub(story) if target.suffix.lower() == ".epub" else to_html(story).encode()
     written = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        written.write_text(document, encoding="utf-8")
+        written.write_bytes(data)
         os.replace(written, target)
     except OSError as error:
         raise StorageError(f"{path} cannot be written ({error.strerror}): name another file") from error
@@ -83,7 +90,7 @@ def _page(page: Page) -> str:
         data = base64.b64encode(page.picture.png).decode()
         picture = (
             f'<img src="data:image/png;base64,{data}" width="{page.picture.width}" height="{page.picture.height}" '
-            f'alt="Picture of page {page.index}">'
+            f'alt="{escape(describe_picture(page))}">'
         )
     else:
         reason = f": {escape(page.error)}" if page.error else ""

@@ -209,10 +209,10 @@ class Story:
         return sum(page.picture.denoise_steps for page in self.pages if page.picture)
 
     def save(self, path: str) -> str:
-        """Write the story as one self-contained HTML file; returns the path."""
-        from minigpt5.export import save_html
+        """Write the story as one self-contained file, HTML or (`.epub`) EPUB; returns the path."""
+        from minigpt5.export import save
 
-        return save_html(self, path)
+        return save(self, path)
 
     def _repr_html_(self) -> str:
         from minigpt5.export import to_html_fragment

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minigpt5.errors import StorageError
-from minigpt5.export import save_html, to_html_fragment
+from minigpt5.export import save, to_html_fragment
 from minigpt5.types import Page, Picture, Story, Usage
 
 PNG = b"\x89PNG\r\n\x1a\n and its pixels"
@@ -45,7 +45,7 @@ class Reader(HTMLParser):
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     failed = Page(index=2, text=HOSTILE, error=HOSTILE)
-    path = save_html(make_story(drawn(1, HOSTILE), failed, prompt=HOSTILE), str(tmp_path / "story.html"))
+    path = save(make_story(drawn(1, HOSTILE), failed, prompt=HOSTILE), str(tmp_path / "story.html"))
     reader = Reader(Path(path).read_text())
     assert [tag for tag, _ in reader.tags].count("img") == 1
     assert "script" not in [tag for tag, _ in reader.tags]
@@ -54,7 +54,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_pictures_are_in_the_file_and_nothing_is_fetched(tmp_path: Path) -> None:
-    path = save_html(make_story(drawn(1, "The fox walks."), drawn(2, "It flies.")), str(tmp_path / "story.html"))
+    path = save(make_story(drawn(1, "The fox walks."), drawn(2, "It flies.")), str(tmp_path / "story.html"))
     reader = Reader(Path(path).read_text())
     sources = [attributes["src"] for tag, attributes in reader.tags if tag == "img"]
     assert sources == [f"data:image/png;base64,{base64.b64encode(PNG).decode()}"] * 2
@@ -71,7 +71,7 @@ def test_a_failed_picture_keeps_its_page_and_says_why() -> None:
 
 def test_text_of_any_language_survives(tmp_path: Path) -> None:
     text = "\u72d0\u72f8 \u0644\u064a\u0644 \U0001f98a"
-    path = save_html(make_story(drawn(1, text)), str(tmp_path / "story.html"))
+    path = save(make_story(drawn(1, text)), str(tmp_path / "story.html"))
     assert text in Path(path).read_text(encoding="utf-8")
 
 
@@ -82,14 +82,19 @@ def test_a_notebook_shows_the_same_story() -> None:
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no folder .*nowhere"):
-        save_html(make_story(), str(tmp_path / "nowhere" / "story.html"))
+        save(make_story(), str(tmp_path / "nowhere" / "story.html"))
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "story.html").mkdir()
     with pytest.raises(StorageError, match="cannot be written"):
-        save_html(make_story(drawn(1, "One.")), str(tmp_path / "story.html"))
+        save(make_story(drawn(1, "One.")), str(tmp_path / "story.html"))
     assert [path.name for path in tmp_path.iterdir()] == ["story.html"]
+
+
+def test_the_name_of_a_file_says_what_it_is(tmp_path: Path) -> None:
+    path = make_story(drawn(1, "One.")).save(str(tmp_path / "story.epub"))
+    assert Path(path).read_bytes().startswith(b"PK")
 
 
 def test_an_old_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -402,6 +403,8 @@ def test_books_show_every_story_and_the_index_names_them_all(tmp_path: Path) -> 
     links = re.findall(r'href="(\w+\.html)"', index.read_text())
     assert len(links) == 5 and index.read_text().count("<li>") == 7 and "prompt is empty" in index.read_text()
     assert all("<img" in (index.parent / link).read_text() for link in links)
+    books_there = [zipfile.ZipFile((index.parent / link).with_suffix(".epub")) for link in links]
+    assert all("EPUB/picture-1.png" in book.namelist() for book in books_there)
 
 
 def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> None:
