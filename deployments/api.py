@@ -4,81 +4,138 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.client import NotReady, ServeEngines
+from deployments.engines import NotReady, ServeEngines
 from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
+from deployments.events import Position
+from deployments.exports import exports
 from deployments.front import ClientOf, Front, FrontOf, build_front
 from deployments.openai_api import images
-from deployments.registry import RunningStory
+from deployments.pages import MAX_VARIANTS, draw_picture, pages
+from deployments.replies import answer, stream_reply
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
+    StoryList,
     StoryReply,
     shown,
     story_reply,
     to_draw_request,
     to_story_request,
 )
-from minigpt5.errors import FingerprintMismatch, InvalidRequest
+from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
 from minigpt5.model_folder import load_config
 from minigpt5.store import StoryStore
-from minigpt5.types import MAX_PAGES, Picture, StoryRequest
+from minigpt5.types import MAX_PAGES
 from minigpt5.voken_file import pack
 
-KEEP_ALIVE_S = 15.0
+MAX_LISTED = 100
+MAX_WAIT_S = 120.0
+"""A client that wants to wait for longer asks again: what is on the way may close a line that is quiet."""
 STUDIO = Path(__file__).parent / "studio" / "index.html"
 
 
 def refuse_unknown_query(request: Request) -> None:
-    """No route here takes a query yet: one that asks for something would otherwise be ignored."""
+    """A query that a route does not take would otherwise be ignored."""
+    known = {param.alias for param in request.scope["route"].dependant.query_params}
     for name, value in request.query_params.items():
-        raise ApiError(422, f"query parameter {name[:40]} (value {shown(value)}) is not served here", param=name[:40])
-
-
-def refuse_idempotency_key(request: Request) -> None:
-    if "Idempotency-Key" in request.headers:
-        message = "header Idempotency-Key is not served by this version: leave it out"
-        raise ApiError(422, message, param="Idempotency-Key", code="unknown_field")
+        if name not in known:
+            raise ApiError(422, f"query parameter {name[:40]} (value {shown(value)}) is unknown here", param=name[:40])
 
 
 stories = APIRouter(dependencies=[Depends(refuse_unknown_query)])
 operations = APIRouter()
 
 
-@stories.post("/v1/stories", status_code=201, dependencies=[Depends(refuse_idempotency_key)])
-async def create_story(body: CreateStory, front: FrontOf, client: ClientOf) -> Response:
-    """Write and draw a story: as a whole, or with `stream` as server-sent events."""
+@stories.post("/v1/stories", status_code=201)
+async def create_story(
+    body: CreateStory,
+    front: FrontOf,
+    client: ClientOf,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Response:
+    """Write and draw a story: as a whole, with `stream` as server-sent events, or without `wait` in the background.
+    The same `Idempotency-Key` with the same body is the same story, however often it is sent."""
     request = await asyncio.to_thread(to_story_request, body, front.config, client=client)
-    story = await front.registry.start(request)
-    if body.stream:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_stream(story), media_type="text/event-stream", headers=headers)
-    state = await story.finish()
-    path = f"/v1/stories/{story.id}"
-    if state.status == "failed":
-        message = f"{story.id} failed: {state.error}; what was finished is at {path}"
-        return error_response(500, message, code="story_failed", headers={"Location": path})
-    reply = story_reply(state).model_dump(exclude_none=True)
-    return JSONResponse(reply, 201, headers={"Location": path})
+    if idempotency_key is None:
+        story = await front.registry.start(request)
+        return await answer(front, story.id, stream=body.stream, wait=body.wait)
+    digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    story_id = await front.registry.start_once(request, idempotency_key, digest)
+    return await answer(front, story_id, stream=body.stream, wait=body.wait)
+
+
+@stories.get("/v1/stories", response_model=StoryList, response_model_exclude_none=True)
+async def list_stories(
+    front: FrontOf,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+) -> StoryList:
+    """Stories, newest first."""
+
+    def load() -> StoryList:
+        ids = front.store.list_ids(limit=limit + 1, after=after)
+        data = []
+        for story_id in ids[:limit]:
+            with contextlib.suppress(StoryNotFound):  # deleted meanwhile
+                data.append(story_reply(front.store.load(story_id)))
+        return StoryList(data=data, has_more=len(ids) > limit)
+
+    return await asyncio.to_thread(load)
 
 
 @stories.get("/v1/stories/{story_id}", response_model=StoryReply, response_model_exclude_none=True)
-async def get_story(story_id: str, front: FrontOf) -> StoryReply:
-    """A story as far as it is."""
+async def get_story(
+    story_id: str, front: FrontOf, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0
+) -> StoryReply:
+    """A story as far as it is; with `wait`, after its end or so many seconds."""
+    if wait:
+        await front.registry.wait(story_id, wait)
     return story_reply(await asyncio.to_thread(front.store.load, story_id))
 
 
+@stories.get("/v1/stories/{story_id}/events")
+async def get_events(
+    story_id: str, front: FrontOf, last_event_id: Annotated[str | None, Header(max_length=200)] = None
+) -> Response:
+    """A story's stream from its beginning, or after the event that `Last-Event-ID` names."""
+    try:
+        seen = Position.parse(last_event_id) if last_event_id else None
+    except ValueError as error:
+        raise ApiError(422, str(error), param="Last-Event-ID", code="invalid_value") from error
+    await asyncio.to_thread(front.store.load, story_id)
+    return stream_reply(front.registry.follow(story_id, seen))
+
+
+@stories.delete("/v1/stories/{story_id}", status_code=204)
+async def delete_story(story_id: str, front: FrontOf) -> Response:
+    """Stop a story's work and remove all that is stored of it."""
+    await front.registry.cancel(story_id)
+    with front.registry.alone(story_id):
+        await asyncio.to_thread(front.store.delete, story_id)
+    return Response(status_code=204)
+
+
 @stories.get("/v1/stories/{story_id}/pages/{page:int}.png")
-async def get_picture(story_id: str, page: int, front: FrontOf) -> Response:
-    png = await asyncio.to_thread(front.store.load_picture, story_id, page)
-    return Response(png, media_type="image/png")
+async def get_picture(
+    story_id: str, page: int, front: FrontOf, variant: Annotated[int | None, Query(ge=0, le=MAX_VARIANTS)] = None
+) -> Response:
+    """The picture that is shown, or another one of those that were drawn."""
+
+    def load() -> bytes:
+        chosen = front.store.load_page(story_id, page).variant if variant is None else variant
+        return front.store.load_picture(story_id, page, variant=chosen)
+
+    return Response(await asyncio.to_thread(load), media_type="image/png")
 
 
 @stories.get("/v1/stories/{story_id}/pages/{page:int}/vokens")
@@ -95,15 +152,8 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
     if request.vokens.fingerprint != front.config.fingerprint:
         message = "vokens are of another model than the one that is served: only its own decoder may draw them"
         raise InvalidRequest("vokens", message)
-    # What admission is told of: one picture, and no text.
-    story = StoryRequest(prompt=("",), pages=1, mode="caption", draw=request.settings, key=client)
-    with front.admission.enter(story) as place:
-        async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
-            async for event in events:
-                if isinstance(event, Picture):
-                    return Response(event.png, media_type="image/png", headers={"X-Seed": str(event.seed)})
-                place.see(event)
-    raise AssertionError("the decoder ended without a picture")
+    picture = await draw_picture(front, request)
+    return Response(picture.png, media_type="image/png", headers={"X-Seed": str(picture.seed)})
 
 
 @stories.post("/v1/stories/{story_id}/cancel", response_model=StoryReply, response_model_exclude_none=True)
@@ -165,32 +215,24 @@ async def open_studio() -> FileResponse:
     return FileResponse(STUDIO, media_type="text/html")
 
 
-async def _stream(story: RunningStory) -> AsyncIterator[str]:
-    """A story's events as text, with a comment now and then so that nothing on the way closes a quiet line."""
-    events = story.follow()
-    arriving = asyncio.ensure_future(anext(events, None))
-    try:
-        while True:
-            await asyncio.wait({arriving}, timeout=KEEP_ALIVE_S)
-            if not arriving.done():
-                yield ": still here\n\n"
-                continue
-            event = arriving.result()
-            if event is None:
-                return
-            yield event.encode()
-            arriving = asyncio.ensure_future(anext(events, None))
-    finally:
-        arriving.cancel()
+@contextlib.asynccontextmanager
+async def _go_on_with_what_was_cut_off(api: FastAPI) -> AsyncIterator[None]:
+    taking_up = asyncio.create_task(api.state.front.registry.take_up())
+    yield
+    taking_up.cancel()
 
 
 def create_api(front: Front) -> FastAPI:
     """The ASGI application; in Serve and in tests alike."""
-    api = FastAPI(title="MiniGPT-5", description="Illustrated stories: text and pictures in one go.")
+    api = FastAPI(
+        title="MiniGPT-5",
+        description="Illustrated stories: text and pictures in one go.",
+        lifespan=_go_on_with_what_was_cut_off,
+    )
     api.state.front = front
     api.add_middleware(BodyLimit)
     install_error_handlers(api)
-    for router in (stories, images, operations):
+    for router in (exports, stories, pages, images, operations):  # exports first: {story_id} would take {story_id}.html
         api.include_router(router)
     return api
 

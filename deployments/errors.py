@@ -12,8 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.admission import Overloaded
+from deployments.registry import KeyTaken, StoryBusy
 from deployments.schemas import UNION_TAGS, shown
-from minigpt5.errors import EngineFull, FingerprintMismatch, InvalidRequest, StoryNotFound
+from minigpt5.errors import EngineFull, EngineLost, FingerprintMismatch, InvalidRequest, StoryNotFound
 
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
@@ -60,6 +61,18 @@ def install_error_handlers(api: FastAPI) -> None:
         param, message, code = _read_validation_error(first)
         return error_response(_invalid_status(request), message, param=param, code=code)
 
+    @api.exception_handler(EngineLost)
+    async def ask_again(request: Request, error: EngineLost) -> JSONResponse:
+        return error_response(503, str(error), code="engine_lost", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @api.exception_handler(KeyTaken)
+    async def refuse_key(request: Request, error: KeyTaken) -> JSONResponse:
+        return error_response(409, str(error), param="Idempotency-Key", code="idempotency_key_taken")
+
+    @api.exception_handler(StoryBusy)
+    async def refuse_change(request: Request, error: StoryBusy) -> JSONResponse:
+        return error_response(409, str(error), code="story_busy")
+
     @api.exception_handler(StoryNotFound)
     async def miss(request: Request, error: StoryNotFound) -> JSONResponse:
         return error_response(404, str(error), code="not_found")
@@ -101,6 +114,8 @@ def _read_validation_error(error: Mapping[str, Any]) -> tuple[str | None, str, s
     if not param:
         if error["type"] == "missing":
             return None, "the request has no body; it must be a JSON object", "missing_body"
+        if error["type"] == "value_error":  # of fields that do not go together
+            return None, str(error["ctx"]["error"]), "invalid_value"
         return None, "body must be a JSON object, sent with 'Content-Type: application/json'", "invalid_body"
     if error["type"] == "missing":
         return param, f"{param} is missing", "missing_field"

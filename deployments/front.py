@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from deployments.admission import Admission
-from deployments.client import Engines
+from deployments.engines import Engines
 from deployments.registry import Registry
 from minigpt5.config import ModelConfig
 from minigpt5.store import StoryStore

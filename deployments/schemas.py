@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
-from minigpt5.story import PageState, StoryState
+from minigpt5.story import ImageState, PageState, StoryState
 from minigpt5.types import MAX_PAGES, DrawRequest, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
 from minigpt5.voken_file import unpack
 
@@ -101,7 +101,7 @@ class CreateStory(Body):
         check_prompt_text(texts, has_image=len(texts) < len(parts))
         return prompt
 
-    @field_validator("wait", "feedback")
+    @field_validator("feedback")
     @classmethod
     def is_served(cls, value: object, info: ValidationInfo) -> object:
         default = cls.model_fields[str(info.field_name)].default
@@ -113,15 +113,45 @@ class CreateStory(Body):
         return value
 
 
-class CreatePicture(Body):
-    """POST /v1/pictures: vokens that were fetched, drawn again."""
+class Redraw(Body):
+    """POST /v1/stories/{id}/pages/{n}/redraw. What is left out is as in the picture that is shown, but for the seed,
+    which is a new one."""
 
-    vokens: Annotated[str, Field(min_length=1, max_length=MAX_VOKENS_CHARACTERS)]
-    """A safetensors file in base64."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
     scheduler: Literal["ddim", "pndm", "dpm-solver++"] | None = None
+
+
+class CreatePicture(Redraw):
+    """POST /v1/pictures: vokens that were fetched, drawn again."""
+
+    vokens: Annotated[str, Field(min_length=1, max_length=MAX_VOKENS_CHARACTERS)]
+    """A safetensors file in base64."""
+
+
+class AddPages(Body):
+    """POST /v1/stories/{id}/pages: the story goes on."""
+
+    count: Annotated[int, Field(ge=1, le=MAX_PAGES)] = 1
+    stream: bool = False
+    wait: bool = True
+
+
+class ChangePage(Body):
+    """PATCH /v1/stories/{id}/pages/{n}: either another text, from which the picture is drawn anew, or another one of
+    the pictures that were drawn."""
+
+    text: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)] | None = None
+    variant: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def asks_for_one_thing(self) -> ChangePage:
+        if (self.text is None) == (self.variant is None):
+            raise ValueError("send either text or variant")
+        if self.text is not None and not self.text.strip():
+            raise ValueError(f"text is empty ({shown(self.text)}): say what the page says")
+        return self
 
 
 def check_prompt_text(texts: Sequence[str], *, has_image: bool = False) -> None:
@@ -164,7 +194,14 @@ def to_draw_request(body: CreatePicture, config: ModelConfig, *, client: str) ->
     )
 
 
-def _sent(body: CreateStory | CreatePicture, settings: type[Sampling] | type[DrawSettings]) -> dict[str, Any]:
+def redrawn(body: Redraw, shown_image: ImageState | None, config: ModelConfig) -> tuple[int, DrawSettings]:
+    """The seed and the settings of another picture."""
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    draw = shown_image.draw if shown_image else config.draw
+    return seed, dataclasses.replace(draw, **_sent(body, DrawSettings))
+
+
+def _sent(body: CreateStory | Redraw, settings: type[Sampling] | type[DrawSettings]) -> dict[str, Any]:
     """The fields of `settings` that the body sets."""
     values = {field.name: getattr(body, field.name, None) for field in dataclasses.fields(settings)}
     return {name: value for name, value in values.items() if value is not None}
@@ -228,11 +265,22 @@ class ImageReply(BaseModel):
     seed: int
 
 
+class VariantReply(BaseModel):
+    url: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+
+
 class PageReply(BaseModel):
     index: int
     text: str
     image: ImageReply | None = None
     error: str | None = None
+    variants: list[VariantReply] | None = None
+    """All pictures of the page; `variant` is the one that `image` is."""
+    variant: int | None = None
 
 
 class UsageReply(BaseModel):
@@ -262,11 +310,22 @@ def picture_url(story_id: str, page: int) -> str:
 
 
 def page_reply(story_id: str, page: PageState) -> PageReply:
-    image = None
+    reply = PageReply(index=page.index, text=page.text, error=page.error)
     if page.image:
         url = picture_url(story_id, page.index)
         image = ImageReply(url=url, width=page.image.width, height=page.image.height, seed=page.image.seed)
-    return PageReply(index=page.index, text=page.text, image=image, error=page.error)
+        variants = [
+            VariantReply(
+                url=f"{url}?variant={k}",
+                seed=variant.seed,
+                steps=variant.draw.steps,
+                guidance_scale=variant.draw.guidance_scale,
+                scheduler=variant.draw.scheduler,
+            )
+            for k, variant in enumerate(page.variants or (page.image,))
+        ]
+        reply.image, reply.variants, reply.variant = image, variants, page.variant
+    return reply
 
 
 def story_reply(state: StoryState) -> StoryReply:
@@ -286,3 +345,11 @@ def story_reply(state: StoryState) -> StoryReply:
             denoise_steps=state.num_denoise_steps,
         ),
     )
+
+
+class StoryList(BaseModel):
+    """Newest first; `after` the last id there are more where `has_more` says so."""
+
+    object: Literal["list"] = "list"
+    data: list[StoryReply]
+    has_more: bool

@@ -49,3 +49,7 @@ class TrainingError(MiniGPT5Error):
 
 class EngineFull(MiniGPT5Error):
     """An engine has as many requests as it takes; the caller may try again later."""
+
+
+class EngineLost(MiniGPT5Error):
+    """The process of an engine died under a request; another one may take it up."""

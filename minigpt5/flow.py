@@ -26,6 +26,7 @@ from minigpt5.types import (
     StoryRequest,
     StoryStarted,
     TextDelta,
+    TextRestarted,
     Usage,
     Vokens,
 )
@@ -78,6 +79,9 @@ async def stream_story(
             async for event in generate(request):
                 if isinstance(event, TextDelta):
                     text[event.page] = text.get(event.page, "") + event.text
+                    events.put_nowait(event)
+                elif isinstance(event, TextRestarted):
+                    text.pop(event.page, None)
                     events.put_nowait(event)
                 elif isinstance(event, Vokens):
                     events.put_nowait(SlotOpened(page=event.page))

@@ -1,13 +1,19 @@
 """StoryStore: stories on any file system, each file written whole or not at all.
 
 stories/<id>/story.json                  the StoryState without its pages
+stories/<id>/request.json                what was asked for, pictures and all
 stories/<id>/pages/<n>/page.json         a PageState: text, then the picture's settings
 stories/<id>/pages/<n>/vokens.safetensors
-stories/<id>/pages/<n>/picture.png
+stories/<id>/pages/<n>/picture.png       the first picture; later variants are picture-1.png, picture-2.png, ...
+once/<name>.json                         the story that a request which may come twice has begun
+running/<id>                             while a story is being made: who goes on after a crash finds it there
+
+Ids of stories begin with the time of their making, so that their order is the order of time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,8 +24,15 @@ from pathlib import Path
 from pyarrow import fs
 
 from minigpt5.errors import StorageError, StoryNotFound
-from minigpt5.story import PageState, StoryState, page_from_json, state_from_json
-from minigpt5.types import Picture, Vokens
+from minigpt5.story import (
+    PageState,
+    StoryState,
+    page_from_json,
+    request_from_json,
+    request_to_json,
+    state_from_json,
+)
+from minigpt5.types import Page, Picture, Story, StoryRequest, Vokens
 from minigpt5.voken_file import pack, unpack
 
 STORY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
@@ -46,6 +59,7 @@ class StoryStore:
                 filesystem, base = fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
             filesystem.create_dir(f"{base}/stories", recursive=True)
             self._is_local = filesystem.type_name == "local"
+            self._base = base
             self._files = fs.SubTreeFileSystem(base, filesystem)
             self._write(f"stories/.probe-{secrets.token_hex(4)}", None)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
@@ -66,8 +80,53 @@ class StoryStore:
     def save_vokens(self, story_id: str, vokens: Vokens) -> None:
         self._write(f"{_folder(story_id, vokens.page)}/vokens.safetensors", pack(vokens))
 
-    def save_picture(self, story_id: str, picture: Picture) -> None:
-        self._write(f"{_folder(story_id, picture.page)}/picture.png", picture.png)
+    def save_picture(self, story_id: str, picture: Picture, *, variant: int = 0) -> None:
+        self._write(f"{_folder(story_id, picture.page)}/{_picture_name(variant)}", picture.png)
+
+    def save_request(self, story_id: str, request: StoryRequest) -> None:
+        self._write(f"{_folder(story_id)}/request.json", _to_bytes(request_to_json(request)))
+
+    def load_request(self, story_id: str) -> StoryRequest:
+        """Raises StoryNotFound."""
+        data = self._read(f"{_folder(story_id)}/request.json", f"story {story_id!r} has no stored request")
+        return request_from_json(json.loads(data))
+
+    def mark(self, story_id: str, *, is_running: bool) -> None:
+        """Note that a story is being made, or no longer."""
+        path = f"running/{_checked(story_id)}"
+        if is_running:
+            self._write(path, b"-")  # an object store may not keep an empty file
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.delete_file(path)
+
+    def running(self) -> list[str]:
+        """Stories that were being made when somebody last looked after them, oldest first."""
+        return sorted(filter(STORY_ID.fullmatch, self._names("running")))
+
+    def save_once(self, name: str, story_id: str, digest: str) -> None:
+        """Note which story a request has begun, and a digest of its body. `name`: hexadecimal."""
+        self._write(f"once/{name}.json", _to_bytes({"id": story_id, "digest": digest}))
+
+    def load_once(self, name: str) -> tuple[str, str] | None:
+        """Its story and digest, where there was such a request."""
+        try:
+            values = json.loads(self._read(f"once/{name}.json", ""))
+        except StoryNotFound:
+            return None
+        return values["id"], values["digest"]
+
+    def list_ids(self, *, limit: int, after: str | None = None) -> list[str]:
+        """Newest first, beginning with the one before `after`."""
+        ids = sorted(filter(STORY_ID.fullmatch, self._names("stories")), reverse=True)
+        return [story_id for story_id in ids if after is None or story_id < after][:limit]
+
+    def delete(self, story_id: str) -> None:
+        """Raises StoryNotFound."""
+        try:
+            self._files.delete_dir(_folder(story_id))
+        except FileNotFoundError:
+            raise StoryNotFound(f"no story {story_id!r}") from None
 
     def load(self, story_id: str) -> StoryState:
         """Raises StoryNotFound."""
@@ -84,12 +143,51 @@ class StoryStore:
         )
         return unpack(data, page=page)
 
-    def load_picture(self, story_id: str, page: int) -> bytes:
+    def load_story(self, story_id: str) -> Story:
+        """With its pictures, those that are shown. Raises StoryNotFound."""
+        state = self.load(story_id)
+        pages = []
+        for page in state.pages:
+            picture = None
+            if image := page.image:
+                png = self.load_picture(story_id, page.index, variant=page.variant)
+                picture = Picture(
+                    page=page.index,
+                    png=png,
+                    width=image.width,
+                    height=image.height,
+                    seed=image.seed,
+                    denoise_steps=image.draw.steps,
+                )
+            pages.append(Page(index=page.index, text=page.text, picture=picture, error=page.error))
+        return Story(
+            id=state.id,
+            prompt=state.prompt,
+            seed=state.seed,
+            model=state.model,
+            pages=tuple(pages),
+            usage=state.usage,
+        )
+
+    def load_page(self, story_id: str, page: int) -> PageState:
+        """Raises StoryNotFound."""
+        missing = f"story {story_id!r} has no page {page}"
+        return page_from_json(json.loads(self._read(f"{_folder(story_id, page)}/page.json", missing)))
+
+    def load_picture(self, story_id: str, page: int, *, variant: int = 0) -> bytes:
         """The PNG. Raises StoryNotFound."""
-        return self._read(f"{_folder(story_id, page)}/picture.png", f"story {story_id!r} has no picture on page {page}")
+        missing = f"story {story_id!r} has no picture{f' {variant}' if variant else ''} on page {page}"
+        return self._read(f"{_folder(story_id, page)}/{_picture_name(variant)}", missing)
+
+    def forget_drawing(self, story_id: str, page: int) -> None:
+        """Remove a page's vokens and pictures: its text is another one now."""
+        folder = _folder(story_id, page)
+        for name in self._names(folder):
+            if name != "page.json":
+                self._files.delete_file(f"{folder}/{name}")
 
     def _write(self, path: str, data: bytes | None) -> None:
-        """Put a whole file in place; `None` only proves that one could be."""
+        """Put a whole file in place, for good; `None` only proves that one could be."""
         # A rename is atomic on a local file system; an object store shows an object only when it is complete.
         written = f"{path}.{secrets.token_hex(4)}.tmp" if self._is_local else path
         self._files.create_dir(path.rpartition("/")[0], recursive=True)
@@ -98,7 +196,12 @@ class StoryStore:
         if data is None:
             self._files.delete_file(written)
         elif written != path:
+            _to_disk(f"{self._base}/{written}")  # else a power failure could leave an empty file under the name
             self._files.move(written, path)
+
+    def _names(self, folder: str) -> list[str]:
+        infos = self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        return [info.base_name for info in infos if not info.base_name.endswith(".tmp")]
 
     def _read(self, path: str, missing: str) -> bytes:
         try:
@@ -108,15 +211,33 @@ class StoryStore:
             raise StoryNotFound(missing) from None
 
 
-def _folder(story_id: str, page: int | None = None) -> str:
-    """Where a story or one of its pages lies. An id that is no id of ours is a story that does not exist."""
+def _checked(story_id: str) -> str:
+    """An id that is no id of ours is a story that does not exist."""
     if not STORY_ID.fullmatch(story_id):
         raise StoryNotFound(f"no story {story_id[:80]!r}")
+    return story_id
+
+
+def _folder(story_id: str, page: int | None = None) -> str:
+    """Where a story or one of its pages lies."""
+    folder = f"stories/{_checked(story_id)}"
     if page is None:
-        return f"stories/{story_id}"
+        return folder
     if not 1 <= page <= 9999:
         raise StoryNotFound(f"story {story_id!r} has no page {str(page)[:20]}")
-    return f"stories/{story_id}/pages/{page}"
+    return f"{folder}/pages/{page}"
+
+
+def _picture_name(variant: int) -> str:
+    return f"picture-{variant}.png" if variant else "picture.png"
+
+
+def _to_disk(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _to_bytes(values: dict[str, object]) -> bytes:

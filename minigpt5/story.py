@@ -5,23 +5,27 @@ StoryState is what a store keeps and an HTTP front shows: numbers and text only,
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from minigpt5.types import (
     DrawSettings,
+    InputImage,
     Page,
     PageDone,
     Picture,
     PictureFailed,
     Sampling,
+    SlotOpened,
     Story,
     StoryEvent,
     StoryRequest,
     TextDelta,
+    TextRestarted,
     Usage,
 )
 
@@ -45,7 +49,14 @@ class PageState:
     index: int
     text: str
     image: ImageState | None = None
+    """The picture that is shown."""
     error: str | None = None
+    is_written: bool = True
+    """The text is complete: it is read, not written again, by whoever goes on with the story."""
+    variants: tuple[ImageState, ...] = ()
+    """All pictures that were drawn of the page, in the order of drawing; none where there is only the first."""
+    variant: int = 0
+    """Which of them `image` is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +93,8 @@ class StoryState:
 
 
 def new_story_id() -> str:
-    return f"story_{secrets.token_hex(12)}"
+    """Later ones are greater."""
+    return f"story_{int(time.time() * 1000):011x}{secrets.token_hex(8)}"
 
 
 class StoryBuilder:
@@ -106,6 +118,7 @@ class StoryBuilder:
             draw=request.draw,
         )
         self._pages = {page.index: page for page in request.previous}
+        self._written: set[int] = set(self._pages)
         self._usage = self._empty.usage
 
     def add(self, event: StoryEvent) -> None:
@@ -113,12 +126,17 @@ class StoryBuilder:
             case TextDelta():
                 page = self._page(event.page)
                 self._pages[event.page] = dataclasses.replace(page, text=page.text + event.text)
+            case TextRestarted():
+                self._pages[event.page] = dataclasses.replace(self._page(event.page), text="")
+            case SlotOpened():
+                self._written.add(event.page)
             case Picture():
                 self._pages[event.page] = dataclasses.replace(self._page(event.page), picture=event)
             case PictureFailed():
                 self._pages[event.page] = dataclasses.replace(self._page(event.page), error=event.error)
             case PageDone():
                 self._pages[event.page.index] = event.page
+                self._written.add(event.page.index)
             case Usage():
                 self._usage = event
 
@@ -136,9 +154,9 @@ class StoryBuilder:
         pages = tuple(self.page_state(index) for index in sorted(self._pages))
         return dataclasses.replace(self._empty, status=status, error=error, pages=pages, usage=self._usage)
 
-    def num_characters(self, page: int) -> int:
-        """Of the page's text so far, as it is stored."""
-        return len(self._page(page).text.lstrip())
+    def text(self, page: int) -> str:
+        """Of a page, as it came so far."""
+        return self._page(page).text
 
     def page_state(self, index: int) -> PageState:
         page = self._page(index)
@@ -147,18 +165,27 @@ class StoryBuilder:
         if picture:
             draw = dataclasses.replace(self.request.draw, steps=picture.denoise_steps)
             image = ImageState(width=picture.width, height=picture.height, seed=picture.seed, draw=draw)
-        return PageState(index=index, text=page.text.strip(), image=image, error=page.error)
+        return PageState(
+            index=index,
+            text=page.text.strip(),
+            image=image,
+            error=page.error,
+            is_written=index in self._written,
+        )
 
     def _page(self, index: int) -> Page:
         return self._pages.get(index) or Page(index=index, text="")
 
 
-def page_from_json(values: dict[str, object]) -> PageState:
+def page_from_json(values: dict[str, Any]) -> PageState:
     """The inverse of dataclasses.asdict on a PageState."""
-    image = values.pop("image", None)
-    if isinstance(image, dict):
-        values["image"] = ImageState(**{**image, "draw": DrawSettings(**image["draw"])})
-    return PageState(**values)  # type: ignore[arg-type]
+
+    def read(image: dict[str, Any]) -> ImageState:
+        return ImageState(**{**image, "draw": DrawSettings(**image["draw"])})
+
+    image = read(values["image"]) if values.get("image") else None
+    variants = tuple(read(variant) for variant in values.get("variants", ()))
+    return PageState(**{**values, "image": image, "variants": variants})
 
 
 def state_from_json(values: dict[str, object], *, pages: tuple[PageState, ...]) -> StoryState:
@@ -166,3 +193,26 @@ def state_from_json(values: dict[str, object], *, pages: tuple[PageState, ...]) 
     nested = {"sampling": Sampling, "draw": DrawSettings, "usage": Usage}
     filled = {key: nested[key](**value) if key in nested else value for key, value in values.items()}  # type: ignore[arg-type]
     return StoryState(**{**filled, "pages": pages})  # type: ignore[arg-type]
+
+
+def request_to_json(request: StoryRequest) -> dict[str, Any]:
+    """A request without `previous` pages; its pictures in base64."""
+    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    del values["previous"]
+    parts = [
+        {"image": base64.b64encode(part.data).decode()} if isinstance(part, InputImage) else part
+        for part in request.prompt
+    ]
+    settings = {"sampling": dataclasses.asdict(request.sampling), "draw": dataclasses.asdict(request.draw)}
+    return {**values, **settings, "prompt": parts}
+
+
+def request_from_json(values: dict[str, Any]) -> StoryRequest:
+    """The inverse of `request_to_json`."""
+    parts = tuple(
+        InputImage(data=base64.b64decode(part["image"])) if isinstance(part, dict) else part
+        for part in values["prompt"]
+    )
+    nested = {"sampling": Sampling(**values["sampling"]), "draw": DrawSettings(**values["draw"])}
+    texts = {"stop": tuple(values["stop"]), "given": tuple(values["given"])}
+    return StoryRequest(**{**values, **nested, **texts, "prompt": parts})

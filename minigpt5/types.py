@@ -93,6 +93,13 @@ class TextDelta:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextRestarted:
+    """A page's text begins anew: what was written of it could not be gone on with."""
+
+    page: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Vokens:
     """The hidden states of one picture's vokens: what conditions the diffusion model.
@@ -220,6 +227,8 @@ class Story:
         return to_html_fragment(self)
 
 
-GeneratorEvent = TextDelta | Vokens | Usage
+GeneratorEvent = TextDelta | TextRestarted | Vokens | Usage
 DecoderEvent = Progress | Picture
-StoryEvent = StoryStarted | TextDelta | SlotOpened | Progress | Picture | PictureFailed | PageDone | Usage
+StoryEvent = (
+    StoryStarted | TextDelta | TextRestarted | SlotOpened | Progress | Picture | PictureFailed | PageDone | Usage
+)

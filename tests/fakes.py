@@ -59,6 +59,10 @@ class FakeGenerator:
                 for page in range(1, request.pages + 1):
                     if page == self.fails_on_page:
                         raise RuntimeError("the generator broke")
+                    if page <= len(request.given):
+                        yield TextDelta(page=page, text=request.given[page - 1])
+                        yield self._vokens(page)
+                        continue
                     for word in ["Page", f" {page}", " of", f" {request.seed}."]:
                         await asyncio.sleep(self.delay_s)
                         yield TextDelta(page=page, text=word)

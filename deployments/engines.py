@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
-from minigpt5.errors import FingerprintMismatch, MiniGPT5Error
+from minigpt5.errors import EngineLost, FingerprintMismatch, MiniGPT5Error
 from minigpt5.flow import describe
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest
 
@@ -86,9 +86,12 @@ class ServeEngines:
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """An error of ours that an engine raised comes out as itself, without Ray's wrapping."""
+    """An error of ours that an engine raised comes out as itself, without Ray's wrapping. Raises EngineLost where its
+    process is gone."""
     try:
         yield
+    except RayActorError as failure:
+        raise EngineLost(f"an engine's process died: {describe(failure)}") from failure
     except RayTaskError as failure:
         if isinstance(failure.cause, MiniGPT5Error):
             raise failure.cause from None

@@ -1,0 +1,125 @@
+"""What can be done with the pages of a stored story: more of them, another text, another picture."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from deployments.errors import ApiError
+from deployments.front import ClientOf, Front, FrontOf
+from deployments.replies import answer
+from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, page_reply, redrawn
+from minigpt5.errors import InvalidRequest
+from minigpt5.story import ImageState, PageState, StoryState
+from minigpt5.types import MAX_PAGES, DrawRequest, Picture, StoryRequest
+
+MAX_VARIANTS = 16
+"""Pictures of one page."""
+
+pages = APIRouter()
+
+
+@pages.post("/v1/stories/{story_id}/pages", status_code=201)
+async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: ClientOf) -> Response:
+    """Go on with a story: `count` pages after those that are complete."""
+    with front.registry.alone(story_id):
+        state = await asyncio.to_thread(front.store.load, story_id)
+        request = await asyncio.to_thread(front.store.load_request, story_id)
+        num_complete = len(_complete(state))
+        if num_complete + body.count > MAX_PAGES:
+            raise InvalidRequest(
+                "count", f"count is {body.count} but the story has {num_complete} pages and may have {MAX_PAGES}"
+            )
+        request = dataclasses.replace(request, pages=num_complete + body.count, key=client)
+        story = await front.registry.go_on(state, request)
+    return await answer(front, story.id, stream=body.stream, wait=body.wait)
+
+
+@pages.patch("/v1/stories/{story_id}/pages/{page:int}", response_model=PageReply, response_model_exclude_none=True)
+async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> PageReply:
+    """Edit a page's text: its vokens are read anew and its picture is drawn anew, later pages stay. Or choose one of
+    its pictures."""
+    with front.registry.alone(story_id):
+        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        if body.variant is not None:
+            chosen = _choose(old, body.variant)
+            await asyncio.to_thread(front.store.save_page, story_id, chosen)
+            return page_reply(story_id, chosen)
+        state = await asyncio.to_thread(front.store.load, story_id)
+        request = dataclasses.replace(await asyncio.to_thread(front.store.load_request, story_id), key=client)
+        new = PageState(index=page, text=(body.text or "").strip())
+        changed = tuple(new if one.index == page else one for one in state.pages)
+        state = dataclasses.replace(state, status="drawing", error=None, pages=changed)
+        given = tuple(one.text for one in _complete(state))[: request.pages]
+        await front.engines.check(dataclasses.replace(request, given=given))
+
+        def change() -> None:
+            # In this order: who goes on after a crash finds either the old page, or the new one without a picture.
+            front.store.mark(story_id, is_running=True)
+            front.store.save(state)
+            front.store.forget_drawing(story_id, page)
+            front.store.save_page(story_id, new)
+
+        await asyncio.to_thread(change)
+        story = await front.registry.go_on(state, request)
+    await story.finish()
+    return page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page))
+
+
+@pages.post(
+    "/v1/stories/{story_id}/pages/{page:int}/redraw",
+    status_code=201,
+    response_model=PageReply,
+    response_model_exclude_none=True,
+)
+async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> PageReply:
+    """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
+    work."""
+    with front.registry.alone(story_id):
+        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        variants = old.variants or ((old.image,) if old.image else ())
+        if len(variants) >= MAX_VARIANTS:
+            raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
+        vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+        seed, draw = redrawn(body, old.image, front.config)
+        picture = await draw_picture(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
+        image = ImageState(width=picture.width, height=picture.height, seed=seed, draw=draw)
+        number = len(variants)
+        new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
+
+        def keep() -> None:
+            front.store.save_picture(story_id, picture, variant=number)
+            front.store.save_page(story_id, new)
+
+        await asyncio.to_thread(keep)
+    return page_reply(story_id, new)
+
+
+async def draw_picture(front: Front, request: DrawRequest) -> Picture:
+    """Raises Overloaded, or what the decoder does."""
+    # What admission is told of: one picture, and no text.
+    story = StoryRequest(prompt=("",), pages=1, mode="caption", draw=request.settings, key=request.key)
+    with front.admission.enter(story) as place:
+        async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Picture):
+                    return event
+                place.see(event)
+    raise AssertionError("the decoder ended without a picture")
+
+
+def _complete(state: StoryState) -> list[PageState]:
+    """The first pages, as far as they have their texts."""
+    return list(itertools.takewhile(lambda page: page.is_written and page.text, state.pages))
+
+
+def _choose(page: PageState, variant: int) -> PageState:
+    variants = page.variants or ((page.image,) if page.image else ())
+    if variant >= len(variants):
+        raise InvalidRequest("variant", f"variant is {variant} but page {page.index} has {len(variants)} pictures")
+    return dataclasses.replace(page, image=variants[variant], variant=variant)
