@@ -22,7 +22,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-slow lint quality bench-engines bench-company bench-steps bench-bulk storybook-model clean
+.PHONY: help install serve story test test-slow lint quality bench-engines bench-company bench-steps bench-bulk faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ bench-company: $(STAMP)  ## whether company in a batch changes results, cancels,
 
 bench-steps: $(STAMP)  ## accuracy and seconds of a picture by sampler, steps and guidance, into bench/steps.json
 	$(RUN) -m tests.bench.steps
+
+faults: $(STAMP)  ## a server whose processes are killed while stories are made, into bench/faults.json
+	$(RUN) -m tests.bench.faults
 
 bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, scaling, into bench/bulk.json
 	$(RUN) -m tests.bench.bulk

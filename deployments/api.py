@@ -14,12 +14,13 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.chat import chat
 from deployments.engines import NotReady, ServeEngines
 from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
 from deployments.events import Position
 from deployments.exports import exports
 from deployments.front import ClientOf, Front, FrontOf, build_front
-from deployments.openai_api import images
+from deployments.images import images
 from deployments.pages import MAX_VARIANTS, draw_picture, pages
 from deployments.replies import answer, stream_reply
 from deployments.schemas import (
@@ -232,7 +233,14 @@ def create_api(front: Front) -> FastAPI:
     api.state.front = front
     api.add_middleware(BodyLimit)
     install_error_handlers(api)
-    for router in (exports, stories, pages, images, operations):  # exports first: {story_id} would take {story_id}.html
+    for router in (
+        exports,
+        stories,
+        pages,
+        images,
+        chat,
+        operations,
+    ):  # exports first: {story_id} would take {story_id}.html
         api.include_router(router)
     return api
 

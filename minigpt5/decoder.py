@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import AsyncIterator, Hashable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from minigpt5.engine_loop import EngineLoop, Job
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.fair_share import FairShare
 from minigpt5.mapper import Mapper
-from minigpt5.threads import single_thread
+from minigpt5.threads import Team, single_thread
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress
 
 NUM_PREVIEWS = 3
@@ -64,7 +63,7 @@ class DiffusionDecoder:
         num_threads: int | None = None,
     ) -> None:
         """At most `max_batch` guided pictures share a step; others wait, and beyond `max_jobs` they are refused.
-        `num_threads`: torch threads of a step (default: as many as here)."""
+        `num_threads`: torch threads of a step, at most (default: as many as here)."""
         self.config = config
         self.fingerprint = config.fingerprint
         self.mapper, self.diffusion = mapper.eval(), diffusion.eval()
@@ -73,13 +72,13 @@ class DiffusionDecoder:
             self._null_1QD = mapper.null_condition()
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
         self._fair = FairShare(2 * max_batch, least=2)
+        self._team = Team(num_threads or torch.get_num_threads())
         self._loop = EngineLoop[_Job](
             "decoder",
             choose=self._choose,
             advance=self._advance,
             leave=lambda job: None,
             max_jobs=max_jobs,
-            begin=partial(torch.set_num_threads, num_threads or torch.get_num_threads()),
         )
 
     @classmethod
@@ -169,7 +168,8 @@ class DiffusionDecoder:
         for job, denoising in zip(new, self._begin([job.request for job in new]), strict=True):
             job.denoising, job.is_started = denoising, True
         running = [(job, job.denoising) for job in jobs if job.denoising is not None]
-        advance(self.diffusion, [denoising for _, denoising in running], self._null_1QD, precision=self.precision)
+        with self._team.working():
+            advance(self.diffusion, [denoising for _, denoising in running], self._null_1QD, precision=self.precision)
         for job, denoising in running:
             job.cost = denoising.num_calls_left * job.num_samples
             self._tell(job, denoising)

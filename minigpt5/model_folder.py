@@ -98,14 +98,14 @@ def load_generator_parts(
 def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:
     """What draws, ready to: config, mapper, diffusion model."""
     from minigpt5.diffusion import Diffusion
-    from minigpt5.even_rows import even_rows
+    from minigpt5.steady import make_steady
 
     folder = Path(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
     local = folder / config.diffusion
     diffusion = Diffusion.from_pretrained(local if local.is_dir() else resolve(config.diffusion))
-    even_rows(diffusion)
+    make_steady(diffusion)
     return config, mapper, diffusion
 
 

@@ -10,9 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
+
+DECIDED_AFTER_S = 0.1
+"""Of work: what a thread gets is told by the kernel's scheduler in pieces of some milliseconds."""
+IDLE_CORES = 0.6
+"""So much of a core has to lie idle before a team grows."""
+MIN_SHARE = 0.8
+"""Of the time, in which the engine's own thread is on a core: with less it has to share it."""
 
 
 @contextlib.contextmanager
@@ -35,3 +43,57 @@ def share(num_cores: int | None = None) -> tuple[int, int]:
     num_cores = num_cores or os.cpu_count() or 1
     generator = max(1, num_cores // 3)
     return generator, max(1, num_cores + 1 - generator)
+
+
+class Team:
+    """As many threads for an engine's steps as find a core, from 1 to `most`.
+
+    A member of a team that has no core of its own is waited for by all others, at every operation: beside a busy
+    neighbour, two threads on two cores are slower than one, and slow down the neighbour as well.
+    """
+
+    def __init__(self, most: int, *, read: Callable[[], tuple[float, float, float, float]] | None = None) -> None:
+        """`read`: seconds of the clock, of the calling thread, of this process, and of idle cores."""
+        self.most = self.num = most
+        self.num_cores = os.cpu_count() or 1
+        self._read = read or _read_times
+        self._sums = [0.0] * 4
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Around a step, in the engine's thread."""
+        if self.most == 1:
+            yield
+            return
+        torch.set_num_threads(self.num)
+        before = self._read()
+        yield
+        self._sums = [sum_ + now - then for sum_, now, then in zip(self._sums, self._read(), before, strict=True)]
+        if self._sums[0] >= DECIDED_AFTER_S:
+            self._decide(*self._sums)
+            self._sums = [0.0] * 4
+
+    def _decide(self, seconds: float, thread_s: float, process_s: float, idle_s: float) -> None:
+        """Leave to others the cores that they use."""
+        idle, own = idle_s / seconds, process_s / seconds
+        others = max(0.0, self.num_cores - idle - own)
+        wanted = max(1, min(self.most, int(self.num_cores - others + 0.4)))
+        if thread_s < MIN_SHARE * seconds:
+            wanted = min(wanted, self.num - 1)
+        elif wanted > self.num and idle < IDLE_CORES:
+            wanted = self.num
+        self.num = max(1, wanted)
+
+
+def _read_times() -> tuple[float, float, float, float]:
+    return time.perf_counter(), time.thread_time(), time.process_time(), _idle_s()
+
+
+def _idle_s() -> float:
+    """Seconds that the machine's cores were idle, all together; where it does not say so, all of the time."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            fields = file.readline().split()
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        return time.perf_counter() * (os.cpu_count() or 1)

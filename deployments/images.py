@@ -1,4 +1,4 @@
-"""OpenAI's endpoints, so that its official client works unchanged.
+"""POST /v1/images/generations, in OpenAI's shape.
 
 Ignored fields of an image request: user, quality, style, moderation.
 """
@@ -54,11 +54,16 @@ class CreateImages(Body):
         return prompt
 
 
+def check_model(asked: str | None, model: str) -> None:
+    """Raises ApiError where another model than the one that is served is asked for."""
+    if asked not in (None, model):
+        message = f"model {shown(asked)} does not exist here; the model is {model}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
 def refuse_unserved(body: CreateImages, *, model: str, native_size: str) -> None:
     """Refuse what ignoring would mislead about. Raises ApiError."""
-    if body.model not in (None, model):
-        message = f"model {shown(body.model)} does not exist here; the model is {model}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    check_model(body.model, model)
     served: dict[str, tuple[object, ...]] = {
         "size": ("auto", native_size),
         "response_format": ("b64_json",),
