@@ -97,7 +97,7 @@ class VokenGenerator:
         """Least recently used first. What they have read stays until they are taken again."""
         self._num_reserved = max_rows // 4
         self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
-        self._fair = FairShare(max_batch, least=max_batch // 4)
+        self._fair = FairShare(max_batch, least=1)
         self._loop = EngineLoop[_Job](
             "generator",
             choose=self._choose,
