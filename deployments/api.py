@@ -42,7 +42,9 @@ from minigpt5.voken_file import pack
 MAX_LISTED = 100
 MAX_WAIT_S = 120.0
 """A client that wants to wait for longer asks again: what is on the way may close a line that is quiet."""
-STUDIO = Path(__file__).parent / "studio" / "index.html"
+STUDIO = Path(__file__).parent / "studio"
+STUDIO_FILES = {"studio.css": "text/css", "studio.js": "text/javascript"}
+STUDIO_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
 
 
 def refuse_unknown_query(request: Request) -> None:
@@ -213,7 +215,15 @@ async def is_ready(front: FrontOf) -> Response:
 
 @operations.get("/", include_in_schema=False)
 async def open_studio() -> FileResponse:
-    return FileResponse(STUDIO, media_type="text/html")
+    headers = {"Content-Security-Policy": STUDIO_POLICY, "Cache-Control": "no-cache"}
+    return FileResponse(STUDIO / "index.html", media_type="text/html", headers=headers)
+
+
+@operations.get("/studio/{name}", include_in_schema=False)
+async def get_studio_file(name: str) -> FileResponse:
+    if name not in STUDIO_FILES:
+        raise ApiError(404, f"the studio has no file {shown(name)}", code="not_found")
+    return FileResponse(STUDIO / name, media_type=STUDIO_FILES[name], headers={"Cache-Control": "no-cache"})
 
 
 @contextlib.asynccontextmanager

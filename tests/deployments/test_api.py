@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import io
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import get_args
@@ -626,8 +627,14 @@ def test_health_readiness_docs_and_the_page(served: Served) -> None:
     assert "CreateStory" in served.request("GET", "/openapi.json").json()["components"]["schemas"]
     page = served.request("GET", "/")
     assert page.headers["content-type"].startswith("text/html")
-    assert "http://" not in page.text
-    assert "https://" not in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for path in ("/", *re.findall(r'(?:href|src)="(/studio/[^"]+)"', page.text)):
+        part = served.request("GET", path)
+        assert part.status_code == 200
+        assert "http://" not in part.text
+        assert "https://" not in part.text
+    assert_error(served.request("GET", "/studio/..%2fapi.py"), 404)
+    assert_error(served.request("GET", "/studio/api.py"), 404)
 
 
 def test_the_schedulers_are_those_that_the_decoder_knows() -> None:
