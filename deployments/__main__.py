@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from types import FrameType
 
-HOST = "127.0.0.1"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 READY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 10.0
 
@@ -41,7 +41,9 @@ def parse_args() -> argparse.Namespace:
     from minigpt5.store import default_storage
 
     parser = argparse.ArgumentParser(prog="python -m deployments", description="Serve stories over HTTP; Ctrl-C ends.")
-    parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument("--host", default=LOOPBACK[0], help="(default: %(default)s, this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--api-keys", default="", help="file of API keys; needed where others can reach the server")
     parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default: the shipped one)")
     parser.add_argument("--storage", default=default_storage(), help="folder or URI (default: %(default)s)")
     return parser.parse_args()
@@ -50,13 +52,14 @@ def parse_args() -> argparse.Namespace:
 def serve_until_interrupted(args: argparse.Namespace) -> None:
     """Raises StartError, or KeyboardInterrupt at the end, when nothing of ours runs any more."""
     started_at = time.monotonic()
-    check_port(args.port)
+    check_keys(args.host, args.api_keys)
+    check_port(args.host, args.port)
     check_model(args.model)
     check_storage(args.storage)
     print("starting ...", flush=True)
     try:
         start(args)
-        wait_until_ready(args.port)
+        wait_until_ready(args.host, args.port)
         print(describe_server(args, startup_s=time.monotonic() - started_at), flush=True)
         while True:
             time.sleep(3600)
@@ -64,14 +67,29 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
         end()
 
 
-def check_port(port: int) -> None:
+def check_keys(host: str, api_keys: str) -> None:
+    """Whoever reaches a server without keys may do everything there: it is for this machine alone."""
+    from deployments.auth import KeysError, load_keys
+
+    try:
+        keys = load_keys(api_keys or None)
+    except KeysError as error:
+        raise StartError(str(error)) from None
+    if keys is None and host not in LOOPBACK:
+        raise StartError(
+            f"host is {host}, which others can reach, and there are no API keys: make some with "
+            "python -m deployments.auth keys.json NAME and add --api-keys keys.json"
+        )
+
+
+def check_port(host: str, port: int) -> None:
     """Serve itself would only say so in a log file."""
     if not 1 <= port <= 65535:
         raise StartError(f"port is {port} but must be from 1 to 65535: make serve PORT=8000")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((HOST, port))
+            listener.bind((host, port))
         except OSError as error:
             raise StartError(
                 f"port {port} cannot be used ({error.strerror}): choose another one, such as "
@@ -122,9 +140,10 @@ def start(args: argparse.Namespace) -> None:
     )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in the place of ours
-    serve.start(http_options={"host": HOST, "port": args.port})
+    serve.start(http_options={"host": args.host, "port": args.port})
     try:
-        serve.run(app(AppArgs(model=args.model, storage=args.storage)), name="default", route_prefix="/")
+        arguments = AppArgs(model=args.model, storage=args.storage, api_keys=args.api_keys)
+        serve.run(app(arguments), name="default", route_prefix="/")
     except RuntimeError as error:
         logs = f"{ray._private.worker._global_node.get_logs_dir_path()}/serve"
         raise StartError(
@@ -140,13 +159,13 @@ def find_logs() -> str:
     return f"{context.get_temp_dir()}/{context.get_session_name()}/logs/serve"
 
 
-def wait_until_ready(port: int) -> None:
+def wait_until_ready(host: str, port: int) -> None:
     """Raises StartError."""
     reason = "no answer"
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/readyz", timeout=10):
+            with urllib.request.urlopen(f"http://{reachable(host)}:{port}/readyz", timeout=10):
                 return
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")
@@ -156,8 +175,13 @@ def wait_until_ready(port: int) -> None:
     raise StartError(f"not ready within {READY_TIMEOUT_S:g} s: {reason}")
 
 
+def reachable(host: str) -> str:
+    """An address that this machine reaches the server under."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+
+
 def describe_server(args: argparse.Namespace, *, startup_s: float) -> str:
-    url = f"http://{HOST}:{args.port}"
+    url = f"http://{reachable(args.host)}:{args.port}"
     body = '{"prompt": "A fox who finds a red balloon"}'
     return (
         f"\nready after {startup_s:.0f} s: {url}\n"

@@ -109,6 +109,8 @@ class Place:
         self._left = predict(request, num_pictures=num_pictures)
         self._page_tokens = self._left["generator"] / request.pages
         self._samples = samples_per_step(request)
+        self._steps: dict[int, int] = {}
+        """Steps done, by page: not every one is told of."""
         self._is_left = False
         for engine, cost in self._left.items():
             admission._promise(engine, self._key, cost)
@@ -118,7 +120,8 @@ class Place:
         if isinstance(event, SlotOpened | Vokens):
             self._take("generator", self._page_tokens)
         elif isinstance(event, Progress):
-            self._take("decoder", self._samples)
+            self._take("decoder", self._samples * max(0, event.step - self._steps.get(event.page, 0)))
+            self._steps[event.page] = event.step
 
     def leave(self) -> None:
         """Give the place back; a second time does nothing."""

@@ -14,18 +14,20 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.auth import KeyGuard, load_keys, session_cookie
 from deployments.chat import chat
 from deployments.engines import NotReady, ServeEngines
 from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
 from deployments.events import Position
 from deployments.exports import exports
-from deployments.front import ClientOf, Front, FrontOf, build_front
+from deployments.front import ClientOf, Front, FrontOf, build_front, check_owner
 from deployments.images import images
 from deployments.pages import MAX_VARIANTS, draw_picture, pages
 from deployments.replies import answer, stream_reply
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
+    Login,
     StoryList,
     StoryReply,
     shown,
@@ -55,7 +57,7 @@ def refuse_unknown_query(request: Request) -> None:
             raise ApiError(422, f"query parameter {name[:40]} (value {shown(value)}) is unknown here", param=name[:40])
 
 
-stories = APIRouter(dependencies=[Depends(refuse_unknown_query)])
+stories = APIRouter(dependencies=[Depends(refuse_unknown_query), Depends(check_owner)])
 operations = APIRouter()
 
 
@@ -80,18 +82,22 @@ async def create_story(
 @stories.get("/v1/stories", response_model=StoryList, response_model_exclude_none=True)
 async def list_stories(
     front: FrontOf,
+    client: ClientOf,
     limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
     after: Annotated[str | None, Query(max_length=64)] = None,
 ) -> StoryList:
-    """Stories, newest first."""
+    """Stories, newest first; where there are keys, those of the own one."""
 
     def load() -> StoryList:
-        ids = front.store.list_ids(limit=limit + 1, after=after)
-        data = []
-        for story_id in ids[:limit]:
+        found: list[StoryReply] = []
+        for story_id in front.store.list_ids(after=after):
             with contextlib.suppress(StoryNotFound):  # deleted meanwhile
-                data.append(story_reply(front.store.load(story_id)))
-        return StoryList(data=data, has_more=len(ids) > limit)
+                state = front.store.load(story_id)
+                if front.keys is None or state.owner == client:
+                    if len(found) == limit:
+                        return StoryList(data=found, has_more=True)
+                    found.append(story_reply(state))
+        return StoryList(data=found, has_more=False)
 
     return await asyncio.to_thread(load)
 
@@ -213,6 +219,19 @@ async def is_ready(front: FrontOf) -> Response:
     return JSONResponse({"status": "ready"})
 
 
+@operations.post("/login", status_code=204)
+async def log_in(body: Login, request: Request, front: FrontOf) -> Response:
+    """A key for a cookie, which a browser sends by itself."""
+    if front.keys is None:
+        return Response(status_code=204)
+    key = front.keys.find(body.key)
+    if key is None:
+        await asyncio.sleep(1)  # guessing is to be slow
+        raise ApiError(401, "this is no key of this server", param="key", code="invalid_api_key")
+    is_secure = request.url.scheme == "https"
+    return Response(status_code=204, headers={"Set-Cookie": session_cookie(front.keys, key, is_secure=is_secure)})
+
+
 @operations.get("/", include_in_schema=False)
 async def open_studio() -> FileResponse:
     headers = {"Content-Security-Policy": STUDIO_POLICY, "Cache-Control": "no-cache"}
@@ -242,6 +261,8 @@ def create_api(front: Front) -> FastAPI:
     )
     api.state.front = front
     api.add_middleware(BodyLimit)
+    if front.keys:
+        api.add_middleware(KeyGuard, keys=front.keys)
     install_error_handlers(api)
     for router in (
         exports,
@@ -267,9 +288,16 @@ class Ingress:
         storage: str,
         max_wait_s: float,
         max_running: int,
+        api_keys: str = "",
     ) -> None:
-        engines, store = ServeEngines(generator, decoder), StoryStore(storage)
-        self.front = build_front(load_config(model), engines, store, max_wait_s=max_wait_s, max_running=max_running)
+        self.front = build_front(
+            load_config(model),
+            ServeEngines(generator, decoder),
+            StoryStore(storage),
+            max_wait_s=max_wait_s,
+            max_running=max_running,
+            keys=load_keys(api_keys or None),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self.front)

@@ -9,6 +9,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments.api import Ingress
+from deployments.auth import load_keys
 from deployments.diffusion_decoder import DiffusionDecoder
 from deployments.voken_generator import VokenGenerator
 from minigpt5.config import default_model_folder
@@ -34,6 +35,8 @@ class AppArgs(BaseModel):
     """Model folder."""
     storage: str = Field(default_factory=default_storage)
     """Folder or URI that keeps the stories."""
+    api_keys: str = ""
+    """File of API keys, which the front's node can read (see `deployments/auth.py`); none: no key is asked for."""
     max_wait_s: float = Field(default=300, gt=0)
     """A request that would be done later than this is answered with 503."""
     max_running: int = Field(default=128, ge=1)
@@ -65,10 +68,13 @@ class AppArgs(BaseModel):
 
 
 def app(args: AppArgs) -> Application:
-    """Wire the three deployments. Raises ModelFolderError where `args.model` is no model folder."""
+    """Wire the three deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
+    `args.api_keys` has no keys."""
     model = str(Path(args.model).expanduser().resolve())
     load_config(model)
     storage = args.storage if "://" in args.storage else str(Path(args.storage).expanduser().resolve())
+    api_keys = str(Path(args.api_keys).expanduser().resolve()) if args.api_keys else ""
+    load_keys(api_keys or None)
     logging_config = {"log_level": args.log_level}
     generator = serve.deployment(
         VokenGenerator,
@@ -105,4 +111,4 @@ def app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(generator, decoder, model, storage, args.max_wait_s, args.max_running)
+    ).bind(generator, decoder, model, storage, args.max_wait_s, args.max_running, api_keys)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 from deployments.metrics import watch
+from deployments.pace import fewer_steps
 from minigpt5.types import DecoderEvent, DrawRequest
 
 
@@ -21,7 +22,7 @@ class DiffusionDecoder:
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]
-            async for event in events:
+            async for event in fewer_steps(events):
                 yield event
 
     async def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,9 +10,11 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from deployments.admission import Admission
+from deployments.auth import CLIENT, Keys
 from deployments.engines import Engines
 from deployments.registry import Registry
 from minigpt5.config import ModelConfig
+from minigpt5.errors import StoryNotFound
 from minigpt5.store import StoryStore
 
 
@@ -24,14 +27,22 @@ class Front:
     store: StoryStore
     admission: Admission
     registry: Registry
+    keys: Keys | None = None
+    """None: whoever reaches the server may do everything."""
 
 
 def build_front(
-    config: ModelConfig, engines: Engines, store: StoryStore, *, max_wait_s: float, max_running: int
+    config: ModelConfig,
+    engines: Engines,
+    store: StoryStore,
+    *,
+    max_wait_s: float,
+    max_running: int,
+    keys: Keys | None = None,
 ) -> Front:
     admission = Admission(max_wait_s=max_wait_s, max_running=max_running)
     registry = Registry(engines, store, admission, model=config.name)
-    return Front(config=config, engines=engines, store=store, admission=admission, registry=registry)
+    return Front(config=config, engines=engines, store=store, admission=admission, registry=registry, keys=keys)
 
 
 def get_front(request: Request) -> Front:
@@ -42,10 +53,22 @@ FrontOf = Annotated[Front, Depends(get_front)]
 
 
 def name_client(request: Request) -> str:
-    """Whose request it is, for the engines to share their time: the key that it comes with, else its address."""
+    """Whose request it is, for the engines to share their time: its key, or what it calls so, else its address."""
+    if name := request.scope.get(CLIENT):
+        return f"key-{name}"
     if key := request.headers.get("Authorization"):
         return hashlib.sha256(key.encode()).hexdigest()[:16]
     return request.client.host if request.client else ""
 
 
 ClientOf = Annotated[str, Depends(name_client)]
+
+
+async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> None:
+    """Where there are keys, a story is there for its own key alone. Raises StoryNotFound."""
+    story_id = request.path_params.get("story_id")
+    is_shared = request.scope.get(CLIENT, "") is None
+    if not front.keys or not story_id or is_shared:
+        return
+    if await asyncio.to_thread(front.store.load_owner, story_id) != client:
+        raise StoryNotFound(f"no story {story_id[:80]!r}")

@@ -7,11 +7,11 @@ import contextlib
 import dataclasses
 import itertools
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from deployments.errors import ApiError
-from deployments.front import ClientOf, Front, FrontOf
+from deployments.front import ClientOf, Front, FrontOf, check_owner
 from deployments.replies import answer
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, page_reply, redrawn
 from minigpt5.errors import InvalidRequest
@@ -21,7 +21,7 @@ from minigpt5.types import MAX_PAGES, DrawRequest, Picture, StoryRequest
 MAX_VARIANTS = 16
 """Pictures of one page."""
 
-pages = APIRouter()
+pages = APIRouter(dependencies=[Depends(check_owner)])
 
 
 @pages.post("/v1/stories/{story_id}/pages", status_code=201)

@@ -353,3 +353,22 @@ class StoryList(BaseModel):
     object: Literal["list"] = "list"
     data: list[StoryReply]
     has_more: bool
+
+
+class ShareStory(Body):
+    """POST /v1/stories/{id}/share."""
+
+    expires_s: Annotated[int, Field(ge=1, le=30 * 24 * 3600)] = 24 * 3600
+
+
+class ShareReply(BaseModel):
+    html: str
+    epub: str
+    expires: int
+    """Seconds since 1970."""
+
+
+class Login(Body):
+    """POST /login."""
+
+    key: Annotated[str, Field(min_length=1, max_length=200)]

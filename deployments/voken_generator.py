@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from deployments.metrics import watch
+from deployments.pace import fewer_texts
 from minigpt5.types import GeneratorEvent, StoryRequest
 
 
@@ -24,7 +25,7 @@ class VokenGenerator:
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
-            async for event in events:
+            async for event in fewer_texts(events):
                 yield event
 
     async def check(self, request: StoryRequest) -> None:

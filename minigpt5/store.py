@@ -116,10 +116,10 @@ class StoryStore:
             return None
         return values["id"], values["digest"]
 
-    def list_ids(self, *, limit: int, after: str | None = None) -> list[str]:
+    def list_ids(self, *, after: str | None = None) -> list[str]:
         """Newest first, beginning with the one before `after`."""
         ids = sorted(filter(STORY_ID.fullmatch, self._names("stories")), reverse=True)
-        return [story_id for story_id in ids if after is None or story_id < after][:limit]
+        return [story_id for story_id in ids if after is None or story_id < after]
 
     def delete(self, story_id: str) -> None:
         """Raises StoryNotFound."""
@@ -127,6 +127,11 @@ class StoryStore:
             self._files.delete_dir(_folder(story_id))
         except FileNotFoundError:
             raise StoryNotFound(f"no story {story_id!r}") from None
+
+    def load_owner(self, story_id: str) -> str:
+        """Whose story it is. Raises StoryNotFound."""
+        values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
+        return values.get("owner", "")
 
     def load(self, story_id: str) -> StoryState:
         """Raises StoryNotFound."""

@@ -75,6 +75,8 @@ class StoryState:
     seed: int
     num_pages: int
     """Pages asked for."""
+    owner: str = ""
+    """Whose story it is: the key of its request."""
     status: Status = "drawing"
     error: str | None = None
     """Why the story failed."""
@@ -113,6 +115,7 @@ class StoryBuilder:
             model=model,
             prompt=" ".join(part for part in request.prompt if isinstance(part, str)),
             seed=request.seed,
+            owner=request.key,
             num_pages=len(request.previous) + request.pages,
             sampling=request.sampling,
             draw=request.draw,

@@ -13,9 +13,30 @@ async function call(method, path, body) {
     body: body && JSON.stringify(body),
   });
   if (reply.status === 204) return null;
+  if (reply.status === 401 && path !== "/login") {
+    await logIn();
+    return call(method, path, body);
+  }
   const answer = await reply.json().catch(() => ({}));
   if (!reply.ok) throw new Error(answer.error?.message ?? `the server answered ${reply.status}`);
   return answer;
+}
+
+// Until a key is accepted, which the server answers with a cookie.
+function logIn() {
+  return new Promise((resolve) => {
+    if (!$("login").open) $("login").showModal();
+    $("login-form").onsubmit = async (event) => {
+      event.preventDefault();
+      try {
+        await call("POST", "/login", { key: $("key").value });
+        $("login").close();
+        resolve();
+      } catch (failure) {
+        $("login-error").textContent = failure.message;
+      }
+    };
+  });
 }
 
 function say(text, { isError = false } = {}) {
@@ -236,6 +257,12 @@ $("go-on").onclick = () => attempt(async () => {
 });
 
 $("print").onclick = () => window.print();
+
+$("share").onclick = () => attempt(async () => {
+  const { html, expires } = await call("POST", `/v1/stories/${story.id}/share`, {});
+  await navigator.clipboard.writeText(new URL(html, location.href).href);
+  say(`A link to the book is in the clipboard. It is good until ${new Date(1000 * expires).toLocaleString()}.`);
+});
 
 // The book
 

@@ -362,6 +362,8 @@ def show(figures: dict[str, Any], ratios: dict[str, float]) -> None:
             )
             rate = row["stories_per_s"]
             print(f"{steps:>5}  {name:<12} {rate:9.4f}  {story:11.2f}  {text:12.2f}  {picture:9.2f}")
+        for num, row in ways.get("http", {}).items():
+            print(f"       http, {num}: busy cores: " + ", ".join(f"{n} {v}" for n, v in row["busy_cores"].items()))
         for what in ("text", "picture"):
             sweep = ways["limit"][f"{what}_s_by_batch_size"]
             print(f"       limit, {what} s by batch size: " + ", ".join(f"{n}: {s:.3f}" for n, s in sweep.items()))
@@ -393,10 +395,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             by_steps[steps] |= row if way == "ours" else {way: row}
         figures |= measured
     if options.serve:
-        with running_server(options.model) as (url, memory_gib):
-            for steps, row in measure_http(url, load, tiny=options.tiny).items():
+        with running_server(options.model) as (url, server):
+            for steps, row in measure_http(url, server, load, tiny=options.tiny).items():
                 by_steps[steps]["http"] = row
-            figures["server_memory_gib"] = memory_gib()
+            processes = server.children(recursive=True)
+            figures["server_memory_gib"] = sum(process.memory_full_info().pss for process in processes) / 2**30
         figures["serve_overhead_s_a_story"] = {  # of a lone one: processes, HTTP, storage
             steps: ways["http"]["1"]["story_s"]["p50"] - ways["ours"]["1"]["story_s"]["p50"]
             for steps, ways in by_steps.items()

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,20 @@ def measure_fairness(url: str, load: Load, *, num: int = 5) -> dict[str, Any]:
     }
 
 
-def measure_http(url: str, load: Load, *, tiny: bool) -> dict[str, dict[str, Any]]:
+def cpu_s(server: psutil.Process) -> dict[str, float]:
+    """CPU seconds so far by kind of process."""
+    kinds = {"VokenGenerator": "generator", "DiffusionDecoder": "decoder", "Ingress": "front", "ProxyActor": "proxy"}
+    found: dict[str, float] = {}
+    for process in server.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            title = " ".join(process.cmdline())[:80]
+            kind = next((kind for name, kind in kinds.items() if title.startswith("ray::") and name in title), "ray")
+            times = process.cpu_times()
+            found[kind] = found.get(kind, 0.0) + times.user + times.system
+    return found
+
+
+def measure_http(url: str, server: psutil.Process, load: Load, *, tiny: bool) -> dict[str, dict[str, Any]]:
     """The same loads from a process of its own: by steps, then by number of stories at once."""
     figures: dict[str, dict[str, Any]] = {}
     first = 100_000  # no story that this server, or the engines of this process, have written
@@ -99,15 +112,18 @@ def measure_http(url: str, load: Load, *, tiny: bool) -> dict[str, dict[str, Any
     for steps, nums in [warm_up, *load.sizes()]:
         for num in nums:
             command = [sys.executable, "-m", "tests.bench.http_load", url, str(steps), str(num), str(first)]
+            before, began = cpu_s(server), time.perf_counter()
             finished = subprocess.run([*command, *(["--tiny"] if tiny else [])], stdout=subprocess.PIPE, check=True)
-            figures.setdefault(str(steps), {})[str(num)] = json.loads(finished.stdout)
+            seconds = time.perf_counter() - began
+            busy = {kind: round((spent - before.get(kind, 0.0)) / seconds, 2) for kind, spent in cpu_s(server).items()}
+            figures.setdefault(str(steps), {})[str(num)] = json.loads(finished.stdout) | {"busy_cores": busy}
             first += num
     return figures
 
 
 @contextlib.contextmanager
-def running_server(model: Path, *, port: int = 8191) -> Iterator[tuple[str, Callable[[], float]]]:
-    """The URL of `python -m deployments`, and how much memory its processes have now, in GiB."""
+def running_server(model: Path, *, port: int = 8191) -> Iterator[tuple[str, psutil.Process]]:
+    """The URL of `python -m deployments`, and its process."""
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
         server = subprocess.Popen([*command, "--storage", storage], stdout=subprocess.PIPE, text=True)
@@ -119,11 +135,7 @@ def running_server(model: Path, *, port: int = 8191) -> Iterator[tuple[str, Call
             else:
                 raise RuntimeError("the server did not start: see what it printed")
 
-            def memory_gib() -> float:
-                processes = psutil.Process(server.pid).children(recursive=True)
-                return sum(process.memory_full_info().pss for process in processes) / 2**30
-
-            yield f"http://127.0.0.1:{port}", memory_gib
+            yield f"http://127.0.0.1:{port}", psutil.Process(server.pid)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)

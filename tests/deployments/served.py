@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 
 from deployments.api import create_api
+from deployments.auth import Keys
 from deployments.front import Front, build_front
 from minigpt5.config import storybook
 from minigpt5.store import StoryStore
@@ -38,11 +39,14 @@ class Served:
         decoder: FakeDecoder | None = None,
         max_wait_s: float = 60,
         max_running: int = 4,
+        keys: Keys | None = None,
     ) -> None:
         self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
         self.store = StoryStore(str(storage))
         engines = LocalEngines(self.generator, self.decoder)
-        self.front: Front = build_front(CONFIG, engines, self.store, max_wait_s=max_wait_s, max_running=max_running)
+        self.front: Front = build_front(
+            CONFIG, engines, self.store, max_wait_s=max_wait_s, max_running=max_running, keys=keys
+        )
 
     def run(self, use: Use) -> None:
         async def main() -> None:

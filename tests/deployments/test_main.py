@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments.__main__ import StartError, check_model, check_port, check_storage
+from deployments.__main__ import StartError, check_keys, check_model, check_port, check_storage
 from deployments.application import AppArgs
+from deployments.auth import add_key
 
 
 def test_a_taken_port_is_named_with_what_to_do() -> None:
@@ -17,14 +18,14 @@ def test_a_taken_port_is_named_with_what_to_do() -> None:
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(StartError, match=rf"port {port} .*make serve PORT=\d+"):
-            check_port(port)
-    check_port(port)
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("port", [0, 65536, -1])
 def test_a_port_out_of_range_is_refused(port: int) -> None:
     with pytest.raises(StartError, match=f"port is {port}"):
-        check_port(port)
+        check_port("127.0.0.1", port)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -35,6 +36,16 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_storage_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(StartError, match="/proc/version"):
         check_storage("/proc/version/stories")
+
+
+def test_an_address_that_others_can_reach_needs_keys(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="python -m deployments.auth"):
+        check_keys("0.0.0.0", "")
+    with pytest.raises(StartError, match="cannot be read"):
+        check_keys("127.0.0.1", str(tmp_path / "keys.json"))
+    add_key(tmp_path / "keys.json", "alice", per_minute=1, concurrent=1)
+    check_keys("0.0.0.0", str(tmp_path / "keys.json"))
+    check_keys("127.0.0.1", "")
 
 
 def test_arguments_of_the_builder_are_typed() -> None:

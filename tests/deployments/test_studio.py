@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from deployments.api import create_api
+from deployments.auth import Keys, add_key, load_keys
 from tests.deployments.served import Served
 from tests.fakes import FakeDecoder, FakeGenerator
 
@@ -36,8 +37,9 @@ class Studio:
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
-    def start(self, *, delay_s: float = 0.03, **decoder: Any) -> None:
-        self.served = Served(self.storage, generator=FakeGenerator(delay_s=delay_s), decoder=FakeDecoder(**decoder))
+    def start(self, *, keys: Keys | None = None, **decoder: Any) -> None:
+        generator = FakeGenerator(delay_s=0.03)
+        self.served = Served(self.storage, generator=generator, decoder=FakeDecoder(**decoder), keys=keys)
         config = uvicorn.Config(create_api(self.served.front), port=self.port, log_level="error", lifespan="on")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
@@ -169,6 +171,25 @@ def test_a_story_is_stopped(page: Any) -> None:
     page.click("#stop")
     page.wait_for_function("document.querySelector('#status').textContent === 'Stopped.'")
     assert 0 < len(texts(page)) < 9
+
+
+def test_it_asks_for_a_key_where_the_server_does(page: Any, studio: Studio, tmp_path: Path) -> None:
+    given = add_key(tmp_path / "keys.json", "alice", per_minute=60, concurrent=8)
+    studio.stop()
+    studio.start(keys=load_keys(str(tmp_path / "keys.json")))
+    page.goto(studio.url)
+    page.fill("#key", "wrong")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#login-error').textContent.includes('no key')")
+    page.fill("#key", given)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#login", state="hidden")
+    tell(page)
+    wait_until_finished(page)
+    assert page.evaluate("[...document.querySelectorAll('figure > img')].every(i => i.naturalWidth > 0)")
+    page.click("button[aria-label='Redraw page 1']")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".variants button:nth-child(2)")
 
 
 def test_it_fits_a_phone_and_needs_no_mouse(page: Any) -> None:

@@ -1,0 +1,250 @@
+"""API keys: who may ask, how much at once, and whose story it is. Off unless keys are configured.
+
+Keys lie hashed in a JSON file (or in the environment variable MINIGPT5_API_KEYS, as the same JSON):
+
+    {"secret": "...", "keys": [{"name": "alice", "sha256": "...", "per_minute": 60, "concurrent": 8}]}
+
+`python -m deployments.auth FILE NAME` adds a key to the file and prints it, once. A key comes as `Authorization: Bearer
+KEY`, as from OpenAI's client, or is exchanged for a cookie by `POST /login`, as the studio does. Books may be shared by
+a link that is signed with the file's secret and expires.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.errors import error_response
+
+VARIABLE = "MINIGPT5_API_KEYS"
+COOKIE = "minigpt5"
+CLIENT = "minigpt5.client"
+"""Where a request's scope has the name of its key."""
+SESSION_S = 12 * 3600
+MAX_SHARED_S = 30 * 24 * 3600
+GUARDED = "/v1/"
+
+
+class KeysError(ValueError):
+    """Keys that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One client."""
+
+    name: str
+    sha256: str
+    """Of the key, which is kept nowhere."""
+    per_minute: int = 60
+    """Requests that make something; reading is free."""
+    concurrent: int = 8
+    """Of those, how many at once."""
+
+
+@dataclass
+class _Use:
+    """What a key has left."""
+
+    left: float
+    at: float
+    running: int = 0
+
+
+@dataclass
+class Keys:
+    """The clients that there are."""
+
+    keys: tuple[Key, ...]
+    secret: str
+    clock: Callable[[], float] = time.monotonic
+    _uses: dict[str, _Use] = field(default_factory=dict)
+
+    def find(self, given: str) -> Key | None:
+        """In constant time, whichever it is."""
+        digest = hashlib.sha256(given.encode()).hexdigest()
+        found = None
+        for key in self.keys:
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return found
+
+    def named(self, name: str) -> Key | None:
+        return next((key for key in self.keys if key.name == name), None)
+
+    def sign(self, *parts: object) -> str:
+        return hmac.new(self.secret.encode(), "\0".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
+
+    def is_signed(self, signature: str, *parts: object) -> bool:
+        return hmac.compare_digest(self.sign(*parts), signature)
+
+    def new_session(self, key: Key) -> str:
+        expires = int(time.time()) + SESSION_S
+        return f"{key.name}.{expires}.{self.sign('session', key.name, key.sha256, expires)}"
+
+    def read_session(self, token: str) -> Key | None:
+        name, _, rest = token.partition(".")
+        expires, _, signature = rest.partition(".")
+        key = self.named(name)
+        if not key or not expires.isdecimal() or int(expires) < time.time():
+            return None
+        return key if self.is_signed(signature, "session", name, key.sha256, expires) else None
+
+    def begin(self, key: Key) -> float:
+        """Count a request that makes something: 0, or the seconds after which it may come again."""
+        now = self.clock()
+        use = self._uses.setdefault(key.name, _Use(left=key.per_minute, at=now))
+        use.left = min(key.per_minute, use.left + (now - use.at) * key.per_minute / 60)
+        use.at = now
+        if use.running >= key.concurrent:
+            return 1.0
+        if use.left < 1:
+            return (1 - use.left) * 60 / key.per_minute
+        use.left -= 1
+        use.running += 1
+        return 0.0
+
+    def end(self, key: Key) -> None:
+        self._uses[key.name].running -= 1
+
+
+def load_keys(path: str | None) -> Keys | None:
+    """From a file or the environment; none where neither says so. Raises KeysError."""
+    source, text = path or VARIABLE, os.environ.get(VARIABLE)
+    if path:
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise KeysError(
+                f"{path} cannot be read ({error.strerror}): make it with python -m deployments.auth {path} NAME"
+            ) from error
+    if not text:
+        return None
+    try:
+        values = json.loads(text)
+        keys = tuple(Key(**key) for key in values["keys"])
+        secret = values["secret"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise KeysError(f"{source} is not what python -m deployments.auth writes: {error}") from error
+    names = [key.name for key in keys]
+    if not keys or len(set(names)) < len(names) or not all(_is_name(name) for name in names) or len(secret) < 32:
+        raise KeysError(
+            f"{source} must have a secret of 32 characters and keys of different names (letters, digits, -)"
+        )
+    return Keys(keys=keys, secret=secret)
+
+
+def _is_name(name: str) -> bool:
+    return 1 <= len(name) <= 64 and name.isascii() and name.replace("-", "a").isalnum()
+
+
+class KeyGuard:
+    """Lets nobody without a key through, before anything of the request is read."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
+            return await self.app(scope, receive, send)
+        key = self._key(scope)
+        if key is None:
+            if self._is_shared(scope):
+                return await self.app(scope, receive, send)
+            message = "this server asks for a key: send Authorization: Bearer KEY, or log in at /"
+            refusal = error_response(
+                401, message, code="invalid_api_key", headers={"WWW-Authenticate": 'Bearer realm="minigpt5"'}
+            )
+            return await refusal(scope, receive, send)
+        scope[CLIENT] = key.name
+        if scope["method"] in ("GET", "HEAD", "DELETE") or scope["path"].endswith("/cancel"):
+            return await self.app(scope, receive, send)
+        if wait_s := self.keys.begin(key):
+            message = f"key {key.name} may make {key.per_minute} requests a minute and {key.concurrent} at once"
+            headers = {"Retry-After": str(max(1, round(wait_s)))}
+            return await error_response(429, message, code="rate_limit_exceeded", headers=headers)(scope, receive, send)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.keys.end(key)
+
+    def _key(self, scope: Scope) -> Key | None:
+        headers = dict(scope["headers"])
+        scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if scheme.lower() == "bearer":
+            return self.keys.find(given.strip())
+        with contextlib.suppress(CookieError):
+            cookie = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1")).get(COOKIE)
+            if cookie:
+                return self.keys.read_session(cookie.value)
+        return None
+
+    def _is_shared(self, scope: Scope) -> bool:
+        """Whether a link to a book is signed, and still good."""
+        if scope["method"] != "GET" or not scope["path"].endswith((".html", ".epub")):
+            return False
+        query = dict(part.partition("=")[::2] for part in scope["query_string"].decode("latin-1").split("&"))
+        expires, signature = query.get("expires", ""), query.get("signature", "")
+        if not expires.isdecimal() or int(expires[:12]) < time.time():
+            return False
+        if not self.keys.is_signed(signature, "share", scope["path"], expires):
+            return False
+        scope[CLIENT] = None
+        return True
+
+
+def session_cookie(keys: Keys, key: Key, *, is_secure: bool) -> str:
+    attributes = f"Path=/; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict{'; Secure' if is_secure else ''}"
+    return f"{COOKIE}={keys.new_session(key)}; {attributes}"
+
+
+def add_key(path: Path, name: str, *, per_minute: int, concurrent: int) -> str:
+    """Write a new key's hash into the file, which is made where it is not there; returns the key. Raises KeysError."""
+    values: dict[str, Any] = {"secret": secrets.token_hex(32), "keys": []}
+    if path.exists():
+        load_keys(str(path))
+        values = json.loads(path.read_text())
+    if not _is_name(name) or any(key["name"] == name for key in values["keys"]):
+        raise KeysError(f"{name!r} is taken, or is no name: use letters, digits and -")
+    given = f"mg5-{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(given.encode()).hexdigest()
+    values["keys"].append({"name": name, "sha256": digest, "per_minute": per_minute, "concurrent": concurrent})
+    written = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    written.touch(mode=0o600)
+    written.write_text(json.dumps(values, indent=1) + "\n")
+    written.replace(path)
+    return given
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m deployments.auth", description="Add an API key to a file.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("name", help="of the client: letters, digits and -")
+    parser.add_argument("--per-minute", type=int, default=Key.per_minute, help="(default %(default)s)")
+    parser.add_argument("--concurrent", type=int, default=Key.concurrent, help="(default %(default)s)")
+    options = parser.parse_args()
+    try:
+        given = add_key(options.file, options.name, per_minute=options.per_minute, concurrent=options.concurrent)
+    except KeysError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given}\nIt is shown this once; {options.file} has its hash.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Keys: who is let in, how much, and to whose stories."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deployments.auth import COOKIE, VARIABLE, Keys, KeysError, add_key, load_keys
+from tests.deployments.served import Served, assert_error, read_events
+from tests.fakes import FakeGenerator
+
+BODY = {"prompt": "A fox", "pages": 1, "seed": 7}
+
+
+class Guarded(Served):
+    """A server with the keys of alice and bob."""
+
+    def __init__(self, folder: Path, *, per_minute: int = 100, concurrent: int = 8, **options: Any) -> None:
+        self.file = folder / "keys.json"
+        limits = {"per_minute": per_minute, "concurrent": concurrent}
+        self.alice, self.bob = (
+            {"Authorization": f"Bearer {add_key(self.file, n, **limits)}"} for n in ("alice", "bob")
+        )
+        keys = load_keys(str(self.file))
+        assert keys
+        self.keys: Keys = keys
+        super().__init__(folder, keys=keys, **options)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Guarded:
+    return Guarded(tmp_path)
+
+
+# The file
+
+
+def test_a_key_is_nowhere_but_in_its_owners_hand(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    given = add_key(file, "alice", per_minute=5, concurrent=2)
+    assert given not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    keys = load_keys(str(file))
+    assert keys and keys.find(given) == keys.named("alice")
+    assert keys.find(given + "x") is None and keys.find("") is None
+    secret = keys.secret
+    add_key(file, "bob", per_minute=5, concurrent=2)
+    again = load_keys(str(file))
+    assert again and again.secret == secret and again.find(given) == again.named("alice")
+    with pytest.raises(KeysError, match="taken"):
+        add_key(file, "bob", per_minute=5, concurrent=2)
+    with pytest.raises(KeysError, match="no name"):
+        add_key(file, "a b", per_minute=5, concurrent=2)
+
+
+def test_keys_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert load_keys(None) is None
+    given = add_key(tmp_path / "keys.json", "alice", per_minute=5, concurrent=2)
+    monkeypatch.setenv(VARIABLE, (tmp_path / "keys.json").read_text())
+    keys = load_keys(None)
+    assert keys and keys.find(given)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"secret": "x", "keys": []}', '{"secret": 5, "keys": [{"name": 1}]}']
+)
+def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys.json").write_text(text)
+    with pytest.raises(KeysError, match="keys.json"):
+        load_keys(str(tmp_path / "keys.json"))
+
+
+# Who is let in
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/stories"),
+        ("GET", "/v1/stories"),
+        ("GET", "/v1/stories/story_1"),
+        ("GET", "/v1/stories/story_1.html"),
+        ("GET", "/v1/stories/story_1/events"),
+        ("POST", "/v1/images/generations"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/pictures"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/nothing"),
+    ],
+)
+def test_without_a_key_nothing_is_let_through(guarded: Guarded, method: str, path: str) -> None:
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic abc"},
+        {"Cookie": f"{COOKIE}=a.b.c"},
+    ):
+        reply = guarded.request(method, path, content=b"{" * 100, headers=headers)
+        assert_error(reply, 401, says=("asks for a key",))
+        assert "Bearer" in reply.headers["www-authenticate"]
+    assert not guarded.generator.requests
+
+
+def test_health_and_the_studio_are_for_everybody(guarded: Guarded) -> None:
+    for path in ("/healthz", "/readyz", "/", "/studio/studio.js", "/docs"):
+        assert guarded.request("GET", path).status_code == 200
+
+
+def test_a_story_is_its_own_keys_alone(guarded: Guarded) -> None:
+    story = guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice).json()
+    path = f"/v1/stories/{story['id']}"
+    reads = ["", ".html", ".epub", "/events", "/pages/1.png", "/pages/1/vokens"]
+    for rest in reads:
+        assert guarded.request("GET", path + rest, headers=guarded.alice).status_code == 200, rest
+        assert_error(guarded.request("GET", path + rest, headers=guarded.bob), 404)
+    for method, rest, body in (
+        ("POST", "/cancel", None),
+        ("POST", "/pages", {}),
+        ("PATCH", "/pages/1", {"variant": 0}),
+        ("POST", "/pages/1/redraw", {}),
+        ("POST", "/share", {}),
+        ("DELETE", "", None),
+    ):
+        assert_error(guarded.request(method, path + rest, json=body, headers=guarded.bob), 404)
+    assert guarded.request("GET", "/v1/stories", headers=guarded.bob).json()["data"] == []
+    assert [one["id"] for one in guarded.request("GET", "/v1/stories", headers=guarded.alice).json()["data"]] == [
+        story["id"]
+    ]
+    assert guarded.request("GET", path, headers=guarded.alice).json() == story
+    assert guarded.generator.requests[0].key == "key-alice"
+
+
+def test_a_browser_logs_in_for_a_cookie(guarded: Guarded) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        assert_error(await client.get("/v1/models"), 401)
+        assert_error(await client.post("/login", json={"key": "wrong"}), 401, param="key")
+        given = guarded.alice["Authorization"].removeprefix("Bearer ")
+        reply = await client.post("/login", json={"key": given})
+        assert reply.status_code == 204
+        cookie = reply.headers["set-cookie"]
+        assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and given not in cookie
+        assert (await client.get("/v1/models")).status_code == 200  # the client keeps cookies as a browser does
+        token = client.cookies[COOKIE]
+        client.cookies.clear()
+        assert_error(await client.get("/v1/models", headers={"Cookie": f"{COOKIE}={token[:-1]}x"}), 401)
+
+    guarded.run(use)
+
+
+def test_a_session_ends(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = guarded.keys.named("alice")
+    assert key
+    token = guarded.keys.new_session(key)
+    assert guarded.keys.read_session(token) == key
+    assert guarded.keys.read_session(token.replace("alice", "bob")) is None
+    monkeypatch.setattr("deployments.auth.time.time", lambda: 2e12)
+    assert guarded.keys.read_session(token) is None
+
+
+def test_a_book_is_shared_by_a_link_that_expires(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice).json()
+    path = f"/v1/stories/{story['id']}"
+    links = guarded.request("POST", f"{path}/share", json={"expires_s": 60}, headers=guarded.alice).json()
+    for kind in ("html", "epub"):
+        assert guarded.request("GET", links[kind]).status_code == 200
+    assert_error(guarded.request("GET", links["html"].replace(".html", ".epub")), 401)
+    assert_error(guarded.request("GET", links["html"][:-1]), 401)
+    assert_error(guarded.request("GET", links["html"].replace("expires=", "expires=1")), 401)
+    assert_error(guarded.request("GET", f"{path}?{links['html'].partition('?')[2]}"), 401)
+    monkeypatch.setattr("deployments.auth.time.time", lambda: 2e12)
+    assert_error(guarded.request("GET", links["html"]), 401)
+
+
+# How much
+
+
+def test_a_key_has_so_many_requests_a_minute(tmp_path: Path) -> None:
+    guarded = Guarded(tmp_path, per_minute=2)
+    now = 0.0
+    guarded.keys.clock = lambda: now
+    for _ in range(2):
+        assert guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice).status_code == 201
+    reply = guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice)
+    assert_error(reply, 429, says=("2 requests a minute",))
+    assert int(reply.headers["retry-after"]) == 30
+    assert guarded.request("GET", "/v1/stories", headers=guarded.alice).status_code == 200
+    assert guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.bob).status_code == 201
+    now = 31.0
+    assert guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice).status_code == 201
+
+
+def test_a_key_has_so_many_requests_at_once(tmp_path: Path) -> None:
+    guarded = Guarded(tmp_path, concurrent=1, generator=FakeGenerator())
+
+    async def use(client: httpx.AsyncClient) -> None:
+        guarded.generator.gate.clear()
+        first = asyncio.create_task(client.post("/v1/stories", json={**BODY, "stream": True}, headers=guarded.alice))
+        while not guarded.generator.requests:
+            await asyncio.sleep(0.01)
+        assert_error(await client.post("/v1/stories", json=BODY, headers=guarded.alice), 429, says=("1 at once",))
+        guarded.generator.gate.set()
+        assert read_events((await first).text)[-1][1] == "done"
+        assert (await client.post("/v1/stories", json=BODY, headers=guarded.alice)).status_code == 201
+
+    guarded.run(use)
+
+
+def test_without_keys_everything_is_open(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    story = served.post(BODY).json()
+    assert served.request("POST", "/login", json={"key": "any"}).status_code == 204
+    links = served.request("POST", f"/v1/stories/{story['id']}/share", json={}).json()
+    assert served.request("GET", links["html"]).status_code == 200
+    assert json.dumps(story)
