@@ -153,20 +153,16 @@ def check_model(folder: str) -> tuple[str, ModelConfig]:
 
 def generator_pool(options: argparse.Namespace, model: str) -> Pool:
     least, most = options.generators
-    load = partial(load_generator, model, _num_threads(options))
+    num_engines = most + getattr(options, "decoders", (0, 0))[1]
+    load = partial(load_generator, model, max(1, (os.cpu_count() or 1) // num_engines))
     return Pool(load=load, least=least, most=most, num_gpus=options.generator_gpus)
 
 
 def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
     least, most = options.decoders
-    load = partial(load_decoder, model, _num_threads(options))
+    # Drawing gains most from threads; the decoder gives back those whose cores others need (minigpt5/threads.py).
+    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // most))
     return Pool(load=load, least=least, most=most, num_gpus=options.decoder_gpus)
-
-
-def _num_threads(options: argparse.Namespace) -> int:
-    """Of torch in each engine, so that all together have the machine's cores."""
-    num_engines = sum(getattr(options, name, (0, 0))[1] for name in ("generators", "decoders"))
-    return max(1, (os.cpu_count() or 1) // num_engines)
 
 
 def limits(options: argparse.Namespace) -> Limits:

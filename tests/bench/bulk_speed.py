@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import threading
 import time
@@ -16,7 +17,7 @@ import ray
 
 from batch_jobs import illustrate
 from batch_jobs.inputs import StoryJob
-from batch_jobs.job import Output, load_decoder, load_generator
+from batch_jobs.job import Output, decoder_pool, generator_pool
 from batch_jobs.monitor import summary
 from batch_jobs.outputs import STORY_SCHEMA
 from batch_jobs.pipeline import Pool
@@ -68,13 +69,17 @@ def working_s(report: Report) -> float:
     return max(pool.last_s for pool in pools) - min(pool.first_s for pool in pools)
 
 
+def default_engines(model: str) -> illustrate.Engines:
+    """One of each, as `batch_jobs.illustrate` has them without options."""
+    options = illustrate.make_parser().parse_args(["rows.jsonl", "--output", "out"])
+    return illustrate.Engines(generator=generator_pool(options, model), decoder=decoder_pool(options, model))
+
+
 def speed(folder: Path, *, num: int = 32, pages: int = 4, steps: int = 8) -> tuple[dict[str, Any], dict[str, float]]:
     """A job against the same engines in one process with all its cores, at the best of a sweep of fixed batches."""
     model = str(default_model_folder())
     config = check_folder(model)
-    engines = illustrate.Engines(
-        generator=Pool(load=partial(load_generator, model, 1)), decoder=Pool(load=partial(load_decoder, model, 1))
-    )
+    engines = default_engines(model)
     jobs = new_jobs(num, pages=pages, steps=steps, config=config, first_seed=1000)
     report = run(jobs, config=config, engines=engines, folder=folder)
     ray.shutdown()
@@ -97,11 +102,23 @@ def speed(folder: Path, *, num: int = 32, pages: int = 4, steps: int = 8) -> tup
 
 
 def fixed_batches(model: str, config: ModelConfig, jobs: list[StoryJob]) -> dict[str, dict[str, float]]:
-    """Seconds for all texts, and for all pictures, at each batch size."""
-    cores = psutil.cpu_count() or 1
-    generator = VokenGenerator.from_pretrained(model, num_threads=cores)
-    decoder = DiffusionDecoder.from_pretrained(model, num_threads=cores)
+    """Seconds for all texts, and for all pictures, at each batch size, each with all cores."""
     pictures: list[DrawRequest] = []
+    text_s = fixed_texts(model, config, jobs, pictures)
+    gc.collect()  # with the generator its thread ends, whose team would slow down this one's (minigpt5/threads.py)
+    decoder = DiffusionDecoder.from_pretrained(model)
+
+    def draw_all(size: int) -> None:
+        for start in range(0, len(pictures), size):
+            decoder.draw(pictures[start : start + size])
+
+    picture_s = {str(size): _seconds(lambda size=size: draw_all(size)) for size in FIXED_PICTURES}
+    return {"text_s": text_s, "picture_s": picture_s}
+
+
+def fixed_texts(model: str, config: ModelConfig, jobs: list[StoryJob], pictures: list[DrawRequest]) -> dict[str, float]:
+    """Seconds at each batch size; `pictures` gets what is to be drawn."""
+    generator = VokenGenerator.from_pretrained(model, num_threads=psutil.cpu_count() or 1)
 
     async def write(job: StoryJob) -> None:
         request = StoryRequest(prompt=(job.prompt,), pages=job.pages, seed=job.seed, sampling=config.sampling)
@@ -118,14 +135,8 @@ def fixed_batches(model: str, config: ModelConfig, jobs: list[StoryJob]) -> dict
         for start in range(0, len(jobs), size):
             await asyncio.gather(*map(write, jobs[start : start + size]))
 
-    def draw_all(size: int) -> None:
-        for start in range(0, len(pictures), size):
-            decoder.draw(pictures[start : start + size])
-
     asyncio.run(write_all(len(jobs)))  # warm
-    text_s = {str(size): _seconds(lambda size=size: asyncio.run(write_all(size))) for size in FIXED_TEXTS}
-    picture_s = {str(size): _seconds(lambda size=size: draw_all(size)) for size in FIXED_PICTURES}
-    return {"text_s": text_s, "picture_s": picture_s}
+    return {str(size): _seconds(lambda size=size: asyncio.run(write_all(size))) for size in FIXED_TEXTS}
 
 
 def _seconds(do: Callable[[], None]) -> float:
@@ -141,9 +152,7 @@ def memory(folder: Path, *, pictures: int = 2000, pages: int = 16) -> tuple[dict
     """
     model = str(default_model_folder())
     config = check_folder(model)
-    engines = illustrate.Engines(
-        generator=Pool(load=partial(load_generator, model, 1)), decoder=Pool(load=partial(load_decoder, model, 1))
-    )
+    engines = default_engines(model)
     jobs = [
         StoryJob(**{**vars(job), "texts": tuple(f"Page {n} of {job.prompt}." for n in range(pages))})
         for job in new_jobs(-(-pictures // pages), pages=pages, steps=4, config=config, first_seed=5000)
