@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.access_log import AccessLog
 from deployments.auth import KeyGuard, load_keys, session_cookie
 from deployments.chat import chat
 from deployments.engines import NotReady, ServeEngines
@@ -24,6 +25,7 @@ from deployments.front import ClientOf, Front, FrontOf, build_front, check_owner
 from deployments.images import images
 from deployments.pages import MAX_VARIANTS, draw_picture, pages
 from deployments.replies import answer, stream_reply
+from deployments.retention import keep_within
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
@@ -246,10 +248,18 @@ async def get_studio_file(name: str) -> FileResponse:
 
 
 @contextlib.asynccontextmanager
-async def _go_on_with_what_was_cut_off(api: FastAPI) -> AsyncIterator[None]:
-    taking_up = asyncio.create_task(api.state.front.registry.take_up())
+async def _look_after_stories(api: FastAPI) -> AsyncIterator[None]:
+    """Go on with what was cut off; let go of what is too old."""
+    front: Front = api.state.front
+    tasks = [
+        asyncio.create_task(front.registry.take_up()),
+        asyncio.create_task(
+            keep_within(front.store, front.registry, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
+        ),
+    ]
     yield
-    taking_up.cancel()
+    for task in tasks:
+        task.cancel()
 
 
 def create_api(front: Front) -> FastAPI:
@@ -257,12 +267,13 @@ def create_api(front: Front) -> FastAPI:
     api = FastAPI(
         title="MiniGPT-5",
         description="Illustrated stories: text and pictures in one go.",
-        lifespan=_go_on_with_what_was_cut_off,
+        lifespan=_look_after_stories,
     )
     api.state.front = front
     api.add_middleware(BodyLimit)
     if front.keys:
         api.add_middleware(KeyGuard, keys=front.keys)
+    api.add_middleware(AccessLog)
     install_error_handlers(api)
     for router in (
         exports,
@@ -288,6 +299,8 @@ class Ingress:
         storage: str,
         max_wait_s: float,
         max_running: int,
+        max_age_s: float | None = None,
+        max_bytes: float | None = None,
         api_keys: str = "",
     ) -> None:
         self.front = build_front(
@@ -296,6 +309,8 @@ class Ingress:
             StoryStore(storage),
             max_wait_s=max_wait_s,
             max_running=max_running,
+            max_age_s=max_age_s,
+            max_bytes=max_bytes,
             keys=load_keys(api_keys or None),
         )
 

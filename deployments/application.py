@@ -37,6 +37,10 @@ class AppArgs(BaseModel):
     """Folder or URI that keeps the stories."""
     api_keys: str = ""
     """File of API keys, which the front's node can read (see `deployments/auth.py`); none: no key is asked for."""
+    keep_days: float | None = Field(default=None, gt=0)
+    """Stories that are older are removed; none: they stay."""
+    keep_gib: float | None = Field(default=None, gt=0)
+    """The oldest stories are removed while all take more; none: they stay."""
     max_wait_s: float = Field(default=300, gt=0)
     """A request that would be done later than this is answered with 503."""
     max_running: int = Field(default=128, ge=1)
@@ -111,4 +115,14 @@ def app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(generator, decoder, model, storage, args.max_wait_s, args.max_running, api_keys)
+    ).bind(
+        generator,
+        decoder,
+        model,
+        storage,
+        args.max_wait_s,
+        args.max_running,
+        args.keep_days and args.keep_days * 86_400,
+        args.keep_gib and args.keep_gib * 2**30,
+        api_keys,
+    )

@@ -27,6 +27,9 @@ class Front:
     store: StoryStore
     admission: Admission
     registry: Registry
+    max_age_s: float | None = None
+    max_bytes: float | None = None
+    """Of stored stories; None: all stay."""
     keys: Keys | None = None
     """None: whoever reaches the server may do everything."""
 
@@ -38,11 +41,22 @@ def build_front(
     *,
     max_wait_s: float,
     max_running: int,
+    max_age_s: float | None = None,
+    max_bytes: float | None = None,
     keys: Keys | None = None,
 ) -> Front:
     admission = Admission(max_wait_s=max_wait_s, max_running=max_running)
     registry = Registry(engines, store, admission, model=config.name)
-    return Front(config=config, engines=engines, store=store, admission=admission, registry=registry, keys=keys)
+    return Front(
+        config=config,
+        engines=engines,
+        store=store,
+        admission=admission,
+        registry=registry,
+        max_age_s=max_age_s,
+        max_bytes=max_bytes,
+        keys=keys,
+    )
 
 
 def get_front(request: Request) -> Front:

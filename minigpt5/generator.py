@@ -37,7 +37,7 @@ from minigpt5.writing import STOP, Read, Score, Script, Writer
 
 SHORT_READ = 64
 """So many tokens are read at once: what is written, a picture's vokens, most prompts."""
-PART = 8
+PART = 4
 """A longer prompt is read in parts while others write: of so many tokens, or as many as requests write."""
 LONG_READ = 512
 """Tokens of a step while nobody writes."""

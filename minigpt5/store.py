@@ -121,6 +121,15 @@ class StoryStore:
         ids = sorted(filter(STORY_ID.fullmatch, self._names("stories")), reverse=True)
         return [story_id for story_id in ids if after is None or story_id < after]
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes by story."""
+        found: dict[str, int] = {}
+        for info in self._files.get_file_info(fs.FileSelector("stories", recursive=True, allow_not_found=True)):
+            story_id = info.path.split("/")[1] if info.is_file else ""
+            if STORY_ID.fullmatch(story_id):
+                found[story_id] = found.get(story_id, 0) + info.size
+        return found
+
     def delete(self, story_id: str) -> None:
         """Raises StoryNotFound."""
         try:
