@@ -208,7 +208,7 @@ def _memory() -> tuple[int, int]:
     return rss, int(total - ray.available_resources().get("object_store_memory", total))
 
 
-def scaling(folder: Path, *, num: int = 80, pages: int = 4) -> tuple[dict[str, Any], dict[str, float]]:
+def scaling(folder: Path, *, num: int = 200, pages: int = 4) -> tuple[dict[str, Any], dict[str, float]]:
     """Pictures/s with 1, 2 and 4 decoders, simulated at 25 pictures/s each: what the pipeline itself allows."""
     config = storybook()
     rates: dict[int, float] = {}
