@@ -7,6 +7,7 @@ import gc
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,7 @@ def memory(folder: Path, *, pictures: int = 2000, pages: int = 16) -> tuple[dict
         StoryJob(**{**vars(job), "texts": tuple(f"Page {n} of {job.prompt}." for n in range(pages))})
         for job in new_jobs(-(-pictures // pages), pages=pages, steps=4, config=config, first_seed=5000)
     ]
-    samples: list[tuple[int, int, int]] = []
+    samples: list[tuple[int, int, int, int]] = []
     is_over = threading.Event()
 
     def watch() -> None:
@@ -177,35 +178,41 @@ def memory(folder: Path, *, pictures: int = 2000, pages: int = 16) -> tuple[dict
         is_over.set()
         watcher.join()
         ray.shutdown()
-    flat = [(num, rss + store) for num, rss, store in samples if num >= WARM_PICTURES]
+    # The generator is done, and its process ends, long before the decoder: like is compared with like.
+    warm = [sample for sample in samples if sample[0] >= WARM_PICTURES]
+    [(num_engines, _)] = Counter(engines for _, engines, _, _ in warm).most_common(1)
+    flat = [rss + store for _, engines, rss, store in warm if engines == num_engines]
     quarter = max(1, len(flat) // 4)
-    early = sorted(size for _, size in flat[:quarter])[quarter // 2]
-    late = sorted(size for _, size in flat[-quarter:])[quarter // 2]
+    early, late = (sorted(part)[quarter // 2] for part in (flat[:quarter], flat[-quarter:]))
     growth = late / early - 1
-    curve = [{"pictures": n, "rss_mib": rss >> 20, "store_mib": store >> 20} for n, rss, store in samples]
+    curve = [
+        {"pictures": n, "engines": engines, "rss_mib": rss >> 20, "store_mib": store >> 20}
+        for n, engines, rss, store in samples
+    ]
     figures = {
         "pictures": report.pictures,
         "growth_after_200": round(growth, 4),
-        "of": "median of the last quarter of the samples after the first 200 pictures, over that of the first quarter",
+        "of": "samples after 200 pictures while the same engines live: median of the last quarter over the first",
         "pools": summary(report.figures, num_pictures=report.pictures),
         "curve": curve[:: max(1, len(curve) // 40)],
     }
     return figures, {"bulk_memory_growth": round(growth, 4)}
 
 
-def _memory() -> tuple[int, int]:
-    """Summed RSS of this process and all under it, and bytes in the object store."""
-    rss = 0
+def _memory() -> tuple[int, int, int]:
+    """How many engines live, summed RSS of this process and all under it, and bytes in the object store."""
+    rss = num_engines = 0
     own = psutil.Process()
     for process in [own, *own.children(recursive=True)]:
         try:
             rss += process.memory_info().rss
-        except psutil.NoSuchProcess:
+            num_engines += " ".join(process.cmdline()).startswith("ray::MapWorker")
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     if not ray.is_initialized():
-        return rss, 0
+        return num_engines, rss, 0
     total = ray.cluster_resources().get("object_store_memory", 0)
-    return rss, int(total - ray.available_resources().get("object_store_memory", total))
+    return num_engines, rss, int(total - ray.available_resources().get("object_store_memory", total))
 
 
 def scaling(folder: Path, *, num: int = 200, pages: int = 4) -> tuple[dict[str, Any], dict[str, float]]:
