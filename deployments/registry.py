@@ -57,6 +57,8 @@ class RunningStory:
         self.id = builder.state().id
         self.numbering = Numbering(self.id)
         self.final: StoryState | None = None
+        self.is_unwanted = False
+        """Somebody has cancelled it."""
         self._events: list[StreamEvent] = []
         self._news = asyncio.Event()
 
@@ -195,6 +197,7 @@ class Registry:
         """Stop a story at the next token and the next denoising step; returns when that is stored."""
         if task := self._tasks.get(story_id):
             if not task.cancelling():  # a second one would interrupt the storing of the first
+                self._stories[story_id].is_unwanted = True
                 task.cancel()
             await asyncio.wait({task})
 
@@ -239,6 +242,8 @@ class Registry:
                     story.publish(_announce(story, event))
             await self._end(story, builder.state("done"))
         except asyncio.CancelledError:
+            if not story.is_unwanted:  # this process ends: whoever starts next goes on with the story
+                raise
             await self._end(story, builder.state("cancelled"))
         except Exception as failure:  # whatever it was, its readers must hear of it
             logger.error("%s failed: %s", story.id, type(getattr(failure, "cause", None) or failure).__name__)

@@ -67,7 +67,7 @@ def load_checkpoint(
     state = torch.load(found[-1] / "state.pt", weights_only=True)
     if set(state["trained"]) != set(trained):
         different = sorted(set(state["trained"]) ^ set(trained))[:5]
-        raise TrainingError(f"{found[-1]} was written by another model: {different} differ; use another --run")
+        raise TrainingError(f"{found[-1]} was written by another model: {different} differ; use another --runs")
     with torch.no_grad():
         for name, value in state["average"].items():
             average[name].copy_(value)

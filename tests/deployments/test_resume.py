@@ -248,6 +248,25 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
     assert again.store.running() == []
 
 
+def test_a_front_that_is_stopped_leaves_its_stories_to_the_next(tmp_path: Path) -> None:
+    served = Served(tmp_path, generator=FakeGenerator(delay_s=0.01))
+
+    async def begin(client: httpx.AsyncClient) -> None:
+        await client.post("/v1/stories", json={**BODY, "wait": False})
+        await asyncio.sleep(0.1)
+
+    served.run(begin)  # its event loop ends, and every task in it is cancelled
+    [story_id] = served.store.running()
+    assert served.store.load(story_id).status == "drawing"
+    again = Served(tmp_path)
+
+    async def take_up(client: httpx.AsyncClient) -> None:
+        await again.front.registry.take_up()
+        assert (await client.get(f"/v1/stories/{story_id}?wait=20")).json()["status"] == "done"
+
+    again.run(take_up)
+
+
 def test_what_cannot_be_taken_up_does_not_stop_the_rest(tmp_path: Path) -> None:
     served = Served(tmp_path)
     served.store.mark("story_0", is_running=True)  # never accepted
