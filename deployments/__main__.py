@@ -25,7 +25,8 @@ class StartError(Exception):
 
 def main() -> int:
     args = parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background has us ignore the first
+        signal.signal(number, _interrupt)
     try:
         serve_until_interrupted(args)
     except KeyboardInterrupt:
@@ -139,7 +140,8 @@ def start(args: argparse.Namespace) -> None:
         logging_level="ERROR",
     )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in the place of ours
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in the place of ours
+        signal.signal(number, _interrupt)
     serve.start(http_options={"host": args.host, "port": args.port})
     try:
         arguments = AppArgs(model=args.model, storage=args.storage, api_keys=args.api_keys)
