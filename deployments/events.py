@@ -212,7 +212,7 @@ def stored_events(state: StoryState) -> list[StreamEvent]:
 
 async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncIterator[StreamEvent]:
     """What a reader who has come to `seen` does not have. A page whose text is another one now begins anew, after a
-    `restart`."""
+    `restart`. Whatever is told, its position never says less than `seen`."""
     withheld, is_settled = "", not seen.num_characters
     async for event in events:
         page, name = event.page, event.name
@@ -224,14 +224,15 @@ async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncIter
             if name == "text":
                 withheld += event.data["delta"]
             # The text may have ended before it is as long as what was seen: then it is another one.
-            if name == "text" and len(withheld) >= seen.num_characters or name == "slot":
+            if (name == "text" and len(withheld) >= seen.num_characters) or name == "slot":
                 is_settled = True
                 beginning, rest = withheld[: seen.num_characters], withheld[seen.num_characters :]
                 if len(beginning) < seen.num_characters or hash_text(beginning) != seen.text_hash:
-                    yield _as(event, "restart", {"page": page})
+                    seen = dataclasses.replace(seen, num_characters=0, text_hash="")
+                    yield _beyond(seen, _as(event, "restart", {"page": page}))
                     rest = withheld
                 if rest:
-                    yield _as(event, "text", {"page": page, "delta": rest})
+                    yield _beyond(seen, _as(event, "text", {"page": page, "delta": rest}))
                 if name == "text":
                     continue
         if name == "story" or (is_read and name in ("text", "slot", "restart")):
@@ -242,8 +243,29 @@ async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncIter
             continue
         if name == "progress" and (page, name) == (seen.page, seen.kind) and event.position.offset <= seen.offset:
             continue
-        yield event
+        if name == "restart" and page == seen.text_page:
+            seen = dataclasses.replace(seen, num_characters=0, text_hash="")
+        yield _beyond(seen, event)
+
+
+def _beyond(seen: Position, event: StreamEvent) -> StreamEvent:
+    """The event for a reader who has `seen` as well: a picture may be told after later text."""
+    position = dataclasses.replace(event.position, done=event.position.done | seen.done)
+    if (position.text_page, position.num_characters) < (seen.text_page, seen.num_characters):
+        position = dataclasses.replace(
+            position, text_page=seen.text_page, num_characters=seen.num_characters, text_hash=seen.text_hash
+        )
+    return StreamEvent(position=position, data=event.data)
 
 
 def _as(event: StreamEvent, kind: str, data: dict[str, Any]) -> StreamEvent:
-    return StreamEvent(position=dataclasses.replace(event.position, kind=kind), data=data)
+    """Another event in the place of this one, before which it comes."""
+    position = event.position
+    if kind == "restart":  # nothing of the page's text is there
+        position = dataclasses.replace(position, text_page=event.page, num_characters=0, text_hash="")
+    elif event.name == "slot":  # all of the text, and not yet the slot
+        text = data["delta"]
+        position = dataclasses.replace(
+            position, text_page=event.page, num_characters=len(text), text_hash=hash_text(text)
+        )
+    return StreamEvent(position=dataclasses.replace(position, kind=kind), data=data)

@@ -141,6 +141,36 @@ def test_a_text_that_is_another_one_now_begins_anew() -> None:
     assert (events[0].name, events[0].data["delta"]) == ("text", " runs.")
 
 
+def test_a_reader_who_is_cut_off_again_and_again_hears_everything_once(tmp_path: Path) -> None:
+    """At each connection a story is stored as far as it was then, its pictures later than the text after them."""
+    served = Served(tmp_path)
+    whole = read_events(served.post({**BODY, "stream": True}).text)
+    final = served.store.load(whole[0][2]["id"])
+    one, two, three = final.pages
+    plain = [dataclasses.replace(page, image=None) for page in final.pages]
+    stored = [(plain[0],), (plain[0], plain[1]), (one, plain[1]), (one, two, plain[2]), (one, two, three)]
+
+    async def connect(pages: tuple[PageState, ...], seen: Position | None) -> list[StreamEvent]:
+        async def events() -> AsyncIterator[StreamEvent]:
+            state = dataclasses.replace(final, pages=pages, status="done" if pages == final.pages else "drawing")
+            for event in stored_events(state):
+                yield event
+
+        return [event async for event in (after(events(), seen) if seen else events())]
+
+    for number, (position, _, _) in enumerate(whole):
+        heard, seen = list(whole[: number + 1]), Position.parse(position)
+        for pages in stored:
+            for event in asyncio.run(connect(pages, seen)):
+                heard.append((str(event.position), event.name, event.data))
+                seen = event.position
+        assert told(heard) == told(whole), position
+        texts = [data["delta"] for _, name, data in heard if name == "text"]
+        assert "".join(texts) == "".join(data["delta"] for _, name, data in whole if name == "text"), position
+        pictures = [data["page"] for _, name, data in heard if name == "image"]
+        assert sorted(set(pictures)) == [1, 2, 3]
+
+
 def test_white_space_around_a_page_is_never_sent() -> None:
     numbering = Numbering("story_1")
     texts = ["  ", "  Once", "  Once ", "  Once upon", "  Once upon \n"]
