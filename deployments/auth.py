@@ -90,7 +90,7 @@ class Keys:
         return hmac.new(self.secret.encode(), "\0".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
 
     def is_signed(self, signature: str, *parts: object) -> bool:
-        return hmac.compare_digest(self.sign(*parts), signature)
+        return hmac.compare_digest(self.sign(*parts).encode(), signature.encode())
 
     def new_session(self, key: Key) -> str:
         expires = int(time.time()) + SESSION_S
@@ -100,7 +100,7 @@ class Keys:
         name, _, rest = token.partition(".")
         expires, _, signature = rest.partition(".")
         key = self.named(name)
-        if not key or not expires.isdecimal() or int(expires) < time.time():
+        if not key or not _is_to_come(expires):
             return None
         return key if self.is_signed(signature, "session", name, key.sha256, expires) else None
 
@@ -146,6 +146,11 @@ def load_keys(path: str | None) -> Keys | None:
             f"{source} must have a secret of 32 characters and keys of different names (letters, digits, -)"
         )
     return Keys(keys=keys, secret=secret)
+
+
+def _is_to_come(expires: str) -> bool:
+    """Whether a moment, in seconds since 1970, is one and not past."""
+    return expires.isascii() and expires.isdecimal() and len(expires) <= 12 and int(expires) > time.time()
 
 
 def _is_name(name: str) -> bool:
@@ -199,7 +204,7 @@ class KeyGuard:
             return False
         query = dict(part.partition("=")[::2] for part in scope["query_string"].decode("latin-1").split("&"))
         expires, signature = query.get("expires", ""), query.get("signature", "")
-        if not expires.isdecimal() or int(expires[:12]) < time.time():
+        if not _is_to_come(expires):
             return False
         if not self.keys.is_signed(signature, "share", scope["path"], expires):
             return False

@@ -144,7 +144,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         body = bytearray()
-        is_over = declared.isdigit() and int(declared) > self.max_bytes
+        is_over = declared.isdigit() and (len(declared) > 12 or int(declared) > self.max_bytes)
         is_complete = False
         while not is_over and not is_complete:
             message = await receive()

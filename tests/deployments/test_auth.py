@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.auth import COOKIE, VARIABLE, Keys, KeysError, add_key, load_keys
+from deployments.auth import COOKIE, VARIABLE, KeyGuard, Keys, KeysError, add_key, load_keys
 from tests.deployments.served import Served, assert_error, read_events
 from tests.fakes import FakeGenerator
 
@@ -106,6 +106,33 @@ def test_without_a_key_nothing_is_let_through(guarded: Guarded, method: str, pat
         assert_error(reply, 401, says=("asks for a key",))
         assert "Bearer" in reply.headers["www-authenticate"]
     assert not guarded.generator.requests
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "cookie"),
+    [
+        ("/v1/stories/x.html", b"expires=9999999999&signature=\xe9", b""),
+        ("/v1/stories/x.html", b"expires=" + 5000 * b"9" + b"&signature=a", b""),
+        ("/v1/stories/x.html", b"expires=\xb2&signature=a", b""),
+        ("/v1/models", b"", b'minigpt5="alice.9999999999.\\377"'),
+        ("/v1/models", b"", b"minigpt5=alice.9999999999.\xe9"),
+        ("/v1/models", b"", b"minigpt5=alice." + 5000 * b"9" + b".x"),
+        ("/v1/models", b"", b"minigpt5=alice..; minigpt5=\x00"),
+    ],
+)
+def test_forgeries_of_any_shape_are_refused(guarded: Guarded, path: str, query: bytes, cookie: bytes) -> None:
+    """Bytes that no client of good faith sends."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def never(*arguments: Any) -> None:
+        raise AssertionError("it was let through")
+
+    scope = {"type": "http", "method": "GET", "path": path, "query_string": query, "headers": [(b"cookie", cookie)]}
+    asyncio.run(KeyGuard(never, keys=guarded.keys)(scope, never, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 401
 
 
 def test_health_and_the_studio_are_for_everybody(guarded: Guarded) -> None:
