@@ -79,5 +79,8 @@ def test_a_long_text_is_a_short_description() -> None:
 def test_the_checker_finds_nothing(tmp_path: Path) -> None:
     path = tmp_path / "book.epub"
     path.write_bytes(to_epub(make_story()))
-    checked = subprocess.run(["epubcheck", "--failonwarnings", str(path)], capture_output=True, text=True)
+    checker = Path(str(shutil.which("epubcheck")))
+    is_jar = checker.read_bytes()[:2] == b"PK"  # Debian's is one that only some kernels run by itself
+    command = ["java", "-jar", str(checker)] if is_jar else [str(checker)]
+    checked = subprocess.run([*command, "--failonwarnings", str(path)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
