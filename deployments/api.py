@@ -17,13 +17,14 @@ from ray.serve.handle import DeploymentHandle
 from deployments.access_log import AccessLog
 from deployments.auth import KeyGuard, load_keys, session_cookie
 from deployments.chat import chat
+from deployments.drawing import draw_alone
 from deployments.engines import NotReady, ServeEngines
 from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
 from deployments.events import Position
 from deployments.exports import exports
 from deployments.front import ClientOf, Front, FrontOf, build_front, check_owner
 from deployments.images import images
-from deployments.pages import MAX_VARIANTS, draw_picture, pages
+from deployments.pages import MAX_VARIANTS, pages
 from deployments.replies import answer, stream_reply
 from deployments.retention import keep_within
 from deployments.schemas import (
@@ -163,7 +164,7 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
     if request.vokens.fingerprint != front.config.fingerprint:
         message = "vokens are of another model than the one that is served: only its own decoder may draw them"
         raise InvalidRequest("vokens", message)
-    picture = await draw_picture(front, request)
+    picture = await draw_alone(front, request)
     return Response(picture.png, media_type="image/png", headers={"X-Seed": str(picture.seed)})
 
 

@@ -35,7 +35,6 @@ COOKIE = "minigpt5"
 CLIENT = "minigpt5.client"
 """Where a request's scope has the name of its key."""
 SESSION_S = 12 * 3600
-MAX_SHARED_S = 30 * 24 * 3600
 GUARDED = "/v1/"
 
 

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, field_validator
 
 from deployments.admission import Place
+from deployments.drawing import draw
 from deployments.errors import ApiError
 from deployments.front import ClientOf, Front, FrontOf
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, shown
@@ -115,17 +116,8 @@ async def _draw_all(
     """All at once, so that they share the decoder's batch; the first failure ends the rest."""
     try:
         async with asyncio.TaskGroup() as drawing:
-            tasks = [drawing.create_task(_draw(front, place, request, vokens, seed)) for seed in seeds]
+            requests = [DrawRequest(vokens=vokens, seed=seed, settings=request.draw, key=request.key) for seed in seeds]
+            tasks = [drawing.create_task(draw(front, place, one)) for one in requests]
     except* Exception as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-async def _draw(front: Front, place: Place, request: StoryRequest, vokens: Vokens, seed: int) -> Picture:
-    draw_request = DrawRequest(vokens=vokens, seed=seed, settings=request.draw, key=request.key)
-    async with contextlib.aclosing(front.engines.decode(draw_request)) as events:  # type: ignore[type-var]
-        async for event in events:
-            if isinstance(event, Picture):
-                return event
-            place.see(event)
-    raise AssertionError("the decoder ended without a picture")

@@ -21,7 +21,6 @@ from minigpt5.types import (
     DecoderEvent,
     DrawRequest,
     GeneratorEvent,
-    Picture,
     StoryRequest,
     TextDelta,
     TextRestarted,
@@ -104,7 +103,9 @@ class Replay:
         page = request.vokens.page
         if page in self.drawn:
             try:
-                yield await asyncio.to_thread(self._load_picture, self.drawn[page])
+                picture = await asyncio.to_thread(self._store.load_shown, self._story_id, self.drawn[page])
+                assert picture
+                yield picture
                 return
             except StoryNotFound:  # an edit of the page was cut off: its picture is gone already
                 del self.drawn[page]
@@ -116,19 +117,6 @@ class Replay:
                 return
             except EngineLost as loss:
                 await self._get_over(loss, attempt)
-
-    def _load_picture(self, page: PageState) -> Picture:
-        image = page.image
-        assert image
-        png = self._store.load_picture(self._story_id, page.index, variant=page.variant)
-        return Picture(
-            page=page.index,
-            png=png,
-            width=image.width,
-            height=image.height,
-            seed=image.seed,
-            denoise_steps=image.draw.steps,
-        )
 
     async def _get_over(self, loss: EngineLost, attempt: int) -> None:
         """Raises `loss` where there were too many."""

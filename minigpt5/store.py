@@ -160,20 +160,10 @@ class StoryStore:
     def load_story(self, story_id: str) -> Story:
         """With its pictures, those that are shown. Raises StoryNotFound."""
         state = self.load(story_id)
-        pages = []
-        for page in state.pages:
-            picture = None
-            if image := page.image:
-                png = self.load_picture(story_id, page.index, variant=page.variant)
-                picture = Picture(
-                    page=page.index,
-                    png=png,
-                    width=image.width,
-                    height=image.height,
-                    seed=image.seed,
-                    denoise_steps=image.draw.steps,
-                )
-            pages.append(Page(index=page.index, text=page.text, picture=picture, error=page.error))
+        pages = [
+            Page(index=page.index, text=page.text, picture=self.load_shown(story_id, page), error=page.error)
+            for page in state.pages
+        ]
         return Story(
             id=state.id,
             prompt=state.prompt,
@@ -181,6 +171,19 @@ class StoryStore:
             model=state.model,
             pages=tuple(pages),
             usage=state.usage,
+        )
+
+    def load_shown(self, story_id: str, page: PageState) -> Picture | None:
+        """The picture that a page shows, where it has one. Raises StoryNotFound."""
+        if page.image is None:
+            return None
+        return Picture(
+            page=page.index,
+            png=self.load_picture(story_id, page.index, variant=page.variant),
+            width=page.image.width,
+            height=page.image.height,
+            seed=page.image.seed,
+            denoise_steps=page.image.draw.steps,
         )
 
     def load_page(self, story_id: str, page: int) -> PageState:
