@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
+from deployments.drawing import draw_alone
 from deployments.errors import ApiError
-from deployments.front import ClientOf, Front, FrontOf, check_owner
+from deployments.front import ClientOf, FrontOf, check_owner
 from deployments.replies import answer
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, page_reply, redrawn
 from minigpt5.errors import InvalidRequest
 from minigpt5.story import ImageState, PageState, StoryState
-from minigpt5.types import MAX_PAGES, DrawRequest, Picture, StoryRequest
+from minigpt5.types import MAX_PAGES, DrawRequest
 
 MAX_VARIANTS = 16
 """Pictures of one page."""
@@ -54,19 +54,16 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
         request = dataclasses.replace(await asyncio.to_thread(front.store.load_request, story_id), key=client)
         new = PageState(index=page, text=(body.text or "").strip())
         changed = tuple(new if one.index == page else one for one in state.pages)
-        state = dataclasses.replace(state, status="drawing", error=None, pages=changed)
+        state = dataclasses.replace(state, pages=changed)
         given = tuple(one.text for one in _complete(state))[: request.pages]
         await front.engines.check(dataclasses.replace(request, given=given))
 
         def change() -> None:
             # In this order: who goes on after a crash finds either the old page, or the new one without a picture.
-            front.store.mark(story_id, is_running=True)
-            front.store.save(state)
             front.store.forget_drawing(story_id, page)
             front.store.save_page(story_id, new)
 
-        await asyncio.to_thread(change)
-        story = await front.registry.go_on(state, request)
+        story = await front.registry.go_on(state, request, change=change)
     await story.finish()
     return page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page))
 
@@ -87,7 +84,7 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
         vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
         seed, draw = redrawn(body, old.image, front.config)
-        picture = await draw_picture(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
+        picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
         image = ImageState(width=picture.width, height=picture.height, seed=seed, draw=draw)
         number = len(variants)
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
@@ -98,19 +95,6 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
 
         await asyncio.to_thread(keep)
     return page_reply(story_id, new)
-
-
-async def draw_picture(front: Front, request: DrawRequest) -> Picture:
-    """Raises Overloaded, or what the decoder does."""
-    # What admission is told of: one picture, and no text.
-    story = StoryRequest(prompt=("",), pages=1, mode="caption", draw=request.settings, key=request.key)
-    with front.admission.enter(story) as place:
-        async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
-            async for event in events:
-                if isinstance(event, Picture):
-                    return event
-                place.see(event)
-    raise AssertionError("the decoder ended without a picture")
 
 
 def _complete(state: StoryState) -> list[PageState]:

@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
 from deployments.admission import Admission, Overloaded, Place
 from deployments.engines import Engines
@@ -122,11 +122,13 @@ class Registry:
             await self.start(request, story_id=story_id)
             return story_id
 
-    async def go_on(self, state: StoryState, request: StoryRequest) -> RunningStory:
-        """Run a stored story again, or more of it: what is finished stays. Called by who is `alone` with it. Raises
-        as `start` does."""
+    async def go_on(
+        self, state: StoryState, request: StoryRequest, *, change: Callable[[], None] = lambda: None
+    ) -> RunningStory:
+        """Run a stored story again, or more of it: what is finished stays. Called by who is `alone` with it. `change`
+        is made to what is stored when nothing can refuse the story any more. Raises as `start` does."""
         builder = StoryBuilder(request, story_id=state.id, model=state.model, created=state.created)
-        return await self._start(builder, state.pages)
+        return await self._start(builder, state.pages, change)
 
     async def take_up(self) -> None:
         """Go on with every story that nobody finished."""
@@ -201,13 +203,15 @@ class Registry:
                 task.cancel()
             await asyncio.wait({task})
 
-    async def _start(self, builder: StoryBuilder, pages: tuple[PageState, ...]) -> RunningStory:
+    async def _start(
+        self, builder: StoryBuilder, pages: tuple[PageState, ...], change: Callable[[], None] = lambda: None
+    ) -> RunningStory:
         request, story_id = builder.request, builder.state().id
         place = self._admission.enter(request)
         try:
             await self._engines.check(request)
             story = RunningStory(builder, Replay(self._engines, self._store, story_id, pages))
-            await asyncio.to_thread(self._begin, builder)
+            await asyncio.to_thread(self._begin, builder, change)
         except BaseException:
             place.leave()
             raise
@@ -217,11 +221,12 @@ class Registry:
         task.add_done_callback(lambda task: self._forget(story_id))
         return story
 
-    def _begin(self, builder: StoryBuilder) -> None:
+    def _begin(self, builder: StoryBuilder, change: Callable[[], None]) -> None:
         state = builder.state()
         self._store.save_request(state.id, builder.request)
         self._store.mark(state.id, is_running=True)
         self._store.save(state)
+        change()
 
     def _forget(self, story_id: str) -> None:
         self._tasks.pop(story_id, None)

@@ -100,6 +100,26 @@ def test_an_edited_page_is_drawn_anew_and_the_others_stay(served: Served, tmp_pa
     assert served.request("GET", f"{path}/pages/3/vokens").content == vokens
 
 
+def test_an_edit_that_is_turned_away_changes_nothing(tmp_path: Path) -> None:
+    served = Served(tmp_path, max_running=1)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        story = (await client.post("/v1/stories", json=BODY)).json()
+        path = f"/v1/stories/{story['id']}"
+        served.generator.gate.clear()
+        other = asyncio.create_task(client.post("/v1/stories", json=BODY))
+        while len(served.generator.requests) < 2:
+            await asyncio.sleep(0.01)
+        assert_error(await client.patch(f"{path}/pages/1", json={"text": "A dragon comes."}), 503, says=("limit is 1",))
+        assert (await client.get(path)).json() == story
+        assert (await client.get(f"{path}/pages/1.png")).status_code == 200
+        assert len(served.store.running()) == 1  # the other one
+        served.generator.gate.set()
+        await other
+
+    served.run(use)
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
