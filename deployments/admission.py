@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
@@ -34,6 +35,31 @@ class Overloaded(Exception):
         self.retry_after_s = retry_after_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one front, or several, have promised."""
+
+    num_running: int = 0
+    work: dict[Engine, dict[str, float]] = field(default_factory=dict)
+    """By engine and client, in tokens and UNet samples."""
+    per_s: dict[Engine, float] = field(default_factory=dict)
+    """How much an engine does for them, where there is work."""
+
+    @classmethod
+    def total(cls, loads: Iterable[Load]) -> Load:
+        loads = list(loads)
+        work: dict[Engine, dict[str, float]] = {engine: {} for engine in ENGINES}
+        for load in loads:
+            for engine, clients in load.work.items():
+                for client, cost in clients.items():
+                    work[engine][client] = work[engine].get(client, 0.0) + cost
+        return cls(
+            num_running=sum(load.num_running for load in loads),
+            work=work,
+            per_s={engine: sum(load.per_s.get(engine, 0.0) for load in loads) for engine in ENGINES},
+        )
+
+
 class Admission:
     """The work that has been promised, by engine and client."""
 
@@ -42,19 +68,28 @@ class Admission:
         too; and beyond `max_running`, which bounds memory."""
         self.max_wait_s, self.max_running = max_wait_s, max_running
         self.num_running = 0
+        self.others = Load()
+        """Of other fronts, as they last said."""
         self._work: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
         self._speeds = {engine: _Speed(FIRST_SPEEDS[engine], clock) for engine in ENGINES}
 
     @property
     def is_full(self) -> bool:
         """Nothing more is taken, however little it asks for."""
-        return self.num_running >= self.max_running
+        return self.num_running + self.others.num_running >= self.max_running
+
+    @property
+    def load(self) -> Load:
+        """Of this front."""
+        busy = {engine: speed.per_s for engine, speed in self._speeds.items() if self._work[engine]}
+        work = {engine: dict(clients) for engine, clients in self._work.items()}
+        return Load(num_running=self.num_running, work=work, per_s=busy)
 
     @property
     def retry_after_s(self) -> int:
         """A place should be free by then: the mean work of those who have one."""
-        work_s = max(sum(self._work[engine].values()) / self._speeds[engine].per_s for engine in ENGINES)
-        return _whole(work_s / max(1, self.num_running))
+        work_s = max(sum(self._clients(engine).values()) / self._per_s(engine) for engine in ENGINES)
+        return _whole(work_s / max(1, self.num_running + self.others.num_running))
 
     def wait_s(self, request: StoryRequest, *, num_pictures: int = 1) -> float:
         """Seconds until `request` would be done."""
@@ -64,13 +99,14 @@ class Admission:
     def enter(self, request: StoryRequest, *, num_pictures: int = 1) -> Place:
         """Take a place, which is to be left; `num_pictures` are drawn of each page. Raises Overloaded."""
         if self.is_full:
+            num_running = self.num_running + self.others.num_running
             raise Overloaded(
-                f"{self.num_running} requests are running and the limit is {self.max_running}: "
-                f"try again in {self.retry_after_s} s",
+                f"{num_running} requests are running and the limit is {self.max_running}: try again in "
+                f"{self.retry_after_s} s",
                 retry_after_s=self.retry_after_s,
             )
         wait_s = self.wait_s(request, num_pictures=num_pictures)
-        if self.num_running and wait_s > self.max_wait_s:
+        if self.num_running + self.others.num_running and wait_s > self.max_wait_s:
             too_long_s = _whole(wait_s - self.max_wait_s)
             raise Overloaded(
                 f"this request would be done in about {wait_s:.0f} s and the limit is {self.max_wait_s:g} s: "
@@ -81,9 +117,17 @@ class Admission:
         return Place(self, request, num_pictures=num_pictures)
 
     def _wait_s(self, engine: Engine, key: str, cost: float) -> float:
-        work = self._work[engine]
+        work = self._clients(engine)
         own = work.get(key, 0.0) + cost
-        return (own + sum(min(other, own) for name, other in work.items() if name != key)) / self._speeds[engine].per_s
+        return (own + sum(min(other, own) for name, other in work.items() if name != key)) / self._per_s(engine)
+
+    def _clients(self, engine: Engine) -> dict[str, float]:
+        """Of all fronts."""
+        return Load.total([self.load, self.others]).work[engine]
+
+    def _per_s(self, engine: Engine) -> float:
+        """A front only sees what an engine does for itself."""
+        return self._speeds[engine].per_s + self.others.per_s.get(engine, 0.0)
 
     def _promise(self, engine: Engine, key: str, cost: float) -> None:
         if cost:

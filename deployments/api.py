@@ -18,7 +18,7 @@ from deployments.access_log import AccessLog
 from deployments.auth import KeyGuard, load_keys, session_cookie
 from deployments.chat import chat
 from deployments.drawing import draw_alone
-from deployments.engines import NotReady, ServeEngines
+from deployments.engines import NotReady, ServeEngines, ServeLedger
 from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
 from deployments.events import Position
 from deployments.exports import exports
@@ -132,8 +132,8 @@ async def get_events(
 async def delete_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work and remove all that is stored of it."""
     await front.registry.cancel(story_id)
-    with front.registry.alone(story_id):
-        await asyncio.to_thread(front.store.delete, story_id)
+    async with front.registry.alone(story_id) as store:
+        await asyncio.to_thread(store.delete, story_id)
     return Response(status_code=204)
 
 
@@ -253,7 +253,7 @@ async def _look_after_stories(api: FastAPI) -> AsyncIterator[None]:
     """Go on with what was cut off; let go of what is too old."""
     front: Front = api.state.front
     tasks = [
-        asyncio.create_task(front.registry.take_up()),
+        asyncio.create_task(front.registry.keep_watch()),
         asyncio.create_task(
             keep_within(front.store, front.registry, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
         ),
@@ -273,7 +273,7 @@ def create_api(front: Front) -> FastAPI:
     api.state.front = front
     api.add_middleware(BodyLimit)
     if front.keys:
-        api.add_middleware(KeyGuard, keys=front.keys)
+        api.add_middleware(KeyGuard, keys=front.keys, quota=front.quota)
     api.add_middleware(AccessLog)
     install_error_handlers(api)
     for router in (
@@ -303,6 +303,7 @@ class Ingress:
         max_age_s: float | None = None,
         max_bytes: float | None = None,
         api_keys: str = "",
+        ledger: DeploymentHandle | None = None,
     ) -> None:
         self.front = build_front(
             load_config(model),
@@ -313,6 +314,7 @@ class Ingress:
             max_age_s=max_age_s,
             max_bytes=max_bytes,
             keys=load_keys(api_keys or None),
+            ledger=ServeLedger(ledger) if ledger else None,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

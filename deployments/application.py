@@ -11,6 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from deployments.api import Ingress
 from deployments.auth import load_keys
 from deployments.diffusion_decoder import DiffusionDecoder
+from deployments.ledger import LocalLedger
 from deployments.voken_generator import VokenGenerator
 from minigpt5.config import default_model_folder
 from minigpt5.model_folder import load_config
@@ -33,6 +34,8 @@ class AppArgs(BaseModel):
 
     model: str = Field(default_factory=lambda: str(default_model_folder()))
     """Model folder."""
+    front_replicas: int = Field(default=1, ge=1)
+    """HTTP fronts. Several share their stories' leases, limits and events through one more deployment."""
     storage: str = Field(default_factory=default_storage)
     """Folder or URI that keeps the stories."""
     api_keys: str = ""
@@ -72,7 +75,7 @@ class AppArgs(BaseModel):
 
 
 def app(args: AppArgs) -> Application:
-    """Wire the three deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
+    """Wire the deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
     `args.api_keys` has no keys."""
     model = str(Path(args.model).expanduser().resolve())
     load_config(model)
@@ -107,10 +110,18 @@ def app(args: AppArgs) -> Application:
         max_constructor_retry_count=2,
         logging_config=logging_config,
     ).bind(model, args.decoder_num_threads, args.decoder_precision)
+    ledger = serve.deployment(
+        LocalLedger,
+        name="Ledger",
+        num_replicas=1,
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0.1},
+        logging_config=logging_config,
+    )
     return serve.deployment(
         Ingress,
         name="Ingress",
-        num_replicas=1,
+        num_replicas=args.front_replicas,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
@@ -125,4 +136,5 @@ def app(args: AppArgs) -> Application:
         args.keep_days and args.keep_days * 86_400,
         args.keep_gib and args.keep_gib * 2**30,
         api_keys,
+        ledger.bind() if args.front_replicas > 1 else None,
     )

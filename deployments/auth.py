@@ -20,11 +20,10 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -56,22 +55,11 @@ class Key:
 
 
 @dataclass
-class _Use:
-    """What a key has left."""
-
-    left: float
-    at: float
-    running: int = 0
-
-
-@dataclass
 class Keys:
     """The clients that there are."""
 
     keys: tuple[Key, ...]
     secret: str
-    clock: Callable[[], float] = time.monotonic
-    _uses: dict[str, _Use] = field(default_factory=dict)
 
     def find(self, given: str) -> Key | None:
         """In constant time, whichever it is."""
@@ -102,23 +90,6 @@ class Keys:
         if not key or not _is_to_come(expires):
             return None
         return key if self.is_signed(signature, "session", name, key.sha256, expires) else None
-
-    def begin(self, key: Key) -> float:
-        """Count a request that makes something: 0, or the seconds after which it may come again."""
-        now = self.clock()
-        use = self._uses.setdefault(key.name, _Use(left=key.per_minute, at=now))
-        use.left = min(key.per_minute, use.left + (now - use.at) * key.per_minute / 60)
-        use.at = now
-        if use.running >= key.concurrent:
-            return 1.0
-        if use.left < 1:
-            return (1 - use.left) * 60 / key.per_minute
-        use.left -= 1
-        use.running += 1
-        return 0.0
-
-    def end(self, key: Key) -> None:
-        self._uses[key.name].running -= 1
 
 
 def load_keys(path: str | None) -> Keys | None:
@@ -156,11 +127,21 @@ def _is_name(name: str) -> bool:
     return 1 <= len(name) <= 64 and name.isascii() and name.replace("-", "a").isalnum()
 
 
+class Quota(Protocol):
+    """What keys have used, at whichever front."""
+
+    async def begin(self, key: Key) -> float:
+        """Count a request that makes something: 0, or the seconds after which it may come again."""
+
+    async def end(self, key: Key) -> None:
+        """It is done."""
+
+
 class KeyGuard:
     """Lets nobody without a key through, before anything of the request is read."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
-        self.app, self.keys = app, keys
+    def __init__(self, app: ASGIApp, *, keys: Keys, quota: Quota) -> None:
+        self.app, self.keys, self.quota = app, keys, quota
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
@@ -177,14 +158,14 @@ class KeyGuard:
         scope[CLIENT] = key.name
         if scope["method"] in ("GET", "HEAD", "DELETE") or scope["path"].endswith("/cancel"):
             return await self.app(scope, receive, send)
-        if wait_s := self.keys.begin(key):
+        if wait_s := await self.quota.begin(key):
             message = f"key {key.name} may make {key.per_minute} requests a minute and {key.concurrent} at once"
             headers = {"Retry-After": str(max(1, round(wait_s)))}
             return await error_response(429, message, code="rate_limit_exceeded", headers=headers)(scope, receive, send)
         try:
             await self.app(scope, receive, send)
         finally:
-            self.keys.end(key)
+            await self.quota.end(key)
 
     def _key(self, scope: Scope) -> Key | None:
         headers = dict(scope["headers"])

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.admission import Load
+from deployments.events import StreamEvent
+from deployments.ledger import News, Part
 from minigpt5.errors import EngineLost, FingerprintMismatch, MiniGPT5Error
 from minigpt5.flow import describe
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest
 
 READY_TIMEOUT_S = 5.0
+LEDGER_TIMEOUT_S = 10.0
+LEDGER_TRIES = 20
+LEDGER_PAUSE_S = 0.5
 
 
 class NotReady(Exception):
@@ -82,6 +88,48 @@ class ServeEngines:
             raise NotReady(f"{name} does not answer within {READY_TIMEOUT_S:g} s") from None
         except Exception as failure:  # whatever Serve raises, the engine cannot be used now
             raise NotReady(f"{name} does not answer: {describe(failure)}") from failure
+
+
+class ServeLedger:
+    """The ledger of several fronts, behind Serve's handle; see deployments.ledger.Ledger."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def beat(self, front: str, held: Mapping[str, int], load: Load) -> News:
+        return await self._ask("beat", front, held, load)
+
+    async def claim(self, front: str, name: str, *, is_new: bool = False) -> int | None:
+        return await self._ask("claim", front, name, is_new=is_new)
+
+    async def release(self, name: str, number: int) -> None:
+        await self._ask("release", name, number)
+
+    async def cancel(self, name: str) -> bool:
+        return await self._ask("cancel", name)
+
+    async def begin(self, front: str, client: str, *, per_minute: int, concurrent: int) -> float:
+        return await self._ask("begin", front, client, per_minute=per_minute, concurrent=concurrent)
+
+    async def end(self, front: str, client: str) -> None:
+        await self._ask("end", front, client)
+
+    async def read(self, name: str, start: int) -> Part | None:
+        return await self._ask("read", name, start)
+
+    async def tell(self, name: str, number: int, start: int, events: Sequence[StreamEvent]) -> bool:
+        return await self._ask("tell", name, number, start, events)
+
+    async def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """All of it may be asked twice: what the dead one has granted is unknown to the next."""
+        for attempt in range(LEDGER_TRIES):
+            try:
+                async with asyncio.timeout(LEDGER_TIMEOUT_S):
+                    return await getattr(self._handle, method).remote(*arguments, **options)
+            except (RayActorError, TimeoutError) as failure:  # Serve starts another one
+                if attempt == LEDGER_TRIES - 1:
+                    raise EngineLost("the fronts' ledger does not answer") from failure
+                await asyncio.sleep(LEDGER_PAUSE_S)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,27 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from deployments.admission import Admission
-from deployments.auth import CLIENT, Keys
+from deployments.auth import CLIENT, Key, Keys
 from deployments.engines import Engines
+from deployments.ledger import Ledger, LocalLedger
 from deployments.registry import Registry
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
 from minigpt5.store import StoryStore
+
+
+@dataclass(frozen=True)
+class FrontQuota:
+    """What keys have used, as one front counts it; see deployments.auth.Quota."""
+
+    ledger: Ledger
+    front: str
+
+    async def begin(self, key: Key) -> float:
+        return await self.ledger.begin(self.front, key.name, per_minute=key.per_minute, concurrent=key.concurrent)
+
+    async def end(self, key: Key) -> None:
+        await self.ledger.end(self.front, key.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +42,7 @@ class Front:
     store: StoryStore
     admission: Admission
     registry: Registry
+    quota: FrontQuota
     max_age_s: float | None = None
     max_bytes: float | None = None
     """Of stored stories; None: all stay."""
@@ -44,15 +60,19 @@ def build_front(
     max_age_s: float | None = None,
     max_bytes: float | None = None,
     keys: Keys | None = None,
+    ledger: Ledger | None = None,
 ) -> Front:
+    """`ledger`: of all fronts; None: this is the only one."""
+    ledger = ledger or LocalLedger()
     admission = Admission(max_wait_s=max_wait_s, max_running=max_running)
-    registry = Registry(engines, store, admission, model=config.name)
+    registry = Registry(engines, store, admission, ledger, model=config.name)
     return Front(
         config=config,
         engines=engines,
         store=store,
         admission=admission,
         registry=registry,
+        quota=FrontQuota(ledger, registry.front),
         max_age_s=max_age_s,
         max_bytes=max_bytes,
         keys=keys,

@@ -27,7 +27,7 @@ pages = APIRouter(dependencies=[Depends(check_owner)])
 @pages.post("/v1/stories/{story_id}/pages", status_code=201)
 async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: ClientOf) -> Response:
     """Go on with a story: `count` pages after those that are complete."""
-    with front.registry.alone(story_id):
+    async with front.registry.alone(story_id) as store:
         state = await asyncio.to_thread(front.store.load, story_id)
         request = await asyncio.to_thread(front.store.load_request, story_id)
         num_complete = len(_complete(state))
@@ -36,7 +36,7 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
                 "count", f"count is {body.count} but the story has {num_complete} pages and may have {MAX_PAGES}"
             )
         request = dataclasses.replace(request, pages=num_complete + body.count, key=client)
-        story = await front.registry.go_on(state, request)
+        story = await front.registry.go_on(state, request, store)
     return await answer(front, story.id, stream=body.stream, wait=body.wait)
 
 
@@ -44,11 +44,11 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> PageReply:
     """Edit a page's text: its vokens are read anew and its picture is drawn anew, later pages stay. Or choose one of
     its pictures."""
-    with front.registry.alone(story_id):
+    async with front.registry.alone(story_id) as store:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         if body.variant is not None:
             chosen = _choose(old, body.variant)
-            await asyncio.to_thread(front.store.save_page, story_id, chosen)
+            await asyncio.to_thread(store.save_page, story_id, chosen)
             return page_reply(story_id, chosen)
         state = await asyncio.to_thread(front.store.load, story_id)
         request = dataclasses.replace(await asyncio.to_thread(front.store.load_request, story_id), key=client)
@@ -60,11 +60,11 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 
         def change() -> None:
             # In this order: who goes on after a crash finds either the old page, or the new one without a picture.
-            front.store.forget_drawing(story_id, page)
-            front.store.save_page(story_id, new)
+            store.forget_drawing(story_id, page)
+            store.save_page(story_id, new)
 
-        story = await front.registry.go_on(state, request, change=change)
-    await story.finish()
+        await front.registry.go_on(state, request, store, change=change)
+    await front.registry.wait(story_id)
     return page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page))
 
 
@@ -77,7 +77,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> PageReply:
     """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
     work."""
-    with front.registry.alone(story_id):
+    async with front.registry.alone(story_id) as store:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         variants = old.variants or ((old.image,) if old.image else ())
         if len(variants) >= MAX_VARIANTS:
@@ -90,8 +90,8 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
 
         def keep() -> None:
-            front.store.save_picture(story_id, picture, variant=number)
-            front.store.save_page(story_id, new)
+            store.save_picture(story_id, picture, variant=number)
+            store.save_page(story_id, new)
 
         await asyncio.to_thread(keep)
     return page_reply(story_id, new)

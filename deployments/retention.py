@@ -33,13 +33,13 @@ async def remove_old(
     total = sum(sizes.values())
     for story_id in sorted(sizes):
         try:
-            with registry.alone(story_id):
+            async with registry.alone(story_id) as owned:
                 state = await asyncio.to_thread(store.load, story_id)
                 is_old = max_age_s is not None and time.time() - state.created > max_age_s
                 is_too_much = max_bytes is not None and total > max_bytes
                 if state.status == "drawing" or not (is_old or is_too_much):
                     continue
-                await asyncio.to_thread(store.delete, story_id)
+                await asyncio.to_thread(owned.delete, story_id)
         except (StoryBusy, StoryNotFound):
             continue
         total -= sizes[story_id]

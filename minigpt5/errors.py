@@ -39,6 +39,10 @@ class StoryNotFound(MiniGPT5Error, KeyError):
         return str(self.args[0]) if self.args else "story not found"
 
 
+class StoryTaken(MiniGPT5Error):
+    """A story is being made by another process: what this one has of it is no longer to be stored."""
+
+
 class StorageError(MiniGPT5Error):
     """A folder or URI for stories that cannot be used."""
 

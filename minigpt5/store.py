@@ -6,7 +6,8 @@ stories/<id>/pages/<n>/page.json         a PageState: text, then the picture's s
 stories/<id>/pages/<n>/vokens.safetensors
 stories/<id>/pages/<n>/picture.png       the first picture; later variants are picture-1.png, picture-2.png, ...
 once/<name>.json                         the story that a request which may come twice has begun
-running/<id>                             while a story is being made: who goes on after a crash finds it there
+running/<id>                             while a story is being made: its owner's number; who goes on after a crash
+                                         finds it there
 
 Ids of stories begin with the time of their making, so that their order is the order of time.
 """
@@ -14,6 +15,7 @@ Ids of stories begin with the time of their making, so that their order is the o
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from minigpt5.errors import StorageError, StoryNotFound
+from minigpt5.errors import StorageError, StoryNotFound, StoryTaken
 from minigpt5.story import (
     PageState,
     StoryState,
@@ -67,24 +69,32 @@ class StoryStore:
                 f"storage {uri} cannot be written ({error}): name another folder or URI, or give it write permission"
             ) from error
         self.uri = uri
+        self._number: int | None = None
+
+    def owned(self, number: int) -> StoryStore:
+        """The same stories, for who changes one under a lease with this number: what is written after somebody with a
+        higher one has taken the story raises StoryTaken."""
+        store = copy.copy(self)
+        store._number = number
+        return store
 
     def save(self, state: StoryState) -> None:
         """Everything but the pages, which `save_page` writes each by itself."""
         values = dataclasses.asdict(state)
         del values["pages"]
-        self._write(f"{_folder(state.id)}/story.json", _to_bytes(values))
+        self._write_of(state.id, "story.json", _to_bytes(values))
 
     def save_page(self, story_id: str, page: PageState) -> None:
-        self._write(f"{_folder(story_id, page.index)}/page.json", _to_bytes(dataclasses.asdict(page)))
+        self._write_of(story_id, f"{_page(story_id, page.index)}/page.json", _to_bytes(dataclasses.asdict(page)))
 
     def save_vokens(self, story_id: str, vokens: Vokens) -> None:
-        self._write(f"{_folder(story_id, vokens.page)}/vokens.safetensors", pack(vokens))
+        self._write_of(story_id, f"{_page(story_id, vokens.page)}/vokens.safetensors", pack(vokens))
 
     def save_picture(self, story_id: str, picture: Picture, *, variant: int = 0) -> None:
-        self._write(f"{_folder(story_id, picture.page)}/{_picture_name(variant)}", picture.png)
+        self._write_of(story_id, f"{_page(story_id, picture.page)}/{_picture_name(variant)}", picture.png)
 
     def save_request(self, story_id: str, request: StoryRequest) -> None:
-        self._write(f"{_folder(story_id)}/request.json", _to_bytes(request_to_json(request)))
+        self._write_of(story_id, "request.json", _to_bytes(request_to_json(request)))
 
     def load_request(self, story_id: str) -> StoryRequest:
         """Raises StoryNotFound."""
@@ -92,13 +102,32 @@ class StoryStore:
         return request_from_json(json.loads(data))
 
     def mark(self, story_id: str, *, is_running: bool) -> None:
-        """Note that a story is being made, or no longer."""
+        """Note that a story is being made, by the owner of this store's number, or no longer. Raises StoryTaken."""
         path = f"running/{_checked(story_id)}"
         if is_running:
-            self._write(path, b"-")  # an object store may not keep an empty file
+            self._check_owner(story_id, is_first=True)
+            self._write(path, str(self._number or 0).encode())
         else:
+            self._check_owner(story_id)
             with contextlib.suppress(FileNotFoundError):
                 self._files.delete_file(path)
+
+    def _check_owner(self, story_id: str, *, is_first: bool = False) -> None:
+        """`is_first`: there need not be one."""
+        if self._number is None:
+            return
+        try:
+            owner = int(self._read(f"running/{_checked(story_id)}", "") or 0)
+        except StoryNotFound:
+            owner = 0 if is_first else -1
+        if owner == self._number or (is_first and owner < self._number):
+            return
+        raise StoryTaken(f"{story_id} is no longer made under number {self._number}: another process has taken it")
+
+    def _write_of(self, story_id: str, name: str, data: bytes) -> None:
+        """A file of a story."""
+        self._check_owner(story_id)
+        self._write(f"{_folder(story_id)}/{name}", data)
 
     def running(self) -> list[str]:
         """Stories that were being made when somebody last looked after them, oldest first."""
@@ -124,7 +153,7 @@ class StoryStore:
     def sizes(self) -> dict[str, int]:
         """Bytes by story."""
         found: dict[str, int] = {}
-        for info in self._files.get_file_info(fs.FileSelector("stories", recursive=True, allow_not_found=True)):
+        for info in self._list("stories", recursive=True):
             story_id = info.path.split("/")[1] if info.is_file else ""
             if STORY_ID.fullmatch(story_id):
                 found[story_id] = found.get(story_id, 0) + info.size
@@ -132,6 +161,7 @@ class StoryStore:
 
     def delete(self, story_id: str) -> None:
         """Raises StoryNotFound."""
+        self._check_owner(story_id)
         try:
             self._files.delete_dir(_folder(story_id))
         except FileNotFoundError:
@@ -145,15 +175,16 @@ class StoryStore:
     def load(self, story_id: str) -> StoryState:
         """Raises StoryNotFound."""
         values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
-        selector = fs.FileSelector(f"{_folder(story_id)}/pages", allow_not_found=True, recursive=True)
-        paths = [info.path for info in self._files.get_file_info(selector) if info.base_name == "page.json"]
+        infos = self._list(f"{_folder(story_id)}/pages", recursive=True)
+        paths = [info.path for info in infos if info.base_name == "page.json"]
         pages = [page_from_json(json.loads(self._read(path, f"no story {story_id!r}"))) for path in paths]
         return state_from_json(values, pages=tuple(sorted(pages, key=lambda page: page.index)))
 
     def load_vokens(self, story_id: str, page: int) -> Vokens:
         """Raises StoryNotFound."""
         data = self._read(
-            f"{_folder(story_id, page)}/vokens.safetensors", f"story {story_id!r} has no vokens on page {page}"
+            f"{_folder(story_id)}/{_page(story_id, page)}/vokens.safetensors",
+            f"story {story_id!r} has no vokens on page {page}",
         )
         return unpack(data, page=page)
 
@@ -189,16 +220,17 @@ class StoryStore:
     def load_page(self, story_id: str, page: int) -> PageState:
         """Raises StoryNotFound."""
         missing = f"story {story_id!r} has no page {page}"
-        return page_from_json(json.loads(self._read(f"{_folder(story_id, page)}/page.json", missing)))
+        return page_from_json(json.loads(self._read(f"{_folder(story_id)}/{_page(story_id, page)}/page.json", missing)))
 
     def load_picture(self, story_id: str, page: int, *, variant: int = 0) -> bytes:
         """The PNG. Raises StoryNotFound."""
         missing = f"story {story_id!r} has no picture{f' {variant}' if variant else ''} on page {page}"
-        return self._read(f"{_folder(story_id, page)}/{_picture_name(variant)}", missing)
+        return self._read(f"{_folder(story_id)}/{_page(story_id, page)}/{_picture_name(variant)}", missing)
 
     def forget_drawing(self, story_id: str, page: int) -> None:
         """Remove a page's vokens and pictures: its text is another one now."""
-        folder = _folder(story_id, page)
+        self._check_owner(story_id)
+        folder = f"{_folder(story_id)}/{_page(story_id, page)}"
         for name in self._names(folder):
             if name != "page.json":
                 self._files.delete_file(f"{folder}/{name}")
@@ -217,8 +249,15 @@ class StoryStore:
             self._files.move(written, path)
 
     def _names(self, folder: str) -> list[str]:
-        infos = self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return [info.base_name for info in infos if not info.base_name.endswith(".tmp")]
+        return [info.base_name for info in self._list(folder) if not info.base_name.endswith(".tmp")]
+
+    def _list(self, folder: str, *, recursive: bool = False) -> list[fs.FileInfo]:
+        """What is in a folder; nothing where there is none."""
+        selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
+        for _ in range(3):
+            with contextlib.suppress(FileNotFoundError):  # a folder that comes into being, or goes, just then
+                return self._files.get_file_info(selector)
+        return []
 
     def _read(self, path: str, missing: str) -> bytes:
         try:
@@ -235,14 +274,16 @@ def _checked(story_id: str) -> str:
     return story_id
 
 
-def _folder(story_id: str, page: int | None = None) -> str:
-    """Where a story or one of its pages lies."""
-    folder = f"stories/{_checked(story_id)}"
-    if page is None:
-        return folder
+def _folder(story_id: str) -> str:
+    """Where a story lies."""
+    return f"stories/{_checked(story_id)}"
+
+
+def _page(story_id: str, page: int) -> str:
+    """Where a page lies in it."""
     if not 1 <= page <= 9999:
         raise StoryNotFound(f"story {story_id!r} has no page {str(page)[:20]}")
-    return f"{folder}/pages/{page}"
+    return f"pages/{page}"
 
 
 def _picture_name(variant: int) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from deployments.api import create_api
 from deployments.auth import Keys
 from deployments.front import Front, build_front
+from deployments.ledger import Ledger
 from minigpt5.config import storybook
 from minigpt5.store import StoryStore
 from minigpt5.types import DrawSettings, Vokens
@@ -40,12 +41,13 @@ class Served:
         max_wait_s: float = 60,
         max_running: int = 4,
         keys: Keys | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
         self.store = StoryStore(str(storage))
         engines = LocalEngines(self.generator, self.decoder)
         self.front: Front = build_front(
-            CONFIG, engines, self.store, max_wait_s=max_wait_s, max_running=max_running, keys=keys
+            CONFIG, engines, self.store, max_wait_s=max_wait_s, max_running=max_running, keys=keys, ledger=ledger
         )
 
     def run(self, use: Use) -> None:

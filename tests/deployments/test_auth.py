@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from deployments.auth import COOKIE, VARIABLE, KeyGuard, Keys, KeysError, add_key, load_keys
+from deployments.ledger import LocalLedger
 from tests.deployments.served import Served, assert_error, read_events
 from tests.fakes import FakeGenerator
 
@@ -131,7 +132,7 @@ def test_forgeries_of_any_shape_are_refused(guarded: Guarded, path: str, query: 
         raise AssertionError("it was let through")
 
     scope = {"type": "http", "method": "GET", "path": path, "query_string": query, "headers": [(b"cookie", cookie)]}
-    asyncio.run(KeyGuard(never, keys=guarded.keys)(scope, never, send))  # type: ignore[arg-type]
+    asyncio.run(KeyGuard(never, keys=guarded.keys, quota=guarded.front.quota)(scope, never, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 401
 
 
@@ -209,9 +210,8 @@ def test_a_book_is_shared_by_a_link_that_expires(guarded: Guarded, monkeypatch: 
 
 
 def test_a_key_has_so_many_requests_a_minute(tmp_path: Path) -> None:
-    guarded = Guarded(tmp_path, per_minute=2)
     now = 0.0
-    guarded.keys.clock = lambda: now
+    guarded = Guarded(tmp_path, per_minute=2, ledger=LocalLedger(clock=lambda: now))
     for _ in range(2):
         assert guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice).status_code == 201
     reply = guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice)
