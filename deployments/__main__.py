@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from types import FrameType
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 READY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 10.0
 
@@ -42,9 +41,11 @@ def parse_args() -> argparse.Namespace:
     from minigpt5.store import default_storage
 
     parser = argparse.ArgumentParser(prog="python -m deployments", description="Serve stories over HTTP; Ctrl-C ends.")
-    parser.add_argument("--host", default=LOOPBACK[0], help="(default: %(default)s, this machine alone)")
+    parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--api-keys", default="", help="file of API keys; needed where others can reach the server")
+    parser.add_argument("--filters", help="text,picture, one of them, or none (default: as the model says)")
+    parser.add_argument("--fronts", type=int, default=1, help="HTTP fronts (default: %(default)s)")
     parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default: the shipped one)")
     parser.add_argument("--storage", default=default_storage(), help="folder or URI (default: %(default)s)")
     return parser.parse_args()
@@ -69,18 +70,13 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
 
 
 def check_keys(host: str, api_keys: str) -> None:
-    """Whoever reaches a server without keys may do everything there: it is for this machine alone."""
-    from deployments.auth import KeysError, load_keys
+    """Raises StartError."""
+    from deployments.auth import KeysError, check_host, load_keys
 
     try:
-        keys = load_keys(api_keys or None)
+        check_host(host, load_keys(api_keys or None))
     except KeysError as error:
         raise StartError(str(error)) from None
-    if keys is None and host not in LOOPBACK:
-        raise StartError(
-            f"host is {host}, which others can reach, and there are no API keys: make some with "
-            "python -m deployments.auth keys.json NAME and add --api-keys keys.json"
-        )
 
 
 def check_port(host: str, port: int) -> None:
@@ -144,7 +140,13 @@ def start(args: argparse.Namespace) -> None:
         signal.signal(number, _interrupt)
     serve.start(http_options={"host": args.host, "port": args.port})
     try:
-        arguments = AppArgs(model=args.model, storage=args.storage, api_keys=args.api_keys)
+        arguments = AppArgs(
+            model=args.model,
+            storage=args.storage,
+            api_keys=args.api_keys,
+            filters=args.filters,
+            front_replicas=args.fronts,
+        )
         serve.run(app(arguments), name="default", route_prefix="/")
     except RuntimeError as error:
         logs = f"{ray._private.worker._global_node.get_logs_dir_path()}/serve"

@@ -15,17 +15,17 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.access_log import AccessLog
-from deployments.auth import KeyGuard, load_keys, session_cookie
+from deployments.auth import CLIENT, KeyGuard, check_host, load_keys, session_cookie
 from deployments.chat import chat
 from deployments.drawing import draw_alone
 from deployments.engines import NotReady, ServeEngines, ServeLedger
 from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
 from deployments.events import Position
 from deployments.exports import exports
-from deployments.front import ClientOf, Front, FrontOf, build_front, check_owner
+from deployments.front import ClientOf, Front, FrontOf, build_front, check_owner, check_texts
 from deployments.images import images
 from deployments.pages import MAX_VARIANTS, pages
-from deployments.replies import answer, stream_reply
+from deployments.replies import answer, reply, stream_reply
 from deployments.retention import keep_within
 from deployments.schemas import (
     CreatePicture,
@@ -40,6 +40,7 @@ from deployments.schemas import (
 )
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
 from minigpt5.model_folder import load_config
+from minigpt5.safety import TextFilter
 from minigpt5.store import StoryStore
 from minigpt5.types import MAX_PAGES
 from minigpt5.voken_file import pack
@@ -55,6 +56,8 @@ STUDIO_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-sr
 def refuse_unknown_query(request: Request) -> None:
     """A query that a route does not take would otherwise be ignored."""
     known = {param.alias for param in request.scope["route"].dependant.query_params}
+    if request.scope.get(CLIENT, "") is None:  # a signed URL
+        known |= {"expires", "signature"}
     for name, value in request.query_params.items():
         if name not in known:
             raise ApiError(422, f"query parameter {name[:40]} (value {shown(value)}) is unknown here", param=name[:40])
@@ -74,6 +77,7 @@ async def create_story(
     """Write and draw a story: as a whole, with `stream` as server-sent events, or without `wait` in the background.
     The same `Idempotency-Key` with the same body is the same story, however often it is sent."""
     request = await asyncio.to_thread(to_story_request, body, front.config, client=client)
+    check_texts(front, request.prompt, "prompt")
     if idempotency_key is None:
         story = await front.registry.start(request)
         return await answer(front, story.id, stream=body.stream, wait=body.wait)
@@ -88,7 +92,7 @@ async def list_stories(
     client: ClientOf,
     limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
     after: Annotated[str | None, Query(max_length=64)] = None,
-) -> StoryList:
+) -> Response:
     """Stories, newest first; where there are keys, those of the own one."""
 
     def load() -> StoryList:
@@ -102,17 +106,15 @@ async def list_stories(
                     found.append(story_reply(state))
         return StoryList(data=found, has_more=False)
 
-    return await asyncio.to_thread(load)
+    return reply(front, await asyncio.to_thread(load))
 
 
 @stories.get("/v1/stories/{story_id}", response_model=StoryReply, response_model_exclude_none=True)
-async def get_story(
-    story_id: str, front: FrontOf, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0
-) -> StoryReply:
+async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0) -> Response:
     """A story as far as it is; with `wait`, after its end or so many seconds."""
     if wait:
         await front.registry.wait(story_id, wait)
-    return story_reply(await asyncio.to_thread(front.store.load, story_id))
+    return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
 @stories.get("/v1/stories/{story_id}/events")
@@ -125,7 +127,7 @@ async def get_events(
     except ValueError as error:
         raise ApiError(422, str(error), param="Last-Event-ID", code="invalid_value") from error
     await asyncio.to_thread(front.store.load, story_id)
-    return stream_reply(front.registry.follow(story_id, seen))
+    return stream_reply(front, front.registry.follow(story_id, seen))
 
 
 @stories.delete("/v1/stories/{story_id}", status_code=204)
@@ -169,10 +171,10 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
 
 
 @stories.post("/v1/stories/{story_id}/cancel", response_model=StoryReply, response_model_exclude_none=True)
-async def cancel_story(story_id: str, front: FrontOf) -> StoryReply:
+async def cancel_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work; what was finished stays. A story that has ended stays as it is."""
     await front.registry.cancel(story_id)
-    return story_reply(await asyncio.to_thread(front.store.load, story_id))
+    return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
 @stories.get("/v1/models")
@@ -288,6 +290,11 @@ def create_api(front: Front) -> FastAPI:
     return api
 
 
+def get_host() -> str:
+    """The address that this Ray's HTTP proxies bind."""
+    return serve.context._get_global_client().http_config.host or ""
+
+
 @serve.ingress()
 class Ingress:
     """The front as a Serve deployment."""
@@ -303,8 +310,10 @@ class Ingress:
         max_age_s: float | None = None,
         max_bytes: float | None = None,
         api_keys: str = "",
+        filters: tuple[str, ...] = (),
         ledger: DeploymentHandle | None = None,
     ) -> None:
+        check_host(get_host(), load_keys(api_keys or None))
         self.front = build_front(
             load_config(model),
             ServeEngines(generator, decoder),
@@ -314,6 +323,7 @@ class Ingress:
             max_age_s=max_age_s,
             max_bytes=max_bytes,
             keys=load_keys(api_keys or None),
+            text_filter=TextFilter() if "text" in filters else None,
             ledger=ServeLedger(ledger) if ledger else None,
         )
 

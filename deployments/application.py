@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
@@ -40,6 +40,9 @@ class AppArgs(BaseModel):
     """Folder or URI that keeps the stories."""
     api_keys: str = ""
     """File of API keys, which the front's node can read (see `deployments/auth.py`); none: no key is asked for."""
+    filters: str | None = None
+    """What is filtered: "text", "picture", both with a comma between, or "none"; as the model's config.json says where
+    it is not given. See `minigpt5/safety.py`."""
     keep_days: float | None = Field(default=None, gt=0)
     """Stories that are older are removed; none: they stay."""
     keep_gib: float | None = Field(default=None, gt=0)
@@ -65,6 +68,13 @@ class AppArgs(BaseModel):
     decoder_num_threads: int = Field(default=2, ge=1)
     log_level: str = "INFO"
 
+    @field_validator("filters")
+    @classmethod
+    def are_known(cls, filters: str | None) -> str | None:
+        if unknown := set(filters.split(",")) - {"text", "picture", "none"} if filters is not None else set():
+            raise ValueError(f"filters is {filters!r}, and there is no {min(unknown)!r}: name text, picture or none")
+        return filters
+
     @model_validator(mode="after")
     def has_room(self) -> "AppArgs":
         for engine in ("generator", "decoder"):
@@ -78,7 +88,8 @@ def app(args: AppArgs) -> Application:
     """Wire the deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
     `args.api_keys` has no keys."""
     model = str(Path(args.model).expanduser().resolve())
-    load_config(model)
+    config = load_config(model)
+    filters = config.filters if args.filters is None else tuple(args.filters.split(","))
     storage = args.storage if "://" in args.storage else str(Path(args.storage).expanduser().resolve())
     api_keys = str(Path(args.api_keys).expanduser().resolve()) if args.api_keys else ""
     load_keys(api_keys or None)
@@ -109,7 +120,7 @@ def app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": args.decoder_num_cpus, "num_gpus": args.decoder_num_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.decoder_num_threads, args.decoder_precision)
+    ).bind(model, args.decoder_num_threads, args.decoder_precision, filters)
     ledger = serve.deployment(
         LocalLedger,
         name="Ledger",
@@ -136,5 +147,6 @@ def app(args: AppArgs) -> Application:
         args.keep_days and args.keep_days * 86_400,
         args.keep_gib and args.keep_gib * 2**30,
         api_keys,
+        filters,
         ledger.bind() if args.front_replicas > 1 else None,
     )

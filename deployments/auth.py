@@ -5,8 +5,8 @@ Keys lie hashed in a JSON file (or in the environment variable MINIGPT5_API_KEYS
     {"secret": "...", "keys": [{"name": "alice", "sha256": "...", "per_minute": 60, "concurrent": 8}]}
 
 `python -m deployments.auth FILE NAME` adds a key to the file and prints it, once. A key comes as `Authorization: Bearer
-KEY`, as from OpenAI's client, or is exchanged for a cookie by `POST /login`, as the studio does. Books may be shared by
-a link that is signed with the file's secret and expires.
+KEY`, as from OpenAI's client, or is exchanged for a cookie by `POST /login`, as the studio does. Pictures and books may
+also be read by URLs that are signed with the file's secret and expire.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import error_response
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 VARIABLE = "MINIGPT5_API_KEYS"
 COOKIE = "minigpt5"
 CLIENT = "minigpt5.client"
 """Where a request's scope has the name of its key."""
 SESSION_S = 12 * 3600
+URL_S = 24 * 3600
 GUARDED = "/v1/"
+SHARED = (".html", ".epub", ".pdf", ".png")
+"""What may be read by a signed URL."""
 
 
 class KeysError(ValueError):
@@ -79,6 +83,23 @@ class Keys:
     def is_signed(self, signature: str, *parts: object) -> bool:
         return hmac.compare_digest(self.sign(*parts).encode(), signature.encode())
 
+    def sign_url(self, url: str, *, expires: int | None = None) -> str:
+        """A path with its query, readable without a key until `expires`, in seconds since 1970. Without that it is
+        good for a day or a little more: the same URL for an hour, so that a browser has it once."""
+        if expires is None:
+            expires = (int(time.time()) // 3600 + 1) * 3600 + URL_S
+        mark = "&" if "?" in url else "?"
+        return f"{url}{mark}expires={expires}&signature={self.sign('read', url, expires)}"
+
+    def is_signed_url(self, path: str, query: str) -> bool:
+        """Whether `sign_url` has made it, and it has not expired."""
+        rest, _, signature = query.rpartition("&signature=")
+        rest, _, expires = rest.rpartition("expires=")
+        if not _is_to_come(expires):
+            return False
+        url = f"{path}?{rest.removesuffix('&')}" if rest else path
+        return self.is_signed(signature, "read", url, expires)
+
     def new_session(self, key: Key) -> str:
         expires = int(time.time()) + SESSION_S
         return f"{key.name}.{expires}.{self.sign('session', key.name, key.sha256, expires)}"
@@ -116,6 +137,17 @@ def load_keys(path: str | None) -> Keys | None:
             f"{source} must have a secret of 32 characters and keys of different names (letters, digits, -)"
         )
     return Keys(keys=keys, secret=secret)
+
+
+def check_host(host: str, keys: Keys | None) -> None:
+    """Whoever reaches a server without keys may do everything there: it is for its own machine alone. Raises
+    KeysError."""
+    if keys is None and host not in LOOPBACK:
+        raise KeysError(
+            f"host is {host}, which others can reach, and there are no API keys: make some with "
+            f"python -m deployments.auth keys.json NAME and name the file: --api-keys keys.json, or api_keys in the "
+            f"application's args, or their JSON in {VARIABLE}"
+        )
 
 
 def _is_to_come(expires: str) -> bool:
@@ -179,14 +211,10 @@ class KeyGuard:
         return None
 
     def _is_shared(self, scope: Scope) -> bool:
-        """Whether a link to a book is signed, and still good."""
-        if scope["method"] != "GET" or not scope["path"].endswith((".html", ".epub")):
+        """Whether it is read by a signed URL."""
+        if scope["method"] not in ("GET", "HEAD") or not scope["path"].endswith(SHARED):
             return False
-        query = dict(part.partition("=")[::2] for part in scope["query_string"].decode("latin-1").split("&"))
-        expires, signature = query.get("expires", ""), query.get("signature", "")
-        if not _is_to_come(expires):
-            return False
-        if not self.keys.is_signed(signature, "share", scope["path"], expires):
+        if not self.keys.is_signed_url(scope["path"], scope["query_string"].decode("latin-1")):
             return False
         scope[CLIENT] = None
         return True

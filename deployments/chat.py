@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field
 
 from deployments.admission import Place
 from deployments.errors import ApiError
-from deployments.front import ClientOf, Front, FrontOf
+from deployments.front import ClientOf, Front, FrontOf, check_texts
 from deployments.images import check_model
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, decode_data_url, shown
 from minigpt5.config import ModelConfig
@@ -143,6 +143,7 @@ async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Res
             message = f"{name} is {shown(value)}, which is not served here: leave it out"
             raise ApiError(400, message, param=name, code="unsupported_value")
     request = await asyncio.to_thread(to_reply_request, body, front.config, client=client)
+    check_texts(front, request.prompt, "messages")
     place = front.admission.enter(request)
     try:
         await front.engines.check(request)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.admission import Overloaded
 from deployments.registry import KeyTaken, StoryBusy
 from deployments.schemas import UNION_TAGS, shown
-from minigpt5.errors import EngineFull, EngineLost, FingerprintMismatch, InvalidRequest, StoryNotFound
+from minigpt5.errors import Blocked, EngineFull, EngineLost, FingerprintMismatch, InvalidRequest, StoryNotFound
 
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
@@ -52,6 +52,10 @@ def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(InvalidRequest)
     async def refuse_request(request: Request, error: InvalidRequest) -> JSONResponse:
         return error_response(_invalid_status(request), error.message, param=error.field, code="invalid_value")
+
+    @api.exception_handler(Blocked)
+    async def stop(request: Request, error: Blocked) -> JSONResponse:
+        return error_response(_invalid_status(request), str(error), code="content_blocked")
 
     @api.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,4 +1,5 @@
-"""A stored story as a book: HTML to read or print, EPUB for readers; and links to it for who has no key."""
+"""A stored story as a book: HTML to read or print, EPUB for readers, PDF for paper; and links to it for who has no
+key."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import time
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
-from deployments.front import FrontOf, check_owner
+from deployments.front import Front, FrontOf, check_owner
 from deployments.schemas import ShareReply, ShareStory
-from minigpt5.epub import MIMETYPE, to_epub
-from minigpt5.export import to_html
+from minigpt5.epub import MIMETYPE
+from minigpt5.export import to_book
 
 exports = APIRouter(dependencies=[Depends(check_owner)])
 
@@ -19,16 +20,26 @@ exports = APIRouter(dependencies=[Depends(check_owner)])
 @exports.get("/v1/stories/{story_id}.html")
 async def get_html(story_id: str, front: FrontOf) -> Response:
     """One self-contained file."""
-    story = await asyncio.to_thread(front.store.load_story, story_id)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
-    return Response(to_html(story), media_type="text/html", headers={"Content-Security-Policy": policy})
+    return Response(
+        await _book(front, story_id, ".html"), media_type="text/html", headers={"Content-Security-Policy": policy}
+    )
 
 
 @exports.get("/v1/stories/{story_id}.epub")
 async def get_epub(story_id: str, front: FrontOf) -> Response:
-    story = await asyncio.to_thread(front.store.load_story, story_id)
-    headers = {"Content-Disposition": f'attachment; filename="{story.id}.epub"'}
-    return Response(to_epub(story), media_type=MIMETYPE, headers=headers)
+    headers = {"Content-Disposition": f'attachment; filename="{story_id}.epub"'}
+    return Response(await _book(front, story_id, ".epub"), media_type=MIMETYPE, headers=headers)
+
+
+@exports.get("/v1/stories/{story_id}.pdf")
+async def get_pdf(story_id: str, front: FrontOf) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="{story_id}.pdf"'}
+    return Response(await _book(front, story_id, ".pdf"), media_type="application/pdf", headers=headers)
+
+
+async def _book(front: Front, story_id: str, suffix: str) -> bytes:
+    return await asyncio.to_thread(lambda: to_book(front.store.load_story(story_id), suffix))
 
 
 @exports.post("/v1/stories/{story_id}/share", response_model=ShareReply)
@@ -37,9 +48,8 @@ async def share_story(story_id: str, body: ShareStory, front: FrontOf) -> ShareR
     await asyncio.to_thread(front.store.load, story_id)
     expires = int(time.time()) + body.expires_s
 
-    def link(path: str) -> str:
-        query = f"?expires={expires}&signature={front.keys.sign('share', path, expires)}" if front.keys else ""
-        return f"{path}{query}"
+    def link(suffix: str) -> str:
+        path = f"/v1/stories/{story_id}{suffix}"
+        return front.keys.sign_url(path, expires=expires) if front.keys else path
 
-    path = f"/v1/stories/{story_id}"
-    return ShareReply(html=link(f"{path}.html"), epub=link(f"{path}.epub"), expires=expires)
+    return ShareReply(html=link(".html"), epub=link(".epub"), pdf=link(".pdf"), expires=expires)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from deployments.ledger import Ledger, LocalLedger
 from deployments.registry import Registry
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
+from minigpt5.safety import TextFilter
 from minigpt5.store import StoryStore
 
 
@@ -46,6 +48,7 @@ class Front:
     max_age_s: float | None = None
     max_bytes: float | None = None
     """Of stored stories; None: all stay."""
+    text_filter: TextFilter | None = None
     keys: Keys | None = None
     """None: whoever reaches the server may do everything."""
 
@@ -60,12 +63,13 @@ def build_front(
     max_age_s: float | None = None,
     max_bytes: float | None = None,
     keys: Keys | None = None,
+    text_filter: TextFilter | None = None,
     ledger: Ledger | None = None,
 ) -> Front:
     """`ledger`: of all fronts; None: this is the only one."""
     ledger = ledger or LocalLedger()
     admission = Admission(max_wait_s=max_wait_s, max_running=max_running)
-    registry = Registry(engines, store, admission, ledger, model=config.name)
+    registry = Registry(engines, store, admission, ledger, model=config.name, text_filter=text_filter)
     return Front(
         config=config,
         engines=engines,
@@ -76,6 +80,7 @@ def build_front(
         max_age_s=max_age_s,
         max_bytes=max_bytes,
         keys=keys,
+        text_filter=text_filter,
     )
 
 
@@ -96,6 +101,14 @@ def name_client(request: Request) -> str:
 
 
 ClientOf = Annotated[str, Depends(name_client)]
+
+
+def check_texts(front: Front, texts: Iterable[object], field: str) -> None:
+    """Raises Blocked where the text filter stops one of what a client has written."""
+    if front.text_filter:
+        for text in texts:
+            if isinstance(text, str):
+                front.text_filter.check(text, field)
 
 
 async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> None:

@@ -1,4 +1,4 @@
-"""POST /v1/images/generations, in OpenAI's shape.
+"""POST /v1/images/generations, in OpenAI's shape: pictures of a caption, as data or for an hour under a URL.
 
 Ignored fields of an image request: user, quality, style, moderation.
 """
@@ -8,22 +8,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import secrets
 import time
 from typing import Annotated
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from PIL import Image, ImageOps
 from pydantic import Field, field_validator
 
 from deployments.admission import Place
 from deployments.drawing import draw
 from deployments.errors import ApiError
-from deployments.front import ClientOf, Front, FrontOf
+from deployments.front import ClientOf, Front, FrontOf, check_texts
+from deployments.replies import sign_urls
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, shown
 from minigpt5.types import DrawRequest, Picture, StoryRequest, Vokens
 
 MAX_PICTURES = 10
+SIZES = ("256x256", "512x512", "1024x1024", "1536x1024", "1024x1536", "1792x1024", "1024x1792")
+"""OpenAI's: pictures are drawn in the model's own size, and resampled."""
 
 images = APIRouter()
 
@@ -66,8 +71,8 @@ def refuse_unserved(body: CreateImages, *, model: str, native_size: str) -> None
     """Refuse what ignoring would mislead about. Raises ApiError."""
     check_model(body.model, model)
     served: dict[str, tuple[object, ...]] = {
-        "size": ("auto", native_size),
-        "response_format": ("b64_json",),
+        "size": ("auto", native_size, *SIZES),
+        "response_format": ("b64_json", "url"),
         "output_format": ("png",),
         "output_compression": (100,),
         "background": ("auto", "opaque"),
@@ -87,6 +92,7 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
     """Pictures of a caption. A client that goes away stops the work."""
     native_size = f"{front.config.image_px}x{front.config.image_px}"
     refuse_unserved(body, model=front.config.name, native_size=native_size)
+    check_texts(front, [body.prompt], "prompt")
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     request = StoryRequest(
         prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.draw, key=client
@@ -96,10 +102,46 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
         vokens = await _write_vokens(front, request)
         place.see(vokens)
         pictures = await _draw_all(front, place, request, vokens, seeds=[seed + k for k in range(body.n or 1)])
-    data = [{"b64_json": base64.b64encode(picture.png).decode(), "x_seed": picture.seed} for picture in pictures]
+    size = read_size(body.size, native_size)
+    pngs = await asyncio.gather(*[asyncio.to_thread(resample, picture.png, size) for picture in pictures])
+    data: list[dict[str, object]] = []
+    for picture, png in zip(pictures, pngs, strict=True):
+        item = {"b64_json": base64.b64encode(png).decode()}
+        if body.response_format == "url":
+            name = await asyncio.to_thread(front.store.save_image, png)
+            item = {"url": f"/v1/images/{name}.png"}
+        data.append({**item, "x_seed": picture.seed})
     return JSONResponse(
-        {"created": int(time.time()), "data": data, "output_format": "png", "x_native_size": native_size}
+        {
+            "created": int(time.time()),
+            "data": sign_urls(front, data),
+            "size": f"{size[0]}x{size[1]}",
+            "output_format": "png",
+            "x_native_size": native_size,
+        }
     )
+
+
+@images.get("/v1/images/{name}.png")
+async def get_image(name: str, front: FrontOf) -> Response:
+    """A picture whose URL was asked for; it is there for an hour."""
+    return Response(await asyncio.to_thread(front.store.load_image, name), media_type="image/png")
+
+
+def read_size(size: str | None, native_size: str) -> tuple[int, int]:
+    width, _, height = (native_size if size in (None, "auto") else str(size)).partition("x")
+    return int(width), int(height)
+
+
+def resample(png: bytes, size: tuple[int, int]) -> bytes:
+    """As large as asked for; of another shape, its middle."""
+    with Image.open(io.BytesIO(png)) as picture:
+        if picture.size == size:
+            return png
+        resampled = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    resampled.save(file, "PNG")
+    return file.getvalue()
 
 
 async def _write_vokens(front: Front, request: StoryRequest) -> Vokens:

@@ -11,8 +11,8 @@ from fastapi.responses import Response
 
 from deployments.drawing import draw_alone
 from deployments.errors import ApiError
-from deployments.front import ClientOf, FrontOf, check_owner
-from deployments.replies import answer
+from deployments.front import ClientOf, FrontOf, check_owner, check_texts
+from deployments.replies import answer, reply
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, page_reply, redrawn
 from minigpt5.errors import InvalidRequest
 from minigpt5.story import ImageState, PageState, StoryState
@@ -41,7 +41,7 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 
 
 @pages.patch("/v1/stories/{story_id}/pages/{page:int}", response_model=PageReply, response_model_exclude_none=True)
-async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> PageReply:
+async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> Response:
     """Edit a page's text: its vokens are read anew and its picture is drawn anew, later pages stay. Or choose one of
     its pictures."""
     async with front.registry.alone(story_id) as store:
@@ -49,9 +49,10 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
         if body.variant is not None:
             chosen = _choose(old, body.variant)
             await asyncio.to_thread(store.save_page, story_id, chosen)
-            return page_reply(story_id, chosen)
+            return reply(front, page_reply(story_id, chosen))
         state = await asyncio.to_thread(front.store.load, story_id)
         request = dataclasses.replace(await asyncio.to_thread(front.store.load_request, story_id), key=client)
+        check_texts(front, [body.text], "text")
         new = PageState(index=page, text=(body.text or "").strip())
         changed = tuple(new if one.index == page else one for one in state.pages)
         state = dataclasses.replace(state, pages=changed)
@@ -65,7 +66,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 
         await front.registry.go_on(state, request, store, change=change)
     await front.registry.wait(story_id)
-    return page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page))
+    return reply(front, page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page)))
 
 
 @pages.post(
@@ -74,7 +75,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
     response_model=PageReply,
     response_model_exclude_none=True,
 )
-async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> PageReply:
+async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> Response:
     """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
     work."""
     async with front.registry.alone(story_id) as store:
@@ -94,7 +95,7 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             store.save_page(story_id, new)
 
         await asyncio.to_thread(keep)
-    return page_reply(story_id, new)
+    return reply(front, page_reply(story_id, new), 201)
 
 
 def _complete(state: StoryState) -> list[PageState]:

@@ -24,6 +24,7 @@ from deployments.metrics import StoryTimes
 from deployments.replay import Replay
 from minigpt5.errors import MiniGPT5Error, StoryNotFound, StoryTaken
 from minigpt5.flow import describe, stream_story
+from minigpt5.safety import TextFilter
 from minigpt5.store import STORY_ID, StoryStore
 from minigpt5.story import PageState, StoryBuilder, StoryState, new_story_id
 from minigpt5.types import (
@@ -122,11 +123,18 @@ class Registry:
     """Starts stories and owns them until their end."""
 
     def __init__(
-        self, engines: Engines, store: StoryStore, admission: Admission, ledger: Ledger, *, model: str
+        self,
+        engines: Engines,
+        store: StoryStore,
+        admission: Admission,
+        ledger: Ledger,
+        *,
+        model: str,
+        text_filter: TextFilter | None = None,
     ) -> None:
         self.front = secrets.token_hex(8)
         self._engines, self._store, self._admission, self._model = engines, store, admission, model
-        self._ledger = ledger
+        self._ledger, self._text_filter = ledger, text_filter
         self._leases: dict[str, int] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stories: dict[str, RunningStory] = {}
@@ -414,6 +422,8 @@ class Registry:
         async with contextlib.aclosing(join_text(events)) as joined:  # type: ignore[type-var]
             async for event in joined:
                 story.builder.add(event)
+                if self._text_filter and isinstance(event, SlotOpened):
+                    self._text_filter.check(story.builder.text(event.page), f"page {event.page}")
                 place.see(event)
                 clock.see(event)
                 await _to_the_end(asyncio.to_thread(self._keep, story, event))

@@ -128,11 +128,11 @@ class Replay:
 
 def _beginning(complete: dict[int, str], request: StoryRequest) -> tuple[str, ...]:
     """Texts of the first pages, as far as they are complete; an empty one cannot be read."""
-    texts = list(request.given)
-    for page in range(1, request.pages + 1):
-        if not complete.get(page):
+    texts, first = list(request.given), len(request.previous) + 1
+    for number in range(request.pages):
+        if not complete.get(first + number):
             break
-        texts[page - 1 : page] = [complete[page]]
+        texts[number : number + 1] = [complete[first + number]]
     return tuple(texts)
 
 

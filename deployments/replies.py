@@ -1,11 +1,17 @@
-"""A story -> an HTTP reply: whole, as a stream, or where to look later."""
+"""A story -> an HTTP reply: whole, as a stream, or where to look later.
+
+Where there are keys, the URLs in a reply are signed: who has one needs no key for what it names, until it expires.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import dataclasses
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 
 from deployments.errors import error_response
 from deployments.events import StreamEvent
@@ -18,7 +24,7 @@ KEEP_ALIVE_S = 15.0
 async def answer(front: Front, story_id: str, *, stream: bool, wait: bool) -> Response:
     """With its events as they come; or with the story at its end; or at once, with 202."""
     if stream:
-        return stream_reply(front.registry.follow(story_id, None))
+        return stream_reply(front, front.registry.follow(story_id, None))
     path = f"/v1/stories/{story_id}"
     if wait:
         await front.registry.wait(story_id)
@@ -26,17 +32,35 @@ async def answer(front: Front, story_id: str, *, stream: bool, wait: bool) -> Re
     if state.status == "failed":
         message = f"{story_id} failed: {state.error}; what was finished is at {path}"
         return error_response(500, message, code="story_failed", headers={"Location": path})
-    reply = story_reply(state).model_dump(exclude_none=True)
-    return JSONResponse(reply, 201 if wait else 202, headers={"Location": path})
+    return reply(front, story_reply(state), 201 if wait else 202, headers={"Location": path})
 
 
-def stream_reply(events: AsyncIterator[StreamEvent]) -> Response:
+def reply(front: Front, content: BaseModel, status: int = 200, *, headers: Mapping[str, str] | None = None) -> Response:
+    """As JSON."""
+    return JSONResponse(sign_urls(front, content.model_dump(exclude_none=True)), status, headers=dict(headers or {}))
+
+
+def sign_urls(front: Front, data: Any) -> Any:
+    """The same JSON; every "url" in it is signed where there are keys."""
+    if not front.keys:
+        return data
+    if isinstance(data, list):
+        return [sign_urls(front, value) for value in data]
+    if isinstance(data, dict):
+        return {
+            key: front.keys.sign_url(value) if key == "url" and isinstance(value, str) else sign_urls(front, value)
+            for key, value in data.items()
+        }
+    return data
+
+
+def stream_reply(front: Front, events: AsyncIterator[StreamEvent]) -> Response:
     """Server-sent events."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_encode(events), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_encode(front, events), media_type="text/event-stream", headers=headers)
 
 
-async def _encode(events: AsyncIterator[StreamEvent]) -> AsyncIterator[str]:
+async def _encode(front: Front, events: AsyncIterator[StreamEvent]) -> AsyncIterator[str]:
     """As text, with a comment now and then so that nothing on the way closes a quiet line."""
     arriving = asyncio.ensure_future(anext(events, None))
     try:
@@ -48,7 +72,7 @@ async def _encode(events: AsyncIterator[StreamEvent]) -> AsyncIterator[str]:
             event = arriving.result()
             if event is None:
                 return
-            yield event.encode()
+            yield dataclasses.replace(event, data=sign_urls(front, event.data)).encode()
             arriving = asyncio.ensure_future(anext(events, None))
     finally:
         arriving.cancel()

@@ -1,4 +1,5 @@
-"""Old stories go, where an operator says how many may stay: by age, by bytes, or both. None goes without being told."""
+"""Old stories go, where an operator says how many may stay: by age, by bytes, or both. None goes without being told.
+Pictures outside of stories go after an hour."""
 
 from __future__ import annotations
 
@@ -13,14 +14,18 @@ from minigpt5.store import StoryStore
 logger = logging.getLogger("ray.serve")
 
 LOOK_S = 600.0
+IMAGE_S = 3600.0
+"""So long a picture outside of any story is there under its URL."""
 
 
 async def keep_within(
     store: StoryStore, registry: Registry, *, max_age_s: float | None, max_bytes: float | None
 ) -> None:
     """Look now and then, without end."""
-    while max_age_s is not None or max_bytes is not None:
-        await remove_old(store, registry, max_age_s=max_age_s, max_bytes=max_bytes)
+    while True:
+        await asyncio.to_thread(store.delete_images, older_than_s=IMAGE_S)
+        if max_age_s is not None or max_bytes is not None:
+            await remove_old(store, registry, max_age_s=max_age_s, max_bytes=max_bytes)
         await asyncio.sleep(LOOK_S)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
@@ -101,17 +101,6 @@ class CreateStory(Body):
         check_prompt_text(texts, has_image=len(texts) < len(parts))
         return prompt
 
-    @field_validator("feedback")
-    @classmethod
-    def is_served(cls, value: object, info: ValidationInfo) -> object:
-        default = cls.model_fields[str(info.field_name)].default
-        if value != default:
-            raise ValueError(
-                f"{info.field_name} is {shown(value)}, which this version does not serve: "
-                f"leave it out or send {shown(default)}"
-            )
-        return value
-
 
 class Redraw(Body):
     """POST /v1/stories/{id}/pages/{n}/redraw. What is left out is as in the picture that is shown, but for the seed,
@@ -175,6 +164,7 @@ def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = ""
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         sampling=dataclasses.replace(config.sampling, **_sent(body, Sampling)),
         draw=dataclasses.replace(config.draw, **_sent(body, DrawSettings)),
+        feedback=body.feedback,
         previews=body.previews,
         key=client,
     )
@@ -364,6 +354,7 @@ class ShareStory(Body):
 class ShareReply(BaseModel):
     html: str
     epub: str
+    pdf: str
     expires: int
     """Seconds since 1970."""
 

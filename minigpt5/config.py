@@ -83,6 +83,8 @@ class ModelConfig:
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)
+    filters: tuple[str, ...] = ()
+    """What a server filters by default, "text" and "picture": see minigpt5/safety.py."""
     published_quirks: bool = False
     """Repeat the published code's bugs (minigpt5/published.py lists them), to compare with its numbers."""
     licences: tuple[str, ...] = ()
@@ -120,6 +122,7 @@ def storybook() -> ModelConfig:
         ),
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=64),
         draw=DrawSettings(steps=20, guidance_scale=3.0, scheduler="ddim"),
+        filters=("text", "picture"),
         licences=(
             "SmolLM2-135M-Instruct: Apache-2.0",
             "EfficientNet-Lite0: Apache-2.0",

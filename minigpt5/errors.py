@@ -20,6 +20,10 @@ class InvalidRequest(MiniGPT5Error, ValueError):
         return self.message
 
 
+class Blocked(MiniGPT5Error):
+    """A text or a picture that a filter stops."""
+
+
 class BaseModelNotFound(MiniGPT5Error):
     """A base-model id that no place provides; the message lists the places."""
 

@@ -67,13 +67,24 @@ def to_html(story: Story) -> str:
     return DOCUMENT.format(title=escape(story.prompt) or "A story", story=to_html_fragment(story))
 
 
+def to_book(story: Story, suffix: str) -> bytes:
+    """By a file name's ending: .epub, .pdf, or HTML."""
+    if suffix == ".epub":
+        return to_epub(story)
+    if suffix == ".pdf":
+        from minigpt5.pdf import to_pdf
+
+        return to_pdf(story)
+    return to_html(story).encode()
+
+
 def save(story: Story, path: str) -> str:
-    """Write the story as one file, HTML or by its name EPUB, whole or not at all; returns the path. Raises
+    """Write the story as one file, HTML or by its name EPUB or PDF, whole or not at all; returns the path. Raises
     StorageError."""
     target = Path(path)
     if not target.parent.is_dir():
         raise StorageError(f"{path} cannot be written: there is no folder {target.parent}; create it or name another")
-    data = to_epub(story) if target.suffix.lower() == ".epub" else to_html(story).encode()
+    data = to_book(story, target.suffix.lower())
     written = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         written.write_bytes(data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import AsyncIterator, Callable
 
@@ -48,11 +49,12 @@ async def stream_story(
 
     Text comes in order; pictures overlap with later text, and a page is done when it has both. Text after the last
     picture is a page by itself. A picture that fails is an event on its page. A generator that fails raises, after
-    the pictures under way are stopped.
+    the pictures under way are stopped. Where pictures are read back, each page waits for the one before.
     """
     yield StoryStarted(story_id=story_id, seed=request.seed)
     events: asyncio.Queue[StoryEvent | BaseException | None] = asyncio.Queue()
     drawing: set[asyncio.Task[None]] = set()
+    pages: dict[int, Page] = {page.index: page for page in request.previous}
 
     async def draw(vokens: Vokens, text: str) -> None:
         page, picture, error = vokens.page, None, None
@@ -71,12 +73,35 @@ async def stream_story(
         except Exception as failure:  # a failed picture is data on its page, not the end of the story
             error = describe(failure)
             events.put_nowait(PictureFailed(page=page, error=error))
-        events.put_nowait(PageDone(page=Page(index=page, text=text, picture=picture, error=error)))
+        pages[page] = Page(index=page, text=text, picture=picture, error=error)
+        events.put_nowait(PageDone(page=pages[page]))
+
+    async def generate_one_by_one() -> AsyncIterator[GeneratorEvent]:
+        usage = Usage(prompt_tokens=0, completion_tokens=0)
+        for number in range(request.pages):
+            one = dataclasses.replace(
+                request,
+                pages=1,
+                num_later=request.pages - number - 1,
+                previous=tuple(pages[index] for index in sorted(pages)),
+                given=request.given[number : number + 1],
+            )
+            async for event in generate(one):
+                if isinstance(event, Usage):
+                    usage = Usage(
+                        prompt_tokens=usage.prompt_tokens + event.prompt_tokens,
+                        completion_tokens=usage.completion_tokens + event.completion_tokens,
+                    )
+                else:
+                    yield event
+            await asyncio.gather(*drawing)
+        yield usage
 
     async def write() -> None:
         text: dict[int, str] = {}
         try:
-            async for event in generate(request):
+            is_one_by_one = request.feedback == "pictures" and request.mode == "story"
+            async for event in generate_one_by_one() if is_one_by_one else generate(request):
                 if isinstance(event, TextDelta):
                     text[event.page] = text.get(event.page, "") + event.text
                     events.put_nowait(event)

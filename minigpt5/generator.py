@@ -29,7 +29,7 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.fair_share import FairShare
 from minigpt5.kv_cache import RowCache
 from minigpt5.language import LanguageModel
-from minigpt5.prompt import encode, page_ids, request_segments
+from minigpt5.prompt import encode, page_ids, pictures_read, request_segments
 from minigpt5.threads import single_thread
 from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, StoryRequest
 from minigpt5.vision import Vision
@@ -41,6 +41,8 @@ PART = 4
 """A longer prompt is read in parts while others write: of so many tokens, or as many as requests write."""
 LONG_READ = 512
 """Tokens of a step while nobody writes."""
+READ_BACK_TOKENS = 16
+"""Around a picture that is read back, and of what is asked after it."""
 PICTURE_BYTES = 64 * 2**20
 """Of embeddings of input pictures that are kept."""
 
@@ -155,8 +157,7 @@ class VokenGenerator:
             published_quirks=self.config.published_quirks,
         )
         job.script = job.writer.script()
-        pictures = [part.data for part in request.prompt if isinstance(part, InputImage)]
-        if pictures and request.mode != "caption":
+        if pictures := pictures_read(request):
             await asyncio.to_thread(self._see, job, pictures)
         async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:
@@ -173,6 +174,9 @@ class VokenGenerator:
         num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
         num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
+        if request.feedback == "pictures":  # the last page reads all the others' pictures
+            num_new += (request.pages + request.num_later - 1) * (self.config.vision.num_queries + READ_BACK_TOKENS)
+            num_new += request.num_later * limit
         if len(ids) + num_new > self.config.context_tokens:
             raise InvalidRequest(
                 "prompt",

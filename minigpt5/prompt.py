@@ -190,11 +190,38 @@ def next_page_segments(history: Sequence[str], page: str, task: Task, *, variant
     return [*segments, text(END, is_target=True)]
 
 
+def read_back_segments(prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
+    """A prompt and the pages so far with their pictures, as the published stage 2 asks for the next one with both."""
+    segments = [text(f"{READ_AND_TELL}###Human:")]
+    for part in prompt:
+        segments += [text("<Img>"), READ, text("</Img> ")] if isinstance(part, InputImage) else [text(part.strip())]
+    for page in pages:
+        segments.append(text(f" {page.text}"))
+        segments += [text("<Img>"), READ, text("</Img>")] if page.picture else []
+    return join_texts([*segments, text("\n Tell me the next scene with image. ###Assistant:")])
+
+
+def pictures_read(request: StoryRequest) -> list[bytes]:
+    """The pictures of `request_segments`, in reading order."""
+    if request.mode == "caption":
+        return []
+    pictures = [part.data for part in request.prompt if isinstance(part, InputImage)]
+    if _reads_back(request):
+        pictures += [page.picture.png for page in request.previous if page.picture]
+    return pictures
+
+
+def _reads_back(request: StoryRequest) -> bool:
+    return request.mode == "story" and request.feedback == "pictures" and bool(request.previous)
+
+
 def request_segments(request: StoryRequest) -> list[Segment]:
     """What the generator reads before it writes."""
     if request.mode == "caption":
         return caption_segments(" ".join(part for part in request.prompt if isinstance(part, str)))[:1]
     if request.mode == "reply":
         return reply_segments(request.prompt, request.previous)
+    if _reads_back(request):
+        return read_back_segments(request.prompt, request.previous)
     written = [page.text for page in request.previous]
-    return story_segments(request.prompt, len(written) + request.pages, written)
+    return story_segments(request.prompt, len(written) + request.pages + request.num_later, written)

@@ -77,6 +77,11 @@ class StoryRequest:
     given: tuple[str, ...] = ()
     """Texts of a story's first `pages`, used as they are: they are read, not written, and their vokens taken after
     them. Further pages are written."""
+    feedback: Literal["text", "pictures"] = "text"
+    """"pictures": each finished picture is read by the language model before it writes the next page, so that pages
+    follow one another; "text": only the texts are, and pictures overlap with later text."""
+    num_later: int = 0
+    """Pages of a story that other requests will ask for after these."""
     previews: bool = False
     """Whether pictures show themselves on the way, in the Progress of some steps."""
     key: str = ""
@@ -216,7 +221,7 @@ class Story:
         return sum(page.picture.denoise_steps for page in self.pages if page.picture)
 
     def save(self, path: str) -> str:
-        """Write the story as one self-contained file, HTML or (`.epub`) EPUB; returns the path."""
+        """Write the story as one self-contained file, HTML, or by its name EPUB or PDF; returns the path."""
         from minigpt5.export import save
 
         return save(self, path)

@@ -54,6 +54,32 @@ def collect(request: StoryRequest) -> list[StoryEvent]:
     return asyncio.run(run())
 
 
+def test_pictures_that_are_read_back_come_before_the_next_page() -> None:
+    asked: list[StoryRequest] = []
+
+    async def generate_one(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        asked.append(request)
+        page = len(request.previous) + 1
+        yield TextDelta(page=page, text=f"Page {page}.")
+        yield Vokens(page=page, hidden_VH=np.zeros((8, 4), np.float32), fingerprint="x")
+        yield Usage(prompt_tokens=3, completion_tokens=page)
+
+    async def run() -> Story:
+        request = StoryRequest(prompt=("x",), pages=3, seed=4, feedback="pictures", given=("Page 1.",))
+        return await write_story(request, generate_one, decode)
+
+    story = asyncio.run(run())
+    assert [page.text for page in story.pages] == ["Page 1.", "Page 2.", "Page 3."]
+    assert [(request.pages, request.num_later, len(request.given)) for request in asked] == [
+        (1, 2, 1),
+        (1, 1, 0),
+        (1, 0, 0),
+    ]
+    assert [[page.picture is not None for page in request.previous] for request in asked] == [[], [True], [True, True]]
+    assert asked[2].previous == story.pages[:2]
+    assert story.usage == Usage(prompt_tokens=9, completion_tokens=6)
+
+
 def test_text_is_in_order_and_every_page_is_done_once() -> None:
     events = collect(StoryRequest(prompt=("x",), pages=3, seed=4))
     assert isinstance(events[0], StoryStarted)

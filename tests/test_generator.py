@@ -103,6 +103,29 @@ def png(colour: str) -> InputImage:
     return InputImage(data=file.getvalue())
 
 
+# Pictures read back
+
+
+def test_a_page_depends_on_the_pictures_before_it_where_they_are_read_back(generator: VokenGenerator) -> None:
+    def ask(colour: str, **options: object) -> str:
+        picture = Picture(page=1, png=png(colour).data, width=40, height=30, seed=1, denoise_steps=1)
+        previous = (Page(index=1, text="one two", picture=picture),)
+        request = StoryRequest(prompt=("a b c",), pages=1, previous=previous, sampling=SHARP, **options)  # type: ignore[arg-type]
+        events = run(generator, request)[0]
+        assert pages_with_pictures(events) == [2]
+        return text(events)
+
+    assert ask("red", feedback="pictures") == ask("red", feedback="pictures") != ask("blue", feedback="pictures")
+    assert ask("red") == ask("blue")
+
+
+def test_a_story_whose_pictures_would_not_fit_is_refused_at_once(generator: VokenGenerator) -> None:
+    request = StoryRequest(prompt=("a",), pages=6, sampling=Sampling(max_page_tokens=10))
+    generator.check(request)
+    with pytest.raises(InvalidRequest, match="context window"):
+        generator.check(dataclasses.replace(request, feedback="pictures", pages=16))
+
+
 # Replies
 
 

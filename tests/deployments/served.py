@@ -18,6 +18,7 @@ from deployments.auth import Keys
 from deployments.front import Front, build_front
 from deployments.ledger import Ledger
 from minigpt5.config import storybook
+from minigpt5.safety import TextFilter
 from minigpt5.store import StoryStore
 from minigpt5.types import DrawSettings, Vokens
 from tests.fakes import FINGERPRINT, FakeDecoder, FakeGenerator, LocalEngines
@@ -42,12 +43,20 @@ class Served:
         max_running: int = 4,
         keys: Keys | None = None,
         ledger: Ledger | None = None,
+        text_filter: TextFilter | None = None,
     ) -> None:
         self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
         self.store = StoryStore(str(storage))
         engines = LocalEngines(self.generator, self.decoder)
         self.front: Front = build_front(
-            CONFIG, engines, self.store, max_wait_s=max_wait_s, max_running=max_running, keys=keys, ledger=ledger
+            CONFIG,
+            engines,
+            self.store,
+            max_wait_s=max_wait_s,
+            max_running=max_running,
+            keys=keys,
+            text_filter=text_filter,
+            ledger=ledger,
         )
 
     def run(self, use: Use) -> None:

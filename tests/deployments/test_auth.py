@@ -196,7 +196,7 @@ def test_a_book_is_shared_by_a_link_that_expires(guarded: Guarded, monkeypatch: 
     story = guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice).json()
     path = f"/v1/stories/{story['id']}"
     links = guarded.request("POST", f"{path}/share", json={"expires_s": 60}, headers=guarded.alice).json()
-    for kind in ("html", "epub"):
+    for kind in ("html", "epub", "pdf"):
         assert guarded.request("GET", links[kind]).status_code == 200
     assert_error(guarded.request("GET", links["html"].replace(".html", ".epub")), 401)
     assert_error(guarded.request("GET", links["html"][:-1]), 401)
@@ -204,6 +204,33 @@ def test_a_book_is_shared_by_a_link_that_expires(guarded: Guarded, monkeypatch: 
     assert_error(guarded.request("GET", f"{path}?{links['html'].partition('?')[2]}"), 401)
     monkeypatch.setattr("deployments.auth.time.time", lambda: 2e12)
     assert_error(guarded.request("GET", links["html"]), 401)
+
+
+def test_the_urls_in_replies_need_no_key_until_they_expire(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a picture's address in a page elsewhere, or in a chat: every URL in every kind of reply is signed."""
+    create = guarded.request("POST", "/v1/stories", json={**BODY, "stream": True}, headers=guarded.alice)
+    events = read_events(create.text)
+    story = events[-1][2]
+    path = f"/v1/stories/{story['id']}"
+    redrawn = guarded.request("POST", f"{path}/pages/1/redraw", json={"seed": 3}, headers=guarded.alice).json()
+    listed = guarded.request("GET", "/v1/stories", headers=guarded.alice).json()
+    whole = guarded.request("GET", path, headers=guarded.alice).json()
+    body = {"prompt": "A fox", "response_format": "url"}
+    drawn = guarded.request("POST", "/v1/images/generations", json=body, headers=guarded.alice).json()
+    urls = {data["url"] for _, name, data in events if name == "image"}
+    urls |= {page["image"]["url"] for page in (*story["pages"], redrawn, *whole["pages"], *listed["data"][0]["pages"])}
+    urls |= {variant["url"] for variant in redrawn["variants"]} | {drawn["data"][0]["url"]}
+    assert len(urls) == 4
+    for url in urls:
+        assert guarded.request("GET", url).content.startswith(b"\x89PNG"), url
+        bare, _, query = url.partition("?")
+        assert_error(guarded.request("GET", bare), 401)
+        assert_error(guarded.request("GET", url[:-1] + ("0" if url[-1] != "0" else "1")), 401)
+        assert_error(guarded.request("GET", f"{path}?{query}"), 401)
+        assert_error(guarded.request("GET", url.replace("variant=0", "variant=1") + "&variant=1"), 401)
+    monkeypatch.setattr("deployments.auth.time.time", lambda: 2e12)
+    for url in urls:
+        assert_error(guarded.request("GET", url), 401)
 
 
 # How much

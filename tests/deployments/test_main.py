@@ -9,7 +9,7 @@ import pytest
 
 from deployments.__main__ import StartError, check_keys, check_model, check_port, check_storage
 from deployments.application import AppArgs
-from deployments.auth import add_key
+from deployments.auth import KeysError, add_key, check_host, load_keys
 
 
 def test_a_taken_port_is_named_with_what_to_do() -> None:
@@ -55,6 +55,29 @@ def test_arguments_of_the_builder_are_typed() -> None:
         AppArgs.model_validate({"colour": "red"})
     with pytest.raises(ValueError, match="decoder_min_replicas is 3"):
         AppArgs.model_validate({"decoder_min_replicas": 3, "decoder_max_replicas": 2})
+
+
+def test_an_address_that_others_reach_needs_keys(tmp_path: Path) -> None:
+    """Whichever command binds it: the front itself refuses to start."""
+    add_key(tmp_path / "keys.json", "alice", per_minute=1, concurrent=1)
+    keys = load_keys(str(tmp_path / "keys.json"))
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_host(host, None)
+    for host in ("0.0.0.0", "", "::", "10.0.0.1"):
+        check_host(host, keys)
+        with pytest.raises(KeysError, match="python -m deployments.auth keys.json NAME"):
+            check_host(host, None)
+
+
+@pytest.mark.parametrize(
+    ("filters", "is_good"), [("text", True), ("none", True), ("text,picture", True), ("words", False)]
+)
+def test_only_filters_that_there_are_can_be_asked_for(filters: str, is_good: bool) -> None:
+    if is_good:
+        assert AppArgs(filters=filters).filters == filters
+    else:
+        with pytest.raises(ValueError, match="there is no 'words'"):
+            AppArgs(filters=filters)
 
 
 def test_two_cpus_have_room_for_one_replica_of_each_engine() -> None:
