@@ -9,6 +9,7 @@ PROMPT ?= A fox who finds a red balloon
 PAGES ?= 4
 SEED ?= 7
 OUT ?= story.html
+EXAMPLES ?= 200
 
 RUN := .venv/bin/python
 STAMP := .venv/.installed
@@ -22,7 +23,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-slow lint quality bench-engines bench-company bench-steps bench-bulk faults storybook-model clean
+.PHONY: help install serve story test test-slow fuzz lint quality bench-engines bench-company bench-steps bench-bulk faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +71,9 @@ bench-company: $(STAMP)  ## whether company in a batch changes results, cancels,
 
 bench-steps: $(STAMP)  ## accuracy and seconds of a picture by sampler, steps and guidance, into bench/steps.json
 	$(RUN) -m tests.bench.steps
+
+fuzz: $(STAMP)  ## requests of all kinds, made from the API's own document (EXAMPLES=200 of each operation)
+	FUZZ_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest -m fuzz tests/deployments/test_fuzz.py
 
 faults: $(STAMP)  ## a server whose processes are killed while stories are made, into bench/faults.json
 	$(RUN) -m tests.bench.faults

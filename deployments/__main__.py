@@ -122,6 +122,9 @@ def start(args: argparse.Namespace) -> None:
     """A Ray of our own, then the application in it. Raises StartError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a coming change
+    from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     import ray
     from ray import serve
 

@@ -19,18 +19,32 @@ from deployments.auth import CLIENT, KeyGuard, check_host, load_keys, session_co
 from deployments.chat import chat
 from deployments.drawing import draw_alone
 from deployments.engines import NotReady, ServeEngines, ServeLedger
-from deployments.errors import RETRY_AFTER_S, ApiError, BodyLimit, error_response, install_error_handlers
+from deployments.errors import (
+    EVENTS,
+    PNG,
+    REFUSALS,
+    RETRY_AFTER_S,
+    ApiError,
+    BodyLimit,
+    document,
+    error_response,
+    install_error_handlers,
+)
 from deployments.events import Position
 from deployments.exports import exports
 from deployments.front import ClientOf, Front, FrontOf, build_front, check_owner, check_texts
 from deployments.images import images
 from deployments.pages import MAX_VARIANTS, pages
-from deployments.replies import answer, reply, stream_reply
+from deployments.replies import BEGUN, answer, reply, stream_reply
 from deployments.retention import keep_within
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
+    Defaults,
     Login,
+    ModelList,
+    ModelReply,
+    StatusReply,
     StoryList,
     StoryReply,
     shown,
@@ -42,7 +56,6 @@ from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
 from minigpt5.model_folder import load_config
 from minigpt5.safety import TextFilter
 from minigpt5.store import StoryStore
-from minigpt5.types import MAX_PAGES
 from minigpt5.voken_file import pack
 
 MAX_LISTED = 100
@@ -67,7 +80,7 @@ stories = APIRouter(dependencies=[Depends(refuse_unknown_query), Depends(check_o
 operations = APIRouter()
 
 
-@stories.post("/v1/stories", status_code=201)
+@stories.post("/v1/stories", status_code=201, response_model=StoryReply, responses=BEGUN)
 async def create_story(
     body: CreateStory,
     front: FrontOf,
@@ -117,7 +130,7 @@ async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
-@stories.get("/v1/stories/{story_id}/events")
+@stories.get("/v1/stories/{story_id}/events", response_class=Response, responses=EVENTS)
 async def get_events(
     story_id: str, front: FrontOf, last_event_id: Annotated[str | None, Header(max_length=200)] = None
 ) -> Response:
@@ -139,7 +152,7 @@ async def delete_story(story_id: str, front: FrontOf) -> Response:
     return Response(status_code=204)
 
 
-@stories.get("/v1/stories/{story_id}/pages/{page:int}.png")
+@stories.get("/v1/stories/{story_id}/pages/{page:int}.png", response_class=Response, responses=PNG)
 async def get_picture(
     story_id: str, page: int, front: FrontOf, variant: Annotated[int | None, Query(ge=0, le=MAX_VARIANTS)] = None
 ) -> Response:
@@ -152,14 +165,18 @@ async def get_picture(
     return Response(await asyncio.to_thread(load), media_type="image/png")
 
 
-@stories.get("/v1/stories/{story_id}/pages/{page:int}/vokens")
+@stories.get(
+    "/v1/stories/{story_id}/pages/{page:int}/vokens",
+    response_class=Response,
+    responses=document("application/octet-stream", "A safetensors file"),
+)
 async def get_vokens(story_id: str, page: int, front: FrontOf) -> Response:
     """What a page's picture was drawn from, as safetensors: it can be drawn again with other settings."""
     vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
     return Response(pack(vokens), media_type="application/octet-stream")
 
 
-@stories.post("/v1/pictures")
+@stories.post("/v1/pictures", response_class=Response, responses=PNG)
 async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> Response:
     """Vokens -> a PNG. A client that goes away stops the work."""
     request = to_draw_request(body, front.config, client=client)
@@ -177,40 +194,36 @@ async def cancel_story(story_id: str, front: FrontOf) -> Response:
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
-@stories.get("/v1/models")
-async def list_models(front: FrontOf) -> JSONResponse:
+@stories.get("/v1/models", response_model=ModelList)
+async def list_models(front: FrontOf) -> ModelList:
     """The model that is served, and the defaults of a request's optional fields."""
     config = front.config
-    model = {
-        "id": config.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "minigpt5",
-        "fingerprint": config.fingerprint,
-        "image_size": f"{config.image_px}x{config.image_px}",
-        "context_tokens": config.context_tokens,
-        "max_pages": MAX_PAGES,
-        "defaults": {
-            "pages": CreateStory.model_fields["pages"].default,
-            "steps": config.draw.steps,
-            "guidance_scale": config.draw.guidance_scale,
-            "scheduler": config.draw.scheduler,
-            "temperature": config.sampling.temperature,
-            "top_p": config.sampling.top_p,
-            "min_page_tokens": config.sampling.min_page_tokens,
-            "max_page_tokens": config.sampling.max_page_tokens,
-        },
-    }
-    return JSONResponse({"object": "list", "data": [model]})
+    model = ModelReply(
+        id=config.name,
+        fingerprint=config.fingerprint,
+        image_size=f"{config.image_px}x{config.image_px}",
+        context_tokens=config.context_tokens,
+        defaults=Defaults(
+            pages=CreateStory.model_fields["pages"].default,
+            steps=config.draw.steps,
+            guidance_scale=config.draw.guidance_scale,
+            scheduler=config.draw.scheduler,
+            temperature=config.sampling.temperature,
+            top_p=config.sampling.top_p,
+            min_page_tokens=config.sampling.min_page_tokens,
+            max_page_tokens=config.sampling.max_page_tokens,
+        ),
+    )
+    return ModelList(data=[model])
 
 
-@operations.get("/healthz")
+@operations.get("/healthz", response_model=StatusReply)
 async def is_alive() -> JSONResponse:
     """This process answers."""
     return JSONResponse({"status": "alive"})
 
 
-@operations.get("/readyz")
+@operations.get("/readyz", response_model=StatusReply)
 async def is_ready(front: FrontOf) -> Response:
     """200 when a request would be accepted."""
     headers = {"Retry-After": str(RETRY_AFTER_S)}
@@ -286,7 +299,7 @@ def create_api(front: Front) -> FastAPI:
         chat,
         operations,
     ):  # exports first: {story_id} would take {story_id}.html
-        api.include_router(router)
+        api.include_router(router, responses=REFUSALS)
     return api
 
 

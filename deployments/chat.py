@@ -22,10 +22,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.admission import Place
-from deployments.errors import ApiError
+from deployments.errors import EVENTS, ApiError
 from deployments.front import ClientOf, Front, FrontOf, check_texts
 from deployments.images import check_model
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, decode_data_url, shown
@@ -87,6 +87,30 @@ class Message(Body):
     images: list[dict[str, Any]] | None = None
 
 
+class ChatChoice(BaseModel):
+    index: int
+    message: dict[str, Any]
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class ChatUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatReply(BaseModel):
+    """As OpenAI's; a message may have `images` besides its `content`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: ChatUsage
+
+
 class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -133,7 +157,7 @@ class CreateChat(Body):
     prediction: Any = None
 
 
-@chat.post("/v1/chat/completions")
+@chat.post("/v1/chat/completions", response_model=ChatReply, responses=EVENTS)
 async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Response:
     """Answer the last message, with pictures where they belong."""
     check_model(body.model, front.config.name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +30,54 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's shape."""
+
+    error: ErrorDetail
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply, "description": words}
+    for status, words in {
+        400: "What was sent is not JSON, or not what this endpoint takes",
+        401: "A key is missing or wrong, where there are keys",
+        404: "There is no such story, page, picture or path",
+        405: "The path has other methods",
+        409: "It is being worked on, or was begun with another body",
+        413: "The body is too large",
+        422: "A field is out of range, unknown, or stopped by the text filter",
+        429: "More requests than the key has",
+        500: "The story failed: its text says why",
+        503: "The server is full, or starting: come back after Retry-After",
+    }.items()
+}
+"""What any route may answer with."""
+
+
+def document(media_type: str, description: str, *, is_binary: bool = True) -> dict[int | str, dict[str, Any]]:
+    """A route's reply that is no JSON, for the API's document."""
+    kind = {"type": "string", "format": "binary"} if is_binary else {"type": "string"}
+    return {200: {"content": {media_type: {"schema": kind}}, "description": description}}
+
+
+PNG = document("image/png", "A picture")
+EVENT = {
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+    "required": ["data"],
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": EVENT}}, "description": "Server-sent events, JSON in `data`"}
+}
 
 
 def error_response(
@@ -94,13 +143,23 @@ def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
         route = f"{request.method} {request.url.path[:100]}"
-        messages = {404: f"{route}: no such path, see GET /docs", 405: f"{route}: the path has other methods"}
-        codes = {404: "not_found", 405: "method_not_allowed"}
+        unread = "body is no JSON that can be read: it is nested too deeply, or has a number of too many digits"
+        messages = {
+            400: unread,
+            404: f"{route}: no such path, see GET /docs",
+            405: f"{route}: the path has other methods",
+        }
+        codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # several routes may share a path
+            paths = api.openapi()["paths"]
+            template = getattr(request.scope.get("route"), "path_format", "")
+            headers["Allow"] = ", ".join(sorted(method.upper() for method in paths.get(template, {}))) or "GET"
         return error_response(
             error.status_code,
             messages.get(error.status_code, str(error.detail)),
             code=codes.get(error.status_code),
-            headers=error.headers,
+            headers=headers,
         )
 
     @api.exception_handler(Exception)

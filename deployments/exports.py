@@ -9,6 +9,7 @@ import time
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
+from deployments.errors import document
 from deployments.front import Front, FrontOf, check_owner
 from deployments.schemas import ShareReply, ShareStory
 from minigpt5.epub import MIMETYPE
@@ -17,7 +18,11 @@ from minigpt5.export import to_book
 exports = APIRouter(dependencies=[Depends(check_owner)])
 
 
-@exports.get("/v1/stories/{story_id}.html")
+@exports.get(
+    "/v1/stories/{story_id}.html",
+    response_class=Response,
+    responses=document("text/html", "A book", is_binary=False),
+)
 async def get_html(story_id: str, front: FrontOf) -> Response:
     """One self-contained file."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
@@ -26,13 +31,13 @@ async def get_html(story_id: str, front: FrontOf) -> Response:
     )
 
 
-@exports.get("/v1/stories/{story_id}.epub")
+@exports.get("/v1/stories/{story_id}.epub", response_class=Response, responses=document(MIMETYPE, "A book"))
 async def get_epub(story_id: str, front: FrontOf) -> Response:
     headers = {"Content-Disposition": f'attachment; filename="{story_id}.epub"'}
     return Response(await _book(front, story_id, ".epub"), media_type=MIMETYPE, headers=headers)
 
 
-@exports.get("/v1/stories/{story_id}.pdf")
+@exports.get("/v1/stories/{story_id}.pdf", response_class=Response, responses=document("application/pdf", "A book"))
 async def get_pdf(story_id: str, front: FrontOf) -> Response:
     headers = {"Content-Disposition": f'attachment; filename="{story_id}.pdf"'}
     return Response(await _book(front, story_id, ".pdf"), media_type="application/pdf", headers=headers)

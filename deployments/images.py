@@ -11,16 +11,16 @@ import contextlib
 import io
 import secrets
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from PIL import Image, ImageOps
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from deployments.admission import Place
 from deployments.drawing import draw
-from deployments.errors import ApiError
+from deployments.errors import PNG, ApiError
 from deployments.front import ClientOf, Front, FrontOf, check_texts
 from deployments.replies import sign_urls
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, shown
@@ -60,6 +60,20 @@ class CreateImages(Body):
         return prompt
 
 
+class ImageItem(BaseModel):
+    b64_json: str | None = None
+    url: str | None = None
+    x_seed: int
+
+
+class ImagesReply(BaseModel):
+    created: int
+    data: list[ImageItem]
+    size: str
+    output_format: Literal["png"]
+    x_native_size: str
+
+
 def check_model(asked: str | None, model: str) -> None:
     """Raises ApiError where another model than the one that is served is asked for."""
     if asked not in (None, model):
@@ -87,7 +101,7 @@ def refuse_unserved(body: CreateImages, *, model: str, native_size: str) -> None
             raise ApiError(400, message, param=name, code="unsupported_value")
 
 
-@images.post("/v1/images/generations")
+@images.post("/v1/images/generations", response_model=ImagesReply)
 async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) -> JSONResponse:
     """Pictures of a caption. A client that goes away stops the work."""
     native_size = f"{front.config.image_px}x{front.config.image_px}"
@@ -122,7 +136,7 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
     )
 
 
-@images.get("/v1/images/{name}.png")
+@images.get("/v1/images/{name}.png", response_class=Response, responses=PNG)
 async def get_image(name: str, front: FrontOf) -> Response:
     """A picture whose URL was asked for; it is there for an hour."""
     return Response(await asyncio.to_thread(front.store.load_image, name), media_type="image/png")

@@ -12,8 +12,8 @@ from fastapi.responses import Response
 from deployments.drawing import draw_alone
 from deployments.errors import ApiError
 from deployments.front import ClientOf, FrontOf, check_owner, check_texts
-from deployments.replies import answer, reply
-from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, page_reply, redrawn
+from deployments.replies import BEGUN, answer, reply
+from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
 from minigpt5.errors import InvalidRequest
 from minigpt5.story import ImageState, PageState, StoryState
 from minigpt5.types import MAX_PAGES, DrawRequest
@@ -24,7 +24,7 @@ MAX_VARIANTS = 16
 pages = APIRouter(dependencies=[Depends(check_owner)])
 
 
-@pages.post("/v1/stories/{story_id}/pages", status_code=201)
+@pages.post("/v1/stories/{story_id}/pages", status_code=201, response_model=StoryReply, responses=BEGUN)
 async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: ClientOf) -> Response:
     """Go on with a story: `count` pages after those that are complete."""
     async with front.registry.alone(story_id) as store:

@@ -13,11 +13,16 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
-from deployments.errors import error_response
+from deployments.errors import EVENTS, error_response
 from deployments.events import StreamEvent
 from deployments.front import Front
-from deployments.schemas import story_reply
+from deployments.schemas import StoryReply, story_reply
 
+BEGUN: dict[int | str, dict[str, Any]] = {
+    **EVENTS,
+    202: {"model": StoryReply, "description": "The story has begun, and is at Location"},
+}
+"""What `answer` replies besides the finished story, for the API's document."""
 KEEP_ALIVE_S = 15.0
 
 

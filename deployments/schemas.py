@@ -222,6 +222,8 @@ def decode_data_url(url: str, *, field: str) -> InputImage:
         return _read_picture(data, field=field)
     except InvalidRequest:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+        raise InvalidRequest(field, f"{field} has too many pixels: {error}") from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning) as error:
         # Pillow's decoders raise any of these on bytes that are no picture or only part of one.
         raise InvalidRequest(
@@ -363,3 +365,39 @@ class Login(Body):
     """POST /login."""
 
     key: Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Defaults(BaseModel):
+    """Of a story's optional fields."""
+
+    pages: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    temperature: float
+    top_p: float
+    min_page_tokens: int
+    max_page_tokens: int
+
+
+class ModelReply(BaseModel):
+    """As OpenAI's, and what is ours."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "minigpt5"
+    fingerprint: str
+    image_size: str
+    context_tokens: int
+    max_pages: int = MAX_PAGES
+    defaults: Defaults
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelReply]
+
+
+class StatusReply(BaseModel):
+    status: str

@@ -1,0 +1,292 @@
+"""A client of the server, and its command line: `python -m deployments.client create "A fox who finds a balloon"`.
+
+    with Client("http://127.0.0.1:8000") as client:
+        for event in client.create("A fox who finds a red balloon", pages=4):
+            print(event.name, event.data)
+
+A story that was begun is followed to its end whatever happens to the connection or to the server: creating is safe to
+repeat (an Idempotency-Key), and the stream goes on after the last event that was heard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tqdm import tqdm
+
+URL, URL_VARIABLE, KEY_VARIABLE = "http://127.0.0.1:8000", "MINIGPT5_URL", "MINIGPT5_KEY"
+PATIENCE_S = 60.0
+"""A server that is silent for so long is given up; an accepted story goes on there."""
+TIMEOUT = httpx.Timeout(10.0, read=60.0)  # a stream's line is never quiet for longer than 15 s
+BOOKS = (".html", ".epub", ".pdf")
+
+
+class ClientError(Exception):
+    """A refusal of the server, or none of its answers; the message says what it was."""
+
+    def __init__(self, message: str, *, status: int = 0, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One of a story's stream: see the HTTP contract for `data`."""
+
+    id: str
+    name: str
+    data: dict[str, Any]
+
+
+class Client:
+    """Example: Client(key="mg5-...").story("story_3f")["pages"][0]["text"]"""
+
+    def __init__(self, url: str = "", *, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
+        """`url` and `key`: default from MINIGPT5_URL and MINIGPT5_KEY, else this machine's server and none."""
+        key = key or os.environ.get(KEY_VARIABLE, "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url = url or os.environ.get(URL_VARIABLE, URL)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, transport=transport)
+
+    def create(self, prompt: str | list[dict[str, str]], **settings: Any) -> Iterator[Event]:
+        """Begin a story and follow it to its end. `settings`: as in POST /v1/stories."""
+        return self.follow(self.submit(prompt, **settings)["id"])
+
+    def submit(self, prompt: str | list[dict[str, str]], **settings: Any) -> dict[str, Any]:
+        """Begin a story; returns it as it is then."""
+        headers = {"Idempotency-Key": secrets.token_hex(16)}
+        body = {"prompt": prompt, **settings, "wait": False}
+        return self._ask("POST", "/v1/stories", json=body, headers=headers).json()
+
+    def follow(self, story_id: str, *, after: str = "") -> Iterator[Event]:
+        """A story's events, from its beginning or `after` an event's id, to its end."""
+        path, heard_at = f"/v1/stories/{story_id}/events", time.monotonic()
+        while True:
+            try:
+                headers = {"Last-Event-ID": after} if after else {}
+                with self._http.stream("GET", path, headers=headers) as response:
+                    _check(response)
+                    for event in _read_events(response.iter_lines()):
+                        after, heard_at = event.id, time.monotonic()
+                        yield event
+                        if event.name in ("done", "error"):
+                            return
+            except (httpx.TransportError, ClientError) as failure:
+                _give_up(failure, heard_at)
+            time.sleep(0.5)
+
+    def story(self, story_id: str) -> dict[str, Any]:
+        return self._ask("GET", f"/v1/stories/{story_id}").json()
+
+    def stories(self) -> Iterator[dict[str, Any]]:
+        """Newest first."""
+        after: dict[str, str] = {}
+        while True:
+            page = self._ask("GET", "/v1/stories", params={"limit": 50, **after}).json()
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            after = {"after": page["data"][-1]["id"]}
+
+    def add_pages(self, story_id: str, count: int = 1) -> Iterator[Event]:
+        """Go on with a story that has ended."""
+        self._ask("POST", f"/v1/stories/{story_id}/pages", json={"count": count, "wait": False}, again=False)
+        return self.follow(story_id)
+
+    def redraw(self, story_id: str, page: int, **settings: Any) -> dict[str, Any]:
+        """Another picture of a page; returns the page."""
+        path = f"/v1/stories/{story_id}/pages/{page}/redraw"
+        return self._ask("POST", path, json=settings, again=False).json()
+
+    def edit(self, story_id: str, page: int, text: str) -> dict[str, Any]:
+        """Another text, and its picture; returns the page."""
+        path = f"/v1/stories/{story_id}/pages/{page}"
+        return self._ask("PATCH", path, json={"text": text}, again=False).json()
+
+    def cancel(self, story_id: str) -> dict[str, Any]:
+        return self._ask("POST", f"/v1/stories/{story_id}/cancel").json()
+
+    def delete(self, story_id: str) -> None:
+        self._ask("DELETE", f"/v1/stories/{story_id}", again=False)
+
+    def export(self, story_id: str, path: str | Path) -> Path:
+        """Write a story's book; the file's name says which: .html, .epub or .pdf."""
+        path = Path(path)
+        if path.suffix not in BOOKS:
+            raise ClientError(f"{path} must end in one of {', '.join(BOOKS)}")
+        path.write_bytes(self._ask("GET", f"/v1/stories/{story_id}{path.suffix}").content)
+        return path
+
+    def picture(self, url: str) -> bytes:
+        """The PNG under a URL of a reply."""
+        return self._ask("GET", url).content
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, method: str, path: str, *, again: bool = True, **options: Any) -> httpx.Response:
+        """`again`: it may be asked twice, and is where there was no answer, or a busy server says when."""
+        began = time.monotonic()
+        while True:
+            try:
+                return _check(self._http.request(method, path, **options))
+            except httpx.TransportError as failure:
+                _give_up(failure if again else ClientError(f"{method} {path}: {failure}"), began)
+            except ClientError as failure:
+                _give_up(failure, began)
+            time.sleep(0.5)
+
+
+def _check(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    response.read()
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        error = {"message": f"{response.status_code} {response.text[:200]}", "code": None}
+    raise ClientError(error["message"], status=response.status_code, code=error["code"])
+
+
+def _give_up(failure: Exception, since: float) -> None:
+    """Raise ClientError, unless it may become better: the server starts anew, or is full."""
+    is_for_good = isinstance(failure, ClientError) and failure.status not in (429, 503)
+    if is_for_good or time.monotonic() - since > PATIENCE_S:
+        raise failure if isinstance(failure, ClientError) else ClientError(f"no answer: {failure}") from failure
+
+
+def _read_events(lines: Iterator[str]) -> Iterator[Event]:
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(": ")
+        if name in ("id", "event", "data"):
+            fields[name] = value
+        elif not line and "data" in fields:
+            yield Event(id=fields["id"], name=fields["event"], data=json.loads(fields["data"]))
+            fields = {}
+
+
+# The command line
+
+
+def show_progress(events: Iterator[Event], pages: int) -> dict[str, Any]:
+    """Texts as their pages are written, and a bar of the pictures; returns the story."""
+    texts: dict[int, str] = {}
+    drawn: dict[int, float] = {}
+    with tqdm(total=pages, unit="page", bar_format="{l_bar}{bar}| {n:.1f} of {total} pages, {elapsed}") as bar:
+        for event in events:
+            page = event.data.get("page", 0)
+            if event.name == "text":
+                texts[page] = texts.get(page, "") + event.data["delta"]
+            elif event.name == "restart":
+                texts[page] = ""
+            elif event.name == "slot":
+                bar.write(f"{page}. {texts.get(page, '')}", file=sys.stdout)
+            elif event.name == "progress":
+                drawn[page] = event.data["step"] / event.data["steps"]
+            elif event.name == "page":
+                drawn[event.data["index"]] = 1.0
+                if event.data.get("error"):
+                    bar.write(f"{event.data['index']}. (no picture: {event.data['error']})", file=sys.stdout)
+            bar.n = min(sum(drawn.values()), pages)
+            bar.refresh()
+            if event.name == "error":
+                raise ClientError(f"{event.data['id']} failed: {event.data['error']['message']}")
+    return event.data
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m deployments.client", description="Stories from a server.")
+    parser.add_argument("--url", default="", help=f"(default: ${URL_VARIABLE}, else {URL})")
+    commands = parser.add_subparsers(dest="command", required=True)
+    create = commands.add_parser("create", help="begin a story and follow it")
+    create.add_argument("prompt")
+    create.add_argument("--pages", type=int, default=4)
+    create.add_argument("--seed", type=int)
+    create.add_argument("--steps", type=int)
+    create.add_argument("--guidance-scale", type=float)
+    create.add_argument("--feedback", choices=("text", "pictures"), default="text")
+    create.add_argument("--out", type=Path, help="book to write at the end: .html, .epub or .pdf")
+    commands.add_parser("list", help="stories, newest first")
+    of_one = {
+        "show": "a story as JSON",
+        "follow": "follow a story that was begun",
+        "continue": "more pages of a story",
+        "redraw": "another picture of a page",
+        "export": "write a story's book",
+        "cancel": "stop a story",
+        "delete": "remove a story",
+    }
+    one = {name: commands.add_parser(name, help=words) for name, words in of_one.items()}
+    for command in one.values():
+        command.add_argument("id")
+    one["continue"].add_argument("--count", type=int, default=1)
+    one["redraw"].add_argument("page", type=int)
+    one["redraw"].add_argument("--seed", type=int)
+    one["export"].add_argument("out", type=Path, help=".html, .epub or .pdf")
+    return parser.parse_args(arguments)
+
+
+def run(client: Client, options: argparse.Namespace) -> None:
+    def chosen(*names: str) -> dict[str, Any]:
+        values = {name: getattr(options, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    if options.command == "create":
+        if options.out and options.out.suffix not in BOOKS:
+            raise ClientError(f"{options.out} must end in one of {', '.join(BOOKS)}")
+        settings = chosen("pages", "seed", "steps", "guidance_scale", "feedback")
+        story = client.submit(options.prompt, **settings)
+        story = show_progress(client.follow(story["id"]), options.pages)
+        print(client.export(story["id"], options.out) if options.out else story["id"])
+    elif options.command == "follow":
+        pages = len(client.story(options.id)["pages"])
+        show_progress(client.follow(options.id), max(1, pages))
+    elif options.command == "continue":
+        pages = len(client.story(options.id)["pages"]) + options.count
+        show_progress(client.add_pages(options.id, options.count), pages)
+    elif options.command == "redraw":
+        print(client.url + client.redraw(options.id, options.page, **chosen("seed"))["image"]["url"])
+    elif options.command == "export":
+        print(client.export(options.id, options.out))
+    elif options.command == "list":
+        for story in client.stories():
+            print(f"{story['id']}  {story['status']:9}  {len(story['pages'])} pages  {story['prompt'][:60]}")
+    elif options.command == "delete":
+        client.delete(options.id)
+    else:
+        print(json.dumps({"show": client.story, "cancel": client.cancel}[options.command](options.id), indent=1))
+
+
+def main() -> int:
+    options = parse_args()
+    try:
+        with Client(options.url) as client:
+            run(client, options)
+    except (ClientError, OSError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nthe story goes on at the server", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
