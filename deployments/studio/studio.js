@@ -195,6 +195,7 @@ function finish(whole, text, options) {
   $("after").hidden = false;
   $("as-html").href = `/v1/stories/${whole.id}.html`;
   $("as-epub").href = `/v1/stories/${whole.id}.epub`;
+  $("as-pdf").href = `/v1/stories/${whole.id}.pdf`;
   say(text, options);
 }
 

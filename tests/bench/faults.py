@@ -1,7 +1,9 @@
 """A server whose processes are killed while stories are made: `python -m tests.bench.faults [--kind K] [--count 20]`.
 
     generator, decoder   the engines' replicas
-    front                the replica behind HTTP, which owns the stories under way
+    front                one of the two replicas behind HTTP, which own the stories under way
+    fronts               both at once
+    ledger               what the fronts agree by
     proxy                Serve's own HTTP process
     serve                every process of the server and of its Ray; it is then started again
 
@@ -40,10 +42,13 @@ TITLES = {
     "generator": "ray::ServeReplica:default:VokenGenerator",
     "decoder": "ray::ServeReplica:default:DiffusionDecoder",
     "front": "ray::ServeReplica:default:Ingress",
+    "fronts": "ray::ServeReplica:default:Ingress",
+    "ledger": "ray::ServeReplica:default:Ledger",
     "proxy": "ray::ProxyActor",
 }
 KINDS = (*TITLES, "serve")
 POINTS = ("before-text", "mid-text", "mid-picture", "picture-written", "recovering")
+NUM_FRONTS = 2
 NUM_STORIES, NUM_PAGES, STEPS = 3, 3, 12
 START_S, ROUND_S = 240.0, 240.0
 
@@ -54,10 +59,13 @@ class Server:
     def __init__(self, folder: Path, port: int) -> None:
         self.storage, self.log, self.port = folder / "storage", folder / "log", port
         self.url = f"http://127.0.0.1:{port}"
+        self.num_kills = 0
+        """Of a single front."""
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "deployments", "--port", str(self.port), "--storage", str(self.storage)]
+        command += ["--fronts", str(NUM_FRONTS)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + START_S
@@ -83,6 +91,9 @@ class Server:
     def kill(self, kind: str) -> int:
         """SIGKILL; how many processes it hit."""
         victims = self.find(kind)
+        if kind == "front":
+            victims = victims[: self.num_kills % 2 + 1][-1:]  # one, then the other
+            self.num_kills += 1
         for process in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -237,7 +248,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def kill_at(server: Server, point: str, seed: int) -> dict[str, Any]:
-    """One death at a named point: of the front, which is what knows of all of them."""
+    """One death at a named point: of both fronts, one of which owns the story."""
 
     def moment(readers: list[Reader]) -> None:
         match point:
@@ -252,12 +263,12 @@ def kill_at(server: Server, point: str, seed: int) -> dict[str, Any]:
                 wait_for(lambda: any((folder / "picture.png").exists() for folder in folders))
             case "recovering":
                 wait_for(lambda: any(reader.has("image") for reader in readers))
-                server.kill("front")
-                wait_for(lambda: bool(server.find("front")))
+                server.kill("fronts")
+                wait_for(lambda: len(server.find("fronts")) == NUM_FRONTS)
                 time.sleep(1)
 
     for attempt in range(20):
-        result = round_of(server, "front", seed + attempt, moment=moment)
+        result = round_of(server, "fronts", seed + attempt, moment=moment)
         result |= {"kind": "point", "point": point, "attempts": attempt + 1}
         # A picture that is written is announced within a moment: a kill that came too late shows nothing.
         if point != "picture-written" or result["pictures_finished_before"] == 0:

@@ -30,17 +30,17 @@ pytestmark = [
 class Studio:
     """A server that can be stopped and started again on its port and storage."""
 
-    def __init__(self, storage: Path) -> None:
-        self.storage = storage
+    def __init__(self, storage: Path, *, key: str = "", keys: Keys | None = None) -> None:
+        self.storage, self.key, self.keys = storage, key, keys
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
-    def start(self, *, keys: Keys | None = None, **decoder: Any) -> None:
+    def start(self, **decoder: Any) -> None:
         generator = FakeGenerator(delay_s=0.03)
-        self.served = Served(self.storage, generator=generator, decoder=FakeDecoder(**decoder), keys=keys)
+        self.served = Served(self.storage, generator=generator, decoder=FakeDecoder(**decoder), keys=self.keys)
         config = uvicorn.Config(create_api(self.served.front), port=self.port, log_level="error", lifespan="on")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
@@ -53,9 +53,12 @@ class Studio:
         self.thread.join()
 
 
-@pytest.fixture
-def studio(tmp_path: Path) -> Iterator[Studio]:
-    studio = Studio(tmp_path)
+@pytest.fixture(params=["open", "with keys"])
+def studio(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Studio]:
+    key = ""
+    if request.param == "with keys":
+        key = add_key(tmp_path / "keys.json", "alice", per_minute=60, concurrent=8)
+    studio = Studio(tmp_path, key=key, keys=load_keys(str(tmp_path / "keys.json")) if key else None)
     yield studio
     studio.stop()
 
@@ -69,9 +72,17 @@ def page(studio: Studio) -> Iterator[Any]:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda line: problems.append(line.text) if "Content Security" in line.text else None)
         page.goto(studio.url)
+        if studio.key:
+            log_in(page, studio.key)
         yield page
         assert not problems
         browser.close()
+
+
+def log_in(page: Any, key: str) -> None:
+    page.fill("#key", key)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#login", state="hidden")
 
 
 def tell(page: Any, pages: int = 2, prompt: str = "A fox") -> None:
@@ -103,7 +114,7 @@ def test_a_story_is_told_and_can_be_read_as_a_book(page: Any) -> None:
     wait_until_finished(page)
     assert texts(page) == ["Page 1 of 7.", "Page 2 of 7."]
     assert page.get_attribute(".page img", "alt") == "Picture of page 1: Page 1 of 7."
-    assert page.evaluate("[...document.querySelectorAll('figure > img')].every(i => i.naturalWidth > 0)")
+    until(page, "[...document.querySelectorAll('figure > img')].every(i => i.naturalWidth > 0)")
     page.click("#read")
     assert page.inner_text("#book-text") == "Page 1 of 7."
     page.keyboard.press("ArrowRight")
@@ -182,23 +193,30 @@ def test_a_story_is_stopped(page: Any) -> None:
     assert 0 < len(texts(page)) < 9
 
 
-def test_it_asks_for_a_key_where_the_server_does(page: Any, studio: Studio, tmp_path: Path) -> None:
-    given = add_key(tmp_path / "keys.json", "alice", per_minute=60, concurrent=8)
-    studio.stop()
-    studio.start(keys=load_keys(str(tmp_path / "keys.json")))
+def test_a_wrong_key_is_told_so_and_a_session_lasts(page: Any, studio: Studio) -> None:
+    if not studio.key:
+        pytest.skip("no key is asked for")
+    page.context.clear_cookies()
     page.goto(studio.url)
     page.fill("#key", "wrong")
     page.keyboard.press("Enter")
     until(page, "document.querySelector('#login-error').textContent.includes('no key')")
-    page.fill("#key", given)
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#login", state="hidden")
+    log_in(page, studio.key)
+    page.reload()
     tell(page)
     wait_until_finished(page)
-    assert page.evaluate("[...document.querySelectorAll('figure > img')].every(i => i.naturalWidth > 0)")
-    page.click("button[aria-label='Redraw page 1']")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".variants button:nth-child(2)")
+
+
+def test_a_story_is_taken_home_and_shared(page: Any, studio: Studio) -> None:
+    tell(page)
+    wait_until_finished(page)
+    for name, start in (("epub", b"PK"), ("pdf", b"%PDF")):
+        with page.expect_download() as download:
+            page.click(f"#as-{name}")
+        assert download.value.suggested_filename.endswith(f".{name}")
+        assert Path(download.value.path()).read_bytes().startswith(start)
+    html = page.request.get(f"{studio.url}{page.get_attribute('#as-html', 'href')}")
+    assert html.ok and "Page 2 of 7." in html.text()
 
 
 def test_it_fits_a_phone_and_needs_no_mouse(page: Any) -> None:
