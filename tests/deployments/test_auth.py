@@ -223,6 +223,7 @@ def test_the_urls_in_replies_need_no_key_until_they_expire(guarded: Guarded, mon
     assert len(urls) == 4
     for url in urls:
         assert guarded.request("GET", url).content.startswith(b"\x89PNG"), url
+        assert guarded.request("GET", url, headers=guarded.alice).status_code == 200
         bare, _, query = url.partition("?")
         assert_error(guarded.request("GET", bare), 401)
         assert_error(guarded.request("GET", url[:-1] + ("0" if url[-1] != "0" else "1")), 401)
