@@ -1,0 +1,346 @@
+"""The layouts of published data sets, and of a user's own -> items: what each row is, and where its pictures lie.
+
+cc3m        a TSV of `caption<TAB>image_path`, paths relative to it
+cc3m-tar    webdataset tar files: for each key a picture and a .txt or .json with its caption
+vist        <split>_cleaned.json with <split>_image_mapping.json beside it: stories in sequence
+mmdialog    JSON lines of conversations, pictures <media id>.jpg in the same folder
+tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is the English caption
+wesnoth     a folder of campaigns: [story] [part] blocks of .cfg files, with their background paintings
+storybook   the picture world: `storybook:caption`, `storybook:story` or `storybook:dialogue`, as many as --limit says
+folder      story.jsonl and pictures, a user's own: see README.md
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pyarrow import fs
+
+from batch_jobs.inputs import open_uri
+from minigpt5.errors import InvalidRequest
+from minigpt5.stored_rows import SPEAKERS, Item, Segment
+from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
+from minigpt5.storybook.dialogues import dialogue_at
+from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
+from minigpt5.storybook.stories import story_at
+
+MMDIALOG_TURN_TOKENS = 50
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_CAPTION_MARKS = re.compile(r"[.!\"()*#:;~]")
+
+
+class Source:
+    """A folder or a file, wherever it is, and what lies beside it."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises InvalidRequest where there is nothing."""
+        self.uri = uri
+        self._files, self._path = open_uri(uri)
+        kind = self._files.get_file_info(self._path).type
+        if kind == fs.FileType.NotFound:
+            raise InvalidRequest("source", f"source is {uri}, and there is nothing: name a file or a folder")
+        self.is_file = kind == fs.FileType.File
+        self._folder = self._path.rpartition("/")[0] if self.is_file else self._path
+
+    @property
+    def name(self) -> str:
+        return self._path.rpartition("/")[2]
+
+    def names(self, *suffixes: str) -> list[str]:
+        """Files below, relative to the folder, in order; of a single file its own name."""
+        if self.is_file:
+            return [self.name]
+        found = self._files.get_file_info(fs.FileSelector(self._folder, recursive=True))
+        names = [info.path[len(self._folder) :].lstrip("/") for info in found if info.is_file]
+        return sorted(name for name in names if name.lower().endswith(suffixes))
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError; ValueError where the name leads out of the folder."""
+        with self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str) -> Any:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name} leads out of {self._folder}")
+        return self._files.open_input_stream(f"{self._folder}/{name}", compression=None)
+
+    def lines(self, name: str) -> Iterator[str]:
+        with self.open(name) as file, io.TextIOWrapper(file, encoding="utf-8", errors="replace") as text:
+            yield from (line.rstrip("\r\n") for line in text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """`files` lists what is read by itself; `items` reads one of them, in order."""
+
+    files: Callable[[Source], list[str]]
+    items: Callable[[Source, str], Iterator[Item]]
+
+
+def picture(where: bytes | str, caption: str = "") -> Segment:
+    return Segment(picture=where, caption=caption)
+
+
+# CC3M
+
+
+def clean_caption(caption: str) -> str:
+    """As published: lower case, without punctuation."""
+    return " ".join(_CAPTION_MARKS.sub(" ", caption.lower()).split())
+
+
+def _cc3m(source: Source, name: str) -> Iterator[Item]:
+    for number, line in enumerate(source.lines(name)):
+        fields = line.split("\t")
+        if number == 0 and fields == ["caption", "image_path"]:
+            continue
+        if len(fields) != 2:
+            yield Item(id=f"{name}:{number}", kind="caption", segments=(), problem=f"{len(fields)} columns, not 2")
+            continue
+        caption = clean_caption(fields[0])
+        yield Item(id=fields[1], kind="caption", segments=(Segment(text=caption), picture(fields[1], caption)))
+
+
+def _cc3m_tar(source: Source, name: str) -> Iterator[Item]:
+    with source.open(name) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        key, parts = "", dict[str, bytes]()
+        for member in archive:
+            if not member.isfile():
+                continue
+            stem, _, suffix = member.name.rpartition(".")
+            if stem != key and parts:
+                yield _tar_item(f"{name}:{key}", parts)
+                parts = {}
+            key = stem
+            content = archive.extractfile(member)
+            parts[suffix.lower()] = content.read() if content else b""
+        if parts:
+            yield _tar_item(f"{name}:{key}", parts)
+
+
+def _tar_item(name: str, parts: dict[str, bytes]) -> Item:
+    data = next((parts[suffix[1:]] for suffix in PICTURE_SUFFIXES if suffix[1:] in parts), None)
+    try:
+        words = parts["txt"].decode() if "txt" in parts else json.loads(parts["json"])["caption"]
+    except (KeyError, ValueError, TypeError):
+        return Item(id=name, kind="caption", segments=(), problem="no caption in .txt or .json")
+    if data is None:
+        return Item(id=name, kind="caption", segments=(), problem="missing file: no picture with this key")
+    caption = clean_caption(str(words))
+    return Item(id=name, kind="caption", segments=(Segment(text=caption), picture(data, caption)))
+
+
+# Stories
+
+
+def _vist_files(source: Source) -> list[str]:
+    return [name for name in source.names("_cleaned.json") if name.endswith("_cleaned.json")]
+
+
+def _vist(source: Source, name: str) -> Iterator[Item]:
+    stories = json.loads(source.read(name))
+    paths = json.loads(source.read(name.replace("_cleaned.json", "_image_mapping.json")))
+    for story_id, steps in stories.items():
+        segments: list[Segment] = []
+        problem = ""
+        for step in sorted(steps, key=lambda step: int(step["sequence_index"])):
+            where = paths.get(str(step["image_id"]))
+            problem = problem or ("" if where else f"missing file: image {step['image_id']} is not in the mapping")
+            segments += [Segment(text=str(step["caption"])), picture(where or "")]
+        yield Item(id=str(story_id), kind="story", segments=tuple(segments), problem=problem)
+
+
+_BLOCK = re.compile(r"\[story\](.*?)\[/story\]", re.S)
+_PART = re.compile(r"\[part\](.*?)\[/part\]", re.S)
+_TEXT = re.compile(r"^\s*story\s*=\s*(.*?)(?=^\s*[a-z_]+\s*=|\Z|^\s*\[)", re.S | re.M)
+_STRING = re.compile(r'_?\s*"((?:[^"]|"")*)"')
+_PAINTING = re.compile(r"^\s*(?:background|image)\s*=\s*\"?([^\s\"#]+)", re.M)
+_MARKUP = re.compile(r"<[^>]+>")
+
+
+def _wesnoth(source: Source, name: str) -> Iterator[Item]:
+    text = source.read(name).decode(errors="replace")
+    for number, block in enumerate(_BLOCK.findall(text)):
+        segments: list[Segment] = []
+        for part in _PART.findall(block):
+            said = _TEXT.search(part)
+            words = " ".join(_STRING.findall(said.group(1))) if said else ""
+            words = " ".join(_MARKUP.sub("", words.replace('""', '"')).split())
+            if not words:
+                continue
+            segments.append(Segment(text=words))
+            if painting := _PAINTING.search(part):
+                where = _find_painting(source, name, painting.group(1))
+                segments += [picture(where)] if where else []
+        if segments:
+            yield Item(id=f"{name}#{number}", kind="story", segments=tuple(segments))
+
+
+def _find_painting(source: Source, name: str, painting: str) -> str | None:
+    """A campaign's paintings lie in its own images/, or in those that all share; a map or a macro is none."""
+    parts = PurePosixPath(name).parts
+    roots = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
+    for root in roots:
+        for folder in ("images", "data/core/images"):
+            where = "/".join(piece for piece in (root, folder, painting) if piece)
+            if where in _pictures_of(source):
+                return where
+    return None
+
+
+def _pictures_of(source: Source) -> frozenset[str]:
+    if source.uri not in _PICTURES:
+        _PICTURES.clear()
+        _PICTURES[source.uri] = frozenset(source.names(*PICTURE_SUFFIXES))
+    return _PICTURES[source.uri]
+
+
+_PICTURES: dict[str, frozenset[str]] = {}
+
+
+# Dialogues
+
+
+def _mmdialog(source: Source, name: str) -> Iterator[Item]:
+    folder = name.rpartition("/")[0]
+    for number, line in enumerate(source.lines(name)):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            turns = values["conversation"]
+            name_of_item = str(values["conversation_id"])
+            segments: list[Segment] = []
+            for index, turn in enumerate(turns):
+                elements = turn["turn"]
+                words = " ".join(str(one["__TEXT__"]) for one in elements if "__TEXT__" in one).strip()
+                media = [str(one["__MEDIA__"]) for one in elements if "__MEDIA__" in one]
+                # As published, a conversation is cut at its first turn that cannot be learnt.
+                if not words or words.endswith(".jpg") or len(words.split()) > MMDIALOG_TURN_TOKENS:
+                    break
+                segments.append(Segment(text=words, speaker=SPEAKERS[index % 2]))
+                segments += (
+                    [picture("/".join(piece for piece in (folder, f"{media[0]}.jpg") if piece))] if media else []
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"not a conversation: {type(error).__name__}: {error}"
+            yield Item(id=f"{name}:{number}", kind="dialogue", segments=(), problem=problem)
+            continue
+        yield Item(id=name_of_item, kind="dialogue", segments=tuple(segments))
+
+
+# Captions of stamps
+
+
+def _tuxpaint_files(source: Source) -> list[str]:
+    return sorted({name.rpartition("/")[0] for name in source.names(".png")}) or [""]
+
+
+def _tuxpaint(source: Source, folder: str) -> Iterator[Item]:
+    names = [name for name in source.names(".png", ".svg") if name.rpartition("/")[0] == folder]
+    texts = set(source.names(".txt"))
+    for name in names:
+        if re.search(r"_(mirror|flip|mirror_flip)\.\w+$", name):
+            continue
+        words = f"{name[:-4]}.txt"
+        if name.endswith(".svg"):
+            yield Item(id=name, kind="caption", segments=(), problem="a drawing (SVG), which is not read")
+        elif words not in texts:
+            yield Item(id=name, kind="caption", segments=(), problem=f"missing file: {words}")
+        else:
+            caption = next(source.lines(words), "").strip()
+            yield Item(id=name, kind="caption", segments=(Segment(text=caption), picture(name, caption)))
+
+
+# A user's own
+
+
+def _folder(source: Source, name: str) -> Iterator[Item]:
+    folder = name.rpartition("/")[0]
+
+    def place(value: object) -> str:
+        return "/".join(piece for piece in (folder, str(value)) if piece)
+
+    for number, line in enumerate(source.lines(name), start=1):
+        if not line.strip():
+            continue
+        row = f"{name}:{number}"
+        try:
+            values = json.loads(line)
+            row = str(values.get("id", row))
+            yield _own_row(row, values, place)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            words = f"missing {error}" if isinstance(error, KeyError) else str(error)
+            yield Item(id=row, kind="story", segments=(), problem=f"not a row: {words}")
+
+
+def _own_row(row: str, values: dict[str, Any], place: Callable[[object], str]) -> Item:
+    known = {"pages", "turns", "caption", "picture", "id"}
+    if unknown := set(values) - known:
+        raise ValueError(f"{min(unknown)} is not a field: pages, turns, or caption and picture are")
+    if "pages" in values:
+        kind, parts = "story", [(str(page["text"]), "", page) for page in values["pages"]]
+    elif "turns" in values:
+        kind = "dialogue"
+        parts = [(str(turn["text"]), str(turn["speaker"]), turn) for turn in values["turns"]]
+    else:
+        kind, parts = "caption", [(str(values["caption"]), "", values)]
+    segments: list[Segment] = []
+    for words, speaker, part in parts:
+        segments.append(Segment(text=words, speaker=speaker))
+        if part.get("picture"):
+            segments.append(picture(place(part["picture"]), str(part.get("caption", ""))))
+    return Item(id=row, kind=kind, segments=tuple(segments))  # type: ignore[arg-type]
+
+
+# The picture world
+
+
+def storybook_item(kind: str, index: int, seed: int) -> Item:
+    """Row number `index` of the picture world."""
+    rng = np.random.default_rng([seed, index])
+    name = f"{kind}-{seed}-{index}"
+    if kind == "caption":
+        scene = scene_at(index, seed=seed)
+        facts = draw_facts(scene, rng)
+        segments: list[Segment] = [Segment(text=write_caption(facts, rng)), _scene(scene, facts)]
+        return Item(id=name, kind="caption", segments=tuple(segments))
+    segments = []
+    if kind == "story":
+        story = story_at(index, seed=seed)
+        for page in story.pages:
+            segments += [Segment(text=page.text), _scene(page.scene, page.facts)]
+        return Item(id=name, kind="story", segments=tuple(segments))
+    for number, turn in enumerate(dialogue_at(index, seed=seed)):
+        segments.append(Segment(text=turn.text, speaker=SPEAKERS[number % 2]))
+        if turn.scene and turn.facts:
+            segments.append(_scene(turn.scene, turn.facts))
+    return Item(id=name, kind="dialogue", segments=tuple(segments))
+
+
+def _scene(scene: Scene, facts: Facts) -> Segment:
+    file = io.BytesIO()
+    Image.fromarray(draw_scene(scene)).save(file, "PNG")
+    return picture(file.getvalue(), canonical_caption(facts))
+
+
+LAYOUTS = {
+    "cc3m": Layout(files=lambda source: source.names(".tsv"), items=_cc3m),
+    "cc3m-tar": Layout(files=lambda source: source.names(".tar"), items=_cc3m_tar),
+    "vist": Layout(files=_vist_files, items=_vist),
+    "mmdialog": Layout(files=lambda source: source.names(".jsonl", ".txt"), items=_mmdialog),
+    "tuxpaint": Layout(files=_tuxpaint_files, items=_tuxpaint),
+    "wesnoth": Layout(files=lambda source: source.names(".cfg"), items=_wesnoth),
+    "folder": Layout(files=lambda source: source.names("story.jsonl"), items=_folder),
+}
+STORYBOOK = ("caption", "story", "dialogue")

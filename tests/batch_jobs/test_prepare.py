@@ -1,0 +1,292 @@
+"""Real layouts -> training rows: nothing is lost, what is broken is in the rejects with its reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from batch_jobs import prepare as module
+from batch_jobs.layouts import LAYOUTS, Source, clean_caption, storybook_item
+from batch_jobs.prepare import Part, main, write_part
+from minigpt5.stored_rows import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
+from minigpt5.storybook.dialogues import dialogue_at
+from tests.fakes import make_png
+
+PNG = make_png()
+
+
+def jpeg(size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "orange").save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A small PNG that says it is 60,000 px wide and high."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + PNG[33:]
+
+
+def write(folder: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def rows_of(layout: str, source: Path, output: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows, and the reasons of rejects by id, without Ray."""
+    names = LAYOUTS[layout].files(Source(str(source)))
+    for number, name in enumerate(names):
+        part = Part(number=number, file=name, start=0, count=10_000)
+        write_part(part, layout=layout, uri=str(source), output=str(output), seed=1)
+    rows = [row for path in sorted((output / "rows").glob("*")) for row in parquet.read_table(path).to_pylist()]
+    rejects = [row for path in sorted((output / "rejects").glob("*")) for row in parquet.read_table(path).to_pylist()]
+    return rows, {reject["id"]: reject["reason"] for reject in rejects}
+
+
+def told(row: dict[str, Any]) -> list[str]:
+    """Texts, and "#" for a picture."""
+    return [segment["text"] or "#" for segment in row["segments"]]
+
+
+def test_cc3m_rows_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
+    lines = [
+        "caption\timage_path",
+        "A Red fox: in the (snow)!\ttrain/0.jpg",
+        "cut off\ttrain/1.jpg",
+        "gone\ttrain/2.jpg",
+        "...\ttrain/0.jpg",
+        "a bomb\ttrain/3.png",
+        "no tab",
+        "up and away\t../secret.jpg",
+    ]
+    files = {"c.tsv": "\n".join(lines), "train/0.jpg": jpeg(), "train/1.jpg": jpeg()[:-200], "train/3.png": bomb()}
+    source = write(tmp_path / "in", files)  # type: ignore[arg-type]
+    rows, reasons = rows_of("cc3m", source, tmp_path / "out")
+    assert [told(row) for row in rows] == [["a red fox in the snow", "#"]]
+    assert rows[0]["kind"] == "caption" and rows[0]["segments"][1]["caption"] == "a red fox in the snow"
+    assert rows[0]["segments"][1]["picture"] == jpeg()
+    assert reasons["train/1.jpg"].startswith("train/1.jpg: broken picture")
+    assert reasons["train/2.jpg"] == "missing file: train/2.jpg"
+    assert reasons["train/0.jpg"] == "empty text"
+    assert "60000 x 60000 pixels" in reasons["train/3.png"] or "bomb" in reasons["train/3.png"]
+    assert reasons["c.tsv:6"] == "1 columns, not 2"
+    assert "leads out of" in reasons["../secret.jpg"]
+    assert clean_caption("A Red fox: in the (snow)!") == "a red fox in the snow"
+
+
+def test_a_webdataset_of_captions(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in {
+            "0.jpg": jpeg(),
+            "0.txt": b"A fox.",
+            "1.json": b'{"caption": "An owl"}',
+            "1.png": PNG,
+            "2.txt": b"no picture",
+            "3.jpg": jpeg(),
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    rows, reasons = rows_of("cc3m-tar", write(tmp_path / "in", {"a.tar": file.getvalue()}), tmp_path / "out")
+    assert [told(row) for row in rows] == [["a fox", "#"], ["an owl", "#"]]
+    assert "no picture" in reasons["a.tar:2"] and "no caption" in reasons["a.tar:3"]
+
+
+def test_vist_stories_are_in_sequence(tmp_path: Path) -> None:
+    steps = [{"caption": f"Step {n}.", "image_id": str(n), "sequence_index": n} for n in (2, 0, 1)]
+    files = {
+        "train_cleaned.json": json.dumps({"7": steps, "8": [{**steps[0], "image_id": "9"}]}),
+        "train_image_mapping.json": json.dumps({str(n): f"images/{n}.png" for n in range(3)}),
+        **{f"images/{n}.png": PNG for n in range(3)},
+    }
+    rows, reasons = rows_of("vist", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
+    assert [told(row) for row in rows] == [["Step 0.", "#", "Step 1.", "#", "Step 2.", "#"]]
+    assert reasons == {"8": "missing file: image 9 is not in the mapping"}
+
+
+def test_mmdialog_is_cut_where_it_cannot_be_learnt(tmp_path: Path) -> None:
+    def turn(text: str, media: str = "") -> dict[str, Any]:
+        return {"turn": [{"__TEXT__": text}, *([{"__MEDIA__": media}] if media else [])]}
+
+    talks = {
+        "1": [turn("Hi"), turn("Look", "a"), turn("Nice"), turn("", "a"), turn("late")],
+        "2": [turn("Hi"), turn("word " * 51)],
+        "3": [turn("Hi"), turn("Look", "gone")],
+    }
+    lines = [json.dumps({"conversation_id": key, "conversation": value}) for key, value in talks.items()]
+    files = {"train/conversations.jsonl": "\n".join([*lines, "not json", "[]"]), "train/a.jpg": jpeg()}
+    rows, reasons = rows_of("mmdialog", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
+    assert [told(row) for row in rows] == [["Hi", "Look", "#", "Nice"]]
+    assert [segment["speaker"] for segment in rows[0]["segments"]] == ["Human", "Assistant", None, "Human"]
+    assert reasons["2"] == "no picture" and reasons["3"] == "missing file: train/gone.jpg"
+    assert sum("not a conversation" in reason for reason in reasons.values()) == 2
+
+
+def test_tux_paint_stamps(tmp_path: Path) -> None:
+    glass = io.BytesIO()
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(glass, "PNG")
+    files = {
+        "animals/fox.png": glass.getvalue(),
+        "animals/fox.txt": "A red fox.\nde.utf8=Ein Fuchs.",
+        "animals/fox_mirror.png": PNG,
+        "food/pear.svg": "<svg/>",
+        "food/plum.png": PNG,
+    }
+    rows, reasons = rows_of("tuxpaint", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
+    assert [told(row) for row in rows] == [["A red fox.", "#"]]
+    picture = Image.open(io.BytesIO(rows[0]["segments"][1]["picture"]))
+    assert picture.mode == "RGB" and picture.getpixel((3, 3)) == (255, 255, 255)
+    assert reasons == {
+        "food/plum.png": "missing file: food/plum.txt",
+    } | ({"food/pear.svg": reasons["food/pear.svg"]} if "food/pear.svg" in reasons else {})
+
+
+def test_wesnoth_campaigns(tmp_path: Path) -> None:
+    config = """
+[scenario]
+    [story]
+        [part]
+            show_title=yes
+            story= _ "In the year <i>350</i> there was a ""great"" storm."
+            background=story/storm.jpg
+        [/part]
+        [part]
+            story= _ "The ships sailed" + _ " far away."
+            [background_layer]
+                image=maps/none.png
+            [/background_layer]
+        [/part]
+        [part]
+            background=story/storm.jpg
+        [/part]
+    [/story]
+[/scenario]
+"""
+    files = {
+        "campaigns/Rise/scenarios/01.cfg": config,
+        "campaigns/Rise/images/story/storm.jpg": jpeg(),
+        "campaigns/Rise/scenarios/02.cfg": config.replace("story/storm.jpg", "story/gone.jpg"),
+    }
+    rows, reasons = rows_of("wesnoth", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
+    assert [told(row) for row in rows] == [
+        ['In the year 350 there was a "great" storm.', "#", "The ships sailed far away."]
+    ]
+    assert reasons == {"campaigns/Rise/scenarios/02.cfg#0": "no picture"}
+
+
+def test_a_users_own_folder(tmp_path: Path) -> None:
+    shown = {"text": "Ho", "picture": "p/1.png"}
+    own = [
+        {"id": "s1", "pages": [{"text": "One.", "picture": "p/1.png", "caption": "a fox"}, {"text": "Two."}]},
+        {"caption": "A fox", "picture": "p/1.png"},
+        {"id": "d1", "turns": [{"speaker": "Human", "text": "Hi"}, {"speaker": "Assistant", **shown}]},
+        {"id": "bad", "pages": [{"text": "One.", "picture": "p/9.png"}]},
+        {"id": "odd", "pages": [{"words": "One."}]},
+        {"id": "who", "turns": [{"speaker": "Fox", **shown}, {"speaker": "Human", "text": "Hi"}]},
+        {"id": "more", "colour": 1},
+    ]
+    files = {"mine/story.jsonl": "\n".join(map(json.dumps, own)) + "\n{", "mine/p/1.png": PNG}
+    rows, reasons = rows_of("folder", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
+    assert [(row["id"], row["kind"], told(row)) for row in rows] == [
+        ("s1", "story", ["One.", "#", "Two."]),
+        ("mine/story.jsonl:2", "caption", ["A fox", "#"]),
+        ("d1", "dialogue", ["Hi", "Ho", "#"]),
+    ]
+    assert rows[0]["segments"][1]["caption"] == "a fox"
+    assert reasons["bad"] == "missing file: mine/p/9.png"
+    assert reasons["odd"] == "not a row: missing 'text'"
+    assert reasons["who"] == "turn 1 is Fox's but must be Human's"
+    assert "colour is not a field" in reasons["more"] and "not a row" in reasons["mine/story.jsonl:8"]
+
+
+@pytest.mark.parametrize("kind", ["caption", "story", "dialogue"])
+def test_the_picture_world(kind: str) -> None:
+    items = [storybook_item(kind, index, 5) for index in range(40)]
+    rows = []
+    for item in items:
+        try:
+            rows.append(to_row(item, source="storybook", read=lambda name: b""))
+        except BadRow as reason:
+            assert kind == "dialogue" and str(reason) == "no picture"  # a talk that calls for none
+    assert len(rows) >= 25 and {row["kind"] for row in rows} == {kind}
+    assert storybook_item(kind, 3, 5) == items[3]
+    if kind == "dialogue":
+        lengths = {len(dialogue_at(index, seed=5)) for index in range(200)}
+        assert lengths == {4, 6, 8} and all("#" in told(row) for row in rows)
+
+
+def test_pictures_are_upright_opaque_and_of_bounded_size() -> None:
+    assert check_picture(PNG, name="p") == PNG
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = check_picture(jpeg((40, 30), exif=exif), name="p")
+    assert Image.open(io.BytesIO(turned)).size == (30, 40) and not Image.open(io.BytesIO(turned)).getexif()
+    large = Image.open(io.BytesIO(check_picture(jpeg((3000, 1500)), name="p")))
+    assert large.size == (MAX_SIDE_PX, MAX_SIDE_PX // 2)
+    for data in (b"", b"GIF89a", PNG[:40], bomb(), b"<svg/>"):
+        with pytest.raises(BadRow):
+            check_picture(data, name="p")
+
+
+@pytest.mark.parametrize(
+    ("segments", "reason"),
+    [
+        ((), "empty text"),
+        ((Segment(text="a"),), "no picture"),
+        ((Segment(picture=PNG), Segment(text="a")), "begins with a picture"),
+        ((Segment(text="a"), Segment(picture=PNG), Segment(picture=PNG)), "two pictures"),
+        ((Segment(text="a" * 5000), Segment(picture=PNG)), "5000 characters"),
+        ((Segment(text="a"), Segment(picture=PNG)) * 65, "130 segments"),
+    ],
+)
+def test_a_row_has_a_form(segments: tuple[Segment, ...], reason: str) -> None:
+    with pytest.raises(BadRow, match=reason):
+        to_row(Item(id="x", kind="story", segments=segments), source="s", read=lambda name: PNG)
+
+
+@pytest.mark.cluster
+def test_the_job_on_ray_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    monkeypatch.setattr(module, "PART_ITEMS", 8)
+    lines = ["caption\timage_path", *(f"fox number {n}\t{n}.png" for n in range(20))]
+    files: dict[str, bytes | str] = {"c.tsv": "\n".join(lines), **{f"{n}.png": PNG for n in range(19)}}
+    source, output = write(tmp_path / "in", files), tmp_path / "out"
+    ray.init(address="local", num_cpus=2, include_dashboard=False)
+    try:
+        assert main(["cc3m", str(source / "c.tsv"), "--output", str(output)]) == 0
+        assert "19 rows with 19 pictures" in capsys.readouterr().out
+        manifest = json.loads((output / "manifest.json").read_text())
+        assert (manifest["rows"], manifest["rejects"], manifest["reasons"]) == (19, 1, {"missing file": 1})
+        before = {path: path.stat().st_mtime_ns for path in (output / "rows").iterdir()}
+        lost = sorted(before)[1]
+        lost.unlink()
+        (output / "parts" / f"{lost.stem}.json").unlink()
+        assert main(["cc3m", str(source / "c.tsv"), "--output", str(output)]) == 0
+        again = {path: path.stat().st_mtime_ns for path in (output / "rows").iterdir()}
+        assert {path for path in again if again[path] != before[path]} == {lost}
+        assert json.loads((output / "manifest.json").read_text()) == manifest
+        assert main(["vist", str(source), "--output", str(output)]) == 2
+        assert "holds another data set (layout, source differ)" in capsys.readouterr().err
+        assert main(["vist", str(source), "--output", str(tmp_path / "o2")]) == 2
+        assert "nothing of layout vist" in capsys.readouterr().err
+        assert main(["storybook:story", "--limit", "12", "--output", str(tmp_path / "stories")]) == 0
+        assert "12 rows" in capsys.readouterr().out
+    finally:
+        ray.shutdown()
