@@ -27,15 +27,14 @@ from pyarrow import fs
 
 from batch_jobs.inputs import open_uri
 from minigpt5.errors import InvalidRequest
+from minigpt5.published_data import MAX_TURN_TOKENS, clean_caption
 from minigpt5.stored_rows import SPEAKERS, Item, Segment
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.dialogues import dialogue_at
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.stories import story_at
 
-MMDIALOG_TURN_TOKENS = 50
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_CAPTION_MARKS = re.compile(r"[.!\"()*#:;~]")
 
 
 class Source:
@@ -92,11 +91,6 @@ def picture(where: bytes | str, caption: str = "") -> Segment:
 
 
 # CC3M
-
-
-def clean_caption(caption: str) -> str:
-    """As published: lower case, without punctuation."""
-    return " ".join(_CAPTION_MARKS.sub(" ", caption.lower()).split())
 
 
 def _cc3m(source: Source, name: str) -> Iterator[Item]:
@@ -226,7 +220,7 @@ def _mmdialog(source: Source, name: str) -> Iterator[Item]:
                 words = " ".join(str(one["__TEXT__"]) for one in elements if "__TEXT__" in one).strip()
                 media = [str(one["__MEDIA__"]) for one in elements if "__MEDIA__" in one]
                 # As published, a conversation is cut at its first turn that cannot be learnt.
-                if not words or words.endswith(".jpg") or len(words.split()) > MMDIALOG_TURN_TOKENS:
+                if not words or words.endswith(".jpg") or len(words.split()) > MAX_TURN_TOKENS:
                     break
                 segments.append(Segment(text=words, speaker=SPEAKERS[index % 2]))
                 segments += (
@@ -285,7 +279,7 @@ def _folder(source: Source, name: str) -> Iterator[Item]:
 
 
 def _own_row(row: str, values: dict[str, Any], place: Callable[[object], str]) -> Item:
-    known = {"pages", "turns", "caption", "picture", "id"}
+    known = {"pages", "turns", "caption", "picture", "id", "prompt"}
     if unknown := set(values) - known:
         raise ValueError(f"{min(unknown)} is not a field: pages, turns, or caption and picture are")
     if "pages" in values:
@@ -300,7 +294,7 @@ def _own_row(row: str, values: dict[str, Any], place: Callable[[object], str]) -
         segments.append(Segment(text=words, speaker=speaker))
         if part.get("picture"):
             segments.append(picture(place(part["picture"]), str(part.get("caption", ""))))
-    return Item(id=row, kind=kind, segments=tuple(segments))  # type: ignore[arg-type]
+    return Item(id=row, kind=kind, segments=tuple(segments), prompt=str(values.get("prompt", "")))  # type: ignore[arg-type]
 
 
 # The picture world
@@ -320,7 +314,7 @@ def storybook_item(kind: str, index: int, seed: int) -> Item:
         story = story_at(index, seed=seed)
         for page in story.pages:
             segments += [Segment(text=page.text), _scene(page.scene, page.facts)]
-        return Item(id=name, kind="story", segments=tuple(segments))
+        return Item(id=name, kind="story", segments=tuple(segments), prompt=story.prompt)
     for number, turn in enumerate(dialogue_at(index, seed=seed)):
         segments.append(Segment(text=turn.text, speaker=SPEAKERS[number % 2]))
         if turn.scene and turn.facts:

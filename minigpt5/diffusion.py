@@ -16,6 +16,7 @@ from diffusers import (
     PNDMScheduler,
     UNet2DConditionModel,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
@@ -38,7 +39,11 @@ class Diffusion(nn.Module):
 
     def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""
-        posterior = self.vae.encode(pixels_BCYX).latent_dist
+        return self.from_moments(self.vae.encode(pixels_BCYX).latent_dist.parameters, noise=noise)
+
+    def from_moments(self, moments_BMYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """The posterior's mean and log variance, as `vae.encode` gave them -> normalised latents; see `to_latents`."""
+        posterior = DiagonalGaussianDistribution(moments_BMYX.float())
         latents_BCYX = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
         return normalise(latents_BCYX, self.vae)
 

@@ -75,6 +75,11 @@ class LanguageModel(nn.Module):
         with _peft_is_quiet():
             self.body = get_peft_model(self.body, peft_config)
 
+    def checkpoint_activations(self) -> None:
+        """Compute activations again on the way back instead of keeping them (arXiv 1604.06174)."""
+        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+        self.body.train()  # transformers does so in training mode alone
+
     def load_adapter(self, folder: Path, *, is_trained: bool = False) -> None:
         """Read an adapter in PEFT's format."""
         with _peft_is_quiet():

@@ -103,10 +103,15 @@ def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusi
     folder = Path(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
-    local = folder / config.diffusion
-    diffusion = Diffusion.from_pretrained(local if local.is_dir() else resolve(config.diffusion))
+    diffusion = Diffusion.from_pretrained(find_decoder(folder, config))
     make_steady(diffusion)
     return config, mapper, diffusion
+
+
+def find_decoder(folder: str | Path, config: ModelConfig) -> Path:
+    """The VAE, UNet and scheduler of a model folder: its own, or a base model's. Raises BaseModelNotFound."""
+    local = Path(folder) / config.diffusion
+    return local if local.is_dir() else resolve(config.diffusion)
 
 
 def load_language(folder: Path, config: ModelConfig) -> LanguageModel:

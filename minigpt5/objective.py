@@ -75,11 +75,13 @@ class Objective(nn.Module):
         text_encoder: TextEncoder | ClipTextEncoder,
         *,
         first_timestep: int = 0,
+        samples_latents: bool = False,
     ) -> None:
-        """`first_timestep`: the picture loss is of this much noise and more, and unweighted. What a picture shows is
+        """`samples_latents`: pictures are drawn from the VAE's posterior, as published, not its mode.
+        `first_timestep`: the picture loss is of this much noise and more, and unweighted. What a picture shows is
         decided there, and min-SNR weights all but drop these steps where the velocity is predicted."""
         super().__init__()
-        self.first_timestep = first_timestep
+        self.first_timestep, self.samples_latents = first_timestep, samples_latents
         self.config, self.tokenizer = config, tokenizer
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
@@ -184,10 +186,15 @@ class Objective(nn.Module):
         labels_BS, _ = pad([labels for _, labels in encoded], IGNORED)
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
         pictures = [picture for row in rows for picture in row.read]
-        image_NQH = self.vision(np.stack(pictures)) if pictures else None
+        image_NQH = self._see(pictures) if pictures else None
         states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
         return vokens_PVH, self.text_loss(states_BSH, labels_BS)
+
+    def _see(self, pictures: list[np.ndarray]) -> Tensor:
+        """Pictures, or their features -> (N, Q, H)."""
+        stacked = np.stack(pictures)
+        return self.vision(stacked) if stacked.dtype == np.uint8 else self.vision.embed_features(stacked)
 
     def text_loss(self, states_BSH: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross-entropy of the next token where it is learnt; logits are computed there only."""
@@ -197,7 +204,7 @@ class Objective(nn.Module):
 
     def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         captions = [caption for row in rows for caption in row.captions]
-        is_null_P = torch.rand(len(captions)) < GUIDANCE_DROPOUT
+        is_null_P = torch.rand(len(captions)) < (GUIDANCE_DROPOUT if self.training else 0.0)
         condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
         losses: dict[str, Tensor] = {}
         latents_PCYX = None
@@ -208,13 +215,18 @@ class Objective(nn.Module):
             target_PQD = self.text_encoder(captions)
             others_PKQD = self._encode_contrasts(rows) if weights.contrast else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
-            self._remember(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
+            if self.training:
+                self._remember(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
 
     @torch.no_grad()
     def _to_latents(self, rows: list[Row]) -> Tensor:
-        pixels = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
-        return self.diffusion.to_latents(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        drawn = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
+        if drawn.dtype == torch.uint8:
+            pixels_PCYX = drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
+            drawn = self.diffusion.vae.encode(pixels_PCYX).latent_dist.parameters
+        noise = torch.randn_like(drawn[:, ::2].float()) if self.samples_latents else None
+        return self.diffusion.from_moments(drawn, noise=noise)
 
     def picture_loss(self, latents_PCYX: Tensor, condition_PQD: Tensor) -> Tensor:
         """The denoising loss at random timesteps: with min-SNR weights, or from `first_timestep` on without."""

@@ -15,10 +15,11 @@ class Row:
 
     segments: list[Segment]
     read: list[np.ndarray]
-    """uint8 (side, side, 3) each."""
+    """uint8 (side, side, 3) each, or the vision encoder's features of it, float16 (F, E)."""
     shown: list[str] = field(default_factory=list)
     """What each read picture shows, where that is known."""
     drawn: list[np.ndarray]
+    """uint8 (side, side, 3) each, or the VAE's moments of it, float16 (2 C, Y, X): mean, then log variance."""
     captions: list[str]
     """What each drawn picture shows, for the text encoder."""
     contrasts: list[list[str]] = field(default_factory=list)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from minigpt5.errors import MiniGPT5Error
+from minigpt5.pictures import on_white
 
 Kind = Literal["caption", "story", "dialogue"]
 SPEAKERS = ("Human", "Assistant")
@@ -33,7 +34,13 @@ SEGMENT = pa.struct(
     }
 )
 ROW_SCHEMA = pa.schema(
-    {"id": pa.string(), "source": pa.string(), "kind": pa.string(), "segments": pa.list_(SEGMENT)},
+    {
+        "id": pa.string(),
+        "source": pa.string(),
+        "kind": pa.string(),
+        "prompt": pa.string(),  # what a user would type to get a story, where that is known
+        "segments": pa.list_(SEGMENT),
+    },
     metadata={"minigpt5": "training rows, 1"},
 )
 REJECT_SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "reason": pa.string()})
@@ -67,6 +74,7 @@ class Item:
     id: str
     kind: Kind
     segments: tuple[Segment, ...]
+    prompt: str = ""
     problem: str = ""
     """Why it cannot be a row, where the layout knows already."""
 
@@ -81,6 +89,7 @@ def to_row(item: Item, *, source: str, read: Callable[[str], bytes]) -> dict[str
         "id": item.id,
         "source": source,
         "kind": item.kind,
+        "prompt": item.prompt.strip() or None,
         "segments": [_to_segment(segment, read) for segment in segments],
     }
 
@@ -151,13 +160,3 @@ def check_picture(data: bytes, *, name: str) -> bytes:
     file = io.BytesIO()
     upright.save(file, kind, quality=JPEG_QUALITY)
     return file.getvalue()
-
-
-def on_white(picture: Image.Image) -> Image.Image:
-    """Without transparency."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        ground.alpha_composite(picture)
-        picture = ground
-    return picture.convert("RGB")

@@ -167,8 +167,16 @@ class Vision(nn.Module):
 
     def forward(self, pixels_NYXC: np.ndarray) -> Tensor:
         """uint8 pictures of any one size -> (N, Q, H)."""
+        return self.qformer(self.encode(pixels_NYXC))
+
+    def encode(self, pixels_NYXC: np.ndarray) -> Tensor:
+        """uint8 pictures of any one size -> the frozen encoder's features: (N, F, E)."""
         pixels_NCYX = torch.as_tensor(pixels_NYXC).permute(0, 3, 1, 2).float()
-        return self._embed(self.encoder.prepare(pixels_NCYX))
+        return self.encoder(self.encoder.prepare(pixels_NCYX).to(self.qformer.queries.device))
+
+    def embed_features(self, features_NFE: np.ndarray) -> Tensor:
+        """What the encoder made of pictures -> (N, Q, H)."""
+        return self.qformer(torch.as_tensor(features_NFE).float().to(self.qformer.queries.device))
 
     @torch.no_grad()
     def read(self, pictures: Sequence[bytes]) -> Tensor:

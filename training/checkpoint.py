@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minigpt5.errors import TrainingError
+from training.run_folder import RunFolder
+
+PREFIX = "checkpoint-"
+KEPT = 2
 
 
 @dataclass
@@ -24,62 +26,61 @@ class Position:
     elapsed_s: float = 0.0
 
 
-def save_checkpoint(folder: Path, position: Position, state: dict[str, Any], average: dict[str, Tensor]) -> Path:
-    """Write `checkpoint-<step>`, complete or not at all; the two newest are kept.
+def save_checkpoint(folder: RunFolder, position: Position, state: dict[str, Any], average: dict[str, Tensor]) -> str:
+    """Write `checkpoint-<step>`, complete or not at all; the newest ones are kept. Returns its name.
 
     `state` holds what is trained and its optimizer. Raises TrainingError where it cannot be written, a full disk
     included: the earlier checkpoints stay as they are.
     """
-    final = folder / f"checkpoint-{position.step:08d}"
-    partial = folder / f".partial-{position.step:08d}"
+    name = f"{PREFIX}{position.step:08d}"
+    if name in checkpoints(folder):
+        return name
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, content in (("state.pt", {**state, "average": average}), ("position.json", vars(position))):
-            with (partial / name).open("wb") as file:
-                if name == "state.pt":
-                    torch.save(content, file)
-                else:
-                    file.write(json.dumps(content).encode())
-                file.flush()
-                os.fsync(file.fileno())  # a rename may reach the disk before what is renamed
-        if not final.exists():
-            os.replace(partial, final)
-    except (OSError, RuntimeError) as failure:  # torch's writer turns a full disk into a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
+        content = io.BytesIO()
+        torch.save({**state, "average": average}, content)
+        folder.write(f"{name}/state.pt", content.getvalue())
+        folder.write(f"{name}/position.json", json.dumps(vars(position)).encode())  # last: it says that all is there
+    except OSError as failure:
+        folder.drop(name)
         kept = checkpoints(folder)
         last = f"{kept[-1]} is kept" if kept else "there is no earlier one"
         raise TrainingError(
-            f"the checkpoint {final} cannot be written: {failure}; {last}: make room, then resume"
+            f"{name} cannot be written to {folder.uri}: {failure}; {last}: make room, then resume"
         ) from failure
-    for old in checkpoints(folder)[:-2]:
-        shutil.rmtree(old)
-    return final
+    for old in checkpoints(folder)[:-KEPT]:
+        folder.drop(old)
+    return name
 
 
 def load_checkpoint(
-    folder: Path, trained: Iterable[str], average: dict[str, Tensor]
+    folder: RunFolder, trained: Iterable[str], average: dict[str, Tensor]
 ) -> tuple[dict[str, Any] | None, Position]:
     """The state and the position of the newest checkpoint of `folder`; None where there is none."""
     found = checkpoints(folder)
     if not found:
         return None, Position()
-    state = torch.load(found[-1] / "state.pt", weights_only=True)
+    content = folder.read(f"{found[-1]}/state.pt")
+    position = folder.read(f"{found[-1]}/position.json")
+    assert content is not None and position is not None
+    state = torch.load(io.BytesIO(content), weights_only=True)
     if set(state["trained"]) != set(trained):
         different = sorted(set(state["trained"]) ^ set(trained))[:5]
-        raise TrainingError(f"{found[-1]} was written by another model: {different} differ; use another --runs")
+        raise TrainingError(
+            f"{found[-1]} of {folder.uri} was written by another model: {different} differ; use another --out"
+        )
     with torch.no_grad():
         for name, value in state["average"].items():
             average[name].copy_(value)
-    return state, Position(**json.loads((found[-1] / "position.json").read_text()))
+    return state, Position(**json.loads(position))
 
 
-def newest_step(folder: Path) -> int:
+def newest_step(folder: RunFolder) -> int:
     """The step that a run under `folder` would go on from."""
     found = checkpoints(folder)
-    return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+    return int(found[-1].removeprefix(PREFIX)) if found else 0
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: RunFolder) -> list[str]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"))
+    names = [name for name in folder.names() if name.startswith(PREFIX)]
+    return [name for name in names if "position.json" in folder.names(name)]

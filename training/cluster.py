@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass
 
 import ray
 import ray.train
@@ -13,33 +14,55 @@ from ray.train.torch import TorchTrainer
 
 from minigpt5.errors import TrainingError
 from training import checkpoint, data, loop
+from training.data import Rows
 from training.parts import Parts
 from training.presets import Preset
+from training.run_folder import RunFolder
 
 MAX_FAILURES = 3
 
 
-def run_on_ray(preset: Preset, parts: Parts, num_workers: int) -> None:
-    """Train with `num_workers` workers; the folders of `parts` must be ones that all of them see."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that a worker is told."""
+
+    preset: Preset
+    parts: Parts
+    out: RunFolder
+    rows: Rows
+    validation: Rows | None
+    first_step: int = 0
+
+
+def check_workers(preset: Preset, num_workers: int) -> None:
+    """Before any work: raises TrainingError where the workers cannot share a batch."""
     if preset.batch_size % num_workers:
         raise TrainingError(
             f"batch_size is {preset.batch_size} but must be a multiple of the {num_workers} workers: set batch_size="
         )
+
+
+def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
+    """Train with `num_workers` workers; the folders of `run` must be ones that all of them see."""
+    check_workers(run.preset, num_workers)
     if not ray.is_initialized():
         ray.init(num_cpus=max(4, os.cpu_count() or 1))  # logical: data tasks must fit beside the workers
-    first_step = checkpoint.newest_step(parts.runs / preset.stage)
-    settings = {"preset": preset, "parts": parts, "first_step": first_step}
+    first_step = checkpoint.newest_step(run.out)
+    settings = {"run": Run(**{**vars(run), "first_step": first_step})}
+    resources = {"CPU": 0.5} | ({"GPU": num_gpus} if num_gpus else {})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
             work,
             train_loop_config=settings,
-            scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 0.5}),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers, use_gpu=bool(num_gpus), resources_per_worker=resources
+            ),
             run_config=RunConfig(
-                name=preset.stage,
+                name=run.preset.stage,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
-            datasets={"train": data.ray_rows(preset, first_step=first_step)},
+            datasets={"train": data.ray_rows(run.rows, run.preset, first_step=first_step)},
         )
         trainer.fit()
 
@@ -48,13 +71,20 @@ def work(settings: dict[str, object]) -> None:
     """One worker."""
     from training.train import build_stage
 
-    preset, parts = settings["preset"], settings["parts"]
-    assert isinstance(preset, Preset) and isinstance(parts, Parts)
-    torch.set_num_threads(preset.num_threads)
+    run = settings["run"]
+    assert isinstance(run, Run)
+    torch.set_num_threads(run.preset.num_threads)
     batches = data.ray_batches(
         ray.train.get_dataset_shard("train"),
-        preset,
-        first_step=int(str(settings["first_step"])),
+        run.preset,
+        first_step=run.first_step,
         num_workers=ray.train.get_context().get_world_size(),
     )
-    loop.fit(build_stage(preset, parts), preset, parts.runs / preset.stage, batches, report=ray.train.report)
+    loop.fit(
+        build_stage(run.preset, run.parts, run.rows),
+        run.preset,
+        run.out,
+        batches,
+        validation=data.validation_batches(run.validation, run.preset) if run.validation else (),
+        report=ray.train.report,
+    )

@@ -1,6 +1,6 @@
-"""A row's id -> the row, a pure function of the preset; and rows -> batches, in this process or through Ray Data.
+"""A position -> its row, a pure function of the preset; and rows -> batches, in this process or through Ray Data.
 
-Ray Data only fetches: order and content depend on the seed and the row's id alone, so that a run may be resumed
+Ray Data only fetches: order and content depend on the seed and the position alone, so that a run may be resumed
 anywhere, by any number of workers.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from minigpt5.storybook.scenes import (
 )
 from minigpt5.storybook.stories import story_at
 from training.presets import Preset
+from training.stored_data import StoredRows
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
@@ -36,12 +37,41 @@ if TYPE_CHECKING:
     from training.loop import Batch
 
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
+VALIDATION_BATCH = 8
 CANONICAL_SHARE = 0.4
 """Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
 
 
+class Rows(Protocol):
+    """Where a run's rows come from: `row_at` is a function of the position alone."""
+
+    def row_at(self, position: int) -> dict[str, object]:
+        """The row that comes at a position, counted over epochs."""
+
+
+@dataclass(frozen=True)
+class StorybookRows:
+    """The picture world, endlessly: every position has a row of its own."""
+
+    preset: Preset
+
+    def row_at(self, position: int) -> dict[str, object]:
+        return row_at(self.preset, position)
+
+
+@dataclass(frozen=True)
+class RowsOfStage:
+    """Stored rows as a stage learns them."""
+
+    stored: StoredRows
+    preset: Preset
+
+    def row_at(self, position: int) -> dict[str, object]:
+        return self.stored.row_at(position, stage=self.preset.stage, story_share=self.preset.story_share)
+
+
 def row_at(preset: Preset, row_id: int) -> dict[str, object]:
-    """Row number `row_id` of a stage."""
+    """Row number `row_id` of a stage on the picture world."""
     rng = np.random.default_rng([preset.seed, row_id])
     if preset.stage == "vae":
         return _crop(preset.seed, row_id, preset.crop_px, rng)
@@ -147,16 +177,32 @@ def _page(seed: int, row_id: int, rng: np.random.Generator) -> Row:
     )
 
 
-def collate(rows: list[dict[str, object]], row_ids: list[int]) -> Batch:
-    """Arrays of equal shape are stacked, everything else becomes a list."""
-    batch: Batch = {"row_ids": row_ids}
+def collate(rows: list[dict[str, object]], positions: list[int]) -> Batch:
+    """Arrays of equal shape are stacked, everything else becomes a list. `row_ids` are the rows' own, else their
+    positions."""
+    batch: Batch = {"row_ids": [row.get("id", position) for row, position in zip(rows, positions, strict=True)]}
     for key, first in rows[0].items():
         values = [row[key] for row in rows]
         batch[key] = np.stack(values) if isinstance(first, np.ndarray) else values  # type: ignore[arg-type]
     return batch
 
 
-def local_batches(preset: Preset) -> Callable[[int], Iterator[Batch]]:
+def batch_at(rows: Rows, start: int, count: int) -> Batch:
+    positions = list(range(start, start + count))
+    return collate([rows.row_at(position) for position in positions], positions)
+
+
+def validation_batches(rows: Rows, preset: Preset) -> list[Batch]:
+    """Of rows that are never trained on: the first ones, always the same."""
+    size = min(preset.batch_size, VALIDATION_BATCH)
+    return [batch_at(rows, number * size, size) for number in range(preset.validation_batches)]
+
+
+def rows_per_step(preset: Preset) -> int:
+    return preset.batch_size * preset.accumulate
+
+
+def local_batches(rows: Rows, preset: Preset) -> Callable[[int], Iterator[Batch]]:
     """Batches from a step on, made by a thread of this process a few ahead. They go on without end."""
 
     def batches(step: int) -> Iterator[Batch]:
@@ -164,9 +210,9 @@ def local_batches(preset: Preset) -> Callable[[int], Iterator[Batch]]:
 
         def produce() -> None:
             try:
-                for start in range(step * preset.batch_size, preset.steps * preset.batch_size, preset.batch_size):
-                    ids = list(range(start, start + preset.batch_size))
-                    ahead.put(collate([row_at(preset, i) for i in ids], ids))
+                size = preset.batch_size
+                for start in range(step * rows_per_step(preset), preset.steps * rows_per_step(preset), size):
+                    ahead.put(batch_at(rows, start, size))
             except Exception as failure:
                 ahead.put(failure)
 
@@ -180,18 +226,18 @@ def local_batches(preset: Preset) -> Callable[[int], Iterator[Batch]]:
     return batches
 
 
-def ray_rows(preset: Preset, *, first_step: int) -> Dataset:
+def ray_rows(rows: Rows, preset: Preset, *, first_step: int) -> Dataset:
     """The same rows as a Ray Data pipeline, in order, from `first_step` to the end of the preset."""
     import ray
 
-    def make(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        ids = rows["id"] + first_step * preset.batch_size
-        made = np.empty(len(ids), dtype=object)
-        made[:] = [row_at(preset, int(i)) for i in ids]
-        return {"id": ids, "row": made}
+    def make(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        positions = block["id"] + first_step * rows_per_step(preset)
+        made = np.empty(len(positions), dtype=object)
+        made[:] = [rows.row_at(int(position)) for position in positions]
+        return {"id": positions, "row": made}
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    num_rows = (preset.steps - first_step) * preset.batch_size
+    num_rows = (preset.steps - first_step) * rows_per_step(preset)
     blocks = max(1, num_rows // (8 * preset.batch_size))
     return ray.data.range(num_rows, override_num_blocks=blocks).map_batches(make, batch_size=preset.batch_size)
 
@@ -204,7 +250,7 @@ def ray_batches(
     def batches(step: int) -> Iterator[Batch]:
         size = preset.batch_size // num_workers
         for index, block in enumerate(shard.iter_batches(batch_size=size, batch_format="numpy")):
-            if index >= step - first_step:  # a restarted worker has already done the earlier ones
+            if index >= (step - first_step) * preset.accumulate:  # a restarted worker has done the earlier ones
                 yield collate(list(block["row"]), block["id"].tolist())
 
     return batches

@@ -1,15 +1,18 @@
 """The training loop, the same for every stage: batches in, checkpoints, a log and sample sheets out.
 
 A step is a pure function of the weights, the preset and the step's number, so that a resumed run goes on as the
-uninterrupted one would have. A checkpoint is a folder that is renamed into place when it is complete.
+uninterrupted one would have. Validation is one of the weights alone: the same rows, timesteps and noise each time, and
+no guidance dropout, so that the best checkpoint is the best one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +22,7 @@ from torch import Tensor, distributed, nn
 from minigpt5.errors import TrainingError
 from training.checkpoint import Position, load_checkpoint, save_checkpoint
 from training.presets import Preset
+from training.run_folder import RunFolder
 
 Batch = dict[str, object]
 Report = Callable[[dict[str, float]], None]
@@ -42,8 +46,14 @@ class Updater(Protocol):
     trained: dict[str, nn.Parameter]
 
     def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
-    def update(self, loss: Tensor, factor: float) -> None:
-        """One step, the learning rates multiplied by `factor`."""
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one of the parts of a step, added to those of the parts before."""
+
+    def step(self, factor: float) -> None:
+        """Use the gradients, the learning rates multiplied by `factor`."""
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Within it every worker holds all that is trained, to read it or, on the first worker, to change it."""
 
     def state(self) -> dict[str, Any]:
         """ "trained" values by name and torch's "optimizer" state. Called by every worker."""
@@ -58,19 +68,25 @@ class Plain:
         self.objective, self.clip_norm = objective, preset.clip_norm
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         groups = [{**group, "initial_lr": group["lr"]} for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=preset.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, preset.beta2), weight_decay=preset.weight_decay)
 
     def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         return self.objective(batch, progress)
 
-    def update(self, loss: Tensor, factor: float) -> None:
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         average_over_workers(self.trained)
-        nn.utils.clip_grad_norm_(self.trained.values(), self.clip_norm)
+        if self.clip_norm:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.clip_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def state(self) -> dict[str, Any]:
         trained = {name: p.detach() for name, p in self.trained.items()}
@@ -97,71 +113,163 @@ def new_updater(objective: nn.Module, groups: list[dict[str, Any]], preset: Pres
 def fit(
     stage: Stage,
     preset: Preset,
-    folder: Path,
+    folder: RunFolder,
     batches: Callable[[int], Iterator[Batch]],
     *,
+    validation: Sequence[Batch] = (),
     report: Report = lambda metrics: None,
 ) -> None:
-    """Train `stage` to the end of `preset`, resuming from the newest checkpoint under `folder`.
+    """Train `stage` to the end of `preset`, resuming from the newest checkpoint in `folder`.
 
-    `batches(step)` yields the batches from that step on. Raises TrainingError where the loss is not finite.
+    `batches(step)` yields the batches from that step on, `preset.accumulate` for each step. `validation` is measured at
+    every checkpoint. Raises TrainingError where the loss is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     updater = new_updater(stage.objective, stage.parameter_groups(), preset)
     trained = updater.trained
     average = {name: p.detach().clone() for name, p in trained.items()} if preset.ema else {}
     state, position = load_checkpoint(folder, trained, average)
     if state:
         updater.load(state)
-    next_sheet_s = position.elapsed_s + preset.sheet_every_s
-    next_save_s = position.elapsed_s + preset.checkpoint_every_s
-    sums: dict[str, list[float]] = {}
-    started, clock = position.elapsed_s, time.monotonic()
-
+    run = _Run(stage, preset, folder, updater, average, position, validation, report)
     stream = batches(position.step)
     while (progress := progress_of(preset, position)) < 1:
-        batch = next(stream)
         torch.manual_seed((preset.seed << 32) + position.step)
         rate = learning_rate_factor(position.step, progress, preset)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(preset.bf16)):
-            losses: dict[str, Tensor] = updater.losses(batch, progress)
-        stop_if_not_finite(losses["loss"], position.step, batch)
-        updater.update(losses["loss"], rate)
-        position = Position(position.step + 1, agree(started + time.monotonic() - clock))
+        seconds = dict.fromkeys(("data_s", "forward_s", "backward_s", "optimizer_s"), 0.0)
+        parts: list[dict[str, float]] = []
+        for _ in range(preset.accumulate):
+            with _timed(seconds, "data_s"):
+                batch = {**next(stream), "step": position.step}
+            with _timed(seconds, "forward_s"), _autocast(preset):
+                losses: dict[str, Tensor] = updater.losses(batch, progress)
+            stop_if_not_finite(losses["loss"], position.step, batch)
+            with _timed(seconds, "backward_s"):
+                updater.backward(losses["loss"] / preset.accumulate)
+            parts.append({name: loss.item() for name, loss in losses.items()})
+        with _timed(seconds, "optimizer_s"):
+            updater.step(rate)
+        position = run.advance(parts, seconds, rate)
         for name, value in average.items():
             decay = min(preset.ema, (1 + position.step) / (10 + position.step))
             value.lerp_(trained[name].detach(), 1 - decay)
+        run.keep_up(position)
+    run.finish(position)
 
-        for name, loss in losses.items():
-            sums.setdefault(name, []).append(loss.item())
-        saved = False
-        if position.elapsed_s >= next_save_s:
-            state = updater.state()
-            if is_first_worker():
-                save_checkpoint(folder, position, state, average)
-            saved = True
-            next_save_s = position.elapsed_s + preset.checkpoint_every_s
-        if position.step % preset.log_every == 0 or saved:
-            metrics = {name: sum(values) / len(values) for name, values in sums.items()}
-            metrics |= {"step": position.step, "elapsed_s": round(position.elapsed_s, 1), "lr_factor": rate}
-            if is_first_worker():
-                with (folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(metrics) + "\n")
-            report(metrics)
-            sums = {}
-        if position.elapsed_s >= next_sheet_s:
-            if is_first_worker():
-                with Averaged(trained, average):
-                    stage.draw_sheet(folder / f"sheet-{position.step:06d}.png")
-            next_sheet_s = position.elapsed_s + preset.sheet_every_s
 
-    state = updater.state()
-    if is_first_worker():
-        save_checkpoint(folder, position, state, average)
-        with Averaged(trained, average):
-            stage.draw_sheet(folder / "sheet.png")
-            stage.save(folder / "model")
-    report({"step": position.step, "elapsed_s": position.elapsed_s})
+class _Run:
+    """What a run writes and tells while it goes on."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        preset: Preset,
+        folder: RunFolder,
+        updater: Updater,
+        average: dict[str, Tensor],
+        position: Position,
+        validation: Sequence[Batch],
+        report: Report,
+    ) -> None:
+        self.stage, self.preset, self.folder, self.updater = stage, preset, folder, updater
+        self.average, self.validation, self.report = average, validation, report
+        self.position = position
+        self._sums: dict[str, list[float]] = {}
+        self._rate = 0.0
+        self._started_s, self._clock = position.elapsed_s, time.monotonic()
+        self._next_sheet_s = position.elapsed_s + preset.sheet_every_s
+        self._next_save_s = position.elapsed_s + preset.checkpoint_every_s
+
+    def advance(self, parts: list[dict[str, float]], seconds: dict[str, float], rate: float) -> Position:
+        """A step is done: count it and its losses."""
+        for one in parts:
+            for name, loss in one.items():
+                self._sums.setdefault(name, []).append(loss)
+        for name, spent in seconds.items():
+            self._sums.setdefault(name, []).append(spent)
+        self._rate = rate
+        elapsed_s = agree(self._started_s + time.monotonic() - self._clock)
+        self.position = Position(self.position.step + 1, elapsed_s)
+        return self.position
+
+    def keep_up(self, position: Position) -> None:
+        """Save, log and draw where it is time to."""
+        is_saved = position.elapsed_s >= self._next_save_s
+        if is_saved:
+            self._save(position)
+            self._next_save_s = position.elapsed_s + self.preset.checkpoint_every_s
+        if position.step % self.preset.log_every == 0 or is_saved:
+            metrics = {name: sum(values) / len(values) for name, values in self._sums.items()}
+            metrics |= {"step": position.step, "elapsed_s": round(position.elapsed_s, 1), "lr_factor": self._rate}
+            self._log(metrics)
+            self.report(metrics)
+            self._sums = {}
+        if position.elapsed_s >= self._next_sheet_s:
+            self._draw(f"sheet-{position.step:06d}.png")
+            self._next_sheet_s = position.elapsed_s + self.preset.sheet_every_s
+
+    def finish(self, position: Position) -> None:
+        self._save(position)
+        self._draw("sheet.png")
+        with self.updater.gathered(), tempfile.TemporaryDirectory() as scratch:
+            if is_first_worker():
+                with Averaged(self.updater.trained, self.average):
+                    self.stage.save(Path(scratch) / "model")
+                self.folder.write_tree("model", Path(scratch) / "model")
+        self.report({"step": position.step, "elapsed_s": position.elapsed_s})
+
+    def _save(self, position: Position) -> None:
+        state = self.updater.state()  # of all workers, called by all of them
+        if is_first_worker():
+            save_checkpoint(self.folder, position, state, self.average)
+        if self.validation:
+            self._validate(position)
+
+    def _validate(self, position: Position) -> None:
+        objective, sums = self.stage.objective, dict[str, list[float]]()
+        is_training = [module for module in objective.modules() if module.training]
+        objective.eval()
+        progress = progress_of(self.preset, position)
+        random_state = torch.get_rng_state()
+        with torch.no_grad(), Averaged(self.updater.trained, self.average):
+            for number, batch in enumerate(self.validation):
+                torch.manual_seed(number)
+                with _autocast(self.preset):
+                    for name, loss in self.updater.losses({**batch, "step": 0}, min(progress, 1.0)).items():
+                        sums.setdefault(f"validation_{name}", []).append(loss.item())
+        torch.set_rng_state(random_state)
+        for module in is_training:
+            module.training = True
+        metrics = {name: sum(values) / len(values) for name, values in sums.items()}
+        metrics["validation_loss"] = agree(metrics["validation_loss"])
+        self._log({"step": position.step, **metrics})
+        if is_first_worker():
+            best = json.loads(self.folder.read("best.json") or b"{}")
+            if metrics["validation_loss"] < best.get("validation_loss", math.inf):
+                self.folder.write("best.json", json.dumps({"step": position.step, **metrics}).encode())
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if is_first_worker():
+            self.folder.append("log.jsonl", json.dumps(metrics) + "\n")
+
+    def _draw(self, name: str) -> None:
+        with self.updater.gathered(), tempfile.TemporaryDirectory() as scratch:
+            if is_first_worker():
+                path = Path(scratch) / "sheet.png"
+                with Averaged(self.updater.trained, self.average):
+                    self.stage.draw_sheet(path)
+                if path.exists():
+                    self.folder.write(name, path.read_bytes())
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
+
+
+def _autocast(preset: Preset) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(preset.bf16))
 
 
 def is_first_worker() -> bool:
@@ -217,8 +325,10 @@ def progress_of(preset: Preset, position: Position) -> float:
 
 
 def learning_rate_factor(step: int, progress: float, preset: Preset) -> float:
-    """Linear warm-up, then a half cosine down to a hundredth."""
+    """Linear warm-up, then a half cosine down to a hundredth, or a line down to nothing."""
     warm = min(1.0, (step + 1) / preset.warmup_steps)
+    if preset.decays_linearly:
+        return warm * max(0.0, 1 - progress)
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 

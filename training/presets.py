@@ -12,14 +12,23 @@ class Preset:
 
     stage: str
     steps: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; 0: none, but for `epochs`."""
+    epochs: float = 0.0
+    """If not 0: times that every stored row is used, in the place of `steps`."""
     minutes: float = 0.0
     """If not 0: the run ends after this time even if `steps` are not done; the schedule follows the nearer end."""
     batch_size: int
+    accumulate: int = 1
+    """Batches whose gradients make a step."""
     learning_rate: float
     warmup_steps: int = 100
+    decays_linearly: int = 0
+    """1: the rate falls in a line to 0; 0: in half a cosine to a hundredth."""
     weight_decay: float = 0.01
+    beta2: float = 0.99
+    """Of AdamW."""
     clip_norm: float = 1.0
+    """Of the gradients of a step; 0: as long as they are."""
     ema: float = 0.0
     """Decay of the running average that is saved; 0: none."""
     seed: int = 1
@@ -33,6 +42,18 @@ class Preset:
     """1: DeepSpeed keeps the optimizer's state in the host's memory."""
     crop_px: int = 64
     """Side of the crops of "vae"."""
+    checkpoint_activations: int = 0
+    """1: the language model's activations are computed again on the way back instead of kept (arXiv 1604.06174)."""
+    validation_batches: int = 0
+    """Batches of rows that are never trained on, measured at every checkpoint."""
+    samples_latents: int = 0
+    """1: pictures are drawn from the VAE's posterior, as published; 0: its mode."""
+    standardises: int = 1
+    """1: each feature of the caption loss counts by its spread; 0: plain mean squared error, as published."""
+    whitens: int = 1
+    """1: the mapper learns on whitened voken states; 0: as they are, as published."""
+    trains_queries: int = 1
+    """0: the mapper's `fc` and queries are frozen, as in the published second stage."""
     encoder_is_frozen: int = 0
     """1: "vae" trains the way back alone: latents, and so a UNet trained on them, stay valid."""
     text_weight: float = 0.0
@@ -62,6 +83,45 @@ class Preset:
     sheet_every_s: float = 300.0
     log_every: int = 50
 
+
+# As published (arXiv 2310.02239 and its code): two epochs of CC3M, then of VIST or MMDialog, on four GPUs of 48 GB for
+# two days each; no clipping, no checkpointing of activations; frozen parts in bfloat16.
+_PUBLISHED = Preset(
+    stage="align",
+    steps=0,
+    epochs=2,
+    batch_size=8,
+    accumulate=6,
+    learning_rate=0.0,
+    mapper_learning_rate=2e-4,
+    rows_learning_rate=2e-5,
+    warmup_steps=1_000,
+    decays_linearly=1,
+    beta2=0.999,
+    clip_norm=0.0,
+    seed=42,
+    bf16=1,
+    text_weight=0.01,
+    picture_weight=1.0,
+    caption_weight=0.1,
+    samples_latents=1,
+    standardises=0,
+    whitens=0,
+    validation_batches=8,
+)
+PUBLISHED = {
+    "align": _PUBLISHED,
+    "learn": dataclasses.replace(
+        _PUBLISHED,
+        stage="learn",
+        learning_rate=2e-5,
+        mapper_learning_rate=2e-5,
+        trains_queries=0,
+        caption_weight=0.0,
+        story_share=0.0,
+        caption_share=0.0,
+    ),
+}
 
 # Departures from the published settings, which are made for 7 billion parameters and two days on four GPUs:
 # learning rates (2e-5 for the rows moves nothing in so few steps), text weight 1 in learn (0.01 starves it), the

@@ -5,7 +5,8 @@ align   caption -> picture; voken rows and mapper are trained, the language mode
 learn   interleaved stories; LoRA, rows and mapper are trained (multimodal learning)
 refine  captions and stories; the mapper alone learns to follow what the language model has become
 
-A learning rate of 0 freezes what it belongs to.
+A learning rate of 0 freezes what it belongs to. The model is that of the folder that is gone on from, else the
+storybook's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.denoising import denoise
-from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler
+from minigpt5.diffusion import Diffusion, load_scheduler, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
 from minigpt5.objective import LossWeights, Objective
@@ -29,7 +30,8 @@ from minigpt5.prompt import caption_segments
 from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from minigpt5.text_encoder import TextEncoder
+from minigpt5.text_encoder import load_text_encoder
+from training.data import Rows, StorybookRows
 from training.loop import Batch
 from training.parts import Parts
 from training.presets import Preset
@@ -45,11 +47,9 @@ class StageObjective(nn.Module):
     def __init__(self, objective: Objective, preset: Preset) -> None:
         super().__init__()
         self.model, self.preset = objective, preset
-        self.num_calls = 0
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         preset = self.preset
-        self.num_calls += 1
         rows: list[Row] = batch["row"]  # type: ignore[assignment]
         if progress < preset.words_until:
             return self.model.words(rows)
@@ -59,29 +59,35 @@ class StageObjective(nn.Module):
             caption=preset.caption_weight,
             contrast=preset.contrast_weight,
         )
-        if self.model.num_remembered >= preset.replay_from and self.num_calls % (1 + preset.replay_steps):
+        is_replay = (batch["step"] + 1) % (1 + preset.replay_steps) > 0  # type: ignore[operator]
+        if self.training and is_replay and self.model.num_remembered >= preset.replay_from:
             return self.model.replay(preset.replay_batch_size, weights)
         return self.model(rows, weights)
 
 
 class ModelStage:
-    def __init__(self, preset: Preset, parts: Parts) -> None:
+    def __init__(self, preset: Preset, parts: Parts, rows: Rows | None = None) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
-        self.config = storybook()
+        previous = parts.model(preset.stage)
+        self.config = model_folder.load_config(previous) if previous else storybook()
+        self.rows = rows or StorybookRows(preset)
         base = resolve(self.config.language_model)
         self.language = LanguageModel.from_base(base, self.config)
         self.vision = model_folder.load_vision(None, self.config)
         self.mapper = Mapper(self.config)
-        previous = parts.model(preset.stage)
         if previous:
             self._load(previous)
         self._adapt(previous)
         self._freeze()
-        positions = self.config.condition_length
-        text_encoder = TextEncoder(resolve(self.config.text_encoder), num_positions=positions)
-        vae, unet = load_vae(parts.need("vae")), load_unet(parts.need("unet"))
-        self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
+        if preset.checkpoint_activations:
+            self.language.checkpoint_activations()
+        text_encoder = load_text_encoder(resolve(self.config.text_encoder), self.config)
+        vae_of, unet_of = (parts.find(part) or resolve(self.config.diffusion) for part in ("vae", "unet"))
+        vae, unet = load_vae(vae_of), load_unet(unet_of)
+        has_schedule = (unet_of / "scheduler").is_dir()
+        schedule = load_scheduler(unet_of, None) if has_schedule else new_storybook_scheduler()
+        self.diffusion = Diffusion(vae, unet, schedule)
         unet.set_attn_processor(AttnProcessor())  # as in stage_unet.py
         objective = Objective(
             self.config,
@@ -92,12 +98,14 @@ class ModelStage:
             self.diffusion,
             text_encoder,
             first_timestep=preset.first_timestep,
+            samples_latents=bool(preset.samples_latents),
         )
-        objective.standardise_captions(
-            [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
-            start_there=preset.stage == "align" and not parts.start,
-        )
-        if preset.stage != "vision":
+        if preset.standardises:
+            objective.standardise_captions(
+                [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
+                start_there=preset.stage == "align" and not parts.start,
+            )
+        if preset.stage != "vision" and preset.whitens:
             objective.whiten_vokens(*self._some_vokens(objective), noise=preset.voken_noise)
         self.objective = StageObjective(objective, preset)
 
@@ -131,19 +139,22 @@ class ModelStage:
         stage = self.preset.stage
         self.vision.qformer.requires_grad_(stage == "vision")
         self.language.rows.requires_grad_(stage != "vision" and self.preset.rows_learning_rate > 0)
-        self.mapper.requires_grad_(stage != "vision")
+        self.mapper.requires_grad_(stage != "vision" and self.preset.mapper_learning_rate > 0)
+        if not self.preset.trains_queries:
+            self.mapper.fc.requires_grad_(False)
+            self.mapper.queries.requires_grad_(False)
 
     def parameter_groups(self) -> list[dict[str, object]]:
         preset = self.preset
         if preset.stage == "vision":
             return [{"params": list(self.vision.qformer.parameters()), "lr": preset.learning_rate}]
-        rows, adapter = (
+        rows, mapper, adapter = (
             [parameter for parameter in module.parameters() if parameter.requires_grad]
-            for module in (self.language.rows, self.language.body)
+            for module in (self.language.rows, self.mapper, self.language.body)
         )
         groups: list[dict[str, object]] = [
             {"params": rows, "lr": preset.rows_learning_rate, "weight_decay": 0.0},
-            {"params": list(self.mapper.parameters()), "lr": preset.mapper_learning_rate},
+            {"params": mapper, "lr": preset.mapper_learning_rate},
             {"params": adapter, "lr": preset.learning_rate},
         ]
         return [group for group in groups if group["params"]]

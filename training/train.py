@@ -1,19 +1,38 @@
-"""`python -m training.train vae|unet|vision|align|learn|refine [key=value ...]`: one stage, or the rest of it."""
+"""One stage of training, or the rest of it: `python -m training.train STAGE [key=value ...]`.
+
+    python -m training.train align --data /data/cc3m --start models/storybook --out /data/runs/align
+    ray job submit --working-dir . -- python -m training.train learn --data s3://b/vist --start s3://b/align/model \\
+        --out s3://b/learn --workers 8 zero_stage=2
+
+Without --data the rows are those of the picture world. A run that was stopped goes on from its newest checkpoint when
+it is started again with the same --out. `OUT/model` is a model folder, served as it is.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import torch
 
+from minigpt5 import model_folder
+from minigpt5.config import storybook
+from minigpt5.errors import MiniGPT5Error
 from training import data, loop, presets
+from training.data import Rows, RowsOfStage, StorybookRows
 from training.parts import Parts
 from training.presets import Preset
+from training.run_folder import RunFolder, fetch_model
+from training.stored_data import StoredRows
+
+PRESETS = {"storybook": presets.STORYBOOK, "published": presets.PUBLISHED}
+STORED_STAGES = ("align", "learn", "refine")
 
 
-def build_stage(preset: Preset, parts: Parts) -> loop.Stage:
+def build_stage(preset: Preset, parts: Parts, rows: Rows) -> loop.Stage:
     """The stage of a preset, on the weights that it goes on from."""
     if preset.stage == "vae":
         from training.stage_vae import VaeStage
@@ -25,40 +44,93 @@ def build_stage(preset: Preset, parts: Parts) -> loop.Stage:
         return UnetStage(preset, parts)
     from training.stage_model import ModelStage
 
-    return ModelStage(preset, parts)
+    return ModelStage(preset, parts, rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
+def find_rows(preset: Preset, parts: Parts, uri: str | None) -> tuple[Preset, Rows, Rows | None]:
+    """Rows to train on and to validate with; the preset with its steps, where it counts epochs. Raises
+    TrainingError."""
+    if uri is None:
+        if preset.epochs:
+            raise SystemExit("error: epochs are of stored rows: name some with --data, or set epochs=0 steps=")
+        held_back = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
+        return preset, StorybookRows(preset), StorybookRows(held_back) if preset.validation_batches else None
+    previous = parts.model(preset.stage)
+    config = model_folder.load_config(previous) if previous else storybook()
+    stored = StoredRows(uri, config, seed=preset.seed)
+    if preset.epochs:
+        steps = max(1, round(preset.epochs * len(stored) / data.rows_per_step(preset)))
+        preset = dataclasses.replace(preset, steps=steps, epochs=0.0)
+    validation = None
+    if preset.validation_batches:
+        validation = RowsOfStage(StoredRows(uri, config, seed=preset.seed, is_validation=True), preset)
+    return preset, RowsOfStage(stored, preset), validation
+
+
+VALIDATION_SEED = 1_000_003
+"""Added to the seed of the picture world's rows that are never trained on."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=sorted(presets.STORYBOOK))
-    parser.add_argument("settings", nargs="*", help="key=value, see training/presets.py")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs; a stage is runs/<stage>")
-    parser.add_argument("--start", type=Path, help="model folder to go on from, such as models/storybook")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="see training/presets.py")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="storybook", help="(default %(default)s)")
+    parser.add_argument("--data", help="rows that batch_jobs.prepare or batch_jobs.precompute wrote, path or URI")
+    parser.add_argument("--out", help="folder or URI of this run (default: RUNS/STAGE)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default %(default)s)")
+    parser.add_argument("--start", help="model folder to go on from, path or URI, such as models/storybook")
     parser.add_argument("--decoder", type=Path, help="folder whose vae/ and unet/ come before the start's")
     parser.add_argument("--workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray")
-    options = parser.parse_intermixed_args()
+    parser.add_argument("--gpus", type=float, default=0.0, help="of each worker (default %(default)g)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_intermixed_args(arguments)
+    known = PRESETS[options.preset]
+    if options.stage not in known:
+        parser.error(f"preset {options.preset} has no stage {options.stage}: it has {', '.join(sorted(known))}")
+    if options.data and options.stage not in STORED_STAGES:
+        parser.error(f"{options.stage} learns the picture world: --data is for {', '.join(STORED_STAGES)}")
     try:
-        preset = presets.override(presets.STORYBOOK[options.stage], options.settings)
+        preset = presets.override(known[options.stage], options.settings)
     except ValueError as error:
         parser.error(str(error))
-    runs, start, decoder = (path and path.absolute() for path in (options.runs, options.start, options.decoder))
-    parts = Parts(runs=runs, start=start, decoder=decoder)
-    if options.workers == 0:
-        run(preset, parts)
-    else:
-        from training.cluster import run_on_ray
+    try:
+        start = fetch_model(options.start) if options.start else None
+        parts = Parts(runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute())
+        out = RunFolder(options.out or options.runs / options.stage)
+        preset, rows, validation = find_rows(preset, parts, options.data)
+        if options.workers == 0:
+            run(preset, parts, out, rows, validation)
+        else:
+            from training.cluster import Run, run_on_ray
 
-        run_on_ray(preset, parts, options.workers)
+            on_ray = Run(preset=preset, parts=parts, out=out, rows=rows, validation=validation)
+            run_on_ray(on_ray, options.workers, num_gpus=options.gpus)
+    except MiniGPT5Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def run(preset: Preset, parts: Parts) -> None:
+def run(preset: Preset, parts: Parts, out: RunFolder, rows: Rows, validation: Rows | None) -> None:
     """The stage in this process."""
     torch.set_num_threads(preset.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stage = build_stage(preset, parts)
-    batches = data.local_batches(preset)
-    loop.fit(stage, preset, parts.runs / preset.stage, batches, report=lambda metrics: print(metrics, flush=True))
+    loop.fit(
+        build_stage(preset, parts, rows),
+        preset,
+        out,
+        data.local_batches(rows, preset),
+        validation=data.validation_batches(validation, preset) if validation else (),
+        report=lambda metrics: print(metrics, flush=True),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

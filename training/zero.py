@@ -6,6 +6,8 @@ into the plain loop's own, so that it belongs to no stage and to no number of wo
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -35,10 +37,10 @@ class Zero:
             raise TrainingError(
                 f"zero_stage is {preset.zero_stage} but there are no workers: set --workers to 1 or more"
             )
-        self.stage = preset.zero_stage
+        self.stage, self.accumulate, self.num_parts = preset.zero_stage, preset.accumulate, 0
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.rates = [group["lr"] for group in groups]
-        plain = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=preset.weight_decay)
+        plain = torch.optim.AdamW(groups, betas=(0.9, preset.beta2), weight_decay=preset.weight_decay)
         self.counts = [len(group["params"]) for group in plain.param_groups]
         self.order = [_name_of(p, self.trained) for group in plain.param_groups for p in group["params"]]
         # Gloo moves the data; DeepSpeed's own way through shared memory would compile for minutes on every machine.
@@ -50,11 +52,22 @@ class Zero:
     def losses(self, batch: object, progress: float) -> dict[str, Tensor]:
         return self.engine(batch, progress)
 
-    def update(self, loss: Tensor, factor: float) -> None:
+    def backward(self, loss: Tensor) -> None:
+        self.num_parts += 1
+        self.engine.set_gradient_accumulation_boundary(self.num_parts == self.accumulate)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, factor: float) -> None:
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.engine.backward(loss)
         self.engine.step()
+        self.num_parts = 0
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        parameters = list(self.engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+            yield
 
     def state(self) -> dict[str, Any]:
         """Of all workers, and called by all of them: what `Plain.state` gives after the same steps."""

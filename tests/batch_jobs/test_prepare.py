@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from batch_jobs import prepare as module
-from batch_jobs.layouts import LAYOUTS, Source, clean_caption, storybook_item
+from batch_jobs.layouts import LAYOUTS, Source, storybook_item
 from batch_jobs.prepare import Part, main, write_part
 from minigpt5.stored_rows import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
 from minigpt5.storybook.dialogues import dialogue_at
@@ -84,7 +84,6 @@ def test_cc3m_rows_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
     assert "60000 x 60000 pixels" in reasons["train/3.png"] or "bomb" in reasons["train/3.png"]
     assert reasons["c.tsv:6"] == "1 columns, not 2"
     assert "leads out of" in reasons["../secret.jpg"]
-    assert clean_caption("A Red fox: in the (snow)!") == "a red fox in the snow"
 
 
 def test_a_webdataset_of_captions(tmp_path: Path) -> None:

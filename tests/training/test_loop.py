@@ -14,7 +14,9 @@ import torch
 
 from minigpt5.errors import TrainingError
 from training import checkpoint, data, loop, presets
+from training.data import StorybookRows
 from training.parts import Parts
+from training.run_folder import RunFolder
 from training.stage_vae import VaeStage
 
 TINY = dataclasses.replace(
@@ -41,7 +43,7 @@ def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset
         if metrics["step"] == stop_after:
             raise Stopped
 
-    loop.fit(stage, preset, folder, data.local_batches(preset), report=report)
+    loop.fit(stage, preset, RunFolder(folder), data.local_batches(StorybookRows(preset), preset), report=report)
     return stage
 
 
@@ -50,31 +52,32 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     every_step = dataclasses.replace(TINY, checkpoint_every_s=0.0)
     with pytest.raises(Stopped):
         train(tmp_path / "parts", stop_after=2, preset=every_step)
-    assert checkpoint.newest_step(tmp_path / "parts") == 2
+    assert checkpoint.newest_step(RunFolder(tmp_path / "parts")) == 2
     resumed = train(tmp_path / "parts")
     for one, other in zip(whole.vae.parameters(), resumed.vae.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_a_half_written_checkpoint_is_never_resumed_from(tmp_path: Path) -> None:
-    partial = tmp_path / ".partial-00000009"
+    partial = tmp_path / "checkpoint-00000009"
     partial.mkdir()
     (partial / "state.pt").write_bytes(b"half")
-    assert checkpoint.newest_step(tmp_path) == 0
+    assert checkpoint.newest_step(RunFolder(tmp_path)) == 0
 
 
 def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(tmp_path: Path) -> None:
     state = {"trained": {"weight": torch.zeros(100_000)}, "optimizer": {}}
-    good = checkpoint.save_checkpoint(tmp_path, checkpoint.Position(1), state, {})
+    folder = RunFolder(tmp_path)
+    good = checkpoint.save_checkpoint(folder, checkpoint.Position(1), state, {})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses to write on, as on a full disk
     try:
         with pytest.raises(TrainingError, match="cannot be written.*checkpoint-00000001 is kept"):
-            checkpoint.save_checkpoint(tmp_path, checkpoint.Position(2), state, {})
+            checkpoint.save_checkpoint(folder, checkpoint.Position(2), state, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == [good]
-    assert checkpoint.load_checkpoint(tmp_path, ["weight"], {})[1] == checkpoint.Position(1)
+    assert [path.name for path in tmp_path.iterdir()] == [good]
+    assert checkpoint.load_checkpoint(folder, ["weight"], {})[1] == checkpoint.Position(1)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
     with torch.no_grad():
         next(stage.vae.parameters()).fill_(math.nan)
     with pytest.raises(TrainingError, match=r"step 0 is not finite: nan, rows \[0, 1\]"):
-        loop.fit(stage, TINY, tmp_path, data.local_batches(TINY))
+        loop.fit(stage, TINY, RunFolder(tmp_path), data.local_batches(StorybookRows(TINY), TINY))
 
 
 def test_the_rate_warms_up_and_decays() -> None:
@@ -116,4 +119,4 @@ def test_two_workers_of_a_local_ray_train_a_stage(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "vae" / "model" / "vae" / "diffusion_pytorch_model.safetensors").is_file()
     assert (tmp_path / "vae" / "sheet.png").is_file()
-    assert checkpoint.newest_step(tmp_path / "vae") == 4
+    assert checkpoint.newest_step(RunFolder(tmp_path / "vae")) == 4

@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 from tests.training.toy import ToyStage, batches, TOY
 from training import loop
+from training.run_folder import RunFolder
 
 folder, zero_stage, steps, losses = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), []
 torch.set_num_threads(1)
@@ -33,7 +34,8 @@ def report(metrics):
         raise Enough
 
 try:
-    loop.fit(ToyStage(), preset, folder, batches(distributed.get_rank(), distributed.get_world_size()), report=report)
+    share = batches(distributed.get_rank(), distributed.get_world_size())
+    loop.fit(ToyStage(), preset, RunFolder(folder), share, report=report)
 except Enough:
     pass
 total = torch.tensor(losses, dtype=torch.float64)

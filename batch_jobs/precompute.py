@@ -1,0 +1,156 @@
+"""Training rows -> training rows whose pictures are read and encoded already, as a Ray Data job.
+
+    python -m batch_jobs.precompute /data/vist --model models/storybook --output /data/vist-encoded
+
+Each picture is replaced by the VAE's moments and the vision encoder's features, both float16: what training would
+compute from it at every epoch. Both are as the encoders give them: training draws from the moments, and normalises what
+it has drawn. A file that is written is never written again: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from pyarrow import fs, parquet
+
+from batch_jobs.inputs import open_uri
+from batch_jobs.prepare import read_json, to_parquet
+from batch_jobs.state import write_whole
+from minigpt5.errors import InvalidRequest, MiniGPT5Error
+from minigpt5.pictures import fit_drawn, fit_read
+from minigpt5.stored_rows import ROW_SCHEMA
+
+BATCH_PICTURES = 16
+
+
+class Encode:
+    """Files of rows -> files of encoded rows; holds the two encoders."""
+
+    def __init__(self, *, model: str, source: str, output: str, keeps_pictures: bool, num_threads: int) -> None:
+        import torch
+
+        from minigpt5.diffusion import load_vae
+        from minigpt5.model_folder import find_decoder, load_config, load_vision
+
+        torch.set_num_threads(num_threads)
+        self.config = load_config(model)
+        self.vision = load_vision(None, self.config).eval()
+        self.vae = load_vae(find_decoder(model, self.config)).eval()
+        self.keeps_pictures = keeps_pictures
+        self._source, self._output = source, output
+
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        files, folder = open_uri(self._output)
+        path = f"{folder}/rows/{row['file'].rpartition('/')[2]}"
+        if files.get_file_info(path).type == fs.FileType.File:
+            return {"pictures": 0, "files": 0}
+        source, _ = open_uri(self._source)
+        with source.open_input_file(row["file"]) as file:
+            rows = parquet.read_table(file).to_pylist()
+        segments = [one for stored in rows for one in stored["segments"] if one["picture"] is not None]
+        for start in range(0, len(segments), BATCH_PICTURES):
+            self._encode(segments[start : start + BATCH_PICTURES])
+        write_whole(files, path, to_parquet(rows, ROW_SCHEMA))
+        return {"pictures": len(segments), "files": 1}
+
+    def _encode(self, segments: list[dict[str, Any]]) -> None:
+        import torch
+
+        drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
+        read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
+        with torch.no_grad():
+            pixels_BCYX = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+            moments_BMYX = self.vae.encode(pixels_BCYX).latent_dist.parameters.half().numpy()
+            features_BFE = self.vision.encode(read).half().numpy()
+        for segment, moments_MYX, features_FE in zip(segments, moments_BMYX, features_BFE, strict=True):
+            segment["moments"], segment["features"] = _save(moments_MYX), _save(features_FE)
+            if not self.keeps_pictures:
+                segment["picture"] = None
+
+
+def _save(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def precompute(
+    source: str, output: str, *, model: str, keeps_pictures: bool, workers: int, num_threads: int
+) -> dict[str, Any]:
+    """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
+    import ray
+
+    from minigpt5.model_folder import load_config
+
+    files, folder = open_uri(source)
+    infos = files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
+    names = sorted(info.path for info in infos if info.path.endswith(".parquet"))
+    if not names:
+        raise InvalidRequest("source", f"no rows under {source}/rows: make them with python -m batch_jobs.prepare")
+    target, place = open_uri(output)
+    fingerprint = load_config(model).fingerprint
+    asked = {"source": source, "model": fingerprint, "keeps_pictures": keeps_pictures}
+    begun = read_json(target, f"{place}/plan.json")
+    if begun not in (None, asked):
+        raise InvalidRequest("output", f"{output} was begun from another source or model: name another")
+    write_whole(target, f"{place}/plan.json", json.dumps(asked).encode())
+    done = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names)).map(
+        Encode,
+        fn_constructor_kwargs={
+            "model": model,
+            "source": source,
+            "output": output,
+            "keeps_pictures": keeps_pictures,
+            "num_threads": num_threads,
+        },
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=0.5,
+    )
+    counts = done.take_all()
+    manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}
+    write_whole(target, f"{place}/manifest.json", json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def make_parser() -> argparse.ArgumentParser:
+    from minigpt5.config import default_model_folder
+
+    parser = argparse.ArgumentParser(
+        prog="python -m batch_jobs.precompute",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="what batch_jobs.prepare has written, path or URI")
+    parser.add_argument("--model", default=str(default_model_folder()), help="folder with the encoders to use")
+    parser.add_argument("--output", required=True, help="folder or URI")
+    parser.add_argument("--keep-pictures", action="store_true", help="beside what is made of them")
+    parser.add_argument("--workers", type=int, default=1, help="encoders at once (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each (default %(default)s)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    try:
+        manifest = precompute(
+            options.source,
+            options.output,
+            model=options.model,
+            keeps_pictures=options.keep_pictures,
+            workers=options.workers,
+            num_threads=options.threads,
+        )
+    except MiniGPT5Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{manifest['pictures']} pictures encoded, {manifest['files']} files in {options.output}/rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

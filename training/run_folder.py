@@ -1,0 +1,106 @@
+"""What a run leaves, on any file system: checkpoints, a log, sheets, the model. Files are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from minigpt5.errors import TrainingError
+
+
+class RunFolder:
+    """A folder or a URI. Example: RunFolder("s3://bucket/runs/align").write("log.jsonl", b"...")"""
+
+    def __init__(self, uri: str | Path) -> None:
+        """Raises TrainingError where it cannot be written."""
+        self.uri = str(uri)
+        try:
+            files, path = (
+                fs.FileSystem.from_uri(self.uri)
+                if "://" in self.uri
+                else (fs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute()))
+            )
+            files.create_dir(path, recursive=True)
+        except (OSError, pa.ArrowException) as error:
+            raise TrainingError(f"{uri} cannot be written ({error}): name another folder or URI with --out") from error
+        self._files, self._path = files, path
+        self.local = Path(path) if files.type_name == "local" else None
+        """Where it lies on this machine; None on an object store."""
+
+    def __reduce__(self) -> tuple[type[RunFolder], tuple[str]]:
+        return RunFolder, (self.uri,)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Raises OSError, a full disk included; then there is nothing new."""
+        path = f"{self._path}/{name}"
+        self._files.create_dir(path.rpartition("/")[0], recursive=True)
+        if self.local is None:  # an object store shows whole objects only
+            with self._files.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        partial = f"{path}.{secrets.token_hex(4)}.tmp"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a rename may reach the disk before what is renamed
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+
+    def write_tree(self, name: str, folder: Path) -> None:
+        """All files of a local folder."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.write(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def append(self, name: str, text: str) -> None:
+        if self.local is not None:
+            with (self.local / name).open("a") as file:
+                file.write(text)
+        else:
+            self.write(name, (self.read(name) or b"") + text.encode())
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            with self._files.open_input_stream(f"{self._path}/{name}", compression=None) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str = "") -> list[str]:
+        """Files and folders right in it."""
+        selector = fs.FileSelector(f"{self._path}/{folder}".rstrip("/"), allow_not_found=True)
+        return sorted(info.base_name for info in self._files.get_file_info(selector))
+
+    def drop(self, folder: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._files.delete_dir(f"{self._path}/{folder}")
+
+    def fetch(self, folder: str, to: Path) -> Path:
+        """Copy a folder of it to this machine; where it lies here already, it is that."""
+        if self.local is not None:
+            return self.local / folder
+        for info in self._files.get_file_info(fs.FileSelector(f"{self._path}/{folder}", recursive=True)):
+            if info.is_file:
+                path = to / info.path[len(self._path) :].lstrip("/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with self._files.open_input_stream(info.path, compression=None) as stream:
+                    path.write_bytes(stream.read())
+        return to / folder
+
+
+def fetch_model(uri: str) -> Path:
+    """A model folder by its path or URI, as a folder on this machine."""
+    if "://" not in uri:
+        return Path(uri).expanduser().absolute()
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    return RunFolder(parent).fetch(name, Path(tempfile.mkdtemp(prefix="minigpt5-")))
