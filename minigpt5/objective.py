@@ -5,7 +5,6 @@ Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, Q
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +85,8 @@ class Objective(nn.Module):
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
         self.diffusion.requires_grad_(False)
+        self.calls_alike = False
+        """Every batch calls the same parts in the same order, as workers must that share out weights (ZeRO 3)."""
         self._memory: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self._whitening: RemovableHandle | None = None
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
@@ -106,16 +107,40 @@ class Objective(nn.Module):
 
     def forward(self, rows: list[Row], weights: LossWeights) -> dict[str, Tensor]:
         """Losses by name; "loss" is their weighted sum."""
-        bare = [row for row in rows if self.body_is_frozen and row.is_caption]
-        whole = [row for row in rows if not (self.body_is_frozen and row.is_caption)]
+        rows, has_pictures = self._complete(rows)
+        takes_short_cut = self.body_is_frozen and not self.calls_alike
+        bare = [row for row in rows if takes_short_cut and row.is_caption]
+        whole = [row for row in rows if not (takes_short_cut and row.is_caption)]
         read = [self._read_captions(bare)] if bare else []
         read += [self._read_sequences(whole)] if whole else []
         rows = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
         if len(vokens_PVH):
-            losses |= self._picture_losses(rows, vokens_PVH, weights)
+            pictures = self._picture_losses(rows, vokens_PVH, weights)
+            losses |= pictures if has_pictures else {name: 0 * loss for name, loss in pictures.items()}
+        else:  # what is trained takes part in every step, or those who share its gradients would wait for ever
+            losses["text"] = losses["text"] + 0 * self.mapper.null_condition().sum()
         return {"loss": weights.total(losses), **losses}
+
+    def _complete(self, rows: list[Row]) -> tuple[list[Row], bool]:
+        """Where every worker must call the same parts: with a row that nothing is learnt from for a picture that none
+        reads, or draws. Returns whether a picture of the rows is drawn."""
+        has_pictures = any(row.drawn for row in rows)
+        if not self.calls_alike:
+            return rows, has_pictures
+        px = self.config.vision.image_px, self.config.image_px
+        black = [np.zeros((side, side, 3), np.uint8) for side in px]
+        reads = Row(segments=[prompt.text("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
+        draws = Row(segments=[prompt.text("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
+        completed = list(rows)
+        completed += [] if any(row.read for row in rows) else [reads]
+        completed += [] if has_pictures else [draws]
+        return completed, has_pictures
+
+    def outer_parameters(self) -> list[nn.Parameter]:
+        """Those that are read by other modules than their own."""
+        return [self.language.embedding, *self.language.rows.parameters()]  # type: ignore[list-item]
 
     def whiten_vokens(self, states_PVH: Tensor, conditions_PQD: Tensor, *, noise: float = 0.0) -> None:
         """Let `fc` see voken states of unit covariance while it is trained, but for the directions that go with the
@@ -148,10 +173,10 @@ class Objective(nn.Module):
 
     def settle(self) -> Mapper:
         """A copy of the mapper that takes voken states as they are."""
-        mapper = copy.deepcopy(self.mapper)
+        mapper = Mapper(self.config)
+        mapper.load_state_dict(self.mapper.state_dict())
         if self._whitening:
             first: nn.Linear = mapper.fc[0]  # type: ignore[assignment]
-            first._forward_pre_hooks.clear()
             with torch.no_grad():
                 first.weight.copy_(first.weight @ self._whiten_HH.T)
                 first.bias.sub_(first.weight @ self._voken_mean_H)

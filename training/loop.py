@@ -252,7 +252,10 @@ class _Run:
             self.folder.append("log.jsonl", json.dumps(metrics) + "\n")
 
     def _draw(self, name: str) -> None:
-        with self.updater.gathered(), tempfile.TemporaryDirectory() as scratch:
+        """Not where weights are shared out: one worker alone cannot call the modules then."""
+        if self.preset.zero_stage == 3:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
             if is_first_worker():
                 path = Path(scratch) / "sheet.png"
                 with Averaged(self.updater.trained, self.average):

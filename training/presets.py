@@ -36,8 +36,7 @@ class Preset:
     bf16: int = 0
     """1: the objective runs under bfloat16 autocast; weights, optimizer and losses stay float32."""
     zero_stage: int = -1
-    """ZeRO stage of DeepSpeed, 0 to 2 (training/zero.py knows 3, no stage of training does yet); -1: torch's own
-    optimizer."""
+    """ZeRO stage of DeepSpeed, 0 to 3; -1: torch's own optimizer."""
     zero_offload: int = 0
     """1: DeepSpeed keeps the optimizer's state in the host's memory."""
     crop_px: int = 64
@@ -200,9 +199,6 @@ def override(preset: Preset, settings: list[str]) -> Preset:
         except ValueError:
             raise ValueError(f"{key} is {value!r} but must be a number of type {kind.__name__}") from None
     changed = dataclasses.replace(preset, **changes)  # type: ignore[arg-type]
-    if not -1 <= changed.zero_stage <= 2:
-        raise ValueError(
-            f"zero_stage is {changed.zero_stage} but must be from -1 to 2: stage 3 shares out weights that the stages "
-            "read outside their modules"
-        )
+    if not -1 <= changed.zero_stage <= 3:
+        raise ValueError(f"zero_stage is {changed.zero_stage} but must be from -1 to 3")
     return changed

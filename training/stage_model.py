@@ -47,6 +47,10 @@ class StageObjective(nn.Module):
     def __init__(self, objective: Objective, preset: Preset) -> None:
         super().__init__()
         self.model, self.preset = objective, preset
+        objective.calls_alike = preset.zero_stage == 3
+
+    def outer_parameters(self) -> list[nn.Parameter]:
+        return self.model.outer_parameters()
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         preset = self.preset

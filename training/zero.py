@@ -37,6 +37,8 @@ class Zero:
             raise TrainingError(
                 f"zero_stage is {preset.zero_stage} but there are no workers: set --workers to 1 or more"
             )
+        if preset.zero_stage == 3 and preset.ema:
+            raise TrainingError("zero_stage is 3, which keeps no running average: set ema=0")
         self.stage, self.accumulate, self.num_parts = preset.zero_stage, preset.accumulate, 0
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.rates = [group["lr"] for group in groups]
@@ -48,6 +50,10 @@ class Zero:
         self.engine, *_ = deepspeed.initialize(
             model=objective, optimizer=plain, config=_configuration(preset), dist_init_required=False
         )
+
+        if self.stage == 3:
+            for parameter in getattr(objective, "outer_parameters", list)():
+                deepspeed.zero.register_external_parameter(objective, parameter)
 
     def losses(self, batch: object, progress: float) -> dict[str, Tensor]:
         return self.engine(batch, progress)

@@ -98,8 +98,8 @@ def test_settings_are_checked() -> None:
     assert presets.override(TINY, ["steps=7", "learning_rate=1e-3"]).learning_rate == 1e-3
     with pytest.raises(ValueError, match="unknown setting 'lr=1'"):
         presets.override(TINY, ["lr=1"])
-    with pytest.raises(ValueError, match="zero_stage is 3"):
-        presets.override(TINY, ["zero_stage=3"])
+    with pytest.raises(ValueError, match="zero_stage is 4"):
+        presets.override(TINY, ["zero_stage=4"])
     with pytest.raises(ValueError, match="steps is 'many'"):
         presets.override(TINY, ["steps=many"])
 
