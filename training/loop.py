@@ -18,13 +18,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from minigpt5.errors import TrainingError
 from training.checkpoint import Position, load_checkpoint, save_checkpoint
 from training.presets import Preset
+from training.report import write_report
 from training.run_folder import RunFolder
+from training.samples import write_sample
 
 Batch = dict[str, object]
+TELLING = ("learn", "refine")
+"""Stages whose model writes stories."""
 Report = Callable[[dict[str, float]], None]
 
 
@@ -173,6 +178,9 @@ class _Run:
         self.stage, self.preset, self.folder, self.updater = stage, preset, folder, updater
         self.average, self.validation, self.report = average, validation, report
         self.position = position
+        self._scratch = tempfile.TemporaryDirectory()
+        local = folder.local / "tensorboard" if folder.local else Path(self._scratch.name)
+        self._curves = SummaryWriter(str(local)) if is_first_worker() else None
         self._sums: dict[str, list[float]] = {}
         self._rate = 0.0
         self._started_s, self._clock = position.elapsed_s, time.monotonic()
@@ -205,16 +213,16 @@ class _Run:
             self._sums = {}
         if position.elapsed_s >= self._next_sheet_s:
             self._draw(f"sheet-{position.step:06d}.png")
+            if is_first_worker():
+                write_report(self.folder)
             self._next_sheet_s = position.elapsed_s + self.preset.sheet_every_s
 
     def finish(self, position: Position) -> None:
         self._save(position)
         self._draw("sheet.png")
-        with self.updater.gathered(), tempfile.TemporaryDirectory() as scratch:
-            if is_first_worker():
-                with Averaged(self.updater.trained, self.average):
-                    self.stage.save(Path(scratch) / "model")
-                self.folder.write_tree("model", Path(scratch) / "model")
+        self._save_model("story.html")
+        if is_first_worker():
+            write_report(self.folder)
         self.report({"step": position.step, "elapsed_s": position.elapsed_s})
 
     def _save(self, position: Position) -> None:
@@ -247,9 +255,26 @@ class _Run:
             if metrics["validation_loss"] < best.get("validation_loss", math.inf):
                 self.folder.write("best.json", json.dumps({"step": position.step, **metrics}).encode())
 
+    def _save_model(self, sample: str) -> None:
+        """The model folder, and a sample page of a model that can write one."""
+        with tempfile.TemporaryDirectory() as scratch:
+            model = Path(scratch) / "model"
+            with self.updater.gathered():
+                if is_first_worker():
+                    with Averaged(self.updater.trained, self.average):
+                        self.stage.save(model)
+                    self.folder.write_tree("model", model)
+            if is_first_worker() and self.preset.stage in TELLING:
+                self.folder.write(sample, write_sample(model))
+
     def _log(self, metrics: dict[str, float]) -> None:
-        if is_first_worker():
+        if self._curves:
             self.folder.append("log.jsonl", json.dumps(metrics) + "\n")
+            for name, value in metrics.items():
+                self._curves.add_scalar(name, value, int(metrics["step"]))
+            self._curves.flush()
+            if self.folder.local is None:
+                self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
 
     def _draw(self, name: str) -> None:
         """Not where weights are shared out: one worker alone cannot call the modules then."""

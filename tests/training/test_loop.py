@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from minigpt5.errors import TrainingError
+from tests.training.toy import TOY, WIDTH, ToyStage
 from training import checkpoint, data, loop, presets
 from training.data import StorybookRows
 from training.parts import Parts
@@ -120,3 +123,85 @@ def test_two_workers_of_a_local_ray_train_a_stage(tmp_path: Path) -> None:
     assert (tmp_path / "vae" / "model" / "vae" / "diffusion_pytorch_model.safetensors").is_file()
     assert (tmp_path / "vae" / "sheet.png").is_file()
     assert checkpoint.newest_step(RunFolder(tmp_path / "vae")) == 4
+
+
+def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
+    preset = dataclasses.replace(TINY, steps=3, checkpoint_every_s=0.0, validation_batches=2)
+    held_back = StorybookRows(dataclasses.replace(preset, seed=99))
+    stage, losses = VaeStage(preset, Parts(runs=tmp_path)), []
+    stage.draw_sheet = stage.save = lambda path: None  # type: ignore[method-assign,assignment]
+    batches = data.local_batches(StorybookRows(preset), preset)
+    validation = data.validation_batches(held_back, preset)
+    loop.fit(stage, preset, RunFolder(tmp_path), batches, validation=validation)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert losses[-1] == losses[-2] and len(losses) == 4  # the last step, and once more at the end
+    assert len(set(losses)) == 3
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["validation_loss"] == min(losses)
+    report = (tmp_path / "report.html").read_text()
+    assert "best validation loss" in report and "<svg" in report and "forward" in report
+    assert any((tmp_path / "tensorboard").iterdir())
+    plain = train(tmp_path / "plain", preset=dataclasses.replace(TINY, steps=3))
+    for one, other in zip(stage.vae.parameters(), plain.vae.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)  # and it changes nothing
+
+
+def test_batches_that_make_a_step_are_one_large_batch(tmp_path: Path) -> None:
+    toys = []
+    for size, parts in ((8, 1), (2, 4)):
+        preset = dataclasses.replace(TOY, steps=5, batch_size=size, accumulate=parts, checkpoint_every_s=1e9)
+
+        def batches(step: int, size: int = size, parts: int = parts) -> Iterator[loop.Batch]:
+            for start in range(step * size * parts, 10_000, size):
+                ids = list(range(start, start + size))
+                rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(row_id)) for row_id in ids]
+                yield {"row_ids": ids, "x": torch.stack(rows)}
+
+        stage = ToyStage()
+        loop.fit(stage, preset, RunFolder(tmp_path / str(parts)), batches)
+        toys.append(stage.objective)
+    for one, other in zip(toys[0].parameters(), toys[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_on_an_object_store_is_gone_on_with(tmp_path: Path) -> None:
+    """Through pyarrow's own file system for tests, which is used as object stores are."""
+    folder = RunFolder("mock:///run")
+    assert folder.local is None
+    again = RunFolder("mock:///run")
+    again._files = folder._files  # it lives in memory
+    preset = dataclasses.replace(TOY, steps=4, checkpoint_every_s=0.0, zero_stage=-1)
+
+    def batches(step: int) -> Iterator[loop.Batch]:
+        while True:
+            rows = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
+            yield {"row_ids": [4 * step + k for k in range(4)], "x": rows}
+            step += 1
+
+    def stop(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        loop.fit(ToyStage(), preset, folder, batches, report=stop)
+    assert checkpoint.newest_step(again) == 2
+    stage, whole = ToyStage(), ToyStage()
+    loop.fit(stage, preset, again, batches)
+    loop.fit(whole, preset, RunFolder(tmp_path), batches)
+    for one, other in zip(stage.objective.parameters(), whole.objective.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert len((again.read("log.jsonl") or b"").splitlines()) == 4
+    assert len(checkpoint.checkpoints(again)) == 2 and again.names("tensorboard")
+
+
+def test_the_published_settings_are_those_of_the_paper() -> None:
+    align, learn = presets.PUBLISHED["align"], presets.PUBLISHED["learn"]
+    assert (align.rows_learning_rate, align.mapper_learning_rate, align.learning_rate) == (2e-5, 2e-4, 0)
+    assert (learn.rows_learning_rate, learn.mapper_learning_rate, learn.learning_rate) == (2e-5, 2e-5, 2e-5)
+    assert align.batch_size * align.accumulate == learn.batch_size * learn.accumulate == 48
+    assert (align.text_weight, align.picture_weight, align.caption_weight) == (0.01, 1.0, 0.1)
+    assert (learn.text_weight, learn.picture_weight, learn.caption_weight) == (0.01, 1.0, 0.0)
+    assert (align.warmup_steps, align.decays_linearly, align.epochs, align.clip_norm) == (1000, 1, 2, 0)
+    rates = [loop.learning_rate_factor(step, step / 4000, align) for step in (0, 999, 2000, 3999)]
+    assert rates == pytest.approx([0.001, 0.75, 0.5, 0.00025], rel=1e-2)
