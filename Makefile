@@ -23,7 +23,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-slow fuzz lint quality bench-engines bench-company bench-steps bench-bulk faults storybook-model clean
+.PHONY: help install serve story test test-slow fuzz lint quality bench-engines bench-company bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ fuzz: $(STAMP)  ## requests of all kinds, made from the API's own document (EXAM
 
 faults: $(STAMP)  ## a server whose processes are killed while stories are made, into bench/faults.json
 	$(RUN) -m tests.bench.faults
+
+bench-training: $(STAMP)  ## training: speed, ZeRO, kills, into bench/training.json
+	$(RUN) -m tests.bench.training
 
 bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, scaling, into bench/bulk.json
 	$(RUN) -m tests.bench.bulk

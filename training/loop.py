@@ -151,6 +151,7 @@ def fit(
             with _timed(seconds, "backward_s"):
                 updater.backward(losses["loss"] / preset.accumulate)
             parts.append({name: loss.item() for name, loss in losses.items()})
+            run.note_rows(batch, parts[-1]["loss"])
         with _timed(seconds, "optimizer_s"):
             updater.step(rate)
         position = run.advance(parts, seconds, rate)
@@ -198,6 +199,12 @@ class _Run:
         elapsed_s = agree(self._started_s + time.monotonic() - self._clock)
         self.position = Position(self.position.step + 1, elapsed_s)
         return self.position
+
+    def note_rows(self, batch: Batch, loss: float) -> None:
+        if self.preset.log_rows:
+            rank = distributed.get_rank() if distributed.is_initialized() else 0
+            line = {"step": batch["step"], "row_ids": batch["row_ids"], "loss": loss}
+            self.folder.append(f"rows-{rank}.jsonl", json.dumps(line) + "\n")
 
     def keep_up(self, position: Position) -> None:
         """Save, log and draw where it is time to."""

@@ -81,6 +81,8 @@ class Preset:
     checkpoint_every_s: float = 180.0
     sheet_every_s: float = 300.0
     log_every: int = 50
+    log_rows: int = 0
+    """1: the ids of the rows of every step are kept in rows-<worker>.jsonl, to say afterwards what was used."""
 
 
 # As published (arXiv 2310.02239 and its code): two epochs of CC3M, then of VIST or MMDialog, on four GPUs of 48 GB for

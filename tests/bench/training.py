@@ -1,0 +1,315 @@
+"""Training, measured: `python -m tests.bench.training [speed] [curves] [kills] [--count 10]`, into bench/training.json.
+
+    speed    a worker on Ray Train against the plain loop, both with two threads; two workers; memory by ZeRO stage
+    curves   losses of ZeRO 0 to 3 against the plain loop, 50 steps, float32 and bfloat16
+    kills    a run whose worker, driver or whole Ray is killed with SIGKILL at seeded random moments, and started
+             again: every row used once in the history that counts, and the losses of a run without a kill
+
+Goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.bench.quality import machine
+from tests.training.test_zero import MODEL_WORKER, largest_difference, train
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "bench" / "training.json"
+KINDS = ("worker", "driver", "job")
+STEPS, BATCH, WORKERS = 40, 4, 2
+ROUND_S = 300.0
+RUN = ["vae", f"steps={STEPS}", f"batch_size={BATCH}", "num_threads=1", "log_every=1", "warmup_steps=5"]
+RUN += ["checkpoint_every_s=1", "sheet_every_s=100000", "log_rows=1"]
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "training.train", *options, "--out", str(out), "--runs", str(out.parent)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", **more}
+
+
+# Kills
+
+
+def processes(root: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+def kill(found: list[psutil.Process]) -> None:
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(found, timeout=30)
+
+
+class Cluster:
+    """A Ray that outlives its drivers."""
+
+    def __init__(self) -> None:
+        start = [
+            str(Path(sys.executable).parent / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus",
+            "4",
+            "--port",
+            "0",
+        ]
+        self.process = subprocess.Popen(
+            [*start, "--include-dashboard", "false"],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if match := re.search(r"Local node IP: (\S+)", line):
+                self.address = match.group(1)
+            if match := re.search(r"--address='([^']+)'", line):
+                self.address = match.group(1)
+                break
+
+    def end(self) -> None:
+        kill(processes(psutil.Process(self.process.pid)))
+
+
+def history(out: Path) -> tuple[dict[int, list[Any]], dict[int, float]]:
+    """Rows and the mean loss of each step, as last done: what came after the checkpoint that a run went on from does
+    not count."""
+    rows: dict[int, list[Any]] = {}
+    losses: dict[int, float] = {}
+    by_rank = [
+        {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+        for path in sorted(out.glob("rows-*.jsonl"))
+    ]
+    for step in range(STEPS):
+        lines = [lines[step] for lines in by_rank]
+        rows[step] = sorted(row for line in lines for row in line["row_ids"])
+        losses[step] = statistics.fmean(line["loss"] for line in lines)
+    return rows, losses
+
+
+def run_once(out: Path, *, address: str = "", victim: str = "", delay_s: float = 0.0) -> bool:
+    """Start the run, and kill a victim so long after its first new step; whether it ended by itself."""
+    env = environment(RAY_ADDRESS=address) if address else environment()
+    with (out.parent / f"{out.name}.log").open("ab") as log:
+        driver = subprocess.Popen(
+            command(out, *RUN, "--workers", str(WORKERS)),
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        root = psutil.Process(driver.pid)
+        size = log_size(out)
+        deadline = time.monotonic() + ROUND_S
+        while victim and log_size(out) == size and driver.poll() is None:
+            assert time.monotonic() < deadline, "the run is stuck"
+            time.sleep(0.05)
+        time.sleep(delay_s if victim else 0)
+        if victim == "worker":
+            titles = "ray::RayTrainWorker", "ray::_RayTrainWorker"
+            everyone = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
+            workers = [process for process in everyone if " ".join(process.info["cmdline"]).startswith(titles)]
+            kill(workers[:1])
+        elif victim == "driver":
+            kill([root])
+        elif victim == "job":
+            kill(processes(root))
+        try:
+            return driver.wait(ROUND_S) == 0
+        except subprocess.TimeoutExpired:
+            kill(processes(root))
+            raise
+
+
+def log_size(out: Path) -> int:
+    path = out / "log.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+def kill_round(kind: str, number: int, whole: tuple[dict[int, list[Any]], dict[int, float]]) -> dict[str, Any]:
+    rng = random.Random(f"{kind}/{number}")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        cluster = Cluster() if kind == "driver" else None
+        began = time.monotonic()
+        try:
+            address = cluster.address if cluster else ""
+            ended = run_once(out, address=address, victim=kind, delay_s=rng.uniform(0, 4))
+            starts = 1
+            while not ended and starts < 4:
+                ended = run_once(out, address=address)
+                starts += 1
+        finally:
+            if cluster:
+                cluster.end()
+        rows, losses = history(out)
+        seen = [row for step in rows for row in rows[step]]
+        return {
+            "kind": kind,
+            "number": number,
+            "ended": ended,
+            "starts": starts,
+            "redone": sum(len(path.read_text().splitlines()) for path in out.glob("rows-*.jsonl")) - STEPS * WORKERS,
+            "rows_lost": len({row for step in whole[0] for row in whole[0][step]} - set(seen)),
+            "rows_twice": len(seen) - len(set(seen)),
+            "loss_difference": max(abs(losses[step] / whole[1][step] - 1) for step in losses),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+
+def measure_kills(results: dict[str, Any], count: int) -> None:
+    if "whole" not in results:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            assert run_once(out), (Path(folder) / "run.log").read_text()[-3000:]
+            results["whole"] = history(out)
+    rows, losses = ({int(step): value for step, value in part.items()} for part in results["whole"])
+    rounds = results.setdefault("kills", [])
+    for number in range(count):
+        for kind in KINDS:
+            if not any((one["kind"], one["number"]) == (kind, number) for one in rounds):
+                rounds.append(kill_round(kind, number, (rows, losses)))
+                print(rounds[-1], flush=True)
+                save(results)
+
+
+# Speed
+
+
+def speed_of(out: Path, *options: str) -> dict[str, float]:
+    """Rows a second after the first third of the steps, the parts of a step, and the most memory of a worker."""
+    process = subprocess.Popen(
+        command(out, *options), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    peak = 0
+    while process.poll() is None:
+        for child in processes(psutil.Process(process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                title = " ".join(child.cmdline())
+                if "RayTrainWorker" in title or child.pid == process.pid:
+                    peak = max(peak, child.memory_info().rss)
+        time.sleep(0.2)
+    assert process.returncode == 0, options
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    late = steps[len(steps) // 3 :]
+    rate = (late[-1]["step"] - late[0]["step"]) / (late[-1]["elapsed_s"] - late[0]["elapsed_s"])
+    parts = {name: statistics.fmean(line[name] for line in late) for name in late[0] if name.endswith("_s")}
+    del parts["elapsed_s"]
+    return {"steps_per_s": rate, "peak_mib": peak / 2**20, **parts}
+
+
+def measure_speed(results: dict[str, Any], repeats: int = 3) -> None:
+    quiet = ["log_every=5", "checkpoint_every_s=100000", "sheet_every_s=100000", "warmup_steps=5"]
+    vae = ["vae", "steps=60", "batch_size=16", *quiet]
+    ways = {
+        "plain, 2 threads": [*vae, "num_threads=2", "--workers", "0"],
+        "Ray, 1 worker of 2 threads": [*vae, "num_threads=2", "--workers", "1"],
+        "Ray, 2 workers of 1 thread": [*vae, "num_threads=1", "--workers", "2"],
+    }
+    model = ["learn", "steps=12", "batch_size=4", "replay_steps=0", "num_threads=1", "--start", "models/storybook"]
+    model += [*quiet[1:], "log_every=2", "--workers", "2", "ema=0"]
+    ways |= {f"learn, ZeRO {stage}": [*model, f"zero_stage={stage}"] for stage in (0, 1, 2, 3)}
+    found = results.setdefault("speed", {})
+    for number in range(repeats):
+        for name, options in ways.items():
+            if len(found.get(name, [])) <= number and (number == 0 or "learn" not in name):
+                with tempfile.TemporaryDirectory() as folder:
+                    found.setdefault(name, []).append(speed_of(Path(folder) / "run", *options))
+                print(name, found[name][-1], flush=True)
+                save(results)
+
+
+# Curves
+
+
+def measure_curves(results: dict[str, Any]) -> None:
+    curves = results.setdefault("curves", {})
+    for precision, worker in (
+        ("float32", MODEL_WORKER),
+        ("bfloat16", MODEL_WORKER.replace("Preset(", "Preset(bf16=1,")),
+    ):
+        for stage in (-1, 0, 1, 2, 3):
+            name = f"{precision}, {'plain' if stage < 0 else f'ZeRO {stage}'}"
+            if name not in curves:
+                with tempfile.TemporaryDirectory() as folder:
+                    curves[name] = train(Path(folder), stage, steps=50, worker=worker)
+                print(name, curves[name][-1], flush=True)
+                save(results)
+
+
+def save(results: dict[str, Any]) -> None:
+    speed, curves, kills = (results.get(name, {}) for name in ("speed", "curves", "kills"))
+    ratios: dict[str, float] = {}
+    median = {
+        name: statistics.median(one["steps_per_s"] for one in runs) for name, runs in (speed or {}).items() if runs
+    }
+    if {"plain, 2 threads", "Ray, 1 worker of 2 threads"} <= set(median):
+        ratios["throughput_vs_plain"] = median["Ray, 1 worker of 2 threads"] / median["plain, 2 threads"]
+    if "Ray, 2 workers of 1 thread" in median:
+        ratios["two_workers_vs_plain"] = median["Ray, 2 workers of 1 thread"] / median["plain, 2 threads"]
+    for precision in ("float32", "bfloat16"):
+        plain = (curves or {}).get(f"{precision}, plain")
+        others = [curve for name, curve in (curves or {}).items() if name.startswith(f"{precision}, ZeRO")]
+        if plain and others:
+            key = "loss_largest_difference" + ("" if precision == "float32" else "_bfloat16")
+            ratios[key] = max(largest_difference(curve, plain) for curve in others)
+    if kills:
+        ratios["rows_lost"] = sum(one["rows_lost"] for one in kills)
+        ratios["rows_twice"] = sum(one["rows_twice"] for one in kills)
+        ratios["kills"] = len(kills)
+        ratios["loss_largest_difference_after_kills"] = max(one["loss_difference"] for one in kills)
+    report = {
+        "ratios": ratios,
+        "figures": results,
+        "machine": machine(),
+        "command": "make bench-training",
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["speed", "curves", "kills", []], help="(default: all)")
+    parser.add_argument("--count", type=int, default=10, help="kills of each kind (default %(default)s)")
+    options = parser.parse_args()
+    results: dict[str, Any] = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}
+    parts = options.parts or ["speed", "curves", "kills"]
+    if "speed" in parts:
+        measure_speed(results)
+    if "curves" in parts:
+        measure_curves(results)
+    if "kills" in parts:
+        measure_kills(results, options.count)
+    save(results)
+    print(json.dumps(json.loads(RESULTS.read_text())["ratios"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
