@@ -7,11 +7,14 @@ proxies' parser otherwise keeps a header for as long as it grows, before any app
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import uvicorn.config
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+logger = logging.getLogger("ray.serve")
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "deployments.proxy.guard"
@@ -77,6 +80,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self) -> None:
         if not self.transport.is_closing():
+            logger.warning("%s sent headers of more than %d bytes", self.client, MAX_HEADER_BYTES)
             self.transport.write(REFUSAL)
             self.transport.close()
 

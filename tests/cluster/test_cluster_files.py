@@ -17,6 +17,8 @@ from ray.serve.schema import ServeDeploySchema
 from batch_jobs import illustrate
 from batch_jobs.pipeline import ENGINE_CPUS
 from deployments.application import AppArgs
+from deployments.auth import LOOPBACK
+from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 from training.presets import STORYBOOK
 
 FOLDER = Path(__file__).parent.parent.parent / "cluster"
@@ -59,6 +61,19 @@ def test_serve_takes_the_config(name: str) -> None:
     assert callable(getattr(importlib.import_module(module), attribute))
     AppArgs.model_validate(application.args)
     assert [deployment.name for deployment in application.deployments] == DEPLOYMENTS
+
+
+@pytest.mark.parametrize("name", SERVE_CONFIGS)
+def test_an_address_that_others_reach_has_keys_and_fronts_have_their_ledger(name: str) -> None:
+    config = serve_config(name)
+    (application,) = config["applications"]
+    assert config["http_options"]["host"] in LOOPBACK or application["args"]["api_keys"]
+    assert "num_replicas" not in application["deployments"][0]  # `front_replicas` brings the ledger as well
+    if name == "rayservice.yaml":
+        cluster = cluster_of(documents(name)[0])
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            (container,) = group["template"]["spec"]["containers"]
+            assert {"name": CALLBACK_VARIABLE, "value": CALLBACK} in container["env"]
 
 
 @pytest.mark.parametrize("name", SERVE_CONFIGS)

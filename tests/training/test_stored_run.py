@@ -1,0 +1,109 @@
+"""From a user's rows to a model that is served: prepared, encoded, trained on a cluster, and loaded as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from batch_jobs import precompute
+from batch_jobs.prepare import Part, write_part
+from minigpt5 import MiniGPT5
+from minigpt5.config import default_model_folder
+from minigpt5.types import DrawSettings
+from tests.batch_jobs.test_illustrate import cluster  # noqa: F401
+from training.train import main
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL = str(default_model_folder())
+QUICK = ["batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "replay_steps=0", "validation_batches=1"]
+QUICK += ["sheet_every_s=100000", "checkpoint_every_s=0", "picture_from=0", "whitens=0", "standardises=0"]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captions, stories and dialogues, with what the encoders make of their pictures."""
+    folder = tmp_path_factory.mktemp("rows")
+    for number, kind in enumerate(("caption", "story", "dialogue")):
+        part = Part(number=number, file="", start=0, count=40 if kind == "caption" else 12)
+        write_part(part, layout=f"storybook:{kind}", uri="", output=str(folder / "plain"), seed=3)
+    encode = precompute.Encode(
+        model=MODEL,
+        source=str(folder / "plain"),
+        output=str(folder / "encoded"),
+        keeps_pictures=False,
+        num_threads=2,
+    )
+    for path in sorted((folder / "plain" / "rows").iterdir()):
+        assert encode({"file": str(path)})["files"] == 1
+        assert encode({"file": str(path)})["files"] == 0  # it is there
+    return folder / "encoded"
+
+
+def test_encoded_rows_have_no_pictures_left(encoded: Path) -> None:
+    rows = [row for path in sorted((encoded / "rows").iterdir()) for row in parquet.read_table(path).to_pylist()]
+    pictures = [one for row in rows for one in row["segments"] if one["text"] is None]
+    assert len(pictures) > 60
+    assert all(one["picture"] is None and one["moments"] and one["features"] for one in pictures)
+
+
+def test_both_stages_train_on_them_and_the_model_writes(encoded: Path, tmp_path: Path) -> None:
+    data = ["--data", str(encoded), "--workers", "0"]
+    align, learn = tmp_path / "align", tmp_path / "learn"
+    assert main(["align", *data, "--start", MODEL, "--out", str(align), "steps=2", *QUICK]) == 0
+    assert main(["learn", *data, "--start", str(align / "model"), "--out", str(learn), "steps=2", *QUICK]) == 0
+    lines = [json.loads(line) for line in (learn / "log.jsonl").read_text().splitlines()]
+    assert any("validation_loss" in line for line in lines) and any("text" in line for line in lines)
+    assert "A story of the model that came out" in (learn / "report.html").read_text()
+    story = MiniGPT5.from_pretrained(learn / "model").write("A fox", pages=1, seed=1, draw=DrawSettings(steps=1))
+    assert story.pages[0].text and story.pages[0].picture
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_submitted_job_trains_with_two_workers(encoded: Path, tmp_path: Path, cluster: str) -> None:  # noqa: F811
+    out = tmp_path / "align"
+    command = ["-m", "training.train", "align", "--data", str(encoded), "--start", MODEL, "--out", str(out)]
+    command += ["--workers", "2", "steps=2", "zero_stage=2", "ema=0", *QUICK]
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster]
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    environment.pop("RAY_ADDRESS", None)
+    runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+    deadline = time.monotonic() + 150
+    while True:
+        job = subprocess.run(
+            [*submit, "--runtime-env-json", runtime_env, "--", sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        # A cluster takes jobs some seconds after it is up, on a busy machine a minute.
+        if "No available agent" not in job.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert job.returncode == 0, (job.stdout + job.stderr)[-4000:]
+    assert (out / "model" / "config.json").is_file() and (out / "report.html").is_file()
+    assert (out / "checkpoint-00000002" / "position.json").is_file()
+
+
+def test_what_cannot_be_is_said_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["align", "--data", str(tmp_path), "--start", MODEL, "--out", str(tmp_path / "o")]) == 1
+    assert "python -m batch_jobs.prepare" in capsys.readouterr().err
+    for arguments, words in (
+        (["vae", "--data", str(tmp_path)], "--data is for align, learn, refine"),
+        (["vae", "--preset", "published"], "has no stage vae"),
+        (["align", "colour=1"], "unknown setting 'colour=1'"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--out", str(tmp_path / "o")])
+        assert words in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["align", "--start", MODEL, "--out", str(tmp_path / "file" / "x"), "--workers", "0"]) == 1
+    assert "cannot be written" in capsys.readouterr().err
