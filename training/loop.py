@@ -220,6 +220,8 @@ class _Run:
             self._sums = {}
         if position.elapsed_s >= self._next_sheet_s:
             self._draw(f"sheet-{position.step:06d}.png")
+            if self.preset.stage in TELLING:
+                self._save_model(f"story-{position.step:06d}.html")
             if is_first_worker():
                 write_report(self.folder)
             self._next_sheet_s = position.elapsed_s + self.preset.sheet_every_s
