@@ -1,10 +1,11 @@
-"""Parameters of the full-size system, counted on the meta device, and the memory that serving and training it takes.
+"""Parameters and FLOPs of the full-size system, counted on the meta device; the memory and time that it takes.
 
 `python -m minigpt5.published sizes`. Nothing is downloaded: the base models' shapes are written down here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,8 +171,87 @@ def training_gb(sizes: dict[str, int], *, zero: int, workers: int) -> dict[str, 
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Assumed:
+    """What an estimate of training time rests on besides counted FLOPs and bytes."""
+
+    peak_flops: float = 155e12
+    """Of a GPU, dense bfloat16 (an A6000's)."""
+    utilisation: float = 0.35
+    """Share of the peak that is reached."""
+    node_gpus: int = 8
+    inside_bytes_per_s: float = 25e9
+    """Of a GPU's link within its node (PCIe 4)."""
+    between_bytes_per_s: float = 12.5e9
+    """Of a node's link to others (100 Gbit/s)."""
+    batch: int = 48
+    """Samples of a step, all GPUs together; a GPU has at least one."""
+    caption_tokens: int = 24
+    story_tokens: int = 400
+    """Of the published second stage's samples: a history of a few pages, with 32 embeddings for each picture."""
+    read_pictures: float = 2.0
+    """Of such a sample."""
+
+
+def forward_flops(parts: Parts) -> dict[str, float]:
+    """FLOPs of one forward pass, counted on the meta device: a picture through each of its parts, a token through the
+    language model, a condition through the mapper."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count_flops(call: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        return float(counter.get_total_flops())
+
+    config, tokens = parts.config, 64
+    with torch.device("meta"):
+        latents, step = torch.empty(1, 4, 64, 64), torch.zeros(1, dtype=torch.long)
+        condition = torch.empty(1, config.condition_length, config.condition_width)
+        px = config.vision.image_px
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        return {
+            "token": count_flops(lambda: parts.language(input_ids=ids)) / tokens,
+            "read picture": count_flops(lambda: parts.vision.qformer(parts.vision.encoder(torch.empty(1, 3, px, px)))),
+            "mapper": count_flops(lambda: parts.mapper(torch.empty(1, config.num_vokens, config.hidden))),
+            "VAE, encode": count_flops(lambda: parts.vae.encode(torch.empty(1, 3, config.image_px, config.image_px))),
+            "UNet": count_flops(lambda: parts.unet(latents, step, encoder_hidden_states=condition)),
+        }
+
+
+def sample_flops(flops: dict[str, float], assumed: Assumed) -> dict[str, float]:
+    """Of one training sample. What is frozen on the way back costs its forward pass once more, for the gradients that
+    pass through it; what is trained twice."""
+    drawn = flops["VAE, encode"] + 2 * flops["UNet"] + 3 * flops["mapper"]
+    return {
+        "stage 1": 2 * assumed.caption_tokens * flops["token"] + drawn,
+        "stage 2": 2 * assumed.story_tokens * flops["token"] + assumed.read_pictures * flops["read picture"] + drawn,
+    }
+
+
+def step_s(
+    sizes: dict[str, int], flops: dict[str, float], assumed: Assumed, *, gpus: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of an optimizer step by stage: computing, and averaging float32 gradients in rings, within the nodes and
+    then between them, with nothing overlapped."""
+    samples = max(1.0, assumed.batch / gpus)
+    table = {}
+    for stage, cost in sample_flops(flops, assumed).items():
+        gradients = 4 * sizes[f"{stage}, trained"]
+        inside, nodes = min(gpus, assumed.node_gpus), max(1, gpus // assumed.node_gpus)
+        communicate_s = 2 * (inside - 1) / inside * gradients / assumed.inside_bytes_per_s
+        communicate_s += 2 * (nodes - 1) / nodes * gradients / assumed.between_bytes_per_s
+        compute_s = samples * cost / (assumed.peak_flops * assumed.utilisation)
+        table[stage] = {
+            "compute": compute_s,
+            "communicate": communicate_s,
+            "samples/s": samples * gpus / (compute_s + communicate_s),
+        }
+    return table
+
+
 def print_tables() -> None:
-    sizes = counts(build())
+    parts = build()
+    sizes = counts(parts)
     print("parameters")
     for name, number in sizes.items():
         print(f"  {name:28} {number:>15,}")
@@ -181,11 +261,19 @@ def print_tables() -> None:
     for zero in range(4):
         print(f"\ntraining, GB for each of 4 workers with ZeRO {zero}, without activations")
         _print(training_gb(sizes, zero=zero, workers=4))
+    flops, assumed = forward_flops(parts), Assumed()
+    print("\nTFLOP of a forward pass: " + ", ".join(f"{name} {value / 1e12:.3f}" for name, value in flops.items()))
+    samples = sample_flops(flops, assumed)
+    print("TFLOP of a training sample: " + ", ".join(f"{name} {value / 1e12:.1f}" for name, value in samples.items()))
+    print(f"assumed: {assumed}")
+    for gpus in (8, 64):
+        print(f"\nestimated seconds of a step on {gpus} GPUs, data parallel, and samples a second")
+        _print(step_s(sizes, flops, assumed, gpus=gpus), is_summed=False)
 
 
-def _print(table: dict[str, dict[str, float]]) -> None:
+def _print(table: dict[str, dict[str, float]], *, is_summed: bool = True) -> None:
     names = list(next(iter(table.values())))
-    print(f"  {'':18}" + "".join(f"{name:>13}" for name in [*names, "together"]))
+    print(f"  {'':18}" + "".join(f"{name:>13}" for name in [*names, *(["together"] if is_summed else [])]))
     for row, values in table.items():
-        cells = [*values.values(), sum(values.values())]
+        cells = [*values.values(), *([sum(values.values())] if is_summed else [])]
         print(f"  {row:18}" + "".join(f"{value:13.2f}" for value in cells))

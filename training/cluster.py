@@ -20,6 +20,7 @@ from training.presets import Preset
 from training.run_folder import RunFolder
 
 MAX_FAILURES = 3
+REPORT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,5 +87,20 @@ def work(settings: dict[str, object]) -> None:
         run.out,
         batches,
         validation=data.validation_batches(run.validation, run.preset) if run.validation else (),
-        report=ray.train.report,
+        report=Reports(),
     )
+
+
+class Reports:
+    """Metrics to the driver's terminal; and to Ray Train seldom, since all workers wait for each other there."""
+
+    def __init__(self) -> None:
+        self._last_s = 0.0
+
+    def __call__(self, metrics: dict[str, float]) -> None:
+        if loop.is_first_worker():
+            print({name: round(value, 4) for name, value in metrics.items()}, flush=True)
+        is_last = "loss" not in metrics
+        if is_last or metrics["elapsed_s"] - self._last_s >= REPORT_S:  # the same on all workers
+            self._last_s = metrics["elapsed_s"]
+            ray.train.report(metrics)

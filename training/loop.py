@@ -214,7 +214,7 @@ class _Run:
             self._next_save_s = position.elapsed_s + self.preset.checkpoint_every_s
         if position.step % self.preset.log_every == 0 or is_saved:
             metrics = {name: sum(values) / len(values) for name, values in self._sums.items()}
-            metrics |= {"step": position.step, "elapsed_s": round(position.elapsed_s, 1), "lr_factor": self._rate}
+            metrics |= {"step": position.step, "elapsed_s": round(position.elapsed_s, 3), "lr_factor": self._rate}
             self._log(metrics)
             self.report(metrics)
             self._sums = {}
