@@ -204,6 +204,7 @@ def forward_flops(parts: Parts) -> dict[str, float]:
         return float(counter.get_total_flops())
 
     config, tokens = parts.config, 64
+    vae: Any = parts.vae
     with torch.device("meta"):
         latents, step = torch.empty(1, 4, 64, 64), torch.zeros(1, dtype=torch.long)
         condition = torch.empty(1, config.condition_length, config.condition_width)
@@ -213,7 +214,7 @@ def forward_flops(parts: Parts) -> dict[str, float]:
             "token": count_flops(lambda: parts.language(input_ids=ids)) / tokens,
             "read picture": count_flops(lambda: parts.vision.qformer(parts.vision.encoder(torch.empty(1, 3, px, px)))),
             "mapper": count_flops(lambda: parts.mapper(torch.empty(1, config.num_vokens, config.hidden))),
-            "VAE, encode": count_flops(lambda: parts.vae.encode(torch.empty(1, 3, config.image_px, config.image_px))),
+            "VAE, encode": count_flops(lambda: vae.encode(torch.empty(1, 3, config.image_px, config.image_px))),
             "UNet": count_flops(lambda: parts.unet(latents, step, encoder_hidden_states=condition)),
         }
 
