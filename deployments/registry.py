@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 
 from deployments.admission import Admission, Overloaded, Place
@@ -45,6 +46,8 @@ LOOK_S = 0.1
 """How often another front is asked for what is new of its story."""
 LOST_S = 0.5
 """How often a story that nobody makes just now is looked at."""
+TAKE_UP_S = 10.0
+"""How often stories are looked for that nobody makes."""
 CANCEL_S = 10.0
 """So long a story's owner has to hear that it is unwanted."""
 ENDS = ("done", "error")
@@ -143,13 +146,14 @@ class Registry:
         self._times = StoryTimes()
 
     async def keep_watch(self) -> None:
-        """Say that this front lives, and do what the others say, without end; take up what nobody finished."""
-        epoch = ""
+        """Say that this front lives, and do what the others say, without end; take up what nobody finished. Who has
+        just started may be told that it is too soon: so it looks again and again."""
+        epoch, look_at = "", 0.0
         while True:
             try:
                 news = await self._ledger.beat(self.front, dict(self._leases), self._admission.load)
-                if news.epoch != epoch:
-                    epoch = news.epoch
+                if news.epoch != epoch or time.monotonic() >= look_at:
+                    epoch, look_at = news.epoch, time.monotonic() + TAKE_UP_S
                     self._aside(self.take_up())
                 await self.hear(news)
             except Exception as failure:  # it may be starting anew

@@ -199,7 +199,7 @@ def forward_flops(parts: Parts) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     def count_flops(call: Callable[[], object]) -> float:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
             call()
         return float(counter.get_total_flops())
 

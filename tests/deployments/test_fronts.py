@@ -33,6 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "GRACE_S", 0.1)
     monkeypatch.setattr(registry, "LOOK_S", 0.01)
     monkeypatch.setattr(registry, "LOST_S", 0.02)
+    monkeypatch.setattr(registry, "TAKE_UP_S", 0.05)
 
 
 @contextlib.asynccontextmanager
@@ -172,6 +173,29 @@ def test_the_stories_of_a_front_that_died_are_gone_on_with_by_the_other(tmp_path
             texts = "".join(data["delta"] for _, name, data in events if name == "text")
             assert texts == "Page 1 of 7.Page 2 of 7.Page 3 of 7."
             assert other.store.running() == []
+
+    asyncio.run(use())
+
+
+def test_what_was_cut_off_is_gone_on_with_though_both_fronts_start_at_once(tmp_path: Path) -> None:
+    """Each knows of the other before its first look, when it is too soon to take anything up."""
+    before = Served(tmp_path, generator=FakeGenerator(delay_s=0.02))
+
+    async def begin(client: httpx.AsyncClient) -> None:
+        await client.post("/v1/stories", json={**BODY, "wait": False})
+        await asyncio.sleep(0.1)
+
+    before.run(begin)
+    [story_id] = before.store.running()
+    one, other = two(tmp_path)
+
+    async def use() -> None:
+        shared = one.front.registry._ledger
+        for front in (one, other):
+            await shared.beat(front.front.registry.front, {}, front.front.admission.load)
+        async with alive(one, other) as (here, _):
+            assert (await here.get(f"/v1/stories/{story_id}?wait=10")).json()["status"] == "done"
+        assert len(one.generator.requests) + len(other.generator.requests) == 1
 
     asyncio.run(use())
 
