@@ -55,11 +55,15 @@ def processes(root: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def kill(found: list[psutil.Process]) -> None:
+def kill(found: list[psutil.Process]) -> int:
+    """How many of them were there."""
+    num_killed = 0
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+            num_killed += 1
     psutil.wait_procs(found, timeout=30)
+    return num_killed
 
 
 class Cluster:
@@ -112,8 +116,10 @@ def history(out: Path) -> tuple[dict[int, list[Any]], dict[int, float]]:
     return rows, losses
 
 
-def run_once(out: Path, *, address: str = "", victim: str = "", delay_s: float = 0.0) -> bool:
-    """Start the run, and kill a victim so long after its first new step; whether it ended by itself."""
+def run_once(out: Path, *, address: str = "", victim: str = "", delay_s: float = 0.0) -> tuple[bool, int]:
+    """Start the run, and kill a victim so long after its first new step; whether it ended by itself, and how many
+    processes were killed."""
+    num_killed = 0
     env = environment(RAY_ADDRESS=address) if address else environment()
     with (out.parent / f"{out.name}.log").open("ab") as log:
         driver = subprocess.Popen(
@@ -135,13 +141,13 @@ def run_once(out: Path, *, address: str = "", victim: str = "", delay_s: float =
             titles = "ray::RayTrainWorker", "ray::_RayTrainWorker"
             everyone = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
             workers = [process for process in everyone if " ".join(process.info["cmdline"]).startswith(titles)]
-            kill(workers[:1])
+            num_killed = kill(workers[:1])
         elif victim == "driver":
-            kill([root])
+            num_killed = kill([root])
         elif victim == "job":
-            kill(processes(root))
+            num_killed = kill(processes(root))
         try:
-            return driver.wait(ROUND_S) == 0
+            return driver.wait(ROUND_S) == 0, num_killed
         except subprocess.TimeoutExpired:
             kill(processes(root))
             raise
@@ -160,11 +166,13 @@ def kill_round(kind: str, number: int, whole: tuple[dict[int, list[Any]], dict[i
         began = time.monotonic()
         try:
             address = cluster.address if cluster else ""
-            ended = run_once(out, address=address, victim=kind, delay_s=rng.uniform(0, 4))
+            ended, num_killed = run_once(out, address=address, victim=kind, delay_s=rng.uniform(0, 4))
+            assert num_killed, f"there was no {kind} left to kill"
             starts = 1
             while not ended and starts < 4:
-                ended = run_once(out, address=address)
+                ended, _ = run_once(out, address=address)
                 starts += 1
+            assert ended, (Path(folder) / "run.log").read_text()[-3000:]
         finally:
             if cluster:
                 cluster.end()
@@ -175,6 +183,7 @@ def kill_round(kind: str, number: int, whole: tuple[dict[int, list[Any]], dict[i
             "number": number,
             "ended": ended,
             "starts": starts,
+            "killed": num_killed,
             "redone": sum(len(path.read_text().splitlines()) for path in out.glob("rows-*.jsonl")) - STEPS * WORKERS,
             "rows_lost": len({row for step in whole[0] for row in whole[0][step]} - set(seen)),
             "rows_twice": len(seen) - len(set(seen)),
@@ -187,7 +196,7 @@ def measure_kills(results: dict[str, Any], count: int) -> None:
     if "whole" not in results:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            assert run_once(out), (Path(folder) / "run.log").read_text()[-3000:]
+            assert run_once(out)[0], (Path(folder) / "run.log").read_text()[-3000:]
             results["whole"] = history(out)
     rows, losses = ({int(step): value for step, value in part.items()} for part in results["whole"])
     rounds = results.setdefault("kills", [])
