@@ -32,9 +32,19 @@ from tests.training.test_zero import MODEL_WORKER, largest_difference, train
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "bench" / "training.json"
 KINDS = ("worker", "driver", "job")
-STEPS, BATCH, WORKERS = 40, 4, 2
+STEPS, BATCH, WORKERS = 120, 4, 2
 ROUND_S = 300.0
-RUN = ["vae", f"steps={STEPS}", f"batch_size={BATCH}", "num_threads=1", "log_every=1", "warmup_steps=5"]
+RUN = [
+    "vae",
+    "--start",
+    "models/storybook",
+    "encoder_is_frozen=1",
+    f"steps={STEPS}",
+    f"batch_size={BATCH}",
+    "num_threads=1",
+    "log_every=1",
+    "warmup_steps=5",
+]
 RUN += ["checkpoint_every_s=1", "sheet_every_s=100000", "log_rows=1"]
 
 
