@@ -47,8 +47,11 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
     """Train with `num_workers` workers; the folders of `run` must be ones that all of them see."""
     check_workers(run.preset, num_workers)
     if not ray.is_initialized():
-        # Logical CPUs of a Ray of our own: data tasks must fit beside the workers.
-        ray.init(**({} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(4, os.cpu_count() or 1)}))
+        try:
+            ray.init(address="auto")  # RAY_ADDRESS, or a Ray that runs here
+        except ConnectionError:
+            # Of our own, with logical CPUs: data tasks must fit beside the workers.
+            ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1))
     first_step = checkpoint.newest_step(run.out)
     settings = {"run": Run(**{**vars(run), "first_step": first_step})}
     resources = {"CPU": 0.5} | ({"GPU": num_gpus} if num_gpus else {})
