@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from training.run_folder import RunFolder
 
 PREFIX = "checkpoint-"
 KEPT = 2
+OWNER = "owner"
 
 
 @dataclass
@@ -53,10 +55,11 @@ def save_checkpoint(folder: RunFolder, position: Position, state: dict[str, Any]
 
 
 def load_checkpoint(
-    folder: RunFolder, trained: Iterable[str], average: dict[str, Tensor]
+    folder: RunFolder, trained: Iterable[str], average: dict[str, Tensor], *, name: str | None = None
 ) -> tuple[dict[str, Any] | None, Position]:
-    """The state and the position of the newest checkpoint of `folder`; None where there is none."""
-    found = checkpoints(folder)
+    """The state and the position of a checkpoint of `folder`, the newest where none is named; None where there is
+    none."""
+    found = [name] if name else checkpoints(folder)
     if not found:
         return None, Position()
     content = folder.read(f"{found[-1]}/state.pt")
@@ -78,6 +81,20 @@ def newest_step(folder: RunFolder) -> int:
     """The step that a run under `folder` would go on from."""
     found = checkpoints(folder)
     return int(found[-1].removeprefix(PREFIX)) if found else 0
+
+
+def claim(folder: RunFolder) -> str:
+    """Take a folder for a new run, from one whose driver died, say, and whose workers live on for a moment; returns the
+    token that `check_owner` asks for."""
+    token = secrets.token_hex(8)
+    folder.write(OWNER, token.encode())
+    return token
+
+
+def check_owner(folder: RunFolder, token: str) -> None:
+    """Raises TrainingError where another run has claimed the folder since."""
+    if token and folder.read(OWNER) != token.encode():
+        raise TrainingError(f"another run works in {folder.uri} now: this one stops")
 
 
 def checkpoints(folder: RunFolder) -> list[str]:

@@ -33,6 +33,7 @@ class Run:
     rows: Rows
     validation: Rows | None
     first_step: int = 0
+    owner: str = ""
 
 
 def check_workers(preset: Preset, num_workers: int) -> None:
@@ -52,8 +53,9 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
         except ConnectionError:
             # Of our own, with logical CPUs: data tasks must fit beside the workers.
             ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1))
+    owner = checkpoint.claim(run.out)
     first_step = checkpoint.newest_step(run.out)
-    settings = {"run": Run(**{**vars(run), "first_step": first_step})}
+    settings = {"run": Run(**{**vars(run), "first_step": first_step, "owner": owner})}
     resources = {"CPU": 0.5} | ({"GPU": num_gpus} if num_gpus else {})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
@@ -91,6 +93,7 @@ def work(settings: dict[str, object]) -> None:
         run.out,
         batches,
         validation=data.validation_batches(run.validation, run.preset) if run.validation else (),
+        owner=run.owner,
         report=Reports(),
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from minigpt5.errors import TrainingError
-from training.checkpoint import Position, load_checkpoint, save_checkpoint
+from training.checkpoint import Position, check_owner, checkpoints, load_checkpoint, save_checkpoint
 from training.presets import Preset
 from training.report import write_report
 from training.run_folder import RunFolder
@@ -122,9 +122,11 @@ def fit(
     batches: Callable[[int], Iterator[Batch]],
     *,
     validation: Sequence[Batch] = (),
+    owner: str = "",
     report: Report = lambda metrics: None,
 ) -> None:
-    """Train `stage` to the end of `preset`, resuming from the newest checkpoint in `folder`.
+    """Train `stage` to the end of `preset`, resuming from the newest checkpoint in `folder`, which is the run's with
+    the token `owner` (see checkpoint.claim).
 
     `batches(step)` yields the batches from that step on, `preset.accumulate` for each step. `validation` is measured at
     every checkpoint. Raises TrainingError where the loss is not finite.
@@ -132,10 +134,10 @@ def fit(
     updater = new_updater(stage.objective, stage.parameter_groups(), preset)
     trained = updater.trained
     average = {name: p.detach().clone() for name, p in trained.items()} if preset.ema else {}
-    state, position = load_checkpoint(folder, trained, average)
+    state, position = load_checkpoint(folder, trained, average, name=agreed_checkpoint(folder))
     if state:
         updater.load(state)
-    run = _Run(stage, preset, folder, updater, average, position, validation, report)
+    run = _Run(stage, preset, folder, updater, average, position, validation, owner, report)
     stream = batches(position.step)
     while (progress := progress_of(preset, position)) < 1:
         torch.manual_seed((preset.seed << 32) + position.step)
@@ -174,11 +176,12 @@ class _Run:
         average: dict[str, Tensor],
         position: Position,
         validation: Sequence[Batch],
+        owner: str,
         report: Report,
     ) -> None:
         self.stage, self.preset, self.folder, self.updater = stage, preset, folder, updater
         self.average, self.validation, self.report = average, validation, report
-        self.position = position
+        self.position, self.owner = position, owner
         self._scratch = tempfile.TemporaryDirectory()
         local = folder.local / "tensorboard" if folder.local else Path(self._scratch.name)
         self._curves = SummaryWriter(str(local)) if is_first_worker() else None
@@ -237,6 +240,7 @@ class _Run:
     def _save(self, position: Position) -> None:
         state = self.updater.state()  # of all workers, called by all of them
         if is_first_worker():
+            check_owner(self.folder, self.owner)
             save_checkpoint(self.folder, position, state, self.average)
         if self.validation:
             self._validate(position)
@@ -307,6 +311,16 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _autocast(preset: Preset) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(preset.bf16))
+
+
+def agreed_checkpoint(folder: RunFolder) -> str | None:
+    """The newest one that the first worker sees: a run that is dying may write another one meanwhile."""
+    newest = (checkpoints(folder) or [None])[-1]
+    if not distributed.is_initialized():
+        return newest
+    everyone = [newest]
+    distributed.broadcast_object_list(everyone, src=0)
+    return everyone[0]
 
 
 def is_first_worker() -> bool:

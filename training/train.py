@@ -21,7 +21,7 @@ import torch
 from minigpt5 import model_folder
 from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error
-from training import data, loop, presets
+from training import checkpoint, data, loop, presets
 from training.data import Rows, RowsOfStage, StorybookRows
 from training.parts import Parts
 from training.presets import Preset
@@ -128,6 +128,7 @@ def run(preset: Preset, parts: Parts, out: RunFolder, rows: Rows, validation: Ro
         out,
         data.local_batches(rows, preset),
         validation=data.validation_batches(validation, preset) if validation else (),
+        owner=checkpoint.claim(out),
         report=lambda metrics: print(metrics, flush=True),
     )
 

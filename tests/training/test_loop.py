@@ -83,6 +83,23 @@ def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(tmp_path: Path) -> 
     assert checkpoint.load_checkpoint(folder, ["weight"], {})[1] == checkpoint.Position(1)
 
 
+def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
+    """As when a driver died and its workers live on for a moment."""
+    preset = dataclasses.replace(TINY, steps=3, checkpoint_every_s=0.0)
+    folder = RunFolder(tmp_path)
+    first = checkpoint.claim(folder)
+
+    def report(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 1:
+            checkpoint.claim(folder)
+
+    stage = VaeStage(preset, Parts(runs=tmp_path))
+    batches = data.local_batches(StorybookRows(preset), preset)
+    with pytest.raises(TrainingError, match="another run works in"):
+        loop.fit(stage, preset, folder, batches, owner=first, report=report)
+    assert checkpoint.newest_step(folder) == 1
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
     stage = VaeStage(TINY, Parts(runs=tmp_path))
     with torch.no_grad():
