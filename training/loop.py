@@ -315,10 +315,10 @@ def _autocast(preset: Preset) -> torch.autocast:
 
 def agreed_checkpoint(folder: RunFolder) -> str | None:
     """The newest one that the first worker sees: a run that is dying may write another one meanwhile."""
-    newest = (checkpoints(folder) or [None])[-1]
+    newest = next(reversed(checkpoints(folder)), None)
     if not distributed.is_initialized():
         return newest
-    everyone = [newest]
+    everyone: list[str | None] = [newest]
     distributed.broadcast_object_list(everyone, src=0)
     return everyone[0]
 
