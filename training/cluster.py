@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from minigpt5.errors import TrainingError
@@ -69,7 +69,13 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
-            datasets={"train": data.ray_rows(run.rows, run.preset, first_step=first_step)},
+            datasets={
+                f"train-{rank}": data.ray_rows(
+                    run.rows, run.preset, first_step=first_step, rank=rank, num_workers=num_workers
+                )
+                for rank in range(num_workers)
+            },
+            dataset_config=DataConfig(datasets_to_split=[]),
         )
         trainer.fit()
 
@@ -81,11 +87,12 @@ def work(settings: dict[str, object]) -> None:
     run = settings["run"]
     assert isinstance(run, Run)
     torch.set_num_threads(run.preset.num_threads)
+    context = ray.train.get_context()
     batches = data.ray_batches(
-        ray.train.get_dataset_shard("train"),
+        ray.train.get_dataset_shard(f"train-{context.get_world_rank()}"),
         run.preset,
         first_step=run.first_step,
-        num_workers=ray.train.get_context().get_world_size(),
+        num_workers=context.get_world_size(),
     )
     loop.fit(
         build_stage(run.preset, run.parts, run.rows),

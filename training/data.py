@@ -226,20 +226,30 @@ def local_batches(rows: Rows, preset: Preset) -> Callable[[int], Iterator[Batch]
     return batches
 
 
-def ray_rows(rows: Rows, preset: Preset, *, first_step: int) -> Dataset:
-    """The same rows as a Ray Data pipeline, in order, from `first_step` to the end of the preset."""
+def worker_positions(ids: np.ndarray, preset: Preset, *, first_step: int, rank: int, num_workers: int) -> np.ndarray:
+    """A worker's rows from `first_step` on, counted from 0 -> their positions: its share of each batch, so that a batch
+    is the same rows for any number of workers, and wherever a run goes on."""
+    share = preset.batch_size // num_workers
+    batches, places = np.divmod(ids, share)
+    return (first_step * preset.accumulate + batches) * preset.batch_size + rank * share + places
+
+
+def ray_rows(rows: Rows, preset: Preset, *, first_step: int, rank: int, num_workers: int) -> Dataset:
+    """A worker's rows as a Ray Data pipeline, in order, from `first_step` to the end of the preset. It has a pipeline
+    of its own: one that all share would give each worker whatever comes first."""
     import ray
 
     def make(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        positions = block["id"] + first_step * rows_per_step(preset)
+        positions = worker_positions(block["id"], preset, first_step=first_step, rank=rank, num_workers=num_workers)
         made = np.empty(len(positions), dtype=object)
         made[:] = [rows.row_at(int(position)) for position in positions]
         return {"id": positions, "row": made}
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    num_rows = (preset.steps - first_step) * rows_per_step(preset)
-    blocks = max(1, num_rows // (8 * preset.batch_size))
-    return ray.data.range(num_rows, override_num_blocks=blocks).map_batches(make, batch_size=preset.batch_size)
+    share = preset.batch_size // num_workers
+    num_rows = (preset.steps - first_step) * preset.accumulate * share
+    blocks = max(1, num_rows // (8 * share))
+    return ray.data.range(num_rows, override_num_blocks=blocks).map_batches(make, batch_size=share)
 
 
 def ray_batches(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,24 @@ def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="another run works in"):
         loop.fit(stage, preset, folder, batches, owner=first, report=report)
     assert checkpoint.newest_step(folder) == 1
+
+
+def test_a_batch_is_the_same_rows_for_any_number_of_workers_and_wherever_a_run_goes_on() -> None:
+    preset = dataclasses.replace(TINY, batch_size=8, accumulate=2, steps=6)
+    for workers in (1, 2, 4):
+        share = 8 // workers
+        for first_step in (0, 3):
+            ids = np.arange((6 - first_step) * 2 * share)
+            found = [
+                data.worker_positions(ids, preset, first_step=first_step, rank=rank, num_workers=workers)
+                for rank in range(workers)
+            ]
+            for step in range(first_step, 6):
+                for part in range(2):
+                    at = ((step - first_step) * 2 + part) * share
+                    together = np.concatenate([positions[at : at + share] for positions in found])
+                    start = (step * 2 + part) * 8
+                    assert together.tolist() == list(range(start, start + 8))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
