@@ -126,7 +126,8 @@ PUBLISHED = {
 
 # Departures from the published settings, which are made for 7 billion parameters and two days on four GPUs:
 # learning rates (2e-5 for the rows moves nothing in so few steps), text weight 0.3 in learn (0.01 starves it), the
-# caption loss kept in learn with contrasts, on the facts known so far (it teaches what "it" and "there" are without a UNet pass).
+# caption loss kept in learn, with contrasts, on the facts known so far (it teaches what "it" and "there" are without a
+# UNet pass).
 STORYBOOK = {
     "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0, bf16=1),
     "unet": Preset(stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1),
