@@ -48,11 +48,10 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
     """Train with `num_workers` workers; the folders of `run` must be ones that all of them see."""
     check_workers(run.preset, num_workers)
     if not ray.is_initialized():
-        try:
-            ray.init(address="auto")  # RAY_ADDRESS, or a Ray that runs here
-        except ConnectionError:
-            # Of our own, with logical CPUs: data tasks must fit beside the workers.
-            ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1))
+        # Where RAY_ADDRESS says, as in a submitted job; else one of our own, with logical CPUs: data tasks must fit
+        # beside the workers.
+        own = {"address": "local", "num_cpus": max(4, os.cpu_count() or 1)}
+        ray.init(**({} if "RAY_ADDRESS" in os.environ else own))
     owner = checkpoint.claim(run.out)
     first_step = checkpoint.newest_step(run.out)
     settings = {"run": Run(**{**vars(run), "first_step": first_step, "owner": owner})}
