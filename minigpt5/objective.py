@@ -238,7 +238,8 @@ class Objective(nn.Module):
             losses["picture"] = self.picture_loss(latents_PCYX, condition_PQD)
         if weights.caption:
             target_PQD = self.text_encoder(captions)
-            others_PKQD = self._encode_contrasts(rows) if weights.contrast else None
+            has_contrasts = weights.contrast and all(row.contrasts for row in rows if row.drawn)
+            others_PKQD = self._encode_contrasts(rows) if has_contrasts else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
             if self.training:
                 self._remember(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
@@ -289,7 +290,8 @@ class Objective(nn.Module):
         states, targets, others, latents = zip(*chosen, strict=True)
         is_null_P = torch.rand(num_pictures) < GUIDANCE_DROPOUT
         condition_PQD = self.mapper(torch.stack(states).masked_fill(is_null_P[:, None, None], 0))
-        others_PKQD = torch.stack(others).float() if weights.contrast else None
+        has_contrasts = weights.contrast and all(one is not None for one in others)
+        others_PKQD = torch.stack(others).float() if has_contrasts else None
         losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
         if weights.picture:
             latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])

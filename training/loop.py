@@ -277,7 +277,7 @@ class _Run:
                     with Averaged(self.updater.trained, self.average):
                         self.stage.save(model)
                     self.folder.write_tree("model", model)
-            if is_first_worker() and self.preset.stage in TELLING:
+            if is_first_worker() and self.preset.stage in TELLING and (model / "config.json").is_file():
                 self.folder.write(sample, write_sample(model))
 
     def _log(self, metrics: dict[str, float]) -> None:
