@@ -19,8 +19,8 @@ import numpy as np
 from pyarrow import fs, parquet
 
 from batch_jobs.inputs import open_uri
-from batch_jobs.prepare import read_json, to_parquet
-from batch_jobs.state import write_whole
+from batch_jobs.prepare import to_parquet
+from batch_jobs.state import read_json, write_whole
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.pictures import fit_drawn, fit_read
 from minigpt5.stored_rows import ROW_SCHEMA

@@ -22,11 +22,11 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import fs, parquet
+from pyarrow import parquet
 
 from batch_jobs.inputs import open_uri
 from batch_jobs.layouts import LAYOUTS, STORYBOOK, Source, storybook_item
-from batch_jobs.state import write_whole
+from batch_jobs.state import read_json, write_whole
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.stored_rows import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, to_row
 
@@ -99,15 +99,6 @@ def to_parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
     # Pictures are compressed already; small groups are what training picks rows out of.
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), file, row_group_size=GROUP_ROWS, compression="zstd")
     return file.getvalue()
-
-
-def read_json(files: fs.FileSystem, path: str) -> dict[str, Any] | None:
-    try:
-        with files.open_input_stream(path, compression=None) as file:
-            values: dict[str, Any] = json.loads(file.read())
-            return values
-    except FileNotFoundError:
-        return None
 
 
 def _nothing(name: str) -> bytes:

@@ -156,12 +156,12 @@ class JobState:
         return manifest["status"] == "finished"
 
     def manifest(self) -> dict[str, Any] | None:
-        return _read_json(self._files, self._manifest)
+        return read_json(self._files, self._manifest)
 
     def take(self, plan: dict[str, Any]) -> bool:
         """Become the owner; whether an earlier run had begun. Raises MiniGPT5Error while another process is."""
-        owner = _read_json(self._files, self._owner)
-        if owner and _is_alive(owner, lambda: _read_json(self._files, self._owner)):
+        owner = read_json(self._files, self._owner)
+        if owner and _is_alive(owner, lambda: read_json(self._files, self._owner)):
             raise MiniGPT5Error(
                 f"output {self.output} is being worked on by process {owner['pid']} on {owner['host']}: wait for its "
                 "end, or stop it first"
@@ -199,12 +199,12 @@ class JobState:
 
     def release(self) -> None:
         """Leave the output to whoever comes next."""
-        owner = _read_json(self._files, self._owner)
+        owner = read_json(self._files, self._owner)
         if owner and owner["token"] == self._token:
             self._files.delete_file(self._owner)
 
     def _check_owner(self) -> None:
-        owner = _read_json(self._files, self._owner) if self._num_beats else None
+        owner = read_json(self._files, self._owner) if self._num_beats else None
         if owner and owner["token"] != self._token:
             raise MiniGPT5Error(
                 f"output {self.output} was taken over by process {owner['pid']} on {owner['host']}: this one stops"
@@ -245,7 +245,7 @@ def write_whole(files: fs.FileSystem, path: str, data: bytes) -> None:
         os.replace(written, path)
 
 
-def _read_json(files: fs.FileSystem, path: str) -> dict[str, Any] | None:
+def read_json(files: fs.FileSystem, path: str) -> dict[str, Any] | None:
     try:
         with files.open_input_stream(path, compression=None) as file:
             values: dict[str, Any] = json.loads(file.read())

@@ -15,7 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.admission import Overloaded
 from deployments.registry import KeyTaken, StoryBusy
 from deployments.schemas import UNION_TAGS, shown
-from minigpt5.errors import Blocked, EngineFull, EngineLost, FingerprintMismatch, InvalidRequest, StoryNotFound
+from minigpt5.errors import (
+    Blocked,
+    EngineFull,
+    EngineLost,
+    FingerprintMismatch,
+    InvalidRequest,
+    StoryNotFound,
+    StoryTaken,
+)
 
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
@@ -123,7 +131,8 @@ def install_error_handlers(api: FastAPI) -> None:
         return error_response(409, str(error), param="Idempotency-Key", code="idempotency_key_taken")
 
     @api.exception_handler(StoryBusy)
-    async def refuse_change(request: Request, error: StoryBusy) -> JSONResponse:
+    @api.exception_handler(StoryTaken)
+    async def refuse_change(request: Request, error: StoryBusy | StoryTaken) -> JSONResponse:
         return error_response(409, str(error), code="story_busy")
 
     @api.exception_handler(StoryNotFound)

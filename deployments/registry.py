@@ -262,10 +262,9 @@ class Registry:
     @contextlib.asynccontextmanager
     async def _leased(self, name: str, *, is_new: bool = False) -> AsyncIterator[int]:
         """Hold a lease, until a story that was started under it has ended. Raises StoryBusy where somebody has it."""
-        number = None if name in self._leases else await self._ledger.claim(self.front, name, is_new=is_new)
+        number = await self._claim(name, is_new=is_new)
         if number is None:
             raise StoryBusy(f"{name} is being worked on: wait for its end, or cancel it")
-        self._leases[name] = number
         try:
             yield number
         finally:
@@ -275,13 +274,18 @@ class Registry:
     @contextlib.asynccontextmanager
     async def _in_turn(self, name: str) -> AsyncIterator[None]:
         """Hold a lease, after whoever has it."""
-        while True:
-            try:
-                async with self._leased(name):
-                    yield
-                    return
-            except StoryBusy:
-                await asyncio.sleep(LOOK_S)
+        while (number := await self._claim(name)) is None:
+            await asyncio.sleep(LOOK_S)
+        try:
+            yield
+        finally:
+            await self._release(name, number)
+
+    async def _claim(self, name: str, *, is_new: bool = False) -> int | None:
+        number = None if name in self._leases else await self._ledger.claim(self.front, name, is_new=is_new)
+        if number is not None:
+            self._leases[name] = number
+        return number
 
     async def _release(self, name: str, number: int) -> None:
         if self._leases.get(name) == number:

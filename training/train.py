@@ -20,7 +20,7 @@ import torch
 
 from minigpt5 import model_folder
 from minigpt5.config import storybook
-from minigpt5.errors import MiniGPT5Error
+from minigpt5.errors import MiniGPT5Error, TrainingError
 from training import checkpoint, data, loop, presets
 from training.data import Rows, RowsOfStage, StorybookRows
 from training.parts import Parts
@@ -30,6 +30,9 @@ from training.stored_data import StoredRows
 
 PRESETS = {"storybook": presets.STORYBOOK, "published": presets.PUBLISHED}
 STORED_STAGES = ("align", "learn", "refine")
+"""Those that learn from stored rows as well."""
+VALIDATION_SEED = 1_000_003
+"""Added to the seed of the picture world's rows that are never trained on."""
 
 
 def build_stage(preset: Preset, parts: Parts, rows: Rows) -> loop.Stage:
@@ -52,7 +55,7 @@ def find_rows(preset: Preset, parts: Parts, uri: str | None) -> tuple[Preset, Ro
     TrainingError."""
     if uri is None:
         if preset.epochs:
-            raise SystemExit("error: epochs are of stored rows: name some with --data, or set epochs=0 steps=")
+            raise TrainingError("epochs are of stored rows: name some with --data, or set epochs=0 steps=")
         held_back = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
         return preset, StorybookRows(preset), StorybookRows(held_back) if preset.validation_batches else None
     previous = parts.model(preset.stage)
@@ -65,10 +68,6 @@ def find_rows(preset: Preset, parts: Parts, uri: str | None) -> tuple[Preset, Ro
     if preset.validation_batches:
         validation = RowsOfStage(StoredRows(uri, config, seed=preset.seed, is_validation=True), preset)
     return preset, RowsOfStage(stored, preset), validation
-
-
-VALIDATION_SEED = 1_000_003
-"""Added to the seed of the picture world's rows that are never trained on."""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -27,7 +27,8 @@ UNTOLD = {
     "not_a_server_error",  # below: 503 is documented
     "ignored_auth",  # no keys here; tests/deployments/test_auth.py
 }
-SERVED = Served(Path(tempfile.mkdtemp()), max_running=64, text_filter=TextFilter())
+FOLDER = tempfile.TemporaryDirectory()
+SERVED = Served(Path(FOLDER.name), max_running=64, text_filter=TextFilter())
 STORY = SERVED.post({"prompt": "A fox", "pages": 2, "seed": 7}).json()
 schema = schemathesis.openapi.from_asgi("/openapi.json", create_api(SERVED.front))
 
