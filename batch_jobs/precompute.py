@@ -19,6 +19,7 @@ import numpy as np
 from pyarrow import fs, parquet
 
 from batch_jobs.inputs import open_uri
+from batch_jobs.pipeline import connect
 from batch_jobs.prepare import to_parquet
 from batch_jobs.state import read_json, write_whole
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
@@ -87,6 +88,7 @@ def precompute(
 
     from minigpt5.model_folder import load_config
 
+    connect(workers)
     files, folder = open_uri(source)
     infos = files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
     names = sorted(info.path for info in infos if info.path.endswith(".parquet"))

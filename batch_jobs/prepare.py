@@ -26,6 +26,7 @@ from pyarrow import parquet
 
 from batch_jobs.inputs import open_uri
 from batch_jobs.layouts import LAYOUTS, STORYBOOK, Source, storybook_item
+from batch_jobs.pipeline import connect
 from batch_jobs.state import read_json, write_whole
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.stored_rows import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, to_row
@@ -140,6 +141,7 @@ def prepare(layout: str, uri: str, output: str, *, limit: int | None = None, see
     """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
     import ray
 
+    connect(0)
     files, folder = open_uri(output)
     asked = {"format": FORMAT, "layout": layout, "source": uri, "limit": limit, "seed": seed}
     begun = read_json(files, f"{folder}/plan.json")
