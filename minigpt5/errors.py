@@ -52,7 +52,11 @@ class StorageError(MiniGPT5Error):
 
 
 class TrainingError(MiniGPT5Error):
-    """A training step that must not be continued from, such as a NaN loss."""
+    """A training run that cannot begin or go on."""
+
+
+class NotFinite(TrainingError):
+    """A loss that is not a number, or without end: the message names the rows."""
 
 
 class EngineFull(MiniGPT5Error):

@@ -136,9 +136,9 @@ class LanguageModel(nn.Module):
         with torch.no_grad():
             text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
         lengths_B = mask_BS.sum(dim=1)
-        before_B1H = text_BSH[torch.arange(len(ids_BS)), lengths_B - 1][:, None]
-        offsets_V = torch.arange(self.rows.num_vokens - 1)
-        voken_ids_BV = torch.tensor(self.rows.ids[:-1]).expand(len(ids_BS), -1)
+        before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
+        offsets_V = torch.arange(self.rows.num_vokens - 1, device=mask_BS.device)
+        voken_ids_BV = torch.tensor(self.rows.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
         at_vokens_BVH = self.states(
             self.embed(voken_ids_BV),
             mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),

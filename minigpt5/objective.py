@@ -5,6 +5,7 @@ Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, Q
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +90,13 @@ class Objective(nn.Module):
         """Every batch calls the same parts in the same order, as workers must that share out weights (ZeRO 3)."""
         self._memory: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self._whitening: RemovableHandle | None = None
+        self._whiten_HH: Tensor
+        self._voken_mean_H: Tensor
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mapper.queries.device
 
     @torch.no_grad()
     def standardise_captions(self, captions: list[str], *, start_there: bool = False) -> None:
@@ -157,23 +164,24 @@ class Objective(nn.Module):
         whiten_HH = axes_HH @ (axes_HH / variance_H.sqrt()).T
         white_PVH = (states_PVH.double() - mean_H) @ whiten_HH
         gain_HH = _gain(white_PVH, conditions_PQD)
-        self._whiten_HH, self._voken_mean_H = (whiten_HH @ gain_HH).float(), mean_H.float()
-        self._unwhiten_HH = torch.linalg.inv(whiten_HH @ gain_HH).float()
+        self.register_buffer("_whiten_HH", (whiten_HH @ gain_HH).float(), persistent=False)
+        self.register_buffer("_voken_mean_H", mean_H.float(), persistent=False)
+        unwhiten_HH = torch.linalg.inv(whiten_HH @ gain_HH).float()
         first: nn.Linear = self.mapper.fc[0]  # type: ignore[assignment]
         with torch.no_grad():
             first.bias.add_(first.weight @ self._voken_mean_H)
-            first.weight.copy_(first.weight @ self._unwhiten_HH.T)
+            first.weight.copy_(first.weight @ unwhiten_HH.T)
 
         def whiten(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
+            with exactly(self.device):
                 states_PVH = (inputs[0].float() - self._voken_mean_H) @ self._whiten_HH
-            return states_PVH + noise * torch.randn_like(states_PVH) if torch.is_grad_enabled() else states_PVH
+            return states_PVH + noise * normal_like(states_PVH) if torch.is_grad_enabled() else states_PVH
 
         self._whitening = first.register_forward_pre_hook(whiten)
 
     def settle(self) -> Mapper:
         """A copy of the mapper that takes voken states as they are."""
-        mapper = Mapper(self.config)
+        mapper = Mapper(self.config).to(self.device)
         mapper.load_state_dict(self.mapper.state_dict())
         if self._whitening:
             first: nn.Linear = mapper.fc[0]  # type: ignore[assignment]
@@ -199,22 +207,26 @@ class Objective(nn.Module):
 
     def _read_captions(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
-        ids_BS, mask_BS = pad([self.encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
+        ids_BS, mask_BS = self._pad([self.encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
-        first_B = torch.full((len(rows),), self.language.rows.first)
+        first_B = torch.full((len(rows),), self.language.rows.first, device=self.device)
         return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
 
     def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
         """Whole sequences; logits at the learnt positions only."""
         encoded = [self.encode(row.segments) for row in rows]
-        ids_BS, mask_BS = pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
-        labels_BS, _ = pad([labels for _, labels in encoded], IGNORED)
+        ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
+        labels_BS, _ = self._pad([labels for _, labels in encoded], IGNORED)
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
         pictures = [picture for row in rows for picture in row.read]
         image_NQH = self._see(pictures) if pictures else None
         states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
         return vokens_PVH, self.text_loss(states_BSH, labels_BS)
+
+    def _pad(self, sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
+        ids_BS, mask_BS = pad(sequences, value)
+        return ids_BS.to(self.device), mask_BS.to(self.device)
 
     def _see(self, pictures: list[np.ndarray]) -> Tensor:
         """Pictures, or their features -> (N, Q, H)."""
@@ -229,7 +241,7 @@ class Objective(nn.Module):
 
     def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
         captions = [caption for row in rows for caption in row.captions]
-        is_null_P = torch.rand(len(captions)) < (GUIDANCE_DROPOUT if self.training else 0.0)
+        is_null_P = (torch.rand(len(captions)) < (GUIDANCE_DROPOUT if self.training else 0.0)).to(self.device)
         condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
         losses: dict[str, Tensor] = {}
         latents_PCYX = None
@@ -247,19 +259,19 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _to_latents(self, rows: list[Row]) -> Tensor:
-        drawn = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn]))
+        drawn = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn])).to(self.device)
         if drawn.dtype == torch.uint8:
             pixels_PCYX = drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
             drawn = self.diffusion.vae.encode(pixels_PCYX).latent_dist.parameters
-        noise = torch.randn_like(drawn[:, ::2].float()) if self.samples_latents else None
+        noise = normal_like(drawn.chunk(2, dim=1)[0].float()) if self.samples_latents else None
         return self.diffusion.from_moments(drawn, noise=noise)
 
     def picture_loss(self, latents_PCYX: Tensor, condition_PQD: Tensor) -> Tensor:
         """The denoising loss at random timesteps: with min-SNR weights, or from `first_timestep` on without."""
         first, last = self.first_timestep, self.diffusion.scheduler.config.num_train_timesteps
         loss = self.diffusion.error if first else self.diffusion.loss
-        timesteps = torch.randint(first, last, (len(latents_PCYX),))
-        return loss(latents_PCYX, condition_PQD, noise=torch.randn_like(latents_PCYX), timesteps=timesteps).mean()
+        timesteps = torch.randint(first, last, (len(latents_PCYX),)).to(self.device)
+        return loss(latents_PCYX, condition_PQD, noise=normal_like(latents_PCYX), timesteps=timesteps).mean()
 
     def words(self, rows: list[Row]) -> dict[str, Tensor]:
         """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
@@ -269,7 +281,7 @@ class Objective(nn.Module):
         image_NQH = self.vision(np.stack([picture for row in rows for picture in row.read])).float()
         filler = self.tokenizer.encode(".", add_special_tokens=False)[:1] * image_NQH.shape[1]
         said = [self.tokenizer.encode(text, add_special_tokens=False) for row in rows for text in row.shown]
-        ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said])
+        ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said], device=self.device)
         seen_W, target_NQ = ids_NQ.unique(return_inverse=True)
         words_WH = self.language.embedding[seen_W].detach().float()
         distance_NQW = (image_NQH[:, :, None] - words_WH).square().sum(-1) / words_WH.square().sum(-1).mean()
@@ -288,7 +300,7 @@ class Objective(nn.Module):
         to stay true for a while. The memory is not part of a checkpoint: a resumed run fills it anew."""
         chosen = [self._memory[i] for i in torch.randint(len(self._memory), (num_pictures,)).tolist()]
         states, targets, others, latents = zip(*chosen, strict=True)
-        is_null_P = torch.rand(num_pictures) < GUIDANCE_DROPOUT
+        is_null_P = (torch.rand(num_pictures) < GUIDANCE_DROPOUT).to(self.device)
         condition_PQD = self.mapper(torch.stack(states).masked_fill(is_null_P[:, None, None], 0))
         has_contrasts = weights.contrast and all(one is not None for one in others)
         others_PKQD = torch.stack(others).float() if has_contrasts else None
@@ -296,6 +308,8 @@ class Objective(nn.Module):
         if weights.picture:
             latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])
             losses["picture"] = self.picture_loss(latents_PCYX, condition_PQD[:REPLAYED_PICTURES])
+        # What is trained takes part in every step: see `forward`.
+        losses["caption"] = losses["caption"] + 0 * sum(rows.sum() for rows in self.language.rows.parameters())
         return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
 
     def _caption_losses(
@@ -320,7 +334,7 @@ class Objective(nn.Module):
         captions that share most of their words, and a single word is what the picture depends on."""
         candidates = torch.cat([target_PQD[:, None], others_PKQD], dim=1)
         distance_PK = ((condition_PQD[:, None] - candidates) / self.caption_scale_D).square().mean(dim=(2, 3))
-        right_P = torch.zeros(len(distance_PK), dtype=torch.long)
+        right_P = torch.zeros(len(distance_PK), dtype=torch.long, device=self.device)
         return F.cross_entropy(-CONTRAST_SHARPNESS * distance_PK, right_P)
 
     def _remember(
@@ -334,6 +348,17 @@ class Objective(nn.Module):
     def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
         """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""
         return ((condition_PQD - target_PQD) / self.caption_scale_D).square().mean()
+
+
+def exactly(device: torch.device) -> AbstractContextManager[None]:
+    """Without autocast, on a device that has it."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
+
+
+def normal_like(values: Tensor) -> Tensor:
+    """Noise from the CPU's generator: the same numbers on whichever device `values` lie."""
+    return torch.randn(values.shape, dtype=values.dtype).to(values.device)
 
 
 def _gain(white_PVH: Tensor, conditions_PQD: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class TextEncoder(nn.Module):
         """Captions -> (B, num_positions, D); longer captions are cut."""
         tokens = self.tokenizer(
             captions, padding=True, truncation=True, max_length=self.num_positions, return_tensors="pt"
-        )
+        ).to(self.model.device)
         states_BQD = self.model(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
         return nn.functional.pad(states_BQD, (0, 0, 0, self.num_positions - states_BQD.shape[1]))
 
@@ -53,7 +53,7 @@ class ClipTextEncoder(nn.Module):
         """Captions -> (B, num_positions, D); longer captions are cut."""
         tokens = self.tokenizer(
             captions, padding="max_length", truncation=True, max_length=self.num_positions, return_tensors="pt"
-        )
+        ).to(self.model.device)
         mask = tokens["attention_mask"] if self.published_quirks else None
         return self.model(tokens["input_ids"], attention_mask=mask).last_hidden_state
 

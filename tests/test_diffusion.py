@@ -9,7 +9,13 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from minigpt5.denoising import denoise
-from minigpt5.diffusion import SCHEDULERS, Diffusion, min_snr_weight, new_storybook_scheduler
+from minigpt5.diffusion import (
+    MIN_VELOCITY_WEIGHT,
+    SCHEDULERS,
+    Diffusion,
+    min_snr_weight,
+    new_storybook_scheduler,
+)
 from minigpt5.types import DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion
 
@@ -27,8 +33,8 @@ def test_weights_of_velocity_prediction_have_a_floor() -> None:
     scheduler = new_storybook_scheduler()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = min_snr_weight(scheduler, torch.arange(1000))
-    assert snr[-1] == 0 and weight[-1].item() == pytest.approx(0.05)
-    torch.testing.assert_close(weight, (snr.clamp(max=5) / (snr + 1)).clamp(min=0.05))
+    assert snr[-1] == 0 and weight[-1].item() == pytest.approx(MIN_VELOCITY_WEIGHT)
+    torch.testing.assert_close(weight, (snr.clamp(max=5) / (snr + 1)).clamp(min=MIN_VELOCITY_WEIGHT))
 
 
 def test_no_signal_is_no_nan_for_either_prediction() -> None:

@@ -42,13 +42,11 @@ def save_checkpoint(folder: RunFolder, position: Position, state: dict[str, Any]
         torch.save({**state, "average": average}, content)
         folder.write(f"{name}/state.pt", content.getvalue())
         folder.write(f"{name}/position.json", json.dumps(vars(position)).encode())  # last: it says that all is there
-    except OSError as failure:
+    except TrainingError as failure:
         folder.drop(name)
         kept = checkpoints(folder)
         last = f"{kept[-1]} is kept" if kept else "there is no earlier one"
-        raise TrainingError(
-            f"{name} cannot be written to {folder.uri}: {failure}; {last}: make room, then resume"
-        ) from failure
+        raise TrainingError(f"{failure}; {last}") from failure
     for old in checkpoints(folder)[:-KEPT]:
         folder.drop(old)
     return name

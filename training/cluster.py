@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import ray
 import ray.train
 import torch
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from minigpt5.errors import TrainingError
-from training import checkpoint, data, loop
+from minigpt5.errors import NotFinite, TrainingError
+from training import checkpoint, data, devices, loop
 from training.data import Rows
 from training.parts import Parts
 from training.presets import Preset
@@ -45,7 +45,10 @@ def check_workers(preset: Preset, num_workers: int) -> None:
 
 
 def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
-    """Train with `num_workers` workers; the folders of `run` must be ones that all of them see."""
+    """Train with `num_workers` workers; the folders of `run` must be ones that all of them see.
+
+    Raises TrainingError: of a worker, as it was raised there, or where the workers died more than MAX_FAILURES times.
+    """
     check_workers(run.preset, num_workers)
     if not ray.is_initialized():
         # Where RAY_ADDRESS says, as in a submitted job; else one of our own, with logical CPUs: data tasks must fit
@@ -60,6 +63,8 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
         trainer = TorchTrainer(
             work,
             train_loop_config=settings,
+            # Gradients lie on the GPUs; what workers agree on besides does not.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if num_gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=num_workers, use_gpu=bool(num_gpus), resources_per_worker=resources
             ),
@@ -76,32 +81,55 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
             },
             dataset_config=DataConfig(datasets_to_split=[]),
         )
-        trainer.fit()
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as failure:
+            raise TrainingError(reason_of(failure)) from failure
+    if result.return_value:
+        raise TrainingError(result.return_value)
 
 
-def work(settings: dict[str, object]) -> None:
-    """One worker."""
+def reason_of(failure: TrainingFailedError) -> str:
+    """In one line: what a worker raised, where it was one of our own errors."""
+    raised = failure.worker_failures.values() if isinstance(failure, WorkerGroupError) else ()
+    for one in raised:
+        error = getattr(one, "_base_exc", one)
+        if isinstance(error, TrainingError):
+            return str(error)
+    last = str(failure).strip().splitlines()[-1]
+    return f"the workers failed more than {MAX_FAILURES} times, the last time with: {last}; the checkpoints are kept"
+
+
+def work(settings: dict[str, object]) -> str | None:
+    """One worker. Returns why a run ended early that a restart would not help."""
     from training.train import build_stage
 
     run = settings["run"]
     assert isinstance(run, Run)
-    torch.set_num_threads(run.preset.num_threads)
+    device = get_device()
+    preset = devices.for_device(run.preset, device)
+    torch.set_num_threads(preset.num_threads)
     context = ray.train.get_context()
     batches = data.ray_batches(
         ray.train.get_dataset_shard(f"train-{context.get_world_rank()}"),
-        run.preset,
+        preset,
         first_step=run.first_step,
         num_workers=context.get_world_size(),
     )
-    loop.fit(
-        build_stage(run.preset, run.parts, run.rows),
-        run.preset,
-        run.out,
-        batches,
-        validation=data.validation_batches(run.validation, run.preset) if run.validation else (),
-        owner=run.owner,
-        report=Reports(),
-    )
+    try:
+        loop.fit(
+            build_stage(preset, run.parts, run.rows),
+            preset,
+            run.out,
+            batches,
+            validation=data.validation_batches(run.validation, preset) if run.validation else (),
+            owner=run.owner,
+            report=Reports(),
+            device=device,
+        )
+    except NotFinite as error:  # raised by every worker, and a restart would come to the same rows
+        return str(error)
+    return None
 
 
 class Reports:

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from minigpt5.errors import TrainingError
+from minigpt5.errors import NotFinite
 from training.checkpoint import Position, check_owner, checkpoints, load_checkpoint, save_checkpoint
 from training.presets import Preset
 from training.report import write_report
@@ -30,6 +31,9 @@ from training.samples import write_sample
 Batch = dict[str, object]
 TELLING = ("learn", "refine")
 """Stages whose model writes stories."""
+SECONDS = ("data_s", "forward_s", "backward_s", "optimizer_s", "communication_s")
+"""What a step's time goes to. Communication is a part of the three before it: of all of them under ZeRO."""
+CPU = torch.device("cpu")
 Report = Callable[[dict[str, float]], None]
 
 
@@ -49,6 +53,8 @@ class Updater(Protocol):
     """What turns losses into steps: Plain here, or training.zero.Zero."""
 
     trained: dict[str, nn.Parameter]
+    communication_s: float
+    """Seconds that workers have spent on each other's gradients and weights so far."""
 
     def losses(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
     def backward(self, loss: Tensor) -> None:
@@ -70,7 +76,7 @@ class Plain:
     """Torch's own optimizer; every worker holds everything."""
 
     def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> None:
-        self.objective, self.clip_norm = objective, preset.clip_norm
+        self.objective, self.clip_norm, self.communication_s = objective, preset.clip_norm, 0.0
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         groups = [{**group, "initial_lr": group["lr"]} for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, preset.beta2), weight_decay=preset.weight_decay)
@@ -84,7 +90,9 @@ class Plain:
     def step(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+        began = time.perf_counter()
         average_over_workers(self.trained)
+        self.communication_s += time.perf_counter() - began
         if self.clip_norm:
             nn.utils.clip_grad_norm_(self.trained.values(), self.clip_norm)
         self.optimizer.step()
@@ -124,13 +132,15 @@ def fit(
     validation: Sequence[Batch] = (),
     owner: str = "",
     report: Report = lambda metrics: None,
+    device: torch.device = CPU,
 ) -> None:
     """Train `stage` to the end of `preset`, resuming from the newest checkpoint in `folder`, which is the run's with
     the token `owner` (see checkpoint.claim).
 
     `batches(step)` yields the batches from that step on, `preset.accumulate` for each step. `validation` is measured at
-    every checkpoint. Raises TrainingError where the loss is not finite.
+    every checkpoint. Raises NotFinite where the loss is not, TrainingError where the folder cannot be written.
     """
+    stage.objective.to(device)
     updater = new_updater(stage.objective, stage.parameter_groups(), preset)
     trained = updater.trained
     average = {name: p.detach().clone() for name, p in trained.items()} if preset.ema else {}
@@ -140,14 +150,15 @@ def fit(
     run = _Run(stage, preset, folder, updater, average, position, validation, owner, report)
     stream = batches(position.step)
     while (progress := progress_of(preset, position)) < 1:
-        torch.manual_seed((preset.seed << 32) + position.step)
+        torch.manual_seed(seed_of(preset, position.step))
         rate = learning_rate_factor(position.step, progress, preset)
-        seconds = dict.fromkeys(("data_s", "forward_s", "backward_s", "optimizer_s"), 0.0)
+        seconds = dict.fromkeys(SECONDS, 0.0)
+        communicated_s = updater.communication_s
         parts: list[dict[str, float]] = []
         for _ in range(preset.accumulate):
             with _timed(seconds, "data_s"):
                 batch = {**next(stream), "step": position.step}
-            with _timed(seconds, "forward_s"), _autocast(preset):
+            with _timed(seconds, "forward_s"), _autocast(preset, device):
                 losses: dict[str, Tensor] = updater.losses(batch, progress)
             stop_if_not_finite(losses["loss"], position.step, batch)
             with _timed(seconds, "backward_s"):
@@ -156,6 +167,7 @@ def fit(
             run.note_rows(batch, parts[-1]["loss"])
         with _timed(seconds, "optimizer_s"):
             updater.step(rate)
+        seconds["communication_s"] = updater.communication_s - communicated_s
         position = run.advance(parts, seconds, rate)
         for name, value in average.items():
             decay = min(preset.ema, (1 + position.step) / (10 + position.step))
@@ -254,7 +266,7 @@ class _Run:
         with torch.no_grad(), Averaged(self.updater.trained, self.average):
             for number, batch in enumerate(self.validation):
                 torch.manual_seed(number)
-                with _autocast(self.preset):
+                with _autocast(self.preset, next(objective.parameters()).device):
                     for name, loss in self.updater.losses({**batch, "step": 0}, min(progress, 1.0)).items():
                         sums.setdefault(f"validation_{name}", []).append(loss.item())
         torch.set_rng_state(random_state)
@@ -283,9 +295,10 @@ class _Run:
     def _log(self, metrics: dict[str, float]) -> None:
         if self._curves:
             self.folder.append("log.jsonl", json.dumps(metrics) + "\n")
-            for name, value in metrics.items():
-                self._curves.add_scalar(name, value, int(metrics["step"]))
-            self._curves.flush()
+            with self.folder.writing("tensorboard"):
+                for name, value in metrics.items():
+                    self._curves.add_scalar(name, value, int(metrics["step"]))
+                self._curves.flush()
             if self.folder.local is None:
                 self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
 
@@ -306,11 +319,19 @@ class _Run:
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a GPU is given its work, and does it later
     seconds[name] += time.perf_counter() - began
 
 
-def _autocast(preset: Preset) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(preset.bf16))
+def _autocast(preset: Preset, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if preset.bf16 else contextlib.nullcontext()
+
+
+def seed_of(preset: Preset, step: int) -> int:
+    """Of a step's noise, timesteps and dropout on this worker."""
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    return int(np.random.SeedSequence([preset.seed, rank, step]).generate_state(1, np.uint64)[0])
 
 
 def agreed_checkpoint(folder: RunFolder) -> str | None:
@@ -328,18 +349,18 @@ def is_first_worker() -> bool:
 
 
 def stop_if_not_finite(loss: Tensor, step: int, batch: Batch) -> None:
-    """Raise TrainingError on every worker where the loss of any is not finite: one alone would leave the others
+    """Raise NotFinite on every worker where the loss of any is not finite: one alone would leave the others
     waiting for its gradients."""
     found = [f"{loss.item()}, rows {batch.get('row_ids')}"] if not math.isfinite(loss.item()) else []
     if distributed.is_initialized():
-        is_broken = torch.tensor([float(len(found))])
+        is_broken = torch.tensor(float(len(found)))
         distributed.all_reduce(is_broken)
         if is_broken:
             everyone: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
             distributed.all_gather_object(everyone, found)
             found = [entry for entries in everyone for entry in entries]
     if found:
-        raise TrainingError(
+        raise NotFinite(
             f"the loss at step {step} is not finite: {'; '.join(found)}: "
             "lower the learning rate or look at these rows; the last checkpoint is kept"
         )
@@ -352,8 +373,12 @@ def average_over_workers(trained: dict[str, nn.Parameter]) -> None:
     for parameter in trained.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
-        parameter.grad /= distributed.get_world_size()
+    gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])  # hundreds of small ones would wait in a row
+    distributed.all_reduce(together)
+    together /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def agree(elapsed_s: float) -> float:

@@ -80,6 +80,8 @@ class Preset:
     mapper_learning_rate: float = 0.0
     checkpoint_every_s: float = 180.0
     sheet_every_s: float = 300.0
+    times_communication: int = 0
+    """1: each of DeepSpeed's messages is waited for and timed; without, its time is in that of what it is a part of."""
     log_every: int = 50
     log_rows: int = 0
     """1: the ids of the rows of every step are kept in rows-<worker>.jsonl, to say afterwards what was used."""

@@ -12,6 +12,7 @@ from training.run_folder import RunFolder
 WIDTH, HEIGHT, PAD = 640, 180, 34
 CURVES = ("loss", "text", "picture", "caption", "contrast", "validation_loss", "words", "mse")
 SECONDS = ("data_s", "forward_s", "backward_s", "optimizer_s")
+"""Communication is a part of these."""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 1rem/1.5 sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem; color: #2e2a25 }}
@@ -59,6 +60,8 @@ def _summary(lines: list[dict[str, float]], folder: RunFolder) -> str:
     spent = {name: sum(line.get(name, 0.0) for line in steps) for name in SECONDS}
     whole = sum(spent.values()) or 1.0
     rows += [(name.removesuffix("_s"), f"{100 * value / whole:.0f} % of a step") for name, value in spent.items()]
+    waited = sum(line.get("communication_s", 0.0) for line in steps)
+    rows.append(("of these communication", f"{100 * waited / whole:.0f} % of a step"))
     return "<table>" + "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows) + "</table>"
 
 

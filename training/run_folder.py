@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,8 +37,23 @@ class RunFolder:
     def __reduce__(self) -> tuple[type[RunFolder], tuple[str]]:
         return RunFolder, (self.uri,)
 
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Within it an OSError, a full disk included, is a TrainingError that says what to do."""
+        try:
+            yield
+        except OSError as failure:
+            raise TrainingError(
+                f"{name} cannot be written to {self.uri}: {failure}; make room, then start the run again: it goes on "
+                "from its newest checkpoint"
+            ) from failure
+
     def write(self, name: str, data: bytes) -> None:
-        """Raises OSError, a full disk included; then there is nothing new."""
+        """Raises TrainingError where it cannot be written; then there is nothing new."""
+        with self.writing(name):
+            self._write(name, data)
+
+    def _write(self, name: str, data: bytes) -> None:
         path = f"{self._path}/{name}"
         self._files.create_dir(path.rpartition("/")[0], recursive=True)
         if self.local is None:  # an object store shows whole objects only
@@ -64,7 +80,7 @@ class RunFolder:
 
     def append(self, name: str, text: str) -> None:
         if self.local is not None:
-            with (self.local / name).open("a") as file:
+            with self.writing(name), (self.local / name).open("a") as file:
                 file.write(text)
         else:
             self.write(name, (self.read(name) or b"") + text.encode())

@@ -17,7 +17,7 @@ def to_tensor(pixels_BYXC: object) -> Tensor:
 
 def save_sheet(path: Path, rows: list[Tensor]) -> None:
     """One PNG; each entry of `rows` is a row of pictures (n, 3, Y, X) in [-1, 1]."""
-    lines = [torch.cat(list(row), dim=2) for row in rows]
+    lines = [torch.cat(list(row.cpu()), dim=2) for row in rows]
     width = max(line.shape[2] for line in lines)
     lines = [torch.nn.functional.pad(line, (0, width - line.shape[2]), value=1.0) for line in lines]
     pixels = ((torch.cat(lines, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte()

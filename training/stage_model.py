@@ -69,6 +69,14 @@ class StageObjective(nn.Module):
         return self.model(rows, weights)
 
 
+def halve_frozen(module: nn.Module) -> None:
+    """Keep a part's frozen matrices in bfloat16, which is what autocast makes of them at every use: half the memory,
+    and the same numbers. For parts that are read and never saved."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
+
+
 class ModelStage:
     def __init__(self, preset: Preset, parts: Parts, rows: Rows | None = None) -> None:
         torch.manual_seed(preset.seed)
@@ -84,6 +92,9 @@ class ModelStage:
             self._load(previous)
         self._adapt(previous)
         self._freeze()
+        if preset.bf16:
+            halve_frozen(self.language.body)
+            halve_frozen(self.vision.encoder)
         if preset.checkpoint_activations:
             self.language.checkpoint_activations()
         text_encoder = load_text_encoder(resolve(self.config.text_encoder), self.config)
@@ -92,7 +103,8 @@ class ModelStage:
         has_schedule = (unet_of / "scheduler").is_dir()
         schedule = load_scheduler(unet_of, None) if has_schedule else new_storybook_scheduler()
         self.diffusion = Diffusion(vae, unet, schedule)
-        unet.set_attn_processor(AttnProcessor())  # as in stage_unet.py
+        if preset.bf16:
+            unet.set_attn_processor(AttnProcessor())  # as in stage_unet.py
         objective = Objective(
             self.config,
             load_tokenizer(base, self.config),
@@ -113,6 +125,9 @@ class ModelStage:
             objective.whiten_vokens(*self._some_vokens(objective), noise=preset.voken_noise)
         self.objective = StageObjective(objective, preset)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.mapper.queries.device.type, dtype=torch.bfloat16, enabled=bool(self.preset.bf16))
+
     @torch.no_grad()
     def _some_vokens(self, objective: Objective) -> tuple[Tensor, Tensor]:
         """Voken states of some captions, and the text encoder's states of what they say."""
@@ -122,7 +137,9 @@ class ModelStage:
         states, targets = [], []
         for start in range(0, len(facts), 32):
             batch = slice(start, start + 32)
-            states.append(self.language.voken_states(*pad(encoded[batch], objective.tokenizer.eos_token_id)))
+            with self._autocast():
+                found = self.language.voken_states(*pad(encoded[batch], objective.tokenizer.eos_token_id))
+            states.append(found.float())
             targets.append(objective.text_encoder([canonical_caption(fact) for fact in facts[batch]]))
         return torch.cat(states), torch.cat(targets)
 
@@ -173,10 +190,12 @@ class ModelStage:
         model = self.objective.model
         mapper = model.settle()
         encoded = [model.encode(caption_segments(caption)[:1])[0] for caption in captions]
-        ids_BS, mask_BS = pad(encoded, model.tokenizer.eos_token_id)
+        ids_BS, mask_BS = (one.to(model.device) for one in pad(encoded, model.tokenizer.eos_token_id))
+        with self._autocast():
+            states_BVH = self.language.voken_states(ids_BS, mask_BS)
         conditions = {
             "base": model.text_encoder([canonical_caption(fact) for fact in facts]),
-            "vokens": mapper(self.language.voken_states(ids_BS, mask_BS)),
+            "vokens": mapper(states_BVH.float()),
         }
         rows = [to_tensor(np.stack([draw_scene(scene) for scene in scenes]))]
         for condition_BQD in conditions.values():

@@ -14,6 +14,7 @@ from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
+from minigpt5.objective import normal_like
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
@@ -35,15 +36,16 @@ class UnetObjective(nn.Module):
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
-            latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]))
+            latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]).to(self.diffusion.unet.device))
         captions: list[str] = batch["caption"]  # type: ignore[assignment]
+        num_timesteps = self.diffusion.scheduler.config.num_train_timesteps
         is_null = torch.rand(len(captions)) < NULL_SHARE
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         loss = self.diffusion.loss(
             latents_BCYX,
             self.text_encoder(captions),
-            noise=torch.randn_like(latents_BCYX),
-            timesteps=torch.randint(self.diffusion.scheduler.config.num_train_timesteps, (len(captions),)),
+            noise=normal_like(latents_BCYX),
+            timesteps=torch.randint(num_timesteps, (len(captions),)).to(latents_BCYX.device),
         ).mean()
         return {"loss": loss}
 
@@ -56,8 +58,8 @@ class UnetStage:
         folder = parts.find("unet") if goes_on else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
         self.diffusion = Diffusion(load_vae(parts.need("vae")), unet, new_storybook_scheduler())
-        # Plain attention: under bfloat16 the backward pass of torch's fused kernel is the slower one on a CPU.
-        self.diffusion.unet.set_attn_processor(AttnProcessor())
+        if preset.bf16:  # the backward pass of torch's fused kernel is the slower one then on a CPU
+            self.diffusion.unet.set_attn_processor(AttnProcessor())
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
         self.preset = preset
         self.objective = UnetObjective(self.diffusion, text_encoder)

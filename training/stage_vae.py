@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minigpt5 import model_folder
 from minigpt5.diffusion import load_vae, new_storybook_vae
+from minigpt5.objective import normal_like
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.loop import Batch
 from training.parts import Parts
@@ -30,11 +31,11 @@ class VaeObjective(nn.Module):
         self.vae = vae
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        pixels_BCYX = to_tensor(batch["pixels"])
-        weight_B1YX = 1 + 2 * torch.as_tensor(batch["inside"]).float()
+        pixels_BCYX = to_tensor(batch["pixels"]).to(self.vae.device)
+        weight_B1YX = 1 + 2 * torch.as_tensor(batch["inside"]).to(self.vae.device).float()
         weight_B1YX = weight_B1YX / weight_B1YX.mean()
         latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode().float()
-        decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * torch.randn_like(latents_BCYX)).sample.float()
+        decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * normal_like(latents_BCYX)).sample.float()
         error_BCYX = decoded_BCYX - pixels_BCYX
         l1 = (error_BCYX.abs() * weight_B1YX).mean()
         l2 = (error_BCYX.square() * weight_B1YX).mean()
@@ -64,7 +65,7 @@ class VaeStage:
     def draw_sheet(self, path: Path) -> None:
         """Validation scenes above their reconstructions."""
         scenes = [scene_at(i, seed=0, split="validation") for i in range(16)]
-        pixels_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
+        pixels_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes])).to(self.vae.device)
         decoded_BCYX = self.vae.decode(self.vae.encode(pixels_BCYX).latent_dist.mode()).sample
         print(f"validation mse {F.mse_loss(decoded_BCYX, pixels_BCYX).item():.5f}", flush=True)
         save_sheet(path, [pixels_BCYX[:8], decoded_BCYX[:8], pixels_BCYX[8:], decoded_BCYX[8:]])
@@ -80,7 +81,7 @@ class VaeStage:
         scenes = (scene_at(i, seed=self.preset.seed) for i in range(1024))
         latents = []
         for _ in range(32):
-            pixels_BCYX = to_tensor(np.stack([draw_scene(next(scenes)) for _ in range(32)]))
+            pixels_BCYX = to_tensor(np.stack([draw_scene(next(scenes)) for _ in range(32)])).to(self.vae.device)
             latents.append(self.vae.encode(pixels_BCYX).latent_dist.mode())
         latents_NCYX = torch.cat(latents)
         self.vae.register_to_config(

@@ -21,7 +21,7 @@ import torch
 from minigpt5 import model_folder
 from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error, TrainingError
-from training import checkpoint, data, loop, presets
+from training import checkpoint, data, devices, loop, presets
 from training.data import Rows, RowsOfStage, StorybookRows
 from training.parts import Parts
 from training.presets import Preset
@@ -119,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(preset: Preset, parts: Parts, out: RunFolder, rows: Rows, validation: Rows | None) -> None:
     """The stage in this process."""
+    device = devices.own_device()
+    preset = devices.for_device(preset, device)
     torch.set_num_threads(preset.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loop.fit(
@@ -129,6 +131,7 @@ def run(preset: Preset, parts: Parts, out: RunFolder, rows: Rows, validation: Ro
         validation=data.validation_batches(validation, preset) if validation else (),
         owner=checkpoint.claim(out),
         report=lambda metrics: print(metrics, flush=True),
+        device=device,
     )
 
 

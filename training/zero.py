@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.comm import comm
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -40,6 +41,8 @@ class Zero:
         if preset.zero_stage == 3 and preset.ema:
             raise TrainingError("zero_stage is 3, which keeps no running average: set ema=0")
         self.stage, self.accumulate, self.num_parts = preset.zero_stage, preset.accumulate, 0
+        self.communication_s = 0.0
+        self.times_communication = bool(preset.times_communication)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.rates = [group["lr"] for group in groups]
         plain = torch.optim.AdamW(groups, betas=(0.9, preset.beta2), weight_decay=preset.weight_decay)
@@ -51,6 +54,8 @@ class Zero:
             model=objective, optimizer=plain, config=_configuration(preset), dist_init_required=False
         )
 
+        if self.times_communication:
+            comm.configure(enabled=True, prof_all=True, verbose=False)
         if self.stage == 3:
             for parameter in getattr(objective, "outer_parameters", list)():
                 deepspeed.zero.register_external_parameter(objective, parameter)
@@ -68,6 +73,9 @@ class Zero:
             group["lr"] = rate * factor
         self.engine.step()
         self.num_parts = 0
+        if self.times_communication:
+            self.communication_s += sum(timer.elapsed() for timer in comm.timers.get_timers().values()) / 1000
+            comm.comms_logger.reset_data()
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

@@ -1,0 +1,98 @@
+"""The objective where weights lie on another device than the CPU: torch's lazy device, which computes with the CPU's
+own kernels, but refuses what lies elsewhere, as a GPU does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt5.objective import LossWeights, Objective
+from minigpt5.prompt import next_page_segments
+from minigpt5.rows import Row
+from tests.test_objective import caption, new_objective, story
+from training import devices
+from training.presets import Preset
+from training.stage_model import halve_frozen
+
+PRESET = Preset(stage="align", steps=1, batch_size=1, learning_rate=0.0)
+WEIGHTS = LossWeights(text=1.0, picture=1.0, caption=1.0, contrast=1.0)
+
+
+def rows() -> list[Row]:
+    """Bare captions, and whole sequences with pictures that are drawn and pictures that are read."""
+    contrasts = [["a cat", "a dog"], ["a house", "a tree"]]
+    pictures = [np.full((32, 32, 3), shade, np.uint8) for shade in (30, 200)]
+    segments = next_page_segments(["One."], "Two.", "text", variant=0)
+    reads = Row(segments=segments, read=pictures, drawn=[], captions=[])
+    captions = [dataclasses.replace(caption(words), contrasts=contrasts[:1]) for words in ("a fox", "an owl")]
+    return [*captions, reads, dataclasses.replace(story(), contrasts=contrasts)]
+
+
+@torch.no_grad()
+def losses_of(objective: Objective) -> dict[str, float]:
+    torch.manual_seed(0)
+    losses = objective(rows(), WEIGHTS)
+    return dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+
+
+def test_another_device_has_the_cpus_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = new_objective()
+    objective.samples_latents = True
+    objective.whiten_vokens(torch.randn(24, 8, 48), torch.randn(24, 6, 16), noise=0.1)
+    expected = losses_of(objective)
+    assert {"text", "picture", "caption", "contrast"} <= set(expected)
+    device = lazy_device(monkeypatch)
+    objective.to(device)
+    assert losses_of(objective) == pytest.approx(expected, rel=1e-3)
+    assert next(objective.settle().parameters()).device.type == device.type
+
+
+def test_frozen_matrices_in_half_the_memory_have_autocasts_own_losses() -> None:
+    found = []
+    for is_halved in (False, True):
+        objective = new_objective()
+        if is_halved:
+            halve_frozen(objective.language.body)
+            halve_frozen(objective.vision.encoder)
+            assert objective.language.embedding.dtype == torch.bfloat16
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(losses_of(objective))
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = dataclasses.replace(PRESET, bf16=1)
+    for has_it in (False, True):
+        monkeypatch.setattr(devices, "_has_bfloat16", lambda has_it=has_it: has_it)
+        assert devices.for_device(asked, torch.device("cpu")).bf16 == has_it
+        assert devices.for_device(asked, torch.device("cuda")).bf16 == 1
+        assert devices.for_device(PRESET, torch.device("cpu")).bf16 == 0
+
+
+def lazy_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    import torch._lazy.ts_backend
+
+    with contextlib.suppress(RuntimeError):  # it is there
+        torch._lazy.ts_backend.init()
+
+    # By other means where this device has no kernel.
+    def split(self: torch.Tensor, size: int | list[int], dim: int = 0) -> list[torch.Tensor]:
+        whole = self.shape[dim]
+        sizes = size if isinstance(size, list) else [min(size, whole - at) for at in range(0, whole, size)]
+        return [self.narrow(dim, sum(sizes[:k]), one) for k, one in enumerate(sizes)]
+
+    def chunk(self: torch.Tensor, chunks: int, dim: int = 0) -> list[torch.Tensor]:
+        return split(self, -(-self.shape[dim] // chunks), dim)
+
+    def masked_scatter(self: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        places = (mask[..., 0].flatten().long().cumsum(0) - 1).clamp(min=0)
+        return torch.where(mask, source[places].view(self.shape), self)
+
+    for name, function in (("split", split), ("chunk", chunk), ("masked_scatter", masked_scatter)):
+        monkeypatch.setattr(torch.Tensor, name, function)
+    monkeypatch.setattr(torch, "chunk", chunk)
+    return torch.device("lazy")
