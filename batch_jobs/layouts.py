@@ -4,7 +4,8 @@ cc3m        a TSV of `caption<TAB>image_path`, paths relative to it
 cc3m-tar    webdataset tar files: for each key a picture and a .txt or .json with its caption
 vist        <split>_cleaned.json with <split>_image_mapping.json beside it: stories in sequence
 mmdialog    JSON lines of conversations, pictures <media id>.jpg in the same folder
-tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is the English caption
+tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is the English caption; a <name>.svg
+            needs its picture as <name>.png beside it
 wesnoth     a folder of campaigns: [story] [part] blocks of .cfg files, with their background paintings
 storybook   the picture world: `storybook:caption`, `storybook:story` or `storybook:dialogue`, as many as --limit says
 folder      story.jsonl and pictures, a user's own: see README.md
@@ -237,19 +238,23 @@ def _mmdialog(source: Source, name: str) -> Iterator[Item]:
 
 
 def _tuxpaint_files(source: Source) -> list[str]:
-    return sorted({name.rpartition("/")[0] for name in source.names(".png")}) or [""]
+    """All stamps together: most of their folders hold a handful."""
+    return [""] if source.names(".png", ".svg") else []
 
 
-def _tuxpaint(source: Source, folder: str) -> Iterator[Item]:
-    names = [name for name in source.names(".png", ".svg") if name.rpartition("/")[0] == folder]
-    texts = set(source.names(".txt"))
+def _tuxpaint(source: Source, _all: str) -> Iterator[Item]:
+    names = source.names(".png", ".svg", ".txt")
+    known = set(names)
     for name in names:
-        if re.search(r"_(mirror|flip|mirror_flip)\.\w+$", name):
+        stem, _, suffix = name.rpartition(".")
+        words = f"{stem}.txt"
+        if suffix.lower() == "txt" or re.search(r"_(mirror|flip|mirror_flip)$", stem):
             continue
-        words = f"{name[:-4]}.txt"
-        if name.endswith(".svg"):
-            yield Item(id=name, kind="caption", segments=(), problem="a drawing (SVG), which is not read")
-        elif words not in texts:
+        if suffix.lower() == "svg":
+            if f"{stem}.png" not in known:
+                problem = f"a drawing (SVG) is not read: put a {stem}.png beside it (rsvg-convert, cairosvg)"
+                yield Item(id=name, kind="caption", segments=(), problem=problem)
+        elif words not in known:
             yield Item(id=name, kind="caption", segments=(), problem=f"missing file: {words}")
         else:
             caption = next(source.lines(words), "").strip()

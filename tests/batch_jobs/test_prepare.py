@@ -142,16 +142,25 @@ def test_tux_paint_stamps(tmp_path: Path) -> None:
         "animals/fox.png": glass.getvalue(),
         "animals/fox.txt": "A red fox.\nde.utf8=Ein Fuchs.",
         "animals/fox_mirror.png": PNG,
-        "food/pear.svg": "<svg/>",
         "food/plum.png": PNG,
     }
     rows, reasons = rows_of("tuxpaint", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
     assert [told(row) for row in rows] == [["A red fox.", "#"]]
     picture = Image.open(io.BytesIO(rows[0]["segments"][1]["picture"]))
     assert picture.mode == "RGB" and picture.getpixel((3, 3)) == (255, 255, 255)
-    assert reasons == {
-        "food/plum.png": "missing file: food/plum.txt",
-    } | ({"food/pear.svg": reasons["food/pear.svg"]} if "food/pear.svg" in reasons else {})
+    assert reasons == {"food/plum.png": "missing file: food/plum.txt"}
+
+
+def test_a_stamp_that_is_a_drawing_says_what_it_needs_wherever_it_lies(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {"food/pear.svg": "<svg/>", "food/pear.txt": "A pear.", "plants/elm.png": PNG}
+    files |= {"plants/elm.txt": "An elm."}
+    source = write(tmp_path / "in", files)
+    rows, reasons = rows_of("tuxpaint", source, tmp_path / "out")
+    assert [told(row) for row in rows] == [["An elm.", "#"]]
+    assert list(reasons) == ["food/pear.svg"] and "put a food/pear.png beside it" in reasons["food/pear.svg"]
+    write(source, {"food/pear.png": PNG})
+    rows, reasons = rows_of("tuxpaint", source, tmp_path / "out2")
+    assert [told(row) for row in rows] == [["A pear.", "#"], ["An elm.", "#"]] and not reasons
 
 
 def test_wesnoth_campaigns(tmp_path: Path) -> None:
