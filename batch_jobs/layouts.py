@@ -4,8 +4,9 @@ cc3m        a TSV of `caption<TAB>image_path`, paths relative to it
 cc3m-tar    webdataset tar files: for each key a picture and a .txt or .json with its caption
 vist        <split>_cleaned.json with <split>_image_mapping.json beside it: stories in sequence
 mmdialog    JSON lines of conversations, pictures <media id>.jpg in the same folder
-tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is the English caption
-wesnoth     a folder of campaigns: [story] [part] blocks of .cfg files, with their background paintings
+tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is the English caption; a <name>.svg
+            needs its picture as <name>.png beside it
+wesnoth     a folder of campaigns: [story] [part] blocks of .cfg files, with their paintings; a map is none
 storybook   the picture world: `storybook:caption`, `storybook:story` or `storybook:dialogue`, as many as --limit says
 folder      story.jsonl and pictures, a user's own: see README.md
 """
@@ -18,6 +19,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,6 +28,7 @@ from PIL import Image
 from pyarrow import fs
 
 from batch_jobs.inputs import open_uri
+from batch_jobs.wml import Macro, macros_in, stories_in
 from minigpt5.errors import InvalidRequest
 from minigpt5.published_data import MAX_TURN_TOKENS, clean_caption
 from minigpt5.stored_rows import SPEAKERS, Item, Segment
@@ -154,52 +157,59 @@ def _vist(source: Source, name: str) -> Iterator[Item]:
         yield Item(id=str(story_id), kind="story", segments=tuple(segments), problem=problem)
 
 
-_BLOCK = re.compile(r"\[story\](.*?)\[/story\]", re.S)
-_PART = re.compile(r"\[part\](.*?)\[/part\]", re.S)
-_TEXT = re.compile(r"^\s*story\s*=\s*(.*?)(?=^\s*[a-z_]+\s*=|\Z|^\s*\[)", re.S | re.M)
-_STRING = re.compile(r'_?\s*"((?:[^"]|"")*)"')
-_PAINTING = re.compile(r"^\s*(?:background|image)\s*=\s*\"?([^\s\"#]+)", re.M)
-_MARKUP = re.compile(r"<[^>]+>")
-
-
 def _wesnoth(source: Source, name: str) -> Iterator[Item]:
     text = source.read(name).decode(errors="replace")
-    for number, block in enumerate(_BLOCK.findall(text)):
+    if "[story]" not in text:
+        return
+    macros = {**_macros_of(source.uri, _campaign_of(source, name)), **macros_in(text)}
+    for number, pages in enumerate(stories_in(text, macros)):
         segments: list[Segment] = []
-        for part in _PART.findall(block):
-            said = _TEXT.search(part)
-            words = " ".join(_STRING.findall(said.group(1))) if said else ""
-            words = " ".join(_MARKUP.sub("", words.replace('""', '"')).split())
-            if not words:
+        problem = ""
+        for page in pages:
+            if not page.text:
                 continue
-            segments.append(Segment(text=words))
-            if painting := _PAINTING.search(part):
-                where = _find_painting(source, name, painting.group(1))
-                segments += [picture(where)] if where else []
+            segments.append(Segment(text=page.text))
+            if page.paintings:
+                where = next(filter(None, (_find_painting(source, name, one) for one in page.paintings)), "")
+                missing = f"missing file: {page.paintings[0]} is in no images/; the game's own are in data/core"
+                problem = problem or ("" if where else missing)
+                segments.append(picture(where))
         if segments:
-            yield Item(id=f"{name}#{number}", kind="story", segments=tuple(segments))
+            yield Item(id=f"{name}#{number}", kind="story", segments=tuple(segments), problem=problem)
+
+
+def _campaign_of(source: Source, name: str) -> str:
+    """The nearest folder above that has a _main.cfg, else the file's own."""
+    folders = [str(folder) for folder in PurePosixPath(name).parents]
+    found = (folder for folder in folders if str(PurePosixPath(folder) / "_main.cfg") in _names_of(source.uri))
+    return next(found, folders[0])
+
+
+@lru_cache(maxsize=32)
+def _macros_of(uri: str, folder: str) -> dict[str, Macro]:
+    source = Source(uri)
+    macros: dict[str, Macro] = {}
+    for name in sorted(_names_of(uri)):
+        if name.lower().endswith(".cfg") and PurePosixPath(name).is_relative_to(folder):
+            macros.update(macros_in(source.read(name).decode(errors="replace")))
+    return macros
 
 
 def _find_painting(source: Source, name: str, painting: str) -> str | None:
-    """A campaign's paintings lie in its own images/, or in those that all share; a map or a macro is none."""
+    """A campaign's paintings lie in its own images/, or in those that all share."""
     parts = PurePosixPath(name).parts
     roots = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
     for root in roots:
         for folder in ("images", "data/core/images"):
             where = "/".join(piece for piece in (root, folder, painting) if piece)
-            if where in _pictures_of(source):
+            if where in _names_of(source.uri):
                 return where
     return None
 
 
-def _pictures_of(source: Source) -> frozenset[str]:
-    if source.uri not in _PICTURES:
-        _PICTURES.clear()
-        _PICTURES[source.uri] = frozenset(source.names(*PICTURE_SUFFIXES))
-    return _PICTURES[source.uri]
-
-
-_PICTURES: dict[str, frozenset[str]] = {}
+@lru_cache(maxsize=1)
+def _names_of(uri: str) -> frozenset[str]:
+    return frozenset(Source(uri).names(".cfg", *PICTURE_SUFFIXES))
 
 
 # Dialogues
@@ -237,19 +247,23 @@ def _mmdialog(source: Source, name: str) -> Iterator[Item]:
 
 
 def _tuxpaint_files(source: Source) -> list[str]:
-    return sorted({name.rpartition("/")[0] for name in source.names(".png")}) or [""]
+    """All stamps together: most of their folders hold a handful."""
+    return [""] if source.names(".png", ".svg") else []
 
 
-def _tuxpaint(source: Source, folder: str) -> Iterator[Item]:
-    names = [name for name in source.names(".png", ".svg") if name.rpartition("/")[0] == folder]
-    texts = set(source.names(".txt"))
+def _tuxpaint(source: Source, _all: str) -> Iterator[Item]:
+    names = source.names(".png", ".svg", ".txt")
+    known = set(names)
     for name in names:
-        if re.search(r"_(mirror|flip|mirror_flip)\.\w+$", name):
+        stem, _, suffix = name.rpartition(".")
+        words = f"{stem}.txt"
+        if suffix.lower() == "txt" or re.search(r"_(mirror|flip|mirror_flip)$", stem):
             continue
-        words = f"{name[:-4]}.txt"
-        if name.endswith(".svg"):
-            yield Item(id=name, kind="caption", segments=(), problem="a drawing (SVG), which is not read")
-        elif words not in texts:
+        if suffix.lower() == "svg":
+            if f"{stem}.png" not in known:
+                problem = f"a drawing (SVG) is not read: put a {stem}.png beside it (rsvg-convert, cairosvg)"
+                yield Item(id=name, kind="caption", segments=(), problem=problem)
+        elif words not in known:
             yield Item(id=name, kind="caption", segments=(), problem=f"missing file: {words}")
         else:
             caption = next(source.lines(words), "").strip()

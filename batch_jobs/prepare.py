@@ -34,7 +34,7 @@ from minigpt5.stored_rows import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, to_row
 PART_ITEMS = 1_000
 GROUP_ROWS = 64
 """Of a parquet row group, which is what training reads at once."""
-FORMAT = 1
+FORMAT = 2
 """Raised by one whenever the same source would give other rows than before."""
 
 

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from batch_jobs import prepare as module
 from batch_jobs.layouts import LAYOUTS, Source, storybook_item
 from batch_jobs.prepare import Part, main, write_part
+from batch_jobs.wml import macros_in, stories_in
 from minigpt5.stored_rows import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
 from minigpt5.storybook.dialogues import dialogue_at
 from tests.fakes import make_png
@@ -142,16 +143,25 @@ def test_tux_paint_stamps(tmp_path: Path) -> None:
         "animals/fox.png": glass.getvalue(),
         "animals/fox.txt": "A red fox.\nde.utf8=Ein Fuchs.",
         "animals/fox_mirror.png": PNG,
-        "food/pear.svg": "<svg/>",
         "food/plum.png": PNG,
     }
     rows, reasons = rows_of("tuxpaint", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
     assert [told(row) for row in rows] == [["A red fox.", "#"]]
     picture = Image.open(io.BytesIO(rows[0]["segments"][1]["picture"]))
     assert picture.mode == "RGB" and picture.getpixel((3, 3)) == (255, 255, 255)
-    assert reasons == {
-        "food/plum.png": "missing file: food/plum.txt",
-    } | ({"food/pear.svg": reasons["food/pear.svg"]} if "food/pear.svg" in reasons else {})
+    assert reasons == {"food/plum.png": "missing file: food/plum.txt"}
+
+
+def test_a_stamp_that_is_a_drawing_says_what_it_needs_wherever_it_lies(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {"food/pear.svg": "<svg/>", "food/pear.txt": "A pear.", "plants/elm.png": PNG}
+    files |= {"plants/elm.txt": "An elm."}
+    source = write(tmp_path / "in", files)
+    rows, reasons = rows_of("tuxpaint", source, tmp_path / "out")
+    assert [told(row) for row in rows] == [["An elm.", "#"]]
+    assert list(reasons) == ["food/pear.svg"] and "put a food/pear.png beside it" in reasons["food/pear.svg"]
+    write(source, {"food/pear.png": PNG})
+    rows, reasons = rows_of("tuxpaint", source, tmp_path / "out2")
+    assert [told(row) for row in rows] == [["A pear.", "#"], ["An elm.", "#"]] and not reasons
 
 
 def test_wesnoth_campaigns(tmp_path: Path) -> None:
@@ -179,12 +189,106 @@ def test_wesnoth_campaigns(tmp_path: Path) -> None:
         "campaigns/Rise/scenarios/01.cfg": config,
         "campaigns/Rise/images/story/storm.jpg": jpeg(),
         "campaigns/Rise/scenarios/02.cfg": config.replace("story/storm.jpg", "story/gone.jpg"),
+        "campaigns/Rise/scenarios/03.cfg": config.replace("background=story/storm.jpg", ""),
     }
     rows, reasons = rows_of("wesnoth", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
     assert [told(row) for row in rows] == [
         ['In the year 350 there was a "great" storm.', "#", "The ships sailed far away."]
     ]
-    assert reasons == {"campaigns/Rise/scenarios/02.cfg#0": "no picture"}
+    assert reasons.pop("campaigns/Rise/scenarios/02.cfg#0").startswith("missing file: story/gone.jpg is in no images/")
+    assert reasons == {"campaigns/Rise/scenarios/03.cfg#0": "no picture"}
+
+
+def test_wesnoth_paintings_and_pages_in_macros(tmp_path: Path) -> None:
+    macros = """
+#define PAINTED IMAGE # wmllint: ignore
+    [background_layer]
+        image=story/{IMAGE}
+    [/background_layer]
+#enddef
+#define SAYS WHO WORDS
+    [part]
+        story={CAPTION {WHO}} + {WORDS}
+        {PAINTED storm.jpg}
+    [/part]
+#enddef
+#define GREY: WORDS
+    story=<span color='{GREY}'> + {WORDS} + </span> # wmllint: ignore
+#enddef
+"""
+    config = """
+[story]
+    {SAYS (_ "Ada II") (_ "It is (so) dark.")}
+    # {SAYS (_ "Nobody") (_ "Not said.")}
+#ifdef MULTIPLAYER
+    {SAYS _"Crowd" _"Nor this."}
+#else
+    {SAYS _"Ada" _"We are alone."}
+#endif
+    [part]
+        {GREY: _"A grey "} # a "comment" at the end
+        {UNKNOWN 1 2}
+        {PAINTED storm.jpg}
+    [/part]
+    [part]
+        [if]
+            {CONDITION}
+            [then]
+                story=_ "One"+
+                      _ "word."
+            [/then]
+            [else]
+                story=_ "Another."
+            [/else]
+        [/if]
+    [/part]
+[/story]
+"""
+    files = {
+        "Rise/_main.cfg": "",
+        "Rise/utils/macros.cfg": macros,
+        "Rise/scenarios/01.cfg": config,
+        "Rise/images/story/storm.jpg": jpeg(),
+        "Fall/_main.cfg": "",
+        "Fall/utils/macros.cfg": macros.replace("story/", "maps/"),  # of another campaign
+    }
+    rows, reasons = rows_of("wesnoth", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
+    said = ["Ada II: It is (so) dark.", "#", "Ada: We are alone.", "#", "A grey", "#", "Oneword."]
+    assert [told(row) for row in rows] == [said] and not reasons
+
+
+def test_a_wesnoth_page_shows_its_painting_and_not_what_lies_over_it() -> None:
+    text = """
+[story]
+    [part]
+        story=a
+        background="misc/blank.png~SCALE(9,9)~BLIT(story/Green Isle.jpg,6,0)"
+        [image]
+            file=story/title.png
+        [/image]
+    [/part]
+    [part]
+        story=_ "b"
+        [background_layer]
+            image=story/black-background.png
+        [/background_layer]
+        [image]
+            file=icons/coin.png~CROP(4,4,50,50)
+        [/image]
+        [image]
+            file=portraits/ada.png~FL()
+        [/image]
+    [/part]
+[/story]
+"""
+    (pages,) = stories_in(text, {})
+    assert [page.text for page in pages] == ["a", "b"]
+    assert [page.paintings for page in pages] == [("story/Green Isle.jpg", "story/title.png"), ("portraits/ada.png",)]
+
+
+def test_a_wesnoth_macro_that_stands_for_itself_ends() -> None:
+    text = '#define LOOP\n{LOOP}{LOOP}{\n#enddef\n[story][part]story="x" {LOOP}[/part][/story]'
+    assert [[page.text for page in pages] for pages in stories_in(text, macros_in(text))] == [["x"]]
 
 
 def test_a_users_own_folder(tmp_path: Path) -> None:
