@@ -22,7 +22,7 @@ from torch import Tensor, nn
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
 _LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 MIN_VELOCITY_WEIGHT = 0.4
-"""Who stands on which side is decided while there is next to no signal: at 0.05 a UNet never learnt it."""
+"""Who stands where is decided while there is next to no signal: those steps are to be learnt as well."""
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
