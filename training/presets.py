@@ -34,7 +34,8 @@ class Preset:
     seed: int = 1
     num_threads: int = 2
     bf16: int = 0
-    """1: the objective runs under bfloat16 autocast; weights, optimizer and losses stay float32."""
+    """1: the objective runs under bfloat16 autocast, but on a CPU without it; what is trained, its optimizer and
+    the losses stay float32, frozen matrices that are never saved are halved."""
     zero_stage: int = -1
     """ZeRO stage of DeepSpeed, 0 to 3; -1: torch's own optimizer."""
     zero_offload: int = 0
