@@ -152,18 +152,16 @@ def serving_gb(sizes: dict[str, int], *, stories: int, tokens: int, pictures: in
 
 
 def training_gb(sizes: dict[str, int], *, zero: int, workers: int) -> dict[str, dict[str, float]]:
-    """Memory of one worker in GB, by stage: frozen parts in bf16, what is trained in float32 with its gradients and
-    AdamW's two moments, which ZeRO 1, 2 and 3 divide among workers (arXiv 1910.02054, 3); frozen parts stay whole
-    below ZeRO 3. Activations come on top: they depend on the batch."""
-    frozen = sum(
-        sizes[name]
-        for name in ("language model", "vision encoder", "Q-Former and projection", "UNet", "VAE", "text encoder")
-    )
+    """Memory of one worker in GB, by stage: frozen language model and vision encoder in bf16, all else in float32; what
+    is trained with its gradients and AdamW's two moments, which ZeRO 1, 2 and 3 divide among workers (arXiv 1910.02054,
+    3); frozen parts stay whole below ZeRO 3. Activations come on top: they depend on the batch."""
+    halved = sizes["language model"] + sizes["vision encoder"]
+    kept = sum(sizes[name] for name in ("Q-Former and projection", "UNet", "VAE", "text encoder"))
     table = {}
     for stage in ("stage 1", "stage 2"):
         trained = sizes[f"{stage}, trained"]
         table[stage] = {
-            "frozen": 2 * frozen / GB / (workers if zero == 3 else 1),
+            "frozen": (2 * halved + 4 * kept) / GB / (workers if zero == 3 else 1),
             "trained": 4 * trained / GB / (workers if zero == 3 else 1),
             "gradients": 4 * trained / GB / (workers if zero >= 2 else 1),
             "optimizer": 8 * trained / GB / (workers if zero >= 1 else 1),

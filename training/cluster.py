@@ -13,7 +13,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from minigpt5.errors import NotFinite, TrainingError
-from training import checkpoint, data, devices, loop
+from training import checkpoint, data, devices, loop, workers
 from training.data import Rows
 from training.parts import Parts
 from training.presets import Preset
@@ -139,7 +139,7 @@ class Reports:
         self._last_s = 0.0
 
     def __call__(self, metrics: dict[str, float]) -> None:
-        if loop.is_first_worker():
+        if workers.is_first_worker():
             print({name: round(value, 4) for name, value in metrics.items()}, flush=True)
         is_last = "loss" not in metrics
         if is_last or metrics["elapsed_s"] - self._last_s >= REPORT_S:  # the same on all workers

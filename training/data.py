@@ -34,11 +34,11 @@ from training.stored_data import StoredRows
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset
 
-    from training.loop import Batch
-
+Batch = dict[str, object]
+"""Columns of rows, and their `row_ids`."""
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
 VALIDATION_BATCH = 8
-CANONICAL_SHARE = 0.4
+CANONICAL_SHARE = 0.7
 """Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
 
 

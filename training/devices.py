@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 
@@ -22,6 +23,10 @@ def for_device(preset: Preset, device: torch.device) -> Preset:
         print("bf16 is 1, but this CPU has no bfloat16 instructions: computing in float32", flush=True)
         return dataclasses.replace(preset, bf16=0)
     return preset
+
+
+def autocast(preset: Preset, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if preset.bf16 else contextlib.nullcontext()
 
 
 def _has_bfloat16() -> bool:

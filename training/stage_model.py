@@ -31,8 +31,7 @@ from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import load_text_encoder
-from training.data import Rows, StorybookRows
-from training.loop import Batch
+from training.data import Batch, Rows, StorybookRows
 from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor

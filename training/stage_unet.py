@@ -18,7 +18,7 @@ from minigpt5.objective import normal_like
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
-from training.loop import Batch
+from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor

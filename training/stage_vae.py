@@ -14,7 +14,7 @@ from minigpt5 import model_folder
 from minigpt5.diffusion import load_vae, new_storybook_vae
 from minigpt5.objective import normal_like
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from training.loop import Batch
+from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_sheet, to_tensor

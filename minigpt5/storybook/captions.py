@@ -67,20 +67,19 @@ def with_article(name: str, adjective: str = "") -> str:
 
 
 def canonical_caption(facts: Facts) -> str:
-    """The one phrasing in which a picture is described to the diffusion model: who, what, then place, then time.
+    """The one phrasing in which a picture is described to the diffusion model: side, who, what, place, time.
 
-    The order is the same for either side: a mapper in doubt about the side would else blend two orders of all words.
+    The side has a word of its own, the first, where the text encoder's states of "left" and "right" differ most; said
+    of both things ("a fox on the left, a house on the right") the two captions are nearly one to it. The order is the
+    same for either side: a mapper in doubt about the side would else blend two orders of all words.
     """
-    other = {"left": "right", "right": "left", None: None}[facts.side]
-    things = [(facts.who, facts.side), (facts.what, other)]
-    parts = [
-        with_article(name_of(key)) + (f" on the {side}" if side else "") for key, side in things if key is not None
-    ]
+    side = facts.side if facts.who else {"left": "right", "right": "left", None: None}[facts.side]
+    parts = [with_article(name_of(key)) for key in (facts.who, facts.what) if key is not None]
     if facts.place:
         parts.append(PLACE_PHRASES[facts.place][0])
     if facts.time:
         parts.append(TIME_PHRASES[facts.time][0])
-    return ", ".join(parts)
+    return f"{side or 'somewhere'}: {', '.join(parts)}"
 
 
 def draw_facts(scene: Scene, rng: np.random.Generator, *, complete: float = 0.5) -> Facts:

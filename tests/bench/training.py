@@ -2,8 +2,9 @@
 
     speed    a worker on Ray Train against the plain loop, both with two threads; two workers; memory by ZeRO stage
     curves   losses of ZeRO 0 to 3 against the plain loop, 50 steps, float32 and bfloat16
-    kills    a run whose worker, driver or whole Ray is killed with SIGKILL at seeded random moments, and started
-             again: every row used once in the history that counts, and the losses of a run without a kill
+    kills    one run of each kind, whose worker, driver or whole job and Ray is killed with SIGKILL again and again at
+             seeded random moments, and started again: every row used once in the history that counts, and the losses
+             of a run without a kill
 
 Goes on where it was stopped.
 """
@@ -32,8 +33,11 @@ from tests.training.test_zero import MODEL_WORKER, largest_difference, train
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "bench" / "training.json"
 KINDS = ("worker", "driver", "job")
-STEPS, BATCH, WORKERS = 120, 4, 2
-ROUND_S = 300.0
+STEPS, BATCH, WORKERS = 150, 4, 2
+KILL_WITHIN_S = 4.0
+"""Of the first step after a start."""
+ROUND_S = 900.0
+"""No start and no run without a kill takes longer, on one core."""
 RUN = [
     "vae",
     "--start",
@@ -126,42 +130,69 @@ def history(out: Path) -> tuple[dict[int, list[Any]], dict[int, float]]:
     return rows, losses
 
 
-def run_once(out: Path, *, address: str = "", victim: str = "", delay_s: float = 0.0) -> tuple[bool, int]:
-    """Start the run, and kill a victim so long after its first new step; whether it ended by itself, and how many
-    processes were killed."""
-    num_killed = 0
-    env = environment(RAY_ADDRESS=address) if address else environment()
-    with (out.parent / f"{out.name}.log").open("ab") as log:
-        driver = subprocess.Popen(
-            command(out, *RUN, "--workers", str(WORKERS)),
-            cwd=ROOT,
-            env=env,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+class KilledRun:
+    """One run, started as often as it takes, of which `count` victims of a kind are killed at seeded moments."""
+
+    def __init__(self, out: Path, kind: str, count: int, *, address: str = "") -> None:
+        self.out, self.kind, self.count = out, kind, count
+        self.env = environment(RAY_ADDRESS=address) if address else environment()
+        self.rng = random.Random(kind)
+        self.kills: list[dict[str, Any]] = []
+        self.starts = 0
+
+    def go(self) -> None:
+        """To the end of the run."""
+        while not self.goes_through():
+            assert self.starts < self.count + 4, (self.out.parent / "run.log").read_text()[-3000:]
+
+    def goes_through(self) -> bool:
+        """One start; whether the run came to its end by itself."""
+        self.starts += 1
+        command_line = command(self.out, *RUN, "--workers", str(WORKERS))
+        with (self.out.parent / "run.log").open("ab") as log:
+            driver = subprocess.Popen(
+                command_line, cwd=ROOT, env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
         root = psutil.Process(driver.pid)
-        size = log_size(out)
-        deadline = time.monotonic() + ROUND_S
-        while victim and log_size(out) == size and driver.poll() is None:
-            assert time.monotonic() < deadline, "the run is stuck"
-            time.sleep(0.05)
-        time.sleep(delay_s if victim else 0)
-        if victim == "worker":
-            titles = "ray::RayTrainWorker", "ray::_RayTrainWorker"
-            everyone = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
-            workers = [process for process in everyone if " ".join(process.info["cmdline"]).startswith(titles)]
-            num_killed = kill(workers[:1])
-        elif victim == "driver":
-            num_killed = kill([root])
-        elif victim == "job":
-            num_killed = kill(processes(root))
         try:
-            code = driver.wait(ROUND_S)  # 0 as well of one that was killed and has been waited for
-            return code == 0 and victim not in ("driver", "job"), num_killed
-        except subprocess.TimeoutExpired:
+            while len(self.kills) < self.count and self.waits_for_a_step(driver):
+                delay_s = self.rng.uniform(0, KILL_WITHIN_S)
+                time.sleep(delay_s)
+                if num_killed := self.kill_victim(root):
+                    self.kills.append({"delay_s": round(delay_s, 2), "processes": num_killed})
+                    print(self.kind, len(self.kills), self.kills[-1], flush=True)
+                if self.kind != "worker":
+                    driver.wait(30)
+                    return False
+            return driver.wait(ROUND_S) == 0
+        finally:
             kill(processes(root))
-            raise
+
+    def waits_for_a_step(self, driver: subprocess.Popen[bytes]) -> bool:
+        """Until the run has done a new step; False where it ended before."""
+        size, deadline = log_size(self.out), time.monotonic() + ROUND_S
+        while log_size(self.out) == size:
+            if driver.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, (self.out.parent / "run.log").read_text()[-3000:]
+            time.sleep(0.05)
+        return True
+
+    def kill_victim(self, root: psutil.Process) -> int:
+        if self.kind == "driver":
+            return kill([root])
+        if self.kind == "job":
+            return kill(processes(root))
+        workers = training_workers()
+        num_killed = kill(workers[:1])
+        psutil.wait_procs(workers, timeout=ROUND_S)  # Ray ends the others: what they still log is no new step
+        return num_killed
+
+
+def training_workers() -> list[psutil.Process]:
+    titles = "ray::RayTrainWorker", "ray::_RayTrainWorker"
+    everyone = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
+    return [process for process in everyone if " ".join(process.info["cmdline"]).startswith(titles)]
 
 
 def log_size(out: Path) -> int:
@@ -169,33 +200,24 @@ def log_size(out: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def kill_round(kind: str, number: int, whole: tuple[dict[int, list[Any]], dict[int, float]]) -> dict[str, Any]:
-    rng = random.Random(f"{kind}/{number}")
+def measure_kill(kind: str, count: int, whole: tuple[dict[int, list[Any]], dict[int, float]]) -> dict[str, Any]:
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        cluster = Cluster() if kind == "driver" else None
-        began = time.monotonic()
+        cluster = Cluster() if kind == "driver" else None  # that outlives its drivers
         try:
-            address = cluster.address if cluster else ""
-            ended, num_killed = run_once(out, address=address, victim=kind, delay_s=rng.uniform(0, 4))
-            assert num_killed, f"there was no {kind} left to kill"
-            starts = 1
-            while not ended and starts < 4:
-                ended, _ = run_once(out, address=address)
-                starts += 1
-            assert ended, (Path(folder) / "run.log").read_text()[-3000:]
+            run = KilledRun(out, kind, count, address=cluster.address if cluster else "")
+            run.go()
         finally:
             if cluster:
                 cluster.end()
         rows, losses = history(out)
         seen = [row for step in rows for row in rows[step]]
         return {
-            "kind": kind,
-            "number": number,
-            "ended": ended,
-            "starts": starts,
-            "killed": num_killed,
-            "redone": sum(len(path.read_text().splitlines()) for path in out.glob("rows-*.jsonl")) - STEPS * WORKERS,
+            "kills": run.kills,
+            "starts": run.starts,
+            "steps_redone": sum(len(path.read_text().splitlines()) for path in out.glob("rows-*.jsonl")) / WORKERS
+            - STEPS,
             "rows_lost": len({row for step in whole[0] for row in whole[0][step]} - set(seen)),
             "rows_twice": len(seen) - len(set(seen)),
             "loss_difference": max(abs(losses[step] / whole[1][step] - 1) for step in losses),
@@ -207,16 +229,15 @@ def measure_kills(results: dict[str, Any], count: int) -> None:
     if "whole" not in results:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            assert run_once(out)[0], (Path(folder) / "run.log").read_text()[-3000:]
+            KilledRun(out, "none", 0).go()
             results["whole"] = history(out)
+            save(results)
     rows, losses = ({int(step): value for step, value in part.items()} for part in results["whole"])
-    rounds = results.setdefault("kills", [])
-    for number in range(count):
-        for kind in KINDS:
-            if not any((one["kind"], one["number"]) == (kind, number) for one in rounds):
-                rounds.append(kill_round(kind, number, (rows, losses)))
-                print(rounds[-1], flush=True)
-                save(results)
+    for kind in KINDS:
+        if kind not in results.setdefault("kills", {}):
+            results["kills"][kind] = measure_kill(kind, count, (rows, losses))
+            print(kind, {**results["kills"][kind], "kills": len(results["kills"][kind]["kills"])}, flush=True)
+            save(results)
 
 
 # Speed
@@ -254,6 +275,7 @@ def measure_speed(results: dict[str, Any], repeats: int = 3) -> None:
         "Ray, 2 workers of 1 thread": [*vae, "num_threads=1", "--workers", "2"],
     }
     model = ["learn", "steps=12", "batch_size=4", "replay_steps=0", "num_threads=1", "--start", "models/storybook"]
+    model += ["times_communication=1"]
     model += [*quiet[1:], "log_every=2", "--workers", "2", "ema=0"]
     ways |= {f"learn, ZeRO {stage}": [*model, f"zero_stage={stage}"] for stage in (0, 1, 2, 3)}
     found = results.setdefault("speed", {})
@@ -301,10 +323,11 @@ def save(results: dict[str, Any]) -> None:
             key = "loss_largest_difference" + ("" if precision == "float32" else "_bfloat16")
             ratios[key] = max(largest_difference(curve, plain) for curve in others)
     if kills:
-        ratios["rows_lost"] = sum(one["rows_lost"] for one in kills)
-        ratios["rows_twice"] = sum(one["rows_twice"] for one in kills)
-        ratios["kills"] = len(kills)
-        ratios["loss_largest_difference_after_kills"] = max(one["loss_difference"] for one in kills)
+        runs = kills.values()
+        ratios["rows_lost"] = sum(one["rows_lost"] for one in runs)
+        ratios["rows_twice"] = sum(one["rows_twice"] for one in runs)
+        ratios["kills"] = sum(len(one["kills"]) for one in runs)
+        ratios["loss_largest_difference_after_kills"] = max(one["loss_difference"] for one in runs)
     report = {
         "ratios": ratios,
         "figures": results,

@@ -40,10 +40,10 @@ def test_a_caption_says_the_side_only_where_it_is_given() -> None:
         assert ("left" in caption or "right" in caption) == (facts.side is not None), caption
 
 
-def test_the_canonical_caption_names_the_character_first() -> None:
-    assert captions.canonical_caption(FACTS) == "a fox on the right, an apple on the left, on the beach, at night"
+def test_the_canonical_caption_names_the_side_and_then_the_character() -> None:
+    assert captions.canonical_caption(FACTS) == "right: a fox, an apple, on the beach, at night"
     only = Facts(who="unicorn")
-    assert captions.canonical_caption(only) == "a unicorn"
+    assert captions.canonical_caption(only) == "somewhere: a unicorn"
 
 
 def test_one_scene_has_many_captions() -> None:

@@ -21,6 +21,7 @@ from training import checkpoint, data, loop, presets
 from training.data import StorybookRows
 from training.parts import Parts
 from training.run_folder import RunFolder
+from training.schedule import learning_rate_factor
 from training.stage_vae import VaeStage
 
 TINY = dataclasses.replace(
@@ -129,7 +130,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
 
 def test_the_rate_warms_up_and_decays() -> None:
     preset = dataclasses.replace(TINY, steps=100, warmup_steps=10)
-    rates = [loop.learning_rate_factor(step, step / 100, preset) for step in range(100)]
+    rates = [learning_rate_factor(step, step / 100, preset) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == max(rates[9:12]) and rates[-1] < 0.02
 
 
@@ -188,7 +189,7 @@ def test_batches_that_make_a_step_are_one_large_batch(tmp_path: Path) -> None:
     for size, parts in ((8, 1), (2, 4)):
         preset = dataclasses.replace(TOY, steps=5, batch_size=size, accumulate=parts, checkpoint_every_s=1e9)
 
-        def batches(step: int, size: int = size, parts: int = parts) -> Iterator[loop.Batch]:
+        def batches(step: int, size: int = size, parts: int = parts) -> Iterator[data.Batch]:
             for start in range(step * size * parts, 10_000, size):
                 ids = list(range(start, start + size))
                 rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(row_id)) for row_id in ids]
@@ -209,7 +210,7 @@ def test_a_run_on_an_object_store_is_gone_on_with(tmp_path: Path) -> None:
     again._files = folder._files  # it lives in memory
     preset = dataclasses.replace(TOY, steps=4, checkpoint_every_s=0.0, zero_stage=-1)
 
-    def batches(step: int) -> Iterator[loop.Batch]:
+    def batches(step: int) -> Iterator[data.Batch]:
         while True:
             rows = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
             yield {"row_ids": [4 * step + k for k in range(4)], "x": rows}
@@ -239,5 +240,5 @@ def test_the_published_settings_are_those_of_the_paper() -> None:
     assert (align.text_weight, align.picture_weight, align.caption_weight) == (0.01, 1.0, 0.1)
     assert (learn.text_weight, learn.picture_weight, learn.caption_weight) == (0.01, 1.0, 0.0)
     assert (align.warmup_steps, align.decays_linearly, align.epochs, align.clip_norm) == (1000, 1, 2, 0)
-    rates = [loop.learning_rate_factor(step, step / 4000, align) for step in (0, 999, 2000, 3999)]
+    rates = [learning_rate_factor(step, step / 4000, align) for step in (0, 999, 2000, 3999)]
     assert rates == pytest.approx([0.001, 0.75, 0.5, 0.00025], rel=1e-2)

@@ -103,6 +103,51 @@ if distributed.get_rank() == 0:
     print("LOSSES", json.dumps((total / distributed.get_world_size()).tolist()))
 """
 
+FROZEN_WORKER = """
+import dataclasses, json, sys
+import torch
+from torch import distributed
+from tests.training.toy import ToyStage, batches, TOY
+from training.devices import autocast
+from training.loop import new_updater
+from training.stage_model import halve_frozen
+
+zero_stage, steps = int(sys.argv[2]), int(sys.argv[3])
+if zero_stage == 3:  # share out matrices as small as these, too
+    from training import zero
+    of_preset = zero._configuration
+    def configuration(preset):
+        found = of_preset(preset)
+        return found | {"zero_optimization": found["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+    zero._configuration = configuration
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+stage, preset = ToyStage(), dataclasses.replace(TOY, zero_stage=zero_stage, bf16=1)
+halve_frozen(stage.objective)
+updater = new_updater(stage.objective, stage.parameter_groups(), preset)
+stream = batches(distributed.get_rank(), distributed.get_world_size())(0)
+losses = []
+for step in range(steps):
+    with autocast(preset, torch.device("cpu")):
+        loss = updater.losses(next(stream), 0.0)["loss"]
+    updater.backward(loss)
+    updater.step(1.0)
+    distributed.all_reduce(mean := loss.detach().double())
+    losses.append(mean.item() / distributed.get_world_size())
+
+frozen = stage.objective.frozen.weight
+state = updater.engine.optimizer if zero_stage >= 0 else updater.optimizer
+trained = sum(getattr(p, "ds_numel", p.numel()) for p in stage.objective.parameters() if p.requires_grad)
+moments = getattr(state, "optimizer", state).state.values()
+held = sum(one["exp_avg"].numel() for one in moments)
+assert frozen.grad is None and frozen.dtype == torch.bfloat16
+assert held == (trained // distributed.get_world_size() if zero_stage > 0 else trained), (held, trained)
+if zero_stage == 3:  # neither has the whole
+    assert frozen.ds_tensor.numel() * distributed.get_world_size() == frozen.ds_numel and frozen.data.numel() == 0
+if distributed.get_rank() == 0:
+    print("LOSSES", json.dumps(losses))
+"""
+
 
 def train(folder: Path, zero_stage: int, *, workers: int = 2, steps: int = 50, worker: str = WORKER) -> list[float]:
     """The losses, means over the workers, of the steps that this run makes."""
@@ -163,6 +208,12 @@ def test_workers_with_and_without_pictures_do_not_wait_for_each_other(tmp_path: 
     others waiting for ever. Its losses are the plain loop's."""
     plain, shared_out = (train(tmp_path / str(stage), stage, steps=4, worker=MODEL_WORKER) for stage in (-1, 3))
     assert len(plain) == 4 and largest_difference(shared_out, plain) < 1e-3
+
+
+@pytest.mark.timeout(600)
+def test_frozen_parts_are_halved_and_have_no_gradient_no_optimizer_state_and_no_replica(tmp_path: Path) -> None:
+    plain, shared_out = (train(tmp_path, stage, steps=5, worker=FROZEN_WORKER) for stage in (-1, 3))
+    assert plain[-1] < plain[0] and largest_difference(shared_out, plain) < 0.01  # bfloat16
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.loop import Batch
+from training.data import Batch
 from training.presets import Preset
 
 TOY = Preset(

@@ -1,0 +1,191 @@
+"""What a run writes and tells while it goes on: checkpoints, a log and its curves, sample sheets, the model folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from training.checkpoint import Position, check_owner, save_checkpoint
+from training.data import Batch
+from training.devices import autocast
+from training.presets import Preset
+from training.report import write_report
+from training.run_folder import RunFolder
+from training.samples import write_sample
+from training.schedule import progress_of
+from training.workers import agree, is_first_worker
+
+if TYPE_CHECKING:
+    from training.loop import Stage, Updater
+
+TELLING = ("learn", "refine")
+"""Stages whose model writes stories."""
+Report = Callable[[dict[str, float]], None]
+
+
+class Record:
+    """Of one run; every worker has one, the first one writes."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        preset: Preset,
+        folder: RunFolder,
+        updater: Updater,
+        average: dict[str, Tensor],
+        position: Position,
+        validation: Sequence[Batch],
+        owner: str,
+        report: Report,
+    ) -> None:
+        self.stage, self.preset, self.folder, self.updater = stage, preset, folder, updater
+        self.average, self.validation, self.report = average, validation, report
+        self.position, self.owner = position, owner
+        self._scratch = tempfile.TemporaryDirectory()
+        local = folder.local / "tensorboard" if folder.local else Path(self._scratch.name)
+        self._curves = SummaryWriter(str(local)) if is_first_worker() else None
+        self._sums: dict[str, list[float]] = {}
+        self._rate = 0.0
+        self._started_s, self._clock = position.elapsed_s, time.monotonic()
+        self._next_sheet_s = position.elapsed_s + preset.sheet_every_s
+        self._next_save_s = position.elapsed_s + preset.checkpoint_every_s
+
+    def advance(self, parts: list[dict[str, float]], seconds: dict[str, float], rate: float) -> Position:
+        """A step is done: count it and its losses."""
+        for one in parts:
+            for name, loss in one.items():
+                self._sums.setdefault(name, []).append(loss)
+        for name, spent in seconds.items():
+            self._sums.setdefault(name, []).append(spent)
+        self._rate = rate
+        elapsed_s = agree(self._started_s + time.monotonic() - self._clock)
+        self.position = Position(self.position.step + 1, elapsed_s)
+        return self.position
+
+    def note_rows(self, batch: Batch, loss: float) -> None:
+        if self.preset.log_rows:
+            rank = distributed.get_rank() if distributed.is_initialized() else 0
+            line = {"step": batch["step"], "row_ids": batch["row_ids"], "loss": loss}
+            self.folder.append(f"rows-{rank}.jsonl", json.dumps(line) + "\n")
+
+    def keep_up(self, position: Position) -> None:
+        """Save, log and draw where it is time to."""
+        is_saved = position.elapsed_s >= self._next_save_s
+        if is_saved:
+            self._save(position)
+            self._next_save_s = position.elapsed_s + self.preset.checkpoint_every_s
+        if position.step % self.preset.log_every == 0 or is_saved:
+            metrics = {name: sum(values) / len(values) for name, values in self._sums.items()}
+            metrics |= {"step": position.step, "elapsed_s": round(position.elapsed_s, 3), "lr_factor": self._rate}
+            self._log(metrics)
+            self.report(metrics)
+            self._sums = {}
+        if position.elapsed_s >= self._next_sheet_s:
+            self._draw(f"sheet-{position.step:06d}.png")
+            if self.preset.stage in TELLING:
+                self._save_model(f"story-{position.step:06d}.html")
+            if is_first_worker():
+                write_report(self.folder)
+            self._next_sheet_s = position.elapsed_s + self.preset.sheet_every_s
+
+    def finish(self, position: Position) -> None:
+        self._save(position)
+        self._draw("sheet.png")
+        self._save_model("story.html")
+        if is_first_worker():
+            write_report(self.folder)
+        self.report({"step": position.step, "elapsed_s": position.elapsed_s})
+
+    def _save(self, position: Position) -> None:
+        state = self.updater.state()  # of all workers, called by all of them
+        if is_first_worker():
+            check_owner(self.folder, self.owner)
+            save_checkpoint(self.folder, position, state, self.average)
+        if self.validation:
+            self._validate(position)
+
+    def _validate(self, position: Position) -> None:
+        objective, sums = self.stage.objective, dict[str, list[float]]()
+        is_training = [module for module in objective.modules() if module.training]
+        objective.eval()
+        progress = progress_of(self.preset, position)
+        random_state = torch.get_rng_state()
+        with torch.no_grad(), Averaged(self.updater.trained, self.average):
+            for number, batch in enumerate(self.validation):
+                torch.manual_seed(number)
+                with autocast(self.preset, next(objective.parameters()).device):
+                    for name, loss in self.updater.losses({**batch, "step": 0}, min(progress, 1.0)).items():
+                        sums.setdefault(f"validation_{name}", []).append(loss.item())
+        torch.set_rng_state(random_state)
+        for module in is_training:
+            module.training = True
+        metrics = {name: sum(values) / len(values) for name, values in sums.items()}
+        metrics["validation_loss"] = agree(metrics["validation_loss"])
+        self._log({"step": position.step, **metrics})
+        if is_first_worker():
+            best = json.loads(self.folder.read("best.json") or b"{}")
+            if metrics["validation_loss"] < best.get("validation_loss", math.inf):
+                self.folder.write("best.json", json.dumps({"step": position.step, **metrics}).encode())
+
+    def _save_model(self, sample: str) -> None:
+        """The model folder, and a sample page of a model that can write one."""
+        with tempfile.TemporaryDirectory() as scratch:
+            model = Path(scratch) / "model"
+            with self.updater.gathered():
+                if is_first_worker():
+                    with Averaged(self.updater.trained, self.average):
+                        self.stage.save(model)
+                    self.folder.write_tree("model", model)
+            if is_first_worker() and self.preset.stage in TELLING and (model / "config.json").is_file():
+                self.folder.write(sample, write_sample(model))
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self._curves:
+            self.folder.append("log.jsonl", json.dumps(metrics) + "\n")
+            with self.folder.writing("tensorboard"):
+                for name, value in metrics.items():
+                    self._curves.add_scalar(name, value, int(metrics["step"]))
+                self._curves.flush()
+            if self.folder.local is None:
+                self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
+
+    def _draw(self, name: str) -> None:
+        """Not where weights are shared out: one worker alone cannot call the modules then."""
+        if self.preset.zero_stage == 3:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            if is_first_worker():
+                path = Path(scratch) / "sheet.png"
+                with Averaged(self.updater.trained, self.average):
+                    self.stage.draw_sheet(path)
+                if path.exists():
+                    self.folder.write(name, path.read_bytes())
+
+
+class Averaged:
+    """Within this context the trained parameters hold their running average, where there is one."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
+        self.trained, self.average = trained, average
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for name, value in self.average.items():
+                current = self.trained[name].detach().clone()
+                self.trained[name].copy_(value)
+                value.copy_(current)
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()

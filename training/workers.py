@@ -1,0 +1,77 @@
+"""What the workers of a run decide and do together; a run without workers is one of its own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from minigpt5.errors import NotFinite
+from training.checkpoint import checkpoints
+from training.data import Batch
+from training.presets import Preset
+from training.run_folder import RunFolder
+
+
+def is_first_worker() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def seed_of(preset: Preset, step: int) -> int:
+    """Of a step's noise, timesteps and dropout on this worker."""
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    return int(np.random.SeedSequence([preset.seed, rank, step]).generate_state(1, np.uint64)[0])
+
+
+def agreed_checkpoint(folder: RunFolder) -> str | None:
+    """The newest one that the first worker sees: a run that is dying may write another one meanwhile."""
+    newest = next(reversed(checkpoints(folder)), None)
+    if not distributed.is_initialized():
+        return newest
+    everyone: list[str | None] = [newest]
+    distributed.broadcast_object_list(everyone, src=0)
+    return everyone[0]
+
+
+def agree(elapsed_s: float) -> float:
+    """The first worker's clock: what ends a run or makes a checkpoint must be the same for all."""
+    if not distributed.is_initialized():
+        return elapsed_s
+    clock = torch.tensor([elapsed_s], dtype=torch.float64)
+    distributed.broadcast(clock, src=0)
+    return clock.item()
+
+
+def stop_if_not_finite(loss: Tensor, step: int, batch: Batch) -> None:
+    """Raise NotFinite on every worker where the loss of any is not finite: one alone would leave the others
+    waiting for its gradients."""
+    found = [f"{loss.item()}, rows {batch.get('row_ids')}"] if not math.isfinite(loss.item()) else []
+    if distributed.is_initialized():
+        is_broken = torch.tensor(float(len(found)))
+        distributed.all_reduce(is_broken)
+        if is_broken:
+            everyone: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
+            distributed.all_gather_object(everyone, found)
+            found = [entry for entries in everyone for entry in entries]
+    if found:
+        raise NotFinite(
+            f"the loss at step {step} is not finite: {'; '.join(found)}: "
+            "lower the learning rate or look at these rows; the last checkpoint is kept"
+        )
+
+
+def average_over_workers(trained: dict[str, nn.Parameter]) -> None:
+    """Mean gradients; a worker whose batch did not touch a parameter counts as zero, so that none waits for ever."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    for parameter in trained.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])  # hundreds of small ones would wait in a row
+    distributed.all_reduce(together)
+    together /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
