@@ -52,6 +52,14 @@ class Diffusion(nn.Module):
         """Normalised latents -> pictures in [-1, 1]."""
         return self.vae.decode(denormalise(latents_BCYX, self.vae)).sample.clamp(-1, 1)
 
+    def random_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, first_timestep: int = 0) -> Tensor:
+        """Their mean loss under random noise at random timesteps: with min-SNR weights, or where `first_timestep` is
+        given from there on, without weights. What a picture shows, and where, is decided while there is much noise."""
+        timesteps = torch.randint(first_timestep, self.scheduler.config.num_train_timesteps, (len(latents_BCYX),))
+        measure = self.error if first_timestep else self.loss
+        noise = normal_like(latents_BCYX)
+        return measure(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps.to(latents_BCYX.device)).mean()
+
     def loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Denoising loss with min-SNR weights, one value a picture: (B,)."""
         return self.error(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps) * min_snr_weight(
@@ -98,6 +106,11 @@ def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std
+
+
+def normal_like(values: Tensor) -> Tensor:
+    """Noise from the CPU's generator: the same numbers on whichever device `values` lie."""
+    return torch.randn(values.shape, dtype=values.dtype).to(values.device)
 
 
 def denoising_error(

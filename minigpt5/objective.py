@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt5 import prompt
 from minigpt5.config import ModelConfig
-from minigpt5.diffusion import Diffusion
+from minigpt5.diffusion import Diffusion, normal_like
 from minigpt5.language import LanguageModel, pad
 from minigpt5.mapper import Mapper
 from minigpt5.prompt import IGNORED, Segment
@@ -247,7 +247,9 @@ class Objective(nn.Module):
         latents_PCYX = None
         if weights.picture:
             latents_PCYX = self._to_latents(rows)
-            losses["picture"] = self.picture_loss(latents_PCYX, condition_PQD)
+            losses["picture"] = self.diffusion.random_loss(
+                latents_PCYX, condition_PQD, first_timestep=self.first_timestep
+            )
         if weights.caption:
             target_PQD = self.text_encoder(captions)
             has_contrasts = weights.contrast and all(row.contrasts for row in rows if row.drawn)
@@ -265,13 +267,6 @@ class Objective(nn.Module):
             drawn = self.diffusion.vae.encode(pixels_PCYX).latent_dist.parameters
         noise = normal_like(drawn.chunk(2, dim=1)[0].float()) if self.samples_latents else None
         return self.diffusion.from_moments(drawn, noise=noise)
-
-    def picture_loss(self, latents_PCYX: Tensor, condition_PQD: Tensor) -> Tensor:
-        """The denoising loss at random timesteps: with min-SNR weights, or from `first_timestep` on without."""
-        first, last = self.first_timestep, self.diffusion.scheduler.config.num_train_timesteps
-        loss = self.diffusion.error if first else self.diffusion.loss
-        timesteps = torch.randint(first, last, (len(latents_PCYX),)).to(self.device)
-        return loss(latents_PCYX, condition_PQD, noise=normal_like(latents_PCYX), timesteps=timesteps).mean()
 
     def words(self, rows: list[Row]) -> dict[str, Tensor]:
         """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
@@ -307,7 +302,9 @@ class Objective(nn.Module):
         losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
         if weights.picture:
             latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])
-            losses["picture"] = self.picture_loss(latents_PCYX, condition_PQD[:REPLAYED_PICTURES])
+            losses["picture"] = self.diffusion.random_loss(
+                latents_PCYX, condition_PQD[:REPLAYED_PICTURES], first_timestep=self.first_timestep
+            )
         # What is trained takes part in every step: see `forward`.
         losses["caption"] = losses["caption"] + 0 * sum(rows.sum() for rows in self.language.rows.parameters())
         return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
@@ -354,11 +351,6 @@ def exactly(device: torch.device) -> AbstractContextManager[None]:
     """Without autocast, on a device that has it."""
     has_autocast = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
-
-
-def normal_like(values: Tensor) -> Tensor:
-    """Noise from the CPU's generator: the same numbers on whichever device `values` lie."""
-    return torch.randn(values.shape, dtype=values.dtype).to(values.device)
 
 
 def _gain(white_PVH: Tensor, conditions_PQD: Tensor) -> Tensor:

@@ -37,6 +37,23 @@ def test_weights_of_velocity_prediction_have_a_floor() -> None:
     torch.testing.assert_close(weight, (snr.clamp(max=5) / (snr + 1)).clamp(min=MIN_VELOCITY_WEIGHT))
 
 
+def test_a_first_timestep_bounds_the_noise_and_drops_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    diffusion, seen = tiny_diffusion(config), dict[str, list[int]]()
+    for name in ("loss", "error"):
+
+        def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, name: str = name, **__: object) -> object:
+            seen.setdefault(name, []).extend(timesteps.tolist())
+            return torch.ones(len(latents))
+
+        monkeypatch.setattr(diffusion, name, note)
+    many = torch.zeros(500, 1)
+    diffusion.random_loss(many, many)
+    diffusion.random_loss(many, many, first_timestep=600)
+    assert min(seen["loss"]) < 50 and max(seen["loss"]) > 950
+    assert 600 <= min(seen["error"]) < 650 and max(seen["error"]) > 950
+
+
 def test_no_signal_is_no_nan_for_either_prediction() -> None:
     timesteps = torch.arange(1000)
     for prediction in ("epsilon", "v_prediction"):

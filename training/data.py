@@ -38,8 +38,6 @@ Batch = dict[str, object]
 """Columns of rows, and their `row_ids`."""
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
 VALIDATION_BATCH = 8
-CANONICAL_SHARE = 0.7
-"""Of the captions of "unet" are in the one phrasing that the vokens are aligned with."""
 
 
 class Rows(Protocol):
@@ -76,7 +74,7 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
     if preset.stage == "vae":
         return _crop(preset.seed, row_id, preset.crop_px, rng)
     if preset.stage == "unet":
-        return _captioned_scene(preset.seed, row_id, rng)
+        return _captioned_scene(preset.seed, row_id, preset.canonical_share, rng)
     if preset.stage == "vision":
         return {"row": _description(preset.seed, row_id, rng)}
     choice = rng.random()
@@ -105,10 +103,10 @@ def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dic
     return {"pixels": draw_scene(scene)[window], "inside": inside[(slice(None), *window)]}
 
 
-def _captioned_scene(seed: int, row_id: int, rng: np.random.Generator) -> dict[str, object]:
+def _captioned_scene(seed: int, row_id: int, canonical_share: float, rng: np.random.Generator) -> dict[str, object]:
     scene = scene_at(row_id, seed=seed)
     facts = draw_facts(scene, rng)
-    caption = canonical_caption(facts) if rng.random() < CANONICAL_SHARE else write_caption(facts, rng)
+    caption = canonical_caption(facts) if rng.random() < canonical_share else write_caption(facts, rng)
     return {"pixels": draw_scene(scene), "caption": caption}
 
 

@@ -54,6 +54,8 @@ class Preset:
     """1: the mapper learns on whitened voken states; 0: as they are, as published."""
     trains_queries: int = 1
     """0: the mapper's `fc` and queries are frozen, as in the published second stage."""
+    canonical_share: float = 0.7
+    """Of the captions of "unet" that are in the one phrasing which the vokens are aligned with."""
     encoder_is_frozen: int = 0
     """1: "vae" trains the way back alone: latents, and so a UNet trained on them, stay valid."""
     text_weight: float = 0.0

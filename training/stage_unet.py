@@ -14,7 +14,6 @@ from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
-from minigpt5.objective import normal_like
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
@@ -29,25 +28,19 @@ NULL_SHARE = 0.1
 class UnetObjective(nn.Module):
     """The denoising loss on fresh scenes, a tenth of them under the null condition."""
 
-    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, *, first_timestep: int = 0) -> None:
         super().__init__()
-        self.diffusion, self.text_encoder = diffusion, text_encoder
+        self.diffusion, self.text_encoder, self.first_timestep = diffusion, text_encoder, first_timestep
         diffusion.vae.requires_grad_(False)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
             latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]).to(self.diffusion.unet.device))
         captions: list[str] = batch["caption"]  # type: ignore[assignment]
-        num_timesteps = self.diffusion.scheduler.config.num_train_timesteps
         is_null = torch.rand(len(captions)) < NULL_SHARE
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
-        loss = self.diffusion.loss(
-            latents_BCYX,
-            self.text_encoder(captions),
-            noise=normal_like(latents_BCYX),
-            timesteps=torch.randint(num_timesteps, (len(captions),)).to(latents_BCYX.device),
-        ).mean()
-        return {"loss": loss}
+        condition_BQD = self.text_encoder(captions)
+        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=self.first_timestep)}
 
 
 class UnetStage:
@@ -62,7 +55,7 @@ class UnetStage:
             self.diffusion.unet.set_attn_processor(AttnProcessor())
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
         self.preset = preset
-        self.objective = UnetObjective(self.diffusion, text_encoder)
+        self.objective = UnetObjective(self.diffusion, text_encoder, first_timestep=preset.first_timestep)
 
     def parameter_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.learning_rate}]

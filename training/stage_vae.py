@@ -11,8 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
-from minigpt5.diffusion import load_vae, new_storybook_vae
-from minigpt5.objective import normal_like
+from minigpt5.diffusion import load_vae, new_storybook_vae, normal_like
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.data import Batch
 from training.parts import Parts
