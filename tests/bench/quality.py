@@ -1,8 +1,10 @@
-"""How good a model is: `python -m tests.bench.quality [--num 500] [--stories 50] [--scenes 100] [--model FOLDER]`.
+"""How good a model is: `python -m tests.bench.quality [--num 500] [--stories 50] [--scenes 100] [--base]
+[--model FOLDER]`.
 
 Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
-Beside them the ceiling: what the scorer reads from true scenes and from their VAE reconstructions.
+Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and with --base from
+pictures of the same facts through the diffusion model's own text encoder; its lead is the alignment gap, in points.
 
 Stories are written by the model itself from held-out prompts; a parser of the world's language keeps cast, place and
 time so far, and the scorer says whether each page's picture shows them. Last, the model describes scenes.
@@ -26,14 +28,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from minigpt5.base_models import resolve
 from minigpt5.config import default_model_folder
+from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion
 from minigpt5.pipeline import MiniGPT5
-from minigpt5.storybook.captions import Facts, facts_in, write_caption
+from minigpt5.storybook.captions import Facts, canonical_caption, facts_in, write_caption
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
 from minigpt5.storybook.stories import page_facts, story_at
+from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
 
 SEED = 2310
@@ -79,6 +85,29 @@ def draw(model: MiniGPT5, asked: Sequence[Asked]) -> np.ndarray:
         ]
         pictures += [picture.png for picture in model.decoder.draw(requests)]
     return np.stack([pixels_of(png) for png in pictures])
+
+
+@torch.no_grad()
+def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) -> np.ndarray:
+    """As `draw`, of canonical captions through the text encoder that the vokens are aligned with."""
+    pictures = []
+    for start in range(0, len(asked), BATCH_SIZE):
+        batch = asked[start : start + BATCH_SIZE]
+        drawn_BCYX = denoise(
+            model.decoder.diffusion,
+            text_encoder([canonical_caption(one.facts) for one in batch]),
+            text_encoder([""]),
+            seeds=[one.seed for one in batch],
+            draw=model.config.draw,
+            guidance_rescale=model.config.guidance_rescale,
+        )
+        pictures.append(to_pixels(drawn_BCYX))
+    return np.concatenate(pictures)
+
+
+def to_pixels(pictures_BCYX: Tensor) -> np.ndarray:
+    """[-1, 1] -> uint8."""
+    return ((pictures_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def agreement(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
@@ -133,7 +162,7 @@ def reconstruct(diffusion: Diffusion, pixels: np.ndarray) -> np.ndarray:
         diffusion.to_pixels(diffusion.to_latents(to_pictures(pixels[start : start + BATCH_SIZE])))
         for start in range(0, len(pixels), BATCH_SIZE)
     ]
-    return ((torch.cat(batches) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_pixels(torch.cat(batches))
 
 
 def accuracy(scorer: Scorer, pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
@@ -168,8 +197,10 @@ def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
     }
 
 
-def measure(model: MiniGPT5, scorer: Scorer, num: int, num_stories: int, num_scenes: int) -> dict[str, object]:
-    """All figures of this bench."""
+def measure(
+    model: MiniGPT5, scorer: Scorer, num: int, num_stories: int, num_scenes: int, text_encoder: nn.Module | None = None
+) -> dict[str, object]:
+    """All figures of this bench; the base's where its text encoder is given."""
     figures: dict[str, object] = {
         "model": model.config.name,
         "fingerprint": model.config.fingerprint,
@@ -183,8 +214,17 @@ def measure(model: MiniGPT5, scorer: Scorer, num: int, num_stories: int, num_sce
         drawn = draw(model, asked)
         seconds = (time.monotonic() - start) / num
         kinds = {"drawn": drawn, "reconstructed": again, "true": true}
+        if text_encoder:
+            kinds["base"] = draw_base(model, text_encoder, asked)
+        shares = {kind: accuracy(scorer, pixels, asked) for kind, pixels in kinds.items()}
+        gap = {
+            fact: round(100 * (shares["base"][fact]["share"] - of_drawn["share"]), 1)
+            for fact, of_drawn in shares["drawn"].items()
+            if text_encoder
+        }
         figures[name] = {
-            "accuracy": {kind: accuracy(scorer, pixels, asked) for kind, pixels in kinds.items()},
+            "accuracy": shares,
+            "alignment_gap": gap,
             "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
             "seconds_a_picture": round(seconds, 3),
         }
@@ -222,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
+    parser.add_argument("--base", action="store_true", help="draw through the diffusion model's own text encoder, too")
     options = parser.parse_args(arguments)
     if options.num < 1 or options.stories < 0 or options.scenes < 0:
         parser.error("--num must be at least 1, --stories and --scenes 0")
@@ -229,7 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
     nums = (TINY, 1, 4) if options.tiny else (options.num, options.stories, options.scenes)
-    figures = measure(model, load_scorer(), *nums)
+    base = resolve(model.config.text_encoder)
+    text_encoder = load_text_encoder(base, model.config) if options.base else None
+    figures = measure(model, load_scorer(), *nums, text_encoder)
     given = sys.argv[1:] if arguments is None else arguments
     save_report(options.out, figures, command=" ".join(["python -m tests.bench.quality", *given]))
     print(json.dumps(figures, indent=2))
