@@ -68,7 +68,7 @@ class Preset:
     voken_noise: float = 0.0
     """Added to voken states, in units of their spread."""
     first_timestep: int = 0
-    """Least noise of the picture loss; above 0 it is unweighted."""
+    """Least noise of the picture loss, and of that of "unet"; above 0 it is unweighted."""
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.checkpoint import Position, check_owner, save_checkpoint
@@ -22,7 +22,7 @@ from training.report import write_report
 from training.run_folder import RunFolder
 from training.samples import write_sample
 from training.schedule import progress_of
-from training.workers import agree, is_first_worker
+from training.workers import agree, is_first_worker, own_rank
 
 if TYPE_CHECKING:
     from training.loop import Stage, Updater
@@ -73,9 +73,8 @@ class Record:
 
     def note_rows(self, batch: Batch, loss: float) -> None:
         if self.preset.log_rows:
-            rank = distributed.get_rank() if distributed.is_initialized() else 0
             line = {"step": batch["step"], "row_ids": batch["row_ids"], "loss": loss}
-            self.folder.append(f"rows-{rank}.jsonl", json.dumps(line) + "\n")
+            self.folder.append(f"rows-{own_rank()}.jsonl", json.dumps(line) + "\n")
 
     def keep_up(self, position: Position) -> None:
         """Save, log and draw where it is time to."""

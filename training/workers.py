@@ -15,14 +15,17 @@ from training.presets import Preset
 from training.run_folder import RunFolder
 
 
+def own_rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def is_first_worker() -> bool:
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    return own_rank() == 0
 
 
 def seed_of(preset: Preset, step: int) -> int:
     """Of a step's noise, timesteps and dropout on this worker."""
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
-    return int(np.random.SeedSequence([preset.seed, rank, step]).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence([preset.seed, own_rank(), step]).generate_state(1, np.uint64)[0])
 
 
 def agreed_checkpoint(folder: RunFolder) -> str | None:
