@@ -106,8 +106,9 @@ def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dic
 def _captioned_scene(seed: int, row_id: int, canonical_share: float, rng: np.random.Generator) -> dict[str, object]:
     scene = scene_at(row_id, seed=seed)
     facts = draw_facts(scene, rng)
-    caption = canonical_caption(facts) if rng.random() < canonical_share else write_caption(facts, rng)
-    return {"pixels": draw_scene(scene), "caption": caption}
+    canonical = canonical_caption(facts)
+    caption = canonical if rng.random() < canonical_share else write_caption(facts, rng)
+    return {"pixels": draw_scene(scene), "caption": caption, "canonical": canonical}
 
 
 def _description(seed: int, row_id: int, rng: np.random.Generator) -> Row:

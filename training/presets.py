@@ -56,6 +56,9 @@ class Preset:
     """0: the mapper's `fc` and queries are frozen, as in the published second stage."""
     canonical_share: float = 0.7
     """Of the captions of "unet" that are in the one phrasing which the vokens are aligned with."""
+    placement_until: float = 0.0
+    """Share of the run in which "unet" learns where things stand, which the whole mixture hardly teaches: that phrasing
+    alone, under noise from `first_timestep` on."""
     encoder_is_frozen: int = 0
     """1: "vae" trains the way back alone: latents, and so a UNet trained on them, stay valid."""
     text_weight: float = 0.0
@@ -68,7 +71,7 @@ class Preset:
     voken_noise: float = 0.0
     """Added to voken states, in units of their spread."""
     first_timestep: int = 0
-    """Least noise of the picture loss, and of that of "unet"; above 0 it is unweighted."""
+    """Least noise of the picture loss, and of that of "unet" until `placement_until`; above 0 it is unweighted."""
     replay_steps: int = 0
     """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
     replay_batch_size: int = 32
@@ -135,7 +138,17 @@ PUBLISHED = {
 # UNet pass).
 STORYBOOK = {
     "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0, bf16=1),
-    "unet": Preset(stage="unet", steps=10_000, batch_size=32, learning_rate=8e-4, ema=0.998, warmup_steps=200, bf16=1),
+    "unet": Preset(
+        stage="unet",
+        steps=10_000,
+        batch_size=32,
+        learning_rate=8e-4,
+        ema=0.998,
+        warmup_steps=200,
+        placement_until=0.2,
+        first_timestep=500,
+        bf16=1,
+    ),
     "vision": Preset(
         stage="vision",
         steps=6_000,

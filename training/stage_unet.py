@@ -26,21 +26,23 @@ NULL_SHARE = 0.1
 
 
 class UnetObjective(nn.Module):
-    """The denoising loss on fresh scenes, a tenth of them under the null condition."""
+    """The denoising loss on fresh scenes, a tenth of them under the null condition. See `Preset.placement_until`."""
 
-    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, *, first_timestep: int = 0) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, preset: Preset) -> None:
         super().__init__()
-        self.diffusion, self.text_encoder, self.first_timestep = diffusion, text_encoder, first_timestep
+        self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.vae.requires_grad_(False)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
             latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]).to(self.diffusion.unet.device))
-        captions: list[str] = batch["caption"]  # type: ignore[assignment]
+        places = progress < self.preset.placement_until
+        captions: list[str] = batch["canonical" if places else "caption"]  # type: ignore[assignment]
         is_null = torch.rand(len(captions)) < NULL_SHARE
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         condition_BQD = self.text_encoder(captions)
-        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=self.first_timestep)}
+        first = self.preset.first_timestep if places else 0
+        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=first)}
 
 
 class UnetStage:
@@ -55,7 +57,7 @@ class UnetStage:
             self.diffusion.unet.set_attn_processor(AttnProcessor())
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
         self.preset = preset
-        self.objective = UnetObjective(self.diffusion, text_encoder, first_timestep=preset.first_timestep)
+        self.objective = UnetObjective(self.diffusion, text_encoder, preset)
 
     def parameter_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.learning_rate}]
