@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -51,9 +52,10 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
     """
     check_workers(run.preset, num_workers)
     if not ray.is_initialized():
-        # Where RAY_ADDRESS says, as in a submitted job; else one of our own, with logical CPUs: data tasks must fit
-        # beside the workers. Without a dashboard, which would take its share of the cores that train.
-        own = {"address": "local", "num_cpus": max(4, os.cpu_count() or 1), "include_dashboard": False}
+        # Where RAY_ADDRESS says, as in a submitted job; else one of our own, with logical CPUs: half a one for each
+        # worker, and one for its data tasks. No more, and no dashboard: idle processes take their share of the cores.
+        num_cpus = max(os.cpu_count() or 1, num_workers + math.ceil(num_workers / 2))
+        own = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         ray.init(**({} if "RAY_ADDRESS" in os.environ else own))
     owner = checkpoint.claim(run.out)
     first_step = checkpoint.newest_step(run.out)
