@@ -167,7 +167,7 @@ def train(folder: Path, zero_stage: int, *, workers: int = 2, steps: int = 50, w
         for rank in range(workers)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in running]
+        outputs = [process.communicate(timeout=900)[0] for process in running]
     finally:
         for process in running:
             process.kill()
