@@ -36,12 +36,12 @@ class UnetObjective(nn.Module):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
             latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]).to(self.diffusion.unet.device))
-        places = progress < self.preset.placement_until
-        captions: list[str] = batch["canonical" if places else "caption"]  # type: ignore[assignment]
+        learns_placement = progress < self.preset.placement_until
+        captions: list[str] = batch["canonical" if learns_placement else "caption"]  # type: ignore[assignment]
         is_null = torch.rand(len(captions)) < NULL_SHARE
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         condition_BQD = self.text_encoder(captions)
-        first = self.preset.first_timestep if places else 0
+        first = self.preset.first_timestep if learns_placement else 0
         return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=first)}
 
 
