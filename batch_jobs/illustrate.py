@@ -101,7 +101,6 @@ def make_pages_on_ray(
         pool=engines.generator,
         at_once=STORIES_AT_ONCE,
         sampling=config.sampling,
-        scheduler=config.draw.scheduler,
         **common,
     )
     drawn = through(written, Draw, pool=engines.decoder, at_once=PICTURES_AT_ONCE, **common)
@@ -167,7 +166,7 @@ def run(options: argparse.Namespace, reach: Reach) -> Report:
 def _read(uri: str, config: ModelConfig) -> Iterator[StoryJob | BadRow]:
     rows = list(read_rows(uri))
     note_unknown_columns(rows, COLUMNS)
-    yield from check_rows(rows, draw=config.draw)
+    yield from check_rows(rows, config)
 
 
 if __name__ == "__main__":

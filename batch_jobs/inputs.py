@@ -11,10 +11,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from typing import Any, TypeVar
 from PIL import Image
 from pyarrow import ArrowException, fs, parquet
 
+from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
-from minigpt5.types import MAX_PAGES, DrawSettings
+from minigpt5.types import MAX_PAGES
 
 COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale")
 DESCRIBE_COLUMNS = ("id", "image", "question")
@@ -39,7 +41,8 @@ MAX_ID_LENGTH = 512
 class StoryJob:
     """One story to write, every default filled in.
 
-    Example: StoryJob(row=1, id="fox", prompt="A fox ...", pages=4, seed=7, steps=20, guidance_scale=3.0)
+    Example: StoryJob(row=1, id="fox", prompt="A fox ...", pages=4, seed=7, steps=20, guidance_scale=3.0,
+    scheduler="ddim")
     """
 
     row: int
@@ -50,6 +53,7 @@ class StoryJob:
     seed: int
     steps: int
     guidance_scale: float
+    scheduler: str
     texts: tuple[str, ...] = ()
     """Of a finished story: the pages' texts, which stay as they are."""
     images: tuple[str | bytes, ...] = ()
@@ -119,9 +123,9 @@ def digest_of(uri: str) -> str:
     return digest.hexdigest()
 
 
-def check_rows(raw_rows: Iterable[RawRow], *, draw: DrawSettings) -> Iterator[StoryJob | BadRow]:
-    """A job or a bad row for each row, with ids that are unique. `draw` fills in what a row leaves out."""
-    return _unique(raw_rows, partial(check_row, draw=draw))
+def check_rows(raw_rows: Iterable[RawRow], config: ModelConfig) -> Iterator[StoryJob | BadRow]:
+    """A job or a bad row for each row, with ids that are unique. `config` fills in what a row leaves out."""
+    return _unique(raw_rows, partial(check_row, config=config))
 
 
 def check_image_rows(raw_rows: Iterable[RawRow], *, question: str) -> Iterator[ImageJob | BadRow]:
@@ -147,7 +151,7 @@ def _unique(raw_rows: Iterable[RawRow], check: Callable[..., J | BadRow]) -> Ite
         yield checked
 
 
-def check_row(raw: RawRow, *, row: int, draw: DrawSettings) -> StoryJob | BadRow:
+def check_row(raw: RawRow, *, row: int, config: ModelConfig) -> StoryJob | BadRow:
     """One row, without a look at the others."""
     values = _values(raw, COLUMNS)
     prompt = values["prompt"] if isinstance(values["prompt"], str) else ""
@@ -175,11 +179,20 @@ def check_row(raw: RawRow, *, row: int, draw: DrawSettings) -> StoryJob | BadRow
             texts=texts,
             images=_images(values["images"]),
             seed=_whole("seed", values["seed"], prompt_seed(prompt), low=0, high=MAX_SEED),
-            steps=_whole("steps", values["steps"], draw.steps, low=1, high=100),
-            guidance_scale=_number("guidance_scale", values["guidance_scale"], draw.guidance_scale, low=1, high=20),
+            **dataclasses.asdict(config.draw_settings(_draw_settings(values))),
         )
     except InvalidRequest as error:
         return replace(bad, error=str(error))
+
+
+def _draw_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a row has."""
+    sent: dict[str, Any] = {}
+    if values["steps"] is not None:
+        sent["steps"] = _whole("steps", values["steps"], 0, low=1, high=100)
+    if values["guidance_scale"] is not None:
+        sent["guidance_scale"] = _number("guidance_scale", values["guidance_scale"], 0, low=1, high=20)
+    return sent
 
 
 def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRow:

@@ -154,11 +154,8 @@ def make_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace, reach: Reach) -> Report:
     """Check all that can be checked at once, then work."""
     model, config = check_model(options.model)
-    chosen = DrawSettings(
-        steps=options.steps if options.steps is not None else config.draw.steps,
-        guidance_scale=options.guidance_scale if options.guidance_scale is not None else config.draw.guidance_scale,
-        scheduler=options.scheduler or config.draw.scheduler,
-    )
+    asked = {name: getattr(options, name) for name in ("steps", "guidance_scale", "scheduler")}
+    chosen = config.draw_settings({name: value for name, value in asked.items() if value is not None})
     if not (1 <= chosen.steps <= 100 and 1 <= chosen.guidance_scale <= 20):
         raise MiniGPT5Error(
             f"--steps is {chosen.steps} and --guidance-scale {chosen.guidance_scale:g} but must be from 1 to 100 and "

@@ -117,14 +117,13 @@ class Write:
         self,
         load_engine: Callable[[], Generator],
         sampling: Sampling,
-        scheduler: str,
         *,
         store: PageStore,
         watch: Watch,
         engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
         reach: Reach = unharmed,
     ) -> None:
-        self.sampling, self.scheduler, self.store, self.reach = sampling, scheduler, store, reach
+        self.sampling, self.store, self.reach = sampling, store, reach
         self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
 
     def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
@@ -134,7 +133,7 @@ class Write:
 
     def write(self, job: StoryJob) -> Iterator[Row]:
         """The pages of one story and its closing row. A story that fails keeps the pages that it has."""
-        common = {"id": job.id, "steps": job.steps, "guidance_scale": job.guidance_scale, "scheduler": self.scheduler}
+        common = {"id": job.id, "steps": job.steps, "guidance_scale": job.guidance_scale, "scheduler": job.scheduler}
         stored = self.store.load_texts(job.id)
         num_stored = len(stored)
         for page, known in enumerate(stored, start=1):

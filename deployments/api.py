@@ -205,9 +205,9 @@ async def list_models(front: FrontOf) -> ModelList:
         context_tokens=config.context_tokens,
         defaults=Defaults(
             pages=CreateStory.model_fields["pages"].default,
-            steps=config.draw.steps,
-            guidance_scale=config.draw.guidance_scale,
-            scheduler=config.draw.scheduler,
+            steps=config.default_draw.steps,
+            guidance_scale=config.default_draw.guidance_scale,
+            scheduler=config.default_draw.scheduler,
             temperature=config.sampling.temperature,
             top_p=config.sampling.top_p,
             min_page_tokens=config.sampling.min_page_tokens,

@@ -218,7 +218,7 @@ def to_reply_request(body: CreateChat, config: ModelConfig, *, client: str) -> S
         pages=body.pages,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         sampling=sampling,
-        draw=config.draw,
+        draw=config.default_draw,
         mode="reply",
         pictures=pictures,
         stop=tuple(stop),

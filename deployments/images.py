@@ -109,7 +109,7 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
     check_texts(front, [body.prompt], "prompt")
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
     request = StoryRequest(
-        prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.draw, key=client
+        prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.default_draw, key=client
     )
     with front.admission.enter(request, num_pictures=body.n or 1) as place:
         await front.engines.check(request)

@@ -84,7 +84,7 @@ class CreateStory(Body):
     stream: bool = False
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
-    scheduler: Literal["ddim", "pndm", "dpm-solver++"] | None = None
+    scheduler: Literal["ddim", "pndm", "dpm-solver++", "distilled"] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_page_tokens: Annotated[int, Field(ge=0, le=512)] | None = None
@@ -109,7 +109,7 @@ class Redraw(Body):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
-    scheduler: Literal["ddim", "pndm", "dpm-solver++"] | None = None
+    scheduler: Literal["ddim", "pndm", "dpm-solver++", "distilled"] | None = None
 
 
 class CreatePicture(Redraw):
@@ -163,7 +163,7 @@ def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = ""
         pages=body.pages,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         sampling=dataclasses.replace(config.sampling, **_sent(body, Sampling)),
-        draw=dataclasses.replace(config.draw, **_sent(body, DrawSettings)),
+        draw=config.draw_settings(_sent(body, DrawSettings)),
         feedback=body.feedback,
         previews=body.previews,
         key=client,
@@ -179,16 +179,15 @@ def to_draw_request(body: CreatePicture, config: ModelConfig, *, client: str) ->
     return DrawRequest(
         vokens=unpack(data, page=1),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        settings=dataclasses.replace(config.draw, **_sent(body, DrawSettings)),
+        settings=config.draw_settings(_sent(body, DrawSettings)),
         key=client,
     )
 
 
 def redrawn(body: Redraw, shown_image: ImageState | None, config: ModelConfig) -> tuple[int, DrawSettings]:
-    """The seed and the settings of another picture."""
+    """The seed and the settings of another picture. Raises InvalidRequest."""
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    draw = shown_image.draw if shown_image else config.draw
-    return seed, dataclasses.replace(draw, **_sent(body, DrawSettings))
+    return seed, config.draw_settings(_sent(body, DrawSettings), like=shown_image.draw if shown_image else None)
 
 
 def _sent(body: CreateStory | Redraw, settings: type[Sampling] | type[DrawSettings]) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from minigpt5.types import DrawSettings, Sampling
+from minigpt5.errors import InvalidRequest
+from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, DrawSettings, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,9 @@ class ModelConfig:
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)
+    """With the UNet itself."""
+    draw_distilled: DrawSettings | None = None
+    """With the distilled UNet, where the model has one: the default then."""
     filters: tuple[str, ...] = ()
     """What a server filters by default, "text" and "picture": see minigpt5/safety.py."""
     published_quirks: bool = False
@@ -91,6 +96,41 @@ class ModelConfig:
     """Of base models and training sets."""
     fingerprint: str = ""
     """Of the weights that make vokens and read them; set when the folder is saved."""
+
+    @property
+    def default_draw(self) -> DrawSettings:
+        return self.draw_distilled or self.draw
+
+    def draw_settings(self, sent: Mapping[str, Any], *, like: DrawSettings | None = None) -> DrawSettings:
+        """The fields of DrawSettings that a request sent, the others as in `like` (default: the model's default).
+
+        Where that is the distilled UNet and the request asks for what only the UNet itself does (another scheduler,
+        guidance, more than MAX_DISTILLED_STEPS), the others are as in `draw`. Raises InvalidRequest.
+        """
+        base = like or self.default_draw
+        asked = dataclasses.replace(base, **sent)
+        if base.scheduler == DISTILLED and not fits_distilled(asked) and sent.get("scheduler") != DISTILLED:
+            asked = dataclasses.replace(self.draw, **sent)
+        elif base.scheduler != DISTILLED and asked.scheduler == DISTILLED and self.draw_distilled:
+            asked = dataclasses.replace(self.draw_distilled, **sent)
+        check_distilled(asked, has_distilled=self.draw_distilled is not None)
+        return asked
+
+
+def fits_distilled(draw: DrawSettings) -> bool:
+    return draw.scheduler == DISTILLED and draw.guidance_scale == 1 and draw.steps <= MAX_DISTILLED_STEPS
+
+
+def check_distilled(draw: DrawSettings, *, has_distilled: bool) -> None:
+    """Raises InvalidRequest where the distilled UNet is asked for what it does not do."""
+    if draw.scheduler != DISTILLED or (has_distilled and fits_distilled(draw)):
+        return
+    if not has_distilled:
+        raise InvalidRequest("scheduler", f"scheduler is {DISTILLED!r} but this model has no distilled UNet: use ddim")
+    name, limit = ("guidance_scale", "1") if draw.guidance_scale != 1 else ("steps", f"at most {MAX_DISTILLED_STEPS}")
+    raise InvalidRequest(
+        name, f"{name} is {getattr(draw, name):g} but must be {limit} with scheduler {DISTILLED!r}: leave out either"
+    )
 
 
 def storybook() -> ModelConfig:
@@ -185,7 +225,14 @@ def from_json(values: dict[str, Any]) -> ModelConfig:
 
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
-    nested = {"vision": VisionConfig, "eva": EvaConfig, "lora": LoraConfig, "sampling": Sampling, "draw": DrawSettings}
+    nested = {
+        "vision": VisionConfig,
+        "eva": EvaConfig,
+        "lora": LoraConfig,
+        "sampling": Sampling,
+        "draw": DrawSettings,
+        "draw_distilled": DrawSettings,
+    }
     return kind(
         **{
             key: _build(nested[key], value)

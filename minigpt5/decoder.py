@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from minigpt5.bounded_cache import BoundedCache
-from minigpt5.config import ModelConfig
+from minigpt5.config import ModelConfig, check_distilled
 from minigpt5.denoising import Denoising, Precision, advance
 from minigpt5.diffusion import SCHEDULERS, Diffusion
 from minigpt5.engine_loop import EngineLoop, Job
@@ -135,6 +135,7 @@ class DiffusionDecoder:
             )
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
+        check_distilled(settings, has_distilled=self.diffusion.distilled is not None)
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator

@@ -1,4 +1,4 @@
-"""Conditions -> latents, step by step: pictures at different steps, of different settings, in one UNet call.
+"""Conditions -> latents, step by step: pictures at different steps, of different settings, in one call of their UNet.
 
 A picture depends on its own condition, seed and settings only, not on its company. Guidance follows arXiv 2207.12598,
 rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.
@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from minigpt5.diffusion import SCHEDULERS, Diffusion
+from minigpt5.diffusion import SCHEDULERS, Diffusion, without_noise
 from minigpt5.types import DrawSettings
 
 Precision = Literal["float32", "bfloat16"]
@@ -76,35 +77,51 @@ class Denoising:
         """Go a step on, as the UNet predicts."""
         predicted = conditional_1CYX
         if unconditional_1CYX is not None:
-            predicted = unconditional_1CYX + self.draw.guidance_scale * (conditional_1CYX - unconditional_1CYX)
-            if self.guidance_rescale:
-                spread = conditional_1CYX.std() / predicted.std()
-                predicted = predicted * (self.guidance_rescale * spread + 1 - self.guidance_rescale)
+            predicted = guide(
+                conditional_1CYX,
+                unconditional_1CYX,
+                scale=self.draw.guidance_scale,
+                rescale=self.guidance_rescale,
+            )
         timestep = self.timestep
-        self.clean_1CYX = self._clean(predicted, timestep)
+        self.clean_1CYX = without_noise(self.scheduler, self.latents_1CYX, predicted, timestep)
         self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX).prev_sample
         self.num_calls += 1
 
-    def _clean(self, predicted_1CYX: Tensor, timestep: Tensor) -> Tensor:
-        alpha_bar = self.scheduler.alphas_cumprod[timestep].clamp(min=1e-4)
-        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return signal * self.latents_1CYX - noise * predicted_1CYX
-        return (self.latents_1CYX - noise * predicted_1CYX) / signal
+
+def guide(conditional_BCYX: Tensor, unconditional_BCYX: Tensor, *, scale: float, rescale: float) -> Tensor:
+    """The guided prediction, each picture's scaled back to its own spread by `rescale`."""
+    predicted_BCYX = unconditional_BCYX + scale * (conditional_BCYX - unconditional_BCYX)
+    if not rescale:
+        return predicted_BCYX
+    spread_B111 = conditional_BCYX.std((1, 2, 3), keepdim=True) / predicted_BCYX.std((1, 2, 3), keepdim=True)
+    return predicted_BCYX * (rescale * spread_B111 + 1 - rescale)
 
 
 @torch.no_grad()
 def advance(
     diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor, *, precision: Precision = "float32"
 ) -> None:
-    """One UNet call for all pictures, whichever step each is at; everything around it is float32."""
+    """A step of all pictures, whichever each is at: one call of each UNet that draws any of them."""
+    by_unet: dict[int, tuple[UNet2DConditionModel, list[Denoising]]] = {}
+    for picture in pictures:
+        unet = diffusion.unet_for(picture.draw.scheduler)
+        by_unet.setdefault(id(unet), (unet, []))[1].append(picture)
+    for unet, together in by_unet.values():
+        _advance_together(unet, together, null_1QD, precision)
+
+
+def _advance_together(
+    unet: UNet2DConditionModel, pictures: Sequence[Denoising], null_1QD: Tensor, precision: Precision
+) -> None:
+    """One UNet call; everything around it is float32."""
     guided = [picture for picture in pictures if picture.is_guided]
     calls = [*guided, *pictures]
     conditions = [*[null_1QD[0]] * len(guided), *(picture.condition_QD for picture in pictures)]
     device = null_1QD.device
     is_rough = precision == "bfloat16"
     with torch.autocast(device.type, dtype=torch.bfloat16) if is_rough else contextlib.nullcontext():
-        predicted_BCYX = diffusion.unet(
+        predicted_BCYX = unet(
             torch.cat([picture.latents_in() for picture in calls]),
             torch.stack([picture.timestep for picture in calls]).to(device),
             encoder_hidden_states=torch.stack(conditions),

@@ -14,12 +14,21 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
+    SchedulerMixin,
     UNet2DConditionModel,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+from minigpt5.types import DISTILLED
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "dpm-solver++": DPMSolverMultistepScheduler,
+    DISTILLED: DDIMScheduler,
+}
+DISTILLED_FOLDER = "unet_distilled"
 _LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 MIN_VELOCITY_WEIGHT = 0.4
 """Who stands where is decided while there is next to no signal: those steps are to be learnt as well."""
@@ -27,16 +36,27 @@ MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
 class Diffusion(nn.Module):
-    """VAE, UNet and noise schedule of one latent diffusion model, frozen unless a stage says otherwise."""
+    """VAE, UNet and noise schedule of one latent diffusion model, frozen unless a stage says otherwise; and, where
+    there is one, the UNet that was distilled from it."""
 
-    def __init__(self, vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        distilled: UNet2DConditionModel | None = None,
+    ) -> None:
         super().__init__()
-        self.vae, self.unet, self.scheduler = vae, unet, scheduler
+        self.vae, self.unet, self.scheduler, self.distilled = vae, unet, scheduler, distilled
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Diffusion:
-        """Read `vae/`, `unet/` and `scheduler/` under `folder` as float32."""
-        return cls(load_vae(folder), load_unet(folder), load_scheduler(folder, None))
+        """Read `vae/`, `unet/`, `scheduler/` and, where it is there, `unet_distilled/` under `folder` as float32."""
+        return cls(load_vae(folder), load_unet(folder), load_scheduler(folder, None), load_distilled(folder))
+
+    def unet_for(self, scheduler: str) -> UNet2DConditionModel:
+        """The UNet that a key of SCHEDULERS draws with."""
+        return self.distilled if scheduler == DISTILLED and self.distilled is not None else self.unet
 
     def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""
@@ -50,7 +70,11 @@ class Diffusion(nn.Module):
 
     def to_pixels(self, latents_BCYX: Tensor) -> Tensor:
         """Normalised latents -> pictures in [-1, 1]."""
-        return self.vae.decode(denormalise(latents_BCYX, self.vae)).sample.clamp(-1, 1)
+        return self.to_raw_pixels(latents_BCYX).clamp(-1, 1)
+
+    def to_raw_pixels(self, latents_BCYX: Tensor) -> Tensor:
+        """As `to_pixels`, before values outside of [-1, 1] are cut off: what a loss is taken of."""
+        return self.vae.decode(denormalise(latents_BCYX, self.vae)).sample
 
     def random_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, first_timestep: int = 0) -> Tensor:
         """Their mean loss under random noise at random timesteps: with min-SNR weights, or where `first_timestep` is
@@ -70,6 +94,12 @@ class Diffusion(nn.Module):
         """As `loss`, without weights."""
         return denoising_error(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
 
+    def cleaned(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet takes noised latents for, in one step."""
+        noisy_BCYX = self.scheduler.add_noise(latents_BCYX, noise, timesteps)
+        predicted_BCYX = self.unet(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
+        return without_noise(self.scheduler, noisy_BCYX, predicted_BCYX, timesteps)
+
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
     """The `vae/` of a folder in diffusers' layout, as float32."""
@@ -79,6 +109,14 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
     """The `unet/` of a folder in diffusers' layout, as float32."""
     return UNet2DConditionModel.from_pretrained(Path(folder) / "unet", **_LOADING)
+
+
+def load_distilled(folder: str | Path) -> UNet2DConditionModel | None:
+    """The `unet_distilled/` of a folder, as float32; None where it has none."""
+    path = Path(folder) / DISTILLED_FOLDER
+    if not path.is_dir():
+        return None
+    return UNet2DConditionModel.from_pretrained(path, **_LOADING)
 
 
 def load_scheduler(folder: str | Path, name: str | None) -> DDIMScheduler:
@@ -128,6 +166,15 @@ def denoising_error(
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target_BCYX = scheduler.get_velocity(latents_BCYX, noise, timesteps) if is_velocity else noise
     return F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
+
+
+def without_noise(scheduler: SchedulerMixin, noisy_BCYX: Tensor, predicted_BCYX: Tensor, timesteps: Tensor) -> Tensor:
+    """What a prediction at `timesteps`, one or (B,), makes of noisy latents."""
+    alpha_bar_B111 = scheduler.alphas_cumprod.to(noisy_BCYX.device)[timesteps].clamp(min=1e-4).view(-1, 1, 1, 1)
+    signal_B111, noise_B111 = alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return signal_B111 * noisy_BCYX - noise_B111 * predicted_BCYX
+    return (noisy_BCYX - noise_B111 * predicted_BCYX) / signal_B111
 
 
 def min_snr_weight(scheduler: DDIMScheduler, timesteps: Tensor) -> Tensor:

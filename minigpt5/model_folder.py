@@ -6,7 +6,7 @@ vocabulary.safetensors  the base model's own rows, where an imported checkpoint 
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection
-decoder/              vae/, unet/, scheduler/ in diffusers' layout
+decoder/              vae/, unet/, scheduler/ in diffusers' layout; unet_distilled/, where there is one
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from minigpt5.base_models import resolve
 from minigpt5.config import ModelConfig, from_json, to_json
 from minigpt5.errors import ModelFolderError
+from minigpt5.types import DISTILLED, DrawSettings
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from minigpt5.mapper import Mapper
     from minigpt5.vision import Vision
 
+DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
@@ -181,15 +183,20 @@ def save(
         _name_base(folder / "adapter" / "adapter_config.json", config.language_model)
         _halve(folder / "adapter" / "adapter_model.safetensors")
     save_diffusion(diffusion, folder / config.diffusion)
-    config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder))
+    distilled = None if diffusion.distilled is None else config.draw_distilled or DISTILLED_DRAW
+    config = dataclasses.replace(config, draw_distilled=distilled, fingerprint=compute_fingerprint(folder))
     (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
     return config
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
-    """Write VAE, UNet and scheduler in diffusers' layout."""
+    """Write VAE, UNet, scheduler and a distilled UNet, where there is one, in diffusers' layout."""
+    from minigpt5.diffusion import DISTILLED_FOLDER
+
     save_part(diffusion.vae, folder / "vae")
     save_part(diffusion.unet, folder / "unet")
+    if diffusion.distilled is not None:
+        save_part(diffusion.distilled, folder / DISTILLED_FOLDER)
     diffusion.scheduler.save_pretrained(folder / "scheduler")
 
 

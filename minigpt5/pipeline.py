@@ -67,7 +67,7 @@ class MiniGPT5:
             pages=pages,
             seed=seed,
             sampling=self.config.sampling,
-            draw=draw or self.config.draw,
+            draw=draw or self.config.default_draw,
         )
         self.generator.check(request)
         engines = self.generator.generate, self.decoder.decode
@@ -104,6 +104,6 @@ class MiniGPT5:
 
     def draw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
         """Draw vokens; the same vokens and seed give the same picture."""
-        request = DrawRequest(vokens=vokens, seed=seed, settings=settings or self.config.draw)
+        request = DrawRequest(vokens=vokens, seed=seed, settings=settings or self.config.default_draw)
         self.decoder.check(request)
         return self.decoder.draw([request])[0]

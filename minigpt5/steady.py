@@ -49,10 +49,12 @@ def make_steady(diffusion: Diffusion) -> None:
 
     An unguided picture that is alone in a UNet call still has its own bits: there is nothing that would multiply them.
     """
-    for name, layer in list(diffusion.unet.named_modules()):
-        if isinstance(layer, nn.Linear) and ("time_emb_proj" in name or name.startswith("time_embedding.")):
-            _replace(diffusion.unet, name, EvenRows(layer, TILE_ROWS))
-    for module in (diffusion.unet, diffusion.vae.decoder):
+    unets = [unet for unet in (diffusion.unet, diffusion.distilled) if unet is not None]
+    for unet in unets:
+        for name, layer in list(unet.named_modules()):
+            if isinstance(layer, nn.Linear) and ("time_emb_proj" in name or name.startswith("time_embedding.")):
+                _replace(unet, name, EvenRows(layer, TILE_ROWS))
+    for module in (*unets, diffusion.vae.decoder):
         for name, layer in list(module.named_modules()):
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
                 _replace(module, name, Pointwise(layer))

@@ -15,6 +15,9 @@ from typing import Literal
 import numpy as np
 
 MAX_PAGES = 16
+DISTILLED = "distilled"
+MAX_DISTILLED_STEPS = 8
+"""More are another UNet's work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class DrawSettings:
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is none."""
     scheduler: str = "ddim"
+    """A key of diffusion.SCHEDULERS; DISTILLED draws with the UNet that guidance and most steps are folded into."""
 
 
 @dataclass(frozen=True, kw_only=True)

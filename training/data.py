@@ -23,6 +23,7 @@ from minigpt5.storybook.scenes import (
     OBJECTS,
     PLACES,
     TIMES,
+    Scene,
     draw_scene,
     scene_at,
     sprite_boxes,
@@ -73,7 +74,9 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
     rng = np.random.default_rng([preset.seed, row_id])
     if preset.stage == "vae":
         return _crop(preset.seed, row_id, preset.crop_px, rng)
-    if preset.stage == "unet":
+    if preset.stage == "decoder":
+        return _captioned_crop(preset, row_id, rng)
+    if preset.stage in ("unet", "distill"):
         return _captioned_scene(preset.seed, row_id, preset.canonical_share, rng)
     if preset.stage == "vision":
         return {"row": _description(preset.seed, row_id, rng)}
@@ -88,19 +91,37 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
 def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dict[str, object]:
     """A crop of a scene, four times of five with a sprite in it, and where the sprites are."""
     scene = scene_at(row_id, seed=seed)
-    inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
+    y, x = _corner(scene, crop_px, rng)
+    window = np.s_[y : y + crop_px, x : x + crop_px]
+    return {"pixels": draw_scene(scene)[window], "inside": _inside(scene)[(slice(None), *window)]}
+
+
+def _captioned_crop(preset: Preset, row_id: int, rng: np.random.Generator) -> dict[str, object]:
+    """A whole scene with its caption, where the sprites are, and the corners of two crops as `_crop` chooses them."""
+    row = _captioned_scene(preset.seed, row_id, preset.canonical_share, rng)
+    scene = scene_at(row_id, seed=preset.seed)
+    return {**row, "inside": _inside(scene), "corners": [_corner(scene, preset.crop_px, rng) for _ in range(2)]}
+
+
+def _corner(scene: Scene, crop_px: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Row and column where a crop begins."""
     boxes = list(sprite_boxes(scene).values())
-    for left, top, right, bottom in boxes:
-        inside[:, top:bottom, left:right] = True
     if rng.random() < 0.8:
         left, top, right, bottom = boxes[rng.integers(2)]
         x = (left + right - crop_px) // 2 + int(rng.integers(-16, 17))
         y = (top + bottom - crop_px) // 2 + int(rng.integers(-16, 17))
     else:
         x, y = (int(v) for v in rng.integers(0, IMAGE_PX - crop_px + 1, 2))
-    x, y = (min(max(v, 0), IMAGE_PX - crop_px) for v in (x, y))
-    window = np.s_[y : y + crop_px, x : x + crop_px]
-    return {"pixels": draw_scene(scene)[window], "inside": inside[(slice(None), *window)]}
+    y, x = (min(max(v, 0), IMAGE_PX - crop_px) for v in (y, x))
+    return y, x
+
+
+def _inside(scene: Scene) -> np.ndarray:
+    """Where the sprites' boxes are: (1, Y, X) bool."""
+    inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
+    for left, top, right, bottom in sprite_boxes(scene).values():
+        inside[:, top:bottom, left:right] = True
+    return inside
 
 
 def _captioned_scene(seed: int, row_id: int, canonical_share: float, rng: np.random.Generator) -> dict[str, object]:

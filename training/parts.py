@@ -29,7 +29,7 @@ class Parts:
 
     def find(self, part: str) -> Path | None:
         """The first folder that has `part` ("vae" or "unet") under it; None where there is none."""
-        trained = (self.runs / "unet" / "model", self.runs / "vae" / "model")
+        trained = (self.runs / stage / "model" for stage in ("distill", "decoder", "unet", "vae"))
         folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)
 

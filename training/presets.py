@@ -41,7 +41,7 @@ class Preset:
     zero_offload: int = 0
     """1: DeepSpeed keeps the optimizer's state in the host's memory."""
     crop_px: int = 64
-    """Side of the crops of "vae"."""
+    """Side of the crops of "vae" and "decoder"."""
     checkpoint_activations: int = 0
     """1: the language model's activations are computed again on the way back instead of kept (arXiv 1604.06174)."""
     validation_batches: int = 0
@@ -59,8 +59,10 @@ class Preset:
     placement_until: float = 0.0
     """Share of the run in which "unet" learns where things stand, which the whole mixture hardly teaches: that phrasing
     alone, under noise from `first_timestep` on."""
-    encoder_is_frozen: int = 0
-    """1: "vae" trains the way back alone: latents, and so a UNet trained on them, stay valid."""
+    teacher_steps: int = 0
+    """Guided steps of the UNet that one step of the distilled one takes the place of."""
+    last_timestep: int = 0
+    """Most noise that the UNet cleans the latents of which "decoder" learns from."""
     text_weight: float = 0.0
     picture_weight: float = 0.0
     picture_from: float = 0.0
@@ -147,6 +149,25 @@ STORYBOOK = {
         warmup_steps=200,
         placement_until=0.2,
         first_timestep=500,
+        bf16=1,
+    ),
+    "decoder": Preset(
+        stage="decoder",
+        steps=6_000,
+        batch_size=16,
+        learning_rate=1e-3,
+        ema=0.998,
+        weight_decay=0.0,
+        last_timestep=600,
+        bf16=1,
+    ),
+    "distill": Preset(
+        stage="distill",
+        steps=2_000,
+        batch_size=16,
+        learning_rate=2e-4,
+        ema=0.99,
+        teacher_steps=2,
         bf16=1,
     ),
     "vision": Preset(

@@ -9,6 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minigpt5.config import storybook
+from minigpt5.denoising import denoise
+from minigpt5.diffusion import Diffusion
+from minigpt5.storybook.captions import draw_facts, write_caption
+from minigpt5.storybook.scenes import draw_scene, scene_at
+from minigpt5.text_encoder import TextEncoder
+from minigpt5.types import DrawSettings
+
 
 def to_tensor(pixels_BYXC: object) -> Tensor:
     """uint8 pictures -> (B, 3, Y, X) in [-1, 1]."""
@@ -22,3 +30,23 @@ def save_sheet(path: Path, rows: list[Tensor]) -> None:
     lines = [torch.nn.functional.pad(line, (0, width - line.shape[2]), value=1.0) for line in lines]
     pixels = ((torch.cat(lines, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+
+@torch.no_grad()
+def save_captioned_sheet(
+    path: Path, diffusion: Diffusion, text_encoder: TextEncoder, draw: DrawSettings | None = None
+) -> None:
+    """Held-out pairs: the asked scenes above what is drawn from their captions."""
+    scenes = [scene_at(i, seed=0, split="validation", held_out_pairs=True) for i in range(16)]
+    rng = np.random.default_rng(0)
+    captions = [write_caption(draw_facts(scene, rng, complete=1.0), rng) for scene in scenes]
+    drawn_BCYX = denoise(
+        diffusion,
+        text_encoder(captions),
+        text_encoder([""]),
+        seeds=list(range(16)),
+        draw=draw or storybook().draw,
+        guidance_rescale=storybook().guidance_rescale,
+    )
+    true_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
+    save_sheet(path, [true_BCYX[:8], drawn_BCYX[:8], true_BCYX[8:], drawn_BCYX[8:]])

@@ -22,7 +22,7 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.denoising import denoise
-from minigpt5.diffusion import Diffusion, load_scheduler, load_unet, load_vae, new_storybook_scheduler
+from minigpt5.diffusion import Diffusion, load_distilled, load_scheduler, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
 from minigpt5.objective import LossWeights, Objective
@@ -101,7 +101,7 @@ class ModelStage:
         vae, unet = load_vae(vae_of), load_unet(unet_of)
         has_schedule = (unet_of / "scheduler").is_dir()
         schedule = load_scheduler(unet_of, None) if has_schedule else new_storybook_scheduler()
-        self.diffusion = Diffusion(vae, unet, schedule)
+        self.diffusion = Diffusion(vae, unet, schedule, load_distilled(unet_of))
         if preset.bf16:
             unet.set_attn_processor(AttnProcessor())  # as in stage_unet.py
         objective = Objective(
@@ -204,7 +204,7 @@ class ModelStage:
                     condition_BQD,
                     mapper.null_condition(),
                     seeds=list(range(8)),
-                    draw=self.config.draw,
+                    draw=self.config.default_draw,
                     guidance_rescale=self.config.guidance_rescale,
                 )
             )

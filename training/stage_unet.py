@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
@@ -12,15 +11,12 @@ from torch import Tensor, nn
 from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
-from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
-from minigpt5.storybook.captions import draw_facts, write_caption
-from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import TextEncoder
 from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
-from training.sheet import save_sheet, to_tensor
+from training.sheet import save_captioned_sheet, to_tensor
 
 NULL_SHARE = 0.1
 
@@ -62,22 +58,8 @@ class UnetStage:
     def parameter_groups(self) -> list[dict[str, object]]:
         return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.learning_rate}]
 
-    @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:
-        """Held-out pairs: the asked scenes above what is drawn from their captions."""
-        scenes = [scene_at(i, seed=0, split="validation", held_out_pairs=True) for i in range(16)]
-        rng = np.random.default_rng(0)
-        captions = [write_caption(draw_facts(scene, rng, complete=1.0), rng) for scene in scenes]
-        drawn_BCYX = denoise(
-            self.diffusion,
-            self.objective.text_encoder(captions),
-            self.objective.text_encoder([""]),
-            seeds=list(range(16)),
-            draw=storybook().draw,
-            guidance_rescale=storybook().guidance_rescale,
-        )
-        true_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
-        save_sheet(path, [true_BCYX[:8], drawn_BCYX[:8], true_BCYX[8:], drawn_BCYX[8:]])
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
 
     def save(self, folder: Path) -> None:
         model_folder.save_diffusion(self.diffusion, folder)

@@ -23,7 +23,7 @@ LATENT_NOISE = 0.05
 
 
 class VaeObjective(nn.Module):
-    """L1, a little L2 against colour drift, and the L1 of the gradients for crispness; sprites count threefold."""
+    """Reconstruction of crops."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -31,18 +31,23 @@ class VaeObjective(nn.Module):
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         pixels_BCYX = to_tensor(batch["pixels"]).to(self.vae.device)
-        weight_B1YX = 1 + 2 * torch.as_tensor(batch["inside"]).to(self.vae.device).float()
-        weight_B1YX = weight_B1YX / weight_B1YX.mean()
         latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode().float()
         decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * normal_like(latents_BCYX)).sample.float()
-        error_BCYX = decoded_BCYX - pixels_BCYX
-        l1 = (error_BCYX.abs() * weight_B1YX).mean()
-        l2 = (error_BCYX.square() * weight_B1YX).mean()
-        rows, columns = error_BCYX.diff(dim=2), error_BCYX.diff(dim=3)
-        gradient = (rows.abs() * weight_B1YX[:, :, 1:]).mean() + (columns.abs() * weight_B1YX[..., 1:]).mean()
+        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, batch["inside"])
         size = 1e-4 * latents_BCYX.square().mean()  # keeps the latents' scale from wandering
-        loss = l1 + l2 + gradient + size
-        return {"loss": loss, "l1": l1, "mse": error_BCYX.square().mean(), "gradient": gradient}
+        return {**losses, "loss": losses["loss"] + size}
+
+
+def reconstruction_losses(decoded_BCYX: Tensor, pixels_BCYX: Tensor, inside_B1YX: object) -> dict[str, Tensor]:
+    """L1, a little L2 against colour drift, and the L1 of the gradients for crispness; inside of sprites threefold."""
+    weight_B1YX = 1 + 2 * torch.as_tensor(inside_B1YX).to(pixels_BCYX.device).float()
+    weight_B1YX = weight_B1YX / weight_B1YX.mean()
+    error_BCYX = decoded_BCYX - pixels_BCYX
+    l1 = (error_BCYX.abs() * weight_B1YX).mean()
+    l2 = (error_BCYX.square() * weight_B1YX).mean()
+    rows, columns = error_BCYX.diff(dim=2), error_BCYX.diff(dim=3)
+    gradient = (rows.abs() * weight_B1YX[:, :, 1:]).mean() + (columns.abs() * weight_B1YX[..., 1:]).mean()
+    return {"loss": l1 + l2 + gradient, "l1": l1, "mse": error_BCYX.square().mean(), "gradient": gradient}
 
 
 class VaeStage:
@@ -51,14 +56,10 @@ class VaeStage:
         self.preset = preset
         goes_on = parts.start or parts.decoder
         self.vae = load_vae(parts.need("vae")) if goes_on else new_storybook_vae()
-        if preset.encoder_is_frozen:
-            self.vae.encoder.requires_grad_(False)
-            self.vae.quant_conv.requires_grad_(False)
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        trained = [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
-        return [{"params": trained, "lr": self.preset.learning_rate}]
+        return [{"params": list(self.vae.parameters()), "lr": self.preset.learning_rate}]
 
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:
@@ -72,8 +73,7 @@ class VaeStage:
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Write the VAE with its latents' statistics, which put them on the UNet's scale."""
-        if not self.preset.encoder_is_frozen:
-            self._measure_latents()
+        self._measure_latents()
         model_folder.save_part(self.vae, folder / "vae")
 
     def _measure_latents(self) -> None:

@@ -45,6 +45,14 @@ def build_stage(preset: Preset, parts: Parts, rows: Rows) -> loop.Stage:
         from training.stage_unet import UnetStage
 
         return UnetStage(preset, parts)
+    if preset.stage == "decoder":
+        from training.stage_decoder import DecoderStage
+
+        return DecoderStage(preset, parts)
+    if preset.stage == "distill":
+        from training.stage_distill import DistillStage
+
+        return DistillStage(preset, parts)
     from training.stage_model import ModelStage
 
     return ModelStage(preset, parts, rows)

@@ -65,7 +65,7 @@ PROMPTS = [
 
 
 def check(*rows: dict[str, object]) -> list[StoryJob | BadRow]:
-    return list(check_rows((RawRow(values=row) for row in rows), draw=CONFIG.draw))
+    return list(check_rows((RawRow(values=row) for row in rows), CONFIG))
 
 
 def new_output(folder: Path, **changes: object) -> Output:
@@ -76,7 +76,7 @@ def new_output(folder: Path, **changes: object) -> Output:
 def make_pages_here(jobs: list[StoryJob], report: Report, *, output: Output) -> Iterator[Row | None]:
     """The stages in this process, as far out of order as they can come: the last page of all stories first."""
     common = {"store": output.store, "watch": Monitor()}
-    write = Write(FakeGenerator, CONFIG.sampling, CONFIG.draw.scheduler, **common)  # type: ignore[arg-type]
+    write = Write(FakeGenerator, CONFIG.sampling, **common)  # type: ignore[arg-type]
     draw = Draw(FakeDecoder, **common)  # type: ignore[arg-type]
     written = [row for batch in write(as_table(jobs)) for row in batch.to_pylist()]
     drawn = [row for row in written for batch in draw(pa.Table.from_pylist([row])) for row in batch.to_pylist()]
@@ -164,8 +164,7 @@ def test_the_same_rows_come_out_of_every_format(tmp_path: Path) -> None:
     csv.write_csv(table, tmp_path / "rows.csv")
     parquet.write_table(table, tmp_path / "rows.parquet")
     found = [
-        list(check_rows(read_rows(str(tmp_path / f"rows.{ending}")), draw=CONFIG.draw))
-        for ending in ("jsonl", "csv", "parquet")
+        list(check_rows(read_rows(str(tmp_path / f"rows.{ending}")), CONFIG)) for ending in ("jsonl", "csv", "parquet")
     ]
     assert found[0] == found[1] == found[2] == check(*rows)
     (tmp_path / "uri.jsonl").write_text("{}")
@@ -175,11 +174,11 @@ def test_the_same_rows_come_out_of_every_format(tmp_path: Path) -> None:
 def test_unreadable_rows_cost_only_themselves(tmp_path: Path) -> None:
     lines = [b'{"prompt": "a fox"}', b'{"prompt": "an ow', b'"just text"', b'{"prompt": "\xff"}', b"[" * 100_000]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
-    checked = list(check_rows(read_rows(str(tmp_path / "rows.jsonl")), draw=CONFIG.draw))
+    checked = list(check_rows(read_rows(str(tmp_path / "rows.jsonl")), CONFIG))
     assert [type(row) for row in checked] == [StoryJob] + [BadRow] * 4
     assert all("is unreadable" in row.error for row in checked if isinstance(row, BadRow))
     (tmp_path / "rows.csv").write_text("id,prompt\n1,a fox\n2,an owl, and more\n3,a cat\n")
-    checked = list(check_rows(read_rows(str(tmp_path / "rows.csv")), draw=CONFIG.draw))
+    checked = list(check_rows(read_rows(str(tmp_path / "rows.csv")), CONFIG))
     assert [type(row) for row in checked] == [StoryJob, BadRow, StoryJob]
 
 
@@ -306,7 +305,7 @@ def test_a_story_that_broke_off_in_its_text_goes_on_from_the_pages_that_are_stor
 
 
 def new_writer(store: PageStore, watch: Monitor | None = None) -> Write:
-    return Write(FakeGenerator, CONFIG.sampling, CONFIG.draw.scheduler, store=store, watch=watch or Monitor())
+    return Write(FakeGenerator, CONFIG.sampling, store=store, watch=watch or Monitor())
 
 
 def test_a_finished_story_keeps_its_text_and_gets_a_picture_for_each_page(tmp_path: Path) -> None:
@@ -415,7 +414,7 @@ def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> 
         options = {"store": output.store, "watch": Monitor(), "reach": reached.add}
 
         def make_pages(jobs: list[StoryJob], report: Report, options: dict[str, object] = options) -> Iterator[Row]:
-            write = Write(FakeGenerator, CONFIG.sampling, CONFIG.draw.scheduler, **options)  # type: ignore[arg-type]
+            write = Write(FakeGenerator, CONFIG.sampling, **options)  # type: ignore[arg-type]
             for row in write.write(jobs[0]):
                 yield Draw(FakeDecoder, **options).draw(row) if row["page"] else row  # type: ignore[arg-type]
             raise RuntimeError("the cluster is gone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import shutil
 import threading
@@ -46,8 +47,7 @@ def new_jobs(num: int, *, pages: int, steps: int, config: ModelConfig, first_see
             prompt=f"A {WHO[index % len(WHO)]} who finds a {WHAT[index // len(WHO) % len(WHAT)]}",
             pages=pages,
             seed=first_seed + index,
-            steps=steps,
-            guidance_scale=config.draw.guidance_scale,
+            **dataclasses.asdict(config.draw_settings({"steps": steps})),
         )
         for index in range(num)
     ]
@@ -125,9 +125,7 @@ def fixed_texts(model: str, config: ModelConfig, jobs: list[StoryJob], pictures:
         request = StoryRequest(prompt=(job.prompt,), pages=job.pages, seed=job.seed, sampling=config.sampling)
         async for event in generator.generate(request):
             if isinstance(event, Vokens):
-                settings = DrawSettings(
-                    steps=job.steps, guidance_scale=job.guidance_scale, scheduler=config.draw.scheduler
-                )
+                settings = DrawSettings(steps=job.steps, guidance_scale=job.guidance_scale, scheduler=job.scheduler)
                 seed = page_seed(job.seed, event.page)
                 pictures.append(DrawRequest(vokens=event, seed=seed, settings=settings))
 

@@ -72,7 +72,7 @@ def run_job(source: str, output: str) -> None:
         generator=Pool(load=load_tiny_generator), decoder=Pool(load=load_tiny_decoder), limits=Limits(restarts=1000)
     )
     report = illustrate.illustrate(
-        check_rows(read_rows(source), draw=config.draw),
+        check_rows(read_rows(source), config),
         place,
         make_pages=partial(illustrate.make_pages_on_ray, config=config, engines=engines, output=place),
         say=partial(print, flush=True),
@@ -90,10 +90,10 @@ def make_reference(source: Path, output: Path) -> dict[str, list[dict[str, Any]]
     from tests.tiny import tiny_config
 
     config, store, watch = tiny_config(), PageStore(str(output)), Monitor()
-    write = Write(load_tiny_generator, config.sampling, config.draw.scheduler, store=store, watch=watch)
+    write = Write(load_tiny_generator, config.sampling, store=store, watch=watch)
     draw = Draw(load_tiny_decoder, store=store, watch=watch)
     stories = {}
-    for job in check_rows(read_rows(str(source)), draw=config.draw):
+    for job in check_rows(read_rows(str(source)), config):
         assert isinstance(job, StoryJob)
         pages = [draw.draw(row) for row in write.write(job) if row["page"]]
         stories[job.id] = [

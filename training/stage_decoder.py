@@ -1,0 +1,88 @@
+"""Stage "decoder": latents as the UNet leaves them -> pictures. The VAE's way back alone: latents stay valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minigpt5 import model_folder
+from minigpt5.base_models import resolve
+from minigpt5.config import storybook
+from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, normal_like
+from minigpt5.text_encoder import TextEncoder
+from training.data import Batch
+from training.parts import Parts
+from training.presets import Preset
+from training.sheet import save_captioned_sheet, to_tensor
+from training.stage_vae import reconstruction_losses
+
+
+class DecoderObjective(nn.Module):
+    """Reconstruction of crops from latents that were noised, and cleaned by the UNet in one step.
+
+    A decoder that has seen exact latents alone paints what the UNet smears as smears; this one learns what was meant.
+    Noise up to `Preset.last_timestep` only: beyond it the UNet puts things elsewhere, and there is no right picture.
+    """
+
+    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, preset: Preset) -> None:
+        super().__init__()
+        self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
+        diffusion.requires_grad_(False)
+        for part in (diffusion.vae.post_quant_conv, diffusion.vae.decoder):
+            part.requires_grad_(True)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        device = self.diffusion.unet.device
+        pixels_BCYX = to_tensor(batch["pixels"]).to(device)
+        with torch.no_grad():
+            latents_BCYX = self._cleaned(pixels_BCYX, self.text_encoder(batch["caption"])).float()
+        pixels_per_latent = pixels_BCYX.shape[-1] // latents_BCYX.shape[-1]
+        corners_BN2 = np.asarray(batch["corners"]) // pixels_per_latent
+        latents_BCYX = _crops(latents_BCYX, corners_BN2, self.preset.crop_px // pixels_per_latent)
+        pixels_BCYX, inside_B1YX = (
+            _crops(whole, corners_BN2 * pixels_per_latent, self.preset.crop_px)
+            for whole in (pixels_BCYX, torch.as_tensor(batch["inside"]).to(device))
+        )
+        return reconstruction_losses(self.diffusion.to_raw_pixels(latents_BCYX).float(), pixels_BCYX, inside_B1YX)
+
+    def _cleaned(self, pixels_BCYX: Tensor, condition_BQD: Tensor) -> Tensor:
+        """The UNet's guess at a picture's latents, less often of those under more noise."""
+        latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
+        shares_B = torch.rand(len(latents_BCYX)).square()
+        timesteps = (shares_B * self.preset.last_timestep).long().to(latents_BCYX.device)
+        return self.diffusion.cleaned(latents_BCYX, condition_BQD, noise=normal_like(latents_BCYX), timesteps=timesteps)
+
+
+class DecoderStage:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
+        torch.manual_seed(preset.seed)
+        config = storybook()
+        vae, unet = load_vae(parts.need("vae")), load_unet(parts.need("unet"))
+        self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
+        text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
+        self.preset = preset
+        self.objective = DecoderObjective(self.diffusion, text_encoder, preset)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        trained = [parameter for parameter in self.diffusion.vae.parameters() if parameter.requires_grad]
+        return [{"params": trained, "lr": self.preset.learning_rate}]
+
+    def draw_sheet(self, path: Path) -> None:
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
+
+    def save(self, folder: Path) -> None:
+        model_folder.save_diffusion(self.diffusion, folder)
+
+
+def _crops(whole_BCYX: Tensor, corners_BN2: np.ndarray, side: int) -> Tensor:
+    """N squares of each, from their rows and columns on: (B N, C, side, side)."""
+    return torch.stack(
+        [
+            whole_CYX[:, row : row + side, column : column + side]
+            for whole_CYX, corners_N2 in zip(whole_BCYX, corners_BN2.tolist(), strict=True)
+            for row, column in corners_N2
+        ]
+    )

@@ -1,0 +1,118 @@
+"""Stage "distill": the guided UNet -> one that draws as it does in DISTILLED_DRAW.steps unguided steps."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt5 import model_folder
+from minigpt5.base_models import resolve
+from minigpt5.config import storybook
+from minigpt5.denoising import guide
+from minigpt5.diffusion import (
+    Diffusion,
+    load_distilled,
+    load_unet,
+    load_vae,
+    new_storybook_scheduler,
+    normal_like,
+)
+from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.text_encoder import TextEncoder
+from training.data import Batch
+from training.parts import Parts
+from training.presets import Preset
+from training.sheet import save_captioned_sheet, to_tensor
+
+
+class DistillObjective(nn.Module):
+    """Progressive distillation (arXiv 2202.00512) of guidance and steps at once: from noised latents, at one of the
+    timesteps that the distilled UNet draws at, its step is to end where `Preset.teacher_steps` guided steps of the
+    UNet do."""
+
+    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, preset: Preset) -> None:
+        super().__init__()
+        self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
+        diffusion.requires_grad_(False)
+        assert diffusion.distilled is not None
+        self.student = diffusion.distilled.requires_grad_(True)
+        self.config = storybook()
+        scheduler = diffusion.scheduler
+        scheduler.set_timesteps(DISTILLED_DRAW.steps * preset.teacher_steps)
+        self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
+        """Of the teacher's steps, and -1 for what has no noise."""
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        diffusion = self.diffusion
+        with torch.no_grad():
+            clean_BCYX = diffusion.to_latents(to_tensor(batch["pixels"]).to(diffusion.unet.device))
+            condition_BQD = self.text_encoder(batch["caption"])
+            first_B = torch.randint(DISTILLED_DRAW.steps, (len(clean_BCYX),)) * self.preset.teacher_steps
+            noise_BCYX = normal_like(clean_BCYX)
+            begin_BCYX = diffusion.scheduler.add_noise(clean_BCYX, noise_BCYX, self.timesteps[first_B])
+            end_BCYX = self._go_on(begin_BCYX, condition_BQD, first_B)
+            target_BCYX = self._velocity(begin_BCYX, end_BCYX, first_B)
+        predicted_BCYX = self.student(
+            begin_BCYX, self.timesteps[first_B].to(begin_BCYX.device), encoder_hidden_states=condition_BQD
+        ).sample
+        return {"loss": F.mse_loss(predicted_BCYX.float(), target_BCYX.float())}
+
+    def _go_on(self, latents_BCYX: Tensor, condition_BQD: Tensor, first_B: Tensor) -> Tensor:
+        """The teacher's way over one step of the student."""
+        null_BQD = self.text_encoder([""]).expand_as(condition_BQD)
+        for number in range(self.preset.teacher_steps):
+            timesteps = self.timesteps[first_B + number].to(latents_BCYX.device)
+            predicted = self.diffusion.unet(
+                torch.cat([latents_BCYX] * 2),
+                torch.cat([timesteps] * 2),
+                encoder_hidden_states=torch.cat([condition_BQD, null_BQD]),
+            ).sample
+            conditional, unconditional = predicted.chunk(2)
+            velocity_BCYX = guide(
+                conditional, unconditional, scale=self.config.draw.guidance_scale, rescale=self.config.guidance_rescale
+            )
+            signal, noise = self._levels(first_B + number)
+            next_signal, next_noise = self._levels(first_B + number + 1)
+            clean_BCYX = signal * latents_BCYX - noise * velocity_BCYX
+            noise_BCYX = noise * latents_BCYX + signal * velocity_BCYX
+            latents_BCYX = next_signal * clean_BCYX + next_noise * noise_BCYX
+        return latents_BCYX
+
+    def _velocity(self, begin_BCYX: Tensor, end_BCYX: Tensor, first_B: Tensor) -> Tensor:
+        """The prediction with which one step leads from `begin` to `end`."""
+        signal, noise = self._levels(first_B)
+        end_signal, end_noise = self._levels(first_B + self.preset.teacher_steps)
+        stays = end_signal * signal + end_noise * noise
+        return (end_BCYX - stays * begin_BCYX) / (end_noise * signal - end_signal * noise)
+
+    def _levels(self, numbers_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left of the signal, and the noise, at the teacher's timesteps of these numbers: (B, 1, 1, 1) each."""
+        alphas = torch.cat([self.diffusion.scheduler.alphas_cumprod, torch.ones(1)])  # the last is timestep -1
+        alpha_bar_B111 = alphas[self.timesteps[numbers_B]].view(-1, 1, 1, 1).to(self.diffusion.unet.device)
+        return alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()
+
+
+class DistillStage:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
+        torch.manual_seed(preset.seed)
+        config = storybook()
+        folder = parts.need("unet")
+        unet = load_unet(folder)
+        distilled = load_distilled(folder) or copy.deepcopy(unet)
+        self.diffusion = Diffusion(load_vae(parts.need("vae")), unet, new_storybook_scheduler(), distilled)
+        text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
+        self.preset = preset
+        self.objective = DistillObjective(self.diffusion, text_encoder, preset)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return [{"params": list(self.objective.student.parameters()), "lr": self.preset.learning_rate}]
+
+    def draw_sheet(self, path: Path) -> None:
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, DISTILLED_DRAW)
+
+    def save(self, folder: Path) -> None:
+        model_folder.save_diffusion(self.diffusion, folder)
