@@ -74,7 +74,8 @@ def tiny_mapper(config: ModelConfig) -> Mapper:
     return Mapper(config)
 
 
-def tiny_diffusion(config: ModelConfig) -> Diffusion:
+def tiny_diffusion(config: ModelConfig, *, is_distilled: bool = False) -> Diffusion:
+    """`is_distilled`: with a second UNet."""
     torch.manual_seed(3)
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8),
@@ -86,19 +87,22 @@ def tiny_diffusion(config: ModelConfig) -> Diffusion:
         sample_size=32,
         mid_block_add_attention=False,
     )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 16),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=config.condition_width,
-        attention_head_dim=2,
-        norm_num_groups=4,
+    unet, distilled = (
+        UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(16, 16),
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+            cross_attention_dim=config.condition_width,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+        for _ in range(2)
     )
-    return Diffusion(vae, unet, new_storybook_scheduler()).eval()
+    return Diffusion(vae, unet, new_storybook_scheduler(), distilled if is_distilled else None).eval()
 
 
 def save_tiny(folder: Path) -> ModelConfig:

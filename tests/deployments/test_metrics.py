@@ -22,7 +22,9 @@ MODEL = default_model_folder()
 METRICS_PORT = 18397
 PROMPTS = ("A fox", "The owl", "One bear", "Two cats", "Our dog", "Some lion")
 """Stories that have nothing in common but how every prompt begins."""
-TIMEOUT_S = 60
+ROUNDS = 4
+"""Which generator a story goes to is drawn anew in every run: one in thirty has all six at one of them."""
+ROUND_S = 30
 
 
 def test_a_story_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +88,8 @@ def test_calls_of_one_story_go_to_the_generator_that_has_its_beginning(
         events.cancel()
         return text
 
-    async def write_page_by_page(index: int) -> int:
-        """As many calls as pages; what all but the first of them read again, in characters."""
+    async def write_page_by_page(index: int, session: str) -> None:
+        """As many calls as pages: all but the first of them bring what is written already."""
         pages: tuple[Page, ...] = ()
         for number in range(1, 4):
             story = StoryRequest(
@@ -95,28 +97,32 @@ def test_calls_of_one_story_go_to_the_generator_that_has_its_beginning(
                 pages=4 - len(pages),
                 seed=index,
                 previous=pages,
-                session=f"story_{index}",
+                session=session,
                 sampling=Sampling(max_page_tokens=12),
             )
             pages = (*pages, Page(index=number, text=(await write_page(story)).strip()))
-        return sum(len(page.text) * (2 - index) for index, page in enumerate(pages[:2]))
+        assert sum(len(page.text) for page in pages[:2])
 
-    async def write_all() -> None:
+    async def write_all(number: int) -> None:
         for index in range(len(PROMPTS)):
-            assert await write_page_by_page(index)
+            await write_page_by_page(index, f"story_{number}_{index}")
 
-    asyncio.run(write_all())
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        counters = read_counters()
-        prompts = {who: value for (name, who), value in counters.items() if name == "minigpt5_prompt_tokens"}
-        reused = {who: value for (name, who), value in counters.items() if name == "minigpt5_prompt_tokens_reused"}
-        gauges = {name for name, _ in counters}
-        in_flight = [value for (name, _), value in counters.items() if name == "minigpt5_requests_in_flight"]
-        if len(prompts) == 2 and len(reused) == 2 and not any(in_flight):
-            break
-        assert time.monotonic() < deadline, counters
-        time.sleep(1)
-    assert {"minigpt5_requests_in_flight", "minigpt5_queue_cost"} <= gauges
+    for number in range(ROUNDS):
+        asyncio.run(write_all(number))
+        deadline = time.monotonic() + ROUND_S
+        while time.monotonic() < deadline:
+            counters = read_counters()
+            prompts = {who: value for (name, who), value in counters.items() if name == "minigpt5_prompt_tokens"}
+            reused = {who: value for (name, who), value in counters.items() if name == "minigpt5_prompt_tokens_reused"}
+            in_flight = [value for (name, _), value in counters.items() if name == "minigpt5_requests_in_flight"]
+            if len(prompts) == 2 and len(reused) == 2 and not any(in_flight):
+                break
+            time.sleep(1)
+        else:
+            continue
+        break
+    else:
+        pytest.fail(f"both generators were to be called: {prompts}, {reused}")
+    assert {"minigpt5_requests_in_flight", "minigpt5_queue_cost"} <= {name for name, _ in counters}
     # Of a story's three calls the second and the third find all but their last page; at the wrong one, next to nothing.
     assert sum(reused.values()) / sum(prompts.values()) > 0.6, (prompts, reused)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minigpt5 import MiniGPT5
-from minigpt5.types import DrawSettings
+from minigpt5.types import DISTILLED, DrawSettings
 
 COMMON = ["steps=1", "batch_size=2", "num_threads=2", "warmup_steps=1", "log_every=1"]
 
@@ -27,7 +27,7 @@ def train(stage: str, runs: Path, *options: str) -> Path:
 @pytest.mark.cluster
 @pytest.mark.timeout(3600)
 def test_from_nothing_to_a_model(tmp_path: Path) -> None:
-    for stage in ("vae", "unet", "vision", "align", "learn", "refine"):
+    for stage in ("vae", "unet", "decoder", "distill", "vision", "align", "learn", "refine"):
         folder = train(stage, tmp_path)
     again = train("refine", tmp_path / "again", "--start", str(folder), "--decoder", str(tmp_path / "unet" / "model"))
     for finished in (folder, again):
@@ -36,3 +36,5 @@ def test_from_nothing_to_a_model(tmp_path: Path) -> None:
         assert story.pages[0].text and story.pages[0].picture
         picture = model.draw(model.vokens("a fox in the snow"), seed=1, settings=DrawSettings(steps=2))
         assert picture.png.startswith(b"\x89PNG")
+    assert MiniGPT5.from_pretrained(folder).config.default_draw.scheduler == DISTILLED
+    assert MiniGPT5.from_pretrained(again).config.draw_distilled is None, "it was distilled from another UNet"

@@ -1,0 +1,110 @@
+"""Stages "decoder" and "distill": what they learn from, and that they change nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt5.config import storybook
+from minigpt5.denoising import Denoising, advance
+from minigpt5.diffusion import Diffusion
+from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.types import DrawSettings
+from tests.tiny import tiny_config, tiny_diffusion
+from training.data import StorybookRows, batch_at
+from training.presets import STORYBOOK
+from training.stage_decoder import DecoderObjective
+from training.stage_distill import DistillObjective
+
+
+class SomeStates:
+    """Stands in for the text encoder at the tiny model's width: a caption's own noise."""
+
+    def __init__(self) -> None:
+        self.config = tiny_config()
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        shape = (self.config.condition_length, self.config.condition_width)
+        seeds = [sum(caption.encode()) for caption in captions]
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def trained_parts(diffusion: Diffusion) -> set[str]:
+    """First and second part of the names of what has a gradient."""
+    names = (name.split(".")[:2] for name, p in diffusion.named_parameters() if p.grad is not None and p.grad.any())
+    return {".".join(parts) for parts in names}
+
+
+def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
+    preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=2)
+    diffusion = tiny_diffusion(tiny_config())
+    diffusion.unet.requires_grad_(True)  # as it is loaded
+    objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    losses = objective(batch_at(StorybookRows(preset), 0, 2), 0.0)
+    losses["loss"].backward()
+    assert trained_parts(diffusion) == {"vae.decoder", "vae.post_quant_conv"}
+
+
+def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=2)
+    diffusion = tiny_diffusion(tiny_config())
+    objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
+    # The picture itself, shrunk to the latents' size, in the place of latents: "decoding" makes it large again.
+    monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition: pixels[:, :, ::4, ::4])
+    monkeypatch.setattr(
+        diffusion, "to_raw_pixels", lambda latents: latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    )
+    batch = batch_at(StorybookRows(preset), 0, 2)
+    right = objective(batch, 0.0)["l1"].item()
+    monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition: pixels[:, :, ::4, ::4].roll(4, dims=3))
+    assert right < 0.5 * objective(batch, 0.0)["l1"].item()
+    assert np.asarray(batch["corners"]).shape == (2, 2, 2)
+
+
+def new_distill(teacher_steps: int) -> tuple[Diffusion, DistillObjective]:
+    preset = dataclasses.replace(STORYBOOK["distill"], batch_size=3, teacher_steps=teacher_steps)
+    diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
+    return diffusion, DistillObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("teacher_steps", [1, 2, 5])
+def test_a_step_that_meets_its_target_ends_where_the_teachers_steps_do(teacher_steps: int) -> None:
+    """Against the samplers that serve: guided steps of the UNet on one side, one unguided step on the other."""
+    diffusion, objective = new_distill(teacher_steps)
+    config, encode = storybook(), SomeStates()
+    condition_QD, null_1QD = encode(["a fox"])[0], encode([""])
+    guided = DrawSettings(
+        steps=DISTILLED_DRAW.steps * teacher_steps, guidance_scale=config.draw.guidance_scale, scheduler="ddim"
+    )
+    teacher = Denoising(diffusion, condition_QD, seed=1, draw=guided, guidance_rescale=config.guidance_rescale)
+    student = Denoising(diffusion, condition_QD, seed=1, draw=DISTILLED_DRAW, guidance_rescale=0.0)
+    for number in range(DISTILLED_DRAW.steps):
+        first_B = torch.tensor([number * teacher_steps])
+        with torch.no_grad():
+            end_BCYX = objective._go_on(student.latents_1CYX, condition_QD[None], first_B)
+            velocity_BCYX = objective._velocity(student.latents_1CYX, end_BCYX, first_B)
+        student.take(velocity_BCYX, None)
+        for _ in range(teacher_steps):
+            advance(diffusion, [teacher], null_1QD)
+        assert torch.allclose(student.latents_1CYX, teacher.latents_1CYX, atol=1e-3), number
+
+
+def test_the_distilled_unet_alone_learns_and_comes_nearer_to_its_teacher() -> None:
+    diffusion, objective = new_distill(2)
+    batch = batch_at(StorybookRows(objective.preset), 0, 3)
+    optimizer = torch.optim.AdamW(objective.student.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        torch.manual_seed(0)
+        loss = objective(batch, 0.0)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        if len(losses) == 1:
+            assert {name.split(".")[0] for name in trained_parts(diffusion)} == {"distilled"}
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0], losses
