@@ -29,7 +29,7 @@ from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.fair_share import FairShare
 from minigpt5.mapper import Mapper
 from minigpt5.threads import Team, single_thread
-from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress
+from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress, Vokens
 
 NUM_PREVIEWS = 3
 """Of a picture, where they are asked for."""
@@ -185,7 +185,7 @@ class DiffusionDecoder:
         return [
             Denoising(
                 self.diffusion,
-                self._map(request),
+                self.condition(request.vokens),
                 seed=request.seed,
                 draw=request.settings,
                 guidance_rescale=self.config.guidance_rescale,
@@ -193,9 +193,10 @@ class DiffusionDecoder:
             for request in requests
         ]
 
-    def _map(self, request: DrawRequest) -> Tensor:
-        """The picture's condition: (Q, D). Each by itself, so that its bits are its own."""
-        states_VH = torch.from_numpy(request.vokens.hidden_VH).float().to(self._null_1QD.device)
+    @torch.no_grad()
+    def condition(self, vokens: Vokens) -> Tensor:
+        """What the UNet reads of a picture's vokens: (Q, D). Each by itself, so that its bits are its own."""
+        states_VH = torch.from_numpy(vokens.hidden_VH).float().to(self._null_1QD.device)
         return self.mapper(states_VH[None])[0]
 
     def _tell(self, job: _Job, denoising: Denoising) -> None:

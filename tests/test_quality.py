@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from minigpt5.config import default_model_folder
+from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.decoder import DiffusionDecoder
 from minigpt5.generator import VokenGenerator
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.storybook.scenes import draw_scene, is_held_out
 from minigpt5.storybook.scorer import load_scorer
+from minigpt5.storybook.stories import story_at
 from minigpt5.types import DrawSettings
-from tests.bench import quality
+from tests.bench import quality, referring
 from tests.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
 
 FLOORS = {"who": 0.75, "what": 0.75, "side": 0.85, "place": 0.9, "time": 0.9}
@@ -89,6 +91,18 @@ def test_captions_ask_for_held_out_pairs_and_say_every_fact(asked: list[quality.
         assert re.search("left|right", one.caption)
 
 
+class StatesOfNothing(torch.nn.Module):
+    """Stands in for the text encoder, at the tiny model's width."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.shape, self.num_positions = (config.condition_length, config.condition_width), 32
+        self.tokenizer = lambda text: {"input_ids": text.split()}
+
+    def forward(self, captions: list[str]) -> torch.Tensor:
+        return torch.zeros(len(captions), *self.shape)
+
+
 def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
     """On a tiny model with random weights that draws 128 px in two steps."""
     config = replace(tiny_config(), image_px=128, draw=DrawSettings(steps=2))
@@ -99,13 +113,21 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
         DiffusionDecoder(config, tiny_mapper(config), diffusion),
     )
     out = tmp_path / "bench" / "quality.json"
-    quality.save_report(out, quality.measure(model, load_scorer(), 2, 1, 1), command="python -m tests.bench.quality")
+    nums = quality.Nums(captions=2, stories=1, references=2, scenes=1)
+    figures = quality.measure(model, load_scorer(), StatesOfNothing(config), nums)
+    quality.save_report(out, figures, command="python -m tests.bench.quality")
     report = json.loads(out.read_text())
     assert set(report) == {"ratios", "figures", "machine", "command"}
     assert report["machine"]["threads"] == 1
     assert report["figures"]["understanding"]["who"]["num"] == 1
     stories = report["figures"]["stories"]
     assert stories["pictures"]["who"]["num"] > 0 and stories["stories_with_the_prompts_cast"]["num"] == 1
+    assert set(report["figures"]["reference"]) == {
+        "vokens",
+        "vokens_after_another_beginning",
+        "page_through_text_encoder",
+        "page_and_earlier_ones_through_text_encoder",
+    }
     for pairs in ("held_out_pairs", "seen_pairs"):
         figures = report["figures"][pairs]
         assert figures["accuracy"]["true"]["who"]["share"] == 1
@@ -117,3 +139,22 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
 def test_the_bench_refuses_what_it_cannot_do(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main(arguments)
+
+
+def test_pages_are_told_apart_by_what_they_name_and_what_they_refer_to() -> None:
+    """With a scorer that sees what a page's text says and nothing else: all that is named, nothing that is not."""
+    stories = [
+        story_at(index, seed=referring.SEED, split="heldout", num_pages=referring.NUM_PAGES) for index in range(20)
+    ]
+    pages = [
+        referring.AskedPage(story=story, other=stories[0], number=number)
+        for story in stories
+        for number in range(1, referring.NUM_PAGES)
+    ]
+    found = referring._shares(pages, [facts_in(page.text) for page in pages])
+    named, referred = found["named"]["all"], found["referred_to"]["all"]
+    assert (named["share"], referred["share"]) == (1.0, 0.0)
+    assert found["referred_over_named"] == 0
+    assert min(named["num"], referred["num"]) > 0.2 * len(referring.FACTS) * len(pages), "few of one kind"
+    whole = referring._shares(pages, [page.facts for page in pages])
+    assert whole["referred_over_named"] == 1

@@ -1,13 +1,14 @@
-"""How good a model is: `python -m tests.bench.quality [--num 500] [--stories 50] [--scenes 100] [--base]
+"""How good a model is: `python -m tests.bench.quality [--num 500] [--stories 50] [--references 50] [--scenes 100]
 [--model FOLDER]`.
 
 Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
-Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and with --base from
-pictures of the same facts through the diffusion model's own text encoder; its lead is the alignment gap, in points.
+Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and from pictures of
+the same facts through the diffusion model's own text encoder; its lead is the alignment gap, in points.
 
 Stories are written by the model itself from held-out prompts; a parser of the world's language keeps cast, place and
-time so far, and the scorer says whether each page's picture shows them. Last, the model describes scenes.
+time so far, and the scorer says whether each page's picture shows them. Given stories say how well pictures show what
+their pages only refer to (referring.py). Last, the model describes scenes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import dataclasses
 import io
 import json
-import math
 import os
 import platform
 import sys
@@ -41,6 +41,8 @@ from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_picture
 from minigpt5.storybook.stories import page_facts, story_at
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
+from tests.bench.referring import reference
+from tests.bench.shares import share
 
 SEED = 2310
 BATCH_SIZE = 8
@@ -80,7 +82,7 @@ def draw(model: MiniGPT5, asked: Sequence[Asked]) -> np.ndarray:
     pictures = []
     for start in range(0, len(asked), BATCH_SIZE):
         requests = [
-            DrawRequest(vokens=model.vokens(one.caption), seed=one.seed, settings=model.config.draw)
+            DrawRequest(vokens=model.vokens(one.caption), seed=one.seed, settings=model.config.default_draw)
             for one in asked[start : start + BATCH_SIZE]
         ]
         pictures += [picture.png for picture in model.decoder.draw(requests)]
@@ -98,7 +100,7 @@ def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) 
             text_encoder([canonical_caption(one.facts) for one in batch]),
             text_encoder([""]),
             seeds=[one.seed for one in batch],
-            draw=model.config.draw,
+            draw=model.config.default_draw,
             guidance_rescale=model.config.guidance_rescale,
         )
         pictures.append(to_pixels(drawn_BCYX))
@@ -173,15 +175,6 @@ def accuracy(scorer: Scorer, pixels: np.ndarray, asked: Sequence[Asked]) -> dict
     return {name: share(num, len(pairs)) for name, num in right.items()}
 
 
-def share(num_right: int, num: int) -> dict[str, float]:
-    """A share with its Wilson 95 % interval."""
-    z, p = 1.959964, num_right / num
-    middle = (p + z * z / (2 * num)) / (1 + z * z / num)
-    reach = z * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num)) / (1 + z * z / num)
-    low, high = max(0.0, middle - reach), min(1.0, middle + reach)
-    return {"share": round(p, 4), "low": round(low, 4), "high": round(high, 4), "num": num}
-
-
 def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
     """Mean crispness of the asked character, of the asked object and of both."""
     values = [
@@ -197,14 +190,23 @@ def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
     }
 
 
-def measure(
-    model: MiniGPT5, scorer: Scorer, num: int, num_stories: int, num_scenes: int, text_encoder: nn.Module | None = None
-) -> dict[str, object]:
-    """All figures of this bench; the base's where its text encoder is given."""
+@dataclass(frozen=True, kw_only=True)
+class Nums:
+    """Of what is measured; 0: not at all, but for the captions."""
+
+    captions: int
+    stories: int
+    references: int
+    scenes: int
+
+
+def measure(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, nums: Nums) -> dict[str, object]:
+    """All figures of this bench; `text_encoder`: the diffusion model's own."""
+    num = nums.captions
     figures: dict[str, object] = {
         "model": model.config.name,
         "fingerprint": model.config.fingerprint,
-        "draw": dataclasses.asdict(model.config.draw),
+        "draw": dataclasses.asdict(model.config.default_draw),
     }
     for name, held_out_pairs in (("held_out_pairs", True), ("seen_pairs", False)):
         asked = ask(num, held_out_pairs=held_out_pairs)
@@ -213,14 +215,12 @@ def measure(
         start = time.monotonic()
         drawn = draw(model, asked)
         seconds = (time.monotonic() - start) / num
-        kinds = {"drawn": drawn, "reconstructed": again, "true": true}
-        if text_encoder:
-            kinds["base"] = draw_base(model, text_encoder, asked)
+        base = draw_base(model, text_encoder, asked)
+        kinds = {"drawn": drawn, "reconstructed": again, "true": true, "base": base}
         shares = {kind: accuracy(scorer, pixels, asked) for kind, pixels in kinds.items()}
         gap = {
             fact: round(100 * (shares["base"][fact]["share"] - of_drawn["share"]), 1)
             for fact, of_drawn in shares["drawn"].items()
-            if text_encoder
         }
         figures[name] = {
             "accuracy": shares,
@@ -228,10 +228,12 @@ def measure(
             "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
             "seconds_a_picture": round(seconds, 3),
         }
-    if num_stories:
-        figures["stories"] = agreement(model, scorer, num_stories)
-    if num_scenes:
-        figures["understanding"] = understanding(model, num_scenes)
+    if nums.stories:
+        figures["stories"] = agreement(model, scorer, nums.stories)
+    if nums.references:
+        figures["reference"] = reference(model, scorer, text_encoder, nums.references)
+    if nums.scenes:
+        figures["understanding"] = understanding(model, nums.scenes)
     return figures
 
 
@@ -255,24 +257,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.quality", description=__doc__)
     parser.add_argument("--num", type=int, default=500, help="captions of held-out pairs, and as many of seen pairs")
     parser.add_argument("--stories", type=int, default=50, help="stories that the model writes; 0: none")
+    parser.add_argument("--references", type=int, default=50, help="given stories whose pages refer; 0: none")
     parser.add_argument("--scenes", type=int, default=100, help="scenes that the model describes; 0: none")
     parser.add_argument(
-        "--tiny", action="store_true", help=f"{TINY} captions, a story and four scenes: a check that the bench runs"
+        "--tiny", action="store_true", help=f"{TINY} captions, two stories and four scenes: a check that the bench runs"
     )
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
-    parser.add_argument("--base", action="store_true", help="draw through the diffusion model's own text encoder, too")
     options = parser.parse_args(arguments)
-    if options.num < 1 or options.stories < 0 or options.scenes < 0:
-        parser.error("--num must be at least 1, --stories and --scenes 0")
+    nums = Nums(captions=options.num, stories=options.stories, references=options.references, scenes=options.scenes)
+    if nums.captions < 1 or min(nums.stories, nums.references, nums.scenes) < 0:
+        parser.error("--num must be at least 1, --stories, --references and --scenes 0")
+    if options.tiny:
+        nums = Nums(captions=TINY, stories=1, references=1, scenes=4)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
-    nums = (TINY, 1, 4) if options.tiny else (options.num, options.stories, options.scenes)
-    base = resolve(model.config.text_encoder)
-    text_encoder = load_text_encoder(base, model.config) if options.base else None
-    figures = measure(model, load_scorer(), *nums, text_encoder)
+    text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
+    figures = measure(model, load_scorer(), text_encoder, nums)
     given = sys.argv[1:] if arguments is None else arguments
     save_report(options.out, figures, command=" ".join(["python -m tests.bench.quality", *given]))
     print(json.dumps(figures, indent=2))
