@@ -75,7 +75,8 @@ class Preset:
     first_timestep: int = 0
     """Least noise of the picture loss, and of that of "unet" until `placement_until`; above 0 it is unweighted."""
     replay_steps: int = 0
-    """Steps of the mapper alone, on remembered states, after each step on fresh rows."""
+    """Steps on what is remembered after each step on fresh rows: of the mapper alone on the language model's states, or
+    in "distill" on the teacher's."""
     replay_batch_size: int = 32
     replay_from: int = 1
     """Pictures that are remembered before any is replayed: fewer would be learnt by heart."""
@@ -167,7 +168,9 @@ STORYBOOK = {
         batch_size=16,
         learning_rate=2e-4,
         ema=0.99,
-        teacher_steps=2,
+        teacher_steps=4,
+        replay_steps=3,
+        replay_from=256,
         bf16=1,
     ),
     "vision": Preset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_captioned_sheet, to_tensor
 
+REMEMBERED = 8192
+"""Steps of the teacher, which cost more than learning from them does; half a gigabyte."""
+
 
 class DistillObjective(nn.Module):
     """Progressive distillation (arXiv 2202.00512) of guidance and steps at once: from noised latents, at one of the
@@ -45,21 +49,35 @@ class DistillObjective(nn.Module):
         scheduler.set_timesteps(DISTILLED_DRAW.steps * preset.teacher_steps)
         self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
         """Of the teacher's steps, and -1 for what has no noise."""
+        self._remembered: deque[tuple[Tensor, ...]] = deque(maxlen=REMEMBERED)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        diffusion = self.diffusion
-        with torch.no_grad():
-            clean_BCYX = diffusion.to_latents(to_tensor(batch["pixels"]).to(diffusion.unet.device))
-            condition_BQD = self.text_encoder(batch["caption"])
-            first_B = torch.randint(DISTILLED_DRAW.steps, (len(clean_BCYX),)) * self.preset.teacher_steps
-            noise_BCYX = normal_like(clean_BCYX)
-            begin_BCYX = diffusion.scheduler.add_noise(clean_BCYX, noise_BCYX, self.timesteps[first_B])
-            end_BCYX = self._go_on(begin_BCYX, condition_BQD, first_B)
-            target_BCYX = self._velocity(begin_BCYX, end_BCYX, first_B)
-        predicted_BCYX = self.student(
-            begin_BCYX, self.timesteps[first_B].to(begin_BCYX.device), encoder_hidden_states=condition_BQD
-        ).sample
+        size = len(batch["row_ids"])  # type: ignore[arg-type]
+        is_replay = (batch["step"] + 1) % (1 + self.preset.replay_steps) > 0  # type: ignore[operator]
+        if self.training and is_replay and len(self._remembered) >= self.preset.replay_from:
+            chosen = torch.randint(len(self._remembered), (size,)).tolist()
+            rows = [self._remembered[index] for index in chosen]
+        else:
+            rows = self._ask_teacher(batch)
+            if self.training:
+                self._remembered.extend(rows)
+        begin_BCYX, timesteps_B, condition_BQD, target_BCYX = (torch.stack(part) for part in zip(*rows, strict=True))
+        predicted_BCYX = self.student(begin_BCYX, timesteps_B, encoder_hidden_states=condition_BQD).sample
         return {"loss": F.mse_loss(predicted_BCYX.float(), target_BCYX.float())}
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        """For each of the batch's pictures, where a step begins: latents, timestep, condition; and the prediction with
+        which it ends where the teacher's steps do."""
+        diffusion = self.diffusion
+        clean_BCYX = diffusion.to_latents(to_tensor(batch["pixels"]).to(diffusion.unet.device))
+        condition_BQD = self.text_encoder(batch["caption"])
+        first_B = torch.randint(DISTILLED_DRAW.steps, (len(clean_BCYX),)) * self.preset.teacher_steps
+        timesteps_B = self.timesteps[first_B].to(clean_BCYX.device)
+        begin_BCYX = diffusion.scheduler.add_noise(clean_BCYX, normal_like(clean_BCYX), timesteps_B)
+        end_BCYX = self._go_on(begin_BCYX, condition_BQD, first_B)
+        target_BCYX = self._velocity(begin_BCYX, end_BCYX, first_B)
+        return list(zip(begin_BCYX, timesteps_B, condition_BQD, target_BCYX, strict=True))
 
     def _go_on(self, latents_BCYX: Tensor, condition_BQD: Tensor, first_B: Tensor) -> Tensor:
         """The teacher's way over one step of the student."""

@@ -1,7 +1,7 @@
 """What UNet calls buy: `python -m tests.bench.steps [--num 48]`.
 
-Accuracy, crispness and seconds of a picture by sampler, steps and guidance, through the vokens of a model folder,
-whose default is chosen from this table.
+Accuracy, crispness and seconds of a picture by sampler, steps and guidance, with the UNet and with the distilled one,
+through the vokens of a model folder, whose default is chosen from this table.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt5.config import default_model_folder
+from minigpt5.config import default_model_folder, fits_distilled
 from minigpt5.denoising import Denoising
 from minigpt5.diffusion import SCHEDULERS
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.scorer import Scorer, load_scorer
-from minigpt5.types import DrawRequest, DrawSettings, Vokens
+from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Vokens
 from tests.bench.quality import FACTS, Asked, accuracy, ask, crisp, machine, pixels_of
 
-STEPS = (4, 8, 15, 20, 50)
+STEPS = (1, 2, 4, 8, 20, 50)
 BATCH_SIZE = 8
 
 
@@ -80,20 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scorer, asked = load_scorer(), ask(options.num, held_out_pairs=True)
     vokens = [model.vokens(one.caption) for one in asked]
     scales = options.guidance or [1.0, model.config.draw.guidance_scale]
+    asked_for = [
+        DrawSettings(steps=steps, guidance_scale=scale, scheduler=scheduler)
+        for scheduler, scale, steps in itertools.product(options.schedulers, scales, options.steps)
+    ]
+    has_distilled = model.config.draw_distilled is not None
     rows = []
     print(
         f"{'sampler':<13} {'steps':>5} {'guidance':>8} {'samples':>7} {'s':>7}  "
         + " ".join(f"{n:>5}" for n in (*FACTS, "all", "crisp"))
     )
-    for scheduler, scale, steps in itertools.product(options.schedulers, scales, options.steps):
-        row = measure_one(
-            model, scorer, asked, vokens, DrawSettings(steps=steps, guidance_scale=scale, scheduler=scheduler)
-        )
+    for settings in asked_for:
+        if settings.scheduler == DISTILLED and not (has_distilled and fits_distilled(settings)):
+            continue
+        row = measure_one(model, scorer, asked, vokens, settings)
         rows.append(row)
         shares = [*dict(row["accuracy"]).values(), row["crispness"]]  # type: ignore[call-overload]
         print(
-            f"{scheduler:<13} {steps:>5} {scale:>8g} {row['unet_samples']:>7} {row['seconds_a_picture']:>7}  "
-            + " ".join(f"{share:5.2f}" for share in shares),
+            f"{settings.scheduler:<13} {settings.steps:>5} {settings.guidance_scale:>8g} {row['unet_samples']:>7} "
+            f"{row['seconds_a_picture']:>7}  " + " ".join(f"{share:5.2f}" for share in shares),
             flush=True,
         )
     given = sys.argv[1:] if arguments is None else arguments

@@ -66,7 +66,9 @@ def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.Mon
 
 
 def new_distill(teacher_steps: int) -> tuple[Diffusion, DistillObjective]:
-    preset = dataclasses.replace(STORYBOOK["distill"], batch_size=3, teacher_steps=teacher_steps)
+    preset = dataclasses.replace(
+        STORYBOOK["distill"], batch_size=3, teacher_steps=teacher_steps, replay_steps=3, replay_from=6
+    )
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
     return diffusion, DistillObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
 
@@ -93,6 +95,20 @@ def test_a_step_that_meets_its_target_ends_where_the_teachers_steps_do(teacher_s
         assert torch.allclose(student.latents_1CYX, teacher.latents_1CYX, atol=1e-3), number
 
 
+def test_steps_between_fresh_ones_learn_from_what_the_teacher_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusion, objective = new_distill(2)
+    asked: list[int] = []
+    ask = objective._ask_teacher
+    monkeypatch.setattr(objective, "_ask_teacher", lambda batch: asked.append(batch["step"]) or ask(batch))
+    losses = []
+    for step in range(9):
+        torch.manual_seed(step)
+        batch = batch_at(StorybookRows(objective.preset), 3 * step, 3)
+        losses.append(objective({**batch, "step": step}, 0.0)["loss"].item())
+    assert asked == [0, 1, 3, 7]
+    assert len(set(losses)) == 9, "each step draws rows of its own"
+
+
 def test_the_distilled_unet_alone_learns_and_comes_nearer_to_its_teacher() -> None:
     diffusion, objective = new_distill(2)
     batch = batch_at(StorybookRows(objective.preset), 0, 3)
@@ -100,7 +116,7 @@ def test_the_distilled_unet_alone_learns_and_comes_nearer_to_its_teacher() -> No
     losses = []
     for _ in range(30):
         torch.manual_seed(0)
-        loss = objective(batch, 0.0)["loss"]
+        loss = objective({**batch, "step": 3}, 0.0)["loss"]
         loss.backward()
         losses.append(loss.item())
         if len(losses) == 1:
