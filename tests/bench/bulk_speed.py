@@ -47,7 +47,7 @@ def new_jobs(num: int, *, pages: int, steps: int, config: ModelConfig, first_see
             prompt=f"A {WHO[index % len(WHO)]} who finds a {WHAT[index // len(WHO) % len(WHAT)]}",
             pages=pages,
             seed=first_seed + index,
-            **dataclasses.asdict(config.draw_settings({"steps": steps})),
+            **dataclasses.asdict(dataclasses.replace(config.draw, steps=steps)),
         )
         for index in range(num)
     ]

@@ -49,7 +49,7 @@ class Load:
             pages=self.pages,
             seed=1000 + index,
             sampling=sampling,
-            draw=config.draw_settings({"steps": steps}),
+            draw=dataclasses.replace(config.draw, steps=steps),
         )
 
 
