@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.decoder import DiffusionDecoder
@@ -22,6 +23,7 @@ from minigpt5.storybook.scorer import load_scorer
 from minigpt5.storybook.stories import story_at
 from minigpt5.types import DrawSettings
 from tests.bench import quality, referring
+from tests.bench import stories as stories_bench
 from tests.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
 
 FLOORS = {"who": 0.75, "what": 0.75, "side": 0.85, "place": 0.9, "time": 0.9}
@@ -103,8 +105,9 @@ class StatesOfNothing(torch.nn.Module):
         return torch.zeros(len(captions), *self.shape)
 
 
-def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
+def test_the_bench_measures_and_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a tiny model with random weights that draws 128 px in two steps."""
+    monkeypatch.setattr(stories_bench, "NUM_TRAINING_STORIES", 20)
     config = replace(tiny_config(), image_px=128, draw=DrawSettings(steps=2))
     diffusion = tiny_diffusion(config)
     diffusion.unet.register_to_config(sample_size=32)
@@ -114,7 +117,7 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
     )
     out = tmp_path / "bench" / "quality.json"
     nums = quality.Nums(captions=2, stories=1, references=2, scenes=1)
-    figures = quality.measure(model, load_scorer(), StatesOfNothing(config), nums)
+    figures = quality.measure(model, load_scorer(), StatesOfNothing(config), nums, books=tmp_path)
     quality.save_report(out, figures, command="python -m tests.bench.quality")
     report = json.loads(out.read_text())
     assert set(report) == {"ratios", "figures", "machine", "command"}
@@ -122,6 +125,10 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path) -> None:
     assert report["figures"]["understanding"]["who"]["num"] == 1
     stories = report["figures"]["stories"]
     assert stories["pictures"]["who"]["num"] > 0 and stories["stories_with_the_prompts_cast"]["num"] == 1
+    assert stories["stories_with_all_pages_and_pictures"]["num"] == 1 and stories["sentences_copied"]["share"] == 0
+    book = json.loads((tmp_path / "books.json").read_text())[0]
+    assert len(book["pages"]) == 4 and book["wrong"]
+    assert Image.open(tmp_path / "books.png").size == (4 * 128, 128)
     assert set(report["figures"]["reference"]) == {
         "vokens",
         "vokens_after_another_beginning",

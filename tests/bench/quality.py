@@ -6,8 +6,8 @@ default request, one seed for each caption, no selection; the scorer reads them.
 Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and from pictures of
 the same facts through the diffusion model's own text encoder; its lead is the alignment gap, in points.
 
-Stories are written by the model itself from held-out prompts; a parser of the world's language keeps cast, place and
-time so far, and the scorer says whether each page's picture shows them. Given stories say how well pictures show what
+Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
+texts in books.json, the pictures of the best and the worst in books.png. Given stories say how well pictures show what
 their pages only refer to (referring.py). Last, the model describes scenes.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import os
 import platform
@@ -27,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from minigpt5.base_models import resolve
@@ -38,11 +36,12 @@ from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts, canonical_caption, facts_in, write_caption
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
-from minigpt5.storybook.stories import page_facts, story_at
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
+from tests.bench.pixels import pixels_of, png_of
 from tests.bench.referring import reference
 from tests.bench.shares import share
+from tests.bench.stories import save_books, summary, tell
 
 SEED = 2310
 BATCH_SIZE = 8
@@ -51,7 +50,6 @@ NUM_CRISP = 100
 """Pictures of each kind whose crispness is measured."""
 FACTS = ("who", "what", "side", "place", "time")
 STORY_FACTS = ("who", "what", "place", "time")
-STORY_PAGES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,29 +110,6 @@ def to_pixels(pictures_BCYX: Tensor) -> np.ndarray:
     return ((pictures_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def agreement(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, object]:
-    """Of the pages of `num` stories that the model writes: the share whose picture shows each fact known by then."""
-    known = dict.fromkeys(STORY_FACTS, 0)
-    shown = dict.fromkeys(STORY_FACTS, 0)
-    num_true_casts = 0
-    for index in range(num):
-        asked = story_at(index, seed=SEED, split="heldout", num_pages=STORY_PAGES, held_out_pairs=True)
-        story = model.write(asked.prompt, pages=STORY_PAGES, seed=index)
-        pictures = np.stack([pixels_of(page.picture.png) for page in story.pages if page.picture])
-        texts = [page.text for page in story.pages]
-        read, cast = page_facts(texts, asked.prompt), asked.pages[0].facts
-        num_true_casts += any((facts.who, facts.what) == (cast.who, cast.what) for facts in page_facts(texts))
-        for facts, answer in zip(read, scorer.score(pictures), strict=True):
-            for name in STORY_FACTS:
-                if (value := getattr(facts, name)) is not None:
-                    known[name] += 1
-                    shown[name] += getattr(answer, name) == value
-    return {
-        "pictures": {name: share(shown[name], known[name]) for name in STORY_FACTS if known[name]},
-        "stories_with_the_prompts_cast": share(num_true_casts, num),
-    }
-
-
 def understanding(model: MiniGPT5, num: int) -> dict[str, dict[str, float]]:
     """Share of `num` held-out scenes of which the model's description names each fact rightly."""
     asked = ask(num, held_out_pairs=True)
@@ -145,16 +120,6 @@ def understanding(model: MiniGPT5, num: int) -> dict[str, dict[str, float]]:
         )
         for name in STORY_FACTS
     }
-
-
-def png_of(pixels_YXC: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels_YXC).save(file, "PNG")
-    return file.getvalue()
-
-
-def pixels_of(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 @torch.no_grad()
@@ -200,8 +165,10 @@ class Nums:
     scenes: int
 
 
-def measure(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, nums: Nums) -> dict[str, object]:
-    """All figures of this bench; `text_encoder`: the diffusion model's own."""
+def measure(
+    model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, nums: Nums, *, books: Path | None = None
+) -> dict[str, object]:
+    """All figures of this bench. `text_encoder`: the diffusion model's own; `books`: where stories are kept."""
     num = nums.captions
     figures: dict[str, object] = {
         "model": model.config.name,
@@ -229,7 +196,10 @@ def measure(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, nums: Nums
             "seconds_a_picture": round(seconds, 3),
         }
     if nums.stories:
-        figures["stories"] = agreement(model, scorer, nums.stories)
+        told = tell(model, scorer, nums.stories)
+        figures["stories"] = summary(told)
+        if books:
+            save_books(told, books)
     if nums.references:
         figures["reference"] = reference(model, scorer, text_encoder, nums.references)
     if nums.scenes:
@@ -275,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
     text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
-    figures = measure(model, load_scorer(), text_encoder, nums)
+    figures = measure(model, load_scorer(), text_encoder, nums, books=options.out.parent)
     given = sys.argv[1:] if arguments is None else arguments
     save_report(options.out, figures, command=" ".join(["python -m tests.bench.quality", *given]))
     print(json.dumps(figures, indent=2))

@@ -24,7 +24,8 @@ from minigpt5.diffusion import SCHEDULERS
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.scorer import Scorer, load_scorer
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Vokens
-from tests.bench.quality import FACTS, Asked, accuracy, ask, crisp, machine, pixels_of
+from tests.bench.pixels import pixels_of
+from tests.bench.quality import FACTS, Asked, accuracy, ask, crisp, machine
 
 STEPS = (1, 2, 4, 8, 20, 50)
 BATCH_SIZE = 8
