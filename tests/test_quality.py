@@ -18,11 +18,11 @@ from minigpt5.decoder import DiffusionDecoder
 from minigpt5.generator import VokenGenerator
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts, facts_in
-from minigpt5.storybook.scenes import draw_scene, is_held_out
+from minigpt5.storybook.scenes import draw_scene, is_held_out, scene_at
 from minigpt5.storybook.scorer import load_scorer
 from minigpt5.storybook.stories import story_at
 from minigpt5.types import DrawSettings
-from tests.bench import quality, referring
+from tests.bench import probe, quality, referring
 from tests.bench import stories as stories_bench
 from tests.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
 
@@ -165,3 +165,14 @@ def test_pages_are_told_apart_by_what_they_name_and_what_they_refer_to() -> None
     assert min(named["num"], referred["num"]) > 0.2 * len(referring.FACTS) * len(pages), "few of one kind"
     whole = referring._shares(pages, [page.facts for page in pages])
     assert whole["referred_over_named"] == 1
+
+
+def test_a_probe_finds_what_is_linear_in_the_states_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    facts = [Facts.of(scene_at(index, seed=3)) for index in range(400)]
+    side = np.array([1.0 if one.side == "left" else -1.0 for one in facts])
+    states = rng.normal(size=(400, 64)) + side[:, None] * rng.normal(size=64)
+    learnt, test = (states[:300], facts[:300]), (states[300:], facts[300:])
+    found = probe.probe(learnt, {"test": test})["test"]
+    assert found["side"]["share"] > 0.95
+    assert found["who"]["share"] < CHANCE
