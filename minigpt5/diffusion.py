@@ -20,6 +20,7 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
+from minigpt5.errors import ModelFolderError
 from minigpt5.types import DISTILLED
 
 SCHEDULERS = {
@@ -55,8 +56,14 @@ class Diffusion(nn.Module):
         return cls(load_vae(folder), load_unet(folder), load_scheduler(folder, None), load_distilled(folder))
 
     def unet_for(self, scheduler: str) -> UNet2DConditionModel:
-        """The UNet that a key of SCHEDULERS draws with."""
-        return self.distilled if scheduler == DISTILLED and self.distilled is not None else self.unet
+        """The UNet that a key of SCHEDULERS draws with. Raises ModelFolderError."""
+        if scheduler != DISTILLED:
+            return self.unet
+        if self.distilled is None:
+            raise ModelFolderError(
+                f"there is no distilled UNet in this model: draw with another scheduler than {scheduler}"
+            )
+        return self.distilled
 
     def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""

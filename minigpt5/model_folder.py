@@ -183,10 +183,15 @@ def save(
         _name_base(folder / "adapter" / "adapter_config.json", config.language_model)
         _halve(folder / "adapter" / "adapter_model.safetensors")
     save_diffusion(diffusion, folder / config.diffusion)
-    distilled = None if diffusion.distilled is None else config.draw_distilled or DISTILLED_DRAW
-    config = dataclasses.replace(config, draw_distilled=distilled, fingerprint=compute_fingerprint(folder))
+    config = dataclasses.replace(draws_with(config, diffusion), fingerprint=compute_fingerprint(folder))
     (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
     return config
+
+
+def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
+    """The config with or without defaults of a distilled UNet, as there is one."""
+    distilled = None if diffusion.distilled is None else config.draw_distilled or DISTILLED_DRAW
+    return dataclasses.replace(config, draw_distilled=distilled)
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from minigpt5.config import ModelConfig, storybook
 from minigpt5.decoder import DiffusionDecoder
 from minigpt5.diffusion import Diffusion
-from minigpt5.errors import InvalidRequest
+from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model_folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.steady import make_steady
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Picture, Vokens
@@ -101,6 +101,8 @@ def test_each_picture_of_a_batch_is_drawn_by_its_own_unet() -> None:
         assert np.abs(drawn[index] - pixels(base.draw([asked[index]])[0])).max() <= 1
     with pytest.raises(InvalidRequest, match="no distilled UNet"):
         base.check(asked[0])
+    with pytest.raises(ModelFolderError, match="no distilled UNet"):
+        base.draw(asked[:1])
     with pytest.raises(InvalidRequest, match="steps is 9"):
         both.check(request(1, dataclasses.replace(DISTILLED_DRAW, steps=9)))
 

@@ -102,6 +102,7 @@ class ModelStage:
         has_schedule = (unet_of / "scheduler").is_dir()
         schedule = load_scheduler(unet_of, None) if has_schedule else new_storybook_scheduler()
         self.diffusion = Diffusion(vae, unet, schedule, load_distilled(unet_of))
+        self.config = model_folder.draws_with(self.config, self.diffusion)
         if preset.bf16:
             unet.set_attn_processor(AttnProcessor())  # as in stage_unet.py
         objective = Objective(
