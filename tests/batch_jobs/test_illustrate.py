@@ -562,7 +562,7 @@ def test_the_shipped_model_illustrates_a_file_as_a_submitted_job(tmp_path: Path,
     from minigpt5 import MiniGPT5
 
     model = MiniGPT5.from_pretrained(default_model_folder())
-    draw = DrawSettings(steps=2, guidance_scale=model.config.draw.guidance_scale, scheduler=model.config.draw.scheduler)
+    draw = model.config.draw_settings({"steps": 2})
     story = model.write("A fox who finds a balloon", pages=2, seed=7, draw=draw)
     found = read_output(tmp_path)["fox"]["pages"]
     assert [page["text"] for page in found] == [page.text for page in story.pages]

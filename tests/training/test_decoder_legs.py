@@ -114,7 +114,7 @@ def test_the_distilled_unet_alone_learns_and_comes_nearer_to_its_teacher() -> No
     batch = batch_at(StorybookRows(objective.preset), 0, 3)
     optimizer = torch.optim.AdamW(objective.student.parameters(), lr=3e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(10):
         torch.manual_seed(0)
         loss = objective({**batch, "step": 3}, 0.0)["loss"]
         loss.backward()
@@ -123,4 +123,4 @@ def test_the_distilled_unet_alone_learns_and_comes_nearer_to_its_teacher() -> No
             assert {name.split(".")[0] for name in trained_parts(diffusion)} == {"distilled"}
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.5 * losses[0], losses
+    assert losses[-1] < 0.7 * losses[0], losses
