@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -44,6 +44,7 @@ from deployments.schemas import (
     Login,
     ModelList,
     ModelReply,
+    Scheduler,
     StatusReply,
     StoryList,
     StoryReply,
@@ -56,6 +57,7 @@ from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
 from minigpt5.model_folder import load_config
 from minigpt5.safety import TextFilter
 from minigpt5.store import StoryStore
+from minigpt5.types import DISTILLED
 from minigpt5.voken_file import pack
 
 MAX_LISTED = 100
@@ -203,6 +205,7 @@ async def list_models(front: FrontOf) -> ModelList:
         fingerprint=config.fingerprint,
         image_size=f"{config.image_px}x{config.image_px}",
         context_tokens=config.context_tokens,
+        schedulers=[name for name in get_args(Scheduler) if name != DISTILLED or config.draw_distilled],
         defaults=Defaults(
             pages=CreateStory.model_fields["pages"].default,
             steps=config.default_draw.steps,

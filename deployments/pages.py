@@ -35,7 +35,8 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
             raise InvalidRequest(
                 "count", f"count is {body.count} but the story has {num_complete} pages and may have {MAX_PAGES}"
             )
-        request = dataclasses.replace(request, pages=num_complete + body.count, key=client)
+        draw = front.config.drawable(request.draw)
+        request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
         story = await front.registry.go_on(state, request, store)
     return await answer(front, story.id, stream=body.stream, wait=body.wait)
 
@@ -51,7 +52,8 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
             await asyncio.to_thread(store.save_page, story_id, chosen)
             return reply(front, page_reply(story_id, chosen))
         state = await asyncio.to_thread(front.store.load, story_id)
-        request = dataclasses.replace(await asyncio.to_thread(front.store.load_request, story_id), key=client)
+        request = await asyncio.to_thread(front.store.load_request, story_id)
+        request = dataclasses.replace(request, draw=front.config.drawable(request.draw), key=client)
         check_texts(front, [body.text], "text")
         new = PageState(index=page, text=(body.text or "").strip())
         changed = tuple(new if one.index == page else one for one in state.pages)

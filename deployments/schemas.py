@@ -75,6 +75,9 @@ Prompt = Annotated[
 ]
 
 
+Scheduler = Literal["ddim", "pndm", "dpm-solver++", "distilled"]
+
+
 class CreateStory(Body):
     """POST /v1/stories. What is left out takes the model folder's defaults."""
 
@@ -84,7 +87,7 @@ class CreateStory(Body):
     stream: bool = False
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
-    scheduler: Literal["ddim", "pndm", "dpm-solver++", "distilled"] | None = None
+    scheduler: Scheduler | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_page_tokens: Annotated[int, Field(ge=0, le=512)] | None = None
@@ -104,12 +107,12 @@ class CreateStory(Body):
 
 class Redraw(Body):
     """POST /v1/stories/{id}/pages/{n}/redraw. What is left out is as in the picture that is shown, but for the seed,
-    which is a new one."""
+    which is a new one, and for what does not go together: see ModelConfig.draw_settings."""
 
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
-    scheduler: Literal["ddim", "pndm", "dpm-solver++", "distilled"] | None = None
+    scheduler: Scheduler | None = None
 
 
 class CreatePicture(Redraw):
@@ -390,6 +393,8 @@ class ModelReply(BaseModel):
     image_size: str
     context_tokens: int
     max_pages: int = MAX_PAGES
+    schedulers: list[str]
+    """What pictures can be drawn with."""
     defaults: Defaults
 
 

@@ -101,13 +101,17 @@ class ModelConfig:
     def default_draw(self) -> DrawSettings:
         return self.draw_distilled or self.draw
 
+    def drawable(self, draw: DrawSettings) -> DrawSettings:
+        """Settings of a story, perhaps begun with a model that had a distilled UNet where this one has none."""
+        return self.draw if draw.scheduler == DISTILLED and not self.draw_distilled else draw
+
     def draw_settings(self, sent: Mapping[str, Any], *, like: DrawSettings | None = None) -> DrawSettings:
         """The fields of DrawSettings that a request sent, the others as in `like` (default: the model's default).
 
         Where that is the distilled UNet and the request asks for what only the UNet itself does (another scheduler,
         guidance, more than MAX_DISTILLED_STEPS), the others are as in `draw`. Raises InvalidRequest.
         """
-        base = like or self.default_draw
+        base = self.drawable(like) if like else self.default_draw
         asked = dataclasses.replace(base, **sent)
         if base.scheduler == DISTILLED and not fits_distilled(asked) and sent.get("scheduler") != DISTILLED:
             asked = dataclasses.replace(self.draw, **sent)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from minigpt5.config import ModelConfig
+from minigpt5.config import ModelConfig, check_distilled
 from minigpt5.decoder import DiffusionDecoder
 from minigpt5.flow import write_story
 from minigpt5.generator import VokenGenerator
@@ -70,6 +70,7 @@ class MiniGPT5:
             draw=draw or self.config.default_draw,
         )
         self.generator.check(request)
+        check_distilled(request.draw, has_distilled=self.config.draw_distilled is not None)
         engines = self.generator.generate, self.decoder.decode
         return asyncio.run(
             write_story(request, *engines, story_id=new_story_id(), model=self.config.name, on_event=on_event)

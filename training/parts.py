@@ -10,6 +10,14 @@ from minigpt5.errors import TrainingError
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
 """The stage whose model folder a stage goes on from, where `start` names no other."""
 
+DIFFUSION_LEGS = {
+    "vae": (),
+    "unet": ("vae",),
+    "decoder": ("unet", "vae"),
+    "distill": ("decoder", "unet", "vae"),
+}
+"""The legs whose parts a leg of the latent diffusion model goes on from, the last one first; other stages use all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -27,14 +35,16 @@ class Parts:
             return self.start
         return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
 
-    def find(self, part: str) -> Path | None:
-        """The first folder that has `part` ("vae" or "unet") under it; None where there is none."""
-        trained = (self.runs / stage / "model" for stage in ("distill", "decoder", "unet", "vae"))
+    def find(self, part: str, *, stage: str = "") -> Path | None:
+        """The first folder that has `part` ("vae" or "unet") under it, of the legs those before `stage`; None where
+        there is none."""
+        legs = DIFFUSION_LEGS.get(stage, ("distill", "decoder", "unet", "vae"))
+        trained = (self.runs / leg / "model" for leg in legs)
         folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)
 
-    def need(self, part: str) -> Path:
+    def need(self, part: str, *, stage: str) -> Path:
         """As `find`; raises TrainingError where there is none."""
-        if folder := self.find(part):
+        if folder := self.find(part, stage=stage):
             return folder
         raise TrainingError(f"no {part} to go on from: train one first, or name a model folder with --start")

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
-from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, normal_like
+from minigpt5.diffusion import (
+    Diffusion,
+    load_distilled,
+    load_unet,
+    load_vae,
+    new_storybook_scheduler,
+    normal_like,
+)
 from minigpt5.text_encoder import TextEncoder
 from training.data import Batch
 from training.parts import Parts
@@ -60,8 +67,13 @@ class DecoderStage:
     def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        vae, unet = load_vae(parts.need("vae")), load_unet(parts.need("unet"))
-        self.diffusion = Diffusion(vae, unet, new_storybook_scheduler())
+        unet_of = parts.need("unet", stage="decoder")
+        self.diffusion = Diffusion(
+            load_vae(parts.need("vae", stage="decoder")),
+            load_unet(unet_of),
+            new_storybook_scheduler(),
+            load_distilled(unet_of),
+        )
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
         self.preset = preset
         self.objective = DecoderObjective(self.diffusion, text_encoder, preset)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
@@ -88,7 +89,7 @@ class DistillObjective(nn.Module):
                 torch.cat([latents_BCYX] * 2),
                 torch.cat([timesteps] * 2),
                 encoder_hidden_states=torch.cat([condition_BQD, null_BQD]),
-            ).sample
+            ).sample.float()
             conditional, unconditional = predicted.chunk(2)
             velocity_BCYX = guide(
                 conditional, unconditional, scale=self.config.draw.guidance_scale, rescale=self.config.guidance_rescale
@@ -118,10 +119,14 @@ class DistillStage:
     def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        folder = parts.need("unet")
+        folder = parts.need("unet", stage="distill")
         unet = load_unet(folder)
         distilled = load_distilled(folder) or copy.deepcopy(unet)
-        self.diffusion = Diffusion(load_vae(parts.need("vae")), unet, new_storybook_scheduler(), distilled)
+        if preset.bf16:
+            distilled.set_attn_processor(AttnProcessor())  # as in stage_unet.py
+        self.diffusion = Diffusion(
+            load_vae(parts.need("vae", stage="distill")), unet, new_storybook_scheduler(), distilled
+        )
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
         self.preset = preset
         self.objective = DistillObjective(self.diffusion, text_encoder, preset)

@@ -46,9 +46,9 @@ class UnetStage:
         torch.manual_seed(preset.seed)
         config = storybook()
         goes_on = parts.start or parts.decoder
-        folder = parts.find("unet") if goes_on else None
+        folder = parts.find("unet", stage="unet") if goes_on else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
-        self.diffusion = Diffusion(load_vae(parts.need("vae")), unet, new_storybook_scheduler())
+        self.diffusion = Diffusion(load_vae(parts.need("vae", stage="unet")), unet, new_storybook_scheduler())
         if preset.bf16:  # the backward pass of torch's fused kernel is the slower one then on a CPU
             self.diffusion.unet.set_attn_processor(AttnProcessor())
         text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
@@ -62,4 +62,5 @@ class UnetStage:
         save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
 
     def save(self, folder: Path) -> None:
+        """Without a UNet that was distilled from what this one was before."""
         model_folder.save_diffusion(self.diffusion, folder)

@@ -55,7 +55,7 @@ class VaeStage:
         torch.manual_seed(preset.seed)
         self.preset = preset
         goes_on = parts.start or parts.decoder
-        self.vae = load_vae(parts.need("vae")) if goes_on else new_storybook_vae()
+        self.vae = load_vae(parts.need("vae", stage="vae")) if goes_on else new_storybook_vae()
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, object]]:

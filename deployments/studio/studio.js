@@ -86,7 +86,7 @@ function pageOf(number) {
   change.onsubmit = (event) => { event.preventDefault(); open(null);
     alter(page, "PATCH", "", { text: change.querySelector("textarea").value }); };
   again.onsubmit = (event) => { event.preventDefault(); open(null);
-    alter(page, "POST", "/redraw", values(again, ["seed", "steps", "guidance_scale"])); };
+    alter(page, "POST", "/redraw", values(again, ["seed", "steps", "guidance_scale", "scheduler"])); };
   $("pages-shown").append(element);
   shown.set(number, page);
   return page;
@@ -127,7 +127,7 @@ function show(known) {
     button.type = "button";
     button.setAttribute("aria-pressed", number === known.variant);
     button.setAttribute("aria-label", `Picture ${number + 1}: seed ${variant.seed}, ${variant.steps} steps`);
-    button.title = `seed ${variant.seed}, ${variant.steps} steps, guidance ${variant.guidance_scale}`;
+    button.title = `seed ${variant.seed}, ${variant.steps} steps, guidance ${variant.guidance_scale}, ${variant.scheduler}`;
     image.src = variant.url;
     image.alt = "";
     button.append(image);
@@ -337,6 +337,10 @@ document.addEventListener("keydown", (event) => {
 
 attempt(async () => {
   const { data: [model] } = await call("GET", "/v1/models");
+  for (const name of model.schedulers) {
+    $("scheduler").add(new Option(name));
+    $("page").content.querySelector("[name=scheduler]").add(new Option(name));
+  }
   $("steps").placeholder = model.defaults.steps;
   $("guidance").placeholder = model.defaults.guidance_scale;
   $("temperature").placeholder = model.defaults.temperature;

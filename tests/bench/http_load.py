@@ -38,7 +38,7 @@ def tell_over_http(url: str, request: StoryRequest, began: float, *, client: str
         "prompt": request.prompt[0],
         "pages": request.pages,
         "seed": request.seed,
-        "steps": request.draw.steps,
+        **dataclasses.asdict(request.draw),
         "min_page_tokens": request.sampling.min_page_tokens,
         "max_page_tokens": request.sampling.max_page_tokens,
         "stream": True,

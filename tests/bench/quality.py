@@ -230,17 +230,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--references", type=int, default=50, help="given stories whose pages refer; 0: none")
     parser.add_argument("--scenes", type=int, default=100, help="scenes that the model describes; 0: none")
     parser.add_argument(
-        "--tiny", action="store_true", help=f"{TINY} captions, two stories and four scenes: a check that the bench runs"
+        "--tiny",
+        action="store_true",
+        help=f"{TINY} captions, three stories and four scenes: a check that the bench runs",
     )
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     options = parser.parse_args(arguments)
     nums = Nums(captions=options.num, stories=options.stories, references=options.references, scenes=options.scenes)
-    if nums.captions < 1 or min(nums.stories, nums.references, nums.scenes) < 0:
-        parser.error("--num must be at least 1, --stories, --references and --scenes 0")
+    if nums.captions < 1 or min(nums.stories, nums.references, nums.scenes) < 0 or nums.references == 1:
+        parser.error("--num must be at least 1, --stories and --scenes 0, --references 0 or at least 2")
     if options.tiny:
-        nums = Nums(captions=TINY, stories=1, references=1, scenes=4)
+        nums = Nums(captions=TINY, stories=1, references=2, scenes=4)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)

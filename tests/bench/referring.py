@@ -59,7 +59,7 @@ class AskedPage:
 
 def reference(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, num: int) -> dict[str, dict[str, object]]:
     """By way of drawing: the share of facts that the pictures of `num` stories show, of those named and of those
-    referred to, and the second over the first."""
+    referred to, and the second over the first. `num` is 2 or more: a story needs another one's beginning."""
     stories = [
         story_at(index, seed=SEED, split="heldout", num_pages=NUM_PAGES, held_out_pairs=True) for index in range(num)
     ]
@@ -135,9 +135,9 @@ def _shares(pages: Sequence[AskedPage], answers: Sequence[Facts]) -> dict[str, o
     found: dict[str, object] = {
         kind: {
             **{fact: share(right[kind][fact], num) for fact, num in asked[kind].items() if num},
-            "all": share(sum(right[kind].values()), sum(asked[kind].values())),
+            "all": share(sum(right[kind].values()), max(1, sum(asked[kind].values()))),
         }
         for kind in KINDS
     }
-    named, referred = (sum(right[kind].values()) / sum(asked[kind].values()) for kind in KINDS)
+    named, referred = (sum(right[kind].values()) / max(1, sum(asked[kind].values())) for kind in KINDS)
     return {**found, "referred_over_named": round(referred / named, 4) if named else None}

@@ -64,7 +64,8 @@ def tell(model: MiniGPT5, scorer: Scorer, num: int) -> list[Told]:
     for index in range(num):
         asked = story_at(index, seed=SEED, split="heldout", num_pages=NUM_PAGES, held_out_pairs=True)
         story = model.write(asked.prompt, pages=NUM_PAGES, seed=index)
-        seen = iter(scorer.score(np.stack([pixels_of(page.picture.png) for page in story.pages if page.picture])))
+        pictures = [pixels_of(page.picture.png) for page in story.pages if page.picture]
+        seen = iter(scorer.score(np.stack(pictures)) if pictures else ())
         known = page_facts([page.text for page in story.pages], asked.prompt)
         shown = tuple(next(seen) if page.picture else None for page in story.pages)
         told.append(Told(asked=asked, story=story, known=tuple(known), shown=shown))
@@ -123,7 +124,10 @@ def save_books(told: Sequence[Told], folder: Path) -> None:
         for one in ranked
     ]
     (folder / "books.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    chosen = [*ranked[:NUM_SHOWN], *ranked[NUM_SHOWN:][-NUM_SHOWN:]]
+    drawn = [one for one in ranked if any(one.shown)]
+    chosen = [*drawn[:NUM_SHOWN], *drawn[NUM_SHOWN:][-NUM_SHOWN:]]
+    if not chosen:
+        return
     strips = [
         np.concatenate([pixels_of(page.picture.png) for page in one.story.pages if page.picture], axis=1)
         for one in chosen

@@ -42,7 +42,6 @@ RUN = [
     "vae",
     "--start",
     "models/storybook",
-    "encoder_is_frozen=1",
     f"steps={STEPS}",
     f"batch_size={BATCH}",
     "num_threads=1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,28 @@ import torch
 from minigpt5.config import storybook
 from minigpt5.denoising import Denoising, advance
 from minigpt5.diffusion import Diffusion
+from minigpt5.errors import TrainingError
 from minigpt5.model_folder import DISTILLED_DRAW
 from minigpt5.types import DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion
 from training.data import StorybookRows, batch_at
+from training.parts import Parts
 from training.presets import STORYBOOK
 from training.stage_decoder import DecoderObjective
 from training.stage_distill import DistillObjective
+
+
+def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
+    """Once all have run, one that is run again takes nothing from itself or from what came after it."""
+    for leg in ("vae", "unet", "decoder", "distill"):
+        for part in ("vae", "unet")[: 1 if leg == "vae" else 2]:
+            (tmp_path / leg / "model" / part).mkdir(parents=True)
+    parts = Parts(runs=tmp_path)
+    found = {leg: parts.find("vae", stage=leg) for leg in ("vae", "unet", "decoder", "distill", "align")}
+    came_from = {leg: folder.parent.name if folder else None for leg, folder in found.items()}
+    assert came_from == {"vae": None, "unet": "vae", "decoder": "unet", "distill": "decoder", "align": "distill"}
+    with pytest.raises(TrainingError, match="no unet to go on from"):
+        Parts(runs=tmp_path / "empty").need("unet", stage="distill")
 
 
 class SomeStates:
