@@ -87,7 +87,9 @@ class ModelConfig:
     draw: DrawSettings = field(default_factory=DrawSettings)
     """With the UNet itself."""
     draw_distilled: DrawSettings | None = None
-    """With the distilled UNet, where the model has one: the default then."""
+    """With the distilled UNet, where the model has one."""
+    prefers_distilled: bool = False
+    """Whether it draws what does not ask for the UNet itself."""
     filters: tuple[str, ...] = ()
     """What a server filters by default, "text" and "picture": see minigpt5/safety.py."""
     published_quirks: bool = False
@@ -99,7 +101,7 @@ class ModelConfig:
 
     @property
     def default_draw(self) -> DrawSettings:
-        return self.draw_distilled or self.draw
+        return self.draw_distilled if self.prefers_distilled and self.draw_distilled else self.draw
 
     def drawable(self, draw: DrawSettings) -> DrawSettings:
         """Settings of a story, perhaps begun with a model that had a distilled UNet where this one has none."""

@@ -23,7 +23,7 @@ from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Picture, Vokens
 from tests.tiny import tiny_config, tiny_diffusion, tiny_mapper
 
 GUIDED = DrawSettings(steps=20, guidance_scale=3.0, scheduler="ddim")
-MODEL = dataclasses.replace(storybook(), draw=GUIDED, draw_distilled=DISTILLED_DRAW)
+MODEL = dataclasses.replace(storybook(), draw=GUIDED, draw_distilled=DISTILLED_DRAW, prefers_distilled=True)
 BASE = dataclasses.replace(storybook(), draw=GUIDED)
 
 
@@ -44,6 +44,12 @@ def test_a_request_that_needs_the_undistilled_unet_gets_it(sent: dict[str, Any],
     assert MODEL.draw_settings(sent) == expected
     from_guided = MODEL.draw_settings(sent, like=GUIDED)
     assert from_guided == dataclasses.replace(GUIDED, **sent), "what is shown is drawn again as it was"
+
+
+def test_a_distilled_unet_that_is_not_preferred_is_asked_for_by_name() -> None:
+    config = dataclasses.replace(MODEL, prefers_distilled=False)
+    assert config.draw_settings({"steps": 2}) == dataclasses.replace(GUIDED, steps=2)
+    assert config.draw_settings({"scheduler": DISTILLED}) == DISTILLED_DRAW
 
 
 def test_a_guided_picture_can_be_drawn_again_by_the_distilled_unet() -> None:
