@@ -236,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
+    parser.add_argument("--distilled", action="store_true", help="draw with the distilled UNet by default")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     options = parser.parse_args(arguments)
     nums = Nums(captions=options.num, stories=options.stories, references=options.references, scenes=options.scenes)
@@ -246,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
+    if options.distilled:
+        model.generator.config = dataclasses.replace(model.config, prefers_distilled=True)
     text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
     figures = measure(model, load_scorer(), text_encoder, nums, books=options.out.parent)
     given = sys.argv[1:] if arguments is None else arguments
