@@ -28,7 +28,7 @@ from tests.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, 
 
 FLOORS = {"who": 0.9, "what": 0.85, "side": 0.9, "place": 0.95, "time": 0.95}
 """Chance is 0.03, 0.04, 0.5, 0.17 and 0.25. Four seeds of noise gave these captions shares whose standard deviation is
-0.024 at most, crispness 0.008 (the distilled UNet, before its leg ended): the floors are three of them below its means."""
+0.024 at most, crispness 0.008 (the distilled UNet, before its leg ended): the floors are three of them below."""
 CRISPNESS_FLOOR = 0.58
 CHANCE = 0.15
 """Above what another caption's character is right by accident (1 in 30)."""
