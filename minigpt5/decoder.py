@@ -69,7 +69,8 @@ class DiffusionDecoder:
         self.mapper, self.diffusion = mapper.eval(), diffusion.eval()
         self.precision, self.max_batch = precision, max_batch
         with torch.no_grad(), single_thread():
-            self._null_1QD = mapper.null_condition()
+            self.null_1QD = mapper.null_condition()
+            """The condition that guidance leads away from."""
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
         self._fair = FairShare(2 * max_batch, least=2)
         self._team = Team(num_threads or torch.get_num_threads())
@@ -156,7 +157,7 @@ class DiffusionDecoder:
         """Draw pictures in one batch, in this thread."""
         pictures = self._begin(requests)
         while running := [picture for picture in pictures if picture.num_calls_left]:
-            advance(self.diffusion, running, self._null_1QD, precision=self.precision)
+            advance(self.diffusion, running, self.null_1QD, precision=self.precision)
         return self._finish(requests, pictures)
 
     def _choose(self, jobs: list[_Job]) -> list[_Job]:
@@ -170,7 +171,7 @@ class DiffusionDecoder:
             job.denoising, job.is_started = denoising, True
         running = [(job, job.denoising) for job in jobs if job.denoising is not None]
         with self._team.working():
-            advance(self.diffusion, [denoising for _, denoising in running], self._null_1QD, precision=self.precision)
+            advance(self.diffusion, [denoising for _, denoising in running], self.null_1QD, precision=self.precision)
         for job, denoising in running:
             job.cost = denoising.num_calls_left * job.num_samples
             self._tell(job, denoising)
@@ -196,7 +197,7 @@ class DiffusionDecoder:
     @torch.no_grad()
     def condition(self, vokens: Vokens) -> Tensor:
         """What the UNet reads of a picture's vokens: (Q, D). Each by itself, so that its bits are its own."""
-        states_VH = torch.from_numpy(vokens.hidden_VH).float().to(self._null_1QD.device)
+        states_VH = torch.from_numpy(vokens.hidden_VH).float().to(self.null_1QD.device)
         return self.mapper(states_VH[None])[0]
 
     def _tell(self, job: _Job, denoising: Denoising) -> None:

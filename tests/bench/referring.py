@@ -74,11 +74,11 @@ def reference(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, num: int
         "page_through_text_encoder": lambda page: text_encoder([page.text])[0],
         "page_and_earlier_ones_through_text_encoder": lambda page: text_encoder([_as_fits(page, text_encoder)])[0],
     }
-    null_1QD = text_encoder([""])
-    return {
-        way: _shares(pages, scorer.score(_draw(model, [condition(page) for page in pages], null_1QD)))
-        for way, condition in conditions.items()
-    }
+    found = {}
+    for way, condition in conditions.items():
+        null_1QD = model.decoder.null_1QD if way.startswith("vokens") else text_encoder([""])
+        found[way] = _shares(pages, scorer.score(_draw(model, [condition(page) for page in pages], null_1QD)))
+    return found
 
 
 def _condition(model: MiniGPT5, page: AskedPage, story: StoryText) -> torch.Tensor:
