@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minigpt5.base_models import resolve
 from minigpt5.config import default_model_folder
@@ -38,7 +38,7 @@ from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
-from tests.bench.pixels import pixels_of, png_of
+from tests.bench.pixels import pixels_of, png_of, to_pixels
 from tests.bench.referring import reference
 from tests.bench.shares import share
 from tests.bench.stories import save_books, summary, tell
@@ -103,11 +103,6 @@ def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) 
         )
         pictures.append(to_pixels(drawn_BCYX))
     return np.concatenate(pictures)
-
-
-def to_pixels(pictures_BCYX: Tensor) -> np.ndarray:
-    """[-1, 1] -> uint8."""
-    return ((pictures_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def understanding(model: MiniGPT5, num: int) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.storybook.scorer import Scorer
 from minigpt5.storybook.stories import StoryText, story_at
 from minigpt5.types import StoryRequest, Vokens
+from tests.bench.pixels import to_pixels
 from tests.bench.shares import share
 
 SEED = 8
@@ -121,7 +122,7 @@ def _draw(model: MiniGPT5, conditions: Sequence[torch.Tensor], null_1QD: torch.T
                 guidance_rescale=model.config.guidance_rescale,
             )
         )
-    return ((torch.cat(drawn) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_pixels(torch.cat(drawn))
 
 
 def _shares(pages: Sequence[AskedPage], answers: Sequence[Facts]) -> dict[str, object]:
