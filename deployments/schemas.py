@@ -75,7 +75,7 @@ Prompt = Annotated[
 ]
 
 
-Scheduler = Literal["ddim", "pndm", "dpm-solver++", "distilled"]
+Scheduler = Literal["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "distilled"]
 
 
 class CreateStory(Body):

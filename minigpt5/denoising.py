@@ -16,13 +16,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from minigpt5.diffusion import SCHEDULERS, Diffusion, without_noise
-from minigpt5.types import DrawSettings
+from minigpt5.diffusion import Diffusion, new_sampler, without_noise
+from minigpt5.types import SDE_DPM_SOLVER, DrawSettings
 
 Precision = Literal["float32", "bfloat16"]
 """Of the UNet. In bfloat16 a picture depends a little on its company (bench/company.json has how much)."""
-SCHEDULER_OPTIONS = {"pndm": {"skip_prk_steps": True}}
-"""What a noise schedule that was made for another sampler does not say; Stable Diffusion's own folder has it so."""
 
 
 class Denoising:
@@ -40,13 +38,14 @@ class Denoising:
     ) -> None:
         """`noise_1CYX`: what the picture begins as, instead of what `seed` gives."""
         self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
-        options = SCHEDULER_OPTIONS.get(draw.scheduler, {})
-        self.scheduler = SCHEDULERS[draw.scheduler].from_config(diffusion.scheduler.config, **options)
+        self.scheduler = new_sampler(draw.scheduler, diffusion.scheduler)
         self.scheduler.set_timesteps(draw.steps)
+        self.generator = torch.Generator().manual_seed(seed)
+        """Of all noise: what the picture begins as, and where its sampler adds some."""
         if noise_1CYX is None:
             config = diffusion.unet.config
             shape = (1, config.in_channels, config.sample_size, config.sample_size)
-            noise_1CYX = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            noise_1CYX = torch.randn(shape, generator=self.generator)
         self.latents_1CYX = noise_1CYX.to(condition_QD) * self.scheduler.init_noise_sigma
         self.clean_1CYX = self.latents_1CYX
         """What the last prediction makes of the latents without their noise."""
@@ -85,7 +84,8 @@ class Denoising:
             )
         timestep = self.timestep
         self.clean_1CYX = without_noise(self.scheduler, self.latents_1CYX, predicted, timestep)
-        self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX).prev_sample
+        noise = {"generator": self.generator} if self.draw.scheduler == SDE_DPM_SOLVER else {}
+        self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX, **noise).prev_sample
         self.num_calls += 1
 
 

@@ -21,15 +21,21 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
-from minigpt5.types import DISTILLED
+from minigpt5.types import DISTILLED, SDE_DPM_SOLVER
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
     "dpm-solver++": DPMSolverMultistepScheduler,
+    SDE_DPM_SOLVER: DPMSolverMultistepScheduler,
     DISTILLED: DDIMScheduler,
 }
 DISTILLED_FOLDER = "unet_distilled"
+SAMPLER_OPTIONS: dict[str, dict[str, object]] = {
+    "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own folder has it
+    SDE_DPM_SOLVER: {"algorithm_type": "sde-dpmsolver++"},
+}
+"""What a noise schedule that was made for another sampler does not say."""
 _LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 MIN_VELOCITY_WEIGHT = 0.4
 """Who stands where is decided while there is next to no signal: those steps are to be learnt as well."""
@@ -53,7 +59,7 @@ class Diffusion(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Diffusion:
         """Read `vae/`, `unet/`, `scheduler/` and, where it is there, `unet_distilled/` under `folder` as float32."""
-        return cls(load_vae(folder), load_unet(folder), load_scheduler(folder, None), load_distilled(folder))
+        return cls(load_vae(folder), load_unet(folder), load_scheduler(folder), load_distilled(folder))
 
     def unet_for(self, scheduler: str) -> UNet2DConditionModel:
         """The UNet that a key of SCHEDULERS draws with. Raises ModelFolderError."""
@@ -126,9 +132,14 @@ def load_distilled(folder: str | Path) -> UNet2DConditionModel | None:
     return UNet2DConditionModel.from_pretrained(path, **_LOADING)
 
 
-def load_scheduler(folder: str | Path, name: str | None) -> DDIMScheduler:
-    """The folder's noise schedule under the sampler `name` (a key of SCHEDULERS; None: DDIM)."""
-    return SCHEDULERS[name or "ddim"].from_pretrained(Path(folder) / "scheduler")
+def load_scheduler(folder: str | Path) -> DDIMScheduler:
+    """The folder's noise schedule, whichever sampler it was made for."""
+    return DDIMScheduler.from_pretrained(Path(folder) / "scheduler")
+
+
+def new_sampler(name: str, schedule: DDIMScheduler, **options: object) -> SchedulerMixin:
+    """The sampler `name`, a key of SCHEDULERS, over a noise schedule."""
+    return SCHEDULERS[name].from_config(schedule.config, **SAMPLER_OPTIONS.get(name, {}), **options)
 
 
 def normalise(latents_BCYX: Tensor, vae: AutoencoderKL) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 MAX_PAGES = 16
+SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
 MAX_DISTILLED_STEPS = 4
 """It has learnt no shorter ones: more are the UNet's own work."""
@@ -52,7 +53,8 @@ class DrawSettings:
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is none."""
     scheduler: str = "ddim"
-    """A key of diffusion.SCHEDULERS; DISTILLED draws with the UNet that guidance and most steps are folded into."""
+    """A key of diffusion.SCHEDULERS. SDE_DPM_SOLVER draws new noise at every step, which takes away some of what the
+    UNet did wrong at the steps before; DISTILLED draws with the UNet that guidance and most steps are folded into."""
 
 
 @dataclass(frozen=True, kw_only=True)

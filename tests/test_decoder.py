@@ -97,7 +97,7 @@ def test_a_closed_stream_stops_the_work(decoder: DiffusionDecoder) -> None:
     asyncio.run(asyncio.wait_for(leave(), 20))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm-solver++"])
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_every_scheduler_draws(decoder: DiffusionDecoder, scheduler: str, steps: int) -> None:
     settings = DrawSettings(steps=steps, guidance_scale=1.0, scheduler=scheduler)
@@ -164,7 +164,7 @@ def random_request(seed: int) -> DrawRequest:
     settings = DrawSettings(
         steps=rng.randint(1, 7),
         guidance_scale=rng.choice([1.0, 2.0, 4.5]),
-        scheduler=rng.choice(["ddim", "pndm", "dpm-solver++"]),
+        scheduler=rng.choice(["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++"]),
     )
     return DrawRequest(vokens=vokens(seed), seed=seed, settings=settings, key=str(seed % 3))
 

@@ -23,7 +23,7 @@ def test_a_step_of_the_language_model_stays_on_its_device() -> None:
         assert language.logits(states_TH).device.type == "meta"
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm-solver++"])
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++"])
 def test_a_denoising_step_stays_on_its_device(scheduler: str) -> None:
     config = tiny_config()
     mapper, diffusion = tiny_mapper(config).to("meta"), tiny_diffusion(config).to("meta")

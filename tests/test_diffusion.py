@@ -16,7 +16,7 @@ from minigpt5.diffusion import (
     min_snr_weight,
     new_storybook_scheduler,
 )
-from minigpt5.types import DISTILLED, DrawSettings
+from minigpt5.types import DISTILLED, SDE_DPM_SOLVER, DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -83,3 +83,18 @@ def test_a_stable_diffusion_folder_is_read_and_drawn(tmp_path: Path, prediction:
         latents_BCYX, condition_BQD, noise=torch.randn_like(latents_BCYX), timesteps=torch.tensor([0, 999])
     )
     assert loss_B.shape == (2,) and loss_B.isfinite().all()
+
+
+def test_the_stochastic_sampler_adds_the_noise_of_its_seed() -> None:
+    config = tiny_config()
+    diffusion = tiny_diffusion(config).eval()
+    condition_BQD = torch.randn(2, config.condition_length, config.condition_width)
+
+    def drawn(scheduler: str, seeds: list[int]) -> torch.Tensor:
+        draw = DrawSettings(steps=4, guidance_scale=2.0, scheduler=scheduler)
+        return denoise(diffusion, condition_BQD, condition_BQD[:1] * 0, seeds=seeds, draw=draw)
+
+    first = drawn(SDE_DPM_SOLVER, [1, 2])
+    torch.testing.assert_close(first, drawn(SDE_DPM_SOLVER, [1, 2]))
+    assert not torch.allclose(first[0], drawn(SDE_DPM_SOLVER, [3, 2])[0], atol=1e-3)
+    assert not torch.allclose(first, drawn("dpm-solver++", [1, 2]), atol=1e-3)

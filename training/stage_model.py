@@ -100,7 +100,7 @@ class ModelStage:
         vae_of, unet_of = (parts.find(part) or resolve(self.config.diffusion) for part in ("vae", "unet"))
         vae, unet = load_vae(vae_of), load_unet(unet_of)
         has_schedule = (unet_of / "scheduler").is_dir()
-        schedule = load_scheduler(unet_of, None) if has_schedule else new_storybook_scheduler()
+        schedule = load_scheduler(unet_of) if has_schedule else new_storybook_scheduler()
         self.diffusion = Diffusion(vae, unet, schedule, load_distilled(unet_of))
         self.config = model_folder.draws_with(self.config, self.diffusion)
         if preset.bf16:

@@ -130,7 +130,7 @@ async def compare_pictures(
             settings=DrawSettings(
                 steps=rng.randint(2, 8),
                 guidance_scale=rng.choice([1.0, 3.0, 5.0]),
-                scheduler=rng.choice(["ddim", "pndm", "dpm-solver++"]),
+                scheduler=rng.choice(["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++"]),
             ),
         )
         for index in range(num)

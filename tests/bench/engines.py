@@ -33,7 +33,7 @@ from transformers import DynamicCache
 
 from minigpt5.config import default_model_folder
 from minigpt5.decoder import DiffusionDecoder, encode
-from minigpt5.diffusion import SCHEDULERS
+from minigpt5.diffusion import new_sampler
 from minigpt5.flow import page_seed, stream_story
 from minigpt5.generator import VokenGenerator
 from minigpt5.model_folder import load_decoder_parts, load_generator_parts
@@ -219,7 +219,7 @@ def published_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> Stab
     pipeline = StableDiffusionPipeline(
         vae=decoder.diffusion.vae,
         unet=decoder.diffusion.unet,
-        scheduler=SCHEDULERS[request.draw.scheduler].from_config(decoder.diffusion.scheduler.config, steps_offset=1),
+        scheduler=new_sampler(request.draw.scheduler, decoder.diffusion.scheduler, steps_offset=1),
         text_encoder=None,
         tokenizer=None,
         safety_checker=None,
@@ -270,7 +270,7 @@ def picture_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int
     unet = decoder.diffusion.unet
     began = time.perf_counter()
     states_BVH = torch.randn(batch_size, engines.config.num_vokens, engines.config.hidden)
-    scheduler = SCHEDULERS[draw.scheduler].from_config(decoder.diffusion.scheduler.config)
+    scheduler = new_sampler(draw.scheduler, decoder.diffusion.scheduler)
     scheduler.set_timesteps(draw.steps)
     null_BQD = decoder.mapper.null_condition().expand(batch_size, -1, -1)
     condition_BQD = torch.cat([null_BQD, decoder.mapper(states_BVH)])
