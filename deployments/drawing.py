@@ -21,7 +21,7 @@ async def draw(front: Front, place: Place, request: DrawRequest) -> Picture:
     """In a place that was taken. Who no longer waits stops the work."""
     async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
         async for event in events:
+            place.see(event)
             if isinstance(event, Picture):
                 return event
-            place.see(event)
     raise AssertionError("the decoder ended without a picture")

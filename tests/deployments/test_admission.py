@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.admission import FIRST_SPEEDS, Admission, Overloaded, predict
-from minigpt5.types import DrawSettings, Progress, Sampling, SlotOpened, StoryRequest, Vokens
+from deployments.admission import FINISH_SAMPLES, FIRST_SPEEDS, Admission, Overloaded, predict
+from minigpt5.types import DrawSettings, Picture, Progress, Sampling, SlotOpened, StoryRequest, Vokens
 from tests.fakes import FakeGenerator
 
-STORY_S = 4 * 20 * 2 / FIRST_SPEEDS["decoder"]
+PICTURE_SAMPLES = 20 * 2 + FINISH_SAMPLES
+STORY_S = 4 * PICTURE_SAMPLES / FIRST_SPEEDS["decoder"]
 """Predicted seconds of `story()` on an idle server: its pictures take longer than its text."""
 
 
@@ -20,6 +21,9 @@ def story(key: str = "a", *, pages: int = 4, guidance_scale: float = 3.0) -> Sto
         sampling=Sampling(max_page_tokens=16),
         draw=DrawSettings(steps=20, guidance_scale=guidance_scale),
     )
+
+
+PICTURE = Picture(page=1, png=b"", width=128, height=128, seed=1, denoise_steps=20)
 
 
 class Clock:
@@ -34,9 +38,9 @@ def make(max_wait_s: float = 60.0, *, max_running: int = 100, clock: Clock | Non
 
 
 def test_work_is_predicted_from_pages_steps_and_guidance() -> None:
-    assert predict(story())["decoder"] == 4 * 20 * 2
-    assert predict(story(guidance_scale=1.0))["decoder"] == 4 * 20
-    assert predict(story(), num_pictures=3)["decoder"] == 3 * 4 * 20 * 2
+    assert predict(story())["decoder"] == 4 * PICTURE_SAMPLES
+    assert predict(story(guidance_scale=1.0))["decoder"] == 4 * (20 + FINISH_SAMPLES)
+    assert predict(story(), num_pictures=3)["decoder"] == 3 * 4 * PICTURE_SAMPLES
     assert predict(story())["generator"] >= 4 * 16
     assert make().wait_s(story()) == pytest.approx(STORY_S)
 
@@ -74,6 +78,7 @@ def test_done_work_is_counted_down_and_nothing_is_left_behind() -> None:
         place.see(SlotOpened(page=1))
         for step in range(1, 21):
             place.see(Progress(page=1, step=step, steps=20))
+        place.see(PICTURE)
         assert admission.wait_s(story("b")) == pytest.approx((1 + 0.75) * STORY_S)
         for step in range(200):  # more than was promised
             place.see(Progress(page=2, step=step, steps=200))
