@@ -1,8 +1,9 @@
 """Which requests are taken on: one place for all fronts, by the time that they would wait.
 
-Work is predicted when a request comes and counted down as it is done: tokens for the generator, UNet samples for the
-decoder and as many as finishing a picture is worth. Engines share their time equally among clients, so what a request waits for is, of each other client's work,
-at most as much as its own client has: somebody who sends many stories at once waits for them himself.
+Work is predicted when a request comes and counted down as it is done: tokens for the generator, for the decoder UNet
+samples and what finishing a picture is worth in them. Engines share their time equally among clients, so what a request
+waits for is, of each other client's work, at most as much as its own client has: somebody who sends many stories at
+once waits for them himself.
 """
 
 from __future__ import annotations
