@@ -16,8 +16,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from minigpt5.diffusion import Diffusion, new_sampler, without_noise
-from minigpt5.types import SDE_DPM_SOLVER, DrawSettings
+from minigpt5.diffusion import ADDS_NOISE, Diffusion, new_sampler, without_noise
+from minigpt5.types import DrawSettings
 
 Precision = Literal["float32", "bfloat16"]
 """Of the UNet. In bfloat16 a picture depends a little on its company (bench/company.json has how much)."""
@@ -84,7 +84,7 @@ class Denoising:
             )
         timestep = self.timestep
         self.clean_1CYX = without_noise(self.scheduler, self.latents_1CYX, predicted, timestep)
-        noise = {"generator": self.generator} if self.draw.scheduler == SDE_DPM_SOLVER else {}
+        noise = {"generator": self.generator} if self.draw.scheduler in ADDS_NOISE else {}
         self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX, **noise).prev_sample
         self.num_calls += 1
 

@@ -21,6 +21,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
+from minigpt5.restarts import RestartScheduler
 from minigpt5.types import DISTILLED, SDE_DPM_SOLVER
 
 SCHEDULERS = {
@@ -28,8 +29,10 @@ SCHEDULERS = {
     "pndm": PNDMScheduler,
     "dpm-solver++": DPMSolverMultistepScheduler,
     SDE_DPM_SOLVER: DPMSolverMultistepScheduler,
-    DISTILLED: DDIMScheduler,
+    DISTILLED: RestartScheduler,
 }
+ADDS_NOISE = {SDE_DPM_SOLVER, DISTILLED}
+"""Samplers whose steps need a generator."""
 DISTILLED_FOLDER = "unet_distilled"
 SAMPLER_OPTIONS: dict[str, dict[str, object]] = {
     "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own folder has it

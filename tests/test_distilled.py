@@ -15,9 +15,11 @@ from PIL import Image
 
 from minigpt5.config import ModelConfig, storybook
 from minigpt5.decoder import DiffusionDecoder
+from minigpt5.denoising import Denoising, advance
 from minigpt5.diffusion import Diffusion
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model_folder import DISTILLED_DRAW, save_diffusion
+from minigpt5.restarts import NUM_LEVELS
 from minigpt5.steady import make_steady
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Picture, Vokens
 from tests.tiny import tiny_config, tiny_diffusion, tiny_mapper
@@ -33,7 +35,8 @@ BASE = dataclasses.replace(storybook(), draw=GUIDED)
         ({}, DISTILLED_DRAW),
         ({"steps": 2}, dataclasses.replace(DISTILLED_DRAW, steps=2)),
         ({"guidance_scale": 1.0}, DISTILLED_DRAW),
-        ({"steps": 8}, dataclasses.replace(GUIDED, steps=8)),
+        ({"steps": 8}, dataclasses.replace(DISTILLED_DRAW, steps=8)),
+        ({"steps": 9}, dataclasses.replace(GUIDED, steps=9)),
         ({"steps": 50}, dataclasses.replace(GUIDED, steps=50)),
         ({"guidance_scale": 5.0}, dataclasses.replace(GUIDED, guidance_scale=5.0)),
         ({"scheduler": "pndm"}, dataclasses.replace(GUIDED, scheduler="pndm")),
@@ -60,7 +63,7 @@ def test_a_guided_picture_can_be_drawn_again_by_the_distilled_unet() -> None:
     ("config", "sent", "field", "message"),
     [
         (MODEL, {"scheduler": DISTILLED, "guidance_scale": 5.0}, "guidance_scale", "guidance_scale is 5 but must be 1"),
-        (MODEL, {"scheduler": DISTILLED, "steps": 5}, "steps", "steps is 5 but must be at most 4"),
+        (MODEL, {"scheduler": DISTILLED, "steps": 9}, "steps", "steps is 9 but must be at most 8"),
         (BASE, {"scheduler": DISTILLED}, "scheduler", "no distilled UNet"),
     ],
 )
@@ -101,13 +104,14 @@ def pixels(picture: Picture) -> np.ndarray:
 def test_each_picture_of_a_batch_is_drawn_by_its_own_unet() -> None:
     both = new_decoder(tiny_diffusion(tiny_config(), is_distilled=True))
     guided = DrawSettings(steps=4, guidance_scale=2.0)
-    asked = [request(1, DISTILLED_DRAW), request(2, guided), request(3, DISTILLED_DRAW), request(4, guided)]
+    distilled = dataclasses.replace(DISTILLED_DRAW, steps=NUM_LEVELS)  # without restarts it is DDIM
+    asked = [request(1, distilled), request(2, guided), request(3, distilled), request(4, guided)]
     drawn = [pixels(picture) for picture in both.draw(asked)]
     swapped = tiny_diffusion(tiny_config(), is_distilled=True)
     swapped.unet, swapped.distilled = swapped.distilled, None
     alone = new_decoder(swapped)
     for index in (0, 2):
-        by_itself = alone.draw([request(index + 1, dataclasses.replace(DISTILLED_DRAW, scheduler="ddim"))])[0]
+        by_itself = alone.draw([request(index + 1, dataclasses.replace(distilled, scheduler="ddim"))])[0]
         assert np.abs(drawn[index] - pixels(by_itself)).max() <= 1
     base = new_decoder(tiny_diffusion(tiny_config()))
     for index in (1, 3):
@@ -116,8 +120,8 @@ def test_each_picture_of_a_batch_is_drawn_by_its_own_unet() -> None:
         base.check(asked[0])
     with pytest.raises(ModelFolderError, match="no distilled UNet"):
         base.draw(asked[:1])
-    with pytest.raises(InvalidRequest, match="steps is 5"):
-        both.check(request(1, dataclasses.replace(DISTILLED_DRAW, steps=5)))
+    with pytest.raises(InvalidRequest, match="steps is 9"):
+        both.check(request(1, dataclasses.replace(DISTILLED_DRAW, steps=9)))
 
 
 def test_both_unets_are_stored(tmp_path: Path) -> None:
@@ -128,3 +132,27 @@ def test_both_unets_are_stored(tmp_path: Path) -> None:
     for stored, was in ((again.unet, diffusion.unet), (again.distilled, diffusion.distilled)):
         for name, value in was.state_dict().items():
             assert torch.equal(stored.state_dict()[name], value.half().float()), name
+
+
+def test_steps_beyond_the_levels_begin_at_the_last_one_again() -> None:
+    diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
+    condition_QD = torch.randn(tiny_config().condition_length, tiny_config().condition_width)
+
+    def latents(steps: int, seed: int) -> list[torch.Tensor]:
+        """After each call."""
+        draw = dataclasses.replace(DISTILLED_DRAW, steps=steps)
+        picture, found = Denoising(diffusion, condition_QD, seed=seed, draw=draw, guidance_rescale=0.0), []
+        while picture.num_calls_left:
+            advance(diffusion, [picture], condition_QD[None])
+            found.append(picture.latents_1CYX)
+        return found
+
+    short, long = latents(2, 1), latents(4, 1)
+    assert len(long) == 4
+    assert torch.equal(short[0], long[0]), "what stands where is decided once"
+    scheduler = diffusion.scheduler
+    signal = scheduler.alphas_cumprod[499].sqrt()
+    noise = (long[1] - signal * short[1]) / (1 - signal**2).sqrt()
+    assert abs(noise.mean().item()) < 0.3 and abs(noise.std().item() - 1) < 0.2, "clean latents under new noise"
+    assert torch.equal(long[3], latents(4, 1)[3]), "a picture is its seed's"
+    assert not torch.allclose(long[3], latents(3, 1)[2])

@@ -1,4 +1,4 @@
-"""Stage "distill": the guided UNet -> one that draws as it does in DISTILLED_DRAW.steps unguided steps."""
+"""Stage "distill": the guided UNet -> one that draws as it does in NUM_LEVELS unguided steps."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from minigpt5.diffusion import (
     normal_like,
 )
 from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.restarts import NUM_LEVELS
 from minigpt5.text_encoder import TextEncoder
 from training.data import Batch
 from training.parts import Parts
@@ -47,7 +48,7 @@ class DistillObjective(nn.Module):
         self.student = diffusion.distilled.requires_grad_(True)
         self.config = storybook()
         scheduler = diffusion.scheduler
-        scheduler.set_timesteps(DISTILLED_DRAW.steps * preset.teacher_steps)
+        scheduler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
         """Of the teacher's steps, and -1 for what has no noise."""
         self._remembered: deque[tuple[Tensor, ...]] = deque(maxlen=REMEMBERED)
@@ -73,7 +74,7 @@ class DistillObjective(nn.Module):
         diffusion = self.diffusion
         clean_BCYX = diffusion.to_latents(to_tensor(batch["pixels"]).to(diffusion.unet.device))
         condition_BQD = self.text_encoder(batch["caption"])
-        first_B = torch.randint(DISTILLED_DRAW.steps, (len(clean_BCYX),)) * self.preset.teacher_steps
+        first_B = torch.randint(NUM_LEVELS, (len(clean_BCYX),)) * self.preset.teacher_steps
         timesteps_B = self.timesteps[first_B].to(clean_BCYX.device)
         begin_BCYX = diffusion.scheduler.add_noise(clean_BCYX, normal_like(clean_BCYX), timesteps_B)
         end_BCYX = self._go_on(begin_BCYX, condition_BQD, first_B)

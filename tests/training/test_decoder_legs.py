@@ -14,6 +14,7 @@ from minigpt5.denoising import Denoising, advance
 from minigpt5.diffusion import Diffusion
 from minigpt5.errors import TrainingError
 from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.restarts import NUM_LEVELS
 from minigpt5.types import DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion
 from training.data import StorybookRows, batch_at
@@ -95,12 +96,11 @@ def test_a_step_that_meets_its_target_ends_where_the_teachers_steps_do(teacher_s
     diffusion, objective = new_distill(teacher_steps)
     config, encode = storybook(), SomeStates()
     condition_QD, null_1QD = encode(["a fox"])[0], encode([""])
-    guided = DrawSettings(
-        steps=DISTILLED_DRAW.steps * teacher_steps, guidance_scale=config.draw.guidance_scale, scheduler="ddim"
-    )
+    guided = DrawSettings(steps=NUM_LEVELS * teacher_steps, guidance_scale=config.draw.guidance_scale, scheduler="ddim")
     teacher = Denoising(diffusion, condition_QD, seed=1, draw=guided, guidance_rescale=config.guidance_rescale)
-    student = Denoising(diffusion, condition_QD, seed=1, draw=DISTILLED_DRAW, guidance_rescale=0.0)
-    for number in range(DISTILLED_DRAW.steps):
+    unguided = dataclasses.replace(DISTILLED_DRAW, steps=NUM_LEVELS)
+    student = Denoising(diffusion, condition_QD, seed=1, draw=unguided, guidance_rescale=0.0)
+    for number in range(NUM_LEVELS):
         first_B = torch.tensor([number * teacher_steps])
         with torch.no_grad():
             end_BCYX = objective._go_on(student.latents_1CYX, condition_QD[None], first_B)
