@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minigpt5.denoising import Denoising, advance
+from minigpt5.diffusion import SCHEDULERS
 from minigpt5.kv_cache import RowCache
 from minigpt5.types import DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper
@@ -23,15 +24,15 @@ def test_a_step_of_the_language_model_stays_on_its_device() -> None:
         assert language.logits(states_TH).device.type == "meta"
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++"])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_a_denoising_step_stays_on_its_device(scheduler: str) -> None:
     config = tiny_config()
-    mapper, diffusion = tiny_mapper(config).to("meta"), tiny_diffusion(config).to("meta")
+    mapper, diffusion = tiny_mapper(config).to("meta"), tiny_diffusion(config, is_distilled=True).to("meta")
     null_1QD = mapper.null_condition()
     condition_1QD = mapper(torch.zeros(1, config.num_vokens, config.hidden).to("meta"))
     settings = DrawSettings(steps=3, guidance_scale=3.0, scheduler=scheduler)
     picture = Denoising(diffusion, condition_1QD[0], seed=1, draw=settings, guidance_rescale=0.7)
-    for _ in range(2):
+    for _ in range(2):  # after which the distilled UNet is given new noise
         advance(diffusion, [picture], null_1QD)
     assert picture.latents_1CYX.device.type == "meta"
     assert diffusion.to_pixels(picture.latents_1CYX).device.type == "meta"
