@@ -110,10 +110,18 @@ class Diffusion(nn.Module):
         """As `loss`, without weights."""
         return denoising_error(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
 
-    def cleaned(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet takes noised latents for, in one step."""
+    def cleaned(
+        self,
+        latents_BCYX: Tensor,
+        condition_BQD: Tensor,
+        *,
+        noise: Tensor,
+        timesteps: Tensor,
+        scheduler: str = "ddim",
+    ) -> Tensor:
+        """What the UNet of `scheduler` takes noised latents for, in one step."""
         noisy_BCYX = self.scheduler.add_noise(latents_BCYX, noise, timesteps)
-        predicted_BCYX = self.unet(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
+        predicted_BCYX = self.unet_for(scheduler)(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
         return without_noise(self.scheduler, noisy_BCYX, predicted_BCYX, timesteps)
 
 

@@ -18,6 +18,11 @@ NUM_LEVELS = 2
 """Timesteps that a distilled UNet has learnt to draw at, evenly spaced down from the last one; see stage "distill"."""
 
 
+def last_level(schedule: DDIMScheduler) -> int:
+    """The timestep from which a distilled UNet goes to clean latents."""
+    return schedule.config.num_train_timesteps // NUM_LEVELS - 1
+
+
 class RestartScheduler(DDIMScheduler):
     """DDIM in NUM_LEVELS steps; steps beyond them each begin at the last level again. It serves one picture, or several
     that go together."""

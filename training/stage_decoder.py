@@ -19,7 +19,9 @@ from minigpt5.diffusion import (
     new_storybook_scheduler,
     normal_like,
 )
+from minigpt5.restarts import last_level
 from minigpt5.text_encoder import TextEncoder
+from minigpt5.types import DISTILLED
 from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
@@ -28,10 +30,11 @@ from training.stage_vae import reconstruction_losses
 
 
 class DecoderObjective(nn.Module):
-    """Reconstruction of crops from latents that were noised, and cleaned by the UNet in one step.
+    """Reconstruction of crops from latents that were noised, and cleaned in one step: by the UNet, or every second
+    picture as the distilled UNet ends what it draws.
 
-    A decoder that has seen exact latents alone paints what the UNet smears as smears; this one learns what was meant.
-    Noise up to `Preset.last_timestep` only: beyond it the UNet puts things elsewhere, and there is no right picture.
+    A decoder that has seen exact latents alone paints what a UNet smears as smears; this one learns what was meant.
+    Noise up to `Preset.last_timestep` only: beyond it a UNet puts things elsewhere, and there is no right picture.
     """
 
     def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, preset: Preset) -> None:
@@ -56,11 +59,24 @@ class DecoderObjective(nn.Module):
         return reconstruction_losses(self.diffusion.to_raw_pixels(latents_BCYX).float(), pixels_BCYX, inside_B1YX)
 
     def _cleaned(self, pixels_BCYX: Tensor, condition_BQD: Tensor) -> Tensor:
-        """The UNet's guess at a picture's latents, less often of those under more noise."""
+        """The UNets' guesses at pictures' latents, the UNet's less often of those under more noise."""
         latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
-        shares_B = torch.rand(len(latents_BCYX)).square()
-        timesteps = (shares_B * self.preset.last_timestep).long().to(latents_BCYX.device)
-        return self.diffusion.cleaned(latents_BCYX, condition_BQD, noise=normal_like(latents_BCYX), timesteps=timesteps)
+        size, device = len(latents_BCYX), latents_BCYX.device
+        timesteps_B = (torch.rand(size).square() * self.preset.last_timestep).long()
+        parts = {"ddim": slice(0, size)}
+        if self.diffusion.distilled and size > 1:
+            parts = {"ddim": slice(0, size, 2), DISTILLED: slice(1, size, 2)}
+            timesteps_B[parts[DISTILLED]] = last_level(self.diffusion.scheduler)
+        noise_BCYX, cleaned_BCYX = normal_like(latents_BCYX), torch.empty_like(latents_BCYX)
+        for scheduler, part in parts.items():
+            cleaned_BCYX[part] = self.diffusion.cleaned(
+                latents_BCYX[part],
+                condition_BQD[part],
+                noise=noise_BCYX[part],
+                timesteps=timesteps_B[part].to(device),
+                scheduler=scheduler,
+            ).to(cleaned_BCYX.dtype)
+        return cleaned_BCYX
 
 
 class DecoderStage:

@@ -15,7 +15,7 @@ from minigpt5.diffusion import Diffusion
 from minigpt5.errors import TrainingError
 from minigpt5.model_folder import DISTILLED_DRAW
 from minigpt5.restarts import NUM_LEVELS
-from minigpt5.types import DrawSettings
+from minigpt5.types import DISTILLED, DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion
 from training.data import StorybookRows, batch_at
 from training.parts import Parts
@@ -26,13 +26,13 @@ from training.stage_distill import DistillObjective
 
 def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
     """Once all have run, one that is run again takes nothing from itself or from what came after it."""
-    for leg in ("vae", "unet", "decoder", "distill"):
+    for leg in ("vae", "unet", "distill", "decoder"):
         for part in ("vae", "unet")[: 1 if leg == "vae" else 2]:
             (tmp_path / leg / "model" / part).mkdir(parents=True)
     parts = Parts(runs=tmp_path)
-    found = {leg: parts.find("vae", stage=leg) for leg in ("vae", "unet", "decoder", "distill", "align")}
+    found = {leg: parts.find("vae", stage=leg) for leg in ("vae", "unet", "distill", "decoder", "align")}
     came_from = {leg: folder.parent.name if folder else None for leg, folder in found.items()}
-    assert came_from == {"vae": None, "unet": "vae", "decoder": "unet", "distill": "decoder", "align": "distill"}
+    assert came_from == {"vae": None, "unet": "vae", "distill": "unet", "decoder": "distill", "align": "decoder"}
     with pytest.raises(TrainingError, match="no unet to go on from"):
         Parts(runs=tmp_path / "empty").need("unet", stage="distill")
 
@@ -64,6 +64,23 @@ def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
     losses = objective(batch_at(StorybookRows(preset), 0, 2), 0.0)
     losses["loss"].backward()
     assert trained_parts(diffusion) == {"vae.decoder", "vae.post_quant_conv"}
+
+
+def test_every_second_picture_is_ended_by_the_distilled_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=5)
+    diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
+    objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
+    seen: dict[str, list[int]] = {}
+
+    def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, scheduler: str, **__: object) -> torch.Tensor:
+        seen[scheduler] = timesteps.tolist()
+        return latents + (1 if scheduler == DISTILLED else 0)
+
+    monkeypatch.setattr(diffusion, "cleaned", note)
+    pixels_BCYX = torch.rand(5, 3, 32, 32)
+    moved = objective._cleaned(pixels_BCYX, torch.zeros(5, 1, 1)) - diffusion.to_latents(pixels_BCYX)
+    assert moved.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0, 1, 0, 1, 0], abs=1e-5)
+    assert seen[DISTILLED] == [499, 499] and max(seen["ddim"]) < preset.last_timestep
 
 
 def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
