@@ -39,6 +39,9 @@ Batch = dict[str, object]
 """Columns of rows, and their `row_ids`."""
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
 VALIDATION_BATCH = 8
+MAX_BLOCKS = 1_000
+"""Of a worker's rows. Each is a task of Ray's: the tens of thousands of a run of any number of steps, ended by
+`minutes`, would take the cores from the workers."""
 
 
 class Rows(Protocol):
@@ -268,7 +271,7 @@ def ray_rows(rows: Rows, preset: Preset, *, first_step: int, rank: int, num_work
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     share = preset.batch_size // num_workers
     num_rows = (preset.steps - first_step) * preset.accumulate * share
-    blocks = max(1, num_rows // (8 * share))
+    blocks = min(MAX_BLOCKS, max(1, num_rows // (8 * share)))
     return ray.data.range(num_rows, override_num_blocks=blocks).map_batches(make, batch_size=share)
 
 
