@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigpt5.errors import InvalidRequest
-from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, DrawSettings, Sampling
+from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, SDE_DPM_SOLVER, DrawSettings, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def storybook() -> ModelConfig:
             targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         ),
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=64),
-        draw=DrawSettings(steps=20, guidance_scale=3.0, scheduler="ddim"),
+        draw=DrawSettings(steps=20, guidance_scale=3.0, scheduler=SDE_DPM_SOLVER),
         filters=("text", "picture"),
         licences=(
             "SmolLM2-135M-Instruct: Apache-2.0",

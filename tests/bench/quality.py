@@ -8,7 +8,7 @@ the same facts through the diffusion model's own text encoder; its lead is the a
 
 Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
 texts in books.json, the pictures of the best and the worst in books.png. Given stories say how well pictures show what
-their pages only refer to (referring.py). Last, the model describes scenes.
+their pages only refer to (referring.py). Last, the model describes scenes. What is asked of the figures: goals.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,10 @@ from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
+from tests.bench.goals import compare, to_text
 from tests.bench.pixels import pixels_of, png_of, to_pixels
 from tests.bench.referring import reference
-from tests.bench.shares import share
+from tests.bench.shares import mean, share
 from tests.bench.stories import save_books, summary, tell
 
 SEED = 2310
@@ -127,27 +128,34 @@ def reconstruct(diffusion: Diffusion, pixels: np.ndarray) -> np.ndarray:
     return to_pixels(torch.cat(batches))
 
 
-def accuracy(scorer: Scorer, pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
-    """Share of pictures that show each fact as it was asked for, and all of them."""
+def rights(scorer: Scorer, pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
+    """Whether each picture shows each fact as it was asked for, and all of them: (B,) bool each."""
     pairs = [(answer, one.facts) for answer, one in zip(scorer.score(pixels), asked, strict=True)]
-    right = {name: sum(getattr(answer, name) == getattr(facts, name) for answer, facts in pairs) for name in FACTS}
-    right["all"] = sum(answer == facts for answer, facts in pairs)
-    return {name: share(num, len(pairs)) for name, num in right.items()}
+    right = {name: [getattr(answer, name) == getattr(facts, name) for answer, facts in pairs] for name in FACTS}
+    right["all"] = [answer == facts for answer, facts in pairs]
+    return {name: np.array(values) for name, values in right.items()}
 
 
-def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
+def accuracy(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """The shares of what is right."""
+    return {name: share(int(values.sum()), len(values)) for name, values in right.items()}
+
+
+def points_lost(base: Mapping[str, np.ndarray], drawn: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """In points of each fact, from pairs of pictures of the same caption and noise."""
+    return {name: mean(100.0 * (base[name].astype(float) - drawn[name])) for name in drawn}
+
+
+def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
     """Mean crispness of the asked character, of the asked object and of both."""
-    values = [
-        [crispness(picture, name) for name in (one.scene.who, one.scene.what)]
-        for picture, one in zip(pixels[:NUM_CRISP], asked, strict=False)
-    ]
-    who, what = np.mean(values, axis=0)
-    return {
-        "who": round(who, 4),
-        "what": round(what, 4),
-        "both": round((who + what) / 2, 4),
-        "num": len(values),
-    }
+    values_BN = np.array(
+        [
+            [crispness(picture, name) for name in (one.scene.who, one.scene.what)]
+            for picture, one in zip(pixels[:NUM_CRISP], asked, strict=False)
+        ]
+    )
+    who_B, what_B = values_BN.T
+    return {"who": mean(who_B), "what": mean(what_B), "both": mean(values_BN.mean(axis=1))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +179,7 @@ def measure(
         "draw": dataclasses.asdict(model.config.default_draw),
     }
     for name, held_out_pairs in (("held_out_pairs", True), ("seen_pairs", False)):
+        print(f"{num} captions, {name.replace('_', ' ')}", file=sys.stderr)
         asked = ask(num, held_out_pairs=held_out_pairs)
         true = np.stack([draw_scene(one.scene) for one in asked])
         again = reconstruct(model.decoder.diffusion, true)
@@ -179,26 +188,26 @@ def measure(
         seconds = (time.monotonic() - start) / num
         base = draw_base(model, text_encoder, asked)
         kinds = {"drawn": drawn, "reconstructed": again, "true": true, "base": base}
-        shares = {kind: accuracy(scorer, pixels, asked) for kind, pixels in kinds.items()}
-        gap = {
-            fact: round(100 * (shares["base"][fact]["share"] - of_drawn["share"]), 1)
-            for fact, of_drawn in shares["drawn"].items()
-        }
+        right = {kind: rights(scorer, pixels, asked) for kind, pixels in kinds.items()}
         figures[name] = {
-            "accuracy": shares,
-            "alignment_gap": gap,
+            "accuracy": {kind: accuracy(of_kind) for kind, of_kind in right.items()},
+            "alignment_gap": points_lost(right["base"], right["drawn"]),
             "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
             "seconds_a_picture": round(seconds, 3),
         }
     if nums.stories:
+        print(f"{nums.stories} stories are told", file=sys.stderr)
         told = tell(model, scorer, nums.stories)
         figures["stories"] = summary(told)
         if books:
             save_books(told, books)
     if nums.references:
+        print(f"{nums.references} given stories, four ways", file=sys.stderr)
         figures["reference"] = reference(model, scorer, text_encoder, nums.references)
     if nums.scenes:
+        print(f"{nums.scenes} scenes are described", file=sys.stderr)
         figures["understanding"] = understanding(model, nums.scenes)
+    figures["goals"] = compare(figures)
     return figures
 
 
@@ -231,24 +240,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("bench") / "quality.json")
-    parser.add_argument("--distilled", action="store_true", help="draw with the distilled UNet by default")
+    parser.add_argument("--undistilled", action="store_true", help="draw with the UNet itself by default")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     options = parser.parse_args(arguments)
     nums = Nums(captions=options.num, stories=options.stories, references=options.references, scenes=options.scenes)
-    if nums.captions < 1 or min(nums.stories, nums.references, nums.scenes) < 0 or nums.references == 1:
-        parser.error("--num must be at least 1, --stories and --scenes 0, --references 0 or at least 2")
+    if nums.captions < 2 or min(nums.stories, nums.references, nums.scenes) < 0 or nums.references == 1:
+        parser.error("--num must be at least 2, --stories and --scenes 0, --references 0 or at least 2")
     if options.tiny:
         nums = Nums(captions=TINY, stories=1, references=2, scenes=4)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
-    if options.distilled:
-        model.generator.config = dataclasses.replace(model.config, prefers_distilled=True)
+    if options.undistilled:
+        model.generator.config = dataclasses.replace(model.config, prefers_distilled=False)
     text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
     figures = measure(model, load_scorer(), text_encoder, nums, books=options.out.parent)
     given = sys.argv[1:] if arguments is None else arguments
     save_report(options.out, figures, command=" ".join(["python -m tests.bench.quality", *given]))
-    print(json.dumps(figures, indent=2))
+    print(to_text(figures["goals"]))
+    print(f"all figures: {options.out}")
 
 
 if __name__ == "__main__":

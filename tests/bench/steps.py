@@ -25,7 +25,7 @@ from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.scorer import Scorer, load_scorer
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Vokens
 from tests.bench.pixels import pixels_of
-from tests.bench.quality import FACTS, Asked, accuracy, ask, crisp, machine
+from tests.bench.quality import FACTS, Asked, accuracy, ask, crisp, machine, rights
 
 STEPS = (1, 2, 4, 8, 20, 50)
 BATCH_SIZE = 8
@@ -55,13 +55,13 @@ def measure_one(
         pictures += [pixels_of(picture.png) for picture in model.decoder.draw(requests)]
     seconds = (time.perf_counter() - began) / len(asked)
     pixels = np.stack(pictures)
-    shares = accuracy(scorer, pixels, asked)
+    shares = accuracy(rights(scorer, pixels, asked))
     return {
         **dataclasses.asdict(settings),
         "unet_samples": count_calls(model, settings),
         "seconds_a_picture": round(seconds, 4),
         "accuracy": {name: shares[name]["share"] for name in (*FACTS, "all")},
-        "crispness": crisp(pixels, asked)["both"],
+        "crispness": crisp(pixels, asked)["both"]["mean"],
     }
 
 
