@@ -70,9 +70,9 @@ class StageObjective(nn.Module):
 
 def halve_frozen(module: nn.Module) -> None:
     """Keep a part's frozen matrices in bfloat16, which is what autocast makes of them at every use: half the memory,
-    and the same numbers. For parts that are read and never saved."""
-    for parameter in module.parameters():
-        if not parameter.requires_grad and parameter.dim() > 1:
+    and the same numbers. For parts that are read and never saved; an adapter, which is, stays as it is."""
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and parameter.dim() > 1 and "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
 
 

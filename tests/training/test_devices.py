@@ -14,6 +14,7 @@ from minigpt5.objective import LossWeights, Objective
 from minigpt5.prompt import next_page_segments
 from minigpt5.rows import Row
 from tests.test_objective import caption, new_objective, story
+from tests.tiny import tiny_config, tiny_language
 from training import devices
 from training.presets import Preset
 from training.stage_model import halve_frozen
@@ -62,6 +63,19 @@ def test_frozen_matrices_in_half_the_memory_have_autocasts_own_losses() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found.append(losses_of(objective))
     assert found[0] == pytest.approx(found[1], rel=2e-2)
+
+
+def test_a_frozen_adapter_is_not_rounded() -> None:
+    """It is saved again by legs that do not train it."""
+    config = tiny_config()
+    language = tiny_language(config)
+    language.add_adapter(config.lora)
+    language.body.requires_grad_(False)
+    before = {name: p.clone() for name, p in language.body.named_parameters() if "lora_" in name}
+    halve_frozen(language.body)
+    after = dict(language.body.named_parameters())
+    assert before and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert language.embedding.dtype == torch.bfloat16
 
 
 def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
