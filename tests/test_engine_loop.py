@@ -6,7 +6,6 @@ import asyncio
 import gc
 import subprocess
 import sys
-import threading
 import time
 import weakref
 
@@ -50,10 +49,6 @@ class Counter:
 
     async def count(self, goal: int) -> list[int]:
         return [num async for num in self.loop.run(Count(goal))]
-
-
-def threads(name: str = "counter") -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == name]
 
 
 def test_jobs_share_steps_and_each_hears_its_own_events() -> None:
@@ -106,19 +101,17 @@ def test_a_full_engine_refuses_and_takes_again_when_there_is_room() -> None:
 
 
 def test_the_thread_of_an_engine_that_is_gone_ends() -> None:
-    gc.collect()
-    before = len(threads())
     counter = Counter()
     asyncio.run(counter.count(2))
-    assert len(threads()) == before + 1
-    gone = weakref.ref(counter)
+    thread, gone = counter.loop._thread, weakref.ref(counter)
+    assert thread and thread.is_alive()
     del counter
     for _ in range(200):  # the thread may be in the middle of a step, and holds the engine for so long
         gc.collect()
-        if gone() is None and len(threads()) == before:
+        if gone() is None and not thread.is_alive():
             return
         time.sleep(0.02)
-    raise AssertionError((gone(), threads()))
+    raise AssertionError((gone(), thread))
 
 
 def test_a_process_that_ends_in_the_middle_of_a_step_waits_for_its_end() -> None:
