@@ -27,6 +27,8 @@ from minigpt5.storybook.scenes import (
     draw_scene,
     scene_at,
     sprite_boxes,
+    sprite_contrast,
+    sprite_image,
 )
 from minigpt5.storybook.stories import story_at
 from training.presets import Preset
@@ -42,6 +44,9 @@ VALIDATION_BATCH = 8
 MAX_BLOCKS = 1_000
 """Of a worker's rows. Each is a task of Ray's: the tens of thousands of a run of any number of steps, ended by
 `minutes`, would take the cores from the workers."""
+SPRITE_WEIGHT = 3.0
+"""How much an error counts within a sprite of TYPICAL_CONTRAST, or around it in its box."""
+TYPICAL_CONTRAST = 0.2
 
 
 class Rows(Protocol):
@@ -92,18 +97,18 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
 
 
 def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dict[str, object]:
-    """A crop of a scene, four times of five with a sprite in it, and where the sprites are."""
+    """A crop of a scene, four times of five with a sprite in it, and how much an error counts at each pixel."""
     scene = scene_at(row_id, seed=seed)
     y, x = _corner(scene, crop_px, rng)
     window = np.s_[y : y + crop_px, x : x + crop_px]
-    return {"pixels": draw_scene(scene)[window], "inside": _inside(scene)[(slice(None), *window)]}
+    return {"pixels": draw_scene(scene)[window], "weight": _weight(scene)[(slice(None), *window)]}
 
 
 def _captioned_crop(preset: Preset, row_id: int, rng: np.random.Generator) -> dict[str, object]:
-    """A whole scene with its caption, where the sprites are, and the corners of two crops as `_crop` chooses them."""
+    """A whole scene as `_captioned_scene` has it, and the corners of two crops as `_crop` chooses them."""
     row = _captioned_scene(preset.seed, row_id, preset.canonical_share, rng)
     scene = scene_at(row_id, seed=preset.seed)
-    return {**row, "inside": _inside(scene), "corners": [_corner(scene, preset.crop_px, rng) for _ in range(2)]}
+    return {**row, "corners": [_corner(scene, preset.crop_px, rng) for _ in range(2)]}
 
 
 def _corner(scene: Scene, crop_px: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -119,20 +124,26 @@ def _corner(scene: Scene, crop_px: int, rng: np.random.Generator) -> tuple[int, 
     return y, x
 
 
-def _inside(scene: Scene) -> np.ndarray:
-    """Where the sprites' boxes are: (1, Y, X) bool."""
-    inside = np.zeros((1, IMAGE_PX, IMAGE_PX), bool)
-    for left, top, right, bottom in sprite_boxes(scene).values():
-        inside[:, top:bottom, left:right] = True
-    return inside
+def _weight(scene: Scene) -> np.ndarray:
+    """How much an error counts at each pixel: (1, Y, X). The more on a sprite, the less its colours differ: an
+    elephant's folds are no less of it than a panda's patches."""
+    weight = np.ones((1, IMAGE_PX, IMAGE_PX), np.float32)
+    for name, (left, top, right, bottom) in sprite_boxes(scene).items():
+        box = weight[0, top:bottom, left:right]
+        box[:] = SPRITE_WEIGHT
+        sprite = sprite_image(name, max(right - left, bottom - top))
+        opaque = np.asarray(sprite.getchannel("A")) > 127
+        box[opaque] = SPRITE_WEIGHT * (TYPICAL_CONTRAST / sprite_contrast(name)) ** 1.5
+    return weight
 
 
 def _captioned_scene(seed: int, row_id: int, canonical_share: float, rng: np.random.Generator) -> dict[str, object]:
+    """A scene, its caption, in the canonical phrasing as well, and how much an error counts at each pixel."""
     scene = scene_at(row_id, seed=seed)
     facts = draw_facts(scene, rng)
     canonical = canonical_caption(facts)
     caption = canonical if rng.random() < canonical_share else write_caption(facts, rng)
-    return {"pixels": draw_scene(scene), "caption": caption, "canonical": canonical}
+    return {"pixels": draw_scene(scene), "weight": _weight(scene), "caption": caption, "canonical": canonical}
 
 
 def _description(seed: int, row_id: int, rng: np.random.Generator) -> Row:

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt5.config import storybook
 from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from minigpt5.text_encoder import TextEncoder
 from minigpt5.types import DrawSettings
 
 
@@ -34,7 +33,7 @@ def save_sheet(path: Path, rows: list[Tensor]) -> None:
 
 @torch.no_grad()
 def save_captioned_sheet(
-    path: Path, diffusion: Diffusion, text_encoder: TextEncoder, draw: DrawSettings | None = None
+    path: Path, diffusion: Diffusion, text_encoder: nn.Module, draw: DrawSettings | None = None
 ) -> None:
     """Held-out pairs: the asked scenes above what is drawn from their captions."""
     scenes = [scene_at(i, seed=0, split="validation", held_out_pairs=True) for i in range(16)]

@@ -19,25 +19,26 @@ from minigpt5.diffusion import (
     new_storybook_scheduler,
     normal_like,
 )
+from minigpt5.errors import TrainingError
 from minigpt5.restarts import last_level
-from minigpt5.text_encoder import TextEncoder
+from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
 from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_captioned_sheet, to_tensor
-from training.stage_vae import reconstruction_losses
+from training.stage_vae import LATENT_NOISE, reconstruction_losses
 
 
 class DecoderObjective(nn.Module):
-    """Reconstruction of crops from latents that were noised, and cleaned in one step: by the UNet, or every second
-    picture as the distilled UNet ends what it draws.
+    """Reconstruction of crops: from latents as they are, from latents that were noised and cleaned in one step by the
+    UNet, and from latents as the distilled UNet ends what it draws, a third each.
 
     A decoder that has seen exact latents alone paints what a UNet smears as smears; this one learns what was meant.
     Noise up to `Preset.last_timestep` only: beyond it a UNet puts things elsewhere, and there is no right picture.
     """
 
-    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, preset: Preset) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.requires_grad_(False)
@@ -52,30 +53,29 @@ class DecoderObjective(nn.Module):
         pixels_per_latent = pixels_BCYX.shape[-1] // latents_BCYX.shape[-1]
         corners_BN2 = np.asarray(batch["corners"]) // pixels_per_latent
         latents_BCYX = _crops(latents_BCYX, corners_BN2, self.preset.crop_px // pixels_per_latent)
-        pixels_BCYX, inside_B1YX = (
+        pixels_BCYX, weight_B1YX = (
             _crops(whole, corners_BN2 * pixels_per_latent, self.preset.crop_px)
-            for whole in (pixels_BCYX, torch.as_tensor(batch["inside"]).to(device))
+            for whole in (pixels_BCYX, torch.as_tensor(batch["weight"]).to(device))
         )
-        return reconstruction_losses(self.diffusion.to_raw_pixels(latents_BCYX).float(), pixels_BCYX, inside_B1YX)
+        return reconstruction_losses(self.diffusion.to_raw_pixels(latents_BCYX).float(), pixels_BCYX, weight_B1YX)
 
     def _cleaned(self, pixels_BCYX: Tensor, condition_BQD: Tensor) -> Tensor:
-        """The UNets' guesses at pictures' latents, the UNet's less often of those under more noise."""
+        """Pictures' latents, and the UNets' guesses at them, the UNet's less often of those under more noise."""
         latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
-        size, device = len(latents_BCYX), latents_BCYX.device
-        timesteps_B = (torch.rand(size).square() * self.preset.last_timestep).long()
-        parts = {"ddim": slice(0, size)}
-        if self.diffusion.distilled and size > 1:
-            parts = {"ddim": slice(0, size, 2), DISTILLED: slice(1, size, 2)}
-            timesteps_B[parts[DISTILLED]] = last_level(self.diffusion.scheduler)
-        noise_BCYX, cleaned_BCYX = normal_like(latents_BCYX), torch.empty_like(latents_BCYX)
-        for scheduler, part in parts.items():
-            cleaned_BCYX[part] = self.diffusion.cleaned(
-                latents_BCYX[part],
-                condition_BQD[part],
-                noise=noise_BCYX[part],
-                timesteps=timesteps_B[part].to(device),
-                scheduler=scheduler,
-            ).to(cleaned_BCYX.dtype)
+        noise_BCYX = normal_like(latents_BCYX)
+        kind_B = torch.arange(len(latents_BCYX)) % 3
+        timesteps_B = (torch.rand(len(kind_B)).square() * self.preset.last_timestep).long()
+        timesteps_B[kind_B == 2] = last_level(self.diffusion.scheduler)
+        cleaned_BCYX = latents_BCYX + LATENT_NOISE * noise_BCYX
+        for scheduler, of_kind_B in (("ddim", kind_B == 1), (DISTILLED, kind_B == 2)):
+            if of_kind_B.any():
+                cleaned_BCYX[of_kind_B] = self.diffusion.cleaned(
+                    latents_BCYX[of_kind_B],
+                    condition_BQD[of_kind_B],
+                    noise=noise_BCYX[of_kind_B],
+                    timesteps=timesteps_B[of_kind_B].to(latents_BCYX.device),
+                    scheduler=scheduler,
+                ).to(cleaned_BCYX.dtype)
         return cleaned_BCYX
 
 
@@ -90,7 +90,9 @@ class DecoderStage:
             new_storybook_scheduler(),
             load_distilled(unet_of),
         )
-        text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
+        if self.diffusion.distilled is None:
+            raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
+        text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = DecoderObjective(self.diffusion, text_encoder, preset)
 

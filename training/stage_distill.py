@@ -25,7 +25,7 @@ from minigpt5.diffusion import (
 )
 from minigpt5.model_folder import DISTILLED_DRAW
 from minigpt5.restarts import NUM_LEVELS
-from minigpt5.text_encoder import TextEncoder
+from minigpt5.text_encoder import load_text_encoder
 from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
@@ -40,7 +40,7 @@ class DistillObjective(nn.Module):
     timesteps that the distilled UNet draws at, its step is to end where `Preset.teacher_steps` guided steps of the
     UNet do."""
 
-    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, preset: Preset) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.requires_grad_(False)
@@ -128,7 +128,7 @@ class DistillStage:
         self.diffusion = Diffusion(
             load_vae(parts.need("vae", stage="distill")), unet, new_storybook_scheduler(), distilled
         )
-        text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
+        text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = DistillObjective(self.diffusion, text_encoder, preset)
 

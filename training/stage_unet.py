@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
-from minigpt5.text_encoder import TextEncoder
+from minigpt5.text_encoder import load_text_encoder
 from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
@@ -24,7 +25,7 @@ NULL_SHARE = 0.1
 class UnetObjective(nn.Module):
     """The denoising loss on fresh scenes, a tenth of them under the null condition. See `Preset.placement_until`."""
 
-    def __init__(self, diffusion: Diffusion, text_encoder: TextEncoder, preset: Preset) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.vae.requires_grad_(False)
@@ -38,7 +39,12 @@ class UnetObjective(nn.Module):
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         condition_BQD = self.text_encoder(captions)
         first = self.preset.first_timestep if learns_placement else 0
-        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=first)}
+        weight_B1YX = torch.as_tensor(batch["weight"])
+        weight_B1YX = F.avg_pool2d(weight_B1YX, weight_B1YX.shape[-1] // latents_BCYX.shape[-1])
+        loss = self.diffusion.random_loss(
+            latents_BCYX, condition_BQD, first_timestep=first, weight_B1YX=weight_B1YX.to(latents_BCYX.device)
+        )
+        return {"loss": loss}
 
 
 class UnetStage:
@@ -51,7 +57,7 @@ class UnetStage:
         self.diffusion = Diffusion(load_vae(parts.need("vae", stage="unet")), unet, new_storybook_scheduler())
         if preset.bf16:  # the backward pass of torch's fused kernel is the slower one then on a CPU
             self.diffusion.unet.set_attn_processor(AttnProcessor())
-        text_encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
+        text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = UnetObjective(self.diffusion, text_encoder, preset)
 

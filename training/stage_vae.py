@@ -33,14 +33,14 @@ class VaeObjective(nn.Module):
         pixels_BCYX = to_tensor(batch["pixels"]).to(self.vae.device)
         latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode().float()
         decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * normal_like(latents_BCYX)).sample.float()
-        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, batch["inside"])
+        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, batch["weight"])
         size = 1e-4 * latents_BCYX.square().mean()  # keeps the latents' scale from wandering
         return {**losses, "loss": losses["loss"] + size}
 
 
-def reconstruction_losses(decoded_BCYX: Tensor, pixels_BCYX: Tensor, inside_B1YX: object) -> dict[str, Tensor]:
-    """L1, a little L2 against colour drift, and the L1 of the gradients for crispness; inside of sprites threefold."""
-    weight_B1YX = 1 + 2 * torch.as_tensor(inside_B1YX).to(pixels_BCYX.device).float()
+def reconstruction_losses(decoded_BCYX: Tensor, pixels_BCYX: Tensor, weight_B1YX: object) -> dict[str, Tensor]:
+    """L1, a little L2 against colour drift, and the L1 of the gradients for crispness."""
+    weight_B1YX = torch.as_tensor(weight_B1YX).to(pixels_BCYX.device).float()
     weight_B1YX = weight_B1YX / weight_B1YX.mean()
     error_BCYX = decoded_BCYX - pixels_BCYX
     l1 = (error_BCYX.abs() * weight_B1YX).mean()

@@ -239,6 +239,14 @@ def sprite_image(name: str, side_px: int) -> Image.Image:
 
 
 @functools.cache
+def sprite_contrast(name: str) -> float:
+    """How much a sprite's colours differ: the spread of its opaque pixels, of 1; elephant 0.08, panda 0.36."""
+    pixels_YXC = np.asarray(sprite_image(name, SPRITE_PX[1]), float) / 255
+    opaque_NC = pixels_YXC[pixels_YXC[..., 3] > 0.5, :3]
+    return float(np.sqrt(opaque_NC.var(axis=0).mean()))
+
+
+@functools.cache
 def _sheet() -> Image.Image:
     with (files("minigpt5.storybook") / "sprites.png").open("rb") as file:
         return Image.open(file).convert("RGBA")

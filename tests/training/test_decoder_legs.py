@@ -13,15 +13,17 @@ from minigpt5.config import storybook
 from minigpt5.denoising import Denoising, advance
 from minigpt5.diffusion import Diffusion
 from minigpt5.errors import TrainingError
-from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.model_folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.restarts import NUM_LEVELS
+from minigpt5.storybook.scenes import scene_at, sprite_boxes
 from minigpt5.types import DISTILLED, DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion
-from training.data import StorybookRows, batch_at
+from training.data import SPRITE_WEIGHT, StorybookRows, _weight, batch_at
 from training.parts import Parts
 from training.presets import STORYBOOK
-from training.stage_decoder import DecoderObjective
+from training.stage_decoder import DecoderObjective, DecoderStage
 from training.stage_distill import DistillObjective
+from training.stage_vae import LATENT_NOISE
 
 
 def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def trained_parts(diffusion: Diffusion) -> set[str]:
 
 def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
     preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=2)
-    diffusion = tiny_diffusion(tiny_config())
+    diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
     diffusion.unet.requires_grad_(True)  # as it is loaded
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     torch.manual_seed(0)
@@ -66,21 +68,28 @@ def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
     assert trained_parts(diffusion) == {"vae.decoder", "vae.post_quant_conv"}
 
 
-def test_every_second_picture_is_ended_by_the_distilled_unet(monkeypatch: pytest.MonkeyPatch) -> None:
-    preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=5)
+def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=7)
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     seen: dict[str, list[int]] = {}
 
     def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, scheduler: str, **__: object) -> torch.Tensor:
         seen[scheduler] = timesteps.tolist()
-        return latents + (1 if scheduler == DISTILLED else 0)
+        return latents + (2 if scheduler == DISTILLED else 1)
 
     monkeypatch.setattr(diffusion, "cleaned", note)
-    pixels_BCYX = torch.rand(5, 3, 32, 32)
-    moved = objective._cleaned(pixels_BCYX, torch.zeros(5, 1, 1)) - diffusion.to_latents(pixels_BCYX)
-    assert moved.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0, 1, 0, 1, 0], abs=1e-5)
+    pixels_BCYX = torch.rand(7, 3, 32, 32)
+    moved = objective._cleaned(pixels_BCYX, torch.zeros(7, 1, 1)) - diffusion.to_latents(pixels_BCYX)
+    assert moved.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0, 1, 2, 0, 1, 2, 0], abs=0.02)
+    assert moved[0].std().item() == pytest.approx(LATENT_NOISE, rel=0.2)
     assert seen[DISTILLED] == [499, 499] and max(seen["ddim"]) < preset.last_timestep
+
+
+def test_a_model_that_was_not_distilled_is_refused(tmp_path: Path) -> None:
+    save_diffusion(tiny_diffusion(tiny_config()), tmp_path)
+    with pytest.raises(TrainingError, match="run stage distill first"):
+        DecoderStage(STORYBOOK["decoder"], Parts(runs=tmp_path, decoder=tmp_path))
 
 
 def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +106,17 @@ def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.Mon
     monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition: pixels[:, :, ::4, ::4].roll(4, dims=3))
     assert right < 0.5 * objective(batch, 0.0)["l1"].item()
     assert np.asarray(batch["corners"]).shape == (2, 2, 2)
+
+
+def test_an_error_counts_more_where_a_sprite_has_little_contrast() -> None:
+    weights = {}
+    for name in ("elephant", "panda"):
+        scene = dataclasses.replace(scene_at(0, seed=1), who=name, what="house")
+        left, top, right, bottom = sprite_boxes(scene)[name]
+        weight_YX = _weight(scene)[0]
+        assert weight_YX[0, 0] == 1 and weight_YX.shape == (128, 128)
+        weights[name] = np.median(weight_YX[top:bottom, left:right])
+    assert weights["elephant"] > 2 * SPRITE_WEIGHT > 4 * weights["panda"] > 2
 
 
 def new_distill(teacher_steps: int) -> tuple[Diffusion, DistillObjective]:
