@@ -39,6 +39,7 @@ from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_picture
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
 from tests.bench.goals import compare, to_text
+from tests.bench.perceptual import Lpips, psnr_db
 from tests.bench.pixels import pixels_of, png_of, to_pixels
 from tests.bench.referring import reference
 from tests.bench.shares import mean, share
@@ -158,6 +159,13 @@ def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, dict[str, flo
     return {"who": mean(who_B), "what": mean(what_B), "both": mean(values_BN.mean(axis=1))}
 
 
+def nearness(true: np.ndarray, again: np.ndarray) -> dict[str, dict[str, float]]:
+    """How near the VAE comes to pictures: `psnr_db` the larger and `lpips` the smaller the nearer."""
+    one_BCYX, other_BCYX = to_pictures(true), to_pictures(again)
+    values = {"psnr_db": psnr_db(one_BCYX, other_BCYX), "lpips": Lpips()(one_BCYX, other_BCYX)}
+    return {name: mean(value.double().numpy()) for name, value in values.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nums:
     """Of what is measured; 0: not at all, but for the captions."""
@@ -193,6 +201,7 @@ def measure(
             "accuracy": {kind: accuracy(of_kind) for kind, of_kind in right.items()},
             "alignment_gap": points_lost(right["base"], right["drawn"]),
             "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
+            "reconstruction": nearness(true[:NUM_CRISP], again[:NUM_CRISP]),
             "seconds_a_picture": round(seconds, 3),
         }
     if nums.stories:
