@@ -1,4 +1,9 @@
-"""What is asked of the storybook model: each figure with its interval beside it."""
+"""What is asked of the storybook model: each figure with its interval beside it.
+
+What is asked of crispness was measured with small weights whose VAE was said to have 0.85 for characters and 0.89 for
+objects, and true scenes 0.92. Of those weights, 32 validation scenes, `crispness` says 0.75 and 0.82, and 0.92 of true
+scenes; with colour it says 0.84 and 0.91, and 0.95. Neither is the measure that was meant for certain: both stand here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,6 @@ class Goal:
 
 def _goals() -> list[Goal]:
     drawn, stories = ("held_out_pairs", "accuracy", "drawn"), ("stories", "pictures")
-    crisp = "held_out_pairs", "crispness"
     return [
         *(Goal(figure=f"picture shows {fact}", path=(*drawn, fact), asked=0.9, goal=0.98) for fact in ("who", "what")),
         Goal(figure="picture shows side", path=(*drawn, "side"), asked=0.9, goal=0.98),
@@ -31,8 +35,13 @@ def _goals() -> list[Goal]:
             Goal(figure=f"picture shows {fact}", path=(*drawn, fact), asked=0.97, goal=0.99)
             for fact in ("place", "time")
         ),
-        Goal(figure="crispness of the VAE's pictures", path=(*crisp, "reconstructed", "both"), asked=0.9, goal=0.91),
-        Goal(figure="crispness of drawn pictures", path=(*crisp, "drawn", "both"), asked=0.87, goal=0.9),
+        *(
+            Goal(
+                figure=f"{name} of {kind} pictures", path=("held_out_pairs", path, key, "both"), asked=asked, goal=goal
+            )
+            for path, name in (("crispness", "crispness"), ("crispness_with_colour", "crispness with colour"))
+            for key, kind, asked, goal in (("reconstructed", "the VAE's", 0.9, 0.91), ("drawn", "drawn", 0.87, 0.9))
+        ),
         *(
             Goal(figure=f"story's page shows {fact}", path=(*stories, fact), asked=0.6, goal=0.9)
             for fact in ("who", "what")

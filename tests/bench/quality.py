@@ -147,11 +147,11 @@ def points_lost(base: Mapping[str, np.ndarray], drawn: Mapping[str, np.ndarray])
     return {name: mean(100.0 * (base[name].astype(float) - drawn[name])) for name in drawn}
 
 
-def crisp(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+def crisp(pixels: np.ndarray, asked: Sequence[Asked], *, with_colour: bool = False) -> dict[str, dict[str, float]]:
     """Mean crispness of the asked character, of the asked object and of both."""
     values_BN = np.array(
         [
-            [crispness(picture, name) for name in (one.scene.who, one.scene.what)]
+            [crispness(picture, name, with_colour=with_colour) for name in (one.scene.who, one.scene.what)]
             for picture, one in zip(pixels[:NUM_CRISP], asked, strict=False)
         ]
     )
@@ -201,6 +201,7 @@ def measure(
             "accuracy": {kind: accuracy(of_kind) for kind, of_kind in right.items()},
             "alignment_gap": points_lost(right["base"], right["drawn"]),
             "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
+            "crispness_with_colour": {kind: crisp(pixels, asked, with_colour=True) for kind, pixels in kinds.items()},
             "reconstruction": nearness(true[:NUM_CRISP], again[:NUM_CRISP]),
             "seconds_a_picture": round(seconds, 3),
         }
