@@ -42,8 +42,6 @@ SAMPLER_OPTIONS: dict[str, dict[str, object]] = {
 _LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 MIN_VELOCITY_WEIGHT = 0.4
 """Who stands where is decided while there is next to no signal: those steps are to be learnt as well."""
-PLACED_BELOW = 500
-"""Timesteps below which noise leaves no doubt where in a picture of the storybook's world things stand."""
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
@@ -94,59 +92,23 @@ class Diffusion(nn.Module):
         """As `to_pixels`, before values outside of [-1, 1] are cut off: what a loss is taken of."""
         return self.vae.decode(denormalise(latents_BCYX, self.vae)).sample
 
-    def random_loss(
-        self,
-        latents_BCYX: Tensor,
-        condition_BQD: Tensor,
-        *,
-        first_timestep: int = 0,
-        weight_B1YX: Tensor | None = None,
-    ) -> Tensor:
+    def random_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, first_timestep: int = 0) -> Tensor:
         """Their mean loss under random noise at random timesteps: with min-SNR weights, or where `first_timestep` is
-        given from there on, without weights. What a picture shows, and where, is decided while there is much noise.
-
-        `weight_B1YX`: how much an error counts at each place, once noise leaves no doubt about what stands there."""
+        given from there on, without weights. What a picture shows, and where, is decided while there is much noise."""
         timesteps = torch.randint(first_timestep, self.scheduler.config.num_train_timesteps, (len(latents_BCYX),))
-        timesteps = timesteps.to(latents_BCYX.device)
-        if weight_B1YX is not None:
-            weight_B1YX = torch.where((timesteps < PLACED_BELOW).view(-1, 1, 1, 1), weight_B1YX, 1.0)
         measure = self.error if first_timestep else self.loss
         noise = normal_like(latents_BCYX)
-        return measure(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps, weight_B1YX=weight_B1YX).mean()
+        return measure(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps.to(latents_BCYX.device)).mean()
 
-    def loss(
-        self,
-        latents_BCYX: Tensor,
-        condition_BQD: Tensor,
-        *,
-        noise: Tensor,
-        timesteps: Tensor,
-        weight_B1YX: Tensor | None = None,
-    ) -> Tensor:
+    def loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Denoising loss with min-SNR weights, one value a picture: (B,)."""
-        error_B = self.error(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps, weight_B1YX=weight_B1YX)
-        return error_B * min_snr_weight(self.scheduler, timesteps)
+        return self.error(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps) * min_snr_weight(
+            self.scheduler, timesteps
+        )
 
-    def error(
-        self,
-        latents_BCYX: Tensor,
-        condition_BQD: Tensor,
-        *,
-        noise: Tensor,
-        timesteps: Tensor,
-        weight_B1YX: Tensor | None = None,
-    ) -> Tensor:
-        """Mean squared error of the prediction, of the noise or of the velocity: (B,). The mean is over places as
-        `weight_B1YX` has them count."""
-        scheduler = self.scheduler
-        noisy_BCYX = scheduler.add_noise(latents_BCYX, noise, timesteps)
-        predicted_BCYX = self.unet(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
-        is_velocity = scheduler.config.prediction_type == "v_prediction"
-        target_BCYX = scheduler.get_velocity(latents_BCYX, noise, timesteps) if is_velocity else noise
-        error_BCYX = F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none")
-        if weight_B1YX is not None:
-            error_BCYX = error_BCYX * (weight_B1YX / weight_B1YX.mean(dim=(1, 2, 3), keepdim=True))
-        return error_BCYX.mean(dim=(1, 2, 3))
+    def error(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As `loss`, without weights."""
+        return denoising_error(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
 
     def cleaned(
         self,
@@ -216,6 +178,23 @@ def _statistics(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
 def normal_like(values: Tensor) -> Tensor:
     """Noise from the CPU's generator: the same numbers on whichever device `values` lie."""
     return torch.randn(values.shape, dtype=values.dtype).to(values.device)
+
+
+def denoising_error(
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    latents_BCYX: Tensor,
+    condition_BQD: Tensor,
+    *,
+    noise: Tensor,
+    timesteps: Tensor,
+) -> Tensor:
+    """Mean squared error of the prediction, of the noise or of the velocity: (B,)."""
+    noisy_BCYX = scheduler.add_noise(latents_BCYX, noise, timesteps)
+    predicted_BCYX = unet(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target_BCYX = scheduler.get_velocity(latents_BCYX, noise, timesteps) if is_velocity else noise
+    return F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
 def without_noise(scheduler: SchedulerMixin, noisy_BCYX: Tensor, predicted_BCYX: Tensor, timesteps: Tensor) -> Tensor:

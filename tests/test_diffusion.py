@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from minigpt5.denoising import denoise
 from minigpt5.diffusion import (
     MIN_VELOCITY_WEIGHT,
-    PLACED_BELOW,
     SCHEDULERS,
     Diffusion,
     min_snr_weight,
@@ -53,31 +52,6 @@ def test_a_first_timestep_bounds_the_noise_and_drops_the_weights(monkeypatch: py
     diffusion.random_loss(many, many, first_timestep=600)
     assert min(seen["loss"]) < 50 and max(seen["loss"]) > 950
     assert 600 <= min(seen["error"]) < 650 and max(seen["error"]) > 950
-
-
-def test_places_count_by_their_weight_once_things_stand_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config()
-    diffusion = tiny_diffusion(config)
-    latents_BCYX, condition_BQD = (
-        torch.randn(2, 4, 8, 8),
-        torch.randn(2, config.condition_length, config.condition_width),
-    )
-    noise, timesteps = torch.randn_like(latents_BCYX), torch.tensor([PLACED_BELOW - 1, PLACED_BELOW])
-
-    def error(weight_B1YX: torch.Tensor | None) -> torch.Tensor:
-        with torch.no_grad():
-            return diffusion.error(
-                latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps, weight_B1YX=weight_B1YX
-            )
-
-    left, right = torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)
-    left[..., :4], right[..., :4] = 5, 0
-    assert torch.allclose((error(left) + error(right)) / 2, error(None), atol=1e-5), "a weight's size counts"
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(torch, "randint", lambda *_: timesteps)
-    monkeypatch.setattr(diffusion, "error", lambda *_, weight_B1YX, **__: seen.append(weight_B1YX) or torch.ones(2))
-    diffusion.random_loss(latents_BCYX, condition_BQD, weight_B1YX=left)
-    assert seen[0][0].equal(left[0]) and (seen[0][1] == 1).all()
 
 
 def test_no_signal_is_no_nan_for_either_prediction() -> None:

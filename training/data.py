@@ -105,10 +105,11 @@ def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dic
 
 
 def _captioned_crop(preset: Preset, row_id: int, rng: np.random.Generator) -> dict[str, object]:
-    """A whole scene as `_captioned_scene` has it, and the corners of two crops as `_crop` chooses them."""
+    """A whole scene with its caption, how much an error counts at each pixel, and the corners of two crops as `_crop`
+    chooses them."""
     row = _captioned_scene(preset.seed, row_id, preset.canonical_share, rng)
     scene = scene_at(row_id, seed=preset.seed)
-    return {**row, "corners": [_corner(scene, preset.crop_px, rng) for _ in range(2)]}
+    return {**row, "weight": _weight(scene), "corners": [_corner(scene, preset.crop_px, rng) for _ in range(2)]}
 
 
 def _corner(scene: Scene, crop_px: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -138,12 +139,11 @@ def _weight(scene: Scene) -> np.ndarray:
 
 
 def _captioned_scene(seed: int, row_id: int, canonical_share: float, rng: np.random.Generator) -> dict[str, object]:
-    """A scene, its caption, in the canonical phrasing as well, and how much an error counts at each pixel."""
     scene = scene_at(row_id, seed=seed)
     facts = draw_facts(scene, rng)
     canonical = canonical_caption(facts)
     caption = canonical if rng.random() < canonical_share else write_caption(facts, rng)
-    return {"pixels": draw_scene(scene), "weight": _weight(scene), "caption": caption, "canonical": canonical}
+    return {"pixels": draw_scene(scene), "caption": caption, "canonical": canonical}
 
 
 def _description(seed: int, row_id: int, rng: np.random.Generator) -> Row:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
@@ -39,12 +38,7 @@ class UnetObjective(nn.Module):
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         condition_BQD = self.text_encoder(captions)
         first = self.preset.first_timestep if learns_placement else 0
-        weight_B1YX = torch.as_tensor(batch["weight"])
-        weight_B1YX = F.avg_pool2d(weight_B1YX, weight_B1YX.shape[-1] // latents_BCYX.shape[-1])
-        loss = self.diffusion.random_loss(
-            latents_BCYX, condition_BQD, first_timestep=first, weight_B1YX=weight_B1YX.to(latents_BCYX.device)
-        )
-        return {"loss": loss}
+        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=first)}
 
 
 class UnetStage:
