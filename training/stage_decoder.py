@@ -63,7 +63,7 @@ class DecoderObjective(nn.Module):
         """Pictures' latents, and the UNets' guesses at them, the UNet's less often of those under more noise."""
         latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
         noise_BCYX = normal_like(latents_BCYX)
-        kind_B = torch.arange(len(latents_BCYX)) % 3
+        kind_B = torch.arange(len(latents_BCYX)) % 3  # 0: as they are; 1: cleaned; 2: ended as drawn
         timesteps_B = (torch.rand(len(kind_B)).square() * self.preset.last_timestep).long()
         timesteps_B[kind_B == 2] = last_level(self.diffusion.scheduler)
         cleaned_BCYX = latents_BCYX + LATENT_NOISE * noise_BCYX
