@@ -127,7 +127,8 @@ def _corner(scene: Scene, crop_px: int, rng: np.random.Generator) -> tuple[int, 
 
 def _weight(scene: Scene) -> np.ndarray:
     """How much an error counts at each pixel: (1, Y, X). The more on a sprite, the less its colours differ: an
-    elephant's folds are no less of it than a panda's patches."""
+    elephant's folds are no less of it than a panda's patches. The power lies between those that would count absolute
+    (1) and squared errors (2) relative to the contrast."""
     weight = np.ones((1, IMAGE_PX, IMAGE_PX), np.float32)
     for name, (left, top, right, bottom) in sprite_boxes(scene).items():
         box = weight[0, top:bottom, left:right]

@@ -19,7 +19,7 @@ from training.presets import Preset
 from training.sheet import save_sheet, to_tensor
 
 LATENT_NOISE = 0.05
-"""Added to the latents, so that the decoder forgives what the UNet gets slightly wrong."""
+"""Added to latents, raw ones here and normalised ones in "decoder", so that the way back forgives slight errors."""
 
 
 class VaeObjective(nn.Module):

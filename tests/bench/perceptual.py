@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ PIXEL_STD = (0.458, 0.448, 0.450)
 
 class _ArraysUnpickler(pickle.Unpickler):
     """Reads numpy arrays in dictionaries and nothing else."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):

@@ -4,7 +4,8 @@
 Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
 Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and from pictures of
-the same facts through the diffusion model's own text encoder; its lead is the alignment gap, in points.
+the same facts through the diffusion model's own text encoder; its lead is the alignment gap, in points. How near the
+reconstructions come: perceptual.py.
 
 Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
 texts in books.json, the pictures of the best and the worst in books.png. Given stories say how well pictures show what
