@@ -90,7 +90,7 @@ bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, sca
 	$(RUN) -m tests.bench.bulk
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
-	for leg in vae unet distill decoder vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done
+	for leg in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done
 	$(RUN) -m training.train vision --start runs/refine/model --out runs/describe $(DESCRIBE)
 	cp -r runs/describe/model/. models/storybook/
 

@@ -27,11 +27,10 @@ from minigpt5.storybook.scenes import (
     draw_scene,
     scene_at,
     sprite_boxes,
-    sprite_contrast,
-    sprite_image,
 )
 from minigpt5.storybook.stories import story_at
 from training.presets import Preset
+from training.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 from training.stored_data import StoredRows
 
 if TYPE_CHECKING:
@@ -44,9 +43,6 @@ VALIDATION_BATCH = 8
 MAX_BLOCKS = 1_000
 """Of a worker's rows. Each is a task of Ray's: the tens of thousands of a run of any number of steps, ended by
 `minutes`, would take the cores from the workers."""
-SPRITE_WEIGHT = 3.0
-"""How much an error counts within a sprite of TYPICAL_CONTRAST, or around it in its box."""
-TYPICAL_CONTRAST = 0.2
 
 
 class Rows(Protocol):
@@ -84,6 +80,8 @@ def row_at(preset: Preset, row_id: int) -> dict[str, object]:
         return _crop(preset.seed, row_id, preset.crop_px, rng)
     if preset.stage == "decoder":
         return _captioned_crop(preset, row_id, rng)
+    if preset.stage == "sharpen":
+        return _weighted_scene(preset, row_id, rng)
     if preset.stage in ("unet", "distill"):
         return _captioned_scene(preset.seed, row_id, preset.canonical_share, rng)
     if preset.stage == "vision":
@@ -102,6 +100,21 @@ def _crop(seed: int, row_id: int, crop_px: int, rng: np.random.Generator) -> dic
     y, x = _corner(scene, crop_px, rng)
     window = np.s_[y : y + crop_px, x : x + crop_px]
     return {"pixels": draw_scene(scene)[window], "weight": _weight(scene)[(slice(None), *window)]}
+
+
+def _weighted_scene(preset: Preset, row_id: int, rng: np.random.Generator) -> dict[str, object]:
+    """A scene with a caption that says all of its facts, how much an error counts at each pixel, and its sprites'
+    masks (2, Y, X)."""
+    scene = scene_at(row_id, seed=preset.seed)
+    facts = Facts.of(scene)
+    is_canonical = rng.random() < preset.canonical_share
+    return {
+        "scene": scene,
+        "caption": canonical_caption(facts) if is_canonical else write_caption(facts, rng),
+        "pixels": draw_scene(scene),
+        "weight": _weight(scene),
+        "masks": np.stack([sprite.mask() for sprite in sprites_of(scene)]),
+    }
 
 
 def _captioned_crop(preset: Preset, row_id: int, rng: np.random.Generator) -> dict[str, object]:
@@ -126,17 +139,7 @@ def _corner(scene: Scene, crop_px: int, rng: np.random.Generator) -> tuple[int, 
 
 
 def _weight(scene: Scene) -> np.ndarray:
-    """How much an error counts at each pixel: (1, Y, X). The more on a sprite, the less its colours differ: an
-    elephant's folds are no less of it than a panda's patches. The power lies between those that would count absolute
-    (1) and squared errors (2) relative to the contrast."""
-    weight = np.ones((1, IMAGE_PX, IMAGE_PX), np.float32)
-    for name, (left, top, right, bottom) in sprite_boxes(scene).items():
-        box = weight[0, top:bottom, left:right]
-        box[:] = SPRITE_WEIGHT
-        sprite = sprite_image(name, max(right - left, bottom - top))
-        opaque = np.asarray(sprite.getchannel("A")) > 127
-        box[opaque] = SPRITE_WEIGHT * (TYPICAL_CONTRAST / sprite_contrast(name)) ** 1.5
-    return weight
+    return error_weight(sprites_of(scene), around=SPRITE_WEIGHT)
 
 
 def _captioned_scene(seed: int, row_id: int, canonical_share: float, rng: np.random.Generator) -> dict[str, object]:

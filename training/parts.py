@@ -15,6 +15,7 @@ DIFFUSION_LEGS = {
     "unet": ("vae",),
     "distill": ("unet", "vae"),
     "decoder": ("distill", "unet", "vae"),
+    "sharpen": ("decoder", "distill", "unet", "vae"),
 }
 """The legs whose parts a leg of the latent diffusion model goes on from, the last one first; other stages use all."""
 
@@ -38,7 +39,7 @@ class Parts:
     def find(self, part: str, *, stage: str = "") -> Path | None:
         """The first folder that has `part` ("vae" or "unet") under it, of the legs those before `stage`; None where
         there is none."""
-        legs = DIFFUSION_LEGS.get(stage, ("decoder", "distill", "unet", "vae"))
+        legs = DIFFUSION_LEGS.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
         trained = (self.runs / leg / "model" for leg in legs)
         folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)

@@ -55,7 +55,7 @@ class Preset:
     trains_queries: int = 1
     """0: the mapper's `fc` and queries are frozen, as in the published second stage."""
     canonical_share: float = 0.7
-    """Of the captions of "unet" that are in the one phrasing which the vokens are aligned with."""
+    """Of the captions of "unet" and "sharpen" that are in the one phrasing which the vokens are aligned with."""
     placement_until: float = 0.0
     """Share of the run in which "unet" learns where things stand, which the whole mixture hardly teaches: that phrasing
     alone, under noise from `first_timestep` on."""
@@ -74,9 +74,11 @@ class Preset:
     """Added to voken states, in units of their spread."""
     first_timestep: int = 0
     """Least noise of the picture loss, and of that of "unet" until `placement_until`; above 0 it is unweighted."""
+    detail_weight: float = 0.0
+    """Of what the sprites of a picture lack in correlation with what they should be."""
     replay_steps: int = 0
     """Steps on what is remembered after each step on fresh rows: of the mapper alone on the language model's states, or
-    in "distill" on the teacher's."""
+    in "distill" on the teacher's steps, in "sharpen" on pictures that were drawn."""
     replay_batch_size: int = 32
     replay_from: int = 1
     """Pictures that are remembered before any is replayed: fewer would be learnt by heart."""
@@ -87,6 +89,8 @@ class Preset:
     """Of the rows of "learn" and "refine": bare captions, lest they are forgotten, and stories; the rest are pages."""
     rows_learning_rate: float = 0.0
     mapper_learning_rate: float = 0.0
+    decoder_learning_rate: float = 0.0
+    """Of the VAE's decoder in "sharpen"."""
     checkpoint_every_s: float = 180.0
     sheet_every_s: float = 300.0
     times_communication: int = 0
@@ -171,6 +175,19 @@ STORYBOOK = {
         teacher_steps=5,
         replay_steps=3,
         replay_from=256,
+        bf16=1,
+    ),
+    "sharpen": Preset(
+        stage="sharpen",
+        steps=2_500,
+        batch_size=12,
+        learning_rate=3e-4,
+        decoder_learning_rate=1e-3,
+        weight_decay=0.0,
+        ema=0.995,
+        detail_weight=2.0,
+        replay_steps=2,
+        replay_from=48,
         bf16=1,
     ),
     "vision": Preset(

@@ -22,13 +22,17 @@ def to_tensor(pixels_BYXC: object) -> Tensor:
     return torch.as_tensor(np.asarray(pixels_BYXC)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def to_pixels(pictures_BCYX: Tensor) -> np.ndarray:
+    """The way back: (B, Y, X, 3)."""
+    return ((pictures_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def save_sheet(path: Path, rows: list[Tensor]) -> None:
     """One PNG; each entry of `rows` is a row of pictures (n, 3, Y, X) in [-1, 1]."""
     lines = [torch.cat(list(row.cpu()), dim=2) for row in rows]
     width = max(line.shape[2] for line in lines)
     lines = [torch.nn.functional.pad(line, (0, width - line.shape[2]), value=1.0) for line in lines]
-    pixels = ((torch.cat(lines, dim=1).clamp(-1, 1) + 1) * 127.5).round().byte()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(to_pixels(torch.cat(lines, dim=1)[None].clamp(-1, 1))[0]).save(path)
 
 
 @torch.no_grad()

@@ -49,6 +49,10 @@ def build_stage(preset: Preset, parts: Parts, rows: Rows) -> loop.Stage:
         from training.stage_decoder import DecoderStage
 
         return DecoderStage(preset, parts)
+    if preset.stage == "sharpen":
+        from training.stage_sharpen import SharpenStage
+
+        return SharpenStage(preset, parts)
     if preset.stage == "distill":
         from training.stage_distill import DistillStage
 

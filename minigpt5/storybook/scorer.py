@@ -1,14 +1,13 @@
-"""Pictures -> the facts that they show, read by a small classifier; and how crisp a sprite in a picture is.
+"""Pictures -> the facts that they show, read by a small classifier.
 
 The judge of every picture figure: trained by `training/scorer.py` on scenes, blurred and recoloured ones
-included, so that it forgives what an eye forgives. `crispness` is the other half: it forgives nothing.
+included, so that it forgives what an eye forgives. crispness.py is the other half: it forgives nothing.
 
 Shape letters: B pictures, C channels, Y X rows and columns, K names with a map of their own.
 """
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,10 @@ from torch import Tensor, nn
 from minigpt5.errors import ModelFolderError
 from minigpt5.model_folder import load_module
 from minigpt5.storybook.captions import Facts
-from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, SPRITE_PX, TIMES, sprite_image
+from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, TIMES
 
 WEIGHTS = "scorer.safetensors"
 SIDES = ("left", "right")
-CRISPNESS_PX = tuple(range(SPRITE_PX[0], SPRITE_PX[1] + 1, 4))
-"""Template sizes. A size between two of them costs a true scene a little: it reaches 0.92, not 1."""
 
 
 class Scorer(nn.Module):
@@ -114,47 +111,3 @@ def load_scorer(folder: str | Path | None = None) -> Scorer:
     scorer = Scorer()
     load_module(scorer, path)
     return scorer.eval()
-
-
-@torch.no_grad()
-def crispness(pixels: np.ndarray, key: str, *, with_colour: bool = False) -> float:
-    """How sharply one picture (Y, X, 3) uint8 shows the sprite `key`, at any place and size; at most 1.
-
-    The best normalised correlation of the sprite's template with the picture under the template's opaque pixels, each
-    colour channel around its own mean there: details alone. True scenes reach about 0.92 (the sizes between
-    CRISPNESS_PX cost them 0.05), a blur of 1.5 px 0.81. `with_colour`: all channels around one mean, so that having the
-    sprite's colours counts as well: 0.95 and 0.89.
-    """
-    picture_1CYX = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].double() / 255
-    height, width = pixels.shape[:2]
-    spectrum = torch.fft.rfft2(picture_1CYX[0])
-    squares = torch.fft.rfft2((picture_1CYX[0] ** 2).sum(0))
-    best = 0.0
-    for side_px in CRISPNESS_PX:
-        template_CYX, mask_YX = _template(key, side_px, with_colour)
-        rows, columns = height - mask_YX.shape[0] + 1, width - mask_YX.shape[1] + 1
-        of_mask = torch.fft.rfft2(mask_YX, s=(height, width)).conj()
-        of_template = torch.fft.rfft2(template_CYX, s=(height, width)).conj()
-
-        def correlate(product: Tensor, rows: int = rows, columns: int = columns) -> Tensor:
-            return torch.fft.irfft2(product, s=(height, width))[..., :rows, :columns]
-
-        common = correlate(spectrum * of_template).sum(0)
-        sums_CYX = correlate(spectrum * of_mask)
-        of_mean = sums_CYX.sum(0) ** 2 / 3 if with_colour else (sums_CYX**2).sum(0)
-        variance = correlate(squares * of_mask) - of_mean / mask_YX.sum()
-        energy = variance.clamp_min(1e-3) * (template_CYX**2).sum()  # flat regions have no correlation
-        best = max(best, float((common / energy.sqrt()).max()))
-    return best
-
-
-@functools.lru_cache(maxsize=1024)
-def _template(key: str, side_px: int, with_colour: bool) -> tuple[Tensor, Tensor]:
-    """Colours around their mean, see `crispness`: (3, Y, X), zero outside the mask (Y, X) of opaque pixels."""
-    sprite = torch.from_numpy(np.array(sprite_image(key, side_px))).double() / 255
-    mask_YX = (sprite[..., 3] > 0.5).double()
-    colours_CYX = sprite[..., :3].permute(2, 0, 1)
-    mean_C11 = (colours_CYX * mask_YX).sum((1, 2), keepdim=True) / mask_YX.sum()
-    if with_colour:
-        mean_C11 = mean_C11.mean()
-    return (colours_CYX - mean_C11) * mask_YX, mask_YX

@@ -35,8 +35,9 @@ from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts, canonical_caption, facts_in, write_caption
+from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
-from minigpt5.storybook.scorer import Scorer, crispness, load_scorer, to_pictures
+from minigpt5.storybook.scorer import Scorer, load_scorer, to_pictures
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
 from tests.bench.goals import compare, to_text

@@ -1,4 +1,4 @@
-"""The scorer reads true and blurred scenes and refuses other sprites; crispness tells sharp from blurred."""
+"""The scorer reads true and blurred scenes and refuses other sprites."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from minigpt5.errors import ModelFolderError
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, TIMES, Scene, draw_scene, scene_at
-from minigpt5.storybook.scorer import Scorer, crispness, default_scorer_folder, load_scorer
+from minigpt5.storybook.scorer import Scorer, default_scorer_folder, load_scorer
 
 NUM = 150
 FACTS = ("who", "what", "side", "place", "time")
@@ -85,35 +85,3 @@ def test_the_shipped_file_is_small() -> None:
 def test_a_missing_scorer_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="python -m training.scorer"):
         load_scorer(tmp_path)
-
-
-def mean_crispness(pictures: list[tuple[np.ndarray, str]], *, with_colour: bool = False) -> float:
-    return float(np.mean([crispness(pixels, name, with_colour=with_colour) for pixels, name in pictures]))
-
-
-def test_crispness_tells_true_scenes_from_blurred_ones_and_from_others() -> None:
-    pictures = [(draw_scene(scene), scene.who) for scene in SCENES[:30]]
-    true = mean_crispness(pictures)
-    mild, strong = (mean_crispness([(blurred(pixels, r), who) for pixels, who in pictures]) for r in (1.5, 3))
-    other = mean_crispness([(pixels, "balloon" if who != "balloon" else "bus") for pixels, who in pictures])
-    assert 0.89 < true < 0.95
-    assert strong < mild - 0.05 < true - 0.1
-    assert other < mild
-
-
-def test_with_colour_a_tint_counts_and_without_it_does_not() -> None:
-    pictures = [(draw_scene(scene), scene.who) for scene in SCENES[:20]]
-    grey = [
-        (np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8), who) for pixels, who in pictures
-    ]
-    shifted = [((pixels * 0.75).astype(np.uint8) + np.uint8([50, 0, 0]), who) for pixels, who in pictures]
-    assert mean_crispness(shifted) == pytest.approx(mean_crispness(pictures), abs=0.01)
-    assert mean_crispness(shifted, with_colour=True) < mean_crispness(pictures, with_colour=True) - 0.05
-    assert mean_crispness(grey, with_colour=True) < mean_crispness(pictures, with_colour=True) - 0.15
-    assert 0.93 < mean_crispness(pictures, with_colour=True) < 0.97
-
-
-def test_crispness_is_at_most_one_and_zero_on_nothing() -> None:
-    assert crispness(np.zeros((128, 128, 3), np.uint8), "fox") == pytest.approx(0, abs=0.01)
-    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    assert 0 <= crispness(noise, "fox") < 0.5

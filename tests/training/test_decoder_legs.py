@@ -15,10 +15,9 @@ from minigpt5.diffusion import Diffusion
 from minigpt5.errors import TrainingError
 from minigpt5.model_folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.restarts import NUM_LEVELS
-from minigpt5.storybook.scenes import scene_at, sprite_boxes
 from minigpt5.types import DISTILLED, DrawSettings
 from tests.tiny import tiny_config, tiny_diffusion
-from training.data import SPRITE_WEIGHT, StorybookRows, _weight, batch_at
+from training.data import StorybookRows, batch_at
 from training.parts import Parts
 from training.presets import STORYBOOK
 from training.stage_decoder import DecoderObjective, DecoderStage
@@ -28,13 +27,14 @@ from training.stage_vae import LATENT_NOISE
 
 def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
     """Once all have run, one that is run again takes nothing from itself or from what came after it."""
-    for leg in ("vae", "unet", "distill", "decoder"):
+    for leg in ("vae", "unet", "distill", "decoder", "sharpen"):
         for part in ("vae", "unet")[: 1 if leg == "vae" else 2]:
             (tmp_path / leg / "model" / part).mkdir(parents=True)
     parts = Parts(runs=tmp_path)
-    found = {leg: parts.find("vae", stage=leg) for leg in ("vae", "unet", "distill", "decoder", "align")}
-    came_from = {leg: folder.parent.name if folder else None for leg, folder in found.items()}
-    assert came_from == {"vae": None, "unet": "vae", "distill": "unet", "decoder": "distill", "align": "decoder"}
+    legs = ("vae", "unet", "distill", "decoder", "sharpen", "align")
+    found = {leg: parts.find("vae", stage=leg) for leg in legs}
+    came_from = [folder.parent.name if folder else None for folder in found.values()]
+    assert came_from == [None, *legs[:-1]]
     with pytest.raises(TrainingError, match="no unet to go on from"):
         Parts(runs=tmp_path / "empty").need("unet", stage="distill")
 
@@ -106,17 +106,6 @@ def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.Mon
     monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition: pixels[:, :, ::4, ::4].roll(4, dims=3))
     assert right < 0.5 * objective(batch, 0.0)["l1"].item()
     assert np.asarray(batch["corners"]).shape == (2, 2, 2)
-
-
-def test_an_error_counts_more_where_a_sprite_has_little_contrast() -> None:
-    weights = {}
-    for name in ("elephant", "panda"):
-        scene = dataclasses.replace(scene_at(0, seed=1), who=name, what="house")
-        left, top, right, bottom = sprite_boxes(scene)[name]
-        weight_YX = _weight(scene)[0]
-        assert weight_YX[0, 0] == 1 and weight_YX.shape == (128, 128)
-        weights[name] = np.median(weight_YX[top:bottom, left:right])
-    assert weights["elephant"] > 2 * SPRITE_WEIGHT > 4 * weights["panda"] > 2
 
 
 def new_distill(teacher_steps: int) -> tuple[Diffusion, DistillObjective]:

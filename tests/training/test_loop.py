@@ -145,7 +145,7 @@ def test_settings_are_checked() -> None:
 
 
 def test_rows_are_a_function_of_their_id() -> None:
-    for stage in ("vae", "unet", "distill", "decoder", "vision", "align", "learn", "refine"):
+    for stage in ("vae", "unet", "distill", "decoder", "sharpen", "vision", "align", "learn", "refine"):
         preset = presets.STORYBOOK[stage]
         assert str(data.row_at(preset, 5)) == str(data.row_at(preset, 5))
         assert str(data.row_at(preset, 5)) != str(data.row_at(preset, 6))

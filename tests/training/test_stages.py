@@ -27,7 +27,7 @@ def train(stage: str, runs: Path, *options: str) -> Path:
 @pytest.mark.cluster
 @pytest.mark.timeout(3600)
 def test_from_nothing_to_a_model(tmp_path: Path) -> None:
-    for stage in ("vae", "unet", "distill", "decoder", "vision", "align", "learn", "refine"):
+    for stage in ("vae", "unet", "distill", "decoder", "sharpen", "vision", "align", "learn", "refine"):
         folder = train(stage, tmp_path)
     again = train("refine", tmp_path / "again", "--start", str(folder), "--decoder", str(tmp_path / "unet" / "model"))
     for finished in (folder, again):

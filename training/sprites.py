@@ -1,0 +1,85 @@
+"""The sprites of a picture: where they are, how much an error counts there, and the picture with them drawn anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from minigpt5.storybook.crispness import find_sprite
+from minigpt5.storybook.scenes import IMAGE_PX, Scene, sprite_boxes, sprite_contrast, sprite_image
+
+SPRITE_WEIGHT = 3.0
+"""How much an error counts within a sprite of TYPICAL_CONTRAST."""
+TYPICAL_CONTRAST = 0.2
+MIN_CORRELATION = 0.45
+"""Of a sprite that is there, if not crisp; another one in its place is seldom taken for it."""
+REACH_PX = 4
+"""How far a sprite may stand beyond the middle of its picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sprite:
+    """A sprite at its place in a picture."""
+
+    name: str
+    side_px: int
+    left: int
+    top: int
+
+    @property
+    def image(self) -> Image.Image:
+        return sprite_image(self.name, self.side_px)
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns."""
+        image = self.image
+        return slice(self.top, self.top + image.height), slice(self.left, self.left + image.width)
+
+    def mask(self) -> np.ndarray:
+        """Its opaque pixels: (Y, X) bool."""
+        mask_YX = np.zeros((IMAGE_PX, IMAGE_PX), bool)
+        mask_YX[self.window] = np.asarray(self.image.getchannel("A")) > 127
+        return mask_YX
+
+
+def sprites_of(scene: Scene) -> list[Sprite]:
+    """The object, then the character that may stand before it."""
+    return [
+        Sprite(name=name, side_px=max(right - left, bottom - top), left=left, top=top)
+        for name, (left, top, right, bottom) in sprite_boxes(scene).items()
+    ]
+
+
+def find_sprites(pixels: np.ndarray, scene: Scene) -> list[Sprite]:
+    """As `sprites_of`, where they stand in a picture (Y, X, 3) uint8 that was drawn of the scene's facts; without those
+    that are not to be seen in it."""
+    half, found = IMAGE_PX // 2, []
+    for name, on_left in ((scene.what, scene.side == "right"), (scene.who, scene.side == "left")):
+        columns = (0, half + REACH_PX) if on_left else (half - REACH_PX, IMAGE_PX)
+        place = find_sprite(pixels, name, columns=columns)
+        if place.correlation >= MIN_CORRELATION:
+            found.append(Sprite(name=name, side_px=place.side_px, left=place.left, top=place.top))
+    return found
+
+
+def error_weight(sprites: Sequence[Sprite], *, around: float) -> np.ndarray:
+    """How much an error counts at each pixel: (1, Y, X), `around` the sprites in their boxes. The more on a sprite, the
+    less its colours differ: an elephant's folds are no less of it than a panda's patches. The power lies between those
+    that would count absolute (1) and squared errors (2) relative to the contrast."""
+    weight = np.ones((1, IMAGE_PX, IMAGE_PX), np.float32)
+    for sprite in sprites:
+        weight[0][sprite.window] = around
+        weight[0][sprite.mask()] = SPRITE_WEIGHT * (TYPICAL_CONTRAST / sprite_contrast(sprite.name)) ** 1.5
+    return weight
+
+
+def redrawn(pixels: np.ndarray, sprites: Sequence[Sprite]) -> np.ndarray:
+    """A picture with sprites as they are in place of what it shows there."""
+    canvas = Image.fromarray(pixels)
+    for sprite in sprites:
+        canvas.paste(sprite.image, (sprite.left, sprite.top), sprite.image)
+    return np.asarray(canvas)

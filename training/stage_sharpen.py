@@ -1,0 +1,174 @@
+"""Stage "sharpen": pictures as the default request draws them -> the same ones, crisp."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt5 import model_folder
+from minigpt5.base_models import resolve
+from minigpt5.config import storybook
+from minigpt5.denoising import Denoising, advance
+from minigpt5.diffusion import (
+    Diffusion,
+    load_distilled,
+    load_unet,
+    load_vae,
+    new_storybook_scheduler,
+    normal_like,
+    without_noise,
+)
+from minigpt5.errors import TrainingError
+from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.restarts import last_level
+from minigpt5.storybook.scenes import Scene
+from minigpt5.text_encoder import load_text_encoder
+from minigpt5.types import DISTILLED
+from training.data import Batch
+from training.parts import Parts
+from training.presets import Preset
+from training.sheet import save_captioned_sheet, to_pixels, to_tensor
+from training.sprites import error_weight, find_sprites, redrawn
+from training.stage_vae import LATENT_NOISE, detail_loss, reconstruction_losses
+
+REMEMBERED = 2048
+"""Pictures, which cost nearly as much to draw as to learn from; 300 MB."""
+TARGET = ("pixels", "weight", "masks")
+"""What a picture should be, (Y, X, 3) uint8, how much an error counts, (1, Y, X), and its sprites' masks, (2, Y, X)."""
+
+
+class SharpenObjective(nn.Module):
+    """The last call of the distilled UNet and the VAE's way back, learnt together on what they draw.
+
+    Taught by true scenes, either can but blur what it is in doubt of: where a sprite stands, and how large. Here they
+    themselves have decided: sprites are looked for in the picture that they drew before this leg, and drawn anew where
+    they stand in it. That picture is the target, so that what stands where, and behind it, stays as it was. A
+    third of the pictures are true scenes from their own latents, for the way back alone; and the first call, which
+    decides what stands where, is held to what it was.
+    """
+
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+        super().__init__()
+        self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
+        diffusion.requires_grad_(False)
+        self.before = Diffusion(
+            copy.deepcopy(diffusion.vae), diffusion.unet, diffusion.scheduler, copy.deepcopy(diffusion.distilled)
+        )
+        for part in (diffusion.unet_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
+            part.requires_grad_(True)
+        self._remembered: deque[tuple[Tensor, ...]] = deque(maxlen=REMEMBERED)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        diffusion, device = self.diffusion, self.diffusion.unet.device
+        num_true = len(batch["row_ids"]) // 3  # type: ignore[arg-type]
+        true = [torch.as_tensor(batch[name])[:num_true] for name in TARGET]
+        noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, *drawn = self._drawn(batch, num_true)
+        pixels, weight_B1YX, masks_BNYX = (torch.cat(both).to(device) for both in zip(true, drawn, strict=True))
+        pixels_BCYX = to_tensor(pixels)
+
+        num_composed = math.ceil(len(noisy_BCYX) / 4)
+        first, last = diffusion.scheduler.config.num_train_timesteps - 1, last_level(diffusion.scheduler)
+        timesteps_B = torch.tensor([last] * len(noisy_BCYX) + [first] * num_composed, device=device)
+        began_BCYX = torch.cat([noisy_BCYX, noise_BCYX[:num_composed]])
+        predicted_BCYX = diffusion.unet_for(DISTILLED)(
+            began_BCYX, timesteps_B, encoder_hidden_states=torch.cat([condition_BQD, condition_BQD[:num_composed]])
+        ).sample
+        clean_BCYX = without_noise(diffusion.scheduler, began_BCYX, predicted_BCYX.float(), timesteps_B)
+        painted_BCYX, again_BCYX = clean_BCYX.split([len(noisy_BCYX), num_composed])
+
+        with torch.no_grad():
+            exact_BCYX = diffusion.to_latents(pixels_BCYX[:num_true])
+        exact_BCYX = exact_BCYX + LATENT_NOISE * normal_like(exact_BCYX)
+        decoded_BCYX = diffusion.to_raw_pixels(torch.cat([exact_BCYX, painted_BCYX])).float()
+        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, weight_B1YX)
+        losses["detail"] = detail_loss(decoded_BCYX, pixels_BCYX, masks_BNYX)
+        losses["composition"] = F.mse_loss(again_BCYX, composed_BCYX[:num_composed])
+        loss = losses["loss"] + self.preset.detail_weight * losses["detail"] + losses["composition"]
+        return {**losses, "loss": loss}
+
+    def _drawn(self, batch: Batch, first: int) -> list[Tensor]:
+        """What there is to learn from pictures of the batch from `first` on, or of what is remembered: the noise that
+        they began as, what the first call made of it, the latents before the last call, the condition; TARGET."""
+        is_replay = (batch["step"] + 1) % (1 + self.preset.replay_steps) > 0  # type: ignore[operator]
+        if self.training and is_replay and len(self._remembered) >= self.preset.replay_from:
+            num = len(batch["row_ids"]) - first  # type: ignore[arg-type]
+            rows = [self._remembered[index] for index in torch.randint(len(self._remembered), (num,)).tolist()]
+        else:
+            rows = self._draw(batch["caption"][first:], batch["scene"][first:])  # type: ignore[index]
+            if self.training:
+                self._remembered.extend(rows)
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    @torch.no_grad()
+    def _draw(self, captions: list[str], scenes: list[Scene]) -> list[tuple[Tensor, ...]]:
+        """One row of `_drawn` for each: the first and the last call by what was there before this leg, those between
+        by what is there now."""
+        condition_BQD, null_1QD = self.text_encoder(captions), self.text_encoder([""])
+        seeds = torch.randint(2**31, (len(captions),)).tolist()
+        pictures = [
+            Denoising(self.diffusion, condition_QD, seed=seed, draw=DISTILLED_DRAW, guidance_rescale=0.0)
+            for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
+        ]
+
+        def of_all(name: str) -> Tensor:
+            return torch.cat([getattr(picture, name) for picture in pictures])
+
+        noise_BCYX = of_all("latents_1CYX")
+        advance(self.before, pictures, null_1QD)
+        composed_BCYX = of_all("clean_1CYX")
+        while pictures[0].num_calls_left > 1:
+            advance(self.diffusion, pictures, null_1QD)
+        noisy_BCYX = of_all("latents_1CYX")
+        advance(self.before, pictures, null_1QD)
+        drawn = to_pixels(self.before.to_pixels(of_all("clean_1CYX")))
+        targets = [_target(pixels, scene) for pixels, scene in zip(drawn, scenes, strict=True)]
+        rows = zip(noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, strict=True)
+        return [(*row, *target) for row, target in zip(rows, targets, strict=True)]
+
+
+def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
+    """A drawn picture's TARGET: with its sprites drawn anew, and no pixel in the mask of one that is not to be seen."""
+    sprites = find_sprites(pixels, scene)
+    masks_NYX = np.zeros((2, *pixels.shape[:2]), bool)
+    for mask_YX, sprite in zip(masks_NYX, sprites, strict=False):
+        mask_YX[:] = sprite.mask()
+    weight_1YX = error_weight(sprites, around=1.0)  # beside them there may be left of what was drawn
+    return tuple(torch.tensor(values) for values in (redrawn(pixels, sprites), weight_1YX, masks_NYX))
+
+
+class SharpenStage:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
+        torch.manual_seed(preset.seed)
+        config = storybook()
+        unet_of = parts.need("unet", stage="sharpen")
+        self.diffusion = Diffusion(
+            load_vae(parts.need("vae", stage="sharpen")),
+            load_unet(unet_of),
+            new_storybook_scheduler(),
+            load_distilled(unet_of),
+        )
+        if self.diffusion.distilled is None:
+            raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
+        text_encoder = load_text_encoder(resolve(config.text_encoder), config)
+        self.preset = preset
+        self.objective = SharpenObjective(self.diffusion, text_encoder, preset)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        vae = [parameter for parameter in self.diffusion.vae.parameters() if parameter.requires_grad]
+        return [
+            {"params": list(self.diffusion.unet_for(DISTILLED).parameters()), "lr": self.preset.learning_rate},
+            {"params": vae, "lr": self.preset.decoder_learning_rate},
+        ]
+
+    def draw_sheet(self, path: Path) -> None:
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, DISTILLED_DRAW)
+
+    def save(self, folder: Path) -> None:
+        model_folder.save_diffusion(self.diffusion, folder)
