@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.decoder import DiffusionDecoder
@@ -152,6 +152,14 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path, monkeypatch: p
         assert figures["accuracy"]["drawn"]["all"] == {"share": 0, "low": 0, "high": 0.6576, "num": 2}
         crispness = {kind: found["both"]["mean"] for kind, found in figures["crispness"].items()}
         assert crispness["true"] > 0.85 > crispness["drawn"]
+        assert figures["lpips_to_redrawn"]["mean"] >= 0
+
+
+def test_what_is_soft_is_farther_from_itself_drawn_anew() -> None:
+    asked = quality.ask(4, held_out_pairs=True)
+    true = np.stack([draw_scene(one.scene) for one in asked])
+    soft = np.stack([np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1.5))) for pixels in true])
+    assert quality.softness(true, asked)["mean"] < 0.005 < 0.02 < quality.softness(soft, asked)["mean"]
 
 
 @pytest.mark.parametrize("arguments", [["--num", "1"], ["--captions", "3"]])

@@ -118,3 +118,21 @@ def save_tiny(folder: Path) -> ModelConfig:
         vision=tiny_vision(config),
         diffusion=tiny_diffusion(config),
     )
+
+
+class SomeStates:
+    """Stands in for the text encoder at the tiny model's width: a caption's own noise."""
+
+    def __init__(self) -> None:
+        self.config = tiny_config()
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        shape = (self.config.condition_length, self.config.condition_width)
+        seeds = [sum(caption.encode()) for caption in captions]
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def trained_parts(diffusion: Diffusion) -> set[str]:
+    """First and second part of the names of what has a gradient."""
+    names = (name.split(".")[:2] for name, p in diffusion.named_parameters() if p.grad is not None and p.grad.any())
+    return {".".join(parts) for parts in names}

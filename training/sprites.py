@@ -14,10 +14,14 @@ from minigpt5.storybook.scenes import IMAGE_PX, Scene, sprite_boxes, sprite_cont
 SPRITE_WEIGHT = 3.0
 """How much an error counts within a sprite of TYPICAL_CONTRAST."""
 TYPICAL_CONTRAST = 0.2
-MIN_CORRELATION = 0.45
+MIN_CORRELATION = 0.42
 """Of a sprite that is there, if not crisp; another one in its place is seldom taken for it."""
 REACH_PX = 4
 """How far a sprite may stand beyond the middle of its picture."""
+HALO_PX = 8
+"""How far from a sprite there may be what was drawn in doubt of its place."""
+MIN_BACKGROUND_PX = 4
+"""Of a row, beside all sprites, to tell what is behind them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +81,23 @@ def error_weight(sprites: Sequence[Sprite], *, around: float) -> np.ndarray:
     return weight
 
 
+def cleared(pixels: np.ndarray, sprites: Sequence[Sprite]) -> np.ndarray:
+    """A picture without its sprites and their halos: in each row, what is behind them is taken for the median of what
+    is beside them all."""
+    is_beside_YX = np.ones(pixels.shape[:2], bool)
+    for sprite in sprites:
+        rows, columns = (slice(max(0, part.start - HALO_PX), part.stop + HALO_PX) for part in sprite.window)
+        is_beside_YX[rows, columns] = False
+    clear = pixels.copy()
+    for row, beside, is_beside in zip(clear, pixels, is_beside_YX, strict=True):
+        if is_beside.sum() >= MIN_BACKGROUND_PX:
+            row[~is_beside] = np.median(beside[is_beside], axis=0)
+    return clear
+
+
 def redrawn(pixels: np.ndarray, sprites: Sequence[Sprite]) -> np.ndarray:
     """A picture with sprites as they are in place of what it shows there."""
     canvas = Image.fromarray(pixels)
     for sprite in sprites:
         canvas.paste(sprite.image, (sprite.left, sprite.top), sprite.image)
-    return np.asarray(canvas)
+    return np.array(canvas)

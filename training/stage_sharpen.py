@@ -35,7 +35,7 @@ from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
 from training.sheet import save_captioned_sheet, to_pixels, to_tensor
-from training.sprites import error_weight, find_sprites, redrawn
+from training.sprites import SPRITE_WEIGHT, cleared, error_weight, find_sprites, redrawn
 from training.stage_vae import LATENT_NOISE, detail_loss, reconstruction_losses
 
 REMEMBERED = 2048
@@ -134,12 +134,16 @@ class SharpenObjective(nn.Module):
 
 
 def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
-    """A drawn picture's TARGET: with its sprites drawn anew, and no pixel in the mask of one that is not to be seen."""
+    """A drawn picture's TARGET: with its sprites drawn anew, without their halos, and no pixel in the mask of one that
+    is not to be seen."""
     sprites = find_sprites(pixels, scene)
+    is_whole = len(sprites) == 2  # what is not found would be taken for what is behind the other
+    if is_whole:
+        pixels = cleared(pixels, sprites)
     masks_NYX = np.zeros((2, *pixels.shape[:2]), bool)
     for mask_YX, sprite in zip(masks_NYX, sprites, strict=False):
         mask_YX[:] = sprite.mask()
-    weight_1YX = error_weight(sprites, around=1.0)  # beside them there may be left of what was drawn
+    weight_1YX = error_weight(sprites, around=SPRITE_WEIGHT if is_whole else 1.0)
     return tuple(torch.tensor(values) for values in (redrawn(pixels, sprites), weight_1YX, masks_NYX))
 
 

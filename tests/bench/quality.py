@@ -5,7 +5,7 @@ Scenes are asked for by captions of the held-out split that say every fact and d
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
 Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and from pictures of
 the same facts through the diffusion model's own text encoder; its lead is the alignment gap, in points. How near the
-reconstructions come: perceptual.py.
+reconstructions come to true scenes, and drawn pictures to themselves with their sprites drawn anew: perceptual.py.
 
 Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
 texts in books.json, the pictures of the best and the worst in books.png. Given stories say how well pictures show what
@@ -46,6 +46,7 @@ from tests.bench.pixels import pixels_of, png_of, to_pixels
 from tests.bench.referring import reference
 from tests.bench.shares import mean, share
 from tests.bench.stories import save_books, summary, tell
+from training.sprites import find_sprites, redrawn
 
 SEED = 2310
 BATCH_SIZE = 8
@@ -168,6 +169,15 @@ def nearness(true: np.ndarray, again: np.ndarray) -> dict[str, dict[str, float]]
     return {name: mean(value.double().numpy()) for name, value in values.items()}
 
 
+def softness(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float]:
+    """LPIPS between pictures and themselves with the sprites that they show drawn anew: a second opinion on crispness,
+    of a network that no training has listened to. What is not to be seen at all does not count: that is accuracy's."""
+    pictures = pixels[:NUM_CRISP]
+    pairs = zip(pictures, asked, strict=False)
+    anew = np.stack([redrawn(picture, find_sprites(picture, one.scene)) for picture, one in pairs])
+    return mean(Lpips()(to_pictures(pictures), to_pictures(anew)).double().numpy())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nums:
     """Of what is measured; 0: not at all, but for the captions."""
@@ -205,6 +215,7 @@ def measure(
             "crispness": {kind: crisp(pixels, asked) for kind, pixels in kinds.items()},
             "crispness_with_colour": {kind: crisp(pixels, asked, with_colour=True) for kind, pixels in kinds.items()},
             "reconstruction": nearness(true[:NUM_CRISP], again[:NUM_CRISP]),
+            "lpips_to_redrawn": softness(drawn, asked),
             "seconds_a_picture": round(seconds, 3),
         }
     if nums.stories:

@@ -16,7 +16,7 @@ from minigpt5.errors import TrainingError
 from minigpt5.model_folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.restarts import NUM_LEVELS
 from minigpt5.types import DISTILLED, DrawSettings
-from tests.tiny import tiny_config, tiny_diffusion
+from tests.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
 from training.data import StorybookRows, batch_at
 from training.parts import Parts
 from training.presets import STORYBOOK
@@ -37,24 +37,6 @@ def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
     assert came_from == [None, *legs[:-1]]
     with pytest.raises(TrainingError, match="no unet to go on from"):
         Parts(runs=tmp_path / "empty").need("unet", stage="distill")
-
-
-class SomeStates:
-    """Stands in for the text encoder at the tiny model's width: a caption's own noise."""
-
-    def __init__(self) -> None:
-        self.config = tiny_config()
-
-    def __call__(self, captions: list[str]) -> torch.Tensor:
-        shape = (self.config.condition_length, self.config.condition_width)
-        seeds = [sum(caption.encode()) for caption in captions]
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def trained_parts(diffusion: Diffusion) -> set[str]:
-    """First and second part of the names of what has a gradient."""
-    names = (name.split(".")[:2] for name, p in diffusion.named_parameters() if p.grad is not None and p.grad.any())
-    return {".".join(parts) for parts in names}
 
 
 def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:

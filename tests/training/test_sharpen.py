@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
 from minigpt5.diffusion import Diffusion
 from minigpt5.errors import TrainingError
 from minigpt5.model_folder import save_diffusion
 from minigpt5.storybook.scenes import draw_scene
-from tests.tiny import tiny_config, tiny_diffusion
-from tests.training.test_decoder_legs import SomeStates, trained_parts
+from tests.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
 from training.data import Batch, StorybookRows, batch_at
 from training.parts import Parts
 from training.presets import STORYBOOK
 from training.sheet import to_tensor
-from training.sprites import sprites_of
-from training.stage_sharpen import SharpenObjective, SharpenStage
+from training.sprites import SPRITE_WEIGHT, cleared, find_sprites, redrawn, sprites_of
+from training.stage_sharpen import SharpenObjective, SharpenStage, _target
 from training.stage_vae import detail_loss
 
 PRESET = dataclasses.replace(STORYBOOK["sharpen"], batch_size=6, replay_steps=2, replay_from=8)
@@ -118,6 +118,23 @@ def test_steps_between_fresh_ones_learn_from_what_is_remembered(monkeypatch: pyt
     objective.eval()
     objective(batch_of(5), 0.0)
     assert drawn == [4, 4, 4, 4], "validation is of fresh pictures"
+
+
+def test_a_target_has_no_halos_where_both_sprites_are_found() -> None:
+    """Without one of them nothing is cleared: it would be taken for what is behind the other."""
+    scene = batch_of(0)["scene"][0]  # type: ignore[index]
+    soft = np.array(Image.fromarray(draw_scene(scene)).filter(ImageFilter.GaussianBlur(1.5)))
+    sprites = find_sprites(soft, scene)
+    target, weight_1YX, masks_NYX = _target(soft, scene)
+    assert np.array_equal(target.numpy(), redrawn(cleared(soft, sprites), sprites))
+    assert masks_NYX.any((1, 2)).all() and (weight_1YX == SPRITE_WEIGHT).any()
+    left = slice(0, 64) if scene.side == "left" else slice(64, 128)
+    soft[:, left] = soft[:, left].mean(1, keepdims=True)  # no character any more
+    target, weight_1YX, masks_NYX = _target(soft, scene)
+    assert masks_NYX.any((1, 2)).tolist() == [True, False] and not (weight_1YX == SPRITE_WEIGHT).any()
+    (sprite,) = find_sprites(soft, scene)
+    assert np.array_equal(target.numpy()[:, left], soft[:, left])
+    assert np.array_equal(target.numpy(), redrawn(soft, [sprite]))
 
 
 def test_it_learns_what_it_is_taught() -> None:

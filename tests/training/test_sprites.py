@@ -11,7 +11,7 @@ from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import CHARACTERS, Scene, draw_scene, scene_at
 from training.data import StorybookRows, batch_at, row_at
 from training.presets import STORYBOOK
-from training.sprites import SPRITE_WEIGHT, Sprite, error_weight, find_sprites, redrawn, sprites_of
+from training.sprites import SPRITE_WEIGHT, Sprite, cleared, error_weight, find_sprites, redrawn, sprites_of
 
 SCENES = [scene_at(index, seed=1) for index in range(4)]
 
@@ -59,6 +59,17 @@ def test_what_was_drawn_softly_is_drawn_anew_and_nothing_else_is_touched() -> No
         for sprite in sprites:
             beside_YX[sprite.window] = False
         assert np.array_equal(target[beside_YX], soft[beside_YX]) and beside_YX.mean() > 0.4
+
+
+def test_what_is_behind_sprites_is_told_from_what_is_beside_them() -> None:
+    """A halo around a sprite goes with it; where there is nothing beside, everything stays."""
+    ramp_YX3 = np.repeat(np.arange(128, dtype=np.uint8)[:, None, None], 128, axis=1).repeat(3, axis=2)
+    sprite = Sprite(name="fox", side_px=50, left=12, top=50)
+    drawn = redrawn(ramp_YX3, [sprite])
+    drawn[44:50, 6:66] = 255
+    assert np.array_equal(cleared(drawn, [sprite]), ramp_YX3)
+    wide = [dataclasses.replace(sprite, left=left, side_px=60) for left in (0, 66)]
+    assert np.array_equal(cleared(drawn, wide)[50:100], drawn[50:100])
 
 
 def test_rows_to_sharpen_say_every_fact_and_where_the_sprites_are() -> None:
