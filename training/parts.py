@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt5.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.errors import TrainingError
 
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
@@ -49,3 +50,13 @@ class Parts:
         if folder := self.find(part, stage=stage):
             return folder
         raise TrainingError(f"no {part} to go on from: train one first, or name a model folder with --start")
+
+    def diffusion(self, *, stage: str, is_distilled: bool = True) -> Diffusion:
+        """The latent diffusion model that `stage` goes on from, with the distilled UNet beside its UNet. Raises
+        TrainingError where there is none, unless `is_distilled` is False."""
+        unet_of = self.need("unet", stage=stage)
+        distilled = load_distilled(unet_of)
+        if distilled is None and is_distilled:
+            raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
+        vae = load_vae(self.need("vae", stage=stage))
+        return Diffusion(vae, load_unet(unet_of), new_storybook_scheduler(), distilled)

@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
-from minigpt5.diffusion import (
-    Diffusion,
-    load_distilled,
-    load_unet,
-    load_vae,
-    new_storybook_scheduler,
-    normal_like,
-)
-from minigpt5.errors import TrainingError
+from minigpt5.diffusion import Diffusion, normal_like
 from minigpt5.restarts import last_level
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
@@ -83,15 +75,7 @@ class DecoderStage:
     def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        unet_of = parts.need("unet", stage="decoder")
-        self.diffusion = Diffusion(
-            load_vae(parts.need("vae", stage="decoder")),
-            load_unet(unet_of),
-            new_storybook_scheduler(),
-            load_distilled(unet_of),
-        )
-        if self.diffusion.distilled is None:
-            raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
+        self.diffusion = parts.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = DecoderObjective(self.diffusion, text_encoder, preset)

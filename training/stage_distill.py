@@ -15,14 +15,7 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.denoising import guide
-from minigpt5.diffusion import (
-    Diffusion,
-    load_distilled,
-    load_unet,
-    load_vae,
-    new_storybook_scheduler,
-    normal_like,
-)
+from minigpt5.diffusion import Diffusion, normal_like
 from minigpt5.model_folder import DISTILLED_DRAW
 from minigpt5.restarts import NUM_LEVELS
 from minigpt5.text_encoder import load_text_encoder
@@ -120,14 +113,11 @@ class DistillStage:
     def __init__(self, preset: Preset, parts: Parts) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        folder = parts.need("unet", stage="distill")
-        unet = load_unet(folder)
-        distilled = load_distilled(folder) or copy.deepcopy(unet)
+        self.diffusion = parts.diffusion(stage="distill", is_distilled=False)
+        if self.diffusion.distilled is None:
+            self.diffusion.distilled = copy.deepcopy(self.diffusion.unet)
         if preset.bf16:
-            distilled.set_attn_processor(AttnProcessor())  # as in stage_unet.py
-        self.diffusion = Diffusion(
-            load_vae(parts.need("vae", stage="distill")), unet, new_storybook_scheduler(), distilled
-        )
+            self.diffusion.distilled.set_attn_processor(AttnProcessor())  # as in stage_unet.py
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = DistillObjective(self.diffusion, text_encoder, preset)

@@ -24,7 +24,7 @@ from training.sprites import SPRITE_WEIGHT, cleared, find_sprites, redrawn, spri
 from training.stage_sharpen import SharpenObjective, SharpenStage, _target
 from training.stage_vae import detail_loss
 
-PRESET = dataclasses.replace(STORYBOOK["sharpen"], batch_size=6, replay_steps=2, replay_from=8)
+PRESET = dataclasses.replace(STORYBOOK["sharpen"], batch_size=3, replay_steps=2, replay_from=4)
 
 
 def new_sharpen() -> tuple[Diffusion, SharpenObjective]:
@@ -36,7 +36,7 @@ def new_sharpen() -> tuple[Diffusion, SharpenObjective]:
 
 def batch_of(step: int) -> Batch:
     torch.manual_seed(step)
-    return {**batch_at(StorybookRows(PRESET), 6 * step, 6), "step": step}
+    return {**batch_at(StorybookRows(PRESET), 3 * step, 3), "step": step}
 
 
 def pictures_and_masks() -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,10 +114,10 @@ def test_steps_between_fresh_ones_learn_from_what_is_remembered(monkeypatch: pyt
     )
     for step in range(5):
         objective(batch_of(step), 0.0)
-    assert drawn == [4, 4, 4], "steps 0, 1 and 3; the others had 8 pictures or more to remember"
+    assert drawn == [2, 2, 2], "steps 0, 1 and 3; the others had 4 pictures or more to remember"
     objective.eval()
     objective(batch_of(5), 0.0)
-    assert drawn == [4, 4, 4, 4], "validation is of fresh pictures"
+    assert drawn == [2, 2, 2, 2], "validation is of fresh pictures"
 
 
 def test_a_target_has_no_halos_where_both_sprites_are_found() -> None:
