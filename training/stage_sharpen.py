@@ -36,13 +36,13 @@ TARGET = ("pixels", "weight", "masks")
 
 
 class SharpenObjective(nn.Module):
-    """The last call of the distilled UNet and the VAE's way back, learnt together on what they draw.
+    """The last call of the distilled UNet and the VAE's way back, learnt together on what they draw, through pixels (as
+    in DRaFT-1, arXiv 2309.17400, but with a target in the place of a reward).
 
     Taught by true scenes, either can but blur what it is in doubt of: where a sprite stands, and how large. Here they
-    themselves have decided: sprites are looked for in the picture that they drew before this leg, and drawn anew where
-    they stand in it. That picture is the target, so that what stands where, and behind it, stays as it was. A
-    third of the pictures are true scenes from their own latents, for the way back alone; and the first call, which
-    decides what stands where, is held to what it was.
+    themselves have decided: sprites are looked for in the picture that was drawn, by what was there before this leg,
+    and drawn anew where they stand in it. That is the target. A third of the pictures are true scenes from their own
+    latents, for the way back alone; and the first call, which decides what stands where, is held to what it was.
     """
 
     def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
