@@ -179,9 +179,9 @@ STORYBOOK = {
     ),
     "sharpen": Preset(
         stage="sharpen",
-        steps=2_500,
-        batch_size=12,
-        learning_rate=3e-4,
+        steps=2_000,
+        batch_size=16,
+        learning_rate=1.5e-4,
         decoder_learning_rate=1e-3,
         weight_decay=0.0,
         ema=0.995,
