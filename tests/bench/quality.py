@@ -42,10 +42,11 @@ from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DrawRequest
 from tests.bench.goals import compare, to_text
 from tests.bench.perceptual import Lpips, psnr_db
-from tests.bench.pixels import pixels_of, png_of, to_pixels
+from tests.bench.pixels import pixels_of, png_of
 from tests.bench.referring import reference
 from tests.bench.shares import mean, share
 from tests.bench.stories import save_books, summary, tell
+from training.sheet import to_pixels
 from training.sprites import find_sprites, redrawn
 
 SEED = 2310

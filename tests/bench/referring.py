@@ -22,8 +22,8 @@ from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.storybook.scorer import Scorer
 from minigpt5.storybook.stories import StoryText, story_at
 from minigpt5.types import StoryRequest, Vokens
-from tests.bench.pixels import to_pixels
 from tests.bench.shares import share
+from training.sheet import to_pixels
 
 SEED = 8
 """Of the held-out stories: not those that the model is asked to write itself."""
