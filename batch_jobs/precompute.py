@@ -62,11 +62,12 @@ class Encode:
     def _encode(self, segments: list[dict[str, Any]]) -> None:
         import torch
 
+        from minigpt5.pixels import to_tensor
+
         drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
         read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
         with torch.no_grad():
-            pixels_BCYX = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
-            moments_BMYX = self.vae.encode(pixels_BCYX).latent_dist.parameters.half().numpy()
+            moments_BMYX = self.vae.encode(to_tensor(drawn)).latent_dist.parameters.half().numpy()
             features_BFE = self.vision.encode(read).half().numpy()
         for segment, moments_MYX, features_FE in zip(segments, moments_BMYX, features_BFE, strict=True):
             segment["moments"], segment["features"] = _save(moments_MYX), _save(features_FE)

@@ -168,6 +168,7 @@ def storybook() -> ModelConfig:
         ),
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=64),
         draw=DrawSettings(steps=20, guidance_scale=3.0, scheduler=SDE_DPM_SOLVER),
+        prefers_distilled=True,
         filters=("text", "picture"),
         licences=(
             "SmolLM2-135M-Instruct: Apache-2.0",

@@ -28,6 +28,7 @@ from minigpt5.engine_loop import EngineLoop, Job
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.fair_share import FairShare
 from minigpt5.mapper import Mapper
+from minigpt5.pixels import to_pixels
 from minigpt5.threads import Team, single_thread
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress, Vokens
 
@@ -238,7 +239,7 @@ def is_shown(step: int, steps: int) -> bool:
 def encode(pixels_BCYX: Tensor, file_format: str, *, side_px: int | None = None) -> list[bytes]:
     """Pictures in [-1, 1] -> files, made smaller where `side_px` is given."""
     files = []
-    for picture_YXC in ((pixels_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+    for picture_YXC in to_pixels(pixels_BCYX):
         picture, file = Image.fromarray(picture_YXC), io.BytesIO()
         if side_px:
             picture.thumbnail((side_px, side_px))

@@ -20,6 +20,7 @@ from minigpt5.config import ModelConfig
 from minigpt5.diffusion import Diffusion, normal_like
 from minigpt5.language import LanguageModel, pad
 from minigpt5.mapper import Mapper
+from minigpt5.pixels import to_tensor
 from minigpt5.prompt import IGNORED, Segment
 from minigpt5.rows import Row
 from minigpt5.text_encoder import ClipTextEncoder, TextEncoder
@@ -263,8 +264,7 @@ class Objective(nn.Module):
     def _to_latents(self, rows: list[Row]) -> Tensor:
         drawn = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn])).to(self.device)
         if drawn.dtype == torch.uint8:
-            pixels_PCYX = drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
-            drawn = self.diffusion.vae.encode(pixels_PCYX).latent_dist.parameters
+            drawn = self.diffusion.vae.encode(to_tensor(drawn)).latent_dist.parameters
         noise = normal_like(drawn.chunk(2, dim=1)[0].float()) if self.samples_latents else None
         return self.diffusion.from_moments(drawn, noise=noise)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from minigpt5.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from minigpt5.storybook.scorer import to_pictures
 from tests.bench import perceptual
 from tests.bench.perceptual import Lpips, psnr_db
 
@@ -27,17 +27,17 @@ def blurred(pixels: np.ndarray, radius: float) -> np.ndarray:
 
 def test_the_more_a_picture_is_blurred_the_farther_it_is() -> None:
     true, lpips = scenes(4), Lpips()
-    far_B = [lpips(to_pictures(true), to_pictures(blurred(true, radius))) for radius in (0.7, 1.5, 3.0)]
-    assert (lpips(to_pictures(true), to_pictures(true)) == 0).all()
+    far_B = [lpips(to_tensor(true), to_tensor(blurred(true, radius))) for radius in (0.7, 1.5, 3.0)]
+    assert (lpips(to_tensor(true), to_tensor(true)) == 0).all()
     assert all((nearer < farther).all() for nearer, farther in zip(far_B, far_B[1:], strict=False))
-    another_B = lpips(to_pictures(true), to_pictures(true[::-1].copy()))
+    another_B = lpips(to_tensor(true), to_tensor(true[::-1].copy()))
     assert (another_B > far_B[1]).all() and (another_B < 1.5).all()
 
 
 def test_lpips_sees_a_blur_where_pixels_see_a_tint() -> None:
     """What it is for: a colour shift of the same squared error is the nearer one to the eye."""
-    true = to_pictures(scenes(4))
-    blur = to_pictures(blurred(scenes(4), 1.5))
+    true = to_tensor(scenes(4))
+    blur = to_tensor(blurred(scenes(4), 1.5))
     shift_B111 = (true - blur).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     assert psnr_db(true, true + shift_B111).numpy() == pytest.approx(psnr_db(true, blur).numpy(), abs=0.01)
     assert (Lpips()(true, true + shift_B111) < 0.5 * Lpips()(true, blur)).all()

@@ -25,6 +25,7 @@ from minigpt5.storybook.scenes import (
     TIMES,
     Scene,
     draw_scene,
+    is_held_out,
     scene_at,
     sprite_boxes,
 )
@@ -187,11 +188,12 @@ def _story(seed: int, row_id: int, rng: np.random.Generator) -> Row:
 
 
 def _contrasts(facts: Facts, rng: np.random.Generator) -> list[str]:
-    """The canonical caption with one fact after another changed."""
+    """The canonical caption with one fact after another changed, to no pair that is held out."""
     captions = []
     for name, values in FACT_VALUES.items():
-        others = [value for value in values if value != getattr(facts, name)]
-        captions.append(canonical_caption(replace(facts, **{name: others[rng.integers(len(others))]})))
+        changed = [replace(facts, **{name: value}) for value in values if value != getattr(facts, name)]
+        others = [one for one in changed if not (one.who and one.what and is_held_out(one.who, one.what))]
+        captions.append(canonical_caption(others[rng.integers(len(others))]))
     return captions
 
 

@@ -1,8 +1,8 @@
 """The training loop, the same for every stage.
 
 A step is a pure function of the weights, the preset and the step's number, so that a resumed run goes on as the
-uninterrupted one would have. Validation is one of the weights alone: the same rows, timesteps and noise each time, and
-no guidance dropout, so that the best checkpoint is the best one.
+uninterrupted one would have, but for what replay.py remembers. Validation is one of the weights alone: the same rows,
+timesteps and noise each time, and no guidance dropout, so that the best checkpoint is the best one.
 """
 
 from __future__ import annotations

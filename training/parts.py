@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+
 from minigpt5.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.errors import TrainingError
+from training.presets import Preset
 
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
 """The stage whose model folder a stage goes on from, where `start` names no other."""
@@ -60,3 +64,9 @@ class Parts:
             raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
         vae = load_vae(self.need("vae", stage=stage))
         return Diffusion(vae, load_unet(unet_of), new_storybook_scheduler(), distilled)
+
+
+def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:
+    """To be trained: the backward pass of torch's fused attention is the slower one in bfloat16 on a CPU."""
+    if preset.bf16:
+        unet.set_attn_processor(AttnProcessor())

@@ -55,7 +55,7 @@ class Preset:
     trains_queries: int = 1
     """0: the mapper's `fc` and queries are frozen, as in the published second stage."""
     canonical_share: float = 0.7
-    """Of the captions of "unet" and "sharpen" that are in the one phrasing which the vokens are aligned with."""
+    """Of the diffusion model's captions that are in the one phrasing which the vokens are aligned with."""
     placement_until: float = 0.0
     """Share of the run in which "unet" learns where things stand, which the whole mixture hardly teaches: that phrasing
     alone, under noise from `first_timestep` on."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from minigpt5.model_folder import save_module
+from minigpt5.pixels import to_tensor
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.scenes import (
     CHARACTERS,
@@ -33,7 +34,7 @@ from minigpt5.storybook.scenes import (
     sprite_boxes,
     sprite_image,
 )
-from minigpt5.storybook.scorer import SIDES, WEIGHTS, Scorer, default_scorer_folder, load_scorer, to_pictures
+from minigpt5.storybook.scorer import SIDES, WEIGHTS, Scorer, default_scorer_folder, load_scorer
 
 SEED = 11
 BATCH_SIZE = 64
@@ -131,7 +132,7 @@ def train(scorer: Scorer, *, minutes: float, report: Callable[[str], None] = pri
     while done < 1:
         rows = [example_at(step * BATCH_SIZE + number) for number in range(BATCH_SIZE)]
         labels = torch.tensor([row.labels for row in rows])
-        logits = scorer(to_pictures(np.stack([row.pixels for row in rows])))
+        logits = scorer(to_tensor(np.stack([row.pixels for row in rows])))
         losses = [
             F.cross_entropy(logit, label, ignore_index=UNKNOWN, reduction="sum") / len(label)
             for logit, label in zip(logits, labels.T, strict=True)

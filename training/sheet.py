@@ -1,4 +1,4 @@
-"""Pictures <-> tensors in [-1, 1], and sample sheets: what a person looks at while a model trains."""
+"""Sample sheets: what a person looks at while a model trains."""
 
 from __future__ import annotations
 
@@ -12,19 +12,10 @@ from torch import Tensor, nn
 from minigpt5.config import storybook
 from minigpt5.denoising import denoise
 from minigpt5.diffusion import Diffusion
+from minigpt5.pixels import to_pixels, to_tensor
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.types import DrawSettings
-
-
-def to_tensor(pixels_BYXC: object) -> Tensor:
-    """uint8 pictures -> (B, 3, Y, X) in [-1, 1]."""
-    return torch.as_tensor(np.asarray(pixels_BYXC)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_pixels(pictures_BCYX: Tensor) -> np.ndarray:
-    """The way back: (B, Y, X, 3)."""
-    return ((pictures_BCYX + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_sheet(path: Path, rows: list[Tensor]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from minigpt5.storybook.crispness import find_sprite
 from minigpt5.storybook.scenes import IMAGE_PX, Scene, sprite_boxes, sprite_contrast, sprite_image
@@ -22,6 +22,8 @@ HALO_PX = 8
 """How far from a sprite there may be what was drawn in doubt of its place."""
 MIN_BACKGROUND_PX = 4
 """Of a row, beside all sprites, to tell what is behind them."""
+MAX_SPREAD = 32.0
+"""Levels within which four in five of them lie: tree tops or the sun beside a sprite do not say what is behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +79,23 @@ def error_weight(sprites: Sequence[Sprite], *, around: float) -> np.ndarray:
     weight = np.ones((1, IMAGE_PX, IMAGE_PX), np.float32)
     for sprite in sprites:
         weight[0][sprite.window] = around
+    for sprite in sprites:
         weight[0][sprite.mask()] = SPRITE_WEIGHT * (TYPICAL_CONTRAST / sprite_contrast(sprite.name)) ** 1.5
     return weight
 
 
 def cleared(pixels: np.ndarray, sprites: Sequence[Sprite]) -> np.ndarray:
     """A picture without its sprites and their halos: in each row, what is behind them is taken for the median of what
-    is beside them all."""
-    is_beside_YX = np.ones(pixels.shape[:2], bool)
-    for sprite in sprites:
-        rows, columns = (slice(max(0, part.start - HALO_PX), part.stop + HALO_PX) for part in sprite.window)
-        is_beside_YX[rows, columns] = False
+    is beside them all, if that is of one colour."""
+    mask = Image.fromarray(np.any([sprite.mask() for sprite in sprites], axis=0).astype(np.uint8))
+    is_beside_YX = np.array(mask.filter(ImageFilter.MaxFilter(2 * HALO_PX + 1))) == 0
     clear = pixels.copy()
     for row, beside, is_beside in zip(clear, pixels, is_beside_YX, strict=True):
-        if is_beside.sum() >= MIN_BACKGROUND_PX:
-            row[~is_beside] = np.median(beside[is_beside], axis=0)
+        if is_beside.all() or is_beside.sum() < MIN_BACKGROUND_PX:
+            continue
+        low, middle, high = np.quantile(beside[is_beside], (0.1, 0.5, 0.9), axis=0)
+        if (high - low).max() <= MAX_SPREAD:
+            row[~is_beside] = np.rint(middle)
     return clear
 
 

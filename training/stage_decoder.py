@@ -12,13 +12,14 @@ from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.diffusion import Diffusion, normal_like
+from minigpt5.pixels import to_tensor
 from minigpt5.restarts import last_level
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
 from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
-from training.sheet import save_captioned_sheet, to_tensor
+from training.sheet import save_captioned_sheet
 from training.stage_vae import LATENT_NOISE, reconstruction_losses
 
 
@@ -40,8 +41,10 @@ class DecoderObjective(nn.Module):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         device = self.diffusion.unet.device
         pixels_BCYX = to_tensor(batch["pixels"]).to(device)
+        first_row = batch["step"] * len(pixels_BCYX)  # type: ignore[operator]
+        kind_B = torch.arange(first_row, first_row + len(pixels_BCYX)) % 3  # a third each, however small a share
         with torch.no_grad():
-            latents_BCYX = self._cleaned(pixels_BCYX, self.text_encoder(batch["caption"])).float()
+            latents_BCYX = self._cleaned(pixels_BCYX, self.text_encoder(batch["caption"]), kind_B).float()
         pixels_per_latent = pixels_BCYX.shape[-1] // latents_BCYX.shape[-1]
         corners_BN2 = np.asarray(batch["corners"]) // pixels_per_latent
         latents_BCYX = _crops(latents_BCYX, corners_BN2, self.preset.crop_px // pixels_per_latent)
@@ -51,11 +54,11 @@ class DecoderObjective(nn.Module):
         )
         return reconstruction_losses(self.diffusion.to_raw_pixels(latents_BCYX).float(), pixels_BCYX, weight_B1YX)
 
-    def _cleaned(self, pixels_BCYX: Tensor, condition_BQD: Tensor) -> Tensor:
-        """Pictures' latents, and the UNets' guesses at them, the UNet's less often of those under more noise."""
+    def _cleaned(self, pixels_BCYX: Tensor, condition_BQD: Tensor, kind_B: Tensor) -> Tensor:
+        """Pictures' latents as they are (of kind 0), cleaned by the UNet (1), less often of more noise, and ended as
+        what is drawn (2)."""
         latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
         noise_BCYX = normal_like(latents_BCYX)
-        kind_B = torch.arange(len(latents_BCYX)) % 3  # 0: as they are; 1: cleaned; 2: ended as drawn
         timesteps_B = (torch.rand(len(kind_B)).square() * self.preset.last_timestep).long()
         timesteps_B[kind_B == 2] = last_level(self.diffusion.scheduler)
         cleaned_BCYX = latents_BCYX + LATENT_NOISE * noise_BCYX
@@ -73,7 +76,6 @@ class DecoderObjective(nn.Module):
 
 class DecoderStage:
     def __init__(self, preset: Preset, parts: Parts) -> None:
-        torch.manual_seed(preset.seed)
         config = storybook()
         self.diffusion = parts.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
@@ -17,12 +15,14 @@ from minigpt5.config import storybook
 from minigpt5.denoising import guide
 from minigpt5.diffusion import Diffusion, normal_like
 from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.pixels import to_tensor
 from minigpt5.restarts import NUM_LEVELS
 from minigpt5.text_encoder import load_text_encoder
 from training.data import Batch
-from training.parts import Parts
+from training.parts import Parts, prepare_unet
 from training.presets import Preset
-from training.sheet import save_captioned_sheet, to_tensor
+from training.replay import Memory, is_replay
+from training.sheet import save_captioned_sheet
 
 REMEMBERED = 8192
 """Steps of the teacher, which cost more than learning from them does; half a gigabyte."""
@@ -44,14 +44,11 @@ class DistillObjective(nn.Module):
         scheduler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
         """Of the teacher's steps, and -1 for what has no noise."""
-        self._remembered: deque[tuple[Tensor, ...]] = deque(maxlen=REMEMBERED)
+        self._remembered = Memory(maxlen=REMEMBERED)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        size = len(batch["row_ids"])  # type: ignore[arg-type]
-        is_replay = (batch["step"] + 1) % (1 + self.preset.replay_steps) > 0  # type: ignore[operator]
-        if self.training and is_replay and len(self._remembered) >= self.preset.replay_from:
-            chosen = torch.randint(len(self._remembered), (size,)).tolist()
-            rows = [self._remembered[index] for index in chosen]
+        if self.training and is_replay(batch, self.preset, len(self._remembered)):
+            rows = self._remembered.sample(len(batch["row_ids"]))  # type: ignore[arg-type]
         else:
             rows = self._ask_teacher(batch)
             if self.training:
@@ -104,20 +101,18 @@ class DistillObjective(nn.Module):
 
     def _levels(self, numbers_B: Tensor) -> tuple[Tensor, Tensor]:
         """What is left of the signal, and the noise, at the teacher's timesteps of these numbers: (B, 1, 1, 1) each."""
-        alphas = torch.cat([self.diffusion.scheduler.alphas_cumprod, torch.ones(1)])  # the last is timestep -1
+        alphas = torch.cat([self.diffusion.scheduler.alphas_cumprod.cpu(), torch.ones(1)])  # the last is timestep -1
         alpha_bar_B111 = alphas[self.timesteps[numbers_B]].view(-1, 1, 1, 1).to(self.diffusion.unet.device)
         return alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()
 
 
 class DistillStage:
     def __init__(self, preset: Preset, parts: Parts) -> None:
-        torch.manual_seed(preset.seed)
         config = storybook()
         self.diffusion = parts.diffusion(stage="distill", is_distilled=False)
         if self.diffusion.distilled is None:
             self.diffusion.distilled = copy.deepcopy(self.diffusion.unet)
-        if preset.bf16:
-            self.diffusion.distilled.set_attn_processor(AttnProcessor())  # as in stage_unet.py
+        prepare_unet(self.diffusion.distilled, preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = DistillObjective(self.diffusion, text_encoder, preset)

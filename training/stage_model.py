@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
@@ -26,15 +25,17 @@ from minigpt5.diffusion import Diffusion, load_distilled, load_scheduler, load_u
 from minigpt5.language import LanguageModel, load_tokenizer, pad
 from minigpt5.mapper import Mapper
 from minigpt5.objective import LossWeights, Objective
+from minigpt5.pixels import to_tensor
 from minigpt5.prompt import caption_segments
 from minigpt5.rows import Row
 from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.text_encoder import load_text_encoder
 from training.data import Batch, Rows, StorybookRows
-from training.parts import Parts
+from training.parts import Parts, prepare_unet
 from training.presets import Preset
-from training.sheet import save_sheet, to_tensor
+from training.replay import is_replay
+from training.sheet import save_sheet
 
 NUM_WHITENED = 1_024
 """Captions whose voken states say how they spread."""
@@ -62,8 +63,7 @@ class StageObjective(nn.Module):
             caption=preset.caption_weight,
             contrast=preset.contrast_weight,
         )
-        is_replay = (batch["step"] + 1) % (1 + preset.replay_steps) > 0  # type: ignore[operator]
-        if self.training and is_replay and self.model.num_remembered >= preset.replay_from:
+        if self.training and is_replay(batch, preset, self.model.num_remembered):
             return self.model.replay(preset.replay_batch_size, weights)
         return self.model(rows, weights)
 
@@ -103,8 +103,7 @@ class ModelStage:
         schedule = load_scheduler(unet_of) if has_schedule else new_storybook_scheduler()
         self.diffusion = Diffusion(vae, unet, schedule, load_distilled(unet_of))
         self.config = model_folder.draws_with(self.config, self.diffusion)
-        if preset.bf16:
-            unet.set_attn_processor(AttnProcessor())  # as in stage_unet.py
+        prepare_unet(unet, preset)
         objective = Objective(
             self.config,
             load_tokenizer(base, self.config),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,24 @@ from minigpt5.config import storybook
 from minigpt5.denoising import Denoising, advance
 from minigpt5.diffusion import Diffusion, normal_like, without_noise
 from minigpt5.model_folder import DISTILLED_DRAW
+from minigpt5.objective import exactly
+from minigpt5.pixels import to_pixels, to_tensor
 from minigpt5.restarts import last_level
 from minigpt5.storybook.scenes import Scene
 from minigpt5.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
 from training.data import Batch
-from training.parts import Parts
+from training.parts import Parts, prepare_unet
 from training.presets import Preset
-from training.sheet import save_captioned_sheet, to_pixels, to_tensor
+from training.replay import Memory, is_replay
+from training.sheet import save_captioned_sheet
 from training.sprites import SPRITE_WEIGHT, cleared, error_weight, find_sprites, redrawn
-from training.stage_vae import LATENT_NOISE, detail_loss, reconstruction_losses
+from training.stage_vae import LATENT_NOISE, reconstruction_losses
 
 REMEMBERED = 2048
-"""Pictures, which cost nearly as much to draw as to learn from; 300 MB."""
+"""Pictures, which cost nearly as much to draw as to learn from; 450 MB."""
+MIN_ENERGY = 4e-3
+"""Below it a region counts as flat: it has no correlation with anything."""
 TARGET = ("pixels", "weight", "masks")
 """What a picture should be, (Y, X, 3) uint8, how much an error counts, (1, Y, X), and its sprites' masks, (2, Y, X)."""
 
@@ -54,11 +58,12 @@ class SharpenObjective(nn.Module):
         )
         for part in (diffusion.unet_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
-        self._remembered: deque[tuple[Tensor, ...]] = deque(maxlen=REMEMBERED)
+        self._remembered = Memory(maxlen=REMEMBERED)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         diffusion, device = self.diffusion, self.diffusion.unet.device
-        num_true = len(batch["row_ids"]) // 3  # type: ignore[arg-type]
+        size, step = len(batch["row_ids"]), batch["step"]  # type: ignore[arg-type]
+        num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)  # type: ignore[operator]
         true = [torch.as_tensor(batch[name])[:num_true] for name in TARGET]
         noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, *drawn = self._drawn(batch, num_true)
         pixels, weight_B1YX, masks_BNYX = (torch.cat(both).to(device) for both in zip(true, drawn, strict=True))
@@ -87,10 +92,8 @@ class SharpenObjective(nn.Module):
     def _drawn(self, batch: Batch, first: int) -> list[Tensor]:
         """What there is to learn from pictures of the batch from `first` on, or of what is remembered: the noise that
         they began as, what the first call made of it, the latents before the last call, the condition; TARGET."""
-        is_replay = (batch["step"] + 1) % (1 + self.preset.replay_steps) > 0  # type: ignore[operator]
-        if self.training and is_replay and len(self._remembered) >= self.preset.replay_from:
-            num = len(batch["row_ids"]) - first  # type: ignore[arg-type]
-            rows = [self._remembered[index] for index in torch.randint(len(self._remembered), (num,)).tolist()]
+        if self.training and is_replay(batch, self.preset, len(self._remembered)):
+            rows = self._remembered.sample(len(batch["row_ids"]) - first)  # type: ignore[arg-type]
         else:
             rows = self._draw(batch["caption"][first:], batch["scene"][first:])  # type: ignore[index]
             if self.training:
@@ -118,10 +121,28 @@ class SharpenObjective(nn.Module):
             advance(self.diffusion, pictures, null_1QD)
         noisy_BCYX = of_all("latents_1CYX")
         advance(self.before, pictures, null_1QD)
-        drawn = to_pixels(self.before.to_pixels(of_all("clean_1CYX")))
+        with exactly(noise_BCYX.device):  # levels that bfloat16 does not tell apart
+            drawn = to_pixels(self.before.to_pixels(of_all("clean_1CYX")))
         targets = [_target(pixels, scene) for pixels, scene in zip(drawn, scenes, strict=True)]
         rows = zip(noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, strict=True)
         return [(*row, *target) for row, target in zip(rows, targets, strict=True)]
+
+
+def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -> Tensor:
+    """One minus the normalised correlation under each mask, each colour channel around its own mean there; the mean
+    over the masks that have any pixel. It is what `minigpt5.storybook.crispness` measures, at one place."""
+    masks_BN1YX = masks_BNYX[:, :, None].float()
+    area_BN111 = masks_BN1YX.sum((3, 4), keepdim=True).clamp_min(1)
+
+    def details(pictures_BCYX: Tensor) -> Tensor:
+        under_BNCYX = pictures_BCYX[:, None] * masks_BN1YX
+        return (under_BNCYX - under_BNCYX.sum((3, 4), keepdim=True) / area_BN111) * masks_BN1YX
+
+    decoded_BNCYX, true_BNCYX = details(decoded_BCYX), details(pixels_BCYX)
+    energies_BN = (values.square().sum((2, 3, 4)).clamp_min(MIN_ENERGY) for values in (decoded_BNCYX, true_BNCYX))
+    correlation_BN = (decoded_BNCYX * true_BNCYX).sum((2, 3, 4)) / torch.stack(list(energies_BN)).prod(0).sqrt()
+    is_there_BN = masks_BNYX.flatten(2).any(-1)
+    return ((1 - correlation_BN) * is_there_BN).sum() / is_there_BN.sum().clamp_min(1)
 
 
 def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
@@ -140,9 +161,9 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
 
 class SharpenStage:
     def __init__(self, preset: Preset, parts: Parts) -> None:
-        torch.manual_seed(preset.seed)
         config = storybook()
         self.diffusion = parts.diffusion(stage="sharpen")
+        prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = SharpenObjective(self.diffusion, text_encoder, preset)

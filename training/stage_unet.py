@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from minigpt5 import model_folder
 from minigpt5.base_models import resolve
 from minigpt5.config import storybook
 from minigpt5.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
+from minigpt5.pixels import to_tensor
 from minigpt5.text_encoder import load_text_encoder
 from training.data import Batch
-from training.parts import Parts
+from training.parts import Parts, prepare_unet
 from training.presets import Preset
-from training.sheet import save_captioned_sheet, to_tensor
+from training.sheet import save_captioned_sheet
 
 NULL_SHARE = 0.1
 
@@ -49,8 +49,7 @@ class UnetStage:
         folder = parts.find("unet", stage="unet") if goes_on else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
         self.diffusion = Diffusion(load_vae(parts.need("vae", stage="unet")), unet, new_storybook_scheduler())
-        if preset.bf16:  # the backward pass of torch's fused kernel is the slower one then on a CPU
-            self.diffusion.unet.set_attn_processor(AttnProcessor())
+        prepare_unet(self.diffusion.unet, preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = UnetObjective(self.diffusion, text_encoder, preset)

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 
 from minigpt5 import model_folder
 from minigpt5.diffusion import load_vae, new_storybook_vae, normal_like
+from minigpt5.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.data import Batch
 from training.parts import Parts
 from training.presets import Preset
-from training.sheet import save_sheet, to_tensor
+from training.sheet import save_sheet
 
 LATENT_NOISE = 0.05
 """Added to latents, raw ones here and normalised ones in "decoder", so that the way back forgives slight errors."""
-
-MIN_ENERGY = 4e-3
-"""Below it a region counts as flat: it has no correlation with anything."""
 
 
 class VaeObjective(nn.Module):
@@ -51,23 +49,6 @@ def reconstruction_losses(decoded_BCYX: Tensor, pixels_BCYX: Tensor, weight_B1YX
     rows, columns = error_BCYX.diff(dim=2), error_BCYX.diff(dim=3)
     gradient = (rows.abs() * weight_B1YX[:, :, 1:]).mean() + (columns.abs() * weight_B1YX[..., 1:]).mean()
     return {"loss": l1 + l2 + gradient, "l1": l1, "mse": error_BCYX.square().mean(), "gradient": gradient}
-
-
-def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -> Tensor:
-    """One minus the normalised correlation under each mask, each colour channel around its own mean there; the mean
-    over the masks that have any pixel. It is what `minigpt5.storybook.crispness` measures, at one place."""
-    masks_BN1YX = masks_BNYX[:, :, None].float()
-    area_BN111 = masks_BN1YX.sum((3, 4), keepdim=True).clamp_min(1)
-
-    def details(pictures_BCYX: Tensor) -> Tensor:
-        under_BNCYX = pictures_BCYX[:, None] * masks_BN1YX
-        return (under_BNCYX - under_BNCYX.sum((3, 4), keepdim=True) / area_BN111) * masks_BN1YX
-
-    decoded_BNCYX, true_BNCYX = details(decoded_BCYX), details(pixels_BCYX)
-    energies_BN = (values.square().sum((2, 3, 4)).clamp_min(MIN_ENERGY) for values in (decoded_BNCYX, true_BNCYX))
-    correlation_BN = (decoded_BNCYX * true_BNCYX).sum((2, 3, 4)) / torch.stack(list(energies_BN)).prod(0).sqrt()
-    is_there_BN = masks_BNYX.flatten(2).any(-1)
-    return ((1 - correlation_BN) * is_there_BN).sum() / is_there_BN.sum().clamp_min(1)
 
 
 class VaeStage:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model_folder import load_module
+from minigpt5.pixels import to_tensor
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, TIMES
 
@@ -64,7 +65,7 @@ class Scorer(nn.Module):
         """What pictures (B, 128, 128, 3) uint8 show; who or what is None where nothing known stands there."""
         answers = []
         for start in range(0, len(pixels), batch_size):
-            who, what, place, time = self(to_pictures(pixels[start : start + batch_size]))
+            who, what, place, time = self(to_tensor(pixels[start : start + batch_size]))
             for b in range(len(who)):
                 character, side = _read(who[b], CHARACTERS)
                 answers.append(
@@ -91,11 +92,6 @@ def _read(logits: Tensor, names: list[str]) -> tuple[str | None, str | None]:
     if total[best] <= logits[-1]:
         return None, None
     return names[best], SIDES[int(left_right[:, best].argmax())]
-
-
-def to_pictures(pixels: np.ndarray) -> Tensor:
-    """(B, Y, X, 3) uint8 -> (B, 3, Y, X) in [-1, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def default_scorer_folder() -> Path:

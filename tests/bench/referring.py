@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +19,19 @@ from torch import nn
 
 from minigpt5.denoising import denoise
 from minigpt5.pipeline import MiniGPT5
+from minigpt5.pixels import to_pixels
 from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.storybook.scorer import Scorer
 from minigpt5.storybook.stories import StoryText, story_at
 from minigpt5.types import StoryRequest, Vokens
-from tests.bench.shares import share
-from training.sheet import to_pixels
+from tests.bench.shares import of_groups, share_of_groups
 
 SEED = 8
 """Of the held-out stories: not those that the model is asked to write itself."""
 NUM_PAGES = 4
 FACTS = ("who", "what", "place", "time")
 KINDS = ("named", "referred_to")
+BASELINES = "page_through_text_encoder", "page_and_earlier_ones_through_text_encoder"
 BATCH_SIZE = 24
 
 
@@ -58,9 +60,10 @@ class AskedPage:
         return KINDS[getattr(facts_in(self.text), fact) != getattr(self.facts, fact)]
 
 
-def reference(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, num: int) -> dict[str, dict[str, object]]:
+def reference(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, num: int) -> dict[str, dict[str, Any]]:
     """By way of drawing: the share of facts that the pictures of `num` stories show, of those named and of those
-    referred to, and the second over the first. `num` is 2 or more: a story needs another one's beginning."""
+    referred to, and the second over the first; and the lead over BASELINES. `num` is 2 or more: a story needs another
+    one's beginning."""
     stories = [
         story_at(index, seed=SEED, split="heldout", num_pages=NUM_PAGES, held_out_pairs=True) for index in range(num)
     ]
@@ -75,10 +78,14 @@ def reference(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, num: int
         "page_through_text_encoder": lambda page: text_encoder([page.text])[0],
         "page_and_earlier_ones_through_text_encoder": lambda page: text_encoder([_as_fits(page, text_encoder)])[0],
     }
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    counts = {}
     for way, condition in conditions.items():
         null_1QD = model.decoder.null_1QD if way.startswith("vokens") else text_encoder([""])
-        found[way] = _shares(pages, scorer.score(_draw(model, [condition(page) for page in pages], null_1QD)))
+        answers = scorer.score(_draw(model, [condition(page) for page in pages], null_1QD))
+        counts[way] = _counts(pages, answers)
+        found[way] = _shares(counts[way])
+    found["points_of_referred_facts_above"] = {way: _lead(counts["vokens"], counts[way]) for way in BASELINES}
     return found
 
 
@@ -125,20 +132,38 @@ def _draw(model: MiniGPT5, conditions: Sequence[torch.Tensor], null_1QD: torch.T
     return to_pixels(torch.cat(drawn))
 
 
-def _shares(pages: Sequence[AskedPage], answers: Sequence[Facts]) -> dict[str, object]:
-    right = {kind: dict.fromkeys(FACTS, 0) for kind in KINDS}
-    asked = {kind: dict.fromkeys(FACTS, 0) for kind in KINDS}
+def _counts(pages: Sequence[AskedPage], answers: Sequence[Facts]) -> np.ndarray:
+    """By kind, story and fact, how many are right and how many were asked: (2, S, F, 2)."""
+    stories = list(dict.fromkeys(id(page.story) for page in pages))
+    counts_KSF2 = np.zeros((len(KINDS), len(stories), len(FACTS), 2), int)
     for page, answer in zip(pages, answers, strict=True):
-        for fact in FACTS:
+        for number, fact in enumerate(FACTS):
             if (value := getattr(page.facts, fact)) is not None:
-                asked[page.kind(fact)][fact] += 1
-                right[page.kind(fact)][fact] += getattr(answer, fact) == value
-    found: dict[str, object] = {
-        kind: {
-            **{fact: share(right[kind][fact], num) for fact, num in asked[kind].items() if num},
-            "all": share(sum(right[kind].values()), max(1, sum(asked[kind].values()))),
-        }
-        for kind in KINDS
-    }
-    named, referred = (sum(right[kind].values()) / max(1, sum(asked[kind].values())) for kind in KINDS)
-    return {**found, "referred_over_named": round(referred / named, 4) if named else None}
+                place = KINDS.index(page.kind(fact)), stories.index(id(page.story)), number
+                counts_KSF2[place] += getattr(answer, fact) == value, 1
+    return counts_KSF2
+
+
+def _shares(counts_KSF2: np.ndarray) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind, counts_SF2 in zip(KINDS, counts_KSF2, strict=True):
+        of_facts = {**dict(zip(FACTS, counts_SF2.swapaxes(0, 1), strict=True)), "all": counts_SF2.sum(1)}
+        found[kind] = {fact: share_of_groups(*counts_S2.T) for fact, counts_S2 in of_facts.items() if counts_S2.any()}
+    named_S2, referred_S2 = counts_KSF2.sum(2)
+
+    def ratio(counts: np.ndarray) -> np.ndarray:
+        named_right, named, referred_right, referred = np.moveaxis(counts, -1, 0)
+        return (referred_right / referred) / (named_right / named)
+
+    return {**found, "referred_over_named": of_groups(ratio, np.concatenate([named_S2, referred_S2], axis=1))}
+
+
+def _lead(counts_KSF2: np.ndarray, other_KSF2: np.ndarray) -> dict[str, float] | None:
+    """Points of the facts that pages refer to, over another way of drawing the same pages."""
+    right_S2, other_S2 = (counts[KINDS.index("referred_to")].sum(1) for counts in (counts_KSF2, other_KSF2))
+
+    def points(counts: np.ndarray) -> np.ndarray:
+        right, num, other_right = np.moveaxis(counts, -1, 0)
+        return 100 * (right - other_right) / num
+
+    return of_groups(points, np.concatenate([right_S2, other_S2[:, :1]], axis=1))

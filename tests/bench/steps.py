@@ -1,7 +1,8 @@
 """What UNet calls buy: `python -m tests.bench.steps [--num 48]`.
 
 Accuracy, crispness and seconds of a picture by sampler, steps and guidance, with the UNet and with the distilled one,
-through the vokens of a model folder, whose default is chosen from this table.
+through the vokens of a model folder, whose default is chosen from this table: of held-out pairs, but of the validation
+split, since quality.py reports of the default on the held-out one.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)
-    scorer, asked = load_scorer(), ask(options.num, held_out_pairs=True)
+    scorer, asked = load_scorer(), ask(options.num, held_out_pairs=True, split="validation")
     vokens = [model.vokens(one.caption) for one in asked]
     scales = options.guidance or [1.0, model.config.draw.guidance_scale]
     asked_for = [
@@ -104,7 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m tests.bench.steps", *given])
-    report = {"ratios": {}, "figures": {"num": options.num, "rows": rows}, "machine": machine(), "command": command}
+    report = {
+        "ratios": {},
+        "figures": {"num": options.num, "fingerprint": model.config.fingerprint, "rows": rows},
+        "machine": machine(),
+        "command": command,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
 

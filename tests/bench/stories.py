@@ -22,7 +22,7 @@ from minigpt5.storybook.scorer import Scorer
 from minigpt5.storybook.stories import StoryText, page_facts, story_at
 from minigpt5.types import Story
 from tests.bench.pixels import pixels_of
-from tests.bench.shares import share
+from tests.bench.shares import share, share_of_groups
 
 SEED = 2310
 NUM_PAGES = 4
@@ -73,15 +73,18 @@ def tell(model: MiniGPT5, scorer: Scorer, num: int) -> list[Told]:
 
 
 def summary(told: Sequence[Told]) -> dict[str, object]:
-    pages = [
-        (known, shown) for one in told for known, shown in zip(one.known, one.shown, strict=True) if shown is not None
-    ]
     pictures = {}
     for fact in FACTS:
-        values = [(getattr(known, fact), getattr(shown, fact)) for known, shown in pages]
-        asked = [(known, shown) for known, shown in values if known is not None]
-        if asked:
-            pictures[fact] = share(sum(known == shown for known, shown in asked), len(asked))
+        answers = [
+            [
+                getattr(known, fact) == getattr(shown, fact)
+                for known, shown in zip(one.known, one.shown, strict=True)
+                if shown is not None and getattr(known, fact) is not None
+            ]
+            for one in told
+        ]
+        if any(answers):
+            pictures[fact] = share_of_groups(np.array(list(map(sum, answers))), np.array(list(map(len, answers))))
     words = [re.findall(r"[\w']+", page.text.lower()) for one in told for page in one.story.pages]
     fours = [tuple(text[start : start + 4]) for text in words for start in range(len(text) - 3)]
     sentences = [sentence for one in told for sentence in one.sentences]

@@ -45,9 +45,25 @@ def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
     diffusion.unet.requires_grad_(True)  # as it is loaded
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    losses = objective(batch_at(StorybookRows(preset), 0, 2), 0.0)
+    losses = objective({**batch_at(StorybookRows(preset), 0, 2), "step": 0}, 0.0)
     losses["loss"].backward()
     assert trained_parts(diffusion) == {"vae.decoder", "vae.post_quant_conv"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_share_of_any_size_has_all_kinds_alike(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=size)
+    objective = DecoderObjective(tiny_diffusion(tiny_config()), SomeStates(), preset)  # type: ignore[arg-type]
+    seen: list[int] = []
+    monkeypatch.setattr(
+        objective, "_cleaned", lambda pixels, condition, kinds: seen.extend(kinds.tolist()) or pixels[:, :, ::4, ::4]
+    )
+    monkeypatch.setattr(
+        objective.diffusion, "to_raw_pixels", lambda latents: latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    )
+    for step in range(3):
+        objective({**batch_at(StorybookRows(preset), 0, size), "step": step}, 0.0)
+    assert sorted(seen) == sorted([0, 1, 2] * size)
 
 
 def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +78,8 @@ def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pyt
 
     monkeypatch.setattr(diffusion, "cleaned", note)
     pixels_BCYX = torch.rand(7, 3, 32, 32)
-    moved = objective._cleaned(pixels_BCYX, torch.zeros(7, 1, 1)) - diffusion.to_latents(pixels_BCYX)
+    kind_B = torch.arange(7) % 3
+    moved = objective._cleaned(pixels_BCYX, torch.zeros(7, 1, 1), kind_B) - diffusion.to_latents(pixels_BCYX)
     assert moved.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0, 1, 2, 0, 1, 2, 0], abs=0.02)
     assert moved[0].std().item() == pytest.approx(LATENT_NOISE, rel=0.2)
     assert seen[DISTILLED] == [499, 499] and max(seen["ddim"]) < preset.last_timestep
@@ -79,13 +96,13 @@ def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.Mon
     diffusion = tiny_diffusion(tiny_config())
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     # The picture itself, shrunk to the latents' size, in the place of latents: "decoding" makes it large again.
-    monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition: pixels[:, :, ::4, ::4])
+    monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition, kinds: pixels[:, :, ::4, ::4])
     monkeypatch.setattr(
         diffusion, "to_raw_pixels", lambda latents: latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
     )
-    batch = batch_at(StorybookRows(preset), 0, 2)
+    batch = {**batch_at(StorybookRows(preset), 0, 2), "step": 0}
     right = objective(batch, 0.0)["l1"].item()
-    monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition: pixels[:, :, ::4, ::4].roll(4, dims=3))
+    monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition, kinds: pixels[:, :, ::4, ::4].roll(4, dims=3))
     assert right < 0.5 * objective(batch, 0.0)["l1"].item()
     assert np.asarray(batch["corners"]).shape == (2, 2, 2)
 

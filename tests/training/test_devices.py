@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from minigpt5.objective import LossWeights, Objective
+from minigpt5.pixels import to_pixels, to_tensor
 from minigpt5.prompt import next_page_segments
 from minigpt5.rows import Row
 from tests.test_objective import caption, new_objective, story
-from tests.tiny import tiny_config, tiny_language
+from tests.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_language
 from training import devices
-from training.presets import Preset
+from training.presets import STORYBOOK, Preset
+from training.stage_distill import DistillObjective
 from training.stage_model import halve_frozen
 
 PRESET = Preset(stage="align", steps=1, batch_size=1, learning_rate=0.0)
@@ -50,6 +52,27 @@ def test_another_device_has_the_cpus_losses(monkeypatch: pytest.MonkeyPatch) -> 
     objective.to(device)
     assert losses_of(objective) == pytest.approx(expected, rel=1e-3)
     assert next(objective.settle().parameters()).device.type == device.type
+
+
+def test_what_the_legs_of_the_diffusion_model_move_lies_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole steps of them take this device minutes: what had not come along, by itself."""
+    objective = DistillObjective(
+        tiny_diffusion(tiny_config(), is_distilled=True),
+        SomeStates(),
+        STORYBOOK["distill"],  # type: ignore[arg-type]
+    )
+    numbers_B = torch.tensor([0, 3])
+    expected = [level.tolist() for level in objective._levels(numbers_B)]
+    device = lazy_device(monkeypatch)
+    objective.to(device)
+    scheduler = objective.diffusion.scheduler
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)  # as adding noise leaves them
+    levels = objective._levels(numbers_B)
+    assert [level.device.type for level in levels] == [device.type] * 2
+    assert [level.tolist() for level in levels] == expected
+    pixels = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8).to(device)
+    moved_BCYX = to_tensor(pixels)
+    assert moved_BCYX.device.type == device.type and (to_pixels(moved_BCYX) == 255).all()
 
 
 def test_frozen_matrices_in_half_the_memory_have_autocasts_own_losses() -> None:

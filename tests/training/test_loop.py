@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from minigpt5.errors import TrainingError
+from minigpt5.rows import Row
+from minigpt5.storybook.captions import facts_in
+from minigpt5.storybook.scenes import is_held_out
 from tests.training.toy import TOY, WIDTH, ToyStage
 from training import checkpoint, data, loop, presets
 from training.data import StorybookRows
@@ -149,6 +152,14 @@ def test_rows_are_a_function_of_their_id() -> None:
         preset = presets.STORYBOOK[stage]
         assert str(data.row_at(preset, 5)) == str(data.row_at(preset, 5))
         assert str(data.row_at(preset, 5)) != str(data.row_at(preset, 6))
+
+
+def test_no_row_says_a_pair_that_is_held_out_not_even_as_what_is_not_there() -> None:
+    preset = presets.STORYBOOK["learn"]
+    rows: list[Row] = [data.row_at(preset, index)["row"] for index in range(60)]  # type: ignore[misc]
+    said = [facts_in(text) for row in rows for texts in (row.captions, *row.contrasts) for text in texts]
+    pairs = [(facts.who, facts.what) for facts in said if facts.who and facts.what]
+    assert len(pairs) > 300 and not any(is_held_out(*pair) for pair in pairs)
 
 
 @pytest.mark.cluster

@@ -66,10 +66,24 @@ def test_what_is_behind_sprites_is_told_from_what_is_beside_them() -> None:
     ramp_YX3 = np.repeat(np.arange(128, dtype=np.uint8)[:, None, None], 128, axis=1).repeat(3, axis=2)
     sprite = Sprite(name="fox", side_px=50, left=12, top=50)
     drawn = redrawn(ramp_YX3, [sprite])
-    drawn[44:50, 6:66] = 255
+    drawn[np.array(Image.fromarray(sprite.mask()).convert("L").filter(ImageFilter.MaxFilter(15))) > 0] = 255
     assert np.array_equal(cleared(drawn, [sprite]), ramp_YX3)
-    wide = [dataclasses.replace(sprite, left=left, side_px=60) for left in (0, 66)]
-    assert np.array_equal(cleared(drawn, wide)[50:100], drawn[50:100])
+    trees = drawn.copy()
+    trees[70:80, 84:128] = trees[70:80, 84:128] // 4
+    assert np.array_equal(cleared(trees, [sprite])[70:80], trees[70:80]), "what is beside it is of two colours"
+    assert np.array_equal(cleared(trees, [sprite])[80:], ramp_YX3[80:])
+    wide = [dataclasses.replace(sprite, name="house", left=left, side_px=60) for left in (0, 66)]
+    rows = np.flatnonzero(np.any([one.mask() for one in wide], axis=0).sum(1) > 110)
+    assert len(rows) and np.array_equal(cleared(drawn, wide)[rows], drawn[rows])
+
+
+def test_a_sprite_before_another_takes_none_of_its_weight() -> None:
+    elephant = Sprite(name="elephant", side_px=50, left=40, top=40)
+    weight_1YX = error_weight([elephant, Sprite(name="fox", side_px=50, left=70, top=40)], around=SPRITE_WEIGHT)
+    alone_1YX = error_weight([elephant], around=SPRITE_WEIGHT)
+    fox_YX = Sprite(name="fox", side_px=50, left=70, top=40).mask()
+    mask_YX = elephant.mask() & ~fox_YX
+    assert np.array_equal(weight_1YX[0][mask_YX], alone_1YX[0][mask_YX])
 
 
 def test_rows_to_sharpen_say_every_fact_and_where_the_sprites_are() -> None:

@@ -36,6 +36,5 @@ def test_from_nothing_to_a_model(tmp_path: Path) -> None:
         assert story.pages[0].text and story.pages[0].picture
         picture = model.draw(model.vokens("a fox in the snow"), seed=1, settings=DrawSettings(steps=2))
         assert picture.png.startswith(b"\x89PNG")
-    distilled = MiniGPT5.from_pretrained(folder).config.draw_distilled
-    assert distilled and distilled.scheduler == DISTILLED
+    assert MiniGPT5.from_pretrained(folder).config.default_draw.scheduler == DISTILLED
     assert MiniGPT5.from_pretrained(again).config.draw_distilled is None, "it was distilled from another UNet"

@@ -16,6 +16,7 @@ from batch_jobs.prepare import Part, to_parquet, write_part
 from minigpt5.config import storybook
 from minigpt5.errors import TrainingError
 from minigpt5.objective import LossWeights
+from minigpt5.pixels import to_tensor
 from minigpt5.published_data import COMMANDS
 from minigpt5.stored_rows import ROW_SCHEMA, to_row
 from tests.test_objective import new_objective
@@ -133,7 +134,7 @@ def test_encoded_pictures_train_as_the_pictures_do() -> None:
     )
     encoded = {key: value for key, value in vars(plain).items()}
     with torch.no_grad():
-        pixels = torch.from_numpy(np.stack(plain.drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = to_tensor(np.stack(plain.drawn))
         moments = objective.diffusion.vae.encode(pixels).latent_dist.parameters.half().numpy()
         features = objective.vision.encode(np.stack(plain.read)).half().numpy() if plain.read else []
     encoded |= {"drawn": list(moments), "read": list(features)}
