@@ -62,32 +62,32 @@ lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-quality: $(STAMP)  ## the shipped model's figures, into bench/quality.json
-	$(RUN) -m tests.bench.quality
+quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quality.json
+	$(RUN) -m benchmarks.quality
 
-bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into bench/engines.json
-	$(RUN) -m tests.bench.engines --serve
+bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into benchmarks/results/engines.json
+	$(RUN) -m benchmarks.engines --serve
 
-bench-company: $(STAMP)  ## whether company in a batch changes results, cancels, fairness, into bench/company.json
-	$(RUN) -m tests.bench.company
+bench-company: $(STAMP)  ## whether company in a batch changes results, cancels, fairness, into benchmarks/results/company.json
+	$(RUN) -m benchmarks.company
 
-bench-probe: $(STAMP)  ## what the vokens of captions and of pages know, into bench/probe.json
-	$(RUN) -m tests.bench.probe
+bench-probe: $(STAMP)  ## what the vokens of captions and of pages know, into benchmarks/results/probe.json
+	$(RUN) -m benchmarks.probe
 
-bench-steps: $(STAMP)  ## accuracy and seconds of a picture by sampler, steps and guidance, into bench/steps.json
-	$(RUN) -m tests.bench.steps
+bench-steps: $(STAMP)  ## accuracy and seconds of a picture by sampler, steps and guidance, into benchmarks/results/steps.json
+	$(RUN) -m benchmarks.steps
 
 fuzz: $(STAMP)  ## requests of all kinds, made from the API's own document (EXAMPLES=200 of each operation)
-	FUZZ_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest -m fuzz tests/deployments/test_fuzz.py
+	FUZZ_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest -m fuzz tests/deployments/api/test_fuzz.py
 
-faults: $(STAMP)  ## a server whose processes are killed while stories are made, into bench/faults.json
-	$(RUN) -m tests.bench.faults
+faults: $(STAMP)  ## a server whose processes are killed while stories are made, into benchmarks/results/faults.json
+	$(RUN) -m benchmarks.faults
 
-bench-training: $(STAMP)  ## training: speed, ZeRO, kills, into bench/training.json
-	$(RUN) -m tests.bench.training
+bench-training: $(STAMP)  ## training: speed, ZeRO, kills, into benchmarks/results/training.json
+	$(RUN) -m benchmarks.training
 
-bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, scaling, into bench/bulk.json
-	$(RUN) -m tests.bench.bulk
+bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, scaling, into benchmarks/results/bulk.json
+	$(RUN) -m benchmarks.bulk
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
 	for leg in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done

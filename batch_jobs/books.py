@@ -13,8 +13,8 @@ from batch_jobs.inputs import open_uri
 from batch_jobs.outputs import RowSink
 from batch_jobs.stages import Row
 from batch_jobs.state import write_whole
-from minigpt5.epub import to_epub
-from minigpt5.export import to_html
+from minigpt5.story.export.epub import to_epub
+from minigpt5.story.export.html import to_html
 from minigpt5.types import Page, Picture, Story, Usage
 
 INDEX = """<!doctype html>

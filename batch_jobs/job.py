@@ -28,11 +28,11 @@ from batch_jobs.pipeline import Limits, Pool
 from batch_jobs.report import Report
 from batch_jobs.stages import Decoder, Generator, Row
 from batch_jobs.state import JobState, PageStore
-from minigpt5.base_models import resolve
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.flow import describe
-from minigpt5.model_folder import check_folder
+from minigpt5.model.base_models import resolve
+from minigpt5.model.folder import check_folder
+from minigpt5.story.stream import describe
 
 REPORT_S = 5.0
 
@@ -131,13 +131,13 @@ def _take_in(
 
 
 def load_generator(folder: str, num_threads: int) -> Generator:
-    from minigpt5.generator import VokenGenerator
+    from minigpt5.engine.generator import VokenGenerator
 
     return VokenGenerator.from_pretrained(folder, num_threads=num_threads)
 
 
 def load_decoder(folder: str, num_threads: int) -> Decoder:
-    from minigpt5.decoder import DiffusionDecoder
+    from minigpt5.engine.decoder import DiffusionDecoder
 
     return DiffusionDecoder.from_pretrained(folder, num_threads=num_threads)
 
@@ -160,7 +160,7 @@ def generator_pool(options: argparse.Namespace, model: str) -> Pool:
 
 def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
     least, most = options.decoders
-    # Drawing gains most from threads; the decoder gives back those whose cores others need (minigpt5/threads.py).
+    # Drawing gains most from threads; the decoder gives back those whose cores others need (engine/threads.py).
     load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // most))
     return Pool(load=load, least=least, most=most, num_gpus=options.decoder_gpus)
 

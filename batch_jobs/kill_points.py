@@ -2,7 +2,7 @@
 
 With MINIGPT5_KILL_AT=NAME:MARKER in the environment of a job (and of the Ray that runs it), the first process that
 reaches the point NAME creates the file MARKER and kills itself with SIGKILL; MARKER, once there, makes it happen once.
-Without it the points do nothing. `tests/bench/bulk.py` uses them.
+Without it the points do nothing. `benchmarks/bulk.py` uses them.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from pyarrow import fs
 from batch_jobs.inputs import open_uri
 from batch_jobs.wml import Macro, macros_in, stories_in
 from minigpt5.errors import InvalidRequest
-from minigpt5.published_data import MAX_TURN_TOKENS, clean_caption
-from minigpt5.stored_rows import SPEAKERS, Item, Segment
+from minigpt5.objective.stored_example import SPEAKERS, Item, Segment
+from minigpt5.published.data import MAX_TURN_TOKENS, clean_caption
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.dialogues import dialogue_at
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at

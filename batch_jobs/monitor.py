@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.flow import describe
+from minigpt5.story.stream import describe
 
 MAX_DEATHS = 2
 """A row that was in flight at so many engine deaths becomes an error."""

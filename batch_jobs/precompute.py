@@ -23,8 +23,8 @@ from batch_jobs.pipeline import connect
 from batch_jobs.prepare import to_parquet
 from batch_jobs.state import read_json, write_whole
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
-from minigpt5.pictures import fit_drawn, fit_read
-from minigpt5.stored_rows import ROW_SCHEMA
+from minigpt5.model.image_transforms import fit_drawn, fit_read
+from minigpt5.objective.stored_example import ROW_SCHEMA
 
 BATCH_PICTURES = 16
 
@@ -35,8 +35,8 @@ class Encode:
     def __init__(self, *, model: str, source: str, output: str, keeps_pictures: bool, num_threads: int) -> None:
         import torch
 
-        from minigpt5.diffusion import load_vae
-        from minigpt5.model_folder import find_decoder, load_config, load_vision
+        from minigpt5.model.diffusion import load_vae
+        from minigpt5.model.folder import find_decoder, load_config, load_vision
 
         torch.set_num_threads(num_threads)
         self.config = load_config(model)
@@ -62,7 +62,7 @@ class Encode:
     def _encode(self, segments: list[dict[str, Any]]) -> None:
         import torch
 
-        from minigpt5.pixels import to_tensor
+        from minigpt5.model.pixels import to_tensor
 
         drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
         read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
@@ -87,7 +87,7 @@ def precompute(
     """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
     import ray
 
-    from minigpt5.model_folder import load_config
+    from minigpt5.model.folder import load_config
 
     connect(workers)
     files, folder = open_uri(source)

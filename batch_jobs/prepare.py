@@ -3,7 +3,7 @@
     python -m batch_jobs.prepare cc3m captions.tsv --output /data/cc3m
     python -m batch_jobs.prepare storybook:story --limit 2000 --output /data/stories
 
-Writes OUTPUT/rows/*.parquet (minigpt5/stored_rows.py), OUTPUT/rejects/*.parquet with each broken row and the reason,
+Writes OUTPUT/rows/*.parquet (stored_example.py), OUTPUT/rejects/*.parquet with each broken row and the reason,
 and OUTPUT/manifest.json with the counts. A part that is written is never written again: the same command goes on where
 it was stopped.
 """
@@ -29,7 +29,7 @@ from batch_jobs.layouts import LAYOUTS, STORYBOOK, Source, storybook_item
 from batch_jobs.pipeline import connect
 from batch_jobs.state import read_json, write_whole
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
-from minigpt5.stored_rows import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, to_row
+from minigpt5.objective.stored_example import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, to_row
 
 PART_ITEMS = 1_000
 GROUP_ROWS = 64

@@ -23,9 +23,9 @@ from batch_jobs.outputs import STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import PICTURES_AT_ONCE, Limits, Pool, RemoteMonitor, connect, finished_rows, through
 from batch_jobs.report import Report
 from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, Row
-from minigpt5.diffusion import SCHEDULERS
 from minigpt5.errors import MiniGPT5Error, StorageError
-from minigpt5.flow import page_seed
+from minigpt5.model.diffusion import SCHEDULERS
+from minigpt5.story.stream import page_seed
 from minigpt5.types import DrawSettings
 
 

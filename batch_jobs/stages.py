@@ -26,7 +26,8 @@ from batch_jobs.kill_points import Reach, unharmed
 from batch_jobs.monitor import DiedTooOften, Seat, Watch, check_deaths
 from batch_jobs.state import PageStore, StoredPage
 from minigpt5.errors import InvalidRequest
-from minigpt5.flow import describe, page_seed
+from minigpt5.story.stream import describe, page_seed
+from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import (
     DecoderEvent,
     DrawRequest,
@@ -41,7 +42,6 @@ from minigpt5.types import (
     TextDelta,
     Vokens,
 )
-from minigpt5.voken_file import pack, unpack
 
 CLOSING_PAGE = 0
 Row = dict[str, Any]
@@ -51,14 +51,14 @@ J = TypeVar("J", StoryJob, ImageJob)
 
 
 class Generator(Protocol):
-    """The face of minigpt5.generator.VokenGenerator."""
+    """The face of minigpt5.engine.generator.VokenGenerator."""
 
     def check(self, request: StoryRequest) -> None: ...
     def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]: ...
 
 
 class Decoder(Protocol):
-    """The face of minigpt5.decoder.DiffusionDecoder."""
+    """The face of minigpt5.engine.decoder.DiffusionDecoder."""
 
     def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]: ...
 

@@ -38,7 +38,7 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     from minigpt5.config import default_model_folder
-    from minigpt5.store import default_storage
+    from minigpt5.story.store import default_storage
 
     parser = argparse.ArgumentParser(prog="python -m deployments", description="Serve stories over HTTP; Ctrl-C ends.")
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine alone)")
@@ -96,9 +96,9 @@ def check_port(host: str, port: int) -> None:
 
 def check_model(folder: str) -> None:
     """Hash the weights and find the base models: an engine that fails to load says so much later and less clearly."""
-    from minigpt5.base_models import resolve
     from minigpt5.errors import MiniGPT5Error
-    from minigpt5.model_folder import check_folder
+    from minigpt5.model.base_models import resolve
+    from minigpt5.model.folder import check_folder
 
     try:
         config = check_folder(folder)
@@ -110,7 +110,7 @@ def check_model(folder: str) -> None:
 
 def check_storage(uri: str) -> None:
     from minigpt5.errors import StorageError
-    from minigpt5.store import StoryStore
+    from minigpt5.story.store import StoryStore
 
     try:
         StoryStore(uri)

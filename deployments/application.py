@@ -8,14 +8,14 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from deployments.api import Ingress
+from deployments.api.routes import Ingress
 from deployments.auth import load_keys
-from deployments.diffusion_decoder import DiffusionDecoder
-from deployments.ledger import LocalLedger
-from deployments.voken_generator import VokenGenerator
+from deployments.engines.diffusion_decoder import DiffusionDecoder
+from deployments.engines.voken_generator import VokenGenerator
+from deployments.stories.ledger import LocalLedger
 from minigpt5.config import default_model_folder
-from minigpt5.model_folder import load_config
-from minigpt5.store import default_storage
+from minigpt5.model.folder import load_config
+from minigpt5.story.store import default_storage
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
@@ -42,7 +42,7 @@ class AppArgs(BaseModel):
     """File of API keys, which the front's node can read (see `deployments/auth.py`); none: no key is asked for."""
     filters: str | None = None
     """What is filtered: "text", "picture", both with a comma between, or "none"; as the model's config.json says where
-    it is not given. See `minigpt5/safety.py`."""
+    it is not given. See `minigpt5/story/safety.py`."""
     keep_days: float | None = Field(default=None, gt=0)
     """Stories that are older are removed; none: they stay."""
     keep_gib: float | None = Field(default=None, gt=0)

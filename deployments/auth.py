@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.errors import error_response
+from deployments.api.errors import error_response
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 VARIABLE = "MINIGPT5_API_KEYS"

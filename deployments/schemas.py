@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
-from minigpt5.story import ImageState, PageState, StoryState
+from minigpt5.story.state import ImageState, PageState, StoryState
+from minigpt5.story.voken_file import unpack
 from minigpt5.types import MAX_PAGES, DrawRequest, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
-from minigpt5.voken_file import unpack
 
 MAX_PROMPT_CHARACTERS = 16_000
 MAX_PROMPT_PARTS = 32

@@ -91,9 +91,9 @@ class ModelConfig:
     prefers_distilled: bool = False
     """Whether it draws what does not ask for the UNet itself."""
     filters: tuple[str, ...] = ()
-    """What a server filters by default, "text" and "picture": see minigpt5/safety.py."""
+    """What a server filters by default, "text" and "picture": see minigpt5/story/safety.py."""
     published_quirks: bool = False
-    """Repeat the published code's bugs (minigpt5/published.py lists them), to compare with its numbers."""
+    """Repeat the published code's bugs (minigpt5/published/checkpoint.py lists them), to compare with its numbers."""
     licences: tuple[str, ...] = ()
     """Of base models and training sets."""
     fingerprint: str = ""

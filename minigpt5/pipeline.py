@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt5.config import ModelConfig, check_distilled
-from minigpt5.decoder import DiffusionDecoder
-from minigpt5.flow import write_story
-from minigpt5.generator import VokenGenerator
-from minigpt5.story import new_story_id
-from minigpt5.threads import share
+from minigpt5.engine.decoder import DiffusionDecoder
+from minigpt5.engine.generator import VokenGenerator
+from minigpt5.engine.threads import share
+from minigpt5.story.state import new_story_id
+from minigpt5.story.stream import write_story
 from minigpt5.types import (
     DrawRequest,
     DrawSettings,

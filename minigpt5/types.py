@@ -18,7 +18,7 @@ MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
 MAX_DISTILLED_STEPS = 8
-"""As many as were measured (bench/steps.json); a request for more is the UNet's own work."""
+"""As many as were measured (benchmarks/results/steps.json); a request for more is the UNet's own work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +228,12 @@ class Story:
 
     def save(self, path: str) -> str:
         """Write the story as one self-contained file, HTML, or by its name EPUB or PDF; returns the path."""
-        from minigpt5.export import save
+        from minigpt5.story.export.html import save
 
         return save(self, path)
 
     def _repr_html_(self) -> str:
-        from minigpt5.export import to_html_fragment
+        from minigpt5.story.export.html import to_html_fragment
 
         return to_html_fragment(self)
 

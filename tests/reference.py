@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minigpt5 import model_folder
 from minigpt5.config import ModelConfig, minigpt5_7b
-from minigpt5.denoising import Denoising, advance
-from minigpt5.kv_cache import RowCache
-from minigpt5.language import LanguageModel
-from minigpt5.objective import STAGE1, STAGE2, Objective
-from minigpt5.prompt import IGNORED
-from minigpt5.published import import_checkpoint, read_state_dict
+from minigpt5.engine.denoising import Denoising, advance
+from minigpt5.engine.kv_cache import RowCache
+from minigpt5.model import folder as model_folder
+from minigpt5.model.language import LanguageModel
+from minigpt5.model.prompt import IGNORED
+from minigpt5.model.vokens import align
+from minigpt5.objective.losses import STAGE1, STAGE2, Objective
+from minigpt5.published.checkpoint import import_checkpoint, read_state_dict
 from minigpt5.types import DrawSettings
-from minigpt5.vokens import align
 
 TOLERANCES = {
     **dict.fromkeys(

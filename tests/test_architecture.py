@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("minigpt5", "deployments", "training", "batch_jobs")
-TOP_LEVEL_FOLDERS = {*PACKAGES, "cluster", "tests", "models", "bench"}
-LIGHT_MODULES = ("types", "errors", "config", "story", "flow", "store", "export")
+TOP_LEVEL_FOLDERS = {*PACKAGES, "cluster", "tests", "models", "benchmarks", "docs"}
+LIGHT_MODULES = ("types", "errors", "config", "story.state", "story.stream", "story.store", "story.export.html")
 
 Rule = Callable[[str, ast.Module], list[str]]
 
@@ -63,9 +63,9 @@ def only_zero_imports_deepspeed(file: str, tree: ast.Module) -> list[str]:
 def few_files_touch_weights(file: str, tree: ast.Module) -> list[str]:
     """safetensors.numpy's save and load are free, and their error: they make the bytes of vokens, not weight files."""
     if file in (
-        "minigpt5/model_folder.py",
-        "minigpt5/base_models.py",
-        "minigpt5/published.py",
+        "minigpt5/model/folder.py",
+        "minigpt5/model/base_models.py",
+        "minigpt5/published/checkpoint.py",
         "training/checkpoint.py",
     ):
         return []
@@ -99,53 +99,53 @@ def nothing_unpickles_code(file: str, tree: ast.Module) -> list[str]:
 
 
 BROKEN: list[tuple[Rule, str, str]] = [
-    (packages_keep_apart, "minigpt5/flow.py", "from deployments.api import app"),
-    (packages_keep_apart, "minigpt5/flow.py", "def f():\n    import training.loop"),
+    (packages_keep_apart, "minigpt5/story/stream.py", "from deployments.api.routes import app"),
+    (packages_keep_apart, "minigpt5/story/stream.py", "def f():\n    import training.loop"),
     (packages_keep_apart, "minigpt5/storybook/world.py", "from ...batch_jobs import stages"),
-    (packages_keep_apart, "deployments/api.py", "import batch_jobs"),
+    (packages_keep_apart, "deployments/api/routes.py", "import batch_jobs"),
     (
         packages_keep_apart,
         "training/train.py",
-        "import importlib\nimportlib.import_module('deployments.api')",
+        "import importlib\nimportlib.import_module('deployments.api.routes')",
     ),
     (packages_keep_apart, "batch_jobs/illustrate.py", "from tests.reference import compare"),
     (the_model_knows_no_framework, "minigpt5/pipeline.py", "import ray"),
     (the_model_knows_no_framework, "minigpt5/config.py", "from pydantic import BaseModel"),
     (
         the_model_knows_no_framework,
-        "minigpt5/flow.py",
+        "minigpt5/story/stream.py",
         "try:\n    from ray import serve\nexcept ImportError: ...",
     ),
-    (the_model_knows_no_framework, "minigpt5/flow.py", "__import__('fastapi')"),
-    (nothing_imports_torchvision, "minigpt5/vision.py", "from torchvision import transforms"),
-    (only_the_application_binds, "deployments/api.py", "app = Ingress.bind(generator)"),
+    (the_model_knows_no_framework, "minigpt5/story/stream.py", "__import__('fastapi')"),
+    (nothing_imports_torchvision, "minigpt5/model/vision.py", "from torchvision import transforms"),
+    (only_the_application_binds, "deployments/api/routes.py", "app = Ingress.bind(generator)"),
     (only_the_application_binds, "training/train.py", "Worker.options(num_cpus=1).bind()"),
     (only_zero_imports_deepspeed, "training/loop.py", "import deepspeed"),
     (only_zero_imports_deepspeed, "training/train.py", "def f():\n    from deepspeed import initialize"),
-    (few_files_touch_weights, "minigpt5/mapper.py", "from safetensors.torch import load_file"),
-    (few_files_touch_weights, "minigpt5/vision.py", "import torch\ntorch.load('x.pth', weights_only=True)"),
+    (few_files_touch_weights, "minigpt5/model/mapper.py", "from safetensors.torch import load_file"),
+    (few_files_touch_weights, "minigpt5/model/vision.py", "import torch\ntorch.load('x.pth', weights_only=True)"),
     (few_files_touch_weights, "training/loop.py", "import torch\ntorch.save({}, 'x.pt')"),
-    (few_files_touch_weights, "minigpt5/store.py", "from safetensors.numpy import save_file"),
+    (few_files_touch_weights, "minigpt5/story/store.py", "from safetensors.numpy import save_file"),
     (few_files_touch_weights, "training/loop.py", "model.unet.save_pretrained('x')"),
     (few_files_touch_weights, "minigpt5/metrics.py", "import pickle"),
-    (nothing_unpickles_code, "minigpt5/published.py", "import torch\ntorch.load('x.pth')"),
-    (nothing_unpickles_code, "minigpt5/published.py", "import torch\ntorch.load('x', weights_only=False)"),
+    (nothing_unpickles_code, "minigpt5/published/checkpoint.py", "import torch\ntorch.load('x.pth')"),
+    (nothing_unpickles_code, "minigpt5/published/checkpoint.py", "import torch\ntorch.load('x', weights_only=False)"),
 ]
 
 KEPT: list[tuple[Rule, str, str]] = [
-    (packages_keep_apart, "deployments/api.py", "from minigpt5 import flow\nfrom .schemas import Story"),
+    (packages_keep_apart, "deployments/api/routes.py", "from minigpt5 import flow\nfrom .schemas import Story"),
     (packages_keep_apart, "minigpt5/storybook/world.py", "from ..types import Story"),
-    (the_model_knows_no_framework, "deployments/api.py", "import ray, fastapi"),
+    (the_model_knows_no_framework, "deployments/api/routes.py", "import ray, fastapi"),
     (only_the_application_binds, "deployments/application.py", "app = Ingress.bind()"),
     (only_the_application_binds, "deployments/__main__.py", "listener.bind((host, port))"),
     (only_zero_imports_deepspeed, "training/zero.py", "import deepspeed"),
-    (few_files_touch_weights, "minigpt5/model_folder.py", "from safetensors.torch import save_file"),
+    (few_files_touch_weights, "minigpt5/model/folder.py", "from safetensors.torch import save_file"),
     (
         few_files_touch_weights,
-        "minigpt5/store.py",
+        "minigpt5/story/store.py",
         "from safetensors import SafetensorError\nfrom safetensors.numpy import load, save",
     ),
-    (nothing_unpickles_code, "minigpt5/base_models.py", "import torch\ntorch.load('x', weights_only=True)"),
+    (nothing_unpickles_code, "minigpt5/model/base_models.py", "import torch\ntorch.load('x', weights_only=True)"),
 ]
 
 RULES = list(dict.fromkeys(rule for rule, _, _ in BROKEN))
@@ -181,7 +181,7 @@ def test_the_light_modules_start_without_torch(module: str) -> None:
 
 def test_the_package_itself_starts_without_torch() -> None:
     assert not loads_torch("minigpt5")
-    assert not loads_torch("minigpt5.base_models")
+    assert not loads_torch("minigpt5.model.base_models")
 
 
 def test_a_module_that_loads_torch_by_a_detour_is_seen() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.images import CreateImages
+from deployments.api.images import CreateImages
 from deployments.schemas import CreateStory
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,9 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from minigpt5.errors import NotFinite, TrainingError
-from training import checkpoint, data, devices, loop, workers
-from training.data import Rows
+from training import checkpoint, devices, loop, workers
+from training.data import batches as data
+from training.data.batches import Rows
 from training.parts import Parts
 from training.presets import Preset
 from training.run_folder import RunFolder

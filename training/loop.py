@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from training.checkpoint import load_checkpoint
-from training.data import Batch
+from training.data.batches import Batch
 from training.devices import autocast
 from training.presets import Preset
 from training.record import Record, Report

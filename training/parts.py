@@ -8,8 +8,8 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from minigpt5.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_scheduler
 from minigpt5.errors import TrainingError
+from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_scheduler
 from training.presets import Preset
 
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.checkpoint import Position, check_owner, save_checkpoint
-from training.data import Batch
+from training.data.batches import Batch
 from training.devices import autocast
 from training.presets import Preset
 from training.report import write_report

@@ -10,7 +10,7 @@ NUM_PAGES, SEED = 2, 7
 
 def write_sample(model: Path) -> bytes:
     """A story as HTML, always of the same prompt and seed."""
-    from minigpt5.export import to_html
     from minigpt5.pipeline import MiniGPT5
+    from minigpt5.story.export.html import to_html
 
     return to_html(MiniGPT5.from_pretrained(model).write(PROMPT, pages=NUM_PAGES, seed=SEED)).encode()

@@ -18,15 +18,16 @@ from pathlib import Path
 
 import torch
 
-from minigpt5 import model_folder
 from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error, TrainingError
-from training import checkpoint, data, devices, loop, presets
-from training.data import Rows, RowsOfStage, StorybookRows
+from minigpt5.model import folder as model_folder
+from training import checkpoint, devices, loop, presets
+from training.data import batches as data
+from training.data.batches import Rows, RowsOfStage, StorybookRows
+from training.data.stored import StoredRows
 from training.parts import Parts
 from training.presets import Preset
 from training.run_folder import RunFolder, fetch_model
-from training.stored_data import StoredRows
 
 PRESETS = {"storybook": presets.STORYBOOK, "published": presets.PUBLISHED}
 STORED_STAGES = ("align", "learn", "refine")
@@ -38,26 +39,26 @@ VALIDATION_SEED = 1_000_003
 def build_stage(preset: Preset, parts: Parts, rows: Rows) -> loop.Stage:
     """The stage of a preset, on the weights that it goes on from."""
     if preset.stage == "vae":
-        from training.stage_vae import VaeStage
+        from training.storybook.vae import VaeStage
 
         return VaeStage(preset, parts)
     if preset.stage == "unet":
-        from training.stage_unet import UnetStage
+        from training.storybook.unet import UnetStage
 
         return UnetStage(preset, parts)
     if preset.stage == "decoder":
-        from training.stage_decoder import DecoderStage
+        from training.storybook.decoder import DecoderStage
 
         return DecoderStage(preset, parts)
     if preset.stage == "sharpen":
-        from training.stage_sharpen import SharpenStage
+        from training.storybook.sharpen import SharpenStage
 
         return SharpenStage(preset, parts)
     if preset.stage == "distill":
-        from training.stage_distill import DistillStage
+        from training.storybook.distill import DistillStage
 
         return DistillStage(preset, parts)
-    from training.stage_model import ModelStage
+    from training.stages.model import ModelStage
 
     return ModelStage(preset, parts, rows)
 

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 
 from minigpt5.errors import NotFinite
 from training.checkpoint import checkpoints
-from training.data import Batch
+from training.data.batches import Batch
 from training.presets import Preset
 from training.run_folder import RunFolder
 

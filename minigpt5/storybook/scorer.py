@@ -1,6 +1,6 @@
 """Pictures -> the facts that they show, read by a small classifier.
 
-The judge of every picture figure: trained by `training/scorer.py` on scenes, blurred and recoloured ones
+The judge of every picture figure: trained by `training/storybook/scorer.py` on scenes, blurred and recoloured ones
 included, so that it forgives what an eye forgives. crispness.py is the other half: it forgives nothing.
 
 Shape letters: B pictures, C channels, Y X rows and columns, K names with a map of their own.
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
-from minigpt5.model_folder import load_module
-from minigpt5.pixels import to_tensor
+from minigpt5.model.folder import load_module
+from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, TIMES
 

@@ -23,12 +23,12 @@ from batch_jobs.report import Report
 from batch_jobs.stages import Row, Tell, as_table
 from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error, StorageError
-from minigpt5.flow import page_seed
 from minigpt5.pipeline import DESCRIBE
+from minigpt5.story.stream import page_seed
 from minigpt5.types import DrawSettings
-from tests.batch_jobs.fakes import FINGERPRINT, FakeDecoder, FakeGenerator
 from tests.batch_jobs.test_illustrate import PROMPTS, check, illustrate_here, new_output, read_output
-from tests.fakes import make_png
+from tests.helpers.batch_fakes import FINGERPRINT, FakeDecoder, FakeGenerator
+from tests.helpers.fakes import make_png
 
 CONFIG = storybook()
 SETTINGS = DrawSettings(steps=3, guidance_scale=2.0, scheduler=CONFIG.draw.scheduler)

@@ -37,9 +37,9 @@ from batch_jobs.stages import Draw, Row, Write, as_table, unpack
 from batch_jobs.state import PageStore
 from minigpt5.config import default_model_folder, storybook
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
-from minigpt5.flow import page_seed, write_story
+from minigpt5.story.stream import page_seed, write_story
 from minigpt5.types import DrawSettings, StoryRequest
-from tests.batch_jobs.fakes import (
+from tests.helpers.batch_fakes import (
     BREAKS_ON_PAGE_2,
     CANNOT_BE_DRAWN,
     FINGERPRINT,
@@ -47,7 +47,7 @@ from tests.batch_jobs.fakes import (
     FakeDecoder,
     FakeGenerator,
 )
-from tests.fakes import make_png
+from tests.helpers.fakes import make_png
 
 CONFIG = storybook()
 ROOT = Path(__file__).parent.parent.parent

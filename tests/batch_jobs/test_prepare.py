@@ -18,9 +18,9 @@ from batch_jobs import prepare as module
 from batch_jobs.layouts import LAYOUTS, Source, storybook_item
 from batch_jobs.prepare import Part, main, write_part
 from batch_jobs.wml import macros_in, stories_in
-from minigpt5.stored_rows import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
+from minigpt5.objective.stored_example import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
 from minigpt5.storybook.dialogues import dialogue_at
-from tests.fakes import make_png
+from tests.helpers.fakes import make_png
 
 PNG = make_png()
 

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from deployments.auth import COOKIE, VARIABLE, KeyGuard, Keys, KeysError, add_key, load_keys
-from deployments.ledger import LocalLedger
-from tests.deployments.served import Served, assert_error, read_events
-from tests.fakes import FakeGenerator
+from deployments.stories.ledger import LocalLedger
+from tests.helpers.fakes import FakeGenerator
+from tests.helpers.served import Served, assert_error, read_events
 
 BODY = {"prompt": "A fox", "pages": 1, "seed": 7}
 

@@ -11,12 +11,12 @@ import pytest
 import uvicorn
 
 from deployments import client as module
-from deployments.api import create_api
+from deployments.api.routes import create_api
 from deployments.client import Client, ClientError, parse_args, run
-from tests.deployments.served import Served
 from tests.deployments.test_auth import Guarded
 from tests.deployments.test_cluster import find_free_port
-from tests.fakes import FakeGenerator
+from tests.helpers.fakes import FakeGenerator
+from tests.helpers.served import Served
 
 
 class Listening:

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from minigpt5.config import default_model_folder
-from minigpt5.model_folder import load_config
+from minigpt5.model.folder import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = default_model_folder()

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5.objective import LossWeights, Objective
-from minigpt5.pixels import to_pixels, to_tensor
-from minigpt5.prompt import next_page_segments
-from minigpt5.rows import Row
-from tests.test_objective import caption, new_objective, story
-from tests.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_language
+from minigpt5.model.pixels import to_pixels, to_tensor
+from minigpt5.model.prompt import next_page_segments
+from minigpt5.objective.example import Row
+from minigpt5.objective.losses import LossWeights, Objective
+from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_language
+from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import devices
 from training.presets import STORYBOOK, Preset
-from training.stage_distill import DistillObjective
-from training.stage_model import halve_frozen
+from training.stages.model import halve_frozen
+from training.storybook.distill import DistillObjective
 
 PRESET = Preset(stage="align", steps=1, batch_size=1, learning_rate=0.0)
 WEIGHTS = LossWeights(text=1.0, picture=1.0, caption=1.0, contrast=1.0)

@@ -16,16 +16,17 @@ import pytest
 import torch
 
 from minigpt5.errors import TrainingError
-from minigpt5.rows import Row
+from minigpt5.objective.example import Row
 from minigpt5.storybook.captions import facts_in
 from minigpt5.storybook.scenes import is_held_out
-from tests.training.toy import TOY, WIDTH, ToyStage
-from training import checkpoint, data, loop, presets
-from training.data import StorybookRows
+from tests.helpers.toy_stage import TOY, WIDTH, ToyStage
+from training import checkpoint, loop, presets
+from training.data import batches as data
+from training.data.batches import StorybookRows
 from training.parts import Parts
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_factor
-from training.stage_vae import VaeStage
+from training.storybook.vae import VaeStage
 
 TINY = dataclasses.replace(
     presets.STORYBOOK["vae"],

@@ -16,7 +16,7 @@ import dataclasses, datetime, json, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from tests.training.toy import ToyStage, batches, TOY
+from tests.helpers.toy_stage import ToyStage, batches, TOY
 from training import loop
 from training.run_folder import RunFolder
 
@@ -51,13 +51,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed
-from minigpt5.prompt import next_page_segments
-from minigpt5.rows import Row
-from tests.test_objective import caption, new_objective, story
+from minigpt5.model.prompt import next_page_segments
+from minigpt5.objective.example import Row
+from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import loop
 from training.presets import Preset
 from training.run_folder import RunFolder
-from training.stage_model import StageObjective
+from training.stages.model import StageObjective
 
 folder, zero_stage, steps, losses = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), []
 torch.set_num_threads(1)
@@ -107,10 +107,10 @@ FROZEN_WORKER = """
 import dataclasses, json, sys
 import torch
 from torch import distributed
-from tests.training.toy import ToyStage, batches, TOY
+from tests.helpers.toy_stage import ToyStage, batches, TOY
 from training.devices import autocast
 from training.loop import new_updater
-from training.stage_model import halve_frozen
+from training.stages.model import halve_frozen
 
 zero_stage, steps = int(sys.argv[2]), int(sys.argv[3])
 if zero_stage == 3:  # share out matrices as small as these, too

@@ -1,0 +1,121 @@
+"""What the routes work with, and how a route gets it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from deployments.auth import CLIENT, Key, Keys
+from deployments.engines.handles import Engines
+from deployments.stories.admission import Admission
+from deployments.stories.ledger import Ledger, LocalLedger
+from deployments.stories.story_manager import Registry
+from minigpt5.config import ModelConfig
+from minigpt5.errors import StoryNotFound
+from minigpt5.story.safety import TextFilter
+from minigpt5.story.store import StoryStore
+
+
+@dataclass(frozen=True)
+class FrontQuota:
+    """What keys have used, as one front counts it; see deployments.auth.Quota."""
+
+    ledger: Ledger
+    front: str
+
+    async def begin(self, key: Key) -> float:
+        return await self.ledger.begin(self.front, key.name, per_minute=key.per_minute, concurrent=key.concurrent)
+
+    async def end(self, key: Key) -> None:
+        await self.ledger.end(self.front, key.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """Everything behind the routes; the application holds one as `state.front`."""
+
+    config: ModelConfig
+    engines: Engines
+    store: StoryStore
+    admission: Admission
+    registry: Registry
+    quota: FrontQuota
+    max_age_s: float | None = None
+    max_bytes: float | None = None
+    """Of stored stories; None: all stay."""
+    text_filter: TextFilter | None = None
+    keys: Keys | None = None
+    """None: whoever reaches the server may do everything."""
+
+
+def build_front(
+    config: ModelConfig,
+    engines: Engines,
+    store: StoryStore,
+    *,
+    max_wait_s: float,
+    max_running: int,
+    max_age_s: float | None = None,
+    max_bytes: float | None = None,
+    keys: Keys | None = None,
+    text_filter: TextFilter | None = None,
+    ledger: Ledger | None = None,
+) -> Front:
+    """`ledger`: of all fronts; None: this is the only one."""
+    ledger = ledger or LocalLedger()
+    admission = Admission(max_wait_s=max_wait_s, max_running=max_running)
+    registry = Registry(engines, store, admission, ledger, model=config.name, text_filter=text_filter)
+    return Front(
+        config=config,
+        engines=engines,
+        store=store,
+        admission=admission,
+        registry=registry,
+        quota=FrontQuota(ledger, registry.front),
+        max_age_s=max_age_s,
+        max_bytes=max_bytes,
+        keys=keys,
+        text_filter=text_filter,
+    )
+
+
+def get_front(request: Request) -> Front:
+    return request.app.state.front
+
+
+FrontOf = Annotated[Front, Depends(get_front)]
+
+
+def name_client(request: Request) -> str:
+    """Whose request it is, for the engines to share their time: its key, or what it calls so, else its address."""
+    if name := request.scope.get(CLIENT):
+        return f"key-{name}"
+    if key := request.headers.get("Authorization"):
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+    return request.client.host if request.client else ""
+
+
+ClientOf = Annotated[str, Depends(name_client)]
+
+
+def check_texts(front: Front, texts: Iterable[object], field: str) -> None:
+    """Raises Blocked where the text filter stops one of what a client has written."""
+    if front.text_filter:
+        for text in texts:
+            if isinstance(text, str):
+                front.text_filter.check(text, field)
+
+
+async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> None:
+    """Where there are keys, a story is there for its own key alone. Raises StoryNotFound."""
+    story_id = request.path_params.get("story_id")
+    is_shared = request.scope.get(CLIENT, "") is None
+    if not front.keys or not story_id or is_shared:
+        return
+    if await asyncio.to_thread(front.store.load_owner, story_id) != client:
+        raise StoryNotFound(f"no story {story_id[:80]!r}")

@@ -1,0 +1,112 @@
+"""What can be done with the pages of a stored story: more of them, another text, another picture."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from deployments.api.drawing import draw_alone
+from deployments.api.errors import ApiError
+from deployments.api.front import ClientOf, FrontOf, check_owner, check_texts
+from deployments.api.replies import BEGUN, answer, reply
+from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
+from minigpt5.errors import InvalidRequest
+from minigpt5.story.state import ImageState, PageState, StoryState
+from minigpt5.types import MAX_PAGES, DrawRequest
+
+MAX_VARIANTS = 16
+"""Pictures of one page."""
+
+pages = APIRouter(dependencies=[Depends(check_owner)])
+
+
+@pages.post("/v1/stories/{story_id}/pages", status_code=201, response_model=StoryReply, responses=BEGUN)
+async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: ClientOf) -> Response:
+    """Go on with a story: `count` pages after those that are complete."""
+    async with front.registry.alone(story_id) as store:
+        state = await asyncio.to_thread(front.store.load, story_id)
+        request = await asyncio.to_thread(front.store.load_request, story_id)
+        num_complete = len(_complete(state))
+        if num_complete + body.count > MAX_PAGES:
+            raise InvalidRequest(
+                "count", f"count is {body.count} but the story has {num_complete} pages and may have {MAX_PAGES}"
+            )
+        draw = front.config.drawable(request.draw)
+        request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
+        story = await front.registry.go_on(state, request, store)
+    return await answer(front, story.id, stream=body.stream, wait=body.wait)
+
+
+@pages.patch("/v1/stories/{story_id}/pages/{page:int}", response_model=PageReply, response_model_exclude_none=True)
+async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> Response:
+    """Edit a page's text: its vokens are read anew and its picture is drawn anew, later pages stay. Or choose one of
+    its pictures."""
+    async with front.registry.alone(story_id) as store:
+        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        if body.variant is not None:
+            chosen = _choose(old, body.variant)
+            await asyncio.to_thread(store.save_page, story_id, chosen)
+            return reply(front, page_reply(story_id, chosen))
+        state = await asyncio.to_thread(front.store.load, story_id)
+        request = await asyncio.to_thread(front.store.load_request, story_id)
+        request = dataclasses.replace(request, draw=front.config.drawable(request.draw), key=client)
+        check_texts(front, [body.text], "text")
+        new = PageState(index=page, text=(body.text or "").strip())
+        changed = tuple(new if one.index == page else one for one in state.pages)
+        state = dataclasses.replace(state, pages=changed)
+        given = tuple(one.text for one in _complete(state))[: request.pages]
+        await front.engines.check(dataclasses.replace(request, given=given))
+
+        def change() -> None:
+            # In this order: who goes on after a crash finds either the old page, or the new one without a picture.
+            store.forget_drawing(story_id, page)
+            store.save_page(story_id, new)
+
+        await front.registry.go_on(state, request, store, change=change)
+    await front.registry.wait(story_id)
+    return reply(front, page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page)))
+
+
+@pages.post(
+    "/v1/stories/{story_id}/pages/{page:int}/redraw",
+    status_code=201,
+    response_model=PageReply,
+    response_model_exclude_none=True,
+)
+async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> Response:
+    """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
+    work."""
+    async with front.registry.alone(story_id) as store:
+        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        variants = old.variants or ((old.image,) if old.image else ())
+        if len(variants) >= MAX_VARIANTS:
+            raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
+        vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+        seed, draw = redrawn(body, old.image, front.config)
+        picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
+        image = ImageState(width=picture.width, height=picture.height, seed=seed, draw=draw)
+        number = len(variants)
+        new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
+
+        def keep() -> None:
+            store.save_picture(story_id, picture, variant=number)
+            store.save_page(story_id, new)
+
+        await asyncio.to_thread(keep)
+    return reply(front, page_reply(story_id, new), 201)
+
+
+def _complete(state: StoryState) -> list[PageState]:
+    """The first pages, as far as they have their texts."""
+    return list(itertools.takewhile(lambda page: page.is_written and page.text, state.pages))
+
+
+def _choose(page: PageState, variant: int) -> PageState:
+    variants = page.variants or ((page.image,) if page.image else ())
+    if variant >= len(variants):
+        raise InvalidRequest("variant", f"variant is {variant} but page {page.index} has {len(variants)} pictures")
+    return dataclasses.replace(page, image=variants[variant], variant=variant)

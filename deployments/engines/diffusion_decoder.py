@@ -1,0 +1,39 @@
+"""The decoder engine as a Serve deployment: a shim that loads it and passes calls on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Literal
+
+from deployments.engines.metrics import watch
+from deployments.engines.throttle import fewer_steps
+from minigpt5.types import DecoderEvent, DrawRequest, Picture
+
+
+class DiffusionDecoder:
+    """Draws vokens."""
+
+    def __init__(
+        self, model: str, num_threads: int, precision: Literal["float32", "bfloat16"], filters: tuple[str, ...] = ()
+    ) -> None:
+        from minigpt5.engine.decoder import DiffusionDecoder as Engine
+        from minigpt5.story.safety import PictureFilter
+
+        self.filter = PictureFilter() if "picture" in filters else None
+
+        self.engine = Engine.from_pretrained(model, num_threads=num_threads, precision=precision)
+        watch("decoder", self.engine, {"minigpt5_pictures_reused": lambda: self.engine.num_cache_hits})
+
+    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        """Raises Blocked where the picture, or a preview of it, is not to be shown."""
+        async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]
+            async for event in fewer_steps(events):
+                seen = event.png if isinstance(event, Picture) else event.preview
+                if self.filter and seen:
+                    await asyncio.to_thread(self.filter.check, seen)
+                yield event
+
+    async def fingerprint(self) -> str:
+        return self.engine.fingerprint

@@ -1,0 +1,142 @@
+"""A story's engines, as far as it is made already: what is stored is not made again.
+
+A story that was cut off, or is to go on, is simply run again. Pages whose text is stored are read by the generator
+instead of written, vokens and pictures that are stored take the place of new ones, and what is new is stored before
+it is announced. The death of an engine's process in the middle is got over in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator
+
+from deployments.engines.handles import Engines
+from minigpt5.errors import EngineLost, StoryNotFound
+from minigpt5.story.state import PageState
+from minigpt5.story.store import StoryStore
+from minigpt5.types import (
+    DecoderEvent,
+    DrawRequest,
+    GeneratorEvent,
+    StoryRequest,
+    TextDelta,
+    TextRestarted,
+    Vokens,
+)
+
+logger = logging.getLogger("ray.serve")
+
+MAX_LOSSES = 5
+"""Deaths of an engine under one request that are got over."""
+LOSS_PAUSE_S = 0.5
+"""Before another replica is asked; twice as long each time."""
+
+
+class Replay:
+    """The two engines as one story sees them."""
+
+    def __init__(self, engines: Engines, store: StoryStore, story_id: str, pages: tuple[PageState, ...] = ()) -> None:
+        """`pages`: what is stored of the story."""
+        self._engines, self._store, self._story_id = engines, store, story_id
+        self._written = {page.index: page for page in pages if page.is_written}
+        self.drawn = {page.index: page for page in pages if page.image}
+        """Pages that are finished, and stay as they are stored."""
+
+    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        """As the generator's; a page's text goes on where it was, or begins anew after TextRestarted."""
+        texts: dict[int, str] = {}
+        """What was passed on, by page."""
+        complete = {index: page.text for index, page in self._written.items()}
+        passed: set[int] = set()
+        """Pages whose vokens were passed on."""
+        for attempt in range(MAX_LOSSES + 1):
+            given = dataclasses.replace(request, given=_beginning(complete, request))
+            try:
+                async with contextlib.aclosing(self._engines.generate(given)) as events:  # type: ignore[type-var]
+                    async for event in self._go_on(events, texts, passed):
+                        if isinstance(event, Vokens):
+                            complete[event.page] = texts.get(event.page, "").strip()
+                        yield event
+                return
+            except EngineLost as loss:
+                await self._get_over(loss, attempt)
+
+    async def _go_on(
+        self, events: AsyncIterator[GeneratorEvent], texts: dict[int, str], passed: set[int]
+    ) -> AsyncIterator[GeneratorEvent]:
+        """Without what was passed on before."""
+        again: dict[int, str] = {}
+        async for event in events:
+            if isinstance(event, TextDelta | Vokens) and event.page in passed:
+                continue
+            if isinstance(event, TextDelta):
+                again[event.page] = again.get(event.page, "") + event.text
+                new, old = again[event.page], texts.get(event.page, "")
+                if not old.startswith(new):
+                    for shown in _pass_on(event.page, new, old):
+                        yield shown
+                    texts[event.page] = new
+            elif isinstance(event, Vokens):
+                new, old = again.get(event.page, ""), texts.get(event.page, "")
+                if new != old:  # it ended earlier than the first time
+                    for shown in _pass_on(event.page, new, old):
+                        yield shown
+                    texts[event.page] = new
+                passed.add(event.page)
+                yield await asyncio.to_thread(self._keep, event)
+            else:
+                yield event
+
+    def _keep(self, vokens: Vokens) -> Vokens:
+        """The stored ones, or these from now on."""
+        if vokens.page in self._written:
+            with contextlib.suppress(StoryNotFound):
+                return self._store.load_vokens(self._story_id, vokens.page)
+        self._store.save_vokens(self._story_id, vokens)
+        return vokens
+
+    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        """As the decoder's; a stored picture comes at once."""
+        page = request.vokens.page
+        if page in self.drawn:
+            try:
+                picture = await asyncio.to_thread(self._store.load_shown, self._story_id, self.drawn[page])
+                assert picture
+                yield picture
+                return
+            except StoryNotFound:  # an edit of the page was cut off: its picture is gone already
+                del self.drawn[page]
+        for attempt in range(MAX_LOSSES + 1):
+            try:
+                async with contextlib.aclosing(self._engines.decode(request)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        yield event
+                return
+            except EngineLost as loss:
+                await self._get_over(loss, attempt)
+
+    async def _get_over(self, loss: EngineLost, attempt: int) -> None:
+        """Raises `loss` where there were too many."""
+        logger.warning("%s: %s", self._story_id, loss)
+        if attempt == MAX_LOSSES:
+            raise loss
+        await asyncio.sleep(LOSS_PAUSE_S * 2**attempt)
+
+
+def _beginning(complete: dict[int, str], request: StoryRequest) -> tuple[str, ...]:
+    """Texts of the first pages, as far as they are complete; an empty one cannot be read."""
+    texts, first = list(request.given), len(request.previous) + 1
+    for number in range(request.pages):
+        if not complete.get(first + number):
+            break
+        texts[number : number + 1] = [complete[first + number]]
+    return tuple(texts)
+
+
+def _pass_on(page: int, new: str, old: str) -> list[TextDelta | TextRestarted]:
+    if new.startswith(old):
+        return [TextDelta(page=page, text=new[len(old) :])]
+    return [TextRestarted(page=page), TextDelta(page=page, text=new)]

@@ -1,0 +1,53 @@
+"""Old stories go, where an operator says how many may stay: by age, by bytes, or both. None goes without being told.
+Pictures outside of stories go after an hour."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from deployments.stories.story_manager import Registry, StoryBusy
+from minigpt5.errors import StoryNotFound
+from minigpt5.story.store import StoryStore
+
+logger = logging.getLogger("ray.serve")
+
+LOOK_S = 600.0
+IMAGE_S = 3600.0
+"""So long a picture outside of any story is there under its URL."""
+
+
+async def keep_within(
+    store: StoryStore, registry: Registry, *, max_age_s: float | None, max_bytes: float | None
+) -> None:
+    """Look now and then, without end."""
+    while True:
+        await asyncio.to_thread(store.delete_images, older_than_s=IMAGE_S)
+        if max_age_s is not None or max_bytes is not None:
+            await remove_old(store, registry, max_age_s=max_age_s, max_bytes=max_bytes)
+        await asyncio.sleep(LOOK_S)
+
+
+async def remove_old(
+    store: StoryStore, registry: Registry, *, max_age_s: float | None, max_bytes: float | None
+) -> list[str]:
+    """Remove stories that have ended, oldest first, until the rest fits; returns their ids. Those under way stay."""
+    removed: list[str] = []
+    sizes = await asyncio.to_thread(store.sizes)
+    total = sum(sizes.values())
+    for story_id in sorted(sizes):
+        try:
+            async with registry.alone(story_id) as owned:
+                state = await asyncio.to_thread(store.load, story_id)
+                is_old = max_age_s is not None and time.time() - state.created > max_age_s
+                is_too_much = max_bytes is not None and total > max_bytes
+                if state.status == "drawing" or not (is_old or is_too_much):
+                    continue
+                await asyncio.to_thread(owned.delete, story_id)
+        except (StoryBusy, StoryNotFound):
+            continue
+        total -= sizes[story_id]
+        removed.append(story_id)
+        logger.info("%s is removed: %s", story_id, "its age" if is_old else "the room for stories")
+    return removed

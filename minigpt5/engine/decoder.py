@@ -1,0 +1,248 @@
+"""DiffusionDecoder: vokens -> pictures.
+
+Continuous batching: pictures join and leave between denoising steps, each with its own settings and seed;
+`denoising.py` is how they share a UNet call. Finished latents go through the VAE together.
+
+Shape letters: B pictures, V vokens, H language-model width, C latent channels, Y X rows and columns, Q condition
+positions, D condition width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+from collections.abc import AsyncIterator, Hashable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minigpt5.config import ModelConfig, check_distilled
+from minigpt5.engine.bounded_cache import BoundedCache
+from minigpt5.engine.denoising import Denoising, Precision, advance
+from minigpt5.engine.engine_loop import EngineLoop, Job
+from minigpt5.engine.fair_share import FairShare
+from minigpt5.engine.threads import Team, single_thread
+from minigpt5.errors import FingerprintMismatch, InvalidRequest
+from minigpt5.model.diffusion import SCHEDULERS, Diffusion
+from minigpt5.model.mapper import Mapper
+from minigpt5.model.pixels import to_pixels
+from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress, Vokens
+
+NUM_PREVIEWS = 3
+"""Of a picture, where they are asked for."""
+PREVIEW_PX = 64
+PICTURE_BYTES = 64 * 2**20
+"""Of finished pictures that are kept."""
+
+
+class _Job(Job[DecoderEvent]):
+    """A picture that is asked for; `denoising` from its first step on."""
+
+    def __init__(self, request: DrawRequest) -> None:
+        self.num_samples = 1 if request.settings.guidance_scale == 1 else 2
+        super().__init__(key=request.key, cost=request.settings.steps * self.num_samples)
+        self.request = request
+        self.denoising: Denoising | None = None
+
+
+class DiffusionDecoder:
+    """The engine that draws: the mapper, the UNet and the VAE behind one thread."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mapper: Mapper,
+        diffusion: Diffusion,
+        *,
+        precision: Precision = "float32",
+        max_batch: int = 8,
+        max_jobs: int = 512,
+        num_threads: int | None = None,
+    ) -> None:
+        """At most `max_batch` guided pictures share a step; others wait, and beyond `max_jobs` they are refused.
+        `num_threads`: torch threads of a step, at most (default: as many as here)."""
+        self.config = config
+        self.fingerprint = config.fingerprint
+        self.mapper, self.diffusion = mapper.eval(), diffusion.eval()
+        self.precision, self.max_batch = precision, max_batch
+        with torch.no_grad(), single_thread():
+            self.null_1QD = mapper.null_condition()
+            """The condition that guidance leads away from."""
+        self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
+        self._fair = FairShare(2 * max_batch, least=2)
+        self._team = Team(num_threads or torch.get_num_threads())
+        self._loop = EngineLoop[_Job](
+            "decoder",
+            choose=self._choose,
+            advance=self._advance,
+            leave=lambda job: None,
+            max_jobs=max_jobs,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        num_threads: int | None = None,
+        device: str | None = None,
+        precision: Precision = "float32",
+    ) -> DiffusionDecoder:
+        """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
+        where there is one, else the CPU."""
+        from minigpt5.model.folder import default_device, load_decoder_parts
+
+        with single_thread():
+            config, mapper, diffusion = load_decoder_parts(folder)
+        device = device or default_device()
+        return cls(config, mapper.to(device), diffusion.to(device), precision=precision, num_threads=num_threads)
+
+    @property
+    def num_running(self) -> int:
+        """Pictures that have begun."""
+        return self._loop.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._loop.num_waiting
+
+    @property
+    def queued_cost(self) -> float:
+        """UNet samples that all pictures here still need: one for each step, two where it is guided."""
+        return self._loop.queued_cost
+
+    @property
+    def num_cache_hits(self) -> int:
+        """Pictures that were answered without drawing."""
+        return self._pictures.num_hits
+
+    def check(self, request: DrawRequest) -> None:
+        """Raise where `request` cannot be drawn: FingerprintMismatch or InvalidRequest."""
+        vokens, settings = request.vokens, request.settings
+        if vokens.fingerprint != self.fingerprint:
+            raise FingerprintMismatch(
+                f"vokens of model {vokens.fingerprint[:12] or '(none)'} cannot be drawn by the decoder of model "
+                f"{self.fingerprint[:12]}: start both engines from the same model folder"
+            )
+        expected = (self.config.num_vokens, self.config.hidden)
+        if vokens.hidden_VH.shape != expected:
+            raise InvalidRequest("vokens", f"vokens have shape {vokens.hidden_VH.shape} but must have {expected}")
+        if settings.scheduler not in SCHEDULERS:
+            raise InvalidRequest(
+                "scheduler", f"scheduler is {settings.scheduler!r} but must be one of {', '.join(SCHEDULERS)}"
+            )
+        if not 1 <= settings.steps <= 100:
+            raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
+        check_distilled(settings, has_distilled=self.diffusion.distilled is not None)
+
+    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
+        stops the work at the next step.
+
+        Raises what `check` raises, or EngineFull.
+        """
+        self.check(request)
+        if known := self._pictures.get(content_key(request)):
+            yield dataclasses.replace(known, page=request.vokens.page)
+            return
+        async with contextlib.aclosing(self._loop.run(_Job(request))) as events:
+            async for event in events:
+                yield event
+
+    @torch.no_grad()
+    def draw(self, requests: Sequence[DrawRequest]) -> list[Picture]:
+        """Draw pictures in one batch, in this thread."""
+        pictures = self._begin(requests)
+        while running := [picture for picture in pictures if picture.num_calls_left]:
+            advance(self.diffusion, running, self.null_1QD, precision=self.precision)
+        return self._finish(requests, pictures)
+
+    def _choose(self, jobs: list[_Job]) -> list[_Job]:
+        return self._fair.choose(jobs, key=lambda job: job.key, cost=lambda job: job.num_samples)
+
+    @torch.no_grad()
+    def _advance(self, jobs: list[_Job]) -> None:
+        """One denoising step, and the pictures that are finished with it."""
+        new = [job for job in jobs if job.denoising is None]
+        for job, denoising in zip(new, self._begin([job.request for job in new]), strict=True):
+            job.denoising, job.is_started = denoising, True
+        running = [(job, job.denoising) for job in jobs if job.denoising is not None]
+        with self._team.working():
+            advance(self.diffusion, [denoising for _, denoising in running], self.null_1QD, precision=self.precision)
+        for job, denoising in running:
+            job.cost = denoising.num_calls_left * job.num_samples
+            self._tell(job, denoising)
+        finished = [(job, denoising) for job, denoising in running if not denoising.num_calls_left]
+        pictures = self._finish([job.request for job, _ in finished], [denoising for _, denoising in finished])
+        for (job, _), picture in zip(finished, pictures, strict=True):
+            self._pictures.put(content_key(job.request), picture)
+            job.put(picture)
+            job.is_done = True
+
+    def _begin(self, requests: Sequence[DrawRequest]) -> list[Denoising]:
+        return [
+            Denoising(
+                self.diffusion,
+                self.condition(request.vokens),
+                seed=request.seed,
+                draw=request.settings,
+                guidance_rescale=self.config.guidance_rescale,
+            )
+            for request in requests
+        ]
+
+    @torch.no_grad()
+    def condition(self, vokens: Vokens) -> Tensor:
+        """What the UNet reads of a picture's vokens: (Q, D). Each by itself, so that its bits are its own."""
+        states_VH = torch.from_numpy(vokens.hidden_VH).float().to(self.null_1QD.device)
+        return self.mapper(states_VH[None])[0]
+
+    def _tell(self, job: _Job, denoising: Denoising) -> None:
+        step, steps = denoising.step, job.request.settings.steps
+        preview = None
+        if job.request.previews and denoising.num_calls_left and is_shown(step, steps):
+            preview = encode(self.diffusion.to_pixels(denoising.clean_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
+        job.put(Progress(page=job.request.vokens.page, step=step, steps=steps, preview=preview))
+
+    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Picture]:
+        if not pictures:
+            return []
+        pixels_BCYX = self.diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in pictures]))
+        return [
+            Picture(
+                page=request.vokens.page,
+                png=png,
+                width=pixels_BCYX.shape[3],
+                height=pixels_BCYX.shape[2],
+                seed=request.seed,
+                denoise_steps=request.settings.steps,
+            )
+            for request, png in zip(requests, encode(pixels_BCYX, "PNG"), strict=True)
+        ]
+
+
+def content_key(request: DrawRequest) -> Hashable:
+    """Requests of one key are the same picture."""
+    return hashlib.sha256(request.vokens.hidden_VH.tobytes()).digest(), request.seed, request.settings
+
+
+def is_shown(step: int, steps: int) -> bool:
+    """Whether this step of `steps` has a preview: NUM_PREVIEWS of them, evenly."""
+    parts = NUM_PREVIEWS + 1
+    return step * parts // steps > (step - 1) * parts // steps
+
+
+def encode(pixels_BCYX: Tensor, file_format: str, *, side_px: int | None = None) -> list[bytes]:
+    """Pictures in [-1, 1] -> files, made smaller where `side_px` is given."""
+    files = []
+    for picture_YXC in to_pixels(pixels_BCYX):
+        picture, file = Image.fromarray(picture_YXC), io.BytesIO()
+        if side_px:
+            picture.thumbnail((side_px, side_px))
+        picture.save(file, file_format)
+        files.append(file.getvalue())
+    return files

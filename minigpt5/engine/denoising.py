@@ -1,0 +1,152 @@
+"""Conditions -> latents, step by step: pictures at different steps, of different settings, in one call of their UNet.
+
+A picture depends on its own condition, seed and settings only, not on its company. Guidance follows arXiv 2207.12598,
+rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.
+
+Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from minigpt5.model.diffusion import ADDS_NOISE, Diffusion, new_sampler, without_noise
+from minigpt5.types import DrawSettings
+
+Precision = Literal["float32", "bfloat16"]
+"""Of the UNet. In bfloat16 a picture depends a little on its company (benchmarks/results/company.json has how much)."""
+
+
+class Denoising:
+    """One picture on its way from noise to latents, with a scheduler of its own."""
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        condition_QD: Tensor,
+        *,
+        seed: int,
+        draw: DrawSettings,
+        guidance_rescale: float,
+        noise_1CYX: Tensor | None = None,
+    ) -> None:
+        """`noise_1CYX`: what the picture begins as, instead of what `seed` gives."""
+        self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
+        self.scheduler = new_sampler(draw.scheduler, diffusion.scheduler)
+        self.scheduler.set_timesteps(draw.steps)
+        self.generator = torch.Generator().manual_seed(seed)
+        """Of all noise: what the picture begins as, and where its sampler adds some."""
+        if noise_1CYX is None:
+            config = diffusion.unet.config
+            shape = (1, config.in_channels, config.sample_size, config.sample_size)
+            noise_1CYX = torch.randn(shape, generator=self.generator)
+        self.latents_1CYX = noise_1CYX.to(condition_QD) * self.scheduler.init_noise_sigma
+        self.clean_1CYX = self.latents_1CYX
+        """What the last prediction makes of the latents without their noise."""
+        self.num_calls = 0
+        """UNet calls so far."""
+
+    @property
+    def is_guided(self) -> bool:
+        return self.draw.guidance_scale != 1
+
+    @property
+    def num_calls_left(self) -> int:
+        return len(self.scheduler.timesteps) - self.num_calls
+
+    @property
+    def step(self) -> int:
+        """Steps done, of `draw.steps`; some schedulers need more calls than steps."""
+        return max(1, self.num_calls * self.draw.steps // len(self.scheduler.timesteps))
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.scheduler.timesteps[self.num_calls]
+
+    def latents_in(self) -> Tensor:
+        return self.scheduler.scale_model_input(self.latents_1CYX, self.timestep)
+
+    def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:
+        """Go a step on, as the UNet predicts."""
+        predicted = conditional_1CYX
+        if unconditional_1CYX is not None:
+            predicted = guide(
+                conditional_1CYX,
+                unconditional_1CYX,
+                scale=self.draw.guidance_scale,
+                rescale=self.guidance_rescale,
+            )
+        timestep = self.timestep
+        self.clean_1CYX = without_noise(self.scheduler, self.latents_1CYX, predicted, timestep)
+        noise = {"generator": self.generator} if self.draw.scheduler in ADDS_NOISE else {}
+        self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX, **noise).prev_sample
+        self.num_calls += 1
+
+
+def guide(conditional_BCYX: Tensor, unconditional_BCYX: Tensor, *, scale: float, rescale: float) -> Tensor:
+    """The guided prediction, each picture's scaled back to its own spread by `rescale`."""
+    predicted_BCYX = unconditional_BCYX + scale * (conditional_BCYX - unconditional_BCYX)
+    if not rescale:
+        return predicted_BCYX
+    spread_B111 = conditional_BCYX.std((1, 2, 3), keepdim=True) / predicted_BCYX.std((1, 2, 3), keepdim=True)
+    return predicted_BCYX * (rescale * spread_B111 + 1 - rescale)
+
+
+@torch.no_grad()
+def advance(
+    diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor, *, precision: Precision = "float32"
+) -> None:
+    """A step of all pictures, whichever each is at: one call of each UNet that draws any of them."""
+    by_unet: dict[int, tuple[UNet2DConditionModel, list[Denoising]]] = {}
+    for picture in pictures:
+        unet = diffusion.unet_for(picture.draw.scheduler)
+        by_unet.setdefault(id(unet), (unet, []))[1].append(picture)
+    for unet, together in by_unet.values():
+        _advance_together(unet, together, null_1QD, precision)
+
+
+def _advance_together(
+    unet: UNet2DConditionModel, pictures: Sequence[Denoising], null_1QD: Tensor, precision: Precision
+) -> None:
+    """One UNet call; everything around it is float32."""
+    guided = [picture for picture in pictures if picture.is_guided]
+    calls = [*guided, *pictures]
+    conditions = [*[null_1QD[0]] * len(guided), *(picture.condition_QD for picture in pictures)]
+    device = null_1QD.device
+    is_rough = precision == "bfloat16"
+    with torch.autocast(device.type, dtype=torch.bfloat16) if is_rough else contextlib.nullcontext():
+        predicted_BCYX = unet(
+            torch.cat([picture.latents_in() for picture in calls]),
+            torch.stack([picture.timestep for picture in calls]).to(device),
+            encoder_hidden_states=torch.stack(conditions),
+        ).sample
+    predicted = predicted_BCYX.float().split(1)
+    unconditional = dict(zip(map(id, guided), predicted, strict=False))
+    for picture, conditional in zip(pictures, predicted[len(guided) :], strict=True):
+        picture.take(conditional, unconditional.get(id(picture)))
+
+
+@torch.no_grad()
+def denoise(
+    diffusion: Diffusion,
+    condition_BQD: Tensor,
+    null_1QD: Tensor,
+    *,
+    seeds: list[int],
+    draw: DrawSettings,
+    guidance_rescale: float = 0.0,
+) -> Tensor:
+    """Draw one picture for each condition: (B, 3, pixels, pixels) in [-1, 1]."""
+    pictures = [
+        Denoising(diffusion, condition_QD, seed=seed, draw=draw, guidance_rescale=guidance_rescale)
+        for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
+    ]
+    while pictures[0].num_calls_left:
+        advance(diffusion, pictures, null_1QD)
+    return diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in pictures]))

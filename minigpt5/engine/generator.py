@@ -1,0 +1,330 @@
+"""VokenGenerator: requests -> text and vokens, in the order in which they are written.
+
+Continuous batching: requests join and leave between tokens, each with its own prompt, sampling, seed and length. A
+step of the language model reads for each of them what its script asks next: a token, a picture's vokens, or a part
+of its prompt. `writing.py` is what one request does; `kv_cache.py` is how they share a step.
+
+Shape letters: H hidden width, T tokens of a step, N input pictures, Q embeddings of one picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from minigpt5.config import ModelConfig
+from minigpt5.engine.bounded_cache import BoundedCache
+from minigpt5.engine.engine_loop import EngineLoop, Job
+from minigpt5.engine.fair_share import FairShare
+from minigpt5.engine.kv_cache import RowCache
+from minigpt5.engine.script import STOP, Read, Score, Script, Writer
+from minigpt5.engine.threads import single_thread
+from minigpt5.errors import InvalidRequest
+from minigpt5.model.language import LanguageModel
+from minigpt5.model.prompt import encode, page_ids, pictures_read, request_segments
+from minigpt5.model.vision import Vision
+from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, StoryRequest
+
+SHORT_READ = 64
+"""So many tokens are read at once: what is written, a picture's vokens, most prompts."""
+PART = 4
+"""A longer prompt is read in parts while others write: of so many tokens, or as many as requests write."""
+LONG_READ = 512
+"""Tokens of a step while nobody writes."""
+READ_BACK_TOKENS = 16
+"""Around a picture that is read back, and of what is asked after it."""
+PICTURE_BYTES = 64 * 2**20
+"""Of embeddings of input pictures that are kept."""
+
+
+class _Job(Job[GeneratorEvent]):
+    """A request with its script, and how far the script's present reading is."""
+
+    def __init__(self, request: StoryRequest, prompt_ids: list[int], *, cost: float) -> None:
+        super().__init__(key=request.key, cost=cost)
+        self.prompt = np.array(prompt_ids)
+        """What it reads first, by content: token ids, and the hash of a picture in its slots."""
+        self.image_SH: Tensor | None = None
+        """Embeddings of the prompt's pictures, slot by slot."""
+        self.script: Script
+        self.writer: Writer
+        self.row = -1
+        self.left: list[int] = []
+        """Token ids that are still to be read before the script goes on."""
+        self.num_states = 1
+        self.states: list[Tensor] = []
+
+
+class VokenGenerator:
+    """The engine that writes: tokenizer, vision path and language model behind one thread."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        language: LanguageModel,
+        vision: Vision,
+        *,
+        max_rows: int = 24,
+        max_batch: int = 16,
+        max_jobs: int = 512,
+        num_threads: int | None = None,
+    ) -> None:
+        """`max_rows` requests are under way and `max_batch` of them take part in a step; others wait, and beyond
+        `max_jobs` they are refused. `num_threads`: torch threads of a step (default: as many as here)."""
+        self.config = config
+        self.fingerprint = config.fingerprint
+        self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
+        self.end_ids = frozenset(
+            [tokenizer.eos_token_id, *(token for name, token in tokenizer.get_vocab().items() if STOP in name)]
+        )
+        self.num_close_choices = 0
+        """Tokens of finished requests whose choice another company in the batch could have changed."""
+        self.num_prompt_tokens = self.num_reused_tokens = 0
+        """Tokens of prompts, and how many of them were there already in a row that begins alike."""
+        self._cache = RowCache.for_model(language.body, num_rows=max_rows, num_positions=config.context_tokens)
+        self._contents = np.full((max_rows, config.context_tokens), -1)
+        """What each row has read: token ids, and the hash of a picture in its slots."""
+        self._free_rows = list(range(max_rows))
+        """Least recently used first. What they have read stays until they are taken again."""
+        self._num_reserved = max_rows // 4
+        self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
+        self._fair = FairShare(max_batch, least=1)
+        self._loop = EngineLoop[_Job](
+            "generator",
+            choose=self._choose,
+            advance=self._advance,
+            leave=self._leave,
+            max_jobs=max_jobs,
+            begin=partial(torch.set_num_threads, num_threads or torch.get_num_threads()),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, num_threads: int | None = None, device: str | None = None
+    ) -> VokenGenerator:
+        """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
+        where there is one, else the CPU."""
+        from minigpt5.model.folder import default_device, load_generator_parts
+
+        with single_thread():
+            parts = load_generator_parts(folder, device=device or default_device())
+        return cls(*parts, num_threads=num_threads)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a row."""
+        return self._loop.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._loop.num_waiting
+
+    @property
+    def queued_cost(self) -> float:
+        """Tokens that all requests here may still read and write."""
+        return self._loop.queued_cost
+
+    def check(self, request: StoryRequest) -> None:
+        """Raise InvalidRequest where `request` cannot be written."""
+        self._encode(request)
+
+    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        """Write one request; ends with Usage. Closing the iterator stops the work at the next token.
+
+        Raises InvalidRequest or EngineFull.
+        """
+        prompt_ids, num_new = self._encode(request)
+        job = _Job(request, prompt_ids, cost=len(prompt_ids) + num_new)
+        job.writer = Writer(
+            request,
+            prompt_ids,
+            tokenizer=self.tokenizer,
+            rows=self.language.rows,
+            end_ids=self.end_ids,
+            fingerprint=self.fingerprint,
+            put=job.put,
+            published_quirks=self.config.published_quirks,
+        )
+        job.script = job.writer.script()
+        if pictures := pictures_read(request):
+            await asyncio.to_thread(self._see, job, pictures)
+        async with contextlib.aclosing(self._loop.run(job)) as events:
+            async for event in events:
+                yield event
+
+    def _encode(self, request: StoryRequest) -> tuple[list[int], int]:
+        """The prompt's token ids, and how many tokens may be written after it."""
+        check_request(request)
+        num_queries = self.config.vision.num_queries
+        rows = self.language.rows
+        ids = encode(request_segments(request), self.tokenizer, rows, num_image_embeddings=num_queries).ids
+        limit = request.sampling.max_page_tokens
+        num_given = sum(len(page_ids(words, self.tokenizer)) for words in request.given)
+        num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
+        num_text = num_given + num_written * limit
+        num_new = num_text + request.pages * self.config.num_vokens
+        if request.feedback == "pictures":  # the last page reads all the others' pictures
+            num_new += (request.pages + request.num_later - 1) * (self.config.vision.num_queries + READ_BACK_TOKENS)
+            num_new += request.num_later * limit
+        if len(ids) + num_new > self.config.context_tokens:
+            raise InvalidRequest(
+                "prompt",
+                f"prompt takes {len(ids)} tokens and {request.pages} pages up to {num_new}, but the context window is "
+                f"{self.config.context_tokens} tokens: shorten the prompt or ask for fewer pages",
+            )
+        return ids, num_new
+
+    @torch.no_grad()
+    def _see(self, job: _Job, pictures: list[bytes]) -> None:
+        """Embed a prompt's pictures, each content once; runs beside the engine's own thread, and without a team."""
+        torch.set_num_threads(1)
+        digests = [hashlib.sha256(data).digest() for data in pictures]
+        image_QHs = []
+        for digest, data in zip(digests, pictures, strict=True):
+            image_QH = self._pictures.get(digest)
+            if image_QH is None:
+                image_QH = self.vision.read([data])[0]
+                self._pictures.put(digest, image_QH)
+            image_QHs.append(image_QH)
+        job.image_SH = torch.cat(image_QHs)
+        hashes = [-1 - (int.from_bytes(digest[:8], "big") >> 1) for digest in digests]  # no token id is negative
+        is_slot = job.prompt == self.language.rows.placeholder
+        job.prompt[is_slot] = np.repeat(hashes, self.config.vision.num_queries)
+
+    def _choose(self, jobs: list[_Job]) -> list[_Job]:
+        """Give free rows to who waits; then whose turn it is."""
+        while waiting := [job for job in jobs if not job.is_started]:
+            num_rows = Counter(job.key for job in jobs if job.is_started)
+            job = min(waiting, key=lambda job: num_rows[job.key])  # the oldest of the key with the fewest rows
+            if len(self._free_rows) <= (self._num_reserved if num_rows[job.key] else 0):
+                break
+            self._admit(job)
+        return self._fair.choose([job for job in jobs if job.is_started], key=lambda job: job.key, cost=lambda job: 1)
+
+    def _admit(self, job: _Job) -> None:
+        """Take the row that was unused for longest, and begin it as the row that has most of the prompt."""
+        job.is_started = True
+        job.row = self._free_rows.pop(0)
+        lengths = np.minimum(self._cache.lengths, len(job.prompt) - 1)  # the last token's state is wanted
+        is_other = self._contents[:, : len(job.prompt)] != job.prompt
+        is_other[np.arange(is_other.shape[1]) >= lengths[:, None]] = True
+        num_known = is_other.argmax(axis=1)
+        source = int(num_known.argmax())
+        known = int(num_known[source])
+        if known and source != job.row:
+            self._cache.copy(source, job.row, known)
+        self._resume([(job, None)])
+        self._contents[job.row, : len(job.prompt)] = job.prompt
+        self._cache.lengths[job.row] = known
+        job.left = job.left[known:]
+        job.cost -= known
+        self.num_prompt_tokens += len(job.prompt)
+        self.num_reused_tokens += known
+
+    @torch.no_grad()
+    def _advance(self, jobs: list[_Job]) -> None:
+        """One step of the language model, and what follows from it."""
+        parts = self._part(jobs)
+        if not parts:
+            return
+        ids_1T = torch.tensor([[token for job, num_tokens in parts for token in job.left[:num_tokens]]])
+        images = [image_SH for job, num_tokens in parts if (image_SH := self._images(job, num_tokens)) is not None]
+        embeds_1TH = self.language.embed(ids_1T, torch.cat(images)[None] if images else None)
+        counts = [(job.row, num_tokens) for job, num_tokens in parts]
+        states_TH = self._cache.forward(self.language.body, embeds_1TH[0], counts)
+        ready = []
+        for (job, num_tokens), states_NH in zip(parts, states_TH.split([num for _, num in counts]), strict=True):
+            job.left = job.left[num_tokens:]
+            job.cost = max(0, job.cost - num_tokens)
+            job.states.append(states_NH[-job.num_states :])
+            if not job.left:
+                ready.append((job, torch.cat(job.states)[-job.num_states :]))
+        self._resume(ready)
+
+    def _part(self, jobs: list[_Job]) -> list[tuple[_Job, int]]:
+        """How much each reads in this step: prompts in parts, so that those who write keep their pace; the client who
+        got least so far comes first."""
+        num_short = sum(len(job.left) <= SHORT_READ for job in jobs)
+        budget = max(PART, num_short) if num_short else LONG_READ
+        parts = []
+        for job in jobs:
+            num_tokens = len(job.left) if len(job.left) <= SHORT_READ else min(len(job.left), budget)
+            budget -= num_tokens if len(job.left) > SHORT_READ else 0
+            if num_tokens:
+                parts.append((job, num_tokens))
+        return parts
+
+    def _images(self, job: _Job, num_tokens: int) -> Tensor | None:
+        """Embeddings of the slots among the next tokens: (slots, H)."""
+        if job.image_SH is None:
+            return None
+        start = self._cache.lengths[job.row]
+        num_before, num_slots = (
+            (job.prompt[part] < 0).sum() for part in (slice(start), slice(start, start + num_tokens))
+        )
+        return job.image_SH[num_before : num_before + num_slots]
+
+    def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
+        """Answer scripts until each asks for something to be read, or has ended."""
+        while answers:
+            asking: list[tuple[_Job, Tensor]] = []
+            for job, answer in answers:
+                try:
+                    asked = job.script.send(answer)
+                except StopIteration:
+                    job.is_done = True
+                except Exception as failure:  # one request fails, the others go on
+                    job.fail(failure)
+                else:
+                    if isinstance(asked, Score):
+                        asking.append((job, asked.state_H))
+                    else:
+                        self._begin(job, asked)
+            if not asking:
+                return
+            logits = self.language.logits(torch.stack([state_H for _, state_H in asking])).float().cpu().numpy()
+            answers = list(zip((job for job, _ in asking), logits, strict=True))
+
+    def _begin(self, job: _Job, read: Read) -> None:
+        self._cache.lengths[job.row] = read.start
+        self._contents[job.row, read.start : read.start + len(read.ids)] = read.ids
+        job.left, job.num_states, job.states = read.ids, read.num_states, []
+
+    def _leave(self, job: _Job) -> None:
+        """Its row is free; what it has read may serve one that begins alike."""
+        job.script.close()
+        self.num_close_choices += job.writer.num_close
+        if job.row >= 0:
+            self._free_rows.append(job.row)
+
+
+def check_request(request: StoryRequest) -> None:
+    """Raise InvalidRequest where a request makes no sense to any model."""
+    if not any(isinstance(part, InputImage) or part.strip() for part in request.prompt):
+        raise InvalidRequest("prompt", "prompt is empty: say what the story or the picture is about")
+    if not 1 <= request.pages <= MAX_PAGES:
+        raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {MAX_PAGES}")
+    if request.pictures != "auto" and request.mode != "reply":
+        raise InvalidRequest("pictures", f"pictures is {request.pictures!r} but a {request.mode} has its own: use auto")
+    if request.given and request.mode != "story":
+        raise InvalidRequest("given", f"given has texts but a {request.mode} has no pages to give: leave it out")
+    if len(request.given) > request.pages:
+        raise InvalidRequest(
+            "given", f"given has {len(request.given)} texts but pages is {request.pages}: ask for as many or more"
+        )
+    for number, words in enumerate(request.given, start=1):
+        if not words.strip():
+            raise InvalidRequest("given", f"given text {number} is empty: say what the page says")
+    if not all(request.stop):
+        raise InvalidRequest("stop", f"stop is {request.stop} but no stop string may be empty")

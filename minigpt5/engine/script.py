@@ -1,0 +1,216 @@
+"""One request as a script: what the language model is to read next, and what is made of the states it gives.
+
+A script asks for states by yielding `Read` and for logits by yielding `Score`, and is sent the answer; whoever runs
+it may answer many scripts with one step of the model. What it writes goes to `put`, in the order of writing.
+
+Shape letters: H hidden width, V vokens, N states asked for, T vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from minigpt5.engine.sampling import sample_token
+from minigpt5.engine.text_stream import TextStream
+from minigpt5.model.prompt import END, page_ids
+from minigpt5.model.vokens import VokenRows
+from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
+
+CLOSE = 1e-4
+"""A choice with a smaller margin may fall otherwise when the batch has another shape."""
+STOP = END.strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """Token ids to read at a position of the sequence; answered with the states of the last `num_states`: (N, H)."""
+
+    ids: list[int]
+    start: int
+    num_states: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A state; answered with its logits: (T,)."""
+
+    state_H: Tensor
+
+
+Script = Generator[Read | Score, Any, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """A page's text, the state after it, and whether the model opened a picture there."""
+
+    tokens: list[int]
+    state_H: Tensor
+    opens_picture: bool
+
+
+class Writer:
+    """Writes one request."""
+
+    def __init__(
+        self,
+        request: StoryRequest,
+        prompt_ids: list[int],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: VokenRows,
+        end_ids: frozenset[int],
+        fingerprint: str,
+        put: Callable[[GeneratorEvent], None],
+        published_quirks: bool = False,
+    ) -> None:
+        self.request, self.prompt_ids, self.published_quirks = request, prompt_ids, published_quirks
+        self.num_close = 0
+        """Choices whose margin was below CLOSE."""
+        self._tokenizer, self._rows, self._end_ids = tokenizer, rows, end_ids
+        self._fingerprint, self._put = fingerprint, put
+        self._length = len(prompt_ids)
+        self._num_given = self._num_written = 0
+
+    def script(self) -> Script:
+        """The whole request; ends with Usage."""
+        yield from {"story": self._story, "caption": self._caption, "reply": self._reply}[self.request.mode]()
+        num_read = len(self.prompt_ids) + self._num_given
+        self._put(Usage(prompt_tokens=num_read, completion_tokens=self._num_written))
+
+    def _caption(self) -> Script:
+        """The prompt and its vokens in one reading."""
+        ids = self.prompt_ids + self._rows.ids[:-1]
+        states_VH = yield Read(ids=ids, start=0, num_states=self._rows.num_vokens)
+        self._put_vokens(1, states_VH)
+
+    def _story(self) -> Script:
+        state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
+        sampling, given, first = self.request.sampling, self.request.given, len(self.request.previous) + 1
+        for page in range(first, first + self.request.pages):
+            if page - first < len(given):
+                state_H = yield from self._given(page, given[page - first])
+            else:
+                text = yield from self._text(
+                    page, state_H, limit=sampling.max_page_tokens, min_tokens=sampling.min_page_tokens
+                )
+                state_H = text.state_H
+            state_H = yield from self._picture(page, state_H)
+
+    def _reply(self) -> Script:
+        request = self.request
+        state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
+        max_pictures = 1 if self.published_quirks else request.pages
+        page, num_pictures = len(request.previous) + 1, 0
+        said: list[int] = []
+        while True:
+            is_owed = request.pictures == "forced" and not num_pictures
+            is_rushed = is_owed and self.published_quirks
+            text = yield from self._text(
+                page,
+                state_H,
+                limit=request.sampling.max_page_tokens - len(said),
+                min_tokens=request.sampling.min_page_tokens if is_owed and not is_rushed else 0,
+                may_draw=request.pictures != "none" and num_pictures < max_pictures,
+                is_rushed=is_rushed,
+                said=said,
+            )
+            said += text.tokens
+            if not text.opens_picture and (is_rushed or not is_owed):
+                return
+            state_H = yield from self._picture(page, text.state_H)
+            if not text.opens_picture:
+                return
+            page, num_pictures = page + 1, num_pictures + 1
+
+    def _given(self, page: int, words: str) -> Generator[Read | Score, Any, Tensor]:
+        """Read a page's text as if it had been written; returns the state after it."""
+        ids = page_ids(words, self._tokenizer)
+        self._show(page, words)
+        states_1H = yield Read(ids=ids, start=self._length)
+        self._length += len(ids)
+        self._num_given += len(ids)
+        return states_1H[-1]
+
+    def _text(
+        self,
+        page: int,
+        state_H: Tensor,
+        *,
+        limit: int,
+        min_tokens: int,
+        may_draw: bool = True,
+        is_rushed: bool = False,
+        said: list[int] = [],  # noqa: B006 (never changed)
+    ) -> Generator[Read | Score, Any, _Text]:
+        """Up to `limit` tokens, until the model opens a picture or ends the text, or a stop string has come.
+
+        `is_rushed`: the published way to force a picture (D11), by ten times the best logit at every token.
+        """
+        request, rows = self.request, self._rows
+        stream = TextStream(self._tokenizer, (STOP, *request.stop))
+        start = self._length
+        # A stop string may reach back over some tokens, at most four for each of its characters.
+        states = deque([state_H], maxlen=4 * max(map(len, (STOP, *request.stop))) + 1)
+        opens_picture = False
+        while len(stream.tokens) < limit:
+            logits_T = yield Score(state_H=states[-1])
+            if is_rushed:
+                logits_T[rows.first] = 10 * logits_T.max()
+            closed = [rows.first] if not may_draw else []
+            if len(stream.tokens) < min_tokens:
+                closed = [rows.first, *self._end_ids]
+            choice = sample_token(
+                mask(logits_T, rows, closed),
+                request.sampling,
+                seed=request.seed,
+                page=page,
+                position=len(stream.tokens),
+                seen=said + stream.tokens,
+            )
+            self.num_close += choice.margin < CLOSE
+            opens_picture = choice.token == rows.first
+            if opens_picture or choice.token in self._end_ids:
+                break
+            self._show(page, stream.add(choice.token))
+            if stream.is_stopped:
+                break
+            states.append((yield Read(ids=[choice.token], start=self._length))[-1])
+            self._length += 1
+        self._show(page, stream.end())
+        num_back = self._length - start - len(stream.tokens)
+        self._length -= num_back
+        self._num_written += len(stream.tokens)
+        return _Text(tokens=stream.tokens, state_H=states[-1 - num_back], opens_picture=opens_picture)
+
+    def _picture(self, page: int, state_H: Tensor) -> Generator[Read | Score, Any, Tensor]:
+        """All vokens in one step, as the state before them says; returns the state after the last."""
+        num_vokens = self._rows.num_vokens
+        states_VH = yield Read(ids=self._rows.ids, start=self._length, num_states=num_vokens)
+        self._length += num_vokens
+        self._put_vokens(page, torch.cat([state_H[None], states_VH[:-1]]))
+        return states_VH[-1]
+
+    def _put_vokens(self, page: int, hidden_VH: Tensor) -> None:
+        self._num_written += self._rows.num_vokens
+        self._put(Vokens(page=page, hidden_VH=hidden_VH.float().cpu().numpy(), fingerprint=self._fingerprint))
+
+    def _show(self, page: int, text: str) -> None:
+        if text:
+            self._put(TextDelta(page=page, text=text))
+
+
+def mask(logits_T: np.ndarray, rows: VokenRows, closed: list[int]) -> np.ndarray:
+    """Logits of what may follow: text, or the first voken; the other vokens come after it by themselves."""
+    logits_T = logits_T.copy()
+    logits_T[rows.first + 1 :] = -np.inf
+    logits_T[closed] = -np.inf
+    return logits_T

@@ -1,0 +1,167 @@
+"""The language model with its voken rows and, in stage 2, its adapter: embeddings in, last hidden states out.
+
+Shape letters: B sequences, S positions, H hidden width, V vokens, N input pictures, Q embeddings of one picture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
+
+from minigpt5.config import LoraConfig, ModelConfig
+from minigpt5.errors import ModelFolderError
+from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
+from minigpt5.model.vokens import PLACEHOLDER, VokenRows, voken_names
+
+
+def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base tokenizer with the vokens and the placeholder added after its own tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) != config.vocabulary:
+        raise ModelFolderError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model was made for {config.vocabulary}: "
+            "use the base model that config.json names"
+        )
+    tokenizer.add_tokens([*voken_names(config.num_vokens), PLACEHOLDER], special_tokens=True)
+    return tokenizer
+
+
+class LanguageModel(nn.Module):
+    """A causal transformer whose vocabulary is widened by VokenRows."""
+
+    def __init__(self, body: nn.Module, head_TH: Tensor, rows: VokenRows) -> None:
+        super().__init__()
+        self.body: Any = body
+        """The transformer, with or without an adapter around it."""
+        self.rows = rows
+        self.head_TH: Tensor
+        self.register_buffer("head_TH", head_TH, persistent=False)
+        self._packed_head: PackedLinear | None = None
+
+    @classmethod
+    def from_base(cls, folder: str | Path, config: ModelConfig) -> LanguageModel:
+        """The frozen base model with fresh voken rows."""
+        causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        head_TH = causal.get_output_embeddings().weight.detach()
+        rows = VokenRows(config.vocabulary, config.num_vokens, config.hidden)
+        rows.initialise(causal.get_input_embeddings().weight, head_TH, seed=0)
+        return cls(causal.base_model, head_TH, rows)
+
+    @torch.no_grad()
+    def replace_vocabulary(self, embedding_TH: Tensor, head_TH: Tensor) -> None:
+        """Other rows than the base model's own: published checkpoints carry theirs, which training has moved."""
+        self.embedding.copy_(embedding_TH)
+        self.head_TH = head_TH.to(self.head_TH)
+
+    @property
+    def embedding(self) -> Tensor:
+        return self.body.get_input_embeddings().weight
+
+    def add_adapter(self, lora: LoraConfig) -> None:
+        """Put a fresh trainable LoRA on the frozen body."""
+        peft_config = PeftLoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+        )
+        with _peft_is_quiet():
+            self.body = get_peft_model(self.body, peft_config)
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again on the way back instead of keeping them (arXiv 1604.06174)."""
+        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+        self.body.train()  # transformers does so in training mode alone
+
+    def load_adapter(self, folder: Path, *, is_trained: bool = False) -> None:
+        """Read an adapter in PEFT's format."""
+        with _peft_is_quiet():
+            self.body = PeftModel.from_pretrained(self.body, str(folder), is_trainable=is_trained)
+
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the body: faster, and no longer to be saved apart."""
+        self.body = self.body.merge_and_unload().requires_grad_(False)
+
+    def pack(self) -> None:
+        """Make it quicker on the CPU, for inference alone: see packed_linear.py."""
+        pack_linears(self.body)
+        if can_pack(self.head_TH):
+            self._packed_head = PackedLinear(self.head_TH)
+
+    def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
+        """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""
+        ids_BS = ids_BS.to(self.embedding.device)
+        embeds_BSH = self.rows.embed(ids_BS, self.embedding)
+        if image_NQH is None:
+            return embeds_BSH
+        is_slot_BS = ids_BS == self.rows.placeholder
+        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
+
+    def states(
+        self,
+        embeds_BSH: Tensor,
+        *,
+        mask_BS: Tensor | None = None,
+        cache: Cache | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states, after the final norm. A cache is read and extended: `mask_BS` then covers it too."""
+        return self.body(
+            inputs_embeds=embeds_BSH,
+            attention_mask=mask_BS,
+            past_key_values=cache,
+            position_ids=positions_BS,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def logits(self, states_BSH: Tensor) -> Tensor:
+        if self._packed_head is not None:
+            return self.rows.extend(self._packed_head(states_BSH), states_BSH)
+        return self.rows.logits(states_BSH, self.head_TH)
+
+    def voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Right-padded texts -> the states that condition the picture after each: (B, V, H).
+
+        The same as `align` on the whole sequences, but the text is read without gradients and only the vokens with
+        them: what training with a frozen body needs, and no more.
+        """
+        cache = DynamicCache()
+        with torch.no_grad():
+            text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
+        lengths_B = mask_BS.sum(dim=1)
+        before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
+        offsets_V = torch.arange(self.rows.num_vokens - 1, device=mask_BS.device)
+        voken_ids_BV = torch.tensor(self.rows.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
+        at_vokens_BVH = self.states(
+            self.embed(voken_ids_BV),
+            mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
+            cache=cache,
+            positions_BS=lengths_B[:, None] + offsets_V,
+        )
+        return torch.cat([before_B1H, at_vokens_BVH], dim=1)
+
+
+@contextmanager
+def _peft_is_quiet() -> Iterator[None]:
+    """PEFT asks transformers for an attribute by its old name; nothing that a user could act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def pad(sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Sequences -> right-padded ids and their mask: (B, S) each."""
+    length = max(map(len, sequences))
+    padded = np.full((len(sequences), length), value, np.int64)
+    mask = np.zeros_like(padded)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return torch.from_numpy(padded), torch.from_numpy(mask)

@@ -1,0 +1,366 @@
+"""A batch -> losses: text, picture and caption, one module for every stage of the model (arXiv 2310.02239, 3.3).
+
+Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, Q condition positions, D condition width.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedTokenizerBase
+
+from minigpt5.config import ModelConfig
+from minigpt5.model import prompt
+from minigpt5.model.diffusion import Diffusion, normal_like
+from minigpt5.model.language import LanguageModel, pad
+from minigpt5.model.mapper import Mapper
+from minigpt5.model.pixels import to_tensor
+from minigpt5.model.prompt import IGNORED, Segment
+from minigpt5.model.text_encoder import ClipTextEncoder, TextEncoder
+from minigpt5.model.vision import Vision
+from minigpt5.model.vokens import align
+from minigpt5.objective.example import Row
+
+GUIDANCE_DROPOUT = 0.1
+"""Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
+WORD_SHARPNESS = 8.0
+"""Distances are in units of a word's own size, so that an embedding at its word is e^8 times as near as at none."""
+CONTRAST_SHARPNESS = 40.0
+"""One fact changes some hundredths to a fifth of a caption's mean squared features."""
+WHITENING_RIDGE = 0.1
+WHITENING_GAIN = 3.0
+"""Of a direction that a linear model would wholly explain a caption's states by."""
+WHITENING_RANK = 128
+"""Of the captions' states, for that."""
+REPLAYED_PICTURES = 16
+MEMORY = 24_576
+"""Pictures whose states are kept for replay: 70 KB each in the storybook preset, 200 KB with contrasts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Of the three losses."""
+
+    text: float
+    picture: float
+    caption: float
+    contrast: float = 0.0
+    """Of telling a picture's caption from those that differ in one fact."""
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of those that there are."""
+        return torch.stack([getattr(self, name) * loss for name, loss in losses.items()]).sum()
+
+
+STAGE1 = LossWeights(text=0.01, picture=1.0, caption=0.1)
+STAGE2 = LossWeights(text=0.01, picture=1.0, caption=0.0)
+
+
+class Objective(nn.Module):
+    """The whole model under its losses. What is trained is decided by requires_grad, outside."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        language: LanguageModel,
+        vision: Vision,
+        mapper: Mapper,
+        diffusion: Diffusion,
+        text_encoder: TextEncoder | ClipTextEncoder,
+        *,
+        first_timestep: int = 0,
+        samples_latents: bool = False,
+    ) -> None:
+        """`samples_latents`: pictures are drawn from the VAE's posterior, as published, not its mode.
+        `first_timestep`: the picture loss is of this much noise and more, and unweighted. What a picture shows is
+        decided there, and min-SNR weights all but drop these steps where the velocity is predicted."""
+        super().__init__()
+        self.first_timestep, self.samples_latents = first_timestep, samples_latents
+        self.config, self.tokenizer = config, tokenizer
+        self.language, self.vision, self.mapper = language, vision, mapper
+        self.diffusion, self.text_encoder = diffusion, text_encoder
+        self.diffusion.requires_grad_(False)
+        self.calls_alike = False
+        """Every batch calls the same parts in the same order, as workers must that share out weights (ZeRO 3)."""
+        self._memory: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self._whitening: RemovableHandle | None = None
+        self._whiten_HH: Tensor
+        self._voken_mean_H: Tensor
+        self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mapper.queries.device
+
+    @torch.no_grad()
+    def standardise_captions(self, captions: list[str], *, start_there: bool = False) -> None:
+        """Take the spread of each feature from `captions`: unscaled, predicting the mean is already a small loss.
+
+        `start_there`: a fresh mapper's last norm begins at the features' mean and spread.
+        """
+        states_ND = self.text_encoder(captions).flatten(0, 1)
+        spread_D = states_ND.std(dim=0)
+        self.caption_scale_D = spread_D.clamp(min=0.1 * float(spread_D.median()))  # a feature may be constant
+        if start_there:
+            last = self.mapper.transformer.decoder.norm
+            last.weight.copy_(spread_D)
+            last.bias.copy_(states_ND.mean(dim=0))
+
+    def forward(self, rows: list[Row], weights: LossWeights) -> dict[str, Tensor]:
+        """Losses by name; "loss" is their weighted sum."""
+        rows, has_pictures = self._complete(rows)
+        takes_short_cut = self.body_is_frozen and not self.calls_alike
+        bare = [row for row in rows if takes_short_cut and row.is_caption]
+        whole = [row for row in rows if not (takes_short_cut and row.is_caption)]
+        read = [self._read_captions(bare)] if bare else []
+        read += [self._read_sequences(whole)] if whole else []
+        rows = [*bare, *whole]
+        vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
+        losses = {"text": torch.stack([text for _, text in read]).mean()}
+        if len(vokens_PVH):
+            pictures = self._picture_losses(rows, vokens_PVH, weights)
+            losses |= pictures if has_pictures else {name: 0 * loss for name, loss in pictures.items()}
+        else:  # what is trained takes part in every step, or those who share its gradients would wait for ever
+            losses["text"] = losses["text"] + 0 * self.mapper.null_condition().sum()
+        return {"loss": weights.total(losses), **losses}
+
+    def _complete(self, rows: list[Row]) -> tuple[list[Row], bool]:
+        """Where every worker must call the same parts: with a row that nothing is learnt from for a picture that none
+        reads, or draws. Returns whether a picture of the rows is drawn."""
+        has_pictures = any(row.drawn for row in rows)
+        if not self.calls_alike:
+            return rows, has_pictures
+        px = self.config.vision.image_px, self.config.image_px
+        black = [np.zeros((side, side, 3), np.uint8) for side in px]
+        reads = Row(segments=[prompt.text("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
+        draws = Row(segments=[prompt.text("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
+        completed = list(rows)
+        completed += [] if any(row.read for row in rows) else [reads]
+        completed += [] if has_pictures else [draws]
+        return completed, has_pictures
+
+    def outer_parameters(self) -> list[nn.Parameter]:
+        """Those that are read by other modules than their own."""
+        return [self.language.embedding, *self.language.rows.parameters()]  # type: ignore[list-item]
+
+    def whiten_vokens(self, states_PVH: Tensor, conditions_PQD: Tensor, *, noise: float = 0.0) -> None:
+        """Let `fc` see voken states of unit covariance while it is trained, but for the directions that go with the
+        conditions that are to come out, which are larger. What sets one voken apart from another, and one phrasing
+        from another, is so much more than what one scene does that the mapper would hardly learn the latter. Its
+        function stays what it was; `settle` folds the whitening in.
+
+        `noise`, in units of that spread, is added wherever gradients flow: it is to the mapper what a ridge is to a
+        linear regression, and keeps it from learning few captions by heart."""
+        states_NH = states_PVH.flatten(0, 1).double()
+        mean_H = states_NH.mean(dim=0)
+        variance_H, axes_HH = torch.linalg.eigh(torch.cov(states_NH.T))
+        variance_H = variance_H + WHITENING_RIDGE * variance_H.median()
+        whiten_HH = axes_HH @ (axes_HH / variance_H.sqrt()).T
+        white_PVH = (states_PVH.double() - mean_H) @ whiten_HH
+        gain_HH = _gain(white_PVH, conditions_PQD)
+        self.register_buffer("_whiten_HH", (whiten_HH @ gain_HH).float(), persistent=False)
+        self.register_buffer("_voken_mean_H", mean_H.float(), persistent=False)
+        unwhiten_HH = torch.linalg.inv(whiten_HH @ gain_HH).float()
+        first: nn.Linear = self.mapper.fc[0]  # type: ignore[assignment]
+        with torch.no_grad():
+            first.bias.add_(first.weight @ self._voken_mean_H)
+            first.weight.copy_(first.weight @ unwhiten_HH.T)
+
+        def whiten(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            with exactly(self.device):
+                states_PVH = (inputs[0].float() - self._voken_mean_H) @ self._whiten_HH
+            return states_PVH + noise * normal_like(states_PVH) if torch.is_grad_enabled() else states_PVH
+
+        self._whitening = first.register_forward_pre_hook(whiten)
+
+    def settle(self) -> Mapper:
+        """A copy of the mapper that takes voken states as they are."""
+        mapper = Mapper(self.config).to(self.device)
+        mapper.load_state_dict(self.mapper.state_dict())
+        if self._whitening:
+            first: nn.Linear = mapper.fc[0]  # type: ignore[assignment]
+            with torch.no_grad():
+                first.weight.copy_(first.weight @ self._whiten_HH.T)
+                first.bias.sub_(first.weight @ self._voken_mean_H)
+        return mapper
+
+    @property
+    def body_is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.language.body.parameters())
+
+    def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
+        queries = self.config.vision.num_queries
+        tokens = prompt.encode(
+            segments,
+            self.tokenizer,
+            self.language.rows,
+            num_image_embeddings=queries,
+            published_quirks=self.config.published_quirks,
+        )
+        return tokens.ids, tokens.labels
+
+    def _read_captions(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
+        ids_BS, mask_BS = self._pad([self.encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
+        states_BVH = self.language.voken_states(ids_BS, mask_BS)
+        first_B = torch.full((len(rows),), self.language.rows.first, device=self.device)
+        return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
+
+    def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        """Whole sequences; logits at the learnt positions only."""
+        encoded = [self.encode(row.segments) for row in rows]
+        ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
+        labels_BS, _ = self._pad([labels for _, labels in encoded], IGNORED)
+        labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
+        pictures = [picture for row in rows for picture in row.read]
+        image_NQH = self._see(pictures) if pictures else None
+        states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
+        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
+        return vokens_PVH, self.text_loss(states_BSH, labels_BS)
+
+    def _pad(self, sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
+        ids_BS, mask_BS = pad(sequences, value)
+        return ids_BS.to(self.device), mask_BS.to(self.device)
+
+    def _see(self, pictures: list[np.ndarray]) -> Tensor:
+        """Pictures, or their features -> (N, Q, H)."""
+        stacked = np.stack(pictures)
+        return self.vision(stacked) if stacked.dtype == np.uint8 else self.vision.embed_features(stacked)
+
+    def text_loss(self, states_BSH: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross-entropy of the next token where it is learnt; logits are computed there only."""
+        next_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
+        is_learnt_BS = next_BS != IGNORED
+        return F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
+
+    def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+        captions = [caption for row in rows for caption in row.captions]
+        is_null_P = (torch.rand(len(captions)) < (GUIDANCE_DROPOUT if self.training else 0.0)).to(self.device)
+        condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
+        losses: dict[str, Tensor] = {}
+        latents_PCYX = None
+        if weights.picture:
+            latents_PCYX = self._to_latents(rows)
+            losses["picture"] = self.diffusion.random_loss(
+                latents_PCYX, condition_PQD, first_timestep=self.first_timestep
+            )
+        if weights.caption:
+            target_PQD = self.text_encoder(captions)
+            has_contrasts = weights.contrast and all(row.contrasts for row in rows if row.drawn)
+            others_PKQD = self._encode_contrasts(rows) if has_contrasts else None
+            losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
+            if self.training:
+                self._remember(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
+        return losses
+
+    @torch.no_grad()
+    def _to_latents(self, rows: list[Row]) -> Tensor:
+        drawn = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn])).to(self.device)
+        if drawn.dtype == torch.uint8:
+            drawn = self.diffusion.vae.encode(to_tensor(drawn)).latent_dist.parameters
+        noise = normal_like(drawn.chunk(2, dim=1)[0].float()) if self.samples_latents else None
+        return self.diffusion.from_moments(drawn, noise=noise)
+
+    def words(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
+
+        A picture then reads like a text; the tokens of the batch are what each one is told apart from.
+        """
+        image_NQH = self.vision(np.stack([picture for row in rows for picture in row.read])).float()
+        filler = self.tokenizer.encode(".", add_special_tokens=False)[:1] * image_NQH.shape[1]
+        said = [self.tokenizer.encode(text, add_special_tokens=False) for row in rows for text in row.shown]
+        ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said], device=self.device)
+        seen_W, target_NQ = ids_NQ.unique(return_inverse=True)
+        words_WH = self.language.embedding[seen_W].detach().float()
+        distance_NQW = (image_NQH[:, :, None] - words_WH).square().sum(-1) / words_WH.square().sum(-1).mean()
+        chosen = F.cross_entropy(-WORD_SHARPNESS * distance_NQW.flatten(0, 1), target_NQ.flatten())
+        near = distance_NQW.gather(2, target_NQ[..., None]).mean()
+        return {"loss": chosen + near, "words": chosen, "distance": near}
+
+    @property
+    def num_remembered(self) -> int:
+        return len(self._memory)
+
+    def replay(self, num_pictures: int, weights: LossWeights) -> dict[str, Tensor]:
+        """All losses but the text's on remembered states of earlier batches, the picture loss on the first few.
+
+        A step of the mapper costs a tenth of one of the language model, whose rows move slowly enough for its states
+        to stay true for a while. The memory is not part of a checkpoint: a resumed run fills it anew."""
+        chosen = [self._memory[i] for i in torch.randint(len(self._memory), (num_pictures,)).tolist()]
+        states, targets, others, latents = zip(*chosen, strict=True)
+        is_null_P = (torch.rand(num_pictures) < GUIDANCE_DROPOUT).to(self.device)
+        condition_PQD = self.mapper(torch.stack(states).masked_fill(is_null_P[:, None, None], 0))
+        has_contrasts = weights.contrast and all(one is not None for one in others)
+        others_PKQD = torch.stack(others).float() if has_contrasts else None
+        losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
+        if weights.picture:
+            latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])
+            losses["picture"] = self.diffusion.random_loss(
+                latents_PCYX, condition_PQD[:REPLAYED_PICTURES], first_timestep=self.first_timestep
+            )
+        # What is trained takes part in every step: see `forward`.
+        losses["caption"] = losses["caption"] + 0 * sum(rows.sum() for rows in self.language.rows.parameters())
+        return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
+
+    def _caption_losses(
+        self, condition_PQD: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, is_null_P: Tensor
+    ) -> dict[str, Tensor]:
+        """Towards the caption's states, or those of no caption; away from those of captions that are not true."""
+        null_1QD = self.text_encoder([""])
+        losses = {"caption": self.caption_loss(condition_PQD, target_PQD.where(~is_null_P[:, None, None], null_1QD))}
+        if others_PKQD is not None and not is_null_P.all():
+            told = (states[~is_null_P] for states in (condition_PQD, target_PQD, others_PKQD))
+            losses["contrast"] = self._contrast_loss(*told)
+        return losses
+
+    def _encode_contrasts(self, rows: list[Row]) -> Tensor:
+        """The text encoder's states of what each picture does not show: (P, K, Q, D)."""
+        contrasts = [captions for row in rows for captions in row.contrasts]
+        states_NQD = self.text_encoder([caption for captions in contrasts for caption in captions])
+        return states_NQD.unflatten(0, (len(contrasts), -1))
+
+    def _contrast_loss(self, condition_PQD: Tensor, target_PQD: Tensor, others_PKQD: Tensor) -> Tensor:
+        """Cross-entropy of the nearest caption being the right one: a mean squared error is content with a blend of
+        captions that share most of their words, and a single word is what the picture depends on."""
+        candidates = torch.cat([target_PQD[:, None], others_PKQD], dim=1)
+        distance_PK = ((condition_PQD[:, None] - candidates) / self.caption_scale_D).square().mean(dim=(2, 3))
+        right_P = torch.zeros(len(distance_PK), dtype=torch.long, device=self.device)
+        return F.cross_entropy(-CONTRAST_SHARPNESS * distance_PK, right_P)
+
+    def _remember(
+        self, vokens_PVH: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, latents_PCYX: Tensor | None
+    ) -> None:
+        others = [None] * len(target_PQD) if others_PKQD is None else others_PKQD.bfloat16()
+        latents = [None] * len(target_PQD) if latents_PCYX is None else latents_PCYX.float()
+        self._memory += zip(vokens_PVH.detach(), target_PQD, others, latents, strict=True)
+        self._memory = self._memory[-MEMORY:]
+
+    def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
+        """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""
+        return ((condition_PQD - target_PQD) / self.caption_scale_D).square().mean()
+
+
+def exactly(device: torch.device) -> AbstractContextManager[None]:
+    """Without autocast, on a device that has it."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
+
+
+def _gain(white_PVH: Tensor, conditions_PQD: Tensor) -> Tensor:
+    """Stretches white voken states by 1 + WHITENING_GAIN times their canonical correlation (Hotelling, 1936) with the
+    conditions: (H, H)."""
+    num_pictures, num_vokens, width = white_PVH.shape
+    centred_PN = conditions_PQD.flatten(1).double()
+    centred_PN = centred_PN - centred_PN.mean(dim=0)
+    scores_PK = torch.linalg.svd(centred_PN, full_matrices=False).U[:, :WHITENING_RANK] * num_pictures**0.5
+    together_HK = torch.einsum("pvh,pk->hk", white_PVH, scores_PK) / (num_pictures * num_vokens)
+    axes_HK, correlation_K, _ = torch.linalg.svd(together_HK, full_matrices=False)
+    stretch_K = WHITENING_GAIN * correlation_K.clamp(max=1)
+    return torch.eye(width, dtype=torch.float64) + axes_HK @ (axes_HK * stretch_K).T

@@ -1,0 +1,162 @@
+"""The rows of a training data set as they are stored: one parquet schema for every source, checked when it is written.
+
+A row is text and pictures in the order in which they are read:
+
+    caption    a text, then its picture (CC3M, stamps)
+    story      pages, each a text and then its picture, which may be missing on some (VIST, campaigns)
+    dialogue   turns of two speakers, "Human" first, a picture after the texts that have one (MMDialog)
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+from PIL import Image, ImageOps
+
+from minigpt5.errors import MiniGPT5Error
+from minigpt5.model.image_transforms import on_white
+
+Kind = Literal["caption", "story", "dialogue"]
+SPEAKERS = ("Human", "Assistant")
+SEGMENT = pa.struct(
+    {
+        "text": pa.string(),  # of a text segment
+        "speaker": pa.string(),  # of a dialogue's text
+        "picture": pa.binary(),  # of a picture segment: PNG or JPEG
+        "caption": pa.string(),  # of a picture: what it shows, where that is known
+        "moments": pa.binary(),  # of a picture: the VAE's mean and log variance, float16 (2 C, Y, X); see precompute.py
+        "features": pa.binary(),  # of a picture: the vision encoder's, float16 (F, E)
+    }
+)
+ROW_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "source": pa.string(),
+        "kind": pa.string(),
+        "prompt": pa.string(),  # what a user would type to get a story, where that is known
+        "segments": pa.list_(SEGMENT),
+    },
+    metadata={"minigpt5": "training rows, 1"},
+)
+REJECT_SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "reason": pa.string()})
+MAX_TEXT = 4_000
+"""Characters of one text."""
+MAX_SEGMENTS = 128
+MAX_PIXELS = 64 * 10**6
+MAX_SIDE_PX = 1024
+"""Larger pictures are made smaller: models draw 512 px."""
+JPEG_QUALITY = 95
+
+
+class BadRow(MiniGPT5Error):
+    """A row that cannot be trained on; the message is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A text or a picture of a row. A picture is bytes, or the place where they are."""
+
+    text: str = ""
+    speaker: str = ""
+    picture: bytes | str | None = None
+    caption: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A row as a layout names it, before its pictures are read."""
+
+    id: str
+    kind: Kind
+    segments: tuple[Segment, ...]
+    prompt: str = ""
+    problem: str = ""
+    """Why it cannot be a row, where the layout knows already."""
+
+
+def to_row(item: Item, *, source: str, read: Callable[[str], bytes]) -> dict[str, Any]:
+    """A row of ROW_SCHEMA, its pictures read by their places and checked. Raises BadRow."""
+    if item.problem:
+        raise BadRow(item.problem)
+    segments = tuple(segment for segment in item.segments if segment.text.strip() or segment.picture is not None)
+    _check_form(item.kind, segments)
+    return {
+        "id": item.id,
+        "source": source,
+        "kind": item.kind,
+        "prompt": item.prompt.strip() or None,
+        "segments": [_to_segment(segment, read) for segment in segments],
+    }
+
+
+def _check_form(kind: Kind, segments: Sequence[Segment]) -> None:
+    texts = [segment for segment in segments if segment.picture is None]
+    num_pictures = len(segments) - len(texts)
+    if kind not in get_args(Kind):
+        raise BadRow(f"kind is {kind!r} but must be one of {', '.join(get_args(Kind))}")
+    if not texts:
+        raise BadRow("empty text")
+    if not num_pictures:
+        raise BadRow("no picture")
+    if len(segments) > MAX_SEGMENTS:
+        raise BadRow(f"{len(segments)} segments, at most {MAX_SEGMENTS} are taken")
+    if longest := next((segment for segment in texts if len(segment.text) > MAX_TEXT), None):
+        raise BadRow(f"a text of {len(longest.text)} characters, at most {MAX_TEXT} are taken")
+    if segments[0].picture is not None:
+        raise BadRow("it begins with a picture: a picture comes after its text")
+    if any(None not in (one.picture, two.picture) for one, two in itertools.pairwise(segments)):
+        raise BadRow("two pictures without a text between them")
+    if kind == "caption" and len(segments) != 2:
+        raise BadRow(f"a caption with {len(texts)} texts and {num_pictures} pictures, it must have one of each")
+    if kind == "dialogue":
+        if len(texts) < 2:
+            raise BadRow("a dialogue with a single turn")
+        for number, segment in enumerate(texts):
+            expected = SPEAKERS[number % 2]
+            if segment.speaker != expected:
+                raise BadRow(f"turn {number + 1} is {segment.speaker or 'nobody'}'s but must be {expected}'s")
+
+
+def _to_segment(segment: Segment, read: Callable[[str], bytes]) -> dict[str, Any]:
+    empty = dict.fromkeys(field.name for field in SEGMENT)
+    if segment.picture is None:
+        return empty | {"text": segment.text.strip(), "speaker": segment.speaker or None}
+    where = segment.picture if isinstance(segment.picture, str) else ""
+    try:
+        data = read(where) if where else segment.picture
+    except FileNotFoundError:
+        raise BadRow(f"missing file: {where}") from None
+    except (OSError, ValueError) as error:
+        raise BadRow(f"unreadable file: {where}: {error}") from None
+    assert isinstance(data, bytes)
+    return empty | {"picture": check_picture(data, name=where or "picture"), "caption": segment.caption or None}
+
+
+def check_picture(data: bytes, *, name: str) -> bytes:
+    """An encoded picture that is known to decode, upright, opaque and at most MAX_SIDE_PX; the same bytes where that
+    is so already. Raises BadRow."""
+    try:
+        picture = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+        if picture.width * picture.height > MAX_PIXELS:
+            raise BadRow(f"{name}: {picture.width} x {picture.height} pixels, at most {MAX_PIXELS} are read")
+        picture.load()
+    except BadRow:
+        raise
+    except Image.DecompressionBombError:
+        raise BadRow(f"{name}: a decompression bomb") from None
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:  # whatever Pillow's decoders raise
+        raise BadRow(f"{name}: broken picture: {error}") from None
+    is_plain = picture.format in ("PNG", "JPEG") and picture.mode == "RGB" and not picture.getexif()
+    if is_plain and max(picture.size) <= MAX_SIDE_PX:
+        return data
+    kind = "JPEG" if picture.format == "JPEG" else "PNG"
+    upright = on_white(ImageOps.exif_transpose(picture))
+    upright.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    upright.save(file, kind, quality=JPEG_QUALITY)
+    return file.getvalue()

@@ -1,0 +1,325 @@
+"""StoryStore: stories on any file system, each file written whole or not at all.
+
+stories/<id>/story.json                  the StoryState without its pages
+stories/<id>/request.json                what was asked for, pictures and all
+stories/<id>/pages/<n>/page.json         a PageState: text, then the picture's settings
+stories/<id>/pages/<n>/vokens.safetensors
+stories/<id>/pages/<n>/picture.png       the first picture; later variants are picture-1.png, picture-2.png, ...
+images/<name>.png                        pictures outside of stories, for an hour
+once/<name>.json                         the story that a request which may come twice has begun
+running/<id>                             while a story is being made: its owner's number; who goes on after a crash
+                                         finds it there
+
+Ids of stories begin with the time of their making, so that their order is the order of time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import re
+import secrets
+import time
+from pathlib import Path
+
+from pyarrow import fs
+
+from minigpt5.errors import StorageError, StoryNotFound, StoryTaken
+from minigpt5.story.state import (
+    PageState,
+    StoryState,
+    page_from_json,
+    request_from_json,
+    request_to_json,
+    state_from_json,
+)
+from minigpt5.story.voken_file import pack, unpack
+from minigpt5.types import Page, Picture, Story, StoryRequest, Vokens
+
+IMAGE_NAME = re.compile(r"img_[0-9a-f]{41}", re.ASCII)
+STORY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+
+
+def default_storage() -> str:
+    """`$XDG_DATA_HOME/minigpt5`, else `~/.local/share/minigpt5`."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return str(Path(home) / "minigpt5")
+
+
+class StoryStore:
+    """Stories under one URI (s3://..., gs://..., file://...) or folder.
+
+    Example: store = StoryStore("s3://bucket/stories"); store.load("story_3f").status
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Raises StorageError where `uri` cannot be written."""
+        try:
+            if "://" in uri:
+                filesystem, base = fs.FileSystem.from_uri(uri)
+            else:
+                filesystem, base = fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+            filesystem.create_dir(f"{base}/stories", recursive=True)
+            self._is_local = filesystem.type_name == "local"
+            self._base = base
+            self._files = fs.SubTreeFileSystem(base, filesystem)
+            self._write(f"stories/.probe-{secrets.token_hex(4)}", None)
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise StorageError(
+                f"storage {uri} cannot be written ({error}): name another folder or URI, or give it write permission"
+            ) from error
+        self.uri = uri
+        self._number: int | None = None
+
+    def owned(self, number: int) -> StoryStore:
+        """The same stories, for who changes one under a lease with this number: what is written after somebody with a
+        higher one has taken the story raises StoryTaken."""
+        store = copy.copy(self)
+        store._number = number
+        return store
+
+    def save(self, state: StoryState) -> None:
+        """Everything but the pages, which `save_page` writes each by itself."""
+        values = dataclasses.asdict(state)
+        del values["pages"]
+        self._write_of(state.id, "story.json", _to_bytes(values))
+
+    def save_page(self, story_id: str, page: PageState) -> None:
+        self._write_of(story_id, f"{_page(story_id, page.index)}/page.json", _to_bytes(dataclasses.asdict(page)))
+
+    def save_vokens(self, story_id: str, vokens: Vokens) -> None:
+        self._write_of(story_id, f"{_page(story_id, vokens.page)}/vokens.safetensors", pack(vokens))
+
+    def save_picture(self, story_id: str, picture: Picture, *, variant: int = 0) -> None:
+        self._write_of(story_id, f"{_page(story_id, picture.page)}/{_picture_name(variant)}", picture.png)
+
+    def save_request(self, story_id: str, request: StoryRequest) -> None:
+        self._write_of(story_id, "request.json", _to_bytes(request_to_json(request)))
+
+    def load_request(self, story_id: str) -> StoryRequest:
+        """Raises StoryNotFound."""
+        data = self._read(f"{_folder(story_id)}/request.json", f"story {story_id!r} has no stored request")
+        return request_from_json(json.loads(data))
+
+    def mark(self, story_id: str, *, is_running: bool) -> None:
+        """Note that a story is being made, by the owner of this store's number, or no longer. Raises StoryTaken."""
+        path = f"running/{_checked(story_id)}"
+        if is_running:
+            self._check_owner(story_id, is_first=True)
+            self._write(path, str(self._number or 0).encode())
+        else:
+            self._check_owner(story_id)
+            with contextlib.suppress(FileNotFoundError):
+                self._files.delete_file(path)
+
+    def _check_owner(self, story_id: str, *, is_first: bool = False) -> None:
+        """`is_first`: there need not be one."""
+        if self._number is None:
+            return
+        try:
+            owner = int(self._read(f"running/{_checked(story_id)}", "") or 0)
+        except StoryNotFound:
+            owner = 0 if is_first else -1
+        if owner == self._number or (is_first and owner < self._number):
+            return
+        raise StoryTaken(f"{story_id} is no longer made under number {self._number}: another process has taken it")
+
+    def _write_of(self, story_id: str, name: str, data: bytes) -> None:
+        """A file of a story."""
+        self._check_owner(story_id)
+        self._write(f"{_folder(story_id)}/{name}", data)
+
+    def running(self) -> list[str]:
+        """Stories that were being made when somebody last looked after them, oldest first."""
+        return sorted(filter(STORY_ID.fullmatch, self._names("running")))
+
+    def save_once(self, name: str, story_id: str, digest: str) -> None:
+        """Note which story a request has begun, and a digest of its body. `name`: hexadecimal."""
+        self._write(f"once/{name}.json", _to_bytes({"id": story_id, "digest": digest}))
+
+    def load_once(self, name: str) -> tuple[str, str] | None:
+        """Its story and digest, where there was such a request."""
+        try:
+            values = json.loads(self._read(f"once/{name}.json", ""))
+        except StoryNotFound:
+            return None
+        return values["id"], values["digest"]
+
+    def save_image(self, png: bytes) -> str:
+        """A picture outside of any story; its name, which nobody guesses. Later ones are greater."""
+        name = f"img_{int(time.time()):09x}{secrets.token_hex(16)}"
+        self._write(f"images/{name}.png", png)
+        return name
+
+    def load_image(self, name: str) -> bytes:
+        """Raises StoryNotFound."""
+        missing = f"no picture {name[:80]!r}"
+        if not IMAGE_NAME.fullmatch(name):
+            raise StoryNotFound(missing)
+        return self._read(f"images/{name}.png", missing)
+
+    def delete_images(self, *, older_than_s: float) -> None:
+        oldest = f"img_{int(time.time() - older_than_s):09x}"
+        for name in self._names("images"):
+            if IMAGE_NAME.fullmatch(name.removesuffix(".png")) and name < oldest:
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.delete_file(f"images/{name}")
+
+    def list_ids(self, *, after: str | None = None) -> list[str]:
+        """Newest first, beginning with the one before `after`."""
+        ids = sorted(filter(STORY_ID.fullmatch, self._names("stories")), reverse=True)
+        return [story_id for story_id in ids if after is None or story_id < after]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by story."""
+        found: dict[str, int] = {}
+        for info in self._list("stories", recursive=True):
+            story_id = info.path.split("/")[1] if info.is_file else ""
+            if STORY_ID.fullmatch(story_id):
+                found[story_id] = found.get(story_id, 0) + info.size
+        return found
+
+    def delete(self, story_id: str) -> None:
+        """Raises StoryNotFound."""
+        self._check_owner(story_id)
+        try:
+            self._files.delete_dir(_folder(story_id))
+        except FileNotFoundError:
+            raise StoryNotFound(f"no story {story_id!r}") from None
+
+    def load_owner(self, story_id: str) -> str:
+        """Whose story it is. Raises StoryNotFound."""
+        values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
+        return values.get("owner", "")
+
+    def load(self, story_id: str) -> StoryState:
+        """Raises StoryNotFound."""
+        values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
+        infos = self._list(f"{_folder(story_id)}/pages", recursive=True)
+        paths = [info.path for info in infos if info.base_name == "page.json"]
+        pages = [page_from_json(json.loads(self._read(path, f"no story {story_id!r}"))) for path in paths]
+        return state_from_json(values, pages=tuple(sorted(pages, key=lambda page: page.index)))
+
+    def load_vokens(self, story_id: str, page: int) -> Vokens:
+        """Raises StoryNotFound."""
+        data = self._read(
+            f"{_folder(story_id)}/{_page(story_id, page)}/vokens.safetensors",
+            f"story {story_id!r} has no vokens on page {page}",
+        )
+        return unpack(data, page=page)
+
+    def load_story(self, story_id: str) -> Story:
+        """With its pictures, those that are shown. Raises StoryNotFound."""
+        state = self.load(story_id)
+        pages = [
+            Page(index=page.index, text=page.text, picture=self.load_shown(story_id, page), error=page.error)
+            for page in state.pages
+        ]
+        return Story(
+            id=state.id,
+            prompt=state.prompt,
+            seed=state.seed,
+            model=state.model,
+            pages=tuple(pages),
+            usage=state.usage,
+        )
+
+    def load_shown(self, story_id: str, page: PageState) -> Picture | None:
+        """The picture that a page shows, where it has one. Raises StoryNotFound."""
+        if page.image is None:
+            return None
+        return Picture(
+            page=page.index,
+            png=self.load_picture(story_id, page.index, variant=page.variant),
+            width=page.image.width,
+            height=page.image.height,
+            seed=page.image.seed,
+            denoise_steps=page.image.draw.steps,
+        )
+
+    def load_page(self, story_id: str, page: int) -> PageState:
+        """Raises StoryNotFound."""
+        missing = f"story {story_id!r} has no page {page}"
+        return page_from_json(json.loads(self._read(f"{_folder(story_id)}/{_page(story_id, page)}/page.json", missing)))
+
+    def load_picture(self, story_id: str, page: int, *, variant: int = 0) -> bytes:
+        """The PNG. Raises StoryNotFound."""
+        missing = f"story {story_id!r} has no picture{f' {variant}' if variant else ''} on page {page}"
+        return self._read(f"{_folder(story_id)}/{_page(story_id, page)}/{_picture_name(variant)}", missing)
+
+    def forget_drawing(self, story_id: str, page: int) -> None:
+        """Remove a page's vokens and pictures: its text is another one now."""
+        self._check_owner(story_id)
+        folder = f"{_folder(story_id)}/{_page(story_id, page)}"
+        for name in self._names(folder):
+            if name != "page.json":
+                self._files.delete_file(f"{folder}/{name}")
+
+    def _write(self, path: str, data: bytes | None) -> None:
+        """Put a whole file in place, for good; `None` only proves that one could be."""
+        # A rename is atomic on a local file system; an object store shows an object only when it is complete.
+        written = f"{path}.{secrets.token_hex(4)}.tmp" if self._is_local else path
+        self._files.create_dir(path.rpartition("/")[0], recursive=True)
+        with self._files.open_output_stream(written) as file:
+            file.write(data or b"")
+        if data is None:
+            self._files.delete_file(written)
+        elif written != path:
+            _to_disk(f"{self._base}/{written}")  # else a power failure could leave an empty file under the name
+            self._files.move(written, path)
+
+    def _names(self, folder: str) -> list[str]:
+        return [info.base_name for info in self._list(folder) if not info.base_name.endswith(".tmp")]
+
+    def _list(self, folder: str, *, recursive: bool = False) -> list[fs.FileInfo]:
+        """What is in a folder; nothing where there is none."""
+        selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
+        for _ in range(3):
+            with contextlib.suppress(FileNotFoundError):  # a folder that comes into being, or goes, just then
+                return self._files.get_file_info(selector)
+        return []
+
+    def _read(self, path: str, missing: str) -> bytes:
+        try:
+            with self._files.open_input_stream(path, compression=None) as file:
+                return file.read()
+        except FileNotFoundError:
+            raise StoryNotFound(missing) from None
+
+
+def _checked(story_id: str) -> str:
+    """An id that is no id of ours is a story that does not exist."""
+    if not STORY_ID.fullmatch(story_id):
+        raise StoryNotFound(f"no story {story_id[:80]!r}")
+    return story_id
+
+
+def _folder(story_id: str) -> str:
+    """Where a story lies."""
+    return f"stories/{_checked(story_id)}"
+
+
+def _page(story_id: str, page: int) -> str:
+    """Where a page lies in it."""
+    if not 1 <= page <= 9999:
+        raise StoryNotFound(f"story {story_id!r} has no page {str(page)[:20]}")
+    return f"pages/{page}"
+
+
+def _picture_name(variant: int) -> str:
+    return f"picture-{variant}.png" if variant else "picture.png"
+
+
+def _to_disk(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _to_bytes(values: dict[str, object]) -> bytes:
+    return json.dumps(values, ensure_ascii=False, indent=1).encode()

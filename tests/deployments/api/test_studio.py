@@ -1,0 +1,233 @@
+"""The studio in a headless Chromium, against a server over fake engines. Skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from deployments.api.routes import create_api
+from deployments.auth import Keys, add_key, load_keys
+from tests.helpers.fakes import FakeDecoder, FakeGenerator
+from tests.helpers.served import Served
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here"),
+    pytest.mark.timeout(180),
+]
+
+
+class Studio:
+    """A server that can be stopped and started again on its port and storage."""
+
+    def __init__(self, storage: Path, *, key: str = "", keys: Keys | None = None) -> None:
+        self.storage, self.key, self.keys = storage, key, keys
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self, **decoder: Any) -> None:
+        generator = FakeGenerator(delay_s=0.03)
+        self.served = Served(self.storage, generator=generator, decoder=FakeDecoder(**decoder), keys=self.keys)
+        config = uvicorn.Config(create_api(self.served.front), port=self.port, log_level="error", lifespan="on")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+
+    def stop(self) -> None:
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(params=["open", "with keys"])
+def studio(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Studio]:
+    key = ""
+    if request.param == "with keys":
+        key = add_key(tmp_path / "keys.json", "alice", per_minute=60, concurrent=8)
+    studio = Studio(tmp_path, key=key, keys=load_keys(str(tmp_path / "keys.json")) if key else None)
+    yield studio
+    studio.stop()
+
+
+@pytest.fixture
+def page(studio: Studio) -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda line: problems.append(line.text) if "Content Security" in line.text else None)
+        page.goto(studio.url)
+        if studio.key:
+            log_in(page, studio.key)
+        yield page
+        assert not problems
+        browser.close()
+
+
+def log_in(page: Any, key: str) -> None:
+    page.fill("#key", key)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#login", state="hidden")
+
+
+def tell(page: Any, pages: int = 2, prompt: str = "A fox") -> None:
+    page.fill("#prompt", prompt)
+    page.fill("#pages", str(pages))
+    page.fill("#seed", "7")
+    page.click("#begin")
+
+
+def until(page: Any, condition: str) -> None:
+    """Playwright's own way to wait evaluates a string in the page, which the page's policy forbids."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.02)
+
+
+def texts(page: Any) -> list[str]:
+    return [element.inner_text() for element in page.query_selector_all(".page .text")]
+
+
+def wait_until_finished(page: Any) -> None:
+    page.wait_for_selector("#after:not([hidden])", timeout=30_000)
+
+
+def test_a_story_is_told_and_can_be_read_as_a_book(page: Any) -> None:
+    tell(page)
+    page.wait_for_selector(".text.arriving")
+    wait_until_finished(page)
+    assert texts(page) == ["Page 1 of 7.", "Page 2 of 7."]
+    assert page.get_attribute(".page img", "alt") == "Picture of page 1: Page 1 of 7."
+    until(page, "[...document.querySelectorAll('figure > img')].every(i => i.naturalWidth > 0)")
+    page.click("#read")
+    assert page.inner_text("#book-text") == "Page 1 of 7."
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#book-text") == "Page 2 of 7."
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#book")
+
+
+def test_a_page_is_edited_drawn_again_and_its_pictures_compared(page: Any) -> None:
+    tell(page)
+    wait_until_finished(page)
+    first = page.get_attribute(".page img", "src")
+    page.click("button[aria-label='Redraw page 1']")
+    page.fill(".again input[name=seed]", "5")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".variants button:nth-child(2)[aria-pressed=true]")
+    assert page.get_attribute(".page img", "src") != first
+    page.click(".variants button:nth-child(1)")
+    page.wait_for_selector(".variants button:nth-child(1)[aria-pressed=true]")
+    page.click("button[aria-label='Edit page 2']")
+    page.fill(".page:nth-of-type(2) textarea", "A dragon comes.")
+    page.click(".page:nth-of-type(2) .change .main")
+    until(page, "document.querySelectorAll('.page .text')[1].textContent === 'A dragon comes.'")
+
+
+def test_a_story_goes_on(page: Any) -> None:
+    tell(page)
+    wait_until_finished(page)
+    page.click("#go-on")
+    page.wait_for_selector(".page:nth-of-type(3) .tools:not([hidden])")
+    wait_until_finished(page)
+    assert texts(page) == [f"Page {n} of 7." for n in (1, 2, 3)]
+
+
+def test_a_lost_server_is_waited_for_and_nothing_is_missed(page: Any, studio: Studio) -> None:
+    tell(page, pages=6)
+    until(page, "document.querySelectorAll('.page .tools:not([hidden])').length >= 2")
+    studio.stop()
+    until(page, "document.querySelector('#status').textContent.includes('connection is lost')")
+    studio.start()
+    wait_until_finished(page)
+    assert texts(page) == [f"Page {n} of 7." for n in range(1, 7)]
+
+
+def test_what_fails_is_said_where_it_failed(page: Any, studio: Studio) -> None:
+    studio.stop()
+    studio.start(fails_on_page=2)
+    tell(page, pages=3)
+    wait_until_finished(page)
+    assert "the decoder broke" in page.inner_text(".page:nth-of-type(2) .missing")
+    page.fill("#prompt", "word " * 200)
+    page.click("#begin")
+    page.wait_for_selector("#status.error")
+    assert "the window is 100" in page.inner_text("#status")
+
+
+def test_earlier_stories_are_found_again(page: Any) -> None:
+    tell(page, prompt="A fox")
+    wait_until_finished(page)
+    tell(page, prompt="An owl")
+    until(page, "document.querySelector('#title').textContent === 'An owl'")
+    wait_until_finished(page)
+    page.click("#show-history")
+    page.wait_for_selector("#stories li:nth-child(2)")
+    page.click("#stories li:nth-child(2) .open")
+    until(page, "document.querySelector('#title').textContent === 'A fox'")
+    page.reload()
+    until(page, "document.querySelector('#title').textContent === 'A fox'")
+
+
+def test_a_story_is_stopped(page: Any) -> None:
+    tell(page, pages=9)
+    page.wait_for_selector(".page:nth-of-type(2)")
+    page.click("#stop")
+    until(page, "document.querySelector('#status').textContent === 'Stopped.'")
+    assert 0 < len(texts(page)) < 9
+
+
+def test_a_wrong_key_is_told_so_and_a_session_lasts(page: Any, studio: Studio) -> None:
+    if not studio.key:
+        pytest.skip("no key is asked for")
+    page.context.clear_cookies()
+    page.goto(studio.url)
+    page.fill("#key", "wrong")
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('#login-error').textContent.includes('no key')")
+    log_in(page, studio.key)
+    page.reload()
+    tell(page)
+    wait_until_finished(page)
+
+
+def test_a_story_is_taken_home_and_shared(page: Any, studio: Studio) -> None:
+    tell(page)
+    wait_until_finished(page)
+    for name, start in (("epub", b"PK"), ("pdf", b"%PDF")):
+        with page.expect_download() as download:
+            page.click(f"#as-{name}")
+        assert download.value.suggested_filename.endswith(f".{name}")
+        assert Path(download.value.path()).read_bytes().startswith(start)
+    html = page.request.get(f"{studio.url}{page.get_attribute('#as-html', 'href')}")
+    assert html.ok and "Page 2 of 7." in html.text()
+
+
+def test_it_fits_a_phone_and_needs_no_mouse(page: Any) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.focus("#prompt")
+    page.keyboard.type("A fox")
+    page.keyboard.press("Control+Enter")
+    wait_until_finished(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, input, textarea, select')].filter(e => e.offsetParent && "
+        "!(e.innerText || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)"
+    )
+    assert unnamed == []

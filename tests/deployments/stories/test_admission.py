@@ -1,0 +1,130 @@
+"""Admission by predicted work: who is refused, and that every place is given back."""
+
+from __future__ import annotations
+
+import pytest
+
+from deployments.stories.admission import FINISH_SAMPLES, FIRST_SPEEDS, Admission, Overloaded, predict
+from minigpt5.types import DrawSettings, Picture, Progress, Sampling, SlotOpened, StoryRequest, Vokens
+from tests.helpers.fakes import FakeGenerator
+
+PICTURE_SAMPLES = 20 * 2 + FINISH_SAMPLES
+STORY_S = 4 * PICTURE_SAMPLES / FIRST_SPEEDS["decoder"]
+"""Predicted seconds of `story()` on an idle server: its pictures take longer than its text."""
+
+
+def story(key: str = "a", *, pages: int = 4, guidance_scale: float = 3.0) -> StoryRequest:
+    return StoryRequest(
+        prompt=("A fox",),
+        pages=pages,
+        key=key,
+        sampling=Sampling(max_page_tokens=16),
+        draw=DrawSettings(steps=20, guidance_scale=guidance_scale),
+    )
+
+
+PICTURE = Picture(page=1, png=b"", width=128, height=128, seed=1, denoise_steps=20)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(max_wait_s: float = 60.0, *, max_running: int = 100, clock: Clock | None = None) -> Admission:
+    return Admission(max_wait_s=max_wait_s, max_running=max_running, clock=clock or Clock())
+
+
+def test_work_is_predicted_from_pages_steps_and_guidance() -> None:
+    assert predict(story())["decoder"] == 4 * PICTURE_SAMPLES
+    assert predict(story(guidance_scale=1.0))["decoder"] == 4 * (20 + FINISH_SAMPLES)
+    assert predict(story(), num_pictures=3)["decoder"] == 3 * 4 * PICTURE_SAMPLES
+    assert predict(story())["generator"] >= 4 * 16
+    assert make().wait_s(story()) == pytest.approx(STORY_S)
+
+
+def test_what_would_wait_for_too_long_is_refused_with_the_time_to_come_back() -> None:
+    admission = make(3.5 * STORY_S)
+    for _ in range(3):
+        admission.enter(story())
+    with pytest.raises(Overloaded, match="done in about") as refused:
+        admission.enter(story())
+    assert refused.value.retry_after_s == pytest.approx(0.5 * STORY_S, abs=1)
+    admission.enter(story(pages=1))  # a smaller one still fits
+
+
+def test_who_sends_many_stories_waits_for_them_himself() -> None:
+    admission = make(20 * STORY_S)
+    for _ in range(16):
+        admission.enter(story("many"))
+    assert admission.wait_s(story("few", pages=1)) == pytest.approx(2 * STORY_S / 4)
+    assert admission.wait_s(story("many")) == pytest.approx(17 * STORY_S)
+
+
+def test_an_idle_server_takes_what_takes_longer_than_the_limit() -> None:
+    admission = make(STORY_S / 10)
+    place = admission.enter(story())
+    with pytest.raises(Overloaded):
+        admission.enter(story())
+    place.leave()
+    admission.enter(story())
+
+
+def test_done_work_is_counted_down_and_nothing_is_left_behind() -> None:
+    admission = make()
+    with admission.enter(story()) as place:
+        place.see(SlotOpened(page=1))
+        for step in range(1, 21):
+            place.see(Progress(page=1, step=step, steps=20))
+        place.see(PICTURE)
+        assert admission.wait_s(story("b")) == pytest.approx((1 + 0.75) * STORY_S)
+        for step in range(200):  # more than was promised
+            place.see(Progress(page=2, step=step, steps=200))
+        assert admission.wait_s(story("b")) == pytest.approx(STORY_S)
+    place.leave()
+    assert admission.num_running == 0
+    assert admission.wait_s(story()) == pytest.approx(STORY_S)
+
+
+def test_a_caption_needs_no_text() -> None:
+    caption = StoryRequest(prompt=("A fox",), pages=1, mode="caption", draw=DrawSettings(steps=20))
+    admission = make()
+    with admission.enter(caption) as place:
+        place.see(FakeGenerator()._vokens(1))
+    assert isinstance(FakeGenerator()._vokens(1), Vokens)
+    assert admission.num_running == 0
+
+
+def test_it_learns_how_fast_the_engines_are() -> None:
+    clock = Clock()
+    admission = make(clock=clock)
+    place = admission.enter(story(pages=16))
+    for step in range(200):
+        clock.now += 2 / (10 * FIRST_SPEEDS["decoder"])  # ten times as fast as was thought
+        place.see(Progress(page=1 + step // 20, step=step % 20 + 1, steps=20))
+    place.leave()
+    before = admission.wait_s(story())
+    for _ in range(20):
+        with admission.enter(story(pages=16)) as place:
+            for step in range(320):
+                clock.now += 2 / (10 * FIRST_SPEEDS["decoder"])
+                place.see(Progress(page=1 + step // 20, step=step % 20 + 1, steps=20))
+    assert admission.wait_s(story()) < before
+    clock.now += 1000.0  # time without work says nothing
+    with admission.enter(story()) as place:
+        place.see(Progress(page=1, step=1, steps=20))
+    assert admission.wait_s(story()) < before
+
+
+def test_places_are_bounded_whatever_is_asked_for() -> None:
+    admission = make(1e9, max_running=2)
+    admission.enter(story(pages=1))
+    place = admission.enter(story(pages=1))
+    assert admission.is_full
+    with pytest.raises(Overloaded, match="the limit is 2") as refused:
+        admission.enter(story(pages=1))
+    assert 1 <= refused.value.retry_after_s <= 600
+    place.leave()
+    assert not admission.is_full

@@ -1,0 +1,52 @@
+"""Stories stay unless an operator says otherwise, and then the oldest go first."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import httpx
+
+from deployments.stories.retention import remove_old
+from tests.helpers.served import Served
+
+BODY = {"prompt": "A fox", "pages": 1, "seed": 7}
+
+
+def remove(served: Served, *, max_age_s: float | None = None, max_bytes: float | None = None) -> list[str]:
+    return asyncio.run(remove_old(served.store, served.front.registry, max_age_s=max_age_s, max_bytes=max_bytes))
+
+
+def test_old_stories_go_and_young_ones_stay(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    old, young = (served.post(BODY).json()["id"] for _ in range(2))
+    state = served.store.load(old)
+    served.store.save(dataclasses.replace(state, created=state.created - 1000))
+    assert remove(served, max_age_s=2000) == []
+    assert remove(served, max_age_s=500) == [old]
+    assert served.store.list_ids() == [young]
+
+
+def test_the_oldest_go_until_the_rest_fits(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    ids = [served.post(BODY).json()["id"] for _ in range(4)]
+    sizes = served.store.sizes()
+    assert set(sizes) == set(ids) and all(size > 500 for size in sizes.values())
+    assert remove(served, max_bytes=sum(sizes.values())) == []
+    assert remove(served, max_bytes=sizes[ids[2]] + sizes[ids[3]]) == ids[:2]
+    assert served.store.list_ids() == ids[:1:-1]
+
+
+def test_what_is_being_made_stays(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        served.generator.gate.clear()
+        path = (await client.post("/v1/stories", json={**BODY, "wait": False})).headers["location"]
+        assert await remove_old(served.store, served.front.registry, max_age_s=-1, max_bytes=0) == []
+        served.generator.gate.set()
+        assert (await client.get(f"{path}?wait=10")).json()["status"] == "done"
+
+    served.run(use)
+    assert len(remove(served, max_bytes=0)) == 1

@@ -1,0 +1,105 @@
+"""The front over fake engines, and a client of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from deployments.api.front import Front, build_front
+from deployments.api.routes import create_api
+from deployments.auth import Keys
+from deployments.stories.ledger import Ledger
+from minigpt5.config import storybook
+from minigpt5.story.safety import TextFilter
+from minigpt5.story.store import StoryStore
+from minigpt5.types import DrawSettings, Vokens
+from tests.helpers.fakes import FINGERPRINT, FakeDecoder, FakeGenerator, LocalEngines
+
+CONFIG = dataclasses.replace(
+    storybook(), image_px=16, fingerprint=FINGERPRINT, draw=DrawSettings(steps=3, guidance_scale=2.5)
+)
+VOKENS = Vokens(page=1, hidden_VH=np.zeros((8, 4), np.float32), fingerprint=FINGERPRINT)
+Use = Callable[[httpx.AsyncClient], Awaitable[None]]
+
+
+class Served:
+    """The front over fakes, and a client of it."""
+
+    def __init__(
+        self,
+        storage: Path,
+        *,
+        generator: FakeGenerator | None = None,
+        decoder: FakeDecoder | None = None,
+        max_wait_s: float = 60,
+        max_running: int = 4,
+        keys: Keys | None = None,
+        ledger: Ledger | None = None,
+        text_filter: TextFilter | None = None,
+    ) -> None:
+        self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
+        self.store = StoryStore(str(storage))
+        engines = LocalEngines(self.generator, self.decoder)
+        self.front: Front = build_front(
+            CONFIG,
+            engines,
+            self.store,
+            max_wait_s=max_wait_s,
+            max_running=max_running,
+            keys=keys,
+            text_filter=text_filter,
+            ledger=ledger,
+        )
+
+    def run(self, use: Use) -> None:
+        async def main() -> None:
+            transport = httpx.ASGITransport(create_api(self.front), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                await use(client)
+
+        asyncio.run(main())
+
+    def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        replies: list[httpx.Response] = []
+
+        async def use(client: httpx.AsyncClient) -> None:
+            replies.append(await client.request(method, path, **kwargs))
+
+        self.run(use)
+        return replies[0]
+
+    def post(self, body: object, path: str = "/v1/stories") -> httpx.Response:
+        return self.request("POST", path, json=body)
+
+
+def read_events(text: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """(id, event, data) of each server-sent event."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        if not block.startswith(":"):
+            fields = dict(line.split(": ", 1) for line in block.split("\n"))
+            assert list(fields) == ["id", "event", "data"]
+            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
+    return found
+
+
+def assert_error(reply: httpx.Response, status: int, *, param: str | None = None, says: tuple[str, ...] = ()) -> None:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert error["param"] == param
+    for words in says:
+        assert words in error["message"]
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

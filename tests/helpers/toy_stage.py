@@ -1,0 +1,64 @@
+"""A small stage whose rows are a function of their ids, with a part that some rows do not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from training.data.batches import Batch
+from training.presets import Preset
+
+TOY = Preset(
+    stage="align", steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, log_every=1, checkpoint_every_s=0.0
+)
+WIDTH = 16
+
+
+class Toy(nn.Module):
+    """Regression by a frozen part and two trained ones; the second reads one row of two only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.words, self.picture = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        rows: Tensor = batch["x"]  # type: ignore[assignment]
+        has_picture = torch.tensor(batch["row_ids"])[:, None] % 2 == 0  # type: ignore[arg-type]
+        states = self.words(torch.tanh(self.frozen(rows)))
+        said = torch.where(has_picture, states + self.picture(states), states)
+        return {"loss": (said - rows.flip(1)).square().mean()}
+
+
+class ToyStage:
+    def __init__(self) -> None:
+        self.objective = Toy()
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        toy = self.objective
+        return [
+            {"params": list(toy.words.parameters()), "lr": TOY.learning_rate},
+            {"params": list(toy.picture.parameters()), "lr": 2 * TOY.learning_rate},
+        ]
+
+    def draw_sheet(self, path: Path) -> None: ...
+    def save(self, folder: Path) -> None: ...
+
+
+def batches(rank: int, num_workers: int) -> Callable[[int], Iterator[Batch]]:
+    """A worker's share of each global batch."""
+
+    def start(step: int) -> Iterator[Batch]:
+        share = TOY.batch_size // num_workers
+        while True:
+            first = step * TOY.batch_size + rank * share
+            ids = list(range(first, first + share))
+            rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(row_id)) for row_id in ids]
+            yield {"row_ids": ids, "x": torch.stack(rows)}
+            step += 1
+
+    return start

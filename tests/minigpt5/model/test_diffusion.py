@@ -1,0 +1,100 @@
+"""Denoising loss and schedules: noise and velocity prediction, zero terminal SNR, Stable Diffusion's own folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+
+from minigpt5.engine.denoising import denoise
+from minigpt5.model.diffusion import (
+    MIN_VELOCITY_WEIGHT,
+    SCHEDULERS,
+    Diffusion,
+    min_snr_weight,
+    new_storybook_scheduler,
+)
+from minigpt5.types import DISTILLED, SDE_DPM_SOLVER, DrawSettings
+from tests.helpers.tiny import tiny_config, tiny_diffusion
+
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def test_weights_of_noise_prediction_are_the_published_ones() -> None:
+    """SNR is above 5 only before step 147, and the weight at step 0 is 0.0043."""
+    weight = min_snr_weight(DDIMScheduler(**BETAS), torch.arange(1000))
+    assert (weight[147:] == 1).all() and (weight[:147] < 1).all()
+    assert weight[0].item() == pytest.approx(0.0043, abs=5e-5)
+
+
+def test_weights_of_velocity_prediction_have_a_floor() -> None:
+    scheduler = new_storybook_scheduler()
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weight = min_snr_weight(scheduler, torch.arange(1000))
+    assert snr[-1] == 0 and weight[-1].item() == pytest.approx(MIN_VELOCITY_WEIGHT)
+    torch.testing.assert_close(weight, (snr.clamp(max=5) / (snr + 1)).clamp(min=MIN_VELOCITY_WEIGHT))
+
+
+def test_a_first_timestep_bounds_the_noise_and_drops_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config()
+    diffusion, seen = tiny_diffusion(config), dict[str, list[int]]()
+    for name in ("loss", "error"):
+
+        def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, name: str = name, **__: object) -> object:
+            seen.setdefault(name, []).extend(timesteps.tolist())
+            return torch.ones(len(latents))
+
+        monkeypatch.setattr(diffusion, name, note)
+    many = torch.zeros(500, 1)
+    diffusion.random_loss(many, many)
+    diffusion.random_loss(many, many, first_timestep=600)
+    assert min(seen["loss"]) < 50 and max(seen["loss"]) > 950
+    assert 600 <= min(seen["error"]) < 650 and max(seen["error"]) > 950
+
+
+def test_no_signal_is_no_nan_for_either_prediction() -> None:
+    timesteps = torch.arange(1000)
+    for prediction in ("epsilon", "v_prediction"):
+        scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=True)
+        weight = min_snr_weight(scheduler, timesteps)
+        assert weight.isfinite().all() and (weight > 0).all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", sorted(SCHEDULERS.keys() - {DISTILLED}))
+def test_a_stable_diffusion_folder_is_read_and_drawn(tmp_path: Path, prediction: str, sampler: str) -> None:
+    config = tiny_config()
+    tiny = tiny_diffusion(config)
+    tiny.vae.save_pretrained(tmp_path / "vae")
+    tiny.unet.save_pretrained(tmp_path / "unet")
+    PNDMScheduler(**BETAS, prediction_type=prediction, skip_prk_steps=True, steps_offset=1).save_pretrained(
+        tmp_path / "scheduler"
+    )
+    diffusion = Diffusion.from_pretrained(tmp_path).eval()
+    assert diffusion.scheduler.config.prediction_type == prediction
+    condition_BQD = torch.randn(2, config.condition_length, config.condition_width)
+    draw = DrawSettings(steps=3, guidance_scale=2.0, scheduler=sampler)
+    pixels_BCYX = denoise(diffusion, condition_BQD, condition_BQD[:1] * 0, seeds=[1, 2], draw=draw)
+    assert pixels_BCYX.shape == (2, 3, 32, 32) and pixels_BCYX.isfinite().all()
+    latents_BCYX = diffusion.to_latents(pixels_BCYX)
+    loss_B = diffusion.loss(
+        latents_BCYX, condition_BQD, noise=torch.randn_like(latents_BCYX), timesteps=torch.tensor([0, 999])
+    )
+    assert loss_B.shape == (2,) and loss_B.isfinite().all()
+
+
+def test_the_stochastic_sampler_adds_the_noise_of_its_seed() -> None:
+    config = tiny_config()
+    diffusion = tiny_diffusion(config).eval()
+    condition_BQD = torch.randn(2, config.condition_length, config.condition_width)
+
+    def drawn(scheduler: str, seeds: list[int]) -> torch.Tensor:
+        draw = DrawSettings(steps=4, guidance_scale=2.0, scheduler=scheduler)
+        return denoise(diffusion, condition_BQD, condition_BQD[:1] * 0, seeds=seeds, draw=draw)
+
+    first = drawn(SDE_DPM_SOLVER, [1, 2])
+    torch.testing.assert_close(first, drawn(SDE_DPM_SOLVER, [1, 2]))
+    assert not torch.allclose(first[0], drawn(SDE_DPM_SOLVER, [3, 2])[0], atol=1e-3)
+    assert not torch.allclose(first, drawn("dpm-solver++", [1, 2]), atol=1e-3)

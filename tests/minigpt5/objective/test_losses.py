@@ -1,0 +1,199 @@
+"""The losses: what they reach, what they leave alone, and that the short cuts change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt5.config import LoraConfig, ModelConfig
+from minigpt5.model.base_models import resolve
+from minigpt5.model.language import LanguageModel
+from minigpt5.model.prompt import caption_segments, next_page_segments, story_segments
+from minigpt5.model.text_encoder import TextEncoder
+from minigpt5.objective.example import Row
+from minigpt5.objective.losses import LossWeights, Objective
+from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
+
+CAPTIONS_ONLY = LossWeights(text=0.0, picture=0.0, caption=1.0)
+PICTURE = np.full((32, 32, 3), 128, np.uint8)
+
+
+class NarrowEncoder(torch.nn.Module):
+    """The real text encoder, cut to the tiny condition."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(resolve(config.text_encoder), num_positions=config.condition_length)
+        self.width = config.condition_width
+
+    def forward(self, captions: list[str]) -> torch.Tensor:
+        return self.encoder(captions)[..., : self.width]
+
+
+def new_objective(language: LanguageModel | None = None) -> Objective:
+    config = tiny_config()
+    return Objective(
+        config,
+        tiny_tokenizer(config),
+        language or tiny_language(config),
+        tiny_vision(config),
+        tiny_mapper(config),
+        tiny_diffusion(config),
+        NarrowEncoder(config),  # type: ignore[arg-type]
+    )
+
+
+def caption(text: str) -> Row:
+    return Row(segments=caption_segments(text), read=[], drawn=[PICTURE], captions=[text], is_caption=True)
+
+
+def story() -> Row:
+    pages = ["A fox woke up.", "It saw a red balloon."]
+    return Row(
+        segments=story_segments(["A fox"], 2, pages), read=[], drawn=[PICTURE, PICTURE], captions=["a fox", "a balloon"]
+    )
+
+
+def loss_of(objective: Objective, rows: list[Row], weights: LossWeights = CAPTIONS_ONLY) -> dict[str, float]:
+    torch.manual_seed(0)
+    return {name: loss.item() for name, loss in objective(rows, weights).items()}
+
+
+def test_the_short_cut_for_bare_captions_changes_no_loss() -> None:
+    objective = new_objective()
+    rows = [caption("a fox beside a tent"), caption("an owl")]
+    short = loss_of(objective, rows)
+    next(objective.language.body.parameters()).requires_grad_(True)  # now gradients must go through the text
+    assert loss_of(objective, rows)["caption"] == pytest.approx(short["caption"], rel=1e-5)
+
+
+def test_captions_and_stories_share_a_batch() -> None:
+    """Rows are read in two groups; each picture still meets its own caption."""
+    objective = new_objective()
+    torch.manual_seed(0)
+    objective([story(), caption("a fox beside a tent")], CAPTIONS_ONLY)
+    remembered = [target for _, target, *_ in objective._memory]
+    expected = objective.text_encoder(["a fox beside a tent", "a fox", "a balloon"])
+    null = objective.text_encoder([""])[0]
+    for target, asked in zip(remembered, expected, strict=True):
+        assert torch.allclose(target, asked, atol=1e-5) or torch.allclose(target, null, atol=1e-5)
+    assert any(torch.allclose(target, asked, atol=1e-5) for target, asked in zip(remembered, expected, strict=True))
+
+
+def test_only_what_is_trained_gets_gradients() -> None:
+    objective = new_objective()
+    weights = LossWeights(text=0.01, picture=1.0, caption=0.1)
+    losses = objective([story(), caption("an owl")], weights)
+    assert losses["loss"].item() == pytest.approx(
+        0.01 * losses["text"].item() + losses["picture"].item() + 0.1 * losses["caption"].item(), rel=1e-5
+    )
+    losses["loss"].backward()
+    assert all(parameter.grad is None for parameter in objective.language.body.parameters())
+    assert all(parameter.grad is None for parameter in objective.diffusion.parameters())
+    for module in (objective.mapper.fc, objective.mapper.transformer, objective.language.rows):
+        assert any(float(p.grad.abs().sum()) > 0 for p in module.parameters() if p.grad is not None)
+
+
+def test_the_adapter_learns_from_the_picture_too() -> None:
+    language = tiny_language(tiny_config())
+    language.add_adapter(LoraConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "v_proj")))
+    objective = new_objective(language)
+    objective.train()
+    objective([story()], CAPTIONS_ONLY)["loss"].backward()
+    trained = [p for name, p in language.body.named_parameters() if "lora_B" in name]
+    assert trained and all(p.grad is not None for p in trained)
+
+
+def test_a_row_without_pictures_has_a_text_loss_only() -> None:
+    objective = new_objective()
+    segments = next_page_segments(["A fox woke up."], "It yawned.", "text", variant=0)
+    row = Row(segments=segments, read=[PICTURE, PICTURE], drawn=[], captions=[])
+    losses = objective([row], LossWeights(text=1.0, picture=1.0, caption=1.0))
+    assert set(losses) == {"loss", "text"}
+    losses["loss"].backward()
+
+
+def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
+    objective = new_objective()
+    objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
+    assert not objective.num_remembered
+    objective([caption("a fox beside a tent"), caption("an owl")], CAPTIONS_ONLY)
+    optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    losses = []
+    for _ in range(60):
+        loss = objective.replay(8, CAPTIONS_ONLY)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_pictures_learn_to_read_like_words() -> None:
+    objective = new_objective()
+    rows = [
+        Row(segments=[], read=[np.full((32, 32, 3), shade, np.uint8)], shown=[shown], drawn=[], captions=[])
+        for shade, shown in ((20, "a fox at night"), (230, "an owl, in the snow"))
+    ]
+    optimizer = torch.optim.AdamW(objective.vision.qformer.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(80):
+        loss = objective.words(rows)
+        optimizer.zero_grad()
+        loss["loss"].backward()
+        optimizer.step()
+        losses.append(loss["words"].item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(parameter.grad is None for parameter in objective.language.parameters())
+
+
+def test_contrasts_teach_the_fact_that_differs() -> None:
+    """The distance to the right caption falls below that to one with another time of day."""
+    objective = new_objective()
+    objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
+    rows = [
+        dataclasses.replace(caption("a fox at night"), contrasts=[["a fox at sunset", "an owl at night"]]),
+        dataclasses.replace(caption("a fox at sunset"), contrasts=[["a fox at night", "an owl at sunset"]]),
+    ]
+    weights = LossWeights(text=0.0, picture=0.0, caption=1.0, contrast=1.0)
+    torch.manual_seed(0)
+    first = objective(rows, weights)
+    assert first["loss"].item() == pytest.approx(first["caption"].item() + first["contrast"].item(), rel=1e-5)
+    optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
+    for _ in range(60):
+        losses = objective.replay(8, weights)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+    assert losses["replayed contrast"].item() < 0.5 * first["contrast"].item()
+
+
+def test_whitened_vokens_change_how_the_mapper_learns_and_not_what_it_does() -> None:
+    objective = new_objective()
+    states_PVH = torch.randn(40, 8, objective.config.hidden) * torch.linspace(0.1, 20, objective.config.hidden) + 3
+    with torch.no_grad():
+        before, null = objective.mapper(states_PVH), objective.mapper.null_condition()
+        objective.whiten_vokens(states_PVH, torch.randn(40, 6, 16))
+        torch.testing.assert_close(objective.mapper(states_PVH), before, atol=1e-4, rtol=1e-4)
+        settled = objective.settle()
+        torch.testing.assert_close(settled(states_PVH), before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(settled.null_condition(), null, atol=1e-4, rtol=1e-4)
+    assert settled.state_dict().keys() == objective.mapper.state_dict().keys()
+
+
+def test_whitened_vokens_stand_out_where_they_go_with_the_conditions() -> None:
+    objective = new_objective()
+    hidden = objective.config.hidden
+    states_PVH = torch.randn(400, 8, hidden) * torch.linspace(10, 20, hidden)
+    states_PVH[..., 0] = torch.randn(400, 1) * 10  # the least of all, and the one that tells
+    whitened: list[torch.Tensor] = []
+    objective.whiten_vokens(states_PVH, states_PVH[:, :1, :1] * torch.randn(1, 6, 16))
+    objective.mapper.fc[0].register_forward_pre_hook(lambda module, inputs: whitened.append(inputs[0]))
+    with torch.no_grad():
+        objective.mapper(states_PVH)
+    spread_H = whitened[0].flatten(0, 1).std(dim=0)
+    assert spread_H[0] > 2 * spread_H[1:].max()

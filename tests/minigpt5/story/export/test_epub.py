@@ -1,0 +1,86 @@
+"""A story as an EPUB book: what readers need of the container, and that no text breaks it."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import zipfile
+from datetime import UTC, datetime
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from minigpt5.story.export.epub import MIMETYPE, describe_picture, to_epub
+from minigpt5.types import Page, Picture, Story, Usage
+
+HOSTILE = '</p><script>alert("x")</script> & \x00\x0b\ud800 "quoted" ]]> \U0001f98a'
+NAMES = {"opf": "http://www.idpf.org/2007/opf", "x": "http://www.w3.org/1999/xhtml"}
+MOMENT = datetime(2026, 1, 2, 3, 4, 6, tzinfo=UTC)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (128, 128), "teal").save(file, "PNG")
+    return file.getvalue()
+
+
+def make_story() -> Story:
+    picture = Picture(page=1, png=png(), width=128, height=128, seed=1, denoise_steps=20)
+    pages = (
+        Page(index=1, text="The fox walks.\n\nIt sees a balloon.", picture=picture),
+        Page(index=2, text=HOSTILE, error=HOSTILE),
+        Page(index=3, text="", picture=picture),
+    )
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    return Story(id="story_1", prompt=HOSTILE, seed=7, model="storybook", pages=pages, usage=usage)
+
+
+def test_it_is_told_apart_by_its_first_file_and_is_the_same_again() -> None:
+    book = to_epub(make_story(), modified=MOMENT)
+    assert book == to_epub(make_story(), modified=MOMENT)
+    first = zipfile.ZipFile(io.BytesIO(book)).infolist()[0]
+    assert (first.filename, first.compress_type, first.extra) == ("mimetype", zipfile.ZIP_STORED, b"")
+    assert book[38 : 38 + len(MIMETYPE)] == MIMETYPE.encode()
+
+
+def test_every_file_is_listed_and_every_listed_file_is_there() -> None:
+    book = zipfile.ZipFile(io.BytesIO(to_epub(make_story())))
+    container = ElementTree.fromstring(book.read("META-INF/container.xml"))
+    assert [node.get("full-path") for node in container.iter() if node.tag.endswith("rootfile")] == ["EPUB/package.opf"]
+    package = ElementTree.fromstring(book.read("EPUB/package.opf"))
+    items = {node.get("id"): node for node in package.findall("opf:manifest/opf:item", NAMES)}
+    files = {f"EPUB/{node.get('href')}" for node in items.values()}
+    assert files == set(book.namelist()) - {"mimetype", "META-INF/container.xml", "EPUB/package.opf"}
+    spine = [node.get("idref") for node in package.findall("opf:spine/opf:itemref", NAMES)]
+    assert spine == ["nav", "page-1", "page-2", "page-3"] and set(spine) <= set(items)
+    assert [name for name, node in items.items() if node.get("properties") == "cover-image"] == ["picture-1"]
+
+
+def test_text_stays_text_and_pictures_say_what_they_show() -> None:
+    book = zipfile.ZipFile(io.BytesIO(to_epub(make_story())))
+    pages = [ElementTree.fromstring(book.read(f"EPUB/page-{n}.xhtml")) for n in (1, 2, 3)]
+    texts = [page.find(".//x:p[@class='text']", NAMES) for page in pages]
+    assert [text.text for text in texts if text is not None][0] == "The fox walks.\n\nIt sees a balloon."
+    assert not [node for page in pages for node in page.iter() if node.tag.endswith("script")]
+    alts = [node.get("alt") for page in pages for node in page.iter() if node.tag.endswith("img")]
+    assert alts == ["Picture of page 1: The fox walks. It sees a balloon.", "Picture of page 3"]
+    assert book.read("EPUB/picture-1.png") == png()
+
+
+def test_a_long_text_is_a_short_description() -> None:
+    words = describe_picture(Page(index=1, text="fox " * 200))
+    assert words.endswith("fox ...") and len(words) < 300
+
+
+@pytest.mark.skipif(not shutil.which("epubcheck"), reason="epubcheck is not installed")
+def test_the_checker_finds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "book.epub"
+    path.write_bytes(to_epub(make_story()))
+    checker = Path(str(shutil.which("epubcheck")))
+    is_jar = checker.read_bytes()[:2] == b"PK"  # Debian's is one that only some kernels run by itself
+    command = ["java", "-jar", str(checker)] if is_jar else [str(checker)]
+    checked = subprocess.run([*command, "--failonwarnings", str(path)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -1,0 +1,185 @@
+"""The flow with fakes at the two engine faces: order, overlap, failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from minigpt5.story.state import StoryBuilder
+from minigpt5.story.stream import Generate, page_seed, stream_story, write_story
+from minigpt5.types import (
+    DecoderEvent,
+    DrawRequest,
+    GeneratorEvent,
+    PageDone,
+    Picture,
+    PictureFailed,
+    Progress,
+    SlotOpened,
+    Story,
+    StoryEvent,
+    StoryRequest,
+    StoryStarted,
+    TextDelta,
+    Usage,
+    Vokens,
+)
+
+
+async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    for page in range(1, request.pages + 1):
+        for word in (f"Page {page}", " goes on."):
+            yield TextDelta(page=page, text=word)
+            await asyncio.sleep(0)
+        yield Vokens(page=page, hidden_VH=np.zeros((8, 4), np.float32), fingerprint="x")
+    yield Usage(prompt_tokens=3, completion_tokens=4)
+
+
+async def decode(request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    page = request.vokens.page
+    await asyncio.sleep(0.02 / page)
+    yield Progress(page=page, step=1, steps=1)
+    if page == 2 and request.settings.steps == 13:
+        raise RuntimeError("no ink")
+    yield Picture(page=page, png=b"png", width=1, height=1, seed=request.seed, denoise_steps=1)
+
+
+def collect(request: StoryRequest) -> list[StoryEvent]:
+    async def run() -> list[StoryEvent]:
+        return [event async for event in stream_story(request, generate, decode)]
+
+    return asyncio.run(run())
+
+
+def test_pictures_that_are_read_back_come_before_the_next_page() -> None:
+    asked: list[StoryRequest] = []
+
+    async def generate_one(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        asked.append(request)
+        page = len(request.previous) + 1
+        yield TextDelta(page=page, text=f"Page {page}.")
+        yield Vokens(page=page, hidden_VH=np.zeros((8, 4), np.float32), fingerprint="x")
+        yield Usage(prompt_tokens=3, completion_tokens=page)
+
+    async def run() -> Story:
+        request = StoryRequest(prompt=("x",), pages=3, seed=4, feedback="pictures", given=("Page 1.",))
+        return await write_story(request, generate_one, decode)
+
+    story = asyncio.run(run())
+    assert [page.text for page in story.pages] == ["Page 1.", "Page 2.", "Page 3."]
+    assert [(request.pages, request.num_later, len(request.given)) for request in asked] == [
+        (1, 2, 1),
+        (1, 1, 0),
+        (1, 0, 0),
+    ]
+    assert [[page.picture is not None for page in request.previous] for request in asked] == [[], [True], [True, True]]
+    assert asked[2].previous == story.pages[:2]
+    assert story.usage == Usage(prompt_tokens=9, completion_tokens=6)
+
+
+def test_text_is_in_order_and_every_page_is_done_once() -> None:
+    events = collect(StoryRequest(prompt=("x",), pages=3, seed=4))
+    assert isinstance(events[0], StoryStarted)
+    assert [event.page for event in events if isinstance(event, TextDelta)] == [1, 1, 2, 2, 3, 3]
+    assert [event.page for event in events if isinstance(event, SlotOpened)] == [1, 2, 3]
+    assert sorted(event.page.index for event in events if isinstance(event, PageDone)) == [1, 2, 3]
+
+
+def test_text_goes_on_while_pictures_are_drawn() -> None:
+    events = collect(StoryRequest(prompt=("x",), pages=3))
+    last_text = max(i for i, event in enumerate(events) if isinstance(event, TextDelta))
+    first_picture = min(i for i, event in enumerate(events) if isinstance(event, Picture))
+    assert last_text < first_picture
+
+
+def test_a_failed_picture_is_data_on_its_page() -> None:
+    from minigpt5.types import DrawSettings
+
+    request = StoryRequest(prompt=("x",), pages=3, draw=DrawSettings(steps=13))
+    story = asyncio.run(write_story(request, generate, decode))
+    assert [page.error for page in story.pages] == [None, "no ink", None]
+    assert any(isinstance(event, PictureFailed) for event in collect(request))
+    assert story.pages[1].text == "Page 2 goes on."
+
+
+def test_a_failed_generator_raises() -> None:
+    async def broken(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        yield TextDelta(page=1, text="a")
+        raise RuntimeError("out of words")
+
+    async def run() -> None:
+        await write_story(StoryRequest(prompt=("x",)), broken, decode)
+
+    with pytest.raises(RuntimeError, match="out of words"):
+        asyncio.run(run())
+
+
+def test_closing_the_stream_closes_both_engines() -> None:
+    closed = []
+
+    async def endless(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        try:
+            while True:
+                yield TextDelta(page=1, text="la ")
+                await asyncio.sleep(0)
+        finally:
+            closed.append("generator")
+
+    async def run() -> None:
+        stream = stream_story(StoryRequest(prompt=("x",)), endless, decode)
+        async for event in stream:
+            if isinstance(event, TextDelta):
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+    assert closed == ["generator"]
+
+
+def test_page_seeds_differ_and_depend_on_seed_and_page_only() -> None:
+    assert page_seed(7, 1) == page_seed(7, 1)
+    assert len({page_seed(seed, page) for seed in range(20) for page in range(1, 5)}) == 80
+
+
+def test_a_reply_may_have_any_number_of_pages_and_end_with_text() -> None:
+    async def answer(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        for page in (1, 2):
+            yield TextDelta(page=page, text=f" Picture {page}:")
+            yield Vokens(page=page, hidden_VH=np.zeros((8, 4), np.float32), fingerprint="x")
+        yield TextDelta(page=3, text=" That is all. ")
+        yield Usage(prompt_tokens=3, completion_tokens=4)
+
+    async def silent(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        yield TextDelta(page=1, text=" ")
+        yield Usage(prompt_tokens=3, completion_tokens=1)
+
+    request = StoryRequest(prompt=("x",), mode="reply", pages=5)
+    builder = StoryBuilder(request)
+
+    async def run(generate: Generate) -> Story:
+        return await write_story(request, generate, decode, on_event=builder.add)
+
+    story = asyncio.run(run(answer))
+    assert [page.text for page in story.pages] == ["Picture 1:", "Picture 2:", "That is all."]
+    assert [page.picture is not None for page in story.pages] == [True, True, False]
+    assert [page.error for page in story.pages] == [None] * 3
+    assert builder.story().pages == story.pages
+    assert asyncio.run(run(silent)).pages == ()
+
+
+def test_pictures_are_asked_for_in_the_name_of_the_story() -> None:
+    asked: list[DrawRequest] = []
+
+    async def listen(request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        asked.append(request)
+        async for event in decode(request):
+            yield event
+
+    request = StoryRequest(prompt=("x",), pages=2, key="ada", previews=True)
+    asyncio.run(write_story(request, generate, listen))
+    assert [(one.key, one.previews, one.seed) for one in asked] == [
+        ("ada", True, page_seed(0, page)) for page in (1, 2)
+    ]

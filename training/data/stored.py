@@ -1,0 +1,242 @@
+"""Stored rows -> training rows, in an order that is a pure function of the seed.
+
+Epoch after epoch every row comes once. Files are read by row groups: an epoch's order shuffles the groups, and then the
+rows within windows of some of them, so that a reader needs few groups at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs, parquet
+
+from minigpt5.config import ModelConfig
+from minigpt5.errors import TrainingError
+from minigpt5.model.image_transforms import fit_drawn, fit_read
+from minigpt5.model.prompt import caption_segments, story_segments
+from minigpt5.objective.example import Row
+from minigpt5.objective.stored_example import ROW_SCHEMA
+from minigpt5.published.data import (
+    COMMAND_EVERY,
+    COMMANDS,
+    Sample,
+    Turn,
+    cc3m_samples,
+    mmdialog_samples,
+    sample_segments,
+    vist_samples,
+)
+
+WINDOW_GROUPS = 8
+KEPT_GROUPS = 2 * WINDOW_GROUPS
+VALIDATION_SHARE = 50
+"""One row of so many is never trained on: those whose id's hash says so."""
+
+
+class StoredRows:
+    """The training rows of a data set that batch_jobs/prepare.py wrote, or precompute.py.
+
+    Example: StoredRows("/data/vist", config, seed=1).row_at(17, stage="learn", story_share=0.5)["row"]
+    """
+
+    def __init__(self, uri: str, config: ModelConfig, *, seed: int, is_validation: bool = False) -> None:
+        """Raises TrainingError where there are no rows of the schema."""
+        self.uri, self.seed, self.is_validation = uri, seed, is_validation
+        self.read_px, self.draw_px = config.vision.image_px, config.image_px
+        self._files, folder = _open(uri)
+        infos = self._files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
+        self._paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
+        if not self._paths:
+            raise TrainingError(f"no rows under {uri}/rows: make them with python -m batch_jobs.prepare")
+        self._groups: list[tuple[str, int]] = []
+        """File and row group."""
+        places: list[tuple[int, int]] = []
+        """Of each row: its group, and its place there."""
+        for path in self._paths:
+            places += self._index(path)
+        self._places = np.array(places, np.int64).reshape(-1, 2)
+        self._cache: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+        if not len(self._places):
+            raise TrainingError(f"{uri} has no rows for {'validation' if is_validation else 'training'}: prepare more")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def index_at(self, position: int) -> int:
+        """Which row comes at `position`, counted over epochs."""
+        epoch, place = divmod(position, len(self))
+        return int(_order(tuple(self._places[:, 0].tolist()), self.seed, epoch)[place])
+
+    def stored(self, index: int) -> dict[str, Any]:
+        """A row as it is stored."""
+        group, place = (int(value) for value in self._places[index])
+        if group not in self._cache:
+            path, number = self._groups[group]
+            with self._files.open_input_file(path) as file:
+                self._cache[group] = parquet.ParquetFile(file).read_row_group(number).to_pylist()
+            while len(self._cache) > KEPT_GROUPS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(group)
+        return self._cache[group][place]
+
+    def row_at(self, position: int, *, stage: str, story_share: float) -> dict[str, Any]:
+        """The training row at a position: one of the samples that its stored row gives."""
+        stored = self.stored(self.index_at(position))
+        rng = np.random.default_rng([self.seed, position])
+        row = to_training_row(
+            stored, rng, stage=stage, story_share=story_share, read_px=self.read_px, draw_px=self.draw_px
+        )
+        return {"row": row, "id": stored["id"]}
+
+    def _index(self, path: str) -> list[tuple[int, int]]:
+        with self._files.open_input_file(path) as file:
+            reader = parquet.ParquetFile(file)
+            if not set(ROW_SCHEMA.names) <= set(reader.schema_arrow.names):
+                raise TrainingError(f"{path} has no training rows: make them with python -m batch_jobs.prepare")
+            found = []
+            for number in range(reader.num_row_groups):
+                ids = reader.read_row_group(number, columns=["id"])["id"].to_pylist()
+                self._groups.append((path, number))
+                kept = [place for place, name in enumerate(ids) if _is_validation(name) == self.is_validation]
+                found += [(len(self._groups) - 1, place) for place in kept]
+            return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process without what is cached."""
+        return _unpickle, ({key: value for key, value in vars(self).items() if key not in ("_files", "_cache")},)
+
+
+def _unpickle(state: dict[str, Any]) -> StoredRows:
+    rows = StoredRows.__new__(StoredRows)
+    vars(rows).update(state, _files=_open(state["uri"])[0], _cache=OrderedDict())
+    return rows
+
+
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    try:
+        return fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
+    except (OSError, pa.ArrowException) as error:
+        raise TrainingError(f"{uri} is no place that can be used ({error}): name a folder or a URI") from error
+
+
+def _is_validation(row_id: str) -> bool:
+    return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:4], "big") % VALIDATION_SHARE == 0
+
+
+@lru_cache(maxsize=2)
+def _order(groups: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the rows, whose groups are given."""
+    rng = np.random.default_rng([seed, epoch])
+    group_of = np.array(groups)
+    rank = rng.permutation(group_of.max() + 1)
+    by_group = np.argsort(rank[group_of], kind="stable")
+    windows = rank[group_of][by_group] // WINDOW_GROUPS
+    ends = np.flatnonzero(np.diff(windows)) + 1
+    return np.concatenate([rng.permutation(part) for part in np.split(by_group, ends)])
+
+
+def to_training_row(
+    stored: dict[str, Any], rng: np.random.Generator, *, stage: str, story_share: float, read_px: int, draw_px: int
+) -> Row:
+    """One of a stored row's samples, chosen by chance; the published code makes rows of all of them.
+
+    "align" learns captions: of a story or a dialogue, that of one of its pictures. "learn" learns all of the published
+    tasks, and with `story_share` a whole story where its prompt is known.
+    """
+    segments = stored["segments"]
+    if stage == "align":
+        captions = [(_said_before(segments, at), at) for at, one in enumerate(segments) if _is_picture(one)]
+        words, at = captions[rng.integers(len(captions))]
+        if stored["kind"] != "caption" and segments[at]["caption"]:
+            words = segments[at]["caption"]
+        if rng.integers(COMMAND_EVERY + 1) == 0:
+            index = int(rng.integers(len(COMMANDS))) * COMMAND_EVERY
+            sample = list(cc3m_samples([("", "")] * index + [(words, str(at))]))[-1]
+            return _row(sample, segments, read_px, draw_px)
+        return Row(
+            segments=caption_segments(words),
+            read=[],
+            drawn=[_drawn(segments[at], draw_px)],
+            captions=[segments[at]["caption"] or words],
+            is_caption=True,
+        )
+    if stored["kind"] == "dialogue":
+        samples = list(mmdialog_samples(_turns(segments)))
+        return _row(samples[rng.integers(len(samples))], segments, read_px, draw_px)
+    steps = _steps(segments)
+    if stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share:
+        return Row(
+            segments=story_segments([stored["prompt"]], len(steps), [words for words, _ in steps]),
+            read=[],
+            drawn=[_drawn(segments[int(at)], draw_px) for _, at in steps],
+            captions=[segments[int(at)]["caption"] or words for words, at in steps],
+        )
+    samples = list(vist_samples(steps, variant=lambda count: int(rng.integers(count))))
+    return _row(samples[rng.integers(len(samples))], segments, read_px, draw_px)
+
+
+def _row(sample: Sample, segments: list[dict[str, Any]], read_px: int, draw_px: int) -> Row:
+    """A published sample, whose pictures are named by their places among `segments`."""
+    drawn = [segments[int(sample.drawn)]] if sample.drawn is not None else []
+    return Row(
+        segments=sample_segments(sample),
+        read=[_read(segments[int(at)], read_px) for at in sample.read],
+        drawn=[_drawn(one, draw_px) for one in drawn],
+        captions=[one["caption"] or sample.caption or _said_before(segments, int(str(sample.drawn))) for one in drawn],
+    )
+
+
+def _is_picture(segment: dict[str, Any]) -> bool:
+    return segment["text"] is None
+
+
+def _said_before(segments: list[dict[str, Any]], at: int) -> str:
+    return next(one["text"] for one in reversed(segments[:at]) if not _is_picture(one))
+
+
+def _steps(segments: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(text, place of the picture) of each page; a page without a picture is told with the next one."""
+    steps: list[tuple[str, str]] = []
+    words: list[str] = []
+    for at, segment in enumerate(segments):
+        if _is_picture(segment):
+            steps.append((" ".join(words), str(at)))
+            words = []
+        else:
+            words.append(segment["text"])
+    return steps
+
+
+def _turns(segments: list[dict[str, Any]]) -> list[Turn]:
+    turns: list[Turn] = []
+    for at, segment in enumerate(segments):
+        if _is_picture(segment):
+            turns[-1] = Turn(text=turns[-1].text, picture=str(at))
+        else:
+            turns.append(Turn(text=segment["text"]))
+    return turns
+
+
+def _read(segment: dict[str, Any], px: int) -> np.ndarray:
+    """For the language model: the short side to `px`, the middle cut out, as published; or its stored features."""
+    if segment["features"] is not None:
+        return load_array(segment["features"])
+    return fit_read(segment["picture"], px)
+
+
+def _drawn(segment: dict[str, Any], px: int) -> np.ndarray:
+    """For the VAE: padded to a white square and resized, as published; or its stored moments."""
+    if segment["moments"] is not None:
+        return load_array(segment["moments"])
+    return fit_drawn(segment["picture"], px)
+
+
+def load_array(data: bytes) -> np.ndarray:
+    """As precompute.py stores it: NumPy's own format, which holds no objects."""
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

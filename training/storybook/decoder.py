@@ -1,0 +1,104 @@
+"""Stage "decoder": latents as the UNet leaves them -> pictures. The VAE's way back alone: latents stay valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minigpt5.config import storybook
+from minigpt5.model import folder as model_folder
+from minigpt5.model.base_models import resolve
+from minigpt5.model.diffusion import Diffusion, normal_like
+from minigpt5.model.multistep_scheduler import last_level
+from minigpt5.model.pixels import to_tensor
+from minigpt5.model.text_encoder import load_text_encoder
+from minigpt5.types import DISTILLED
+from training.data.batches import Batch
+from training.parts import Parts
+from training.presets import Preset
+from training.storybook.sheets import save_captioned_sheet
+from training.storybook.vae import LATENT_NOISE, reconstruction_losses
+
+
+class DecoderObjective(nn.Module):
+    """Reconstruction of crops: from latents as they are, from latents that were noised and cleaned in one step by the
+    UNet, and from latents as the distilled UNet ends what it draws, a third each.
+
+    A decoder that has seen exact latents alone paints what a UNet smears as smears; this one learns what was meant.
+    Noise up to `Preset.last_timestep` only: beyond it a UNet puts things elsewhere, and there is no right picture.
+    """
+
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+        super().__init__()
+        self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
+        diffusion.requires_grad_(False)
+        for part in (diffusion.vae.post_quant_conv, diffusion.vae.decoder):
+            part.requires_grad_(True)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        device = self.diffusion.unet.device
+        pixels_BCYX = to_tensor(batch["pixels"]).to(device)
+        first_row = batch["step"] * len(pixels_BCYX)  # type: ignore[operator]
+        kind_B = torch.arange(first_row, first_row + len(pixels_BCYX)) % 3  # a third each, however small a share
+        with torch.no_grad():
+            latents_BCYX = self._cleaned(pixels_BCYX, self.text_encoder(batch["caption"]), kind_B).float()
+        pixels_per_latent = pixels_BCYX.shape[-1] // latents_BCYX.shape[-1]
+        corners_BN2 = np.asarray(batch["corners"]) // pixels_per_latent
+        latents_BCYX = _crops(latents_BCYX, corners_BN2, self.preset.crop_px // pixels_per_latent)
+        pixels_BCYX, weight_B1YX = (
+            _crops(whole, corners_BN2 * pixels_per_latent, self.preset.crop_px)
+            for whole in (pixels_BCYX, torch.as_tensor(batch["weight"]).to(device))
+        )
+        return reconstruction_losses(self.diffusion.to_raw_pixels(latents_BCYX).float(), pixels_BCYX, weight_B1YX)
+
+    def _cleaned(self, pixels_BCYX: Tensor, condition_BQD: Tensor, kind_B: Tensor) -> Tensor:
+        """Pictures' latents as they are (of kind 0), cleaned by the UNet (1), less often of more noise, and ended as
+        what is drawn (2)."""
+        latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
+        noise_BCYX = normal_like(latents_BCYX)
+        timesteps_B = (torch.rand(len(kind_B)).square() * self.preset.last_timestep).long()
+        timesteps_B[kind_B == 2] = last_level(self.diffusion.scheduler)
+        cleaned_BCYX = latents_BCYX + LATENT_NOISE * noise_BCYX
+        for scheduler, of_kind_B in (("ddim", kind_B == 1), (DISTILLED, kind_B == 2)):
+            if of_kind_B.any():
+                cleaned_BCYX[of_kind_B] = self.diffusion.cleaned(
+                    latents_BCYX[of_kind_B],
+                    condition_BQD[of_kind_B],
+                    noise=noise_BCYX[of_kind_B],
+                    timesteps=timesteps_B[of_kind_B].to(latents_BCYX.device),
+                    scheduler=scheduler,
+                ).to(cleaned_BCYX.dtype)
+        return cleaned_BCYX
+
+
+class DecoderStage:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
+        config = storybook()
+        self.diffusion = parts.diffusion(stage="decoder")
+        text_encoder = load_text_encoder(resolve(config.text_encoder), config)
+        self.preset = preset
+        self.objective = DecoderObjective(self.diffusion, text_encoder, preset)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        trained = [parameter for parameter in self.diffusion.vae.parameters() if parameter.requires_grad]
+        return [{"params": trained, "lr": self.preset.learning_rate}]
+
+    def draw_sheet(self, path: Path) -> None:
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
+
+    def save(self, folder: Path) -> None:
+        model_folder.save_diffusion(self.diffusion, folder)
+
+
+def _crops(whole_BCYX: Tensor, corners_BN2: np.ndarray, side: int) -> Tensor:
+    """N squares of each, from their rows and columns on: (B N, C, side, side)."""
+    return torch.stack(
+        [
+            whole_CYX[:, row : row + side, column : column + side]
+            for whole_CYX, corners_N2 in zip(whole_BCYX, corners_BN2.tolist(), strict=True)
+            for row, column in corners_N2
+        ]
+    )

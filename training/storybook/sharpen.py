@@ -1,0 +1,182 @@
+"""Stage "sharpen": pictures as the default request draws them -> the same ones, crisp."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt5.config import storybook
+from minigpt5.engine.denoising import Denoising, advance
+from minigpt5.model import folder as model_folder
+from minigpt5.model.base_models import resolve
+from minigpt5.model.diffusion import Diffusion, normal_like, without_noise
+from minigpt5.model.folder import DISTILLED_DRAW
+from minigpt5.model.multistep_scheduler import last_level
+from minigpt5.model.pixels import to_pixels, to_tensor
+from minigpt5.model.text_encoder import load_text_encoder
+from minigpt5.objective.losses import exactly
+from minigpt5.storybook.scenes import Scene
+from minigpt5.types import DISTILLED
+from training.data.batches import Batch
+from training.data.replay_buffer import Memory, is_replay
+from training.parts import Parts, prepare_unet
+from training.presets import Preset
+from training.storybook.sheets import save_captioned_sheet
+from training.storybook.sprites import SPRITE_WEIGHT, cleared, error_weight, find_sprites, redrawn
+from training.storybook.vae import LATENT_NOISE, reconstruction_losses
+
+REMEMBERED = 2048
+"""Pictures, which cost nearly as much to draw as to learn from; 450 MB."""
+MIN_ENERGY = 4e-3
+"""Below it a region counts as flat: it has no correlation with anything."""
+TARGET = ("pixels", "weight", "masks")
+"""What a picture should be, (Y, X, 3) uint8, how much an error counts, (1, Y, X), and its sprites' masks, (2, Y, X)."""
+
+
+class SharpenObjective(nn.Module):
+    """The last call of the distilled UNet and the VAE's way back, learnt together on what they draw, through pixels (as
+    in DRaFT-1, arXiv 2309.17400, but with a target in the place of a reward).
+
+    Taught by true scenes, either can but blur what it is in doubt of: where a sprite stands, and how large. Here they
+    themselves have decided: sprites are looked for in the picture that was drawn, by what was there before this leg,
+    and drawn anew where they stand in it. That is the target. A third of the pictures are true scenes from their own
+    latents, for the way back alone; and the first call, which decides what stands where, is held to what it was.
+    """
+
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+        super().__init__()
+        self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
+        diffusion.requires_grad_(False)
+        self.before = Diffusion(
+            copy.deepcopy(diffusion.vae), diffusion.unet, diffusion.scheduler, copy.deepcopy(diffusion.distilled)
+        )
+        for part in (diffusion.unet_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
+            part.requires_grad_(True)
+        self._remembered = Memory(maxlen=REMEMBERED)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        diffusion, device = self.diffusion, self.diffusion.unet.device
+        size, step = len(batch["row_ids"]), batch["step"]  # type: ignore[arg-type]
+        num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)  # type: ignore[operator]
+        true = [torch.as_tensor(batch[name])[:num_true] for name in TARGET]
+        noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, *drawn = self._drawn(batch, num_true)
+        pixels, weight_B1YX, masks_BNYX = (torch.cat(both).to(device) for both in zip(true, drawn, strict=True))
+        pixels_BCYX = to_tensor(pixels)
+
+        num_composed = math.ceil(len(noisy_BCYX) / 4)
+        first, last = diffusion.scheduler.config.num_train_timesteps - 1, last_level(diffusion.scheduler)
+        timesteps_B = torch.tensor([last] * len(noisy_BCYX) + [first] * num_composed, device=device)
+        began_BCYX = torch.cat([noisy_BCYX, noise_BCYX[:num_composed]])
+        predicted_BCYX = diffusion.unet_for(DISTILLED)(
+            began_BCYX, timesteps_B, encoder_hidden_states=torch.cat([condition_BQD, condition_BQD[:num_composed]])
+        ).sample
+        clean_BCYX = without_noise(diffusion.scheduler, began_BCYX, predicted_BCYX.float(), timesteps_B)
+        painted_BCYX, again_BCYX = clean_BCYX.split([len(noisy_BCYX), num_composed])
+
+        with torch.no_grad():
+            exact_BCYX = diffusion.to_latents(pixels_BCYX[:num_true])
+        exact_BCYX = exact_BCYX + LATENT_NOISE * normal_like(exact_BCYX)
+        decoded_BCYX = diffusion.to_raw_pixels(torch.cat([exact_BCYX, painted_BCYX])).float()
+        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, weight_B1YX)
+        losses["detail"] = detail_loss(decoded_BCYX, pixels_BCYX, masks_BNYX)
+        losses["composition"] = F.mse_loss(again_BCYX, composed_BCYX[:num_composed])
+        loss = losses["loss"] + self.preset.detail_weight * losses["detail"] + losses["composition"]
+        return {**losses, "loss": loss}
+
+    def _drawn(self, batch: Batch, first: int) -> list[Tensor]:
+        """What there is to learn from pictures of the batch from `first` on, or of what is remembered: the noise that
+        they began as, what the first call made of it, the latents before the last call, the condition; TARGET."""
+        if self.training and is_replay(batch, self.preset, len(self._remembered)):
+            rows = self._remembered.sample(len(batch["row_ids"]) - first)  # type: ignore[arg-type]
+        else:
+            rows = self._draw(batch["caption"][first:], batch["scene"][first:])  # type: ignore[index]
+            if self.training:
+                self._remembered.extend(rows)
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    @torch.no_grad()
+    def _draw(self, captions: list[str], scenes: list[Scene]) -> list[tuple[Tensor, ...]]:
+        """One row of `_drawn` for each: the first and the last call by what was there before this leg, those between
+        by what is there now."""
+        condition_BQD, null_1QD = self.text_encoder(captions), self.text_encoder([""])
+        seeds = torch.randint(2**31, (len(captions),)).tolist()
+        pictures = [
+            Denoising(self.diffusion, condition_QD, seed=seed, draw=DISTILLED_DRAW, guidance_rescale=0.0)
+            for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
+        ]
+
+        def of_all(name: str) -> Tensor:
+            return torch.cat([getattr(picture, name) for picture in pictures])
+
+        noise_BCYX = of_all("latents_1CYX")
+        advance(self.before, pictures, null_1QD)
+        composed_BCYX = of_all("clean_1CYX")
+        while pictures[0].num_calls_left > 1:
+            advance(self.diffusion, pictures, null_1QD)
+        noisy_BCYX = of_all("latents_1CYX")
+        advance(self.before, pictures, null_1QD)
+        with exactly(noise_BCYX.device):  # levels that bfloat16 does not tell apart
+            drawn = to_pixels(self.before.to_pixels(of_all("clean_1CYX")))
+        targets = [_target(pixels, scene) for pixels, scene in zip(drawn, scenes, strict=True)]
+        rows = zip(noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, strict=True)
+        return [(*row, *target) for row, target in zip(rows, targets, strict=True)]
+
+
+def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -> Tensor:
+    """One minus the normalised correlation under each mask, each colour channel around its own mean there; the mean
+    over the masks that have any pixel. It is what `minigpt5.storybook.crispness` measures, at one place."""
+    masks_BN1YX = masks_BNYX[:, :, None].float()
+    area_BN111 = masks_BN1YX.sum((3, 4), keepdim=True).clamp_min(1)
+
+    def details(pictures_BCYX: Tensor) -> Tensor:
+        under_BNCYX = pictures_BCYX[:, None] * masks_BN1YX
+        return (under_BNCYX - under_BNCYX.sum((3, 4), keepdim=True) / area_BN111) * masks_BN1YX
+
+    decoded_BNCYX, true_BNCYX = details(decoded_BCYX), details(pixels_BCYX)
+    energies_BN = (values.square().sum((2, 3, 4)).clamp_min(MIN_ENERGY) for values in (decoded_BNCYX, true_BNCYX))
+    correlation_BN = (decoded_BNCYX * true_BNCYX).sum((2, 3, 4)) / torch.stack(list(energies_BN)).prod(0).sqrt()
+    is_there_BN = masks_BNYX.flatten(2).any(-1)
+    return ((1 - correlation_BN) * is_there_BN).sum() / is_there_BN.sum().clamp_min(1)
+
+
+def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
+    """A drawn picture's TARGET: with its sprites drawn anew, without their halos, and no pixel in the mask of one that
+    is not to be seen."""
+    sprites = find_sprites(pixels, scene)
+    is_whole = len(sprites) == 2  # what is not found would be taken for what is behind the other
+    if is_whole:
+        pixels = cleared(pixels, sprites)
+    masks_NYX = np.zeros((2, *pixels.shape[:2]), bool)
+    for mask_YX, sprite in zip(masks_NYX, sprites, strict=False):
+        mask_YX[:] = sprite.mask()
+    weight_1YX = error_weight(sprites, around=SPRITE_WEIGHT if is_whole else 1.0)
+    return tuple(torch.tensor(values) for values in (redrawn(pixels, sprites), weight_1YX, masks_NYX))
+
+
+class SharpenStage:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
+        config = storybook()
+        self.diffusion = parts.diffusion(stage="sharpen")
+        prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
+        text_encoder = load_text_encoder(resolve(config.text_encoder), config)
+        self.preset = preset
+        self.objective = SharpenObjective(self.diffusion, text_encoder, preset)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        vae = [parameter for parameter in self.diffusion.vae.parameters() if parameter.requires_grad]
+        return [
+            {"params": list(self.diffusion.unet_for(DISTILLED).parameters()), "lr": self.preset.learning_rate},
+            {"params": vae, "lr": self.preset.decoder_learning_rate},
+        ]
+
+    def draw_sheet(self, path: Path) -> None:
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, DISTILLED_DRAW)
+
+    def save(self, folder: Path) -> None:
+        model_folder.save_diffusion(self.diffusion, folder)

@@ -1,0 +1,65 @@
+"""Stage "unet": caption through the text encoder -> latents. The base that the vokens are later aligned with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minigpt5.config import storybook
+from minigpt5.model import folder as model_folder
+from minigpt5.model.base_models import resolve
+from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
+from minigpt5.model.pixels import to_tensor
+from minigpt5.model.text_encoder import load_text_encoder
+from training.data.batches import Batch
+from training.parts import Parts, prepare_unet
+from training.presets import Preset
+from training.storybook.sheets import save_captioned_sheet
+
+NULL_SHARE = 0.1
+
+
+class UnetObjective(nn.Module):
+    """The denoising loss on fresh scenes, a tenth of them under the null condition. See `Preset.placement_until`."""
+
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+        super().__init__()
+        self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
+        diffusion.vae.requires_grad_(False)
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        with torch.no_grad():
+            latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]).to(self.diffusion.unet.device))
+        learns_placement = progress < self.preset.placement_until
+        captions: list[str] = batch["canonical" if learns_placement else "caption"]  # type: ignore[assignment]
+        is_null = torch.rand(len(captions)) < NULL_SHARE
+        captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
+        condition_BQD = self.text_encoder(captions)
+        first = self.preset.first_timestep if learns_placement else 0
+        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=first)}
+
+
+class UnetStage:
+    def __init__(self, preset: Preset, parts: Parts) -> None:
+        torch.manual_seed(preset.seed)
+        config = storybook()
+        goes_on = parts.start or parts.decoder
+        folder = parts.find("unet", stage="unet") if goes_on else None
+        unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
+        self.diffusion = Diffusion(load_vae(parts.need("vae", stage="unet")), unet, new_storybook_scheduler())
+        prepare_unet(self.diffusion.unet, preset)
+        text_encoder = load_text_encoder(resolve(config.text_encoder), config)
+        self.preset = preset
+        self.objective = UnetObjective(self.diffusion, text_encoder, preset)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.learning_rate}]
+
+    def draw_sheet(self, path: Path) -> None:
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
+
+    def save(self, folder: Path) -> None:
+        """Without a UNet that was distilled from what this one was before."""
+        model_folder.save_diffusion(self.diffusion, folder)
