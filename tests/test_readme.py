@@ -62,14 +62,25 @@ def test_python_example_compiles() -> None:
 
 
 def test_named_paths_exist() -> None:
-    for path in re.findall(r"(?<![\w/])(?:cluster|deployments|training|models|tests|bench)/[\w./-]+", README):
+    for path in re.findall(r"(?<![\w/])(?:cluster|deployments|training|models|tests|benchmarks|docs)/[\w./-]+", README):
         assert (ROOT / path.rstrip(".")).exists(), f"the README names {path}, which does not exist"
 
 
-def test_the_tree_lists_every_module() -> None:
+def test_the_tree_lists_every_package() -> None:
+    """The folders of each package, and the modules right in `minigpt5`."""
     tree = next(body for _, body in BLOCKS if body.startswith("minigpt5/ "))
-    listed = set(re.findall(r"^  (\w+\.py) ", tree, flags=re.M))
-    there = {path.name for path in (ROOT / "minigpt5").glob("*.py")} - {"__init__.py"}
-    assert listed == there
-    for folder in re.findall(r"^(\w[\w/]*/) ", tree, flags=re.M):
-        assert (ROOT / folder).is_dir(), f"the README names {folder}, which does not exist"
+    listed: set[str] = set()
+    folder = ""
+    for line in tree.splitlines():
+        names = re.match(r"(?: {2})?((?:[\w/]+(?:\.py)? )+) ", line)
+        assert names, line
+        if not line.startswith(" "):
+            folder = names[1].split("/")[0]
+        listed |= {f"{folder}/{name}" if line.startswith(" ") else name for name in names[1].split()}
+    for name in listed:
+        assert (ROOT / name).exists(), f"the README names {name}, which does not exist"
+    packages = {path.parent for top in ("minigpt5", "deployments", "training") for path in (ROOT / top).glob("*/*.py")}
+    modules = set((ROOT / "minigpt5").glob("*.py")) - {ROOT / "minigpt5" / "__init__.py"}
+    there = {f"{path.relative_to(ROOT).as_posix()}/" for path in packages}
+    there |= {path.relative_to(ROOT).as_posix() for path in modules}
+    assert there <= listed, there - listed
