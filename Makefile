@@ -14,7 +14,7 @@ EXAMPLES ?= 200
 RUN := .venv/bin/python
 STAMP := .venv/.installed
 # What "vision" taught is half lost while "learn" tells stories: descriptions alone, once more.
-DESCRIBE := words_until=0 steps=250 batch_size=12 learning_rate=5e-4 ema=0.98 warmup_steps=20
+DESCRIBE := words_until=0 steps=250 batch_size=12 learning_rate=5e-4 ema_decay=0.98 warmup_steps=20
 
 # Users' words reach a recipe as environment variables, so that no quote or dollar in them is ever interpreted.
 unexport PROMPT OUT MODEL STORAGE

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
+from batch_jobs.failpoints import FailpointHook
 from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of, read_rows
 from batch_jobs.job import (
     Output,
@@ -21,7 +22,6 @@ from batch_jobs.job import (
     run_command,
     work,
 )
-from batch_jobs.kill_points import Reach
 from batch_jobs.outputs import DESCRIPTION_SCHEMA
 from batch_jobs.pipeline import (
     STORIES_AT_ONCE,
@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, reach: Reach) -> Report:
+def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     """Check all that can be checked at once, then work."""
     model, config = check_model(options.model)
     plan = {
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, reach: Reach) -> Report:
         "model": config.fingerprint,
         "question": options.question,
     }
-    output = Output.at(options.output, DESCRIPTION_SCHEMA, plan, flush_s=options.flush_seconds, reach=reach)
+    output = Output.at(options.output, DESCRIPTION_SCHEMA, plan, flush_s=options.flush_seconds, failpoint=failpoint)
     make = partial(describe, config=config, pool=generator_pool(options, model), limits=limits(options))
     return work(
         _read(options.input, options.question),

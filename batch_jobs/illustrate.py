@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from batch_jobs import books
+from batch_jobs.failpoints import FailpointHook
 from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, digest_of, read_rows
 from batch_jobs.job import (
     Output,
@@ -30,7 +31,6 @@ from batch_jobs.job import (
     run_command,
     work,
 )
-from batch_jobs.kill_points import Reach
 from batch_jobs.outputs import STORY_SCHEMA, Gathered, bad_story
 from batch_jobs.pipeline import (
     PICTURES_AT_ONCE,
@@ -94,7 +94,7 @@ def make_pages_on_ray(
     """The pipeline: jobs -> written pages -> drawn pages, in the order in which they are finished."""
     connect(engines.generator.least + engines.decoder.least)
     monitor = RemoteMonitor()
-    common: dict[str, Any] = {"store": output.store, "watch": monitor, "reach": output.reach}
+    common: dict[str, Any] = {"store": output.store, "watch": monitor, "reach": output.failpoint}
     written = through(
         new_dataset(as_table(jobs), name="illustrate"),
         Write,
@@ -131,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, reach: Reach) -> Report:
+def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     """Check all that can be checked at once, then work."""
     model, config = check_model(options.model)
     plan = {
@@ -146,7 +146,7 @@ def run(options: argparse.Namespace, reach: Reach) -> Report:
         plan,
         keeps_pictures=options.pictures == "files",
         flush_s=options.flush_seconds,
-        reach=reach,
+        failpoint=failpoint,
     )
     engines = Engines(
         generator=generator_pool(options, model), decoder=decoder_pool(options, model), limits=limits(options)

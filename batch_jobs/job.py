@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 from ray.exceptions import RayError
 
-from batch_jobs import kill_points
+from batch_jobs import failpoints
+from batch_jobs.failpoints import FailpointHook, no_failpoint
 from batch_jobs.inputs import RawRow
-from batch_jobs.kill_points import Reach, unharmed
 from batch_jobs.outputs import FLUSH_S, RowSink
 from batch_jobs.pipeline import Limits, Pool
 from batch_jobs.report import Report
@@ -51,7 +51,7 @@ class Output:
     store: PageStore
     plan: dict[str, Any]
     """What makes this job this job: a second run must have the same."""
-    reach: Reach = unharmed
+    failpoint: FailpointHook = no_failpoint
 
     @classmethod
     def at(
@@ -62,11 +62,11 @@ class Output:
         *,
         keeps_pictures: bool = False,
         flush_s: float = FLUSH_S,
-        reach: Reach = unharmed,
+        failpoint: FailpointHook = no_failpoint,
     ) -> Output:
         state, store = JobState(uri), PageStore(uri, keeps_pictures=keeps_pictures)
-        sink = RowSink(uri, schema, store=store, flush_s=flush_s, check=state.check, reach=reach)
-        return cls(sink=sink, state=state, store=store, plan=plan, reach=reach)
+        sink = RowSink(uri, schema, store=store, flush_s=flush_s, check=state.check_owner, failpoint=failpoint)
+        return cls(sink=sink, state=state, store=store, plan=plan, failpoint=failpoint)
 
 
 def work(
@@ -90,7 +90,7 @@ def work(
         items = list(items)
         done = output.sink.written()
         if was_begun:
-            output.reach("recovering")
+            output.failpoint("recovering")
             output.sink.sweep()
             kept = output.store.drop_all_but({item.id for item in items} - done.keys())
             say(f"going on: {len(done)} of {len(items)} rows are there, {kept} more are begun")
@@ -114,7 +114,7 @@ def _take_in(
     started = said = time.monotonic()
     try:
         for row in rows:
-            output.state.beat()
+            output.state.heartbeat()
             if row is not None:
                 output.sink.add(row)
                 report.add(row)
@@ -212,10 +212,10 @@ def note_unknown_columns(rows: Iterable[RawRow], known: tuple[str, ...]) -> None
         print(f"columns without a meaning here, ignored: {', '.join(unknown)}", file=sys.stderr)
 
 
-def run_command(run: Callable[[argparse.Namespace, Reach], Report], options: argparse.Namespace) -> int:
+def run_command(run: Callable[[argparse.Namespace, FailpointHook], Report], options: argparse.Namespace) -> int:
     """A job as a command: its report, or its error in one line. The exit code: 2 for what the caller can put right."""
     try:
-        report = run(options, kill_points.from_environment())
+        report = run(options, failpoints.from_environment())
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

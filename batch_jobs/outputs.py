@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 from pyarrow import ArrowException, dataset, fs, parquet
 
+from batch_jobs.failpoints import FailpointHook, no_failpoint
 from batch_jobs.inputs import BadRow, open_uri
-from batch_jobs.kill_points import Reach, unharmed
 from batch_jobs.stages import CLOSING_PAGE, Row
 from batch_jobs.state import PageStore
 from minigpt5.errors import StorageError
@@ -118,11 +118,11 @@ class RowSink:
         store: PageStore,
         flush_s: float = FLUSH_S,
         check: Callable[[], None] = lambda: None,
-        reach: Reach = unharmed,
+        failpoint: FailpointHook = no_failpoint,
     ) -> None:
         """`check` raises where nothing may be written any more. Raises StorageError where `uri` cannot be written."""
         self.uri, self.schema, self.store = uri, schema, store
-        self._flush_s, self._check, self._reach = flush_s, check, reach
+        self._flush_s, self._check, self._failpoint = flush_s, check, failpoint
         self._files, self._folder = open_uri(uri)
         self._rows: list[Row] = []
         self._num_bytes = 0
@@ -172,10 +172,10 @@ class RowSink:
         try:
             table = pa.Table.from_pylist([self._with_pictures(row) for row in self._rows], schema=self.schema)
             parquet.write_table(table, written, filesystem=self._files, compression="zstd")
-            self._reach("part-hidden")
+            self._failpoint("part-hidden")
             self._check()
             self._files.move(written, final)
-            self._reach("part-written")
+            self._failpoint("part-written")
             for row in self._rows:
                 self.store.drop(row["id"])
         except (OSError, ArrowException) as error:

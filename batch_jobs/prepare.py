@@ -24,8 +24,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from batch_jobs.dataset_readers import DATASET_READERS, STORYBOOK, Source, storybook_item
 from batch_jobs.inputs import open_uri
-from batch_jobs.layouts import LAYOUTS, STORYBOOK, Source, storybook_item
 from batch_jobs.pipeline import connect
 from batch_jobs.state import read_json, write_whole
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
@@ -53,7 +53,7 @@ def items_of(layout: str, uri: str, part: Part, *, seed: int) -> Iterator[Item]:
         for index in range(part.start, part.start + part.count):
             yield storybook_item(layout.partition(":")[2], index, seed)
         return
-    items = LAYOUTS[layout].items(Source(uri), part.file)
+    items = DATASET_READERS[layout].items(Source(uri), part.file)
     yield from itertools.islice(items, part.start, part.start + part.count)
 
 
@@ -107,7 +107,7 @@ def _nothing(name: str) -> bytes:
 
 
 def count_items(file: str, *, layout: str, uri: str) -> int:
-    return sum(1 for _ in LAYOUTS[layout].items(Source(uri), file))
+    return sum(1 for _ in DATASET_READERS[layout].items(Source(uri), file))
 
 
 def plan(layout: str, uri: str, *, limit: int | None) -> list[Part]:
@@ -119,7 +119,7 @@ def plan(layout: str, uri: str, *, limit: int | None) -> list[Part]:
     else:
         import ray
 
-        names = LAYOUTS[layout].files(Source(uri))
+        names = DATASET_READERS[layout].files(Source(uri))
         if not names:
             raise InvalidRequest("source", f"source is {uri}, and there is nothing of layout {layout} in it")
         counting = ray.data.from_items([{"file": name} for name in names]).map(
@@ -170,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m batch_jobs.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*LAYOUTS, *(f"storybook:{kind}" for kind in STORYBOOK)]
+    names = [*DATASET_READERS, *(f"storybook:{kind}" for kind in STORYBOOK)]
     parser.add_argument("layout", choices=names, metavar="LAYOUT", help=", ".join(names))
     parser.add_argument("source", nargs="?", default="", help="folder, file or URI (none for storybook)")
     parser.add_argument("--output", required=True, help="folder or URI")

@@ -16,9 +16,9 @@ import pyarrow as pa
 import ray.data
 from pyarrow import ArrowException, dataset, fs, parquet
 
+from batch_jobs.failpoints import FailpointHook
 from batch_jobs.inputs import digest_of, open_uri
 from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, run_command, work
-from batch_jobs.kill_points import Reach
 from batch_jobs.outputs import STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import PICTURES_AT_ONCE, Limits, Pool, RemoteMonitor, connect, finished_rows, through
 from batch_jobs.report import Report
@@ -98,7 +98,7 @@ def redraw(
         at_once=PICTURES_AT_ONCE,
         store=output.store,
         watch=monitor,
-        reach=output.reach,
+        failpoint=output.failpoint,
     )
     for row in finished_rows(drawn, monitor, limits, pools=("decoder",)):
         if row is None:
@@ -151,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, reach: Reach) -> Report:
+def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     """Check all that can be checked at once, then work."""
     model, config = check_model(options.model)
     asked = {name: getattr(options, name) for name in ("steps", "guidance_scale", "scheduler")}
@@ -173,7 +173,7 @@ def run(options: argparse.Namespace, reach: Reach) -> Report:
     }
     keeps = options.pictures == "files"
     output = Output.at(
-        options.output, STORY_SCHEMA, plan, keeps_pictures=keeps, flush_s=options.flush_seconds, reach=reach
+        options.output, STORY_SCHEMA, plan, keeps_pictures=keeps, flush_s=options.flush_seconds, failpoint=failpoint
     )
     make = partial(
         redraw,

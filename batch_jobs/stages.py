@@ -21,8 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
+from batch_jobs.failpoints import FailpointHook, no_failpoint
 from batch_jobs.inputs import ImageJob, StoryJob, load_image
-from batch_jobs.kill_points import Reach, unharmed
 from batch_jobs.monitor import DiedTooOften, Seat, Watch, check_deaths
 from batch_jobs.state import PageStore, StoredPage
 from minigpt5.errors import InvalidRequest
@@ -53,7 +53,7 @@ J = TypeVar("J", StoryJob, ImageJob)
 class Generator(Protocol):
     """The face of minigpt5.engine.generator.VokenGenerator."""
 
-    def check(self, request: StoryRequest) -> None: ...
+    def validate_request(self, request: StoryRequest) -> None: ...
     def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]: ...
 
 
@@ -121,9 +121,9 @@ class Write:
         store: PageStore,
         watch: Watch,
         engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
-        reach: Reach = unharmed,
+        failpoint: FailpointHook = no_failpoint,
     ) -> None:
-        self.sampling, self.store, self.reach = sampling, store, reach
+        self.sampling, self.store, self.failpoint = sampling, store, failpoint
         self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
 
     def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
@@ -142,14 +142,14 @@ class Write:
         started = time.monotonic()
         if num_stored < job.pages:
             if num_stored:
-                self.reach("recovering")
+                self.failpoint("recovering")
             with self.seat.row(job.id) as num_deaths:
                 try:
                     check_deaths(num_deaths)
                     for known in self._new_pages(job, stored):
                         num_stored += 1
                         self.store.save_text(job.id, num_stored, known)
-                        self.reach("text-written")
+                        self.failpoint("text-written")
                         yield {**common, **_page_row(job, num_stored, known)}
                 except InvalidRequest as refusal:
                     error, kind = str(refusal), "input"
@@ -189,15 +189,15 @@ class Write:
         yield from self._pages_of(replace(request, previous=previous, pages=num_left, given=job.texts[len(stored) :]))
 
     def _pages_of(self, request: StoryRequest) -> Generates[StoredPage, None, None]:
-        self.seat.engine.check(request)
-        self.reach("before-text")
+        self.seat.engine.validate_request(request)
+        self.failpoint("before-text")
         text, num_pages = "", 0
         with contextlib.closing(drain(self.seat.engine.generate(request))) as events:
             for event in events:
                 if isinstance(event, TextDelta):
                     text += event.text
                     if num_pages:
-                        self.reach("mid-text")
+                        self.failpoint("mid-text")
                 elif isinstance(event, Vokens):
                     given = request.given[num_pages : num_pages + 1]
                     yield StoredPage(text=given[0] if given else text.strip(), vokens=pack(event))
@@ -218,9 +218,9 @@ class Draw:
         store: PageStore,
         watch: Watch,
         engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
-        reach: Reach = unharmed,
+        failpoint: FailpointHook = no_failpoint,
     ) -> None:
-        self.store, self.reach = store, reach
+        self.store, self.failpoint = store, failpoint
         self.seat = Seat("decoder", load_engine, watch, engine_id=engine_id())
 
     def __call__(self, pages: pa.Table) -> Iterator[pa.Table]:
@@ -238,7 +238,7 @@ class Draw:
             try:
                 check_deaths(num_deaths)
                 self.store.save_picture(page["id"], page["page"], self._draw(page))
-                self.reach("picture-written")
+                self.failpoint("picture-written")
             except DiedTooOften as deaths:
                 error, kind = str(deaths), "engine deaths"
             except Exception as failure:  # one picture fails, the others go on
@@ -252,7 +252,7 @@ class Draw:
         png = b""
         for event in drain(self.seat.engine.decode(DrawRequest(vokens=vokens, seed=page["seed"], settings=settings))):
             if isinstance(event, Progress):
-                self.reach("mid-picture")
+                self.failpoint("mid-picture")
             elif isinstance(event, Picture):
                 png = event.png
         return png
@@ -290,7 +290,7 @@ class Tell:
                     mode="reply",
                     pictures="none",
                 )
-                self.seat.engine.check(request)
+                self.seat.engine.validate_request(request)
                 events = drain(self.seat.engine.generate(request))
                 caption = "".join(event.text for event in events if isinstance(event, TextDelta)).strip()
             except InvalidRequest as refusal:

@@ -30,7 +30,7 @@ from pyarrow import ArrowException, fs
 from batch_jobs.inputs import open_uri
 from minigpt5.errors import MiniGPT5Error, StorageError
 
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 """How often a working job says that it lives."""
 SILENCE_S = 20.0
 """A job on another machine that says nothing for so long is dead."""
@@ -138,7 +138,7 @@ class JobState:
         self._manifest, self._owner = f"{base}.state/manifest.json", f"{base}.state/owner.json"
         self._token = secrets.token_hex(8)
         self._plan: dict[str, Any] = {}
-        self._num_beats, self._beaten_at = 0, 0.0
+        self._num_heartbeats, self._heartbeat_at = 0, 0.0
 
     def is_finished(self, plan: dict[str, Any]) -> bool:
         """Whether an earlier run did all of `plan`. Raises MiniGPT5Error where it was another plan."""
@@ -170,31 +170,31 @@ class JobState:
         self._plan = plan
         try:
             write_whole(self._files, self._manifest, _to_json({"status": "begun", "plan": plan}))
-            self.beat()
+            self.heartbeat()
         except (OSError, ArrowException) as error:
             raise StorageError(
                 f"output {self.output} cannot be written ({error}): name another folder or URI, or give it permission"
             ) from error
         return was_begun
 
-    def beat(self) -> None:
-        """Say that this process lives, at most every BEAT_S."""
-        if self._num_beats and time.monotonic() - self._beaten_at < BEAT_S:
+    def heartbeat(self) -> None:
+        """Say that this process lives, at most every HEARTBEAT_S."""
+        if self._num_heartbeats and time.monotonic() - self._heartbeat_at < HEARTBEAT_S:
             return
         self._check_owner()
-        self._num_beats, self._beaten_at = self._num_beats + 1, time.monotonic()
+        self._num_heartbeats, self._heartbeat_at = self._num_heartbeats + 1, time.monotonic()
         process = psutil.Process()
         owner = {"token": self._token, "host": socket.gethostname(), "pid": process.pid}
-        owner |= {"started": process.create_time(), "beat": self._num_beats}
+        owner |= {"started": process.create_time(), "beat": self._num_heartbeats}
         write_whole(self._files, self._owner, _to_json(owner))
 
-    def check(self) -> None:
+    def check_owner(self) -> None:
         """Raise MiniGPT5Error where another process took over: nothing may be put into the output any more."""
-        self._num_beats = max(1, self._num_beats)
+        self._num_heartbeats = max(1, self._num_heartbeats)
         self._check_owner()
 
     def finish(self, counts: dict[str, Any]) -> None:
-        self.check()
+        self.check_owner()
         write_whole(self._files, self._manifest, _to_json({"status": "finished", "plan": self._plan, **counts}))
 
     def release(self) -> None:
@@ -204,7 +204,7 @@ class JobState:
             self._files.delete_file(self._owner)
 
     def _check_owner(self) -> None:
-        owner = read_json(self._files, self._owner) if self._num_beats else None
+        owner = read_json(self._files, self._owner) if self._num_heartbeats else None
         if owner and owner["token"] != self._token:
             raise MiniGPT5Error(
                 f"output {self.output} was taken over by process {owner['pid']} on {owner['host']}: this one stops"

@@ -1,4 +1,4 @@
-"""Campaign files of Battle for Wesnoth -> the pages of their stories, in order. layouts.py finds the files.
+"""Campaign files of Battle for Wesnoth -> the pages of their stories, in order. dataset_readers.py finds the files.
 
 WML is `[tag]`s that hold `key=value` lines, after a preprocessor: `#define NAME PARAMETERS ... #enddef` makes a macro,
 `{NAME ARGUMENTS}` is what it stands for. Most campaigns keep their paintings, and some whole pages, in macros.

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from batch_jobs.kill_points import POINTS
+from batch_jobs.failpoints import POINTS
 from benchmarks import bulk_speed
 from benchmarks.kills import KINDS, kill_at, kill_many, make_reference, table, write_input
 from benchmarks.quality import machine

@@ -48,7 +48,7 @@ class SimulatedGenerator:
     def __init__(self, page_s: float = 0.05) -> None:
         self.page_s = page_s
 
-    def check(self, request: StoryRequest) -> None: ...
+    def validate_request(self, request: StoryRequest) -> None: ...
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         first = len(request.previous) + 1

@@ -32,7 +32,7 @@ from minigpt5.config import default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.denoising import Denoising, Precision
 from minigpt5.engine.generator import VokenGenerator
-from minigpt5.model.folder import load_decoder_parts
+from minigpt5.model.folder import load_decoder_model
 from minigpt5.story.stream import stream_story
 from minigpt5.types import DrawRequest, DrawSettings, Picture, StoryRequest, TextDelta, Vokens
 
@@ -211,7 +211,7 @@ async def measure_cancel(generator: VokenGenerator, decoder: DiffusionDecoder, v
 async def measure(folder: Path, num: int, precision: Precision) -> tuple[dict[str, float], dict[str, Any]]:
     rng = random.Random(5)
     generator = VokenGenerator.from_pretrained(folder)
-    decoder, again = (Recording(*load_decoder_parts(folder), precision=precision) for _ in range(2))
+    decoder, again = (Recording(*load_decoder_model(folder), precision=precision) for _ in range(2))
     texts = await compare_texts(generator, num, rng)
     vokens = [
         event async for event in generator.generate(some_stories(1, generator, rng)[0]) if isinstance(event, Vokens)

@@ -40,7 +40,7 @@ from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.sampling import sample_token
 from minigpt5.engine.threads import share, single_thread
 from minigpt5.model.diffusion import new_sampler
-from minigpt5.model.folder import load_decoder_parts, load_generator_parts
+from minigpt5.model.folder import load_decoder_model, load_generator_model
 from minigpt5.model.prompt import encode as encode_prompt
 from minigpt5.model.prompt import request_segments
 from minigpt5.story.stream import page_seed, stream_story
@@ -64,7 +64,7 @@ class Engines:
 
     def prompt_ids(self, request: StoryRequest) -> list[int]:
         queries = self.config.vision.num_queries
-        rows = self.generator.language.rows
+        rows = self.generator.language.voken_embeddings
         return encode_prompt(
             request_segments(request), self.generator.tokenizer, rows, num_image_embeddings=queries
         ).ids
@@ -191,7 +191,7 @@ def write_as_published(engines: Engines, request: StoryRequest) -> float:
         written: list[int] = []
         while len(written) < request.sampling.max_page_tokens:
             logits_T = language.logits(state_H).numpy()
-            logits_T[language.rows.first :] = -np.inf
+            logits_T[language.voken_embeddings.first :] = -np.inf
             logits_T[list(engines.generator.end_ids)] = -np.inf
             choice = sample_token(
                 logits_T, request.sampling, seed=request.seed, page=page, position=len(written), seen=written
@@ -199,7 +199,7 @@ def write_as_published(engines: Engines, request: StoryRequest) -> float:
             written.append(choice.token)
             engines.generator.tokenizer.decode(written)
             state_H = language.states(language.embed(torch.tensor([[choice.token]])), cache=cache)[0, -1]
-        states_VH = language.states(language.embed(torch.tensor([language.rows.ids])), cache=cache)[0]
+        states_VH = language.states(language.embed(torch.tensor([language.voken_embeddings.ids])), cache=cache)[0]
         hidden_VH, state_H = torch.cat([state_H[None], states_VH[:-1]]), states_VH[-1]
         latents_1CYX = pipeline(
             prompt_embeds=decoder.mapper(hidden_VH[None]),
@@ -259,7 +259,7 @@ def text_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int) -
         for token in range(request.sampling.max_page_tokens):
             language.logits(states_BH)
             states_BH = read([100 + token])
-        states_BH = read(language.rows.ids)
+        states_BH = read(language.voken_embeddings.ids)
     return (time.perf_counter() - began) / batch_size
 
 
@@ -319,8 +319,8 @@ def load_engines(model: Path, *, num_cores: int | None, context_tokens: int | No
     """Both engines with their share of the cores; the other ways have all of them."""
     generator_threads, decoder_threads = share(num_cores)
     with single_thread():
-        config, *parts = load_generator_parts(model)
-        drawing = load_decoder_parts(model)
+        config, *parts = load_generator_model(model)
+        drawing = load_decoder_model(model)
     config = dataclasses.replace(config, context_tokens=context_tokens or config.context_tokens)
     return Engines(
         VokenGenerator(config, *parts, num_threads=generator_threads),

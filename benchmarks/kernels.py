@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.quality import machine
 from minigpt5.config import default_model_folder
-from minigpt5.model.folder import load_decoder_parts
+from minigpt5.model.folder import load_decoder_model
 
 BATCH_SIZES = (2, 4, 8, 16)
 REPEATS = 5
@@ -45,7 +45,7 @@ def measure_one(predict: Predict, inputs: tuple[Tensor, Tensor, Tensor]) -> floa
 @torch.no_grad()
 def measure(folder: Path, *, is_compiled: bool) -> dict[str, dict[str, float]]:
     """By way, then by batch size."""
-    config, _, diffusion = load_decoder_parts(folder)
+    config, _, diffusion = load_decoder_model(folder)
     plain = diffusion.unet
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)

@@ -4,7 +4,7 @@
     raylet   the raylet of a second node, with the engines on it; a new one comes
     driver   the process that reads the input and writes the output; Ray goes on
     job      the driver and its whole Ray
-    point    each point of batch_jobs/kill_points.py, in whichever process reaches it first
+    point    each point of batch_jobs/failpoints.py, in whichever process reaches it first
 
 The engines are the real classes at tiny size. Every finished job is compared with the same stories made by the same
 stages in one process, one after another and without a kill: where the texts are alike, pixels are to be within one
@@ -36,7 +36,7 @@ import psutil
 from PIL import Image
 from pyarrow import parquet
 
-from batch_jobs.kill_points import POINTS, VARIABLE
+from batch_jobs.failpoints import POINTS, VARIABLE
 from minigpt5.story.voken_file import unpack
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def write_input(folder: Path) -> Path:
 
 def run_job(source: str, output: str) -> None:
     """The driver: `batch_jobs.illustrate` with tiny engines."""
-    from batch_jobs import illustrate, kill_points
+    from batch_jobs import failpoints, illustrate
     from batch_jobs.inputs import check_rows, read_rows
     from batch_jobs.job import Output
     from batch_jobs.outputs import STORY_SCHEMA
@@ -67,7 +67,7 @@ def run_job(source: str, output: str) -> None:
     from tests.helpers.tiny import tiny_config
 
     config = tiny_config()
-    place = Output.at(output, STORY_SCHEMA, {"job": "kills"}, flush_s=1.0, reach=kill_points.from_environment())
+    place = Output.at(output, STORY_SCHEMA, {"job": "kills"}, flush_s=1.0, failpoint=failpoints.from_environment())
     engines = illustrate.Engines(
         generator=Pool(load=load_tiny_generator), decoder=Pool(load=load_tiny_decoder), limits=Limits(restarts=1000)
     )

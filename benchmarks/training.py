@@ -278,7 +278,7 @@ def measure_speed(results: dict[str, Any], repeats: int = 3) -> None:
     }
     model = ["learn", "steps=12", "batch_size=4", "replay_steps=0", "num_threads=1", "--start", "models/storybook"]
     model += ["times_communication=1", "whitens=0", "standardises=0"]
-    model += [*quiet[1:], "log_every=2", "--workers", "2", "ema=0"]
+    model += [*quiet[1:], "log_every=2", "--workers", "2", "ema_decay=0"]
     zero = {f"learn, ZeRO {stage}": [*model, f"zero_stage={stage}"] for stage in (0, 1, 2, 3)}
     found = results.setdefault("speed", {})
     rounds = [(number, way) for number in range(repeats) for way in ways.items()]  # in turn: the machine is shared

@@ -69,7 +69,7 @@ class MiniGPT5:
             sampling=self.config.sampling,
             draw=draw or self.config.default_draw,
         )
-        self.generator.check(request)
+        self.generator.validate_request(request)
         check_distilled(request.draw, has_distilled=self.config.draw_distilled is not None)
         engines = self.generator.generate, self.decoder.decode
         return asyncio.run(
@@ -106,5 +106,5 @@ class MiniGPT5:
     def draw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
         """Draw vokens; the same vokens and seed give the same picture."""
         request = DrawRequest(vokens=vokens, seed=seed, settings=settings or self.config.default_draw)
-        self.decoder.check(request)
+        self.decoder.validate_request(request)
         return self.decoder.draw([request])[0]

@@ -105,7 +105,7 @@ class TextDelta:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRestarted:
+class TextReset:
     """A page's text begins anew: what was written of it could not be gone on with."""
 
     page: int
@@ -238,8 +238,6 @@ class Story:
         return to_html_fragment(self)
 
 
-GeneratorEvent = TextDelta | TextRestarted | Vokens | Usage
+GeneratorEvent = TextDelta | TextReset | Vokens | Usage
 DecoderEvent = Progress | Picture
-StoryEvent = (
-    StoryStarted | TextDelta | TextRestarted | SlotOpened | Progress | Picture | PictureFailed | PageDone | Usage
-)
+StoryEvent = StoryStarted | TextDelta | TextReset | SlotOpened | Progress | Picture | PictureFailed | PageDone | Usage

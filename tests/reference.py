@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minigpt5.config import ModelConfig, minigpt5_7b
 from minigpt5.engine.denoising import Denoising, advance
-from minigpt5.engine.kv_cache import RowCache
+from minigpt5.engine.kv_cache import SlotCache
 from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import IGNORED
@@ -59,7 +59,7 @@ class Stage:
             diffusion=str(world / "stable-diffusion"),
             like=told_sizes(json.loads((folder / "config.json").read_text())),
         )
-        _, self.mapper, self.diffusion = model_folder.load_decoder_parts(scratch)
+        _, self.mapper, self.diffusion = model_folder.load_decoder_model(scratch)
         self.language = model_folder.load_language(scratch, self.config)
         self.vision = model_folder.load_vision(scratch, self.config)
         model_folder.load_qformer(scratch, self.vision)
@@ -91,9 +91,9 @@ class Stage:
         told = self.told[index]["losses"]
         image_NQH = self.vision.qformer(self.vision.encoder(case["images"]))
         ids_1S, labels_1S = self._widen(case["input_ids"][0], case["labels"][0])
-        has_slots = bool((ids_1S == self.language.rows.placeholder).any())
+        has_slots = bool((ids_1S == self.language.voken_embeddings.placeholder).any())
         states_1SH = self.language.states(self.language.embed(ids_1S, image_NQH if has_slots else None))
-        vokens_PVH, where_P2 = align(states_1SH, ids_1S, self.language.rows)
+        vokens_PVH, where_P2 = align(states_1SH, ids_1S, self.language.voken_embeddings)
         condition_PQD = self.mapper(vokens_PVH)
         draw = {"noise": case["noise"], "timesteps": case["timesteps"]}
         losses = {
@@ -123,7 +123,7 @@ class Stage:
 
     def _widen(self, ids_S: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
         """BOS first, and each slot as many placeholders as a picture has embeddings."""
-        num = torch.where(ids_S == self.language.rows.placeholder, self.config.vision.num_queries, 1)
+        num = torch.where(ids_S == self.language.voken_embeddings.placeholder, self.config.vision.num_queries, 1)
         bos = torch.tensor([self.language.body.config.bos_token_id])
         ids = torch.cat([bos, ids_S.repeat_interleave(num)])
         labels = torch.cat([torch.tensor([IGNORED]), labels_S.repeat_interleave(num)])
@@ -155,10 +155,10 @@ class Stage:
 
 def burst(language: LanguageModel, ids_1S: Tensor, image_NQH: Tensor, config: ModelConfig) -> Tensor:
     """The states that condition a picture drawn right after a prompt, through the generator's own cache: (V, H)."""
-    cache = RowCache.for_model(language.body, num_rows=1, num_positions=config.context_tokens)
+    cache = SlotCache.for_model(language.body, num_rows=1, num_positions=config.context_tokens)
     embeds_1SH = language.embed(ids_1S, image_NQH)
     before_SH = cache.forward(language.body, embeds_1SH[0], [(0, ids_1S.shape[1])])
-    voken_ids_1V = torch.tensor([language.rows.ids])
+    voken_ids_1V = torch.tensor([language.voken_embeddings.ids])
     at_vokens_VH = cache.forward(language.body, language.embed(voken_ids_1V)[0], [(0, config.num_vokens)])
     return torch.cat([before_SH[-1:], at_vokens_VH[:-1]])
 

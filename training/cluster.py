@@ -17,9 +17,9 @@ from minigpt5.errors import NotFinite, TrainingError
 from training import checkpoint, devices, loop, workers
 from training.data import batches as data
 from training.data.batches import Rows
-from training.parts import Parts
 from training.presets import Preset
 from training.run_folder import RunFolder
+from training.weight_sources import WeightSources
 
 MAX_FAILURES = 3
 REPORT_S = 30.0
@@ -30,7 +30,7 @@ class Run:
     """All that a worker is told."""
 
     preset: Preset
-    parts: Parts
+    sources: WeightSources
     out: RunFolder
     rows: Rows
     validation: Rows | None
@@ -121,7 +121,7 @@ def work(settings: dict[str, object]) -> str | None:
     )
     try:
         loop.fit(
-            build_stage(preset, run.parts, run.rows),
+            build_stage(preset, run.sources, run.rows),
             preset,
             run.out,
             batches,

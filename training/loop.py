@@ -20,8 +20,8 @@ from training.checkpoint import load_checkpoint
 from training.data.batches import Batch
 from training.devices import autocast
 from training.presets import Preset
-from training.record import Record, Report
 from training.run_folder import RunFolder
+from training.run_recorder import Report, RunRecorder
 from training.schedule import learning_rate_factor, progress_of
 from training.workers import agreed_checkpoint, average_over_workers, seed_of, stop_if_not_finite
 
@@ -42,8 +42,8 @@ class Stage(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-class Updater(Protocol):
-    """What turns losses into steps: Plain here, or training.zero.Zero."""
+class Strategy(Protocol):
+    """What turns losses into steps: TorchStrategy here, or training.zero.ZeroStrategy."""
 
     trained: dict[str, nn.Parameter]
     communication_s: float
@@ -65,11 +65,11 @@ class Updater(Protocol):
     def load(self, state: dict[str, Any]) -> None: ...
 
 
-class Plain:
+class TorchStrategy:
     """Torch's own optimizer; every worker holds everything."""
 
     def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> None:
-        self.objective, self.clip_norm, self.communication_s = objective, preset.clip_norm, 0.0
+        self.objective, self.max_grad_norm, self.communication_s = objective, preset.max_grad_norm, 0.0
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         groups = [{**group, "initial_lr": group["lr"]} for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, preset.beta2), weight_decay=preset.weight_decay)
@@ -86,8 +86,8 @@ class Plain:
         began = time.perf_counter()
         average_over_workers(self.trained)
         self.communication_s += time.perf_counter() - began
-        if self.clip_norm:
-            nn.utils.clip_grad_norm_(self.trained.values(), self.clip_norm)
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -108,12 +108,12 @@ class Plain:
             group["initial_lr"] = rate
 
 
-def new_updater(objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> Updater:
+def new_strategy(objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> Strategy:
     if preset.zero_stage < 0:
-        return Plain(objective, groups, preset)
-    from training.zero import Zero
+        return TorchStrategy(objective, groups, preset)
+    from training.zero import ZeroStrategy
 
-    return Zero(objective, groups, preset)
+    return ZeroStrategy(objective, groups, preset)
 
 
 def fit(
@@ -130,40 +130,41 @@ def fit(
     """Train `stage` to the end of `preset`, resuming from the newest checkpoint in `folder`, which is the run's with
     the token `owner` (see checkpoint.claim).
 
-    `batches(step)` yields the batches from that step on, `preset.accumulate` for each step. `validation` is measured at
-    every checkpoint. Raises NotFinite where the loss is not, TrainingError where the folder cannot be written.
+    `batches(step)` yields the batches from that step on, `preset.gradient_accumulation_steps` for each step.
+    `validation` is measured at every checkpoint. Raises NotFinite where the loss is not, TrainingError where the folder
+    cannot be written.
     """
     stage.objective.to(device)
-    updater = new_updater(stage.objective, stage.parameter_groups(), preset)
-    trained = updater.trained
-    average = {name: p.detach().clone() for name, p in trained.items()} if preset.ema else {}
+    strategy = new_strategy(stage.objective, stage.parameter_groups(), preset)
+    trained = strategy.trained
+    average = {name: p.detach().clone() for name, p in trained.items()} if preset.ema_decay else {}
     state, position = load_checkpoint(folder, trained, average, name=agreed_checkpoint(folder))
     if state:
-        updater.load(state)
-    run = Record(stage, preset, folder, updater, average, position, validation, owner, report)
+        strategy.load(state)
+    run = RunRecorder(stage, preset, folder, strategy, average, position, validation, owner, report)
     stream = batches(position.step)
     while (progress := progress_of(preset, position)) < 1:
         torch.manual_seed(seed_of(preset, position.step))
         rate = learning_rate_factor(position.step, progress, preset)
         seconds = dict.fromkeys(SECONDS, 0.0)
-        communicated_s = updater.communication_s
+        communicated_s = strategy.communication_s
         parts: list[dict[str, float]] = []
-        for _ in range(preset.accumulate):
+        for _ in range(preset.gradient_accumulation_steps):
             with _timed(seconds, "data_s"):
                 batch = {**next(stream), "step": position.step}
             with _timed(seconds, "forward_s"), autocast(preset, device):
-                losses: dict[str, Tensor] = updater.losses(batch, progress)
+                losses: dict[str, Tensor] = strategy.losses(batch, progress)
             stop_if_not_finite(losses["loss"], position.step, batch)
             with _timed(seconds, "backward_s"):
-                updater.backward(losses["loss"] / preset.accumulate)
+                strategy.backward(losses["loss"] / preset.gradient_accumulation_steps)
             parts.append({name: loss.item() for name, loss in losses.items()})
             run.note_rows(batch, parts[-1]["loss"])
         with _timed(seconds, "optimizer_s"):
-            updater.step(rate)
-        seconds["communication_s"] = updater.communication_s - communicated_s
+            strategy.step(rate)
+        seconds["communication_s"] = strategy.communication_s - communicated_s
         position = run.advance(parts, seconds, rate)
         for name, value in average.items():
-            decay = min(preset.ema, (1 + position.step) / (10 + position.step))
+            decay = min(preset.ema_decay, (1 + position.step) / (10 + position.step))
             value.lerp_(trained[name].detach(), 1 - decay)
         run.keep_up(position)
     run.finish(position)

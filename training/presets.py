@@ -18,7 +18,7 @@ class Preset:
     minutes: float = 0.0
     """If not 0: the run ends after this time even if `steps` are not done; the schedule follows the nearer end."""
     batch_size: int
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Batches whose gradients make a step."""
     learning_rate: float
     warmup_steps: int = 100
@@ -27,9 +27,9 @@ class Preset:
     weight_decay: float = 0.01
     beta2: float = 0.99
     """Of AdamW."""
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     """Of the gradients of a step; 0: as long as they are."""
-    ema: float = 0.0
+    ema_decay: float = 0.0
     """Decay of the running average that is saved; 0: none."""
     seed: int = 1
     num_threads: int = 2
@@ -87,7 +87,7 @@ class Preset:
     caption_share: float = 0.25
     story_share: float = 0.5
     """Of the rows of "learn" and "refine": bare captions, lest they are forgotten, and stories; the rest are pages."""
-    rows_learning_rate: float = 0.0
+    voken_learning_rate: float = 0.0
     mapper_learning_rate: float = 0.0
     decoder_learning_rate: float = 0.0
     """Of the VAE's decoder in "sharpen"."""
@@ -107,14 +107,14 @@ _PUBLISHED = Preset(
     steps=0,
     epochs=2,
     batch_size=8,
-    accumulate=6,
+    gradient_accumulation_steps=6,
     learning_rate=0.0,
     mapper_learning_rate=2e-4,
-    rows_learning_rate=2e-5,
+    voken_learning_rate=2e-5,
     warmup_steps=1_000,
     decays_linearly=1,
     beta2=0.999,
-    clip_norm=0.0,
+    max_grad_norm=0.0,
     seed=42,
     bf16=1,
     text_weight=0.01,
@@ -144,13 +144,15 @@ PUBLISHED = {
 # caption loss kept in learn, with contrasts, on the facts known so far (it teaches what "it" and "there" are without a
 # UNet pass).
 STORYBOOK = {
-    "vae": Preset(stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema=0.998, weight_decay=0.0, bf16=1),
+    "vae": Preset(
+        stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema_decay=0.998, weight_decay=0.0, bf16=1
+    ),
     "unet": Preset(
         stage="unet",
         steps=10_000,
         batch_size=32,
         learning_rate=8e-4,
-        ema=0.998,
+        ema_decay=0.998,
         warmup_steps=200,
         placement_until=0.2,
         first_timestep=500,
@@ -161,7 +163,7 @@ STORYBOOK = {
         steps=6_000,
         batch_size=16,
         learning_rate=1e-3,
-        ema=0.998,
+        ema_decay=0.998,
         weight_decay=0.0,
         last_timestep=600,
         bf16=1,
@@ -171,7 +173,7 @@ STORYBOOK = {
         steps=2_000,
         batch_size=16,
         learning_rate=3e-4,
-        ema=0.99,
+        ema_decay=0.99,
         teacher_steps=5,
         replay_steps=3,
         replay_from=256,
@@ -184,7 +186,7 @@ STORYBOOK = {
         learning_rate=1.5e-4,
         decoder_learning_rate=1e-3,
         weight_decay=0.0,
-        ema=0.995,
+        ema_decay=0.995,
         detail_weight=2.0,
         replay_steps=2,
         replay_from=48,
@@ -205,13 +207,13 @@ STORYBOOK = {
         batch_size=16,
         learning_rate=5e-4,
         mapper_learning_rate=1e-3,
-        rows_learning_rate=3e-3,
+        voken_learning_rate=3e-3,
         text_weight=0.01,
         picture_weight=1.0,
         picture_from=0.7,
         caption_weight=1.0,
         replay_steps=6,
-        ema=0.99,
+        ema_decay=0.99,
     ),
     "learn": Preset(
         stage="learn",
@@ -219,7 +221,7 @@ STORYBOOK = {
         batch_size=4,
         learning_rate=5e-4,
         mapper_learning_rate=1e-4,
-        rows_learning_rate=5e-4,
+        voken_learning_rate=5e-4,
         text_weight=0.3,
         caption_weight=1.0,
         contrast_weight=0.5,
@@ -241,7 +243,7 @@ STORYBOOK = {
         replay_steps=8,
         replay_batch_size=48,
         replay_from=16_000,
-        ema=0.995,
+        ema_decay=0.995,
         warmup_steps=50,
         bf16=1,
     ),

@@ -25,9 +25,9 @@ from training import checkpoint, devices, loop, presets
 from training.data import batches as data
 from training.data.batches import Rows, RowsOfStage, StorybookRows
 from training.data.stored import StoredRows
-from training.parts import Parts
 from training.presets import Preset
 from training.run_folder import RunFolder, fetch_model
+from training.weight_sources import WeightSources
 
 PRESETS = {"storybook": presets.STORYBOOK, "published": presets.PUBLISHED}
 STORED_STAGES = ("align", "learn", "refine")
@@ -36,34 +36,34 @@ VALIDATION_SEED = 1_000_003
 """Added to the seed of the picture world's rows that are never trained on."""
 
 
-def build_stage(preset: Preset, parts: Parts, rows: Rows) -> loop.Stage:
+def build_stage(preset: Preset, sources: WeightSources, rows: Rows) -> loop.Stage:
     """The stage of a preset, on the weights that it goes on from."""
     if preset.stage == "vae":
         from training.storybook.vae import VaeStage
 
-        return VaeStage(preset, parts)
+        return VaeStage(preset, sources)
     if preset.stage == "unet":
         from training.storybook.unet import UnetStage
 
-        return UnetStage(preset, parts)
+        return UnetStage(preset, sources)
     if preset.stage == "decoder":
         from training.storybook.decoder import DecoderStage
 
-        return DecoderStage(preset, parts)
+        return DecoderStage(preset, sources)
     if preset.stage == "sharpen":
         from training.storybook.sharpen import SharpenStage
 
-        return SharpenStage(preset, parts)
+        return SharpenStage(preset, sources)
     if preset.stage == "distill":
         from training.storybook.distill import DistillStage
 
-        return DistillStage(preset, parts)
+        return DistillStage(preset, sources)
     from training.stages.model import ModelStage
 
-    return ModelStage(preset, parts, rows)
+    return ModelStage(preset, sources, rows)
 
 
-def find_rows(preset: Preset, parts: Parts, uri: str | None) -> tuple[Preset, Rows, Rows | None]:
+def find_rows(preset: Preset, sources: WeightSources, uri: str | None) -> tuple[Preset, Rows, Rows | None]:
     """Rows to train on and to validate with; the preset with its steps, where it counts epochs. Raises
     TrainingError."""
     if uri is None:
@@ -71,7 +71,7 @@ def find_rows(preset: Preset, parts: Parts, uri: str | None) -> tuple[Preset, Ro
             raise TrainingError("epochs are of stored rows: name some with --data, or set epochs=0 steps=")
         held_back = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
         return preset, StorybookRows(preset), StorybookRows(held_back) if preset.validation_batches else None
-    previous = parts.model(preset.stage)
+    previous = sources.model(preset.stage)
     config = model_folder.load_config(previous) if previous else storybook()
     stored = StoredRows(uri, config, seed=preset.seed)
     if preset.epochs:
@@ -114,15 +114,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         start = fetch_model(options.start) if options.start else None
-        parts = Parts(runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute())
+        sources = WeightSources(
+            runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute()
+        )
         out = RunFolder(options.out or options.runs / options.stage)
-        preset, rows, validation = find_rows(preset, parts, options.data)
+        preset, rows, validation = find_rows(preset, sources, options.data)
         if options.workers == 0:
-            run(preset, parts, out, rows, validation)
+            run(preset, sources, out, rows, validation)
         else:
             from training.cluster import Run, run_on_ray
 
-            on_ray = Run(preset=preset, parts=parts, out=out, rows=rows, validation=validation)
+            on_ray = Run(preset=preset, sources=sources, out=out, rows=rows, validation=validation)
             run_on_ray(on_ray, options.workers, num_gpus=options.gpus)
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -130,14 +132,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(preset: Preset, parts: Parts, out: RunFolder, rows: Rows, validation: Rows | None) -> None:
+def run(preset: Preset, sources: WeightSources, out: RunFolder, rows: Rows, validation: Rows | None) -> None:
     """The stage in this process."""
     device = devices.own_device()
     preset = devices.for_device(preset, device)
     torch.set_num_threads(preset.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loop.fit(
-        build_stage(preset, parts, rows),
+        build_stage(preset, sources, rows),
         preset,
         out,
         data.local_batches(rows, preset),

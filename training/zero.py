@@ -30,17 +30,21 @@ BUCKET = 5_000_000
 """Elements that are reduced at once."""
 
 
-class Zero:
-    """An objective under ZeRO; see training.loop.Updater. Needs an initialised process group."""
+class ZeroStrategy:
+    """An objective under ZeRO; see training.loop.Strategy. Needs an initialised process group."""
 
     def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> None:
         if not distributed.is_initialized():
             raise TrainingError(
                 f"zero_stage is {preset.zero_stage} but there are no workers: set --workers to 1 or more"
             )
-        if preset.zero_stage == 3 and preset.ema:
-            raise TrainingError("zero_stage is 3, which keeps no running average: set ema=0")
-        self.stage, self.accumulate, self.num_parts = preset.zero_stage, preset.accumulate, 0
+        if preset.zero_stage == 3 and preset.ema_decay:
+            raise TrainingError("zero_stage is 3, which keeps no running average: set ema_decay=0")
+        self.stage, self.gradient_accumulation_steps, self.num_parts = (
+            preset.zero_stage,
+            preset.gradient_accumulation_steps,
+            0,
+        )
         self.communication_s = 0.0
         self.times_communication = bool(preset.times_communication)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -65,7 +69,7 @@ class Zero:
 
     def backward(self, loss: Tensor) -> None:
         self.num_parts += 1
-        self.engine.set_gradient_accumulation_boundary(self.num_parts == self.accumulate)
+        self.engine.set_gradient_accumulation_boundary(self.num_parts == self.gradient_accumulation_steps)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, factor: float) -> None:
@@ -84,7 +88,7 @@ class Zero:
             yield
 
     def state(self) -> dict[str, Any]:
-        """Of all workers, and called by all of them: what `Plain.state` gives after the same steps."""
+        """Of all workers, and called by all of them: what `TorchStrategy.state` gives after the same steps."""
         if self.stage == 0:
             values = {name: p.detach() for name, p in self.trained.items()}
             return {"trained": values, "optimizer": self.engine.optimizer.state_dict()}
@@ -149,7 +153,7 @@ def _configuration(preset: Preset) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed sees no rows: the loop counts them
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": preset.clip_norm,
+        "gradient_clipping": preset.max_grad_norm,
         "zero_optimization": sharing,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

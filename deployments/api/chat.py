@@ -28,7 +28,7 @@ from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
 from deployments.api.images import check_model
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, decode_data_url, shown
-from deployments.stories.admission import Place
+from deployments.stories.admission import Reservation
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.stream import describe, stream_story
@@ -168,14 +168,14 @@ async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Res
             raise ApiError(400, message, param=name, code="unsupported_value")
     request = await asyncio.to_thread(to_reply_request, body, front.config, client=client)
     check_texts(front, request.prompt, "messages")
-    place = front.admission.enter(request)
+    reservation = front.admission.reserve(request)
     try:
-        await front.engines.check(request)
+        await front.engines.validate_request(request)
     except BaseException:
-        place.leave()
+        reservation.release()
         raise
     reply = Reply(request, front.config)
-    events = answer(front, place, request)
+    events = answer(front, reservation, request)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -188,13 +188,13 @@ async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Res
     return JSONResponse(reply.whole())
 
 
-async def answer(front: Front, place: Place, request: StoryRequest) -> AsyncIterator[StoryEvent]:
+async def answer(front: Front, reservation: Reservation, request: StoryRequest) -> AsyncIterator[StoryEvent]:
     """A reply's events. A picture that fails fails the reply: it has no page to say so."""
-    with place:
+    with reservation:
         events = stream_story(request, front.engines.generate, front.engines.decode)
         async with contextlib.aclosing(events):  # type: ignore[type-var]
             async for event in events:
-                place.see(event)
+                reservation.observe(event)
                 if isinstance(event, PictureFailed):
                     raise ApiError(500, f"a picture could not be drawn: {event.error}", code="picture_failed")
                 yield event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from deployments.api.front import Front
-from deployments.stories.admission import Place
+from deployments.stories.admission import Reservation
 from minigpt5.types import DrawRequest, Picture, StoryRequest
 
 
@@ -13,15 +13,15 @@ async def draw_alone(front: Front, request: DrawRequest) -> Picture:
     """With a place of its own. Raises Overloaded, or what the decoder does."""
     # What admission is told of: one picture, and no text.
     story = StoryRequest(prompt=("",), pages=1, mode="caption", draw=request.settings, key=request.key)
-    with front.admission.enter(story) as place:
-        return await draw(front, place, request)
+    with front.admission.reserve(story) as reservation:
+        return await draw(front, reservation, request)
 
 
-async def draw(front: Front, place: Place, request: DrawRequest) -> Picture:
+async def draw(front: Front, reservation: Reservation, request: DrawRequest) -> Picture:
     """In a place that was taken. Who no longer waits stops the work."""
     async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
         async for event in events:
-            place.see(event)
+            reservation.observe(event)
             if isinstance(event, Picture):
                 return event
     raise AssertionError("the decoder ended without a picture")

@@ -14,7 +14,7 @@ from deployments.auth import CLIENT, Key, Keys
 from deployments.engines.handles import Engines
 from deployments.stories.admission import Admission
 from deployments.stories.ledger import Ledger, LocalLedger
-from deployments.stories.story_manager import Registry
+from deployments.stories.story_manager import StoryManager
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
 from minigpt5.story.safety import TextFilter
@@ -43,7 +43,7 @@ class Front:
     engines: Engines
     store: StoryStore
     admission: Admission
-    registry: Registry
+    story_manager: StoryManager
     quota: FrontQuota
     max_age_s: float | None = None
     max_bytes: float | None = None
@@ -69,14 +69,14 @@ def build_front(
     """`ledger`: of all fronts; None: this is the only one."""
     ledger = ledger or LocalLedger()
     admission = Admission(max_wait_s=max_wait_s, max_running=max_running)
-    registry = Registry(engines, store, admission, ledger, model=config.name, text_filter=text_filter)
+    story_manager = StoryManager(engines, store, admission, ledger, model=config.name, text_filter=text_filter)
     return Front(
         config=config,
         engines=engines,
         store=store,
         admission=admission,
-        registry=registry,
-        quota=FrontQuota(ledger, registry.front),
+        story_manager=story_manager,
+        quota=FrontQuota(ledger, story_manager.front),
         max_age_s=max_age_s,
         max_bytes=max_bytes,
         keys=keys,
@@ -108,7 +108,7 @@ def check_texts(front: Front, texts: Iterable[object], field: str) -> None:
     if front.text_filter:
         for text in texts:
             if isinstance(text, str):
-                front.text_filter.check(text, field)
+                front.text_filter.check_text(text, field)
 
 
 async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> None:

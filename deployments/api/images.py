@@ -23,7 +23,7 @@ from deployments.api.errors import PNG, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
 from deployments.api.replies import sign_urls
 from deployments.schemas import MAX_SEED, Body, check_prompt_text, shown
-from deployments.stories.admission import Place
+from deployments.stories.admission import Reservation
 from minigpt5.types import DrawRequest, Picture, StoryRequest, Vokens
 
 MAX_PICTURES = 10
@@ -111,11 +111,11 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
     request = StoryRequest(
         prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.default_draw, key=client
     )
-    with front.admission.enter(request, num_pictures=body.n or 1) as place:
-        await front.engines.check(request)
+    with front.admission.reserve(request, num_pictures=body.n or 1) as reservation:
+        await front.engines.validate_request(request)
         vokens = await _write_vokens(front, request)
-        place.see(vokens)
-        pictures = await _draw_all(front, place, request, vokens, seeds=[seed + k for k in range(body.n or 1)])
+        reservation.observe(vokens)
+        pictures = await _draw_all(front, reservation, request, vokens, seeds=[seed + k for k in range(body.n or 1)])
     size = read_size(body.size, native_size)
     pngs = await asyncio.gather(*[asyncio.to_thread(resample, picture.png, size) for picture in pictures])
     data: list[dict[str, object]] = []
@@ -167,13 +167,13 @@ async def _write_vokens(front: Front, request: StoryRequest) -> Vokens:
 
 
 async def _draw_all(
-    front: Front, place: Place, request: StoryRequest, vokens: Vokens, *, seeds: list[int]
+    front: Front, reservation: Reservation, request: StoryRequest, vokens: Vokens, *, seeds: list[int]
 ) -> list[Picture]:
     """All at once, so that they share the decoder's batch; the first failure ends the rest."""
     try:
         async with asyncio.TaskGroup() as drawing:
             requests = [DrawRequest(vokens=vokens, seed=seed, settings=request.draw, key=request.key) for seed in seeds]
-            tasks = [drawing.create_task(draw(front, place, one)) for one in requests]
+            tasks = [drawing.create_task(draw(front, reservation, one)) for one in requests]
     except* Exception as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]

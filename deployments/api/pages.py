@@ -27,7 +27,7 @@ pages = APIRouter(dependencies=[Depends(check_owner)])
 @pages.post("/v1/stories/{story_id}/pages", status_code=201, response_model=StoryReply, responses=BEGUN)
 async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: ClientOf) -> Response:
     """Go on with a story: `count` pages after those that are complete."""
-    async with front.registry.alone(story_id) as store:
+    async with front.story_manager.exclusive(story_id) as store:
         state = await asyncio.to_thread(front.store.load, story_id)
         request = await asyncio.to_thread(front.store.load_request, story_id)
         num_complete = len(_complete(state))
@@ -37,7 +37,7 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
             )
         draw = front.config.drawable(request.draw)
         request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
-        story = await front.registry.go_on(state, request, store)
+        story = await front.story_manager.resume(state, request, store)
     return await answer(front, story.id, stream=body.stream, wait=body.wait)
 
 
@@ -45,7 +45,7 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> Response:
     """Edit a page's text: its vokens are read anew and its picture is drawn anew, later pages stay. Or choose one of
     its pictures."""
-    async with front.registry.alone(story_id) as store:
+    async with front.story_manager.exclusive(story_id) as store:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         if body.variant is not None:
             chosen = _choose(old, body.variant)
@@ -59,15 +59,15 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
         changed = tuple(new if one.index == page else one for one in state.pages)
         state = dataclasses.replace(state, pages=changed)
         given = tuple(one.text for one in _complete(state))[: request.pages]
-        await front.engines.check(dataclasses.replace(request, given=given))
+        await front.engines.validate_request(dataclasses.replace(request, given=given))
 
         def change() -> None:
             # In this order: who goes on after a crash finds either the old page, or the new one without a picture.
             store.forget_drawing(story_id, page)
             store.save_page(story_id, new)
 
-        await front.registry.go_on(state, request, store, change=change)
-    await front.registry.wait(story_id)
+        await front.story_manager.resume(state, request, store, change=change)
+    await front.story_manager.relay.wait(story_id)
     return reply(front, page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page)))
 
 
@@ -80,7 +80,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> Response:
     """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
     work."""
-    async with front.registry.alone(story_id) as store:
+    async with front.story_manager.exclusive(story_id) as store:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         variants = old.variants or ((old.image,) if old.image else ())
         if len(variants) >= MAX_VARIANTS:

@@ -29,10 +29,10 @@ KEEP_ALIVE_S = 15.0
 async def answer(front: Front, story_id: str, *, stream: bool, wait: bool) -> Response:
     """With its events as they come; or with the story at its end; or at once, with 202."""
     if stream:
-        return stream_reply(front, front.registry.follow(story_id, None))
+        return stream_reply(front, front.story_manager.relay.follow(story_id, None))
     path = f"/v1/stories/{story_id}"
     if wait:
-        await front.registry.wait(story_id)
+        await front.story_manager.relay.wait(story_id)
     state = await asyncio.to_thread(front.store.load, story_id)
     if state.status == "failed":
         message = f"{story_id} failed: {state.error}; what was finished is at {path}"

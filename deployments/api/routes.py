@@ -1,4 +1,4 @@
-"""The HTTP front: routes over the registry, the store and the engines. Loads no torch."""
+"""The HTTP front: routes over the story manager, the store and the engines. Loads no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from deployments.api.images import images
 from deployments.api.pages import MAX_VARIANTS, pages
 from deployments.api.replies import BEGUN, answer, reply, stream_reply
 from deployments.auth import KeyGuard, check_host, load_keys, session_cookie
-from deployments.engines.handles import NotReady, ServeEngines, ServeLedger
+from deployments.engines.handles import NotReady, ServeEngines
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
@@ -53,6 +53,7 @@ from deployments.schemas import (
 )
 from deployments.stories.events import Position
 from deployments.stories.retention import keep_within
+from deployments.stories.serve_ledger import ServeLedger
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
 from minigpt5.model.folder import load_config
 from minigpt5.story.safety import TextFilter
@@ -94,10 +95,10 @@ async def create_story(
     request = await asyncio.to_thread(to_story_request, body, front.config, client=client)
     check_texts(front, request.prompt, "prompt")
     if idempotency_key is None:
-        story = await front.registry.start(request)
+        story = await front.story_manager.start(request)
         return await answer(front, story.id, stream=body.stream, wait=body.wait)
     digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-    story_id = await front.registry.start_once(request, idempotency_key, digest)
+    story_id = await front.story_manager.start_once(request, idempotency_key, digest)
     return await answer(front, story_id, stream=body.stream, wait=body.wait)
 
 
@@ -128,7 +129,7 @@ async def list_stories(
 async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0) -> Response:
     """A story as far as it is; with `wait`, after its end or so many seconds."""
     if wait:
-        await front.registry.wait(story_id, wait)
+        await front.story_manager.relay.wait(story_id, wait)
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
@@ -142,14 +143,14 @@ async def get_events(
     except ValueError as error:
         raise ApiError(422, str(error), param="Last-Event-ID", code="invalid_value") from error
     await asyncio.to_thread(front.store.load, story_id)
-    return stream_reply(front, front.registry.follow(story_id, seen))
+    return stream_reply(front, front.story_manager.relay.follow(story_id, seen))
 
 
 @stories.delete("/v1/stories/{story_id}", status_code=204)
 async def delete_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work and remove all that is stored of it."""
-    await front.registry.cancel(story_id)
-    async with front.registry.alone(story_id) as store:
+    await front.story_manager.cancel(story_id)
+    async with front.story_manager.exclusive(story_id) as store:
         await asyncio.to_thread(store.delete, story_id)
     return Response(status_code=204)
 
@@ -192,7 +193,7 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
 @stories.post("/v1/stories/{story_id}/cancel", response_model=StoryReply, response_model_exclude_none=True)
 async def cancel_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work; what was finished stays. A story that has ended stays as it is."""
-    await front.registry.cancel(story_id)
+    await front.story_manager.cancel(story_id)
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
@@ -271,9 +272,9 @@ async def _look_after_stories(api: FastAPI) -> AsyncIterator[None]:
     """Go on with what was cut off; let go of what is too old."""
     front: Front = api.state.front
     tasks = [
-        asyncio.create_task(front.registry.keep_watch()),
+        asyncio.create_task(front.story_manager.keep_alive()),
         asyncio.create_task(
-            keep_within(front.store, front.registry, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
+            keep_within(front.store, front.story_manager, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
         ),
     ]
     yield

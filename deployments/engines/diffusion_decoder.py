@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 from deployments.engines.metrics import watch
-from deployments.engines.throttle import fewer_steps
+from deployments.engines.throttle import throttle_progress
 from minigpt5.types import DecoderEvent, DrawRequest, Picture
 
 
@@ -29,10 +29,10 @@ class DiffusionDecoder:
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         """Raises Blocked where the picture, or a preview of it, is not to be shown."""
         async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]
-            async for event in fewer_steps(events):
+            async for event in throttle_progress(events):
                 seen = event.png if isinstance(event, Picture) else event.preview
                 if self.filter and seen:
-                    await asyncio.to_thread(self.filter.check, seen)
+                    await asyncio.to_thread(self.filter.check_picture, seen)
                 yield event
 
     async def fingerprint(self) -> str:

@@ -85,7 +85,7 @@ class StoryClock:
         self._opened_at: dict[int, float] = {}
         self._has_text = self._has_picture = False
 
-    def see(self, event: StoryEvent) -> None:
+    def observe(self, event: StoryEvent) -> None:
         now = self._clock()
         if isinstance(event, TextDelta) and not self._has_text:
             self._has_text = True

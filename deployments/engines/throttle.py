@@ -12,7 +12,7 @@ TEXT_S = 0.05
 PROGRESS_S = 0.15
 
 
-async def fewer_texts(
+async def coalesce_text(
     events: AsyncIterator[GeneratorEvent], *, interval_s: float = TEXT_S
 ) -> AsyncIterator[GeneratorEvent]:
     """Join text that comes sooner than `interval_s` after the last; it goes with the next event at the latest."""
@@ -36,7 +36,7 @@ async def fewer_texts(
         yield held
 
 
-async def fewer_steps(
+async def throttle_progress(
     events: AsyncIterator[DecoderEvent], *, interval_s: float = PROGRESS_S
 ) -> AsyncIterator[DecoderEvent]:
     """Leave out steps that come sooner than `interval_s` after the last, but for the first, the last and those with a

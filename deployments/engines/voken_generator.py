@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from deployments.engines.metrics import watch
-from deployments.engines.throttle import fewer_texts
+from deployments.engines.throttle import coalesce_text
 from minigpt5.types import GeneratorEvent, StoryRequest
 
 
@@ -25,11 +25,11 @@ class VokenGenerator:
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
-            async for event in fewer_texts(events):
+            async for event in coalesce_text(events):
                 yield event
 
-    async def check(self, request: StoryRequest) -> None:
-        self.engine.check(request)
+    async def validate_request(self, request: StoryRequest) -> None:
+        self.engine.validate_request(request)
 
     async def fingerprint(self) -> str:
         return self.engine.fingerprint

@@ -100,7 +100,7 @@ class Admission:
         costs = predict(request, num_pictures=num_pictures)
         return max(self._wait_s(engine, request.key, costs[engine]) for engine in ENGINES)
 
-    def enter(self, request: StoryRequest, *, num_pictures: int = 1) -> Place:
+    def reserve(self, request: StoryRequest, *, num_pictures: int = 1) -> Reservation:
         """Take a place, which is to be left; `num_pictures` are drawn of each page. Raises Overloaded."""
         if self.is_full:
             num_running = self.num_running + self.others.num_running
@@ -118,7 +118,7 @@ class Admission:
                 retry_after_s=too_long_s,
             )
         self.num_running += 1
-        return Place(self, request, num_pictures=num_pictures)
+        return Reservation(self, request, num_pictures=num_pictures)
 
     def _wait_s(self, engine: Engine, key: str, cost: float) -> float:
         work = self._clients(engine)
@@ -149,7 +149,7 @@ class Admission:
             self._speeds[engine].rest()
 
 
-class Place:
+class Reservation:
     """A request that was taken on. As a context manager it is left in the end."""
 
     def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int) -> None:
@@ -163,7 +163,7 @@ class Place:
         for engine, cost in self._left.items():
             admission._promise(engine, self._key, cost)
 
-    def see(self, event: StoryEvent | Vokens) -> None:
+    def observe(self, event: StoryEvent | Vokens) -> None:
         """Count down what an event shows to be done."""
         if isinstance(event, SlotOpened | Vokens):
             self._take("generator", self._page_tokens)
@@ -173,7 +173,7 @@ class Place:
         elif isinstance(event, Picture):
             self._take("decoder", FINISH_SAMPLES)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give the place back; a second time does nothing."""
         if not self._is_left:
             self._is_left = True
@@ -187,13 +187,13 @@ class Place:
             self._left[engine] -= cost
             self._admission._settle(engine, self._key, cost, is_done=True)
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> Reservation:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.leave()
+        self.release()
 
 
 def predict(request: StoryRequest, *, num_pictures: int = 1) -> dict[Engine, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from deployments.schemas import page_reply, picture_url, story_reply
 from minigpt5.story.state import ImageState, PageState, StoryState
-from minigpt5.types import Progress, SlotOpened, StoryEvent, TextDelta, TextRestarted
+from minigpt5.types import Progress, SlotOpened, StoryEvent, TextDelta, TextReset
 
 TEXT_INTERVAL_S = 0.05
 
@@ -110,7 +110,7 @@ async def join_text(
             if held and isinstance(event, TextDelta) and event.page == held.page:
                 held = TextDelta(page=held.page, text=held.text + event.text)
             else:
-                if held and (event is None or isinstance(event, TextDelta | TextRestarted | SlotOpened)):
+                if held and (event is None or isinstance(event, TextDelta | TextReset | SlotOpened)):
                     await asyncio.sleep(max(0.0, send_at - clock()))
                     yield held
                     held, send_at = None, clock() + interval_s

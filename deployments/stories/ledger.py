@@ -1,7 +1,7 @@
 """What fronts must agree on: who owns a running story, what each client has sent, how much work there is.
 
 One ledger serves all fronts: within the front's process where there is one, else as a deployment of one replica. It
-holds nothing that could be lost with it, for each front tells it anew with its next beat.
+holds nothing that could be lost with it, because each front repeats what it holds with every heartbeat.
 """
 
 from __future__ import annotations
@@ -15,70 +15,71 @@ from typing import Protocol
 from deployments.stories.admission import Load
 from deployments.stories.events import StreamEvent
 
-BEAT_S = 0.5
-"""How often a front says that it lives."""
+HEARTBEAT_S = 0.5
+"""Time between two heartbeats of a front."""
 LEASE_S = 3.0
-"""A front that is silent for so long has lost its stories to who takes them up first."""
+"""A front without a heartbeat for this long loses its stories to the first front that claims them."""
 GRACE_S = 1.5
-"""After a ledger's start no story is taken up: its owner may live, and has not been heard of yet."""
+"""After a ledger's start no orphan is granted for this long: its owner may be alive and about to say so."""
 READER_S = 5.0
-"""A story's events are relayed for so long after somebody has last asked for them."""
+"""A story's events are relayed for this long after a reader has last asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class News:
-    """What a front hears in reply to its beat."""
+class Instructions:
+    """The reply to a heartbeat."""
 
     lost: dict[str, int]
-    """Of what it holds: what belongs to another front now."""
-    unwanted: tuple[str, ...]
-    """Of what it holds: stories that somebody has cancelled at another front."""
+    """Leases of the front that belong to another one now."""
+    cancelled: tuple[str, ...]
+    """Stories of the front that a client has cancelled at another one."""
     followed: tuple[str, ...]
-    """Of what it holds: stories that somebody reads at another front."""
+    """Stories of the front that a client reads at another one."""
     orphans: tuple[str, ...]
     """Stories whose front is silent."""
     load: Load
     """Of the other fronts."""
     epoch: str
-    """Another one after the ledger's own death: orphans that it knew of are forgotten."""
+    """Changes when the ledger restarts: it has forgotten the orphans that it knew of."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class EventSlice:
     """Some events of a story that runs at another front."""
 
     number: int
-    """The lease's under which the story runs: another one begins its events anew."""
+    """The lease's under which the story runs: another lease starts the events from the first."""
     events: tuple[StreamEvent, ...]
 
 
 class Ledger(Protocol):
     """What a front asks of it, wherever it is."""
 
-    async def beat(self, front: str, held: Mapping[str, int], load: Load) -> News:
-        """`front` lives and holds the leases `held`, name -> number."""
+    async def heartbeat(self, front: str, held: Mapping[str, int], load: Load) -> Instructions:
+        """Record that `front` is alive and holds the leases `held`, name -> number."""
 
     async def claim(self, front: str, name: str, *, is_new: bool = False) -> int | None:
-        """A lease on a story, or on whatever has a name: its fencing number, which only grows. None where somebody
-        has it. `is_new`: nobody can have it."""
+        """Grant a lease on a name, such as a story's id: its fencing number, which only grows. None where another
+        holder has it. `is_new`: nobody can have it yet."""
 
     async def release(self, name: str, number: int) -> None:
         """Give a lease back."""
 
     async def cancel(self, name: str) -> bool:
-        """Tell a story's owner that it is unwanted; False where it has none."""
+        """Ask a story's owner to cancel it; False where it has none."""
 
     async def begin(self, front: str, client: str, *, per_minute: int, concurrent: int) -> float:
         """Count a client's request that makes something: 0, or the seconds after which it may come again."""
 
     async def end(self, front: str, client: str) -> None:
-        """Such a request is done."""
+        """Count such a request as done."""
 
-    async def read(self, name: str, start: int) -> Part | None:
-        """A running story's events from number `start` on, as far as they are here; None where nobody owns it."""
+    async def read(self, name: str, start: int) -> EventSlice | None:
+        """Return a running story's events from number `start` on, as far as they are here; None where it has no
+        owner."""
 
-    async def tell(self, name: str, number: int, start: int, events: Sequence[StreamEvent]) -> bool:
-        """A running story's events from number `start` on; False where nobody asks for them any longer."""
+    async def publish(self, name: str, number: int, start: int, events: Sequence[StreamEvent]) -> bool:
+        """Store a running story's events from number `start` on; False where no reader asks for them any longer."""
 
 
 @dataclass
@@ -86,7 +87,7 @@ class _Lease:
     front: str
     number: int
     until: float
-    is_unwanted: bool = False
+    is_cancelled: bool = False
 
 
 @dataclass
@@ -106,7 +107,7 @@ class _Use:
 
 
 class LocalLedger:
-    """In this process; see Ledger."""
+    """The ledger in this process; see Ledger."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -114,12 +115,12 @@ class LocalLedger:
         self._last_number = 0
         self._leases: dict[str, _Lease] = {}
         self._ended: dict[str, tuple[int, float]] = {}
-        """Leases that were given back, with their number: a beat that was sent before may still name them."""
+        """Leases that were given back, with their number: a heartbeat that was sent before may still name them."""
         self._relays: dict[str, _Relay] = {}
         self._uses: dict[str, _Use] = {}
         self._fronts: dict[str, tuple[float, Load]] = {}
 
-    async def beat(self, front: str, held: Mapping[str, int], load: Load) -> News:
+    async def heartbeat(self, front: str, held: Mapping[str, int], load: Load) -> Instructions:
         now = self._clock()
         self._fronts[front] = (now, load)
         self._forget_silent(now)
@@ -135,9 +136,9 @@ class LocalLedger:
                 lost[name] = number
         mine = {name: lease for name, lease in self._leases.items() if lease.front == front and name in held}
         others = [load for name, (_, load) in self._fronts.items() if name != front]
-        return News(
+        return Instructions(
             lost=lost,
-            unwanted=tuple(name for name, lease in mine.items() if lease.is_unwanted),
+            cancelled=tuple(name for name, lease in mine.items() if lease.is_cancelled),
             followed=tuple(name for name in mine if self._is_followed(name, now)),
             orphans=tuple(name for name, lease in self._leases.items() if lease.until <= now),
             load=Load.total(others),
@@ -163,7 +164,7 @@ class LocalLedger:
 
     async def cancel(self, name: str) -> bool:
         if lease := self._leases.get(name):
-            lease.is_unwanted = True
+            lease.is_cancelled = True
         return lease is not None
 
     async def begin(self, front: str, client: str, *, per_minute: int, concurrent: int) -> float:
@@ -184,7 +185,7 @@ class LocalLedger:
         if use and use.running.get(front):  # a ledger that is new has not seen it begin
             use.running[front] -= 1
 
-    async def read(self, name: str, start: int) -> Part | None:
+    async def read(self, name: str, start: int) -> EventSlice | None:
         now = self._clock()
         relay, lease = self._relays.get(name), self._leases.get(name)
         if lease is None and relay is None:
@@ -196,9 +197,9 @@ class LocalLedger:
         events = tuple(relay.events[start:])
         if not events and lease is None:  # all of it is read, or its front died
             return None
-        return Part(number=relay.number, events=events)
+        return EventSlice(number=relay.number, events=events)
 
-    async def tell(self, name: str, number: int, start: int, events: Sequence[StreamEvent]) -> bool:
+    async def publish(self, name: str, number: int, start: int, events: Sequence[StreamEvent]) -> bool:
         relay = self._relays.get(name)
         if relay is None or relay.number != number or not self._is_followed(name, self._clock()):
             return False

@@ -1,8 +1,7 @@
-"""A story's engines, as far as it is made already: what is stored is not made again.
+"""Resuming a story: a story that was cut off is run again, and what is stored of it is not made again.
 
-A story that was cut off, or is to go on, is simply run again. Pages whose text is stored are read by the generator
-instead of written, vokens and pictures that are stored take the place of new ones, and what is new is stored before
-it is announced. The death of an engine's process in the middle is got over in the same way.
+The generator reads stored pages instead of writing them, stored vokens and pictures take the place of new ones, and
+new ones are stored before they are announced. A story survives the death of an engine's process in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from minigpt5.types import (
     GeneratorEvent,
     StoryRequest,
     TextDelta,
-    TextRestarted,
+    TextReset,
     Vokens,
 )
 
@@ -35,7 +34,7 @@ LOSS_PAUSE_S = 0.5
 """Before another replica is asked; twice as long each time."""
 
 
-class Replay:
+class ResumedEngines:
     """The two engines as one story sees them."""
 
     def __init__(self, engines: Engines, store: StoryStore, story_id: str, pages: tuple[PageState, ...] = ()) -> None:
@@ -46,7 +45,7 @@ class Replay:
         """Pages that are finished, and stay as they are stored."""
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        """As the generator's; a page's text goes on where it was, or begins anew after TextRestarted."""
+        """As the generator's; a page's text goes on where it was, or begins anew after TextReset."""
         texts: dict[int, str] = {}
         """What was passed on, by page."""
         complete = {index: page.text for index, page in self._written.items()}
@@ -56,7 +55,7 @@ class Replay:
             given = dataclasses.replace(request, given=_beginning(complete, request))
             try:
                 async with contextlib.aclosing(self._engines.generate(given)) as events:  # type: ignore[type-var]
-                    async for event in self._go_on(events, texts, passed):
+                    async for event in self._continue(events, texts, passed):
                         if isinstance(event, Vokens):
                             complete[event.page] = texts.get(event.page, "").strip()
                         yield event
@@ -64,7 +63,7 @@ class Replay:
             except EngineLost as loss:
                 await self._get_over(loss, attempt)
 
-    async def _go_on(
+    async def _continue(
         self, events: AsyncIterator[GeneratorEvent], texts: dict[int, str], passed: set[int]
     ) -> AsyncIterator[GeneratorEvent]:
         """Without what was passed on before."""
@@ -136,7 +135,7 @@ def _beginning(complete: dict[int, str], request: StoryRequest) -> tuple[str, ..
     return tuple(texts)
 
 
-def _pass_on(page: int, new: str, old: str) -> list[TextDelta | TextRestarted]:
+def _pass_on(page: int, new: str, old: str) -> list[TextDelta | TextReset]:
     if new.startswith(old):
         return [TextDelta(page=page, text=new[len(old) :])]
-    return [TextRestarted(page=page), TextDelta(page=page, text=new)]
+    return [TextReset(page=page), TextDelta(page=page, text=new)]

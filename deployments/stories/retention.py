@@ -7,7 +7,8 @@ import asyncio
 import logging
 import time
 
-from deployments.stories.story_manager import Registry, StoryBusy
+from deployments.stories.leases import StoryBusy
+from deployments.stories.story_manager import StoryManager
 from minigpt5.errors import StoryNotFound
 from minigpt5.story.store import StoryStore
 
@@ -19,18 +20,18 @@ IMAGE_S = 3600.0
 
 
 async def keep_within(
-    store: StoryStore, registry: Registry, *, max_age_s: float | None, max_bytes: float | None
+    store: StoryStore, story_manager: StoryManager, *, max_age_s: float | None, max_bytes: float | None
 ) -> None:
     """Look now and then, without end."""
     while True:
         await asyncio.to_thread(store.delete_images, older_than_s=IMAGE_S)
         if max_age_s is not None or max_bytes is not None:
-            await remove_old(store, registry, max_age_s=max_age_s, max_bytes=max_bytes)
+            await remove_old(store, story_manager, max_age_s=max_age_s, max_bytes=max_bytes)
         await asyncio.sleep(LOOK_S)
 
 
 async def remove_old(
-    store: StoryStore, registry: Registry, *, max_age_s: float | None, max_bytes: float | None
+    store: StoryStore, story_manager: StoryManager, *, max_age_s: float | None, max_bytes: float | None
 ) -> list[str]:
     """Remove stories that have ended, oldest first, until the rest fits; returns their ids. Those under way stay."""
     removed: list[str] = []
@@ -38,7 +39,7 @@ async def remove_old(
     total = sum(sizes.values())
     for story_id in sorted(sizes):
         try:
-            async with registry.alone(story_id) as owned:
+            async with story_manager.exclusive(story_id) as owned:
                 state = await asyncio.to_thread(store.load, story_id)
                 is_old = max_age_s is not None and time.time() - state.created > max_age_s
                 is_too_much = max_bytes is not None and total > max_bytes

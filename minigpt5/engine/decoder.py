@@ -94,10 +94,10 @@ class DiffusionDecoder:
     ) -> DiffusionDecoder:
         """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
         where there is one, else the CPU."""
-        from minigpt5.model.folder import default_device, load_decoder_parts
+        from minigpt5.model.folder import default_device, load_decoder_model
 
         with single_thread():
-            config, mapper, diffusion = load_decoder_parts(folder)
+            config, mapper, diffusion = load_decoder_model(folder)
         device = device or default_device()
         return cls(config, mapper.to(device), diffusion.to(device), precision=precision, num_threads=num_threads)
 
@@ -120,7 +120,7 @@ class DiffusionDecoder:
         """Pictures that were answered without drawing."""
         return self._pictures.num_hits
 
-    def check(self, request: DrawRequest) -> None:
+    def validate_request(self, request: DrawRequest) -> None:
         """Raise where `request` cannot be drawn: FingerprintMismatch or InvalidRequest."""
         vokens, settings = request.vokens, request.settings
         if vokens.fingerprint != self.fingerprint:
@@ -143,9 +143,9 @@ class DiffusionDecoder:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
         stops the work at the next step.
 
-        Raises what `check` raises, or EngineFull.
+        Raises what `validate_request` raises, or EngineFull.
         """
-        self.check(request)
+        self.validate_request(request)
         if known := self._pictures.get(content_key(request)):
             yield dataclasses.replace(known, page=request.vokens.page)
             return
@@ -205,7 +205,7 @@ class DiffusionDecoder:
         step, steps = denoising.step, job.request.settings.steps
         preview = None
         if job.request.previews and denoising.num_calls_left and is_shown(step, steps):
-            preview = encode(self.diffusion.to_pixels(denoising.clean_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
+            preview = encode(self.diffusion.to_pixels(denoising.pred_x0_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
         job.put(Progress(page=job.request.vokens.page, step=step, steps=steps, preview=preview))
 
     def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Picture]:

@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from minigpt5.model.diffusion import ADDS_NOISE, Diffusion, new_sampler, without_noise
+from minigpt5.model.diffusion import ADDS_NOISE, Diffusion, new_sampler, predict_x0
 from minigpt5.types import DrawSettings
 
 Precision = Literal["float32", "bfloat16"]
@@ -47,7 +47,7 @@ class Denoising:
             shape = (1, config.in_channels, config.sample_size, config.sample_size)
             noise_1CYX = torch.randn(shape, generator=self.generator)
         self.latents_1CYX = noise_1CYX.to(condition_QD) * self.scheduler.init_noise_sigma
-        self.clean_1CYX = self.latents_1CYX
+        self.pred_x0_1CYX = self.latents_1CYX
         """What the last prediction makes of the latents without their noise."""
         self.num_calls = 0
         """UNet calls so far."""
@@ -83,7 +83,7 @@ class Denoising:
                 rescale=self.guidance_rescale,
             )
         timestep = self.timestep
-        self.clean_1CYX = without_noise(self.scheduler, self.latents_1CYX, predicted, timestep)
+        self.pred_x0_1CYX = predict_x0(self.scheduler, self.latents_1CYX, predicted, timestep)
         noise = {"generator": self.generator} if self.draw.scheduler in ADDS_NOISE else {}
         self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX, **noise).prev_sample
         self.num_calls += 1

@@ -26,7 +26,7 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
-from minigpt5.engine.kv_cache import RowCache
+from minigpt5.engine.kv_cache import SlotCache
 from minigpt5.engine.script import STOP, Read, Score, Script, Writer
 from minigpt5.engine.threads import single_thread
 from minigpt5.errors import InvalidRequest
@@ -53,12 +53,12 @@ class _Job(Job[GeneratorEvent]):
     def __init__(self, request: StoryRequest, prompt_ids: list[int], *, cost: float) -> None:
         super().__init__(key=request.key, cost=cost)
         self.prompt = np.array(prompt_ids)
-        """What it reads first, by content: token ids, and the hash of a picture in its slots."""
-        self.image_SH: Tensor | None = None
-        """Embeddings of the prompt's pictures, slot by slot."""
+        """What it reads first, by content: token ids, and the hash of a picture at its placeholders."""
+        self.image_PH: Tensor | None = None
+        """Embeddings of the prompt's pictures, placeholder by placeholder."""
         self.script: Script
         self.writer: Writer
-        self.row = -1
+        self.slot = -1
         self.left: list[int] = []
         """Token ids that are still to be read before the script goes on."""
         self.num_states = 1
@@ -75,12 +75,12 @@ class VokenGenerator:
         language: LanguageModel,
         vision: Vision,
         *,
-        max_rows: int = 24,
+        num_slots: int = 24,
         max_batch: int = 16,
         max_jobs: int = 512,
         num_threads: int | None = None,
     ) -> None:
-        """`max_rows` requests are under way and `max_batch` of them take part in a step; others wait, and beyond
+        """`num_slots` requests are under way and `max_batch` of them take part in a step; others wait, and beyond
         `max_jobs` they are refused. `num_threads`: torch threads of a step (default: as many as here)."""
         self.config = config
         self.fingerprint = config.fingerprint
@@ -91,13 +91,13 @@ class VokenGenerator:
         self.num_close_choices = 0
         """Tokens of finished requests whose choice another company in the batch could have changed."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
-        """Tokens of prompts, and how many of them were there already in a row that begins alike."""
-        self._cache = RowCache.for_model(language.body, num_rows=max_rows, num_positions=config.context_tokens)
-        self._contents = np.full((max_rows, config.context_tokens), -1)
-        """What each row has read: token ids, and the hash of a picture in its slots."""
-        self._free_rows = list(range(max_rows))
+        """Tokens of prompts, and how many of them were there already in a slot that begins alike."""
+        self._cache = SlotCache.for_model(language.body, num_slots=num_slots, num_positions=config.context_tokens)
+        self._contents = np.full((num_slots, config.context_tokens), -1)
+        """What each slot has read: token ids, and the hash of a picture at its placeholders."""
+        self._free_slots = list(range(num_slots))
         """Least recently used first. What they have read stays until they are taken again."""
-        self._num_reserved = max_rows // 4
+        self._num_reserved = num_slots // 4
         self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
         self._fair = FairShare(max_batch, least=1)
         self._loop = EngineLoop[_Job](
@@ -115,15 +115,15 @@ class VokenGenerator:
     ) -> VokenGenerator:
         """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
         where there is one, else the CPU."""
-        from minigpt5.model.folder import default_device, load_generator_parts
+        from minigpt5.model.folder import default_device, load_generator_model
 
         with single_thread():
-            parts = load_generator_parts(folder, device=device or default_device())
+            parts = load_generator_model(folder, device=device or default_device())
         return cls(*parts, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:
-        """Requests that have a row."""
+        """Requests that have a slot."""
         return self._loop.num_running
 
     @property
@@ -135,7 +135,7 @@ class VokenGenerator:
         """Tokens that all requests here may still read and write."""
         return self._loop.queued_cost
 
-    def check(self, request: StoryRequest) -> None:
+    def validate_request(self, request: StoryRequest) -> None:
         """Raise InvalidRequest where `request` cannot be written."""
         self._encode(request)
 
@@ -150,7 +150,7 @@ class VokenGenerator:
             request,
             prompt_ids,
             tokenizer=self.tokenizer,
-            rows=self.language.rows,
+            voken_embeddings=self.language.voken_embeddings,
             end_ids=self.end_ids,
             fingerprint=self.fingerprint,
             put=job.put,
@@ -167,8 +167,8 @@ class VokenGenerator:
         """The prompt's token ids, and how many tokens may be written after it."""
         check_request(request)
         num_queries = self.config.vision.num_queries
-        rows = self.language.rows
-        ids = encode(request_segments(request), self.tokenizer, rows, num_image_embeddings=num_queries).ids
+        voken_embeddings = self.language.voken_embeddings
+        ids = encode(request_segments(request), self.tokenizer, voken_embeddings, num_image_embeddings=num_queries).ids
         limit = request.sampling.max_page_tokens
         num_given = sum(len(page_ids(words, self.tokenizer)) for words in request.given)
         num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
@@ -197,36 +197,36 @@ class VokenGenerator:
                 image_QH = self.vision.read([data])[0]
                 self._pictures.put(digest, image_QH)
             image_QHs.append(image_QH)
-        job.image_SH = torch.cat(image_QHs)
+        job.image_PH = torch.cat(image_QHs)
         hashes = [-1 - (int.from_bytes(digest[:8], "big") >> 1) for digest in digests]  # no token id is negative
-        is_slot = job.prompt == self.language.rows.placeholder
-        job.prompt[is_slot] = np.repeat(hashes, self.config.vision.num_queries)
+        is_placeholder = job.prompt == self.language.voken_embeddings.placeholder
+        job.prompt[is_placeholder] = np.repeat(hashes, self.config.vision.num_queries)
 
     def _choose(self, jobs: list[_Job]) -> list[_Job]:
-        """Give free rows to who waits; then whose turn it is."""
+        """Give free slots to who waits; then whose turn it is."""
         while waiting := [job for job in jobs if not job.is_started]:
-            num_rows = Counter(job.key for job in jobs if job.is_started)
-            job = min(waiting, key=lambda job: num_rows[job.key])  # the oldest of the key with the fewest rows
-            if len(self._free_rows) <= (self._num_reserved if num_rows[job.key] else 0):
+            num_slots = Counter(job.key for job in jobs if job.is_started)
+            job = min(waiting, key=lambda job: num_slots[job.key])  # the oldest of the key with the fewest slots
+            if len(self._free_slots) <= (self._num_reserved if num_slots[job.key] else 0):
                 break
             self._admit(job)
         return self._fair.choose([job for job in jobs if job.is_started], key=lambda job: job.key, cost=lambda job: 1)
 
     def _admit(self, job: _Job) -> None:
-        """Take the row that was unused for longest, and begin it as the row that has most of the prompt."""
+        """Take the slot that was unused for longest, and begin it as the slot that has most of the prompt."""
         job.is_started = True
-        job.row = self._free_rows.pop(0)
+        job.slot = self._free_slots.pop(0)
         lengths = np.minimum(self._cache.lengths, len(job.prompt) - 1)  # the last token's state is wanted
         is_other = self._contents[:, : len(job.prompt)] != job.prompt
         is_other[np.arange(is_other.shape[1]) >= lengths[:, None]] = True
         num_known = is_other.argmax(axis=1)
         source = int(num_known.argmax())
         known = int(num_known[source])
-        if known and source != job.row:
-            self._cache.copy(source, job.row, known)
+        if known and source != job.slot:
+            self._cache.copy(source, job.slot, known)
         self._resume([(job, None)])
-        self._contents[job.row, : len(job.prompt)] = job.prompt
-        self._cache.lengths[job.row] = known
+        self._contents[job.slot, : len(job.prompt)] = job.prompt
+        self._cache.lengths[job.slot] = known
         job.left = job.left[known:]
         job.cost -= known
         self.num_prompt_tokens += len(job.prompt)
@@ -239,9 +239,9 @@ class VokenGenerator:
         if not parts:
             return
         ids_1T = torch.tensor([[token for job, num_tokens in parts for token in job.left[:num_tokens]]])
-        images = [image_SH for job, num_tokens in parts if (image_SH := self._images(job, num_tokens)) is not None]
+        images = [image_PH for job, num_tokens in parts if (image_PH := self._images(job, num_tokens)) is not None]
         embeds_1TH = self.language.embed(ids_1T, torch.cat(images)[None] if images else None)
-        counts = [(job.row, num_tokens) for job, num_tokens in parts]
+        counts = [(job.slot, num_tokens) for job, num_tokens in parts]
         states_TH = self._cache.forward(self.language.body, embeds_1TH[0], counts)
         ready = []
         for (job, num_tokens), states_NH in zip(parts, states_TH.split([num for _, num in counts]), strict=True):
@@ -266,14 +266,14 @@ class VokenGenerator:
         return parts
 
     def _images(self, job: _Job, num_tokens: int) -> Tensor | None:
-        """Embeddings of the slots among the next tokens: (slots, H)."""
-        if job.image_SH is None:
+        """Embeddings of the placeholders among the next tokens: (P, H)."""
+        if job.image_PH is None:
             return None
-        start = self._cache.lengths[job.row]
-        num_before, num_slots = (
+        start = self._cache.lengths[job.slot]
+        num_before, num_placeholders = (
             (job.prompt[part] < 0).sum() for part in (slice(start), slice(start, start + num_tokens))
         )
-        return job.image_SH[num_before : num_before + num_slots]
+        return job.image_PH[num_before : num_before + num_placeholders]
 
     def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
         """Answer scripts until each asks for something to be read, or has ended."""
@@ -297,16 +297,16 @@ class VokenGenerator:
             answers = list(zip((job for job, _ in asking), logits, strict=True))
 
     def _begin(self, job: _Job, read: Read) -> None:
-        self._cache.lengths[job.row] = read.start
-        self._contents[job.row, read.start : read.start + len(read.ids)] = read.ids
+        self._cache.lengths[job.slot] = read.start
+        self._contents[job.slot, read.start : read.start + len(read.ids)] = read.ids
         job.left, job.num_states, job.states = read.ids, read.num_states, []
 
     def _leave(self, job: _Job) -> None:
-        """Its row is free; what it has read may serve one that begins alike."""
+        """Its slot is free; what it has read may serve one that begins alike."""
         job.script.close()
         self.num_close_choices += job.writer.num_close
-        if job.row >= 0:
-            self._free_rows.append(job.row)
+        if job.slot >= 0:
+            self._free_slots.append(job.slot)
 
 
 def check_request(request: StoryRequest) -> None:

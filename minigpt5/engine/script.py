@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from minigpt5.engine.sampling import sample_token
 from minigpt5.engine.text_stream import TextStream
 from minigpt5.model.prompt import END, page_ids
-from minigpt5.model.vokens import VokenRows
+from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
 
 CLOSE = 1e-4
@@ -66,7 +66,7 @@ class Writer:
         prompt_ids: list[int],
         *,
         tokenizer: PreTrainedTokenizerBase,
-        rows: VokenRows,
+        voken_embeddings: VokenEmbeddings,
         end_ids: frozenset[int],
         fingerprint: str,
         put: Callable[[GeneratorEvent], None],
@@ -75,7 +75,7 @@ class Writer:
         self.request, self.prompt_ids, self.published_quirks = request, prompt_ids, published_quirks
         self.num_close = 0
         """Choices whose margin was below CLOSE."""
-        self._tokenizer, self._rows, self._end_ids = tokenizer, rows, end_ids
+        self._tokenizer, self._voken_embeddings, self._end_ids = tokenizer, voken_embeddings, end_ids
         self._fingerprint, self._put = fingerprint, put
         self._length = len(prompt_ids)
         self._num_given = self._num_written = 0
@@ -88,8 +88,8 @@ class Writer:
 
     def _caption(self) -> Script:
         """The prompt and its vokens in one reading."""
-        ids = self.prompt_ids + self._rows.ids[:-1]
-        states_VH = yield Read(ids=ids, start=0, num_states=self._rows.num_vokens)
+        ids = self.prompt_ids + self._voken_embeddings.ids[:-1]
+        states_VH = yield Read(ids=ids, start=0, num_states=self._voken_embeddings.num_vokens)
         self._put_vokens(1, states_VH)
 
     def _story(self) -> Script:
@@ -155,7 +155,7 @@ class Writer:
 
         `is_rushed`: the published way to force a picture (D11), by ten times the best logit at every token.
         """
-        request, rows = self.request, self._rows
+        request, voken_embeddings = self.request, self._voken_embeddings
         stream = TextStream(self._tokenizer, (STOP, *request.stop))
         start = self._length
         # A stop string may reach back over some tokens, at most four for each of its characters.
@@ -164,12 +164,12 @@ class Writer:
         while len(stream.tokens) < limit:
             logits_T = yield Score(state_H=states[-1])
             if is_rushed:
-                logits_T[rows.first] = 10 * logits_T.max()
-            closed = [rows.first] if not may_draw else []
+                logits_T[voken_embeddings.first] = 10 * logits_T.max()
+            closed = [voken_embeddings.first] if not may_draw else []
             if len(stream.tokens) < min_tokens:
-                closed = [rows.first, *self._end_ids]
+                closed = [voken_embeddings.first, *self._end_ids]
             choice = sample_token(
-                mask(logits_T, rows, closed),
+                mask(logits_T, voken_embeddings, closed),
                 request.sampling,
                 seed=request.seed,
                 page=page,
@@ -177,7 +177,7 @@ class Writer:
                 seen=said + stream.tokens,
             )
             self.num_close += choice.margin < CLOSE
-            opens_picture = choice.token == rows.first
+            opens_picture = choice.token == voken_embeddings.first
             if opens_picture or choice.token in self._end_ids:
                 break
             self._show(page, stream.add(choice.token))
@@ -193,14 +193,14 @@ class Writer:
 
     def _picture(self, page: int, state_H: Tensor) -> Generator[Read | Score, Any, Tensor]:
         """All vokens in one step, as the state before them says; returns the state after the last."""
-        num_vokens = self._rows.num_vokens
-        states_VH = yield Read(ids=self._rows.ids, start=self._length, num_states=num_vokens)
+        num_vokens = self._voken_embeddings.num_vokens
+        states_VH = yield Read(ids=self._voken_embeddings.ids, start=self._length, num_states=num_vokens)
         self._length += num_vokens
         self._put_vokens(page, torch.cat([state_H[None], states_VH[:-1]]))
         return states_VH[-1]
 
     def _put_vokens(self, page: int, hidden_VH: Tensor) -> None:
-        self._num_written += self._rows.num_vokens
+        self._num_written += self._voken_embeddings.num_vokens
         self._put(Vokens(page=page, hidden_VH=hidden_VH.float().cpu().numpy(), fingerprint=self._fingerprint))
 
     def _show(self, page: int, text: str) -> None:
@@ -208,9 +208,9 @@ class Writer:
             self._put(TextDelta(page=page, text=text))
 
 
-def mask(logits_T: np.ndarray, rows: VokenRows, closed: list[int]) -> np.ndarray:
+def mask(logits_T: np.ndarray, voken_embeddings: VokenEmbeddings, closed: list[int]) -> np.ndarray:
     """Logits of what may follow: text, or the first voken; the other vokens come after it by themselves."""
     logits_T = logits_T.copy()
-    logits_T[rows.first + 1 :] = -np.inf
+    logits_T[voken_embeddings.first + 1 :] = -np.inf
     logits_T[closed] = -np.inf
     return logits_T

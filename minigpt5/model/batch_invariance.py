@@ -44,7 +44,7 @@ class Pointwise(nn.Module):
         return F.linear(input.permute(0, 2, 3, 1), self.weight_OI, self.bias_O).permute(0, 3, 1, 2).contiguous()
 
 
-def make_steady(diffusion: Diffusion) -> None:
+def make_batch_invariant(diffusion: Diffusion) -> None:
     """For inference: the modules have other names afterwards.
 
     An unguided picture that is alone in a UNet call still has its own bits: there is nothing that would multiply them.

@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
-from minigpt5.model.multistep_scheduler import RestartScheduler
+from minigpt5.model.multistep_scheduler import MultistepScheduler
 from minigpt5.types import DISTILLED, SDE_DPM_SOLVER
 
 SCHEDULERS = {
@@ -29,7 +29,7 @@ SCHEDULERS = {
     "pndm": PNDMScheduler,
     "dpm-solver++": DPMSolverMultistepScheduler,
     SDE_DPM_SOLVER: DPMSolverMultistepScheduler,
-    DISTILLED: RestartScheduler,
+    DISTILLED: MultistepScheduler,
 }
 ADDS_NOISE = {SDE_DPM_SOLVER, DISTILLED}
 """Samplers whose steps need a generator."""
@@ -110,7 +110,7 @@ class Diffusion(nn.Module):
         """As `loss`, without weights."""
         return denoising_error(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
 
-    def cleaned(
+    def predict_x0(
         self,
         latents_BCYX: Tensor,
         condition_BQD: Tensor,
@@ -122,7 +122,7 @@ class Diffusion(nn.Module):
         """What the UNet of `scheduler` takes noised latents for, in one step."""
         noisy_BCYX = self.scheduler.add_noise(latents_BCYX, noise, timesteps)
         predicted_BCYX = self.unet_for(scheduler)(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
-        return without_noise(self.scheduler, noisy_BCYX, predicted_BCYX, timesteps)
+        return predict_x0(self.scheduler, noisy_BCYX, predicted_BCYX, timesteps)
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
@@ -197,7 +197,7 @@ def denoising_error(
     return F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def without_noise(scheduler: SchedulerMixin, noisy_BCYX: Tensor, predicted_BCYX: Tensor, timesteps: Tensor) -> Tensor:
+def predict_x0(scheduler: SchedulerMixin, noisy_BCYX: Tensor, predicted_BCYX: Tensor, timesteps: Tensor) -> Tensor:
     """What a prediction at `timesteps`, one or (B,), makes of noisy latents."""
     alpha_bar_B111 = scheduler.alphas_cumprod.to(noisy_BCYX.device)[timesteps].clamp(min=1e-4).view(-1, 1, 1, 1)
     signal_B111, noise_B111 = alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()

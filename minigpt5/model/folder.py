@@ -82,7 +82,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_generator_parts(
+def load_generator_model(
     folder: str | Path, *, device: str = "cpu"
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
     """What writes, ready to: config, tokenizer, language model with rows and merged adapter, vision path."""
@@ -97,16 +97,16 @@ def load_generator_parts(
     return config, load_tokenizer(resolve(config.language_model), config), language, vision.to(device)
 
 
-def load_decoder_parts(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:
+def load_decoder_model(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:
     """What draws, ready to: config, mapper, diffusion model."""
-    from minigpt5.model.batch_invariance import make_steady
+    from minigpt5.model.batch_invariance import make_batch_invariant
     from minigpt5.model.diffusion import Diffusion
 
     folder = Path(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
     diffusion = Diffusion.from_pretrained(find_decoder(folder, config))
-    make_steady(diffusion)
+    make_batch_invariant(diffusion)
     return config, mapper, diffusion
 
 
@@ -128,7 +128,7 @@ def load_language(folder: Path, config: ModelConfig) -> LanguageModel:
     if (vocabulary := folder / "vocabulary.safetensors").is_file():
         rows = load_file(vocabulary)
         language.replace_vocabulary(rows["embedding"], rows["head"])
-    load_rows(folder, language)
+    load_voken_embeddings(folder, language)
     if (folder / "adapter").is_dir():
         language.load_adapter(folder / "adapter")
         language.merge_adapter()
@@ -143,8 +143,8 @@ def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
     return mapper
 
 
-def load_rows(folder: Path, language: LanguageModel) -> None:
-    load_module(language.rows, folder / "vokens.safetensors")
+def load_voken_embeddings(folder: Path, language: LanguageModel) -> None:
+    load_module(language.voken_embeddings, folder / "vokens.safetensors")
 
 
 def load_qformer(folder: Path, vision: Vision) -> None:
@@ -174,7 +174,7 @@ def save(
     """Write everything that was trained, as float16; returns the config with its fingerprint."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_module(language.rows, folder / "vokens.safetensors")
+    save_module(language.voken_embeddings, folder / "vokens.safetensors")
     save_module(mapper, folder / "mapper.safetensors")
     save_module(vision.qformer, folder / "vision" / "qformer.safetensors")
     if hasattr(language.body, "peft_config"):

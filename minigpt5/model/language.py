@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
-from minigpt5.model.vokens import PLACEHOLDER, VokenRows, voken_names
+from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -37,13 +37,13 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
 
 
 class LanguageModel(nn.Module):
-    """A causal transformer whose vocabulary is widened by VokenRows."""
+    """A causal transformer whose vocabulary is widened by VokenEmbeddings."""
 
-    def __init__(self, body: nn.Module, head_TH: Tensor, rows: VokenRows) -> None:
+    def __init__(self, body: nn.Module, head_TH: Tensor, voken_embeddings: VokenEmbeddings) -> None:
         super().__init__()
         self.body: Any = body
         """The transformer, with or without an adapter around it."""
-        self.rows = rows
+        self.voken_embeddings = voken_embeddings
         self.head_TH: Tensor
         self.register_buffer("head_TH", head_TH, persistent=False)
         self._packed_head: PackedLinear | None = None
@@ -53,9 +53,9 @@ class LanguageModel(nn.Module):
         """The frozen base model with fresh voken rows."""
         causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         head_TH = causal.get_output_embeddings().weight.detach()
-        rows = VokenRows(config.vocabulary, config.num_vokens, config.hidden)
-        rows.initialise(causal.get_input_embeddings().weight, head_TH, seed=0)
-        return cls(causal.base_model, head_TH, rows)
+        voken_embeddings = VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden)
+        voken_embeddings.initialise(causal.get_input_embeddings().weight, head_TH, seed=0)
+        return cls(causal.base_model, head_TH, voken_embeddings)
 
     @torch.no_grad()
     def replace_vocabulary(self, embedding_TH: Tensor, head_TH: Tensor) -> None:
@@ -98,11 +98,11 @@ class LanguageModel(nn.Module):
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
         """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""
         ids_BS = ids_BS.to(self.embedding.device)
-        embeds_BSH = self.rows.embed(ids_BS, self.embedding)
+        embeds_BSH = self.voken_embeddings.embed(ids_BS, self.embedding)
         if image_NQH is None:
             return embeds_BSH
-        is_slot_BS = ids_BS == self.rows.placeholder
-        return embeds_BSH.masked_scatter(is_slot_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
+        is_placeholder_BS = ids_BS == self.voken_embeddings.placeholder
+        return embeds_BSH.masked_scatter(is_placeholder_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
 
     def states(
         self,
@@ -123,8 +123,8 @@ class LanguageModel(nn.Module):
 
     def logits(self, states_BSH: Tensor) -> Tensor:
         if self._packed_head is not None:
-            return self.rows.extend(self._packed_head(states_BSH), states_BSH)
-        return self.rows.logits(states_BSH, self.head_TH)
+            return self.voken_embeddings.extend(self._packed_head(states_BSH), states_BSH)
+        return self.voken_embeddings.logits(states_BSH, self.head_TH)
 
     def voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Right-padded texts -> the states that condition the picture after each: (B, V, H).
@@ -137,8 +137,8 @@ class LanguageModel(nn.Module):
             text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
         lengths_B = mask_BS.sum(dim=1)
         before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
-        offsets_V = torch.arange(self.rows.num_vokens - 1, device=mask_BS.device)
-        voken_ids_BV = torch.tensor(self.rows.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
+        offsets_V = torch.arange(self.voken_embeddings.num_vokens - 1, device=mask_BS.device)
+        voken_ids_BV = torch.tensor(self.voken_embeddings.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
         at_vokens_BVH = self.states(
             self.embed(voken_ids_BV),
             mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),

@@ -23,7 +23,7 @@ def last_level(schedule: DDIMScheduler) -> int:
     return schedule.config.num_train_timesteps // NUM_LEVELS - 1
 
 
-class RestartScheduler(DDIMScheduler):
+class MultistepScheduler(DDIMScheduler):
     """DDIM in NUM_LEVELS steps; steps beyond them each begin at the last level again. It serves one picture, or several
     that go together."""
 

@@ -15,7 +15,7 @@ from minigpt5.types import InputImage, Page, PromptPart, StoryRequest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from minigpt5.model.vokens import VokenRows
+    from minigpt5.model.vokens import VokenEmbeddings
 
 IGNORED = -100
 Task = Literal["text", "picture", "both"]
@@ -57,7 +57,7 @@ DRAW_TARGET = Segment(kind="draw", is_target=True)
 def encode(
     segments: Sequence[Segment],
     tokenizer: PreTrainedTokenizerBase,
-    rows: VokenRows,
+    voken_embeddings: VokenEmbeddings,
     *,
     num_image_embeddings: int,
     published_quirks: bool = False,
@@ -74,10 +74,10 @@ def encode(
             new = words_ids(segment.text, tokenizer)
             learnt = new if segment.is_target else [IGNORED] * len(new)
         elif segment.kind == "read":
-            new = [rows.placeholder] * num_image_embeddings
+            new = [voken_embeddings.placeholder] * num_image_embeddings
             learnt = [IGNORED] * len(new)
         else:
-            new = rows.ids
+            new = voken_embeddings.ids
             learnt = [IGNORED] * len(new)
             if segment.is_target:
                 learnt[0] = new[0]

@@ -15,7 +15,7 @@ from torch import nn
 from minigpt5.config import ModelConfig, minigpt5_7b
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
-from minigpt5.model.vokens import VokenRows
+from minigpt5.model.vokens import VokenEmbeddings
 
 GB = 1e9
 LLAMA_7B: dict[str, Any] = {
@@ -58,7 +58,7 @@ class Parts:
 
     config: ModelConfig
     language: nn.Module
-    rows: VokenRows
+    rows: VokenEmbeddings
     vision: Vision
     mapper: Mapper
     unet: nn.Module
@@ -92,7 +92,7 @@ def build() -> Parts:
         return Parts(
             config=config,
             language=LlamaForCausalLM(LlamaConfig(**LLAMA_7B)),
-            rows=VokenRows(config.vocabulary, config.num_vokens, config.hidden),
+            rows=VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden),
             vision=Vision(config),
             mapper=Mapper(config),
             unet=UNet2DConditionModel(**SD21_UNET),

@@ -17,7 +17,7 @@ def voken_names(num_vokens: int) -> list[str]:
     return [f"[IMG{i}]" for i in range(num_vokens)]
 
 
-class VokenRows(nn.Module):
+class VokenEmbeddings(nn.Module):
     """The rows that the new tokens add to the embedding and to the head: the only ones trained and stored.
 
     Ids go on after the base vocabulary: `first` .. `first + num_vokens - 1` are the vokens, `placeholder` marks the
@@ -61,14 +61,14 @@ class VokenRows(nn.Module):
         return torch.cat([old_BST, F.linear(states_BSH, self.head)], dim=-1)
 
 
-def align(states_BSH: Tensor, ids_BS: Tensor, rows: VokenRows) -> tuple[Tensor, Tensor]:
+def align(states_BSH: Tensor, ids_BS: Tensor, voken_embeddings: VokenEmbeddings) -> tuple[Tensor, Tensor]:
     """The states that condition each picture of a batch, in reading order, and where they are.
 
     They are the states that predict [IMG0] .. [IMG7]: one before [IMG0], then at [IMG0] .. [IMG6]. Returns
     (P, V, H) and the (sequence, position) of each picture's first state: (P, 2).
     """
-    where_P2 = (ids_BS == rows.first).nonzero()
+    where_P2 = (ids_BS == voken_embeddings.first).nonzero()
     where_P2 = where_P2 - torch.tensor([0, 1], device=where_P2.device)
-    offsets_V = torch.arange(rows.num_vokens, device=states_BSH.device)
+    offsets_V = torch.arange(voken_embeddings.num_vokens, device=states_BSH.device)
     positions_PV = where_P2[:, 1:] + offsets_V
     return states_BSH[where_P2[:, :1], positions_PV], where_P2

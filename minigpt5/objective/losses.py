@@ -39,7 +39,7 @@ WHITENING_GAIN = 3.0
 WHITENING_RANK = 128
 """Of the captions' states, for that."""
 REPLAYED_PICTURES = 16
-MEMORY = 24_576
+REPLAY_CAPACITY = 24_576
 """Pictures whose states are kept for replay: 70 KB each in the storybook preset, 200 KB with contrasts."""
 
 
@@ -89,7 +89,7 @@ class Objective(nn.Module):
         self.diffusion.requires_grad_(False)
         self.calls_alike = False
         """Every batch calls the same parts in the same order, as workers must that share out weights (ZeRO 3)."""
-        self._memory: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self._replay_buffer: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self._whitening: RemovableHandle | None = None
         self._whiten_HH: Tensor
         self._voken_mean_H: Tensor
@@ -148,7 +148,7 @@ class Objective(nn.Module):
 
     def outer_parameters(self) -> list[nn.Parameter]:
         """Those that are read by other modules than their own."""
-        return [self.language.embedding, *self.language.rows.parameters()]  # type: ignore[list-item]
+        return [self.language.embedding, *self.language.voken_embeddings.parameters()]  # type: ignore[list-item]
 
     def whiten_vokens(self, states_PVH: Tensor, conditions_PQD: Tensor, *, noise: float = 0.0) -> None:
         """Let `fc` see voken states of unit covariance while it is trained, but for the directions that go with the
@@ -200,7 +200,7 @@ class Objective(nn.Module):
         tokens = prompt.encode(
             segments,
             self.tokenizer,
-            self.language.rows,
+            self.language.voken_embeddings,
             num_image_embeddings=queries,
             published_quirks=self.config.published_quirks,
         )
@@ -210,7 +210,7 @@ class Objective(nn.Module):
         """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
         ids_BS, mask_BS = self._pad([self.encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
-        first_B = torch.full((len(rows),), self.language.rows.first, device=self.device)
+        first_B = torch.full((len(rows),), self.language.voken_embeddings.first, device=self.device)
         return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
 
     def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ class Objective(nn.Module):
         pictures = [picture for row in rows for picture in row.read]
         image_NQH = self._see(pictures) if pictures else None
         states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
-        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.rows)
+        vokens_PVH, _ = align(states_BSH, ids_BS, self.language.voken_embeddings)
         return vokens_PVH, self.text_loss(states_BSH, labels_BS)
 
     def _pad(self, sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
@@ -257,7 +257,7 @@ class Objective(nn.Module):
             others_PKQD = self._encode_contrasts(rows) if has_contrasts else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
             if self.training:
-                self._remember(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
+                self._store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
 
     @torch.no_grad()
@@ -285,15 +285,15 @@ class Objective(nn.Module):
         return {"loss": chosen + near, "words": chosen, "distance": near}
 
     @property
-    def num_remembered(self) -> int:
-        return len(self._memory)
+    def num_replayable(self) -> int:
+        return len(self._replay_buffer)
 
     def replay(self, num_pictures: int, weights: LossWeights) -> dict[str, Tensor]:
         """All losses but the text's on remembered states of earlier batches, the picture loss on the first few.
 
         A step of the mapper costs a tenth of one of the language model, whose rows move slowly enough for its states
         to stay true for a while. The memory is not part of a checkpoint: a resumed run fills it anew."""
-        chosen = [self._memory[i] for i in torch.randint(len(self._memory), (num_pictures,)).tolist()]
+        chosen = [self._replay_buffer[i] for i in torch.randint(len(self._replay_buffer), (num_pictures,)).tolist()]
         states, targets, others, latents = zip(*chosen, strict=True)
         is_null_P = (torch.rand(num_pictures) < GUIDANCE_DROPOUT).to(self.device)
         condition_PQD = self.mapper(torch.stack(states).masked_fill(is_null_P[:, None, None], 0))
@@ -306,7 +306,9 @@ class Objective(nn.Module):
                 latents_PCYX, condition_PQD[:REPLAYED_PICTURES], first_timestep=self.first_timestep
             )
         # What is trained takes part in every step: see `forward`.
-        losses["caption"] = losses["caption"] + 0 * sum(rows.sum() for rows in self.language.rows.parameters())
+        losses["caption"] = losses["caption"] + 0 * sum(
+            rows.sum() for rows in self.language.voken_embeddings.parameters()
+        )
         return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
 
     def _caption_losses(
@@ -334,13 +336,13 @@ class Objective(nn.Module):
         right_P = torch.zeros(len(distance_PK), dtype=torch.long, device=self.device)
         return F.cross_entropy(-CONTRAST_SHARPNESS * distance_PK, right_P)
 
-    def _remember(
+    def _store_for_replay(
         self, vokens_PVH: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, latents_PCYX: Tensor | None
     ) -> None:
         others = [None] * len(target_PQD) if others_PKQD is None else others_PKQD.bfloat16()
         latents = [None] * len(target_PQD) if latents_PCYX is None else latents_PCYX.float()
-        self._memory += zip(vokens_PVH.detach(), target_PQD, others, latents, strict=True)
-        self._memory = self._memory[-MEMORY:]
+        self._replay_buffer += zip(vokens_PVH.detach(), target_PQD, others, latents, strict=True)
+        self._replay_buffer = self._replay_buffer[-REPLAY_CAPACITY:]
 
     def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
         """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""

@@ -31,7 +31,7 @@ _PIECE = 6
 class TextFilter:
     """Texts -> how sure it is that they insult.
 
-    Example: TextFilter().check("A fox finds a balloon.", "prompt")
+    Example: TextFilter().check_text("A fox finds a balloon.", "prompt")
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class TextFilter:
         """From 0 to 1: of its worst piece."""
         return max(map(self._score, self._pieces(text)), default=0.0)
 
-    def check(self, text: str, what: str) -> None:
+    def check_text(self, text: str, what: str) -> None:
         """Raise Blocked where `text`, which is `what` ("prompt", "page 2"), is not to be shown."""
         if self.score(text) > MAX_TEXT_SCORE:
             raise Blocked(f"{what} was stopped by the text filter: say it in other words")
@@ -88,7 +88,7 @@ class PictureFilter:
         [[_, score]] = self._session.run(None, {"input_0": _prepare(data)[None]})[0]
         return float(score)
 
-    def check(self, data: bytes) -> None:
+    def check_picture(self, data: bytes) -> None:
         """Raise Blocked where a picture is not to be shown."""
         if self.score(data) > MAX_PICTURE_SCORE:
             raise Blocked("the picture was stopped by the picture filter")

@@ -25,7 +25,7 @@ from minigpt5.types import (
     StoryEvent,
     StoryRequest,
     TextDelta,
-    TextRestarted,
+    TextReset,
     Usage,
 )
 
@@ -129,7 +129,7 @@ class StoryBuilder:
             case TextDelta():
                 page = self._page(event.page)
                 self._pages[event.page] = dataclasses.replace(page, text=page.text + event.text)
-            case TextRestarted():
+            case TextReset():
                 self._pages[event.page] = dataclasses.replace(self._page(event.page), text="")
             case SlotOpened():
                 self._written.add(event.page)

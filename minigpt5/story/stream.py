@@ -27,7 +27,7 @@ from minigpt5.types import (
     StoryRequest,
     StoryStarted,
     TextDelta,
-    TextRestarted,
+    TextReset,
     Usage,
     Vokens,
 )
@@ -105,7 +105,7 @@ async def stream_story(
                 if isinstance(event, TextDelta):
                     text[event.page] = text.get(event.page, "") + event.text
                     events.put_nowait(event)
-                elif isinstance(event, TextRestarted):
+                elif isinstance(event, TextReset):
                     text.pop(event.page, None)
                     events.put_nowait(event)
                 elif isinstance(event, Vokens):

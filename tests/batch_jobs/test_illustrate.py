@@ -25,7 +25,7 @@ import ray
 from PIL import Image
 from pyarrow import csv, dataset, parquet
 
-from batch_jobs import books, illustrate, kill_points
+from batch_jobs import books, failpoints, illustrate
 from batch_jobs.illustrate import Engines, make_pages_on_ray
 from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows, load_image, prompt_seed, read_rows
 from batch_jobs.job import Output
@@ -221,7 +221,7 @@ def test_an_output_has_one_process_at_a_time(tmp_path: Path) -> None:
     assert illustrate_here(check(PROMPTS[0]), second).stories == 1
     owner.write_text(json.dumps({"token": "x", "host": socket.gethostname(), "pid": 1, "started": 0, "beat": 1}))
     with pytest.raises(MiniGPT5Error, match="taken over by process 1 on"):
-        first.state.check()  # it was only slow: it writes nothing more
+        first.state.check_owner()  # it was only slow: it writes nothing more
 
 
 def check_output(folder: Path) -> None:
@@ -410,7 +410,7 @@ def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> 
     reached: set[str] = set()
     for _ in range(2):
         output = new_output(tmp_path)
-        output.reach = output.sink._reach = reached.add
+        output.failpoint = output.sink._failpoint = reached.add
         options = {"store": output.store, "watch": Monitor(), "reach": reached.add}
 
         def make_pages(jobs: list[StoryJob], report: Report, options: dict[str, object] = options) -> Iterator[Row]:
@@ -421,20 +421,20 @@ def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> 
 
         with pytest.raises(RuntimeError):
             illustrate.illustrate(check(PROMPTS[0], PROMPTS[1]), output, make_pages=make_pages)
-    assert reached == set(kill_points.POINTS)
+    assert reached == set(failpoints.POINTS)
 
 
 def test_a_point_kills_once_and_an_unknown_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from batch_jobs import kill_points; kill_points.from_environment()('mid-text'); print('lives')"
-    environment = {**os.environ, kill_points.VARIABLE: f"mid-text:{tmp_path / 'marker'}", "PYTHONPATH": str(ROOT)}
+    code = "from batch_jobs import failpoints; failpoints.from_environment()('mid-text'); print('lives')"
+    environment = {**os.environ, failpoints.VARIABLE: f"mid-text:{tmp_path / 'marker'}", "PYTHONPATH": str(ROOT)}
     runs = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True) for _ in range(2)
     ]
     assert (runs[0].returncode, runs[0].stdout) == (-9, "")
     assert (runs[1].returncode, runs[1].stdout) == (0, "lives\n")
-    monkeypatch.setenv(kill_points.VARIABLE, "nowhere:x")
+    monkeypatch.setenv(failpoints.VARIABLE, "nowhere:x")
     with pytest.raises(ValueError, match="nowhere:x"):
-        kill_points.from_environment()
+        failpoints.from_environment()
 
 
 def test_too_many_errors_end_the_run(tmp_path: Path) -> None:

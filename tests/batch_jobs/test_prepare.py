@@ -1,4 +1,4 @@
-"""Real layouts -> training rows: nothing is lost, what is broken is in the rejects with its reason."""
+"""Real dataset_readers -> training rows: nothing is lost, what is broken is in the rejects with its reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from batch_jobs import prepare as module
-from batch_jobs.layouts import LAYOUTS, Source, storybook_item
+from batch_jobs.dataset_readers import DATASET_READERS, Source, storybook_item
 from batch_jobs.prepare import Part, main, write_part
 from batch_jobs.wml import macros_in, stories_in
 from minigpt5.objective.stored_example import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
@@ -48,7 +48,7 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
 
 def rows_of(layout: str, source: Path, output: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Rows, and the reasons of rejects by id, without Ray."""
-    names = LAYOUTS[layout].files(Source(str(source)))
+    names = DATASET_READERS[layout].files(Source(str(source)))
     for number, name in enumerate(names):
         part = Part(number=number, file=name, start=0, count=10_000)
         write_part(part, layout=layout, uri=str(source), output=str(output), seed=1)

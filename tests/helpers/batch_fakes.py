@@ -31,7 +31,7 @@ CANNOT_BE_DRAWN = "page 2 of this one cannot be drawn"
 class FakeGenerator:
     fingerprint = FINGERPRINT
 
-    def check(self, request: StoryRequest) -> None:
+    def validate_request(self, request: StoryRequest) -> None:
         if len(str(request.prompt[-1])) > MAX_PROMPT:
             raise InvalidRequest("prompt", f"prompt is longer than {MAX_PROMPT}: shorten it")
 

@@ -44,7 +44,7 @@ class FakeGenerator:
         self.gate.set()
         self.num_closed = 0
 
-    def check(self, request: StoryRequest) -> None:
+    def validate_request(self, request: StoryRequest) -> None:
         num_words = sum(len(part.split()) for part in request.prompt if isinstance(part, str))
         if num_words > self.max_words:
             raise InvalidRequest("prompt", f"prompt takes {num_words} tokens but the window is {self.max_words}")
@@ -103,8 +103,8 @@ class LocalEngines:
         self.generator, self.decoder = generator, decoder
         self.generate, self.decode = generator.generate, decoder.decode
 
-    async def check(self, request: StoryRequest) -> None:
-        self.generator.check(request)
+    async def validate_request(self, request: StoryRequest) -> None:
+        self.generator.validate_request(request)
 
     async def check_ready(self) -> None:
         if self.generator.fingerprint != self.decoder.fingerprint:

@@ -16,7 +16,7 @@ from minigpt5.model.folder import load_module
 from minigpt5.model.language import LanguageModel, load_tokenizer
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
-from minigpt5.model.vokens import VokenRows
+from minigpt5.model.vokens import VokenEmbeddings
 
 HIDDEN = 48
 
@@ -53,7 +53,7 @@ def tiny_language(config: ModelConfig) -> LanguageModel:
     )
     body = LlamaModel(shape).eval().requires_grad_(False)
     head_TH = torch.randn(config.vocabulary, HIDDEN) * 0.1
-    rows = VokenRows(config.vocabulary, config.num_vokens, HIDDEN)
+    rows = VokenEmbeddings(config.vocabulary, config.num_vokens, HIDDEN)
     rows.initialise(body.embed_tokens.weight, head_TH, seed=0)
     return LanguageModel(body, head_TH, rows)
 

@@ -23,10 +23,10 @@ from tests.helpers.toy_stage import TOY, WIDTH, ToyStage
 from training import checkpoint, loop, presets
 from training.data import batches as data
 from training.data.batches import StorybookRows
-from training.parts import Parts
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_factor
 from training.storybook.vae import VaeStage
+from training.weight_sources import WeightSources
 
 TINY = dataclasses.replace(
     presets.STORYBOOK["vae"],
@@ -44,7 +44,7 @@ class Stopped(Exception):
 
 
 def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset = TINY) -> VaeStage:
-    stage = VaeStage(preset, Parts(runs=folder))
+    stage = VaeStage(preset, WeightSources(runs=folder))
     stage.draw_sheet = lambda path: None  # type: ignore[method-assign]
     stage.save = lambda folder: None  # type: ignore[method-assign]
 
@@ -99,7 +99,7 @@ def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
         if metrics["step"] == 1:
             checkpoint.claim(folder)
 
-    stage = VaeStage(preset, Parts(runs=tmp_path))
+    stage = VaeStage(preset, WeightSources(runs=tmp_path))
     batches = data.local_batches(StorybookRows(preset), preset)
     with pytest.raises(TrainingError, match="another run works in"):
         loop.fit(stage, preset, folder, batches, owner=first, report=report)
@@ -107,7 +107,7 @@ def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_the_same_rows_for_any_number_of_workers_and_wherever_a_run_goes_on() -> None:
-    preset = dataclasses.replace(TINY, batch_size=8, accumulate=2, steps=6)
+    preset = dataclasses.replace(TINY, batch_size=8, gradient_accumulation_steps=2, steps=6)
     for workers in (1, 2, 4):
         share = 8 // workers
         for first_step in (0, 3):
@@ -125,7 +125,7 @@ def test_a_batch_is_the_same_rows_for_any_number_of_workers_and_wherever_a_run_g
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
-    stage = VaeStage(TINY, Parts(runs=tmp_path))
+    stage = VaeStage(TINY, WeightSources(runs=tmp_path))
     with torch.no_grad():
         next(stage.vae.parameters()).fill_(math.nan)
     with pytest.raises(TrainingError, match=r"step 0 is not finite: nan, rows \[0, 1\]"):
@@ -177,7 +177,7 @@ def test_two_workers_of_a_local_ray_train_a_stage(tmp_path: Path) -> None:
 def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
     preset = dataclasses.replace(TINY, steps=3, checkpoint_every_s=0.0, validation_batches=2)
     held_back = StorybookRows(dataclasses.replace(preset, seed=99))
-    stage, losses = VaeStage(preset, Parts(runs=tmp_path)), []
+    stage, losses = VaeStage(preset, WeightSources(runs=tmp_path)), []
     stage.draw_sheet = stage.save = lambda path: None  # type: ignore[method-assign,assignment]
     batches = data.local_batches(StorybookRows(preset), preset)
     validation = data.validation_batches(held_back, preset)
@@ -199,7 +199,9 @@ def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
 def test_batches_that_make_a_step_are_one_large_batch(tmp_path: Path) -> None:
     toys = []
     for size, parts in ((8, 1), (2, 4)):
-        preset = dataclasses.replace(TOY, steps=5, batch_size=size, accumulate=parts, checkpoint_every_s=1e9)
+        preset = dataclasses.replace(
+            TOY, steps=5, batch_size=size, gradient_accumulation_steps=parts, checkpoint_every_s=1e9
+        )
 
         def batches(step: int, size: int = size, parts: int = parts) -> Iterator[data.Batch]:
             for start in range(step * size * parts, 10_000, size):
@@ -246,11 +248,11 @@ def test_a_run_on_an_object_store_is_gone_on_with(tmp_path: Path) -> None:
 
 def test_the_published_settings_are_those_of_the_paper() -> None:
     align, learn = presets.PUBLISHED["align"], presets.PUBLISHED["learn"]
-    assert (align.rows_learning_rate, align.mapper_learning_rate, align.learning_rate) == (2e-5, 2e-4, 0)
-    assert (learn.rows_learning_rate, learn.mapper_learning_rate, learn.learning_rate) == (2e-5, 2e-5, 2e-5)
+    assert (align.voken_learning_rate, align.mapper_learning_rate, align.learning_rate) == (2e-5, 2e-4, 0)
+    assert (learn.voken_learning_rate, learn.mapper_learning_rate, learn.learning_rate) == (2e-5, 2e-5, 2e-5)
     assert align.batch_size * align.accumulate == learn.batch_size * learn.accumulate == 48
     assert (align.text_weight, align.picture_weight, align.caption_weight) == (0.01, 1.0, 0.1)
     assert (learn.text_weight, learn.picture_weight, learn.caption_weight) == (0.01, 1.0, 0.0)
-    assert (align.warmup_steps, align.decays_linearly, align.epochs, align.clip_norm) == (1000, 1, 2, 0)
+    assert (align.warmup_steps, align.decays_linearly, align.epochs, align.max_grad_norm) == (1000, 1, 2, 0)
     rates = [learning_rate_factor(step, step / 4000, align) for step in (0, 999, 2000, 3999)]
     assert rates == pytest.approx([0.001, 0.75, 0.5, 0.00025], rel=1e-2)

@@ -70,7 +70,7 @@ def test_both_stages_train_on_them_and_the_model_writes(encoded: Path, tmp_path:
 def test_a_submitted_job_trains_with_two_workers(encoded: Path, tmp_path: Path, cluster: str) -> None:  # noqa: F811
     out = tmp_path / "align"
     command = ["-m", "training.train", "align", "--data", str(encoded), "--start", MODEL, "--out", str(out)]
-    command += ["--workers", "2", "steps=2", "zero_stage=2", "ema=0", *QUICK]
+    command += ["--workers", "2", "steps=2", "zero_stage=2", "ema_decay=0", *QUICK]
     submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster]
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}
     environment.pop("RAY_ADDRESS", None)

@@ -63,7 +63,7 @@ folder, zero_stage, steps, losses = Path(sys.argv[1]), int(sys.argv[2]), int(sys
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 preset = Preset(
-    stage="learn", steps=steps, batch_size=2, learning_rate=0.0, mapper_learning_rate=1e-3, rows_learning_rate=1e-3,
+    stage="learn", steps=steps, batch_size=2, learning_rate=0.0, mapper_learning_rate=1e-3, voken_learning_rate=1e-3,
     warmup_steps=1, log_every=1, text_weight=1.0, picture_weight=1.0, caption_weight=1.0, zero_stage=zero_stage,
     checkpoint_every_s=1e9, sheet_every_s=1e9,
 )
@@ -75,7 +75,8 @@ for part in (model.vision, model.language.body, model.text_encoder):
 class Stage:
     objective = StageObjective(model, preset)
     def parameter_groups(self):
-        return [{"params": list(part.parameters()), "lr": 1e-3} for part in (model.language.rows, model.mapper)]
+        trained = (model.language.voken_embeddings, model.mapper)
+        return [{"params": list(part.parameters()), "lr": 1e-3} for part in trained]
     def draw_sheet(self, path): ...
     def save(self, folder): ...
 
@@ -109,7 +110,7 @@ import torch
 from torch import distributed
 from tests.helpers.toy_stage import ToyStage, batches, TOY
 from training.devices import autocast
-from training.loop import new_updater
+from training.loop import new_strategy
 from training.stages.model import halve_frozen
 
 zero_stage, steps = int(sys.argv[2]), int(sys.argv[3])
@@ -124,19 +125,19 @@ torch.set_num_threads(1)
 distributed.init_process_group("gloo")
 stage, preset = ToyStage(), dataclasses.replace(TOY, zero_stage=zero_stage, bf16=1)
 halve_frozen(stage.objective)
-updater = new_updater(stage.objective, stage.parameter_groups(), preset)
+strategy = new_strategy(stage.objective, stage.parameter_groups(), preset)
 stream = batches(distributed.get_rank(), distributed.get_world_size())(0)
 losses = []
 for step in range(steps):
     with autocast(preset, torch.device("cpu")):
-        loss = updater.losses(next(stream), 0.0)["loss"]
-    updater.backward(loss)
-    updater.step(1.0)
+        loss = strategy.losses(next(stream), 0.0)["loss"]
+    strategy.backward(loss)
+    strategy.step(1.0)
     distributed.all_reduce(mean := loss.detach().double())
     losses.append(mean.item() / distributed.get_world_size())
 
 frozen = stage.objective.frozen.weight
-state = updater.engine.optimizer if zero_stage >= 0 else updater.optimizer
+state = strategy.engine.optimizer if zero_stage >= 0 else strategy.optimizer
 trained = sum(getattr(p, "ds_numel", p.numel()) for p in stage.objective.parameters() if p.requires_grad)
 moments = getattr(state, "optimizer", state).state.values()
 held = sum(one["exp_avg"].numel() for one in moments)

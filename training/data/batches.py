@@ -239,7 +239,7 @@ def validation_batches(rows: Rows, preset: Preset) -> list[Batch]:
 
 
 def rows_per_step(preset: Preset) -> int:
-    return preset.batch_size * preset.accumulate
+    return preset.batch_size * preset.gradient_accumulation_steps
 
 
 def local_batches(rows: Rows, preset: Preset) -> Callable[[int], Iterator[Batch]]:
@@ -271,7 +271,7 @@ def worker_positions(ids: np.ndarray, preset: Preset, *, first_step: int, rank: 
     is the same rows for any number of workers, and wherever a run goes on."""
     share = preset.batch_size // num_workers
     batches, places = np.divmod(ids, share)
-    return (first_step * preset.accumulate + batches) * preset.batch_size + rank * share + places
+    return (first_step * preset.gradient_accumulation_steps + batches) * preset.batch_size + rank * share + places
 
 
 def ray_rows(rows: Rows, preset: Preset, *, first_step: int, rank: int, num_workers: int) -> Dataset:
@@ -287,7 +287,7 @@ def ray_rows(rows: Rows, preset: Preset, *, first_step: int, rank: int, num_work
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     share = preset.batch_size // num_workers
-    num_rows = (preset.steps - first_step) * preset.accumulate * share
+    num_rows = (preset.steps - first_step) * preset.gradient_accumulation_steps * share
     blocks = min(MAX_BLOCKS, max(1, num_rows // (8 * share)))
     return ray.data.range(num_rows, override_num_blocks=blocks).map_batches(make, batch_size=share)
 
@@ -300,7 +300,9 @@ def ray_batches(
     def batches(step: int) -> Iterator[Batch]:
         size = preset.batch_size // num_workers
         for index, block in enumerate(shard.iter_batches(batch_size=size, batch_format="numpy")):
-            if index >= (step - first_step) * preset.accumulate:  # a restarted worker has done the earlier ones
+            if (
+                index >= (step - first_step) * preset.gradient_accumulation_steps
+            ):  # a restarted worker has done the earlier ones
                 yield collate(list(block["row"]), block["id"].tolist())
 
     return batches

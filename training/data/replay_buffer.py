@@ -12,14 +12,14 @@ from training.data.batches import Batch
 from training.presets import Preset
 
 
-class Memory(deque[tuple[Tensor, ...]]):
+class ReplayBuffer(deque[tuple[Tensor, ...]]):
     """The last rows that were made."""
 
     def sample(self, num: int) -> list[tuple[Tensor, ...]]:
         return [self[index] for index in torch.randint(len(self), (num,)).tolist()]
 
 
-def is_replay(batch: Batch, preset: Preset, num_remembered: int) -> bool:
+def is_replay(batch: Batch, preset: Preset, num_replayable: int) -> bool:
     """Whether a step learns from what is remembered: `replay_steps` of them after each one on fresh rows."""
     is_between = (batch["step"] + 1) % (1 + preset.replay_steps) > 0  # type: ignore[operator]
-    return is_between and num_remembered >= preset.replay_from
+    return is_between and num_replayable >= preset.replay_from

@@ -1,4 +1,4 @@
-"""Stages "vision", "align", "learn" and "refine": the package's Objective, with a stage's rows and trainable parts.
+"""Stages "vision", "align", "learn" and "refine": the package's Objective, with a stage's rows and trainable sources.
 
 vision  picture -> description; the Q-Former is trained, the language model frozen
 align   caption -> picture; voken rows and mapper are trained, the language model frozen (unimodal alignment)
@@ -40,9 +40,9 @@ from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.data.batches import Batch, Rows, StorybookRows
 from training.data.replay_buffer import is_replay
-from training.parts import Parts, prepare_unet
 from training.presets import Preset
 from training.storybook.sheets import save_sheet
+from training.weight_sources import WeightSources, prepare_unet
 
 NUM_WHITENED = 1_024
 """Captions whose voken states say how they spread."""
@@ -70,7 +70,7 @@ class StageObjective(nn.Module):
             caption=preset.caption_weight,
             contrast=preset.contrast_weight,
         )
-        if self.training and is_replay(batch, preset, self.model.num_remembered):
+        if self.training and is_replay(batch, preset, self.model.num_replayable):
             return self.model.replay(preset.replay_batch_size, weights)
         return self.model(rows, weights)
 
@@ -84,10 +84,10 @@ def halve_frozen(module: nn.Module) -> None:
 
 
 class ModelStage:
-    def __init__(self, preset: Preset, parts: Parts, rows: Rows | None = None) -> None:
+    def __init__(self, preset: Preset, sources: WeightSources, rows: Rows | None = None) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
-        previous = parts.model(preset.stage)
+        previous = sources.model(preset.stage)
         self.config = model_folder.load_config(previous) if previous else storybook()
         self.rows = rows or StorybookRows(preset)
         base = resolve(self.config.language_model)
@@ -104,7 +104,7 @@ class ModelStage:
         if preset.checkpoint_activations:
             self.language.checkpoint_activations()
         text_encoder = load_text_encoder(resolve(self.config.text_encoder), self.config)
-        vae_of, unet_of = (parts.find(part) or resolve(self.config.diffusion) for part in ("vae", "unet"))
+        vae_of, unet_of = (sources.find(part) or resolve(self.config.diffusion) for part in ("vae", "unet"))
         vae, unet = load_vae(vae_of), load_unet(unet_of)
         has_schedule = (unet_of / "scheduler").is_dir()
         schedule = load_scheduler(unet_of) if has_schedule else new_storybook_scheduler()
@@ -125,7 +125,7 @@ class ModelStage:
         if preset.standardises:
             objective.standardise_captions(
                 [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(512)],
-                start_there=preset.stage == "align" and not parts.start,
+                start_there=preset.stage == "align" and not sources.start,
             )
         if preset.stage != "vision" and preset.whitens:
             objective.whiten_vokens(*self._some_vokens(objective), noise=preset.voken_noise)
@@ -150,7 +150,7 @@ class ModelStage:
         return torch.cat(states), torch.cat(targets)
 
     def _load(self, folder: Path) -> None:
-        model_folder.load_rows(folder, self.language)
+        model_folder.load_voken_embeddings(folder, self.language)
         model_folder.load_qformer(folder, self.vision)
         self.mapper = model_folder.load_mapper(folder, self.config)
 
@@ -165,7 +165,7 @@ class ModelStage:
     def _freeze(self) -> None:
         stage = self.preset.stage
         self.vision.qformer.requires_grad_(stage == "vision")
-        self.language.rows.requires_grad_(stage != "vision" and self.preset.rows_learning_rate > 0)
+        self.language.voken_embeddings.requires_grad_(stage != "vision" and self.preset.voken_learning_rate > 0)
         self.mapper.requires_grad_(stage != "vision" and self.preset.mapper_learning_rate > 0)
         if not self.preset.trains_queries:
             self.mapper.fc.requires_grad_(False)
@@ -177,10 +177,10 @@ class ModelStage:
             return [{"params": list(self.vision.qformer.parameters()), "lr": preset.learning_rate}]
         rows, mapper, adapter = (
             [parameter for parameter in module.parameters() if parameter.requires_grad]
-            for module in (self.language.rows, self.mapper, self.language.body)
+            for module in (self.language.voken_embeddings, self.mapper, self.language.body)
         )
         groups: list[dict[str, object]] = [
-            {"params": rows, "lr": preset.rows_learning_rate, "weight_decay": 0.0},
+            {"params": rows, "lr": preset.voken_learning_rate, "weight_decay": 0.0},
             {"params": mapper, "lr": preset.mapper_learning_rate},
             {"params": adapter, "lr": preset.learning_rate},
         ]

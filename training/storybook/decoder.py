@@ -17,10 +17,10 @@ from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
 from training.data.batches import Batch
-from training.parts import Parts
 from training.presets import Preset
 from training.storybook.sheets import save_captioned_sheet
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
+from training.weight_sources import WeightSources
 
 
 class DecoderObjective(nn.Module):
@@ -64,7 +64,7 @@ class DecoderObjective(nn.Module):
         cleaned_BCYX = latents_BCYX + LATENT_NOISE * noise_BCYX
         for scheduler, of_kind_B in (("ddim", kind_B == 1), (DISTILLED, kind_B == 2)):
             if of_kind_B.any():
-                cleaned_BCYX[of_kind_B] = self.diffusion.cleaned(
+                cleaned_BCYX[of_kind_B] = self.diffusion.predict_x0(
                     latents_BCYX[of_kind_B],
                     condition_BQD[of_kind_B],
                     noise=noise_BCYX[of_kind_B],
@@ -75,9 +75,9 @@ class DecoderObjective(nn.Module):
 
 
 class DecoderStage:
-    def __init__(self, preset: Preset, parts: Parts) -> None:
+    def __init__(self, preset: Preset, sources: WeightSources) -> None:
         config = storybook()
-        self.diffusion = parts.diffusion(stage="decoder")
+        self.diffusion = sources.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = DecoderObjective(self.diffusion, text_encoder, preset)

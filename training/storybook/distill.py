@@ -19,12 +19,12 @@ from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from training.data.batches import Batch
-from training.data.replay_buffer import Memory, is_replay
-from training.parts import Parts, prepare_unet
+from training.data.replay_buffer import ReplayBuffer, is_replay
 from training.presets import Preset
 from training.storybook.sheets import save_captioned_sheet
+from training.weight_sources import WeightSources, prepare_unet
 
-REMEMBERED = 8192
+REPLAY_CAPACITY = 8192
 """Steps of the teacher, which cost more than learning from them does; half a gigabyte."""
 
 
@@ -44,7 +44,7 @@ class DistillObjective(nn.Module):
         scheduler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
         """Of the teacher's steps, and -1 for what has no noise."""
-        self._remembered = Memory(maxlen=REMEMBERED)
+        self._remembered = ReplayBuffer(maxlen=REPLAY_CAPACITY)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         if self.training and is_replay(batch, self.preset, len(self._remembered)):
@@ -107,9 +107,9 @@ class DistillObjective(nn.Module):
 
 
 class DistillStage:
-    def __init__(self, preset: Preset, parts: Parts) -> None:
+    def __init__(self, preset: Preset, sources: WeightSources) -> None:
         config = storybook()
-        self.diffusion = parts.diffusion(stage="distill", is_distilled=False)
+        self.diffusion = sources.diffusion(stage="distill", is_distilled=False)
         if self.diffusion.distilled is None:
             self.diffusion.distilled = copy.deepcopy(self.diffusion.unet)
         prepare_unet(self.diffusion.distilled, preset)

@@ -15,7 +15,7 @@ from minigpt5.config import storybook
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, normal_like, without_noise
+from minigpt5.model.diffusion import Diffusion, normal_like, predict_x0
 from minigpt5.model.folder import DISTILLED_DRAW
 from minigpt5.model.multistep_scheduler import last_level
 from minigpt5.model.pixels import to_pixels, to_tensor
@@ -24,14 +24,14 @@ from minigpt5.objective.losses import exactly
 from minigpt5.storybook.scenes import Scene
 from minigpt5.types import DISTILLED
 from training.data.batches import Batch
-from training.data.replay_buffer import Memory, is_replay
-from training.parts import Parts, prepare_unet
+from training.data.replay_buffer import ReplayBuffer, is_replay
 from training.presets import Preset
 from training.storybook.sheets import save_captioned_sheet
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, error_weight, find_sprites, redrawn
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
+from training.weight_sources import WeightSources, prepare_unet
 
-REMEMBERED = 2048
+REPLAY_CAPACITY = 2048
 """Pictures, which cost nearly as much to draw as to learn from; 450 MB."""
 MIN_ENERGY = 4e-3
 """Below it a region counts as flat: it has no correlation with anything."""
@@ -58,7 +58,7 @@ class SharpenObjective(nn.Module):
         )
         for part in (diffusion.unet_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
-        self._remembered = Memory(maxlen=REMEMBERED)
+        self._remembered = ReplayBuffer(maxlen=REPLAY_CAPACITY)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         diffusion, device = self.diffusion, self.diffusion.unet.device
@@ -76,7 +76,7 @@ class SharpenObjective(nn.Module):
         predicted_BCYX = diffusion.unet_for(DISTILLED)(
             began_BCYX, timesteps_B, encoder_hidden_states=torch.cat([condition_BQD, condition_BQD[:num_composed]])
         ).sample
-        clean_BCYX = without_noise(diffusion.scheduler, began_BCYX, predicted_BCYX.float(), timesteps_B)
+        clean_BCYX = predict_x0(diffusion.scheduler, began_BCYX, predicted_BCYX.float(), timesteps_B)
         painted_BCYX, again_BCYX = clean_BCYX.split([len(noisy_BCYX), num_composed])
 
         with torch.no_grad():
@@ -116,13 +116,13 @@ class SharpenObjective(nn.Module):
 
         noise_BCYX = of_all("latents_1CYX")
         advance(self.before, pictures, null_1QD)
-        composed_BCYX = of_all("clean_1CYX")
+        composed_BCYX = of_all("pred_x0_1CYX")
         while pictures[0].num_calls_left > 1:
             advance(self.diffusion, pictures, null_1QD)
         noisy_BCYX = of_all("latents_1CYX")
         advance(self.before, pictures, null_1QD)
         with exactly(noise_BCYX.device):  # levels that bfloat16 does not tell apart
-            drawn = to_pixels(self.before.to_pixels(of_all("clean_1CYX")))
+            drawn = to_pixels(self.before.to_pixels(of_all("pred_x0_1CYX")))
         targets = [_target(pixels, scene) for pixels, scene in zip(drawn, scenes, strict=True)]
         rows = zip(noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, strict=True)
         return [(*row, *target) for row, target in zip(rows, targets, strict=True)]
@@ -160,9 +160,9 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
 
 
 class SharpenStage:
-    def __init__(self, preset: Preset, parts: Parts) -> None:
+    def __init__(self, preset: Preset, sources: WeightSources) -> None:
         config = storybook()
-        self.diffusion = parts.diffusion(stage="sharpen")
+        self.diffusion = sources.diffusion(stage="sharpen")
         prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset

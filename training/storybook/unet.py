@@ -14,9 +14,9 @@ from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybo
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from training.data.batches import Batch
-from training.parts import Parts, prepare_unet
 from training.presets import Preset
 from training.storybook.sheets import save_captioned_sheet
+from training.weight_sources import WeightSources, prepare_unet
 
 NULL_SHARE = 0.1
 
@@ -42,13 +42,13 @@ class UnetObjective(nn.Module):
 
 
 class UnetStage:
-    def __init__(self, preset: Preset, parts: Parts) -> None:
+    def __init__(self, preset: Preset, sources: WeightSources) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        goes_on = parts.start or parts.decoder
-        folder = parts.find("unet", stage="unet") if goes_on else None
+        goes_on = sources.start or sources.decoder
+        folder = sources.find("unet", stage="unet") if goes_on else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
-        self.diffusion = Diffusion(load_vae(parts.need("vae", stage="unet")), unet, new_storybook_scheduler())
+        self.diffusion = Diffusion(load_vae(sources.need("vae", stage="unet")), unet, new_storybook_scheduler())
         prepare_unet(self.diffusion.unet, preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset

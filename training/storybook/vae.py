@@ -15,9 +15,9 @@ from minigpt5.model.diffusion import load_vae, new_storybook_vae, normal_like
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.data.batches import Batch
-from training.parts import Parts
 from training.presets import Preset
 from training.storybook.sheets import save_sheet
+from training.weight_sources import WeightSources
 
 LATENT_NOISE = 0.05
 """Added to latents, raw ones here and normalised ones in "decoder", so that the way back forgives slight errors."""
@@ -52,11 +52,11 @@ def reconstruction_losses(decoded_BCYX: Tensor, pixels_BCYX: Tensor, weight_B1YX
 
 
 class VaeStage:
-    def __init__(self, preset: Preset, parts: Parts) -> None:
+    def __init__(self, preset: Preset, sources: WeightSources) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
-        goes_on = parts.start or parts.decoder
-        self.vae = load_vae(parts.need("vae", stage="vae")) if goes_on else new_storybook_vae()
+        goes_on = sources.start or sources.decoder
+        self.vae = load_vae(sources.need("vae", stage="vae")) if goes_on else new_storybook_vae()
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, object]]:

@@ -41,7 +41,7 @@ def test_a_story_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None
     picture = Picture(page=1, png=b"", width=1, height=1, seed=0, denoise_steps=1)
     events: list[StoryEvent] = [TextDelta(page=1, text="a"), TextDelta(page=1, text="b"), SlotOpened(page=1), picture]
     for event in events:
-        clock.see(event)
+        clock.observe(event)
     assert seen == [("first_text", 1.0), ("text", 4.0), ("first_picture", 7.0), ("picture", 3.0)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deployments.engines.throttle import fewer_steps, fewer_texts
+from deployments.engines.throttle import coalesce_text, throttle_progress
 from minigpt5.types import Picture, Progress, TextDelta, Usage, Vokens
 
 VOKENS = Vokens(page=1, hidden_VH=np.zeros((1, 1), np.float32), fingerprint="")
@@ -30,7 +30,7 @@ def collect(make: Any, events: Iterable[Any], *, interval_s: float, gap_s: float
 def test_the_first_text_goes_at_once_and_nothing_overtakes_a_text() -> None:
     words = [TextDelta(page=1, text=word) for word in "abcd"]
     events = [*words, VOKENS, TextDelta(page=2, text="e"), TextDelta(page=3, text="f"), USAGE]
-    paced = collect(fewer_texts, events, interval_s=60)
+    paced = collect(coalesce_text, events, interval_s=60)
     assert [event.text if isinstance(event, TextDelta) else event for event in paced] == [
         "a",
         "bcd",
@@ -39,17 +39,17 @@ def test_the_first_text_goes_at_once_and_nothing_overtakes_a_text() -> None:
         "f",
         USAGE,
     ]
-    assert collect(fewer_texts, words, interval_s=60)[-1].text == "bcd"
+    assert collect(coalesce_text, words, interval_s=60)[-1].text == "bcd"
 
 
 def test_slow_texts_go_each_by_itself() -> None:
     words = [TextDelta(page=1, text=word) for word in "abcd"]
-    assert collect(fewer_texts, words, interval_s=0.001, gap_s=0.005) == words
+    assert collect(coalesce_text, words, interval_s=0.001, gap_s=0.005) == words
 
 
 def test_the_first_and_the_last_step_and_previews_are_told() -> None:
     steps = [Progress(page=1, step=n, steps=9, preview=b"j" if n == 5 else None) for n in range(1, 10)]
     picture = Picture(page=1, png=b"", width=1, height=1, seed=0, denoise_steps=9)
-    paced = collect(fewer_steps, [*steps, picture], interval_s=60)
+    paced = collect(throttle_progress, [*steps, picture], interval_s=60)
     assert [getattr(event, "step", "picture") for event in paced] == [1, 5, 9, "picture"]
-    assert len(collect(fewer_steps, steps, interval_s=0.001, gap_s=0.005)) == 9
+    assert len(collect(throttle_progress, steps, interval_s=0.001, gap_s=0.005)) == 9

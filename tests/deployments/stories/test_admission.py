@@ -48,42 +48,42 @@ def test_work_is_predicted_from_pages_steps_and_guidance() -> None:
 def test_what_would_wait_for_too_long_is_refused_with_the_time_to_come_back() -> None:
     admission = make(3.5 * STORY_S)
     for _ in range(3):
-        admission.enter(story())
+        admission.reserve(story())
     with pytest.raises(Overloaded, match="done in about") as refused:
-        admission.enter(story())
+        admission.reserve(story())
     assert refused.value.retry_after_s == pytest.approx(0.5 * STORY_S, abs=1)
-    admission.enter(story(pages=1))  # a smaller one still fits
+    admission.reserve(story(pages=1))  # a smaller one still fits
 
 
 def test_who_sends_many_stories_waits_for_them_himself() -> None:
     admission = make(20 * STORY_S)
     for _ in range(16):
-        admission.enter(story("many"))
+        admission.reserve(story("many"))
     assert admission.wait_s(story("few", pages=1)) == pytest.approx(2 * STORY_S / 4)
     assert admission.wait_s(story("many")) == pytest.approx(17 * STORY_S)
 
 
 def test_an_idle_server_takes_what_takes_longer_than_the_limit() -> None:
     admission = make(STORY_S / 10)
-    place = admission.enter(story())
+    reservation = admission.reserve(story())
     with pytest.raises(Overloaded):
-        admission.enter(story())
-    place.leave()
-    admission.enter(story())
+        admission.reserve(story())
+    reservation.release()
+    admission.reserve(story())
 
 
 def test_done_work_is_counted_down_and_nothing_is_left_behind() -> None:
     admission = make()
-    with admission.enter(story()) as place:
-        place.see(SlotOpened(page=1))
+    with admission.reserve(story()) as reservation:
+        reservation.observe(SlotOpened(page=1))
         for step in range(1, 21):
-            place.see(Progress(page=1, step=step, steps=20))
-        place.see(PICTURE)
+            reservation.observe(Progress(page=1, step=step, steps=20))
+        reservation.observe(PICTURE)
         assert admission.wait_s(story("b")) == pytest.approx((1 + 0.75) * STORY_S)
         for step in range(200):  # more than was promised
-            place.see(Progress(page=2, step=step, steps=200))
+            reservation.observe(Progress(page=2, step=step, steps=200))
         assert admission.wait_s(story("b")) == pytest.approx(STORY_S)
-    place.leave()
+    reservation.release()
     assert admission.num_running == 0
     assert admission.wait_s(story()) == pytest.approx(STORY_S)
 
@@ -91,8 +91,8 @@ def test_done_work_is_counted_down_and_nothing_is_left_behind() -> None:
 def test_a_caption_needs_no_text() -> None:
     caption = StoryRequest(prompt=("A fox",), pages=1, mode="caption", draw=DrawSettings(steps=20))
     admission = make()
-    with admission.enter(caption) as place:
-        place.see(FakeGenerator()._vokens(1))
+    with admission.reserve(caption) as reservation:
+        reservation.observe(FakeGenerator()._vokens(1))
     assert isinstance(FakeGenerator()._vokens(1), Vokens)
     assert admission.num_running == 0
 
@@ -100,31 +100,31 @@ def test_a_caption_needs_no_text() -> None:
 def test_it_learns_how_fast_the_engines_are() -> None:
     clock = Clock()
     admission = make(clock=clock)
-    place = admission.enter(story(pages=16))
+    reservation = admission.reserve(story(pages=16))
     for step in range(200):
         clock.now += 2 / (10 * FIRST_SPEEDS["decoder"])  # ten times as fast as was thought
-        place.see(Progress(page=1 + step // 20, step=step % 20 + 1, steps=20))
-    place.leave()
+        reservation.observe(Progress(page=1 + step // 20, step=step % 20 + 1, steps=20))
+    reservation.release()
     before = admission.wait_s(story())
     for _ in range(20):
-        with admission.enter(story(pages=16)) as place:
+        with admission.reserve(story(pages=16)) as reservation:
             for step in range(320):
                 clock.now += 2 / (10 * FIRST_SPEEDS["decoder"])
-                place.see(Progress(page=1 + step // 20, step=step % 20 + 1, steps=20))
+                reservation.observe(Progress(page=1 + step // 20, step=step % 20 + 1, steps=20))
     assert admission.wait_s(story()) < before
     clock.now += 1000.0  # time without work says nothing
-    with admission.enter(story()) as place:
-        place.see(Progress(page=1, step=1, steps=20))
+    with admission.reserve(story()) as reservation:
+        reservation.observe(Progress(page=1, step=1, steps=20))
     assert admission.wait_s(story()) < before
 
 
 def test_places_are_bounded_whatever_is_asked_for() -> None:
     admission = make(1e9, max_running=2)
-    admission.enter(story(pages=1))
-    place = admission.enter(story(pages=1))
+    admission.reserve(story(pages=1))
+    reservation = admission.reserve(story(pages=1))
     assert admission.is_full
     with pytest.raises(Overloaded, match="the limit is 2") as refused:
-        admission.enter(story(pages=1))
+        admission.reserve(story(pages=1))
     assert 1 <= refused.value.retry_after_s <= 600
-    place.leave()
+    reservation.release()
     assert not admission.is_full

@@ -38,7 +38,7 @@ def test_a_story_has_one_owner_and_numbers_only_grow(ask: Callable[..., Any], cl
     first = ask("claim", "a", "story_1")
     assert first and ask("claim", "b", "story_1") is None and ask("claim", "a", "story_1") is None
     clock.now = 0.9 * LEASE_S
-    assert ask("beat", "a", {"story_1": first}, NONE).lost == {}
+    assert ask("heartbeat", "a", {"story_1": first}, NONE).lost == {}
     clock.now = 1.8 * LEASE_S
     assert ask("claim", "b", "story_1") is None  # it was renewed
     ask("release", "story_1", first)
@@ -46,29 +46,29 @@ def test_a_story_has_one_owner_and_numbers_only_grow(ask: Callable[..., Any], cl
     assert second > first
     ask("release", "story_1", first)  # whoever had it before cannot give it back again
     assert ask("claim", "c", "story_1") is None
-    assert ask("beat", "a", {"story_1": first}, NONE).lost == {"story_1": first}
+    assert ask("heartbeat", "a", {"story_1": first}, NONE).lost == {"story_1": first}
 
 
 def test_the_stories_of_a_silent_front_are_told_of_and_taken(ask: Callable[..., Any], clock: Clock) -> None:
     first = ask("claim", "a", "story_1")
     clock.now = LEASE_S
-    assert ask("beat", "b", {}, NONE).orphans == ("story_1",)
-    assert ask("beat", "a", {"story_1": first}, NONE).lost == {}  # it was only slow
+    assert ask("heartbeat", "b", {}, NONE).orphans == ("story_1",)
+    assert ask("heartbeat", "a", {"story_1": first}, NONE).lost == {}  # it was only slow
     clock.now = 2 * LEASE_S
     taken = ask("claim", "b", "story_1")
     assert taken > first
-    assert ask("beat", "a", {"story_1": first}, NONE).lost == {"story_1": first}
+    assert ask("heartbeat", "a", {"story_1": first}, NONE).lost == {"story_1": first}
 
 
 def test_a_new_ledger_learns_who_owns_what_before_anything_is_taken_up(clock: Clock) -> None:
     async def use() -> None:
         old, new = LocalLedger(clock=clock), LocalLedger(clock=clock)
         held = {"story_1": await old.claim("a", "story_1") or 0}
-        assert (await old.beat("a", held, NONE)).epoch != (await new.beat("b", {}, NONE)).epoch
+        assert (await old.heartbeat("a", held, NONE)).epoch != (await new.heartbeat("b", {}, NONE)).epoch
         assert await new.claim("a", "story_1") is None  # too soon: another front lives
         assert await new.claim("a", "story_2", is_new=True)
         clock.now = 0.9 * GRACE_S
-        assert (await new.beat("a", held, NONE)).lost == {}
+        assert (await new.heartbeat("a", held, NONE)).lost == {}
         clock.now = 1.1 * GRACE_S
         assert await new.claim("b", "story_1") is None
         assert (await new.claim("b", "story_3") or 0) > held["story_1"]
@@ -80,18 +80,18 @@ def test_a_beat_that_was_sent_before_does_not_bring_a_lease_back(ask: Callable[.
     clock.now = GRACE_S
     number = ask("claim", "a", "story_1")
     ask("release", "story_1", number)
-    ask("beat", "a", {"story_1": number}, NONE)
+    ask("heartbeat", "a", {"story_1": number}, NONE)
     assert ask("claim", "b", "story_1")
 
 
 def test_what_a_dead_front_had_begun_is_forgotten(ask: Callable[..., Any], clock: Clock) -> None:
     limits = {"per_minute": 60, "concurrent": 1}
-    ask("beat", "a", {}, Load(num_running=3))
+    ask("heartbeat", "a", {}, Load(num_running=3))
     assert ask("begin", "a", "alice", **limits) == 0
     assert ask("begin", "b", "alice", **limits) > 0
-    assert ask("beat", "b", {}, NONE).load.num_running == 3
+    assert ask("heartbeat", "b", {}, NONE).load.num_running == 3
     clock.now = LEASE_S
-    assert ask("beat", "b", {}, NONE).load.num_running == 0
+    assert ask("heartbeat", "b", {}, NONE).load.num_running == 0
     assert ask("begin", "b", "alice", **limits) == 0
     ask("end", "b", "alice")
     ask("end", "b", "alice")  # of one that another ledger has seen begin
@@ -101,44 +101,44 @@ def test_what_a_dead_front_had_begun_is_forgotten(ask: Callable[..., Any], clock
 def test_events_are_relayed_while_somebody_asks(ask: Callable[..., Any], clock: Clock) -> None:
     assert ask("read", "story_1", 0) is None
     number = ask("claim", "a", "story_1")
-    assert not ask("tell", "story_1", number, 0, ["one"])  # nobody asks
+    assert not ask("publish", "story_1", number, 0, ["one"])  # nobody asks
     assert ask("read", "story_1", 0).events == ()
-    assert ask("beat", "a", {"story_1": number}, NONE).followed == ("story_1",)
-    assert ask("tell", "story_1", number, 0, ["one", "two"])
+    assert ask("heartbeat", "a", {"story_1": number}, NONE).followed == ("story_1",)
+    assert ask("publish", "story_1", number, 0, ["one", "two"])
     assert ask("read", "story_1", 1).events == ("two",)
     ask("release", "story_1", number)
-    assert ask("tell", "story_1", number, 2, ["done"])
+    assert ask("publish", "story_1", number, 2, ["done"])
     assert ask("read", "story_1", 2).events == ("done",)
     assert ask("read", "story_1", 3) is None
     clock.now = READER_S
-    assert not ask("tell", "story_1", number, 3, ["late"])
-    ask("beat", "b", {}, NONE)
+    assert not ask("publish", "story_1", number, 3, ["late"])
+    ask("heartbeat", "b", {}, NONE)
     assert ask("read", "story_1", 0) is None
 
 
 def test_another_owner_tells_a_story_from_its_beginning(ask: Callable[..., Any], clock: Clock) -> None:
     first = ask("claim", "a", "story_1")
     ask("read", "story_1", 0)
-    ask("tell", "story_1", first, 0, ["one"])
+    ask("publish", "story_1", first, 0, ["one"])
     clock.now = LEASE_S
     second = ask("claim", "b", "story_1")
     part = ask("read", "story_1", 1)
     assert (part.number, part.events) == (second, ())
-    assert not ask("tell", "story_1", first, 1, ["two"])
-    assert ask("tell", "story_1", second, 0, ["one again"])
+    assert not ask("publish", "story_1", first, 1, ["two"])
+    assert ask("publish", "story_1", second, 0, ["one again"])
     assert ask("read", "story_1", 0).events == ("one again",)
 
 
 def test_admission_counts_what_other_fronts_have_promised() -> None:
     here, there = (Admission(max_wait_s=1e9, max_running=2) for _ in range(2))
     alone_s = here.wait_s(story())
-    there.enter(story())
+    there.reserve(story())
     here.others = there.load
     assert here.wait_s(story()) == pytest.approx(alone_s)  # twice the work, and twice the speed
-    place = here.enter(story())
+    reservation = here.reserve(story())
     assert here.is_full
     with pytest.raises(Overloaded, match="2 requests are running"):
-        here.enter(story())
-    place.leave()
+        here.reserve(story())
+    reservation.release()
     here.others = Load.total([])
     assert not here.is_full and here.wait_s(story()) == pytest.approx(alone_s)

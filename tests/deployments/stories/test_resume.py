@@ -95,12 +95,12 @@ def test_a_stream_goes_on_after_any_event_and_misses_nothing(tmp_path: Path, is_
 
     async def use(client: httpx.AsyncClient) -> None:
         served.generator.gate.clear()
-        story = await served.front.registry.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await served.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
         path = f"/v1/stories/{story.id}/events"
         served.generator.gate.set()
         whole = read_events((await client.get(path)).text)
         if is_running:
-            served.front.registry._stories[story.id] = story  # its events are still here
+            served.front.story_manager._stories[story.id] = story  # its events are still here
         assert whole[-1][1] == "done"
         for number, (position, _, _) in enumerate(whole):
             rest = read_events((await client.get(path, headers={"Last-Event-ID": position})).text)
@@ -192,7 +192,7 @@ def test_a_story_that_runs_elsewhere_can_be_followed(tmp_path: Path) -> None:
     owner, other = Served(tmp_path, generator=FakeGenerator(delay_s=0.1)), Served(tmp_path)
 
     async def use(client: httpx.AsyncClient) -> None:
-        story = await owner.front.registry.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await owner.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
         events = read_events((await client.get(f"/v1/stories/{story.id}/events")).text)
         assert told(events)[3]["whole"]["text"] == "Page 3 of 7."
         assert len({position for position, _, _ in events}) == len(events)
@@ -251,9 +251,9 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
 
     async def begin_and_die(client: httpx.AsyncClient) -> None:
         nonlocal story_id
-        story = await served.front.registry.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await served.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
         story_id = story.id
-        served.front.registry._end = never  # type: ignore[method-assign]
+        served.front.story_manager._end = never  # type: ignore[method-assign]
         await asyncio.sleep(rng.uniform(0, 0.06))
 
     async def never(*arguments: object) -> None:
@@ -267,14 +267,14 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
 
     again = Served(tmp_path)
 
-    async def take_up(client: httpx.AsyncClient) -> None:
-        await again.front.registry.take_up()
+    async def recover(client: httpx.AsyncClient) -> None:
+        await again.front.story_manager.recover()
         story = (await client.get(f"/v1/stories/{story_id}?wait=20")).json()
         assert story["status"] == "done"
         assert [page["text"] for page in story["pages"]] == [f"Page {n} of 7." for n in (1, 2, 3)]
         assert all("image" in page for page in story["pages"])
 
-    again.run(take_up)
+    again.run(recover)
     assert {path: Path(path).read_bytes() for path in known} == known
     assert len(again.decoder.requests) == 3 - len(known)
     assert again.store.running() == []
@@ -292,11 +292,11 @@ def test_a_front_that_is_stopped_leaves_its_stories_to_the_next(tmp_path: Path) 
     assert served.store.load(story_id).status == "drawing"
     again = Served(tmp_path)
 
-    async def take_up(client: httpx.AsyncClient) -> None:
-        await again.front.registry.take_up()
+    async def recover(client: httpx.AsyncClient) -> None:
+        await again.front.story_manager.recover()
         assert (await client.get(f"/v1/stories/{story_id}?wait=20")).json()["status"] == "done"
 
-    again.run(take_up)
+    again.run(recover)
 
 
 def test_what_cannot_be_taken_up_does_not_stop_the_rest(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_what_cannot_be_taken_up_does_not_stop_the_rest(tmp_path: Path) -> None:
     (tmp_path / "stories" / broken / "story.json").write_text("{}")
     ended = served.post(BODY).json()["id"]
     served.store.mark(ended, is_running=True)
-    asyncio.run(served.front.registry.take_up())
+    asyncio.run(served.front.story_manager.recover())
     assert served.store.running() == [broken]
     assert served.store.load(ended).status == "done"
 
@@ -326,11 +326,11 @@ def test_vokens_that_are_stored_are_drawn_and_not_those_that_come_anew(tmp_path:
     served.store.save(state)
     served.decoder.requests.clear()
 
-    async def take_up(client: httpx.AsyncClient) -> None:
-        await served.front.registry.take_up()
+    async def recover(client: httpx.AsyncClient) -> None:
+        await served.front.story_manager.recover()
         assert (await client.get(f"/v1/stories/{story['id']}?wait=20")).json() == story
 
-    served.run(take_up)
+    served.run(recover)
     [request] = served.decoder.requests
     assert isinstance(request.vokens, Vokens) and (request.vokens.hidden_VH == stored.hidden_VH + 1).all()
 

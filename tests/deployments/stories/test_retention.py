@@ -15,7 +15,7 @@ BODY = {"prompt": "A fox", "pages": 1, "seed": 7}
 
 
 def remove(served: Served, *, max_age_s: float | None = None, max_bytes: float | None = None) -> list[str]:
-    return asyncio.run(remove_old(served.store, served.front.registry, max_age_s=max_age_s, max_bytes=max_bytes))
+    return asyncio.run(remove_old(served.store, served.front.story_manager, max_age_s=max_age_s, max_bytes=max_bytes))
 
 
 def test_old_stories_go_and_young_ones_stay(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_what_is_being_made_stays(tmp_path: Path) -> None:
     async def use(client: httpx.AsyncClient) -> None:
         served.generator.gate.clear()
         path = (await client.post("/v1/stories", json={**BODY, "wait": False})).headers["location"]
-        assert await remove_old(served.store, served.front.registry, max_age_s=-1, max_bytes=0) == []
+        assert await remove_old(served.store, served.front.story_manager, max_age_s=-1, max_bytes=0) == []
         served.generator.gate.set()
         assert (await client.get(f"{path}?wait=10")).json()["status"] == "done"
 

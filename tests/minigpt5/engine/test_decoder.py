@@ -109,13 +109,13 @@ def test_every_scheduler_draws(decoder: DiffusionDecoder, scheduler: str, steps:
 
 def test_vokens_of_another_model_are_refused(decoder: DiffusionDecoder) -> None:
     with pytest.raises(FingerprintMismatch, match="same model folder"):
-        decoder.check(DrawRequest(vokens=vokens(fingerprint="a" * 64), seed=1))
+        decoder.validate_request(DrawRequest(vokens=vokens(fingerprint="a" * 64), seed=1))
 
 
 def test_vokens_of_another_shape_are_refused(decoder: DiffusionDecoder) -> None:
     wrong = dataclasses.replace(vokens(), hidden_VH=np.zeros((7, 48), np.float32))
     with pytest.raises(InvalidRequest, match=r"\(7, 48\).*\(8, 48\)"):
-        decoder.check(DrawRequest(vokens=wrong, seed=1))
+        decoder.validate_request(DrawRequest(vokens=wrong, seed=1))
 
 
 def test_saved_by_training_loaded_by_the_decoder(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_preview_shows_what_the_prediction_makes_of_the_noise(prediction_type:
         predicted = torch.randn(picture.latents_1CYX.shape, generator=torch.Generator().manual_seed(seed))
         expected = picture.scheduler.step(predicted, picture.timestep, picture.latents_1CYX).pred_original_sample
         picture.take(predicted, None)
-        torch.testing.assert_close(picture.clean_1CYX, expected)
+        torch.testing.assert_close(picture.pred_x0_1CYX, expected)
 
 
 def test_more_pictures_than_the_limit_are_refused() -> None:

@@ -33,7 +33,7 @@ class Biased(LanguageModel):
     """The tiny model, inclined towards some tokens."""
 
     def __init__(self, language: LanguageModel) -> None:
-        super().__init__(language.body, language.head_TH, language.rows)
+        super().__init__(language.body, language.head_TH, language.voken_embeddings)
         self.bias: dict[int, float] = {}
         self.shift = 0.0
 
@@ -64,7 +64,7 @@ def generator() -> VokenGenerator:
 def bias(generator: VokenGenerator, *, first_voken: float = 0.0, end: float = 0.0, shift: float = 0.0) -> None:
     language = generator.language
     assert isinstance(language, Biased)
-    language.bias = {language.rows.first: first_voken, **dict.fromkeys(generator.end_ids, end)}
+    language.bias = {language.voken_embeddings.first: first_voken, **dict.fromkeys(generator.end_ids, end)}
     language.shift = shift
 
 
@@ -121,9 +121,9 @@ def test_a_page_depends_on_the_pictures_before_it_where_they_are_read_back(gener
 
 def test_a_story_whose_pictures_would_not_fit_is_refused_at_once(generator: VokenGenerator) -> None:
     request = StoryRequest(prompt=("a",), pages=6, sampling=Sampling(max_page_tokens=10))
-    generator.check(request)
+    generator.validate_request(request)
     with pytest.raises(InvalidRequest, match="context window"):
-        generator.check(dataclasses.replace(request, feedback="pictures", pages=16))
+        generator.validate_request(dataclasses.replace(request, feedback="pictures", pages=16))
 
 
 # Replies
@@ -203,7 +203,7 @@ def test_a_reply_ends_at_end_of_text_or_at_its_limit(generator: VokenGenerator) 
 
 def test_a_picture_and_the_trained_question_are_read_as_in_training(generator: VokenGenerator) -> None:
     def ids(segments: object) -> list[int]:
-        rows = generator.language.rows
+        rows = generator.language.voken_embeddings
         return encode(segments, generator.tokenizer, rows, num_image_embeddings=4).ids  # type: ignore[arg-type]
 
     request = reply(prompt=(png("red"), "Describe this image."))
@@ -249,14 +249,14 @@ def test_a_picture_after_a_stop_string_is_of_the_text_that_was_shown(generator: 
     usage = events[-1]
     assert isinstance(usage, Usage)
 
-    prompt = encode(request_segments(story(pages=1)), tokenizer, language.rows, num_image_embeddings=4).ids
+    prompt = encode(request_segments(story(pages=1)), tokenizer, language.voken_embeddings, num_image_embeddings=4).ids
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + usage.completion_tokens - 8:
             logits_T = language.logits(language.states(language.embed(torch.tensor([ids])))[0, -1])
-            logits_T[language.rows.first :] = -np.inf
+            logits_T[language.voken_embeddings.first :] = -np.inf
             ids.append(int(logits_T.argmax()))
-        states_SH = language.states(language.embed(torch.tensor([ids + language.rows.ids])))[0]
+        states_SH = language.states(language.embed(torch.tensor([ids + language.voken_embeddings.ids])))[0]
     assert whole.startswith(tokenizer.decode(ids[len(prompt) :]).lstrip())
     np.testing.assert_allclose(hidden_VH, states_SH[len(ids) - 1 : len(ids) + 7].numpy(), atol=1e-5)
 
@@ -388,7 +388,7 @@ def test_pictures_are_known_by_their_content() -> None:
 
 
 def test_after_two_hundred_random_cancels_nothing_is_in_flight() -> None:
-    generator = new_generator(max_rows=6, max_batch=4)
+    generator = new_generator(num_slots=6, max_batch=4)
 
     async def cancel(seed: int) -> None:
         rng = random.Random(seed)
@@ -420,14 +420,14 @@ def test_after_two_hundred_random_cancels_nothing_is_in_flight() -> None:
 
 
 def test_more_requests_than_rows_wait_and_more_than_the_limit_are_refused() -> None:
-    generator = new_generator(max_rows=2, max_jobs=5)
+    generator = new_generator(num_slots=2, max_jobs=5)
     assert len(run(generator, *[story(seed=seed) for seed in range(5)])) == 5
     with pytest.raises(EngineFull, match="at most 5"):
         run(generator, *[story(seed=seed) for seed in range(6)])
 
 
 def test_a_client_with_many_stories_leaves_room_for_another() -> None:
-    generator = new_generator(max_rows=4, max_batch=4)
+    generator = new_generator(num_slots=4, max_batch=4)
     ends: list[str] = []
 
     async def one(key: str, pages: int) -> None:
@@ -446,7 +446,7 @@ def test_a_client_with_many_stories_leaves_room_for_another() -> None:
 
 
 def test_a_clients_long_prompts_do_not_hold_up_anothers_short_one() -> None:
-    generator = new_generator(max_rows=8, max_batch=8)
+    generator = new_generator(num_slots=8, max_batch=8)
     order: list[str] = []
 
     async def first_text(key: str, prompt: str) -> None:
@@ -494,7 +494,7 @@ def test_a_failure_ends_its_own_request_only(generator: VokenGenerator) -> None:
 )
 def test_what_cannot_take_effect_is_refused(generator: VokenGenerator, request_: StoryRequest, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        generator.check(request_)
+        generator.validate_request(request_)
     assert caught.value.field == field
 
 
@@ -537,4 +537,4 @@ def test_given_texts_that_cannot_be_used_are_refused(
     generator: VokenGenerator, changes: dict[str, object], complaint: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
-        generator.check(story(**changes))
+        generator.validate_request(story(**changes))

@@ -1,4 +1,4 @@
-"""Rows of any lengths in one pass give what each gives by itself."""
+"""Slots of any lengths in one pass give what each gives by itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2Config, Qwen2Model
 
-from minigpt5.engine.kv_cache import RowCache
+from minigpt5.engine.kv_cache import SlotCache
 
 SHAPE = {
     "vocab_size": 100,
@@ -49,8 +49,8 @@ def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str) -
     body = body_of(kind)
     sequences = [embeds(length, seed) for seed, length in enumerate((20, 35, 7, 150, 60, 1))]
     expected = [body(inputs_embeds=sequence[None]).last_hidden_state[0] for sequence in sequences]
-    cache = RowCache.for_model(body, num_rows=8, num_positions=160)
-    rows, done, found = [5, 0, 3, 7, 1, 2], [0] * 6, [[] for _ in sequences]
+    cache = SlotCache.for_model(body, num_slots=8, num_positions=160)
+    slots, done, found = [5, 0, 3, 7, 1, 2], [0] * 6, [[] for _ in sequences]
     rng = random.Random(0)
     while any(num < len(sequence) for num, sequence in zip(done, sequences, strict=True)):
         here = [i for i, sequence in enumerate(sequences) if done[i] < len(sequence) and rng.random() < 0.7]
@@ -58,7 +58,7 @@ def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str) -
             continue
         nums = [min(rng.choice([1, 1, 1, 8, 5, 40]), len(sequences[i]) - done[i]) for i in here]
         tokens = torch.cat([sequences[i][done[i] : done[i] + num] for i, num in zip(here, nums, strict=True)])
-        states = cache.forward(body, tokens, [(rows[i], num) for i, num in zip(here, nums, strict=True)])
+        states = cache.forward(body, tokens, [(slots[i], num) for i, num in zip(here, nums, strict=True)])
         for i, piece in zip(here, states.split(nums), strict=True):
             found[i].append(piece)
             done[i] += len(piece)
@@ -69,7 +69,7 @@ def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str) -
 def test_a_row_alone_gives_bit_for_bit_what_transformers_own_cache_gives() -> None:
     body = body_of("llama")
     theirs = DynamicCache()
-    ours = RowCache.for_model(body, num_rows=2, num_positions=64)
+    ours = SlotCache.for_model(body, num_slots=2, num_positions=64)
     for seed, num_tokens in enumerate((20, 1, 1, 8, 1)):
         tokens = embeds(num_tokens, seed)
         expected = body(inputs_embeds=tokens[None], past_key_values=theirs, use_cache=True).last_hidden_state[0]
@@ -78,7 +78,7 @@ def test_a_row_alone_gives_bit_for_bit_what_transformers_own_cache_gives() -> No
 
 def test_a_row_that_begins_as_another_goes_on_as_if_it_had_read_it_all() -> None:
     body = body_of("llama")
-    cache = RowCache.for_model(body, num_rows=3, num_positions=64)
+    cache = SlotCache.for_model(body, num_slots=3, num_positions=64)
     shared, own = embeds(20, 1), embeds(9, 2)
     cache.forward(body, shared, [(0, 20)])
     cache.copy(0, 2, 12)
@@ -90,7 +90,7 @@ def test_a_row_that_begins_as_another_goes_on_as_if_it_had_read_it_all() -> None
 
 def test_a_row_that_is_cut_forgets_what_came_after() -> None:
     body = body_of("llama")
-    cache = RowCache.for_model(body, num_rows=1, num_positions=64)
+    cache = SlotCache.for_model(body, num_slots=1, num_positions=64)
     first, second = embeds(10, 1), embeds(5, 2)
     cache.forward(body, first, [(0, 10)])
     cache.lengths[0] = 4
@@ -102,11 +102,11 @@ def test_a_row_that_is_cut_forgets_what_came_after() -> None:
 @pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="only Linux says how much memory is really taken")
 def test_rows_take_memory_only_as_they_are_filled() -> None:
     body = body_of("llama")
-    cache = RowCache.for_model(body, num_rows=64, num_positions=32768)
+    cache = SlotCache.for_model(body, num_slots=64, num_positions=32768)
     reserved = cache.keys_LRGSD.nbytes + cache.values_LRGSD.nbytes
     before = psutil.Process().memory_info().rss
-    for row in range(64):
-        cache.forward(body, embeds(100, row), [(row, 100)])
+    for slot in range(64):
+        cache.forward(body, embeds(100, slot), [(slot, 100)])
     taken = psutil.Process().memory_info().rss - before
     assert reserved > 500 * 2**20 and taken < reserved / 10
 
@@ -118,7 +118,7 @@ def test_padded_batches_are_read_as_before() -> None:
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, 5:] = 0
     expected = body(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
-    RowCache.for_model(body, num_rows=1, num_positions=8)
+    SlotCache.for_model(body, num_slots=1, num_positions=8)
     found = body(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
     assert torch.equal(found, expected)
 
@@ -126,4 +126,4 @@ def test_padded_batches_are_read_as_before() -> None:
 def test_a_base_that_sees_less_than_the_context_is_refused() -> None:
     body = MistralModel(MistralConfig(**SHAPE, sliding_window=32))
     with pytest.raises(ValueError, match=r"sliding_window.*64"):
-        RowCache.for_model(body, num_rows=1, num_positions=64)
+        SlotCache.for_model(body, num_slots=1, num_positions=64)

@@ -6,7 +6,7 @@ import torch
 from minigpt5.config import default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.threads import Team, share, single_thread
-from minigpt5.model.folder import load_decoder_parts
+from minigpt5.model.folder import load_decoder_model
 
 
 def test_the_number_of_threads_comes_back() -> None:
@@ -25,8 +25,8 @@ def test_two_teams_fit_the_cores(num_cores: int, expected: tuple[int, int]) -> N
 def test_who_loads_an_engine_has_no_team(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
-        "minigpt5.model.folder.load_decoder_parts",
-        lambda folder, load=load_decoder_parts: (seen.append(torch.get_num_threads()), load(folder))[1],
+        "minigpt5.model.folder.load_decoder_model",
+        lambda folder, load=load_decoder_model: (seen.append(torch.get_num_threads()), load(folder))[1],
     )
     before = torch.get_num_threads()
     torch.set_num_threads(2)

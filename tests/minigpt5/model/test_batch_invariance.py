@@ -6,7 +6,7 @@ from torch import nn
 
 from minigpt5.config import default_model_folder
 from minigpt5.model.batch_invariance import TILE_ROWS, EvenRows, Pointwise
-from minigpt5.model.folder import load_decoder_parts
+from minigpt5.model.folder import load_decoder_model
 
 
 class Counting(nn.Module):
@@ -38,7 +38,7 @@ def test_a_convolution_of_one_pixel_is_a_linear_layer() -> None:
 
 @torch.no_grad()
 def test_no_layer_of_the_decoder_sees_how_few_pictures_are_drawn() -> None:
-    _, _, diffusion = load_decoder_parts(default_model_folder())
+    _, _, diffusion = load_decoder_model(default_model_folder())
     unet, vae = diffusion.unet, diffusion.vae
     noise = torch.Generator().manual_seed(0)
     steps_BT = torch.randn(TILE_ROWS, unet.config.block_out_channels[0], generator=noise)

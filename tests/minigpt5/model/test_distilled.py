@@ -17,7 +17,7 @@ from minigpt5.config import ModelConfig, storybook
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.errors import InvalidRequest, ModelFolderError
-from minigpt5.model.batch_invariance import make_steady
+from minigpt5.model.batch_invariance import make_batch_invariant
 from minigpt5.model.diffusion import Diffusion
 from minigpt5.model.folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.model.multistep_scheduler import NUM_LEVELS
@@ -85,7 +85,7 @@ def test_a_model_without_a_distilled_unet_is_as_it_was() -> None:
 
 
 def new_decoder(diffusion: Diffusion) -> DiffusionDecoder:
-    make_steady(diffusion)
+    make_batch_invariant(diffusion)
     config = tiny_config()
     return DiffusionDecoder(config, tiny_mapper(config), diffusion)
 
@@ -117,11 +117,11 @@ def test_each_picture_of_a_batch_is_drawn_by_its_own_unet() -> None:
     for index in (1, 3):
         assert np.abs(drawn[index] - pixels(base.draw([asked[index]])[0])).max() <= 1
     with pytest.raises(InvalidRequest, match="no distilled UNet"):
-        base.check(asked[0])
+        base.validate_request(asked[0])
     with pytest.raises(ModelFolderError, match="no distilled UNet"):
         base.draw(asked[:1])
     with pytest.raises(InvalidRequest, match="steps is 9"):
-        both.check(request(1, dataclasses.replace(DISTILLED_DRAW, steps=9)))
+        both.validate_request(request(1, dataclasses.replace(DISTILLED_DRAW, steps=9)))
 
 
 def test_both_unets_are_stored(tmp_path: Path) -> None:

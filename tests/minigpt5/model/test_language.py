@@ -53,12 +53,12 @@ def test_only_new_rows_move_whatever_the_weight_decay(language: LanguageModel) -
     head_TH = language.head_TH.clone()
     trained = [parameter for parameter in language.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.5)
-    ids_1S = torch.tensor([[5, 17, *language.rows.ids, 3]])
+    ids_1S = torch.tensor([[5, 17, *language.voken_embeddings.ids, 3]])
     for _ in range(2):  # LoRA's first factor moves only once the second has
         states_1SH = language.states(language.embed(ids_1S))
         loss = (
             F.cross_entropy(language.logits(states_1SH)[0, :-1], ids_1S[0, 1:])
-            + align(states_1SH, ids_1S, language.rows)[0].square().mean()
+            + align(states_1SH, ids_1S, language.voken_embeddings)[0].square().mean()
         )
         optimizer.zero_grad()
         loss.backward()
@@ -73,6 +73,6 @@ def test_generated_one_by_one_or_all_at_once_states_agree(language: LanguageMode
     ids_BS = torch.tensor([[5, 17, 9, 3]])
     mask_BS = torch.ones_like(ids_BS)
     at_once = language.voken_states(ids_BS, mask_BS)
-    whole_1S = torch.cat([ids_BS, torch.tensor([language.rows.ids])], dim=1)
+    whole_1S = torch.cat([ids_BS, torch.tensor([language.voken_embeddings.ids])], dim=1)
     states_1SH = language.states(language.embed(whole_1S))
-    torch.testing.assert_close(at_once, align(states_1SH, whole_1S, language.rows)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(at_once, align(states_1SH, whole_1S, language.voken_embeddings)[0], atol=1e-5, rtol=1e-4)

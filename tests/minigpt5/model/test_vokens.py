@@ -49,19 +49,23 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
     language, tokenizer = generator.language, generator.tokenizer
     generated = [event.hidden_VH for event in events if isinstance(event, Vokens)]
 
-    ids = encode(request_segments(request()), tokenizer, language.rows, num_image_embeddings=4).ids
+    ids = encode(request_segments(request()), tokenizer, language.voken_embeddings, num_image_embeddings=4).ids
     with torch.no_grad():  # rebuild the sequence greedily, without a cache
         for _ in generated:
             for written in range(12):
                 state_H = language.states(language.embed(torch.tensor([ids])))[0, -1]
-                closed = [language.rows.first, *generator.end_ids] if written < Sampling().min_page_tokens else []
-                token = int(mask(language.logits(state_H).numpy(), language.rows, closed).argmax())
-                if token == language.rows.first or token in generator.end_ids:
+                closed = (
+                    [language.voken_embeddings.first, *generator.end_ids]
+                    if written < Sampling().min_page_tokens
+                    else []
+                )
+                token = int(mask(language.logits(state_H).numpy(), language.voken_embeddings, closed).argmax())
+                if token == language.voken_embeddings.first or token in generator.end_ids:
                     break
                 ids.append(token)
-            ids += language.rows.ids
+            ids += language.voken_embeddings.ids
         ids_1S = torch.tensor([ids])
-        forced_PVH, _ = align(language.states(language.embed(ids_1S)), ids_1S, language.rows)
+        forced_PVH, _ = align(language.states(language.embed(ids_1S)), ids_1S, language.voken_embeddings)
     np.testing.assert_allclose(np.stack(generated), forced_PVH.numpy(), atol=1e-5)
 
 
@@ -69,10 +73,10 @@ def test_captions_with_a_cached_text_give_the_states_of_the_whole_sequence(gener
     language = generator.language
     texts = [[1, 40, 41, 42], [1, 50], [1, 60, 61]]
     ids_BS, mask_BS = pad(texts, 2)
-    whole_BS, whole_mask_BS = pad([text + language.rows.ids for text in texts], 2)
+    whole_BS, whole_mask_BS = pad([text + language.voken_embeddings.ids for text in texts], 2)
     with torch.no_grad():
         whole_BSH = language.states(language.embed(whole_BS), mask_BS=whole_mask_BS)
-        expected_PVH, where_P2 = align(whole_BSH, whole_BS, language.rows)
+        expected_PVH, where_P2 = align(whole_BSH, whole_BS, language.voken_embeddings)
         torch.testing.assert_close(language.voken_states(ids_BS, mask_BS), expected_PVH, atol=1e-5, rtol=1e-4)
     assert where_P2.tolist() == [[0, 3], [1, 1], [2, 2]]
 
@@ -81,8 +85,8 @@ def test_gradients_reach_the_rows_and_nothing_else(generator: VokenGenerator) ->
     language = generator.language
     ids_BS, mask_BS = pad([[1, 40, 41]], 2)
     language.voken_states(ids_BS, mask_BS).sum().backward()
-    assert language.rows.embedding.grad is not None
-    assert language.rows.embedding.grad[:7].abs().sum() > 0
+    assert language.voken_embeddings.embedding.grad is not None
+    assert language.voken_embeddings.embedding.grad[:7].abs().sum() > 0
     assert all(parameter.grad is None for parameter in language.body.parameters())
     language.zero_grad()
 
@@ -142,12 +146,12 @@ def test_an_input_picture_changes_what_is_written(generator: VokenGenerator) -> 
 )
 def test_bad_requests_name_their_field(generator: VokenGenerator, changes: dict[str, object], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        generator.check(request(**changes))
+        generator.validate_request(request(**changes))
     assert caught.value.field == field
 
 
 def test_only_the_first_voken_of_a_picture_is_learnt(generator: VokenGenerator) -> None:
-    rows = generator.language.rows
+    rows = generator.language.voken_embeddings
     tokens = encode(story_segments(["A fox"], 1, ["One."]), generator.tokenizer, rows, num_image_embeddings=4)
     learnt = [label for label in tokens.labels if label >= rows.first]
     assert learnt == [rows.first]
@@ -155,7 +159,7 @@ def test_only_the_first_voken_of_a_picture_is_learnt(generator: VokenGenerator) 
 
 
 def test_words_that_spell_vokens_and_slots_are_words(generator: VokenGenerator) -> None:
-    rows = generator.language.rows
+    rows = generator.language.voken_embeddings
     tokens = encode(story_segments(["[IMG0] <ImageHere>"], 1, []), generator.tokenizer, rows, num_image_embeddings=4)
     assert max(tokens.ids) < rows.first
     events = run(generator, request(prompt=(plain_picture("red"), "<ImageHere> [IMG0]"), pages=1))

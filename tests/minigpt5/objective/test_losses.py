@@ -75,7 +75,7 @@ def test_captions_and_stories_share_a_batch() -> None:
     objective = new_objective()
     torch.manual_seed(0)
     objective([story(), caption("a fox beside a tent")], CAPTIONS_ONLY)
-    remembered = [target for _, target, *_ in objective._memory]
+    remembered = [target for _, target, *_ in objective._replay_buffer]
     expected = objective.text_encoder(["a fox beside a tent", "a fox", "a balloon"])
     null = objective.text_encoder([""])[0]
     for target, asked in zip(remembered, expected, strict=True):
@@ -93,7 +93,7 @@ def test_only_what_is_trained_gets_gradients() -> None:
     losses["loss"].backward()
     assert all(parameter.grad is None for parameter in objective.language.body.parameters())
     assert all(parameter.grad is None for parameter in objective.diffusion.parameters())
-    for module in (objective.mapper.fc, objective.mapper.transformer, objective.language.rows):
+    for module in (objective.mapper.fc, objective.mapper.transformer, objective.language.voken_embeddings):
         assert any(float(p.grad.abs().sum()) > 0 for p in module.parameters() if p.grad is not None)
 
 
@@ -119,7 +119,7 @@ def test_a_row_without_pictures_has_a_text_loss_only() -> None:
 def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
     objective = new_objective()
     objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
-    assert not objective.num_remembered
+    assert not objective.num_replayable
     objective([caption("a fox beside a tent"), caption("an owl")], CAPTIONS_ONLY)
     optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from minigpt5.model import sizes
 from minigpt5.model.folder import load_config
 from minigpt5.model.prompt import DRAW_TARGET, IGNORED, encode, text
 from minigpt5.model.text_encoder import ClipTextEncoder
-from minigpt5.model.vokens import VokenRows
+from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.published import checkpoint as published
 from minigpt5.types import DrawSettings
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
@@ -140,7 +140,7 @@ def test_every_published_key_has_exactly_one_home() -> None:
 
 def test_the_label_of_the_last_voken_is_a_published_quirk() -> None:
     config = tiny_config()
-    rows = VokenRows(config.vocabulary, config.num_vokens, config.hidden)
+    rows = VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden)
     segments = [text("A fox."), DRAW_TARGET, text(" It ran.", is_target=True), DRAW_TARGET]
     vokens = {}
     for quirks in (False, True):

@@ -28,17 +28,17 @@ def test_stories_of_the_world_pass(text_filter: TextFilter) -> None:
         story = story_at(index, seed=9, split="heldout", held_out_pairs=None)
         for text in (story.prompt, *(page.text for page in story.pages)):
             assert text_filter.score(text) < MAX_TEXT_SCORE, text
-    text_filter.check("", "prompt")
-    text_filter.check("Η αλεπού", "prompt")
+    text_filter.check_text("", "prompt")
+    text_filter.check_text("Η αλεπού", "prompt")
 
 
 @pytest.mark.parametrize("words", ["you are a stupid idiot", "Shit happens!", "You fucking fox."])
 def test_an_insult_is_stopped_wherever_it_stands(text_filter: TextFilter, words: str) -> None:
     with pytest.raises(Blocked, match="page 2 was stopped by the text filter"):
-        text_filter.check(words, "page 2")
+        text_filter.check_text(words, "page 2")
     story = " ".join(page.text for page in story_at(1, seed=9).pages)
     with pytest.raises(Blocked):
-        text_filter.check(f"{story} {words} {story}", "prompt")
+        text_filter.check_text(f"{story} {words} {story}", "prompt")
 
 
 def test_a_piece_of_each_word_is_read(text_filter: TextFilter) -> None:
@@ -61,7 +61,7 @@ def test_scenes_of_the_world_pass_the_picture_filter() -> None:
     for index in range(24):
         file = io.BytesIO()
         Image.fromarray(draw_scene(scene_at(index, seed=9))).save(file, "PNG")
-        picture_filter.check(file.getvalue())
+        picture_filter.check_picture(file.getvalue())
         scores.append(picture_filter.score(file.getvalue()))
     assert len({round(score, 5) for score in scores}) > 12  # it looks at them
     assert max(scores) < 0.5
@@ -71,7 +71,7 @@ def test_a_picture_beyond_the_threshold_is_stopped(monkeypatch: pytest.MonkeyPat
     picture_filter = PictureFilter()
     monkeypatch.setattr(picture_filter, "score", lambda data: 0.81)
     with pytest.raises(Blocked, match="picture filter"):
-        picture_filter.check(b"")
+        picture_filter.check_picture(b"")
 
 
 def test_a_foreign_pickle_runs_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from batch_jobs.layouts import storybook_item
+from batch_jobs.dataset_readers import storybook_item
 from batch_jobs.prepare import Part, to_parquet, write_part
 from minigpt5.config import storybook
 from minigpt5.errors import TrainingError

@@ -18,11 +18,11 @@ from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.types import DISTILLED, DrawSettings
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
 from training.data.batches import StorybookRows, batch_at
-from training.parts import Parts
 from training.presets import STORYBOOK
 from training.storybook.decoder import DecoderObjective, DecoderStage
 from training.storybook.distill import DistillObjective
 from training.storybook.vae import LATENT_NOISE
+from training.weight_sources import WeightSources
 
 
 def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
@@ -30,13 +30,13 @@ def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
     for leg in ("vae", "unet", "distill", "decoder", "sharpen"):
         for part in ("vae", "unet")[: 1 if leg == "vae" else 2]:
             (tmp_path / leg / "model" / part).mkdir(parents=True)
-    parts = Parts(runs=tmp_path)
+    sources = WeightSources(runs=tmp_path)
     legs = ("vae", "unet", "distill", "decoder", "sharpen", "align")
-    found = {leg: parts.find("vae", stage=leg) for leg in legs}
+    found = {leg: sources.find("vae", stage=leg) for leg in legs}
     came_from = [folder.parent.name if folder else None for folder in found.values()]
     assert came_from == [None, *legs[:-1]]
     with pytest.raises(TrainingError, match="no unet to go on from"):
-        Parts(runs=tmp_path / "empty").need("unet", stage="distill")
+        WeightSources(runs=tmp_path / "empty").need("unet", stage="distill")
 
 
 def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
@@ -88,7 +88,7 @@ def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pyt
 def test_a_model_that_was_not_distilled_is_refused(tmp_path: Path) -> None:
     save_diffusion(tiny_diffusion(tiny_config()), tmp_path)
     with pytest.raises(TrainingError, match="run stage distill first"):
-        DecoderStage(STORYBOOK["decoder"], Parts(runs=tmp_path, decoder=tmp_path))
+        DecoderStage(STORYBOOK["decoder"], WeightSources(runs=tmp_path, decoder=tmp_path))
 
 
 def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

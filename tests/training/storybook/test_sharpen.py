@@ -18,10 +18,10 @@ from minigpt5.storybook.scenes import draw_scene
 from minigpt5.types import DISTILLED
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
 from training.data.batches import Batch, StorybookRows, batch_at
-from training.parts import Parts
 from training.presets import STORYBOOK
 from training.storybook.sharpen import SharpenObjective, SharpenStage, _target, detail_loss
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, find_sprites, redrawn, sprites_of
+from training.weight_sources import WeightSources
 
 PRESET = dataclasses.replace(STORYBOOK["sharpen"], batch_size=3, replay_steps=2, replay_from=4)
 
@@ -172,4 +172,4 @@ def test_it_learns_what_it_is_taught() -> None:
 def test_a_model_that_was_not_distilled_is_refused(tmp_path: Path) -> None:
     save_diffusion(tiny_diffusion(tiny_config()), tmp_path)
     with pytest.raises(TrainingError, match="run stage distill first"):
-        SharpenStage(PRESET, Parts(runs=tmp_path, decoder=tmp_path))
+        SharpenStage(PRESET, WeightSources(runs=tmp_path, decoder=tmp_path))

@@ -25,14 +25,14 @@ from training.schedule import progress_of
 from training.workers import agree, is_first_worker, own_rank
 
 if TYPE_CHECKING:
-    from training.loop import Stage, Updater
+    from training.loop import Stage, Strategy
 
 TELLING = ("learn", "refine")
 """Stages whose model writes stories."""
 Report = Callable[[dict[str, float]], None]
 
 
-class Record:
+class RunRecorder:
     """Of one run; every worker has one, the first one writes."""
 
     def __init__(
@@ -40,14 +40,14 @@ class Record:
         stage: Stage,
         preset: Preset,
         folder: RunFolder,
-        updater: Updater,
+        strategy: Strategy,
         average: dict[str, Tensor],
         position: Position,
         validation: Sequence[Batch],
         owner: str,
         report: Report,
     ) -> None:
-        self.stage, self.preset, self.folder, self.updater = stage, preset, folder, updater
+        self.stage, self.preset, self.folder, self.strategy = stage, preset, folder, strategy
         self.average, self.validation, self.report = average, validation, report
         self.position, self.owner = position, owner
         self._scratch = tempfile.TemporaryDirectory()
@@ -105,7 +105,7 @@ class Record:
         self.report({"step": position.step, "elapsed_s": position.elapsed_s})
 
     def _save(self, position: Position) -> None:
-        state = self.updater.state()  # of all workers, called by all of them
+        state = self.strategy.state()  # of all workers, called by all of them
         if is_first_worker():
             check_owner(self.folder, self.owner)
             save_checkpoint(self.folder, position, state, self.average)
@@ -118,11 +118,11 @@ class Record:
         objective.eval()
         progress = progress_of(self.preset, position)
         random_state = torch.get_rng_state()
-        with torch.no_grad(), Averaged(self.updater.trained, self.average):
+        with torch.no_grad(), Averaged(self.strategy.trained, self.average):
             for number, batch in enumerate(self.validation):
                 torch.manual_seed(number)
                 with autocast(self.preset, next(objective.parameters()).device):
-                    for name, loss in self.updater.losses({**batch, "step": 0}, min(progress, 1.0)).items():
+                    for name, loss in self.strategy.losses({**batch, "step": 0}, min(progress, 1.0)).items():
                         sums.setdefault(f"validation_{name}", []).append(loss.item())
         torch.set_rng_state(random_state)
         for module in is_training:
@@ -139,9 +139,9 @@ class Record:
         """The model folder, and a sample page of a model that can write one."""
         with tempfile.TemporaryDirectory() as scratch:
             model = Path(scratch) / "model"
-            with self.updater.gathered():
+            with self.strategy.gathered():
                 if is_first_worker():
-                    with Averaged(self.updater.trained, self.average):
+                    with Averaged(self.strategy.trained, self.average):
                         self.stage.save(model)
                     self.folder.write_tree("model", model)
             if is_first_worker() and self.preset.stage in TELLING and (model / "config.json").is_file():
@@ -164,7 +164,7 @@ class Record:
         with tempfile.TemporaryDirectory() as scratch:
             if is_first_worker():
                 path = Path(scratch) / "sheet.png"
-                with Averaged(self.updater.trained, self.average):
+                with Averaged(self.strategy.trained, self.average):
                     self.stage.draw_sheet(path)
                 if path.exists():
                     self.folder.write(name, path.read_bytes())

@@ -15,7 +15,7 @@ from training.presets import Preset
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
 """The stage whose model folder a stage goes on from, where `start` names no other."""
 
-DIFFUSION_LEGS = {
+DIFFUSION_STAGES = {
     "vae": (),
     "unet": ("vae",),
     "distill": ("unet", "vae"),
@@ -26,7 +26,7 @@ DIFFUSION_LEGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class WeightSources:
     """Folders of weights: `decoder` goes before `start`, `start` before what earlier stages left under `runs`."""
 
     runs: Path
@@ -44,7 +44,7 @@ class Parts:
     def find(self, part: str, *, stage: str = "") -> Path | None:
         """The first folder that has `part` ("vae" or "unet") under it, of the legs those before `stage`; None where
         there is none."""
-        legs = DIFFUSION_LEGS.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
+        legs = DIFFUSION_STAGES.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
         trained = (self.runs / leg / "model" for leg in legs)
         folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)

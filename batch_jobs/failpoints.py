@@ -1,6 +1,6 @@
 """Named points at which a job can be made to die, so that its recovery can be tested where it is hardest.
 
-With MINIGPT5_KILL_AT=NAME:MARKER in the environment of a job (and of the Ray that runs it), the first process that
+With MINIGPT5_FAILPOINT=NAME:MARKER in the environment of a job (and of the Ray that runs it), the first process that
 reaches the point NAME creates the file MARKER and kills itself with SIGKILL; MARKER, once there, makes it happen once.
 Without it the points do nothing. `benchmarks/bulk.py` uses them.
 """
@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-VARIABLE = "MINIGPT5_KILL_AT"
+VARIABLE = "MINIGPT5_FAILPOINT"
 POINTS = (
     "before-text",  # a generator has taken a story, nothing is written
     "mid-text",  # a generator is inside a page that is not the story's first
@@ -23,25 +23,25 @@ POINTS = (
     "part-written",  # a data file is in place, its stories' state is not yet cleared
     "recovering",  # a run has found the state of an earlier one
 )
-Reach = Callable[[str], None]
+FailpointHook = Callable[[str], None]
 
 
-def unharmed(point: str) -> None:
+def no_failpoint(point: str) -> None:
     """Points of a job that nobody wants to kill."""
 
 
-def from_environment() -> Reach:
+def from_environment() -> FailpointHook:
     """What is to be called at each point. Raises ValueError where the variable names none."""
     value = os.environ.get(VARIABLE)
     if not value:
-        return unharmed
+        return no_failpoint
     name, _, marker = value.partition(":")
     if name not in POINTS or not marker:
         raise ValueError(f"{VARIABLE} is {value!r} but must be NAME:MARKER with NAME one of {', '.join(POINTS)}")
-    return KillPoint(name, Path(marker))
+    return Failpoint(name, Path(marker))
 
 
-class KillPoint:
+class Failpoint:
     """Kills this process at the first time that any process reaches the point."""
 
     def __init__(self, name: str, marker: Path) -> None:

@@ -1,4 +1,4 @@
-"""The layouts of published data sets, and of a user's own -> items: what each row is, and where its pictures lie.
+"""Readers of published data sets, and of a user's own -> items: what each row is, and where its pictures lie.
 
 cc3m        a TSV of `caption<TAB>image_path`, paths relative to it
 cc3m-tar    webdataset tar files: for each key a picture and a .txt or .json with its caption
@@ -342,7 +342,7 @@ def _scene(scene: Scene, facts: Facts) -> Segment:
     return picture(file.getvalue(), canonical_caption(facts))
 
 
-LAYOUTS = {
+DATASET_READERS = {
     "cc3m": Layout(files=lambda source: source.names(".tsv"), items=_cc3m),
     "cc3m-tar": Layout(files=lambda source: source.names(".tar"), items=_cc3m_tar),
     "vist": Layout(files=_vist_files, items=_vist),
