@@ -50,7 +50,7 @@ RUN = [
     "log_every=1",
     "warmup_steps=5",
 ]
-RUN += ["checkpoint_every_s=1", "sheet_every_s=100000", "log_rows=1"]
+RUN += ["checkpoint_every_s=1", "sheet_every_s=100000", "log_examples=true"]
 
 
 def command(out: Path, *options: str) -> list[str]:
@@ -122,11 +122,11 @@ def history(out: Path) -> tuple[dict[int, list[Any]], dict[int, float]]:
     losses: dict[int, float] = {}
     by_rank = [
         {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
-        for path in sorted(out.glob("rows-*.jsonl"))
+        for path in sorted(out.glob("examples-*.jsonl"))
     ]
     for step in range(STEPS):
         lines = [lines[step] for lines in by_rank]
-        rows[step] = sorted(row for line in lines for row in line["row_ids"])
+        rows[step] = sorted(row for line in lines for row in line["ids"])
         losses[step] = statistics.fmean(line["loss"] for line in lines)
     return rows, losses
 
@@ -217,7 +217,7 @@ def measure_kill(kind: str, count: int, whole: tuple[dict[int, list[Any]], dict[
         return {
             "kills": run.kills,
             "starts": run.starts,
-            "steps_redone": sum(len(path.read_text().splitlines()) for path in out.glob("rows-*.jsonl")) / WORKERS
+            "steps_redone": sum(len(path.read_text().splitlines()) for path in out.glob("examples-*.jsonl")) / WORKERS
             - STEPS,
             "rows_lost": len({row for step in whole[0] for row in whole[0][step]} - set(seen)),
             "rows_twice": len(seen) - len(set(seen)),
@@ -276,8 +276,8 @@ def measure_speed(results: dict[str, Any], repeats: int = 3) -> None:
         "Ray, 1 worker of 2 threads": [*vae, "num_threads=2", "--workers", "1"],
         "Ray, 2 workers of 1 thread": [*vae, "num_threads=1", "--workers", "2"],
     }
-    model = ["learn", "steps=12", "batch_size=4", "replay_steps=0", "num_threads=1", "--start", "models/storybook"]
-    model += ["times_communication=1", "whitens=0", "standardises=0"]
+    model = ["learn", "steps=12", "batch_size=4", "replay.steps=0", "num_threads=1", "--start", "models/storybook"]
+    model += ["times_communication=true", "whitens=false", "standardises=false"]
     model += [*quiet[1:], "log_every=2", "--workers", "2", "ema_decay=0"]
     zero = {f"learn, ZeRO {stage}": [*model, f"zero_stage={stage}"] for stage in (0, 1, 2, 3)}
     found = results.setdefault("speed", {})
@@ -297,10 +297,10 @@ def measure_curves(results: dict[str, Any]) -> None:
     curves = results.setdefault("curves", {})
     for precision, worker in (
         ("float32", MODEL_WORKER),
-        ("bfloat16", MODEL_WORKER.replace("Preset(", "Preset(bf16=1,")),
+        ("bfloat16", MODEL_WORKER.replace("VokenPreset(\n", "VokenPreset(bf16=True,\n")),
     ):
-        for stage in (-1, 0, 1, 2, 3):
-            name = f"{precision}, {'plain' if stage < 0 else f'ZeRO {stage}'}"
+        for stage in (None, 0, 1, 2, 3):
+            name = f"{precision}, {'plain' if stage is None else f'ZeRO {stage}'}"
             if name not in curves:
                 with tempfile.TemporaryDirectory() as folder:
                     curves[name] = train(Path(folder), stage, steps=50, worker=worker)

@@ -1,4 +1,4 @@
-"""A stage on a Ray cluster: Ray Train workers, each with its shard of the Ray Data rows."""
+"""A stage on a Ray cluster: Ray Train workers, each with its share of the examples, through Ray Data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from minigpt5.errors import NotFinite, TrainingError
 from training import checkpoint, devices, loop, workers
 from training.data import batches as data
-from training.data.batches import Rows
+from training.data.batches import ExampleSource
 from training.presets import Preset
 from training.run_folder import RunFolder
+from training.stage import build_stage
 from training.weight_sources import WeightSources
 
 MAX_FAILURES = 3
@@ -32,8 +33,8 @@ class Run:
     preset: Preset
     sources: WeightSources
     out: RunFolder
-    rows: Rows
-    validation: Rows | None
+    examples: ExampleSource
+    validation: ExampleSource | None
     first_step: int = 0
     owner: str = ""
 
@@ -77,8 +78,8 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
             datasets={
-                f"train-{rank}": data.ray_rows(
-                    run.rows, run.preset, first_step=first_step, rank=rank, num_workers=num_workers
+                f"train-{rank}": data.ray_examples(
+                    run.examples, run.preset, first_step=first_step, rank=rank, num_workers=num_workers
                 )
                 for rank in range(num_workers)
             },
@@ -105,8 +106,6 @@ def reason_of(failure: TrainingFailedError) -> str:
 
 def work(settings: dict[str, object]) -> str | None:
     """One worker. Returns why a run ended early that a restart would not help."""
-    from training.train import build_stage
-
     run = settings["run"]
     assert isinstance(run, Run)
     device = get_device()
@@ -121,7 +120,7 @@ def work(settings: dict[str, object]) -> str | None:
     )
     try:
         loop.fit(
-            build_stage(preset, run.sources, run.rows),
+            build_stage(preset, run.sources, run.examples),
             preset,
             run.out,
             batches,

@@ -20,8 +20,8 @@ def for_device(preset: Preset, device: torch.device) -> Preset:
     """The preset as the device can run it: on a CPU without bfloat16 instructions bfloat16 takes ten times as long as
     float32, and float32 is the more exact."""
     if preset.bf16 and device.type == "cpu" and not _has_bfloat16():
-        print("bf16 is 1, but this CPU has no bfloat16 instructions: computing in float32", flush=True)
-        return dataclasses.replace(preset, bf16=0)
+        print("bf16 is true, but this CPU has no bfloat16 instructions: computing in float32", flush=True)
+        return dataclasses.replace(preset, bf16=False)
     return preset
 
 

@@ -1,138 +1,236 @@
-"""A run is a Preset: the storybook's recipes, changed on the command line by key=value."""
+"""The settings of a training run: one dataclass for each kind of stage, changed on the command line by key=value."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and how workers share it."""
+
+    learning_rate: float = 0.0
+    """Of what the stage trains first of all; stages name the rates of other parts themselves. 0 freezes the part."""
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """After the warm-up: half a cosine down to a hundredth, or a line down to 0."""
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    """Longest gradient of a step; 0: no clipping."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients make one step."""
+    ema_decay: float = 0.0
+    """Decay of the running average of the weights, which is saved; 0: none."""
+    zero_stage: int | None = None
+    """ZeRO stage of DeepSpeed, 0 to 3; none: torch's own optimizer."""
+    zero_offload: bool = False
+    """DeepSpeed keeps the optimizer's state in the host's memory."""
+    times_communication: bool = False
+    """Wait for and time each of DeepSpeed's messages. Without, their time is part of the phase that sends them."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage is not None and not 0 <= self.zero_stage <= 3:
+            raise ValueError(f"zero_stage is {self.zero_stage} but must be from 0 to 3, or none")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps} but must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Extra steps on samples of earlier steps, which cost more to make than to learn from. See replay_buffer.py."""
+
+    steps: int = 0
+    """Steps on replayed samples after each step on new ones."""
+    batch_size: int = 32
+    """Of the mapper's replayed steps; the storybook's own stages replay batches of their usual size."""
+    min_size: int = 1
+    """Samples in the buffer before any is replayed: fewer would be learnt by heart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Settings of one training stage."""
+    """Settings that every stage has."""
 
     stage: str
+    """A key of STAGES."""
     steps: int
     """Optimizer steps of the whole run; 0: none, but for `epochs`."""
     epochs: float = 0.0
-    """If not 0: times that every stored row is used, in the place of `steps`."""
+    """If not 0: how often every stored example is used; replaces `steps`."""
     minutes: float = 0.0
     """If not 0: the run ends after this time even if `steps` are not done; the schedule follows the nearer end."""
     batch_size: int
-    gradient_accumulation_steps: int = 1
-    """Batches whose gradients make a step."""
-    learning_rate: float
-    warmup_steps: int = 100
-    decays_linearly: int = 0
-    """1: the rate falls in a line to 0; 0: in half a cosine to a hundredth."""
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Of the gradients of a step; 0: as long as they are."""
-    ema_decay: float = 0.0
-    """Decay of the running average that is saved; 0: none."""
+    """Of all workers together."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 1
     num_threads: int = 2
-    bf16: int = 0
-    """1: the objective runs under bfloat16 autocast, but on a CPU without it; what is trained, its optimizer and
-    the losses stay float32, frozen matrices that are never saved are halved."""
-    zero_stage: int = -1
-    """ZeRO stage of DeepSpeed, 0 to 3; -1: torch's own optimizer."""
-    zero_offload: int = 0
-    """1: DeepSpeed keeps the optimizer's state in the host's memory."""
-    crop_px: int = 64
-    """Side of the crops of "vae" and "decoder"."""
-    checkpoint_activations: int = 0
-    """1: the language model's activations are computed again on the way back instead of kept (arXiv 1604.06174)."""
+    """torch threads of a worker."""
+    bf16: bool = False
+    """Run the objective under bfloat16 autocast, but on a CPU without it. What is trained, its optimizer and the
+    losses stay float32; frozen matrices that are never saved are kept in bfloat16."""
     validation_batches: int = 0
-    """Batches of rows that are never trained on, measured at every checkpoint."""
-    samples_latents: int = 0
-    """1: pictures are drawn from the VAE's posterior, as published; 0: its mode."""
-    standardises: int = 1
-    """1: each feature of the caption loss counts by its spread; 0: plain mean squared error, as published."""
-    whitens: int = 1
-    """1: the mapper learns on whitened voken states; 0: as they are, as published."""
-    trains_queries: int = 1
-    """0: the mapper's `fc` and queries are frozen, as in the published second stage."""
+    """Batches of examples that are never trained on, measured at every checkpoint."""
+    checkpoint_every_s: float = 180.0
+    sheet_every_s: float = 300.0
+    log_every: int = 50
+    """Steps."""
+    log_examples: bool = False
+    """Keep the ids of every step's examples in examples-<worker>.jsonl, to say afterwards what was used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaePreset(Preset):
+    """Stage "vae": pictures -> latents -> pictures."""
+
+    crop_px: int = 64
+    """Side of a crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetPreset(Preset):
+    """Stage "unet": captions -> latents."""
+
     canonical_share: float = 0.7
-    """Of the diffusion model's captions that are in the one phrasing which the vokens are aligned with."""
+    """Share of captions in the one phrasing that the vokens are aligned with."""
     placement_until: float = 0.0
-    """Share of the run in which "unet" learns where things stand, which the whole mixture hardly teaches: that phrasing
-    alone, under noise from `first_timestep` on."""
-    teacher_steps: int = 0
-    """Guided steps of the UNet that one step of the distilled one takes the place of."""
+    """Share of the run that teaches where things stand: the canonical phrasing alone, under noise from
+    `first_timestep` on. The whole mixture hardly teaches it."""
+    first_timestep: int = 0
+    """Least noise until `placement_until`, without weights by timestep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPreset(Preset):
+    """Stage "decoder": fine-tunes the VAE decoder on denoised latents."""
+
+    crop_px: int = 64
+    """Side of a crop."""
+    canonical_share: float = 0.7
+    """See UnetPreset."""
     last_timestep: int = 0
-    """Most noise that the UNet cleans the latents of which "decoder" learns from."""
+    """Most noise of the latents that the UNet denoises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillPreset(Preset):
+    """Stage "distill": the guided UNet -> one that needs neither guidance nor many steps."""
+
+    canonical_share: float = 0.7
+    """See UnetPreset."""
+    teacher_steps: int
+    """Guided steps of the UNet that one step of the distilled one replaces."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpenPreset(Preset):
+    """Stage "sharpen": pictures as the default request draws them -> the same ones, crisp."""
+
+    canonical_share: float = 0.7
+    """See UnetPreset."""
+    decoder_learning_rate: float
+    """Of the VAE decoder."""
+    detail_weight: float
+    """Weight of a sprite's missing correlation with what it should be."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionPreset(Preset):
+    """Stage "vision": picture -> description. Trains the Q-Former, with the optimizer's rate."""
+
+    text_weight: float = 1.0
+    words_until: float = 0.0
+    """Share of the run that learns words alone, without a pass of the language model."""
+    checkpoint_activations: bool = False
+    """See VokenPreset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VokenPreset(Preset):
+    """Stages "align", "learn" and "refine". The optimizer's rate is the adapter's."""
+
+    voken_learning_rate: float = 0.0
+    """Of the new tokens' embeddings and head weights."""
+    mapper_learning_rate: float = 0.0
     text_weight: float = 0.0
     picture_weight: float = 0.0
     picture_from: float = 0.0
     """Share of the run after which the picture loss counts."""
     caption_weight: float = 0.0
     contrast_weight: float = 0.0
-    """Of telling the caption from others that differ in one fact."""
-    voken_noise: float = 0.0
-    """Added to voken states, in units of their spread."""
+    """Weight of telling a caption from others that differ in one fact."""
     first_timestep: int = 0
-    """Least noise of the picture loss, and of that of "unet" until `placement_until`; above 0 it is unweighted."""
-    detail_weight: float = 0.0
-    """Of what the sprites of a picture lack in correlation with what they should be."""
-    replay_steps: int = 0
-    """Steps on what is remembered after each step on fresh rows: of the mapper alone on the language model's states, or
-    in "distill" on the teacher's steps, in "sharpen" on pictures that were drawn."""
-    replay_batch_size: int = 32
-    replay_from: int = 1
-    """Pictures that are remembered before any is replayed: fewer would be learnt by heart."""
-    words_until: float = 0.0
-    """Share of the run in which "vision" learns words alone, without a pass of the language model."""
+    """Least noise of the picture loss; above 0 the loss has no weights by timestep."""
+    voken_noise: float = 0.0
+    """Noise added to voken states, in units of their spread."""
+    samples_latents: bool = False
+    """Train on samples of the VAE's posterior, as published; else on its mode."""
+    standardises: bool = True
+    """Divide each feature of the caption loss by its spread; else plain mean squared error, as published."""
+    whitens: bool = True
+    """Train the mapper on whitened voken states; else on the states themselves, as published."""
+    trains_queries: bool = True
+    """Train the mapper's `fc` and queries too; the published second stage freezes them."""
+    checkpoint_activations: bool = False
+    """Recompute the language model's activations in the backward pass instead of keeping them (arXiv 1604.06174)."""
     caption_share: float = 0.25
+    """Share of bare captions among the picture world's examples of "learn" and "refine", so that captions are not
+    forgotten."""
     story_share: float = 0.5
-    """Of the rows of "learn" and "refine": bare captions, lest they are forgotten, and stories; the rest are pages."""
-    voken_learning_rate: float = 0.0
-    mapper_learning_rate: float = 0.0
-    decoder_learning_rate: float = 0.0
-    """Of the VAE's decoder in "sharpen"."""
-    checkpoint_every_s: float = 180.0
-    sheet_every_s: float = 300.0
-    times_communication: int = 0
-    """1: each of DeepSpeed's messages is waited for and timed; without, its time is in that of what it is a part of."""
-    log_every: int = 50
-    log_rows: int = 0
-    """1: the ids of the rows of every step are kept in rows-<worker>.jsonl, to say afterwards what was used."""
+    """Share of whole stories among the examples of "learn" and "refine"; the rest are single pages."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
 
+
+STAGES = {
+    "vae": "training.storybook.vae:VaeStage",
+    "unet": "training.storybook.unet:UnetStage",
+    "distill": "training.storybook.distill:DistillStage",
+    "decoder": "training.storybook.decoder:DecoderStage",
+    "sharpen": "training.storybook.sharpen:SharpenStage",
+    "vision": "training.stages.vision:VisionStage",
+    "align": "training.stages.voken:VokenStage",
+    "learn": "training.stages.voken:VokenStage",
+    "refine": "training.stages.voken:VokenStage",
+}
+"""Where each stage's class is; `training.stage.build_stage` imports it."""
 
 # As published (arXiv 2310.02239 and its code): two epochs of CC3M, then of VIST or MMDialog, on four GPUs of 48 GB for
 # two days each; no clipping, no checkpointing of activations; frozen parts in bfloat16.
-_PUBLISHED = Preset(
+_PUBLISHED_OPTIMIZER = OptimizerConfig(
+    warmup_steps=1_000, schedule="linear", beta2=0.999, max_grad_norm=0.0, gradient_accumulation_steps=6
+)
+_PUBLISHED = VokenPreset(
     stage="align",
     steps=0,
     epochs=2,
     batch_size=8,
-    gradient_accumulation_steps=6,
-    learning_rate=0.0,
+    optimizer=_PUBLISHED_OPTIMIZER,
     mapper_learning_rate=2e-4,
     voken_learning_rate=2e-5,
-    warmup_steps=1_000,
-    decays_linearly=1,
-    beta2=0.999,
-    max_grad_norm=0.0,
     seed=42,
-    bf16=1,
+    bf16=True,
     text_weight=0.01,
     picture_weight=1.0,
     caption_weight=0.1,
-    samples_latents=1,
-    standardises=0,
-    whitens=0,
+    samples_latents=True,
+    standardises=False,
+    whitens=False,
     validation_batches=8,
 )
-PUBLISHED = {
+PUBLISHED: dict[str, Preset] = {
     "align": _PUBLISHED,
     "learn": dataclasses.replace(
         _PUBLISHED,
         stage="learn",
-        learning_rate=2e-5,
+        optimizer=dataclasses.replace(_PUBLISHED_OPTIMIZER, learning_rate=2e-5),
         mapper_learning_rate=2e-5,
-        trains_queries=0,
+        trains_queries=False,
         caption_weight=0.0,
         story_share=0.0,
         caption_share=0.0,
@@ -140,86 +238,79 @@ PUBLISHED = {
 }
 
 # Departures from the published settings, which are made for 7 billion parameters and two days on four GPUs:
-# learning rates (2e-5 for the rows moves nothing in so few steps), text weight 0.3 in learn (0.01 starves it), the
+# learning rates (2e-5 for the vokens moves nothing in so few steps), text weight 0.3 in learn (0.01 starves it), the
 # caption loss kept in learn, with contrasts, on the facts known so far (it teaches what "it" and "there" are without a
 # UNet pass).
-STORYBOOK = {
-    "vae": Preset(
-        stage="vae", steps=12_000, batch_size=16, learning_rate=2e-3, ema_decay=0.998, weight_decay=0.0, bf16=1
+STORYBOOK: dict[str, Preset] = {
+    "vae": VaePreset(
+        stage="vae",
+        steps=12_000,
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=2e-3, ema_decay=0.998, weight_decay=0.0),
+        bf16=True,
     ),
-    "unet": Preset(
+    "unet": UnetPreset(
         stage="unet",
         steps=10_000,
         batch_size=32,
-        learning_rate=8e-4,
-        ema_decay=0.998,
-        warmup_steps=200,
+        optimizer=OptimizerConfig(learning_rate=8e-4, ema_decay=0.998, warmup_steps=200),
         placement_until=0.2,
         first_timestep=500,
-        bf16=1,
+        bf16=True,
     ),
-    "decoder": Preset(
+    "decoder": DecoderPreset(
         stage="decoder",
         steps=6_000,
         batch_size=16,
-        learning_rate=1e-3,
-        ema_decay=0.998,
-        weight_decay=0.0,
+        optimizer=OptimizerConfig(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.0),
         last_timestep=600,
-        bf16=1,
+        bf16=True,
     ),
-    "distill": Preset(
+    "distill": DistillPreset(
         stage="distill",
         steps=2_000,
         batch_size=16,
-        learning_rate=3e-4,
-        ema_decay=0.99,
+        optimizer=OptimizerConfig(learning_rate=3e-4, ema_decay=0.99),
         teacher_steps=5,
-        replay_steps=3,
-        replay_from=256,
-        bf16=1,
+        replay=ReplayConfig(steps=3, min_size=256),
+        bf16=True,
     ),
-    "sharpen": Preset(
+    "sharpen": SharpenPreset(
         stage="sharpen",
         steps=2_000,
         batch_size=16,
-        learning_rate=1.5e-4,
+        optimizer=OptimizerConfig(learning_rate=1.5e-4, ema_decay=0.995, weight_decay=0.0),
         decoder_learning_rate=1e-3,
-        weight_decay=0.0,
-        ema_decay=0.995,
         detail_weight=2.0,
-        replay_steps=2,
-        replay_from=48,
-        bf16=1,
+        replay=ReplayConfig(steps=2, min_size=48),
+        bf16=True,
     ),
-    "vision": Preset(
+    "vision": VisionPreset(
         stage="vision",
         steps=6_000,
         batch_size=16,
-        learning_rate=1e-3,
-        text_weight=1.0,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
         words_until=0.6,
-        bf16=1,
+        bf16=True,
     ),
-    "align": Preset(
+    "align": VokenPreset(
         stage="align",
         steps=8_000,
         batch_size=16,
-        learning_rate=5e-4,
+        optimizer=OptimizerConfig(learning_rate=5e-4, ema_decay=0.99),
         mapper_learning_rate=1e-3,
         voken_learning_rate=3e-3,
         text_weight=0.01,
         picture_weight=1.0,
         picture_from=0.7,
         caption_weight=1.0,
-        replay_steps=6,
-        ema_decay=0.99,
+        replay=ReplayConfig(steps=6),
     ),
-    "learn": Preset(
+    "learn": VokenPreset(
         stage="learn",
         steps=1_000,
         batch_size=4,
-        learning_rate=5e-4,
+        optimizer=OptimizerConfig(learning_rate=5e-4),
         mapper_learning_rate=1e-4,
         voken_learning_rate=5e-4,
         text_weight=0.3,
@@ -227,43 +318,77 @@ STORYBOOK = {
         contrast_weight=0.5,
         caption_share=0.15,
         story_share=0.8,
-        bf16=1,
+        bf16=True,
     ),
-    "refine": Preset(
+    "refine": VokenPreset(
         stage="refine",
         steps=12_000,
         batch_size=32,
-        learning_rate=0.0,
+        optimizer=OptimizerConfig(ema_decay=0.995, warmup_steps=50),
         mapper_learning_rate=5e-4,
         caption_share=0.85,
         story_share=0.13,
         voken_noise=0.3,
         caption_weight=1.0,
         contrast_weight=0.5,
-        replay_steps=8,
-        replay_batch_size=48,
-        replay_from=16_000,
-        ema_decay=0.995,
-        warmup_steps=50,
-        bf16=1,
+        replay=ReplayConfig(steps=8, batch_size=48, min_size=16_000),
+        bf16=True,
     ),
 }
 
+P = TypeVar("P", bound=Preset)
 
-def override(preset: Preset, settings: list[str]) -> Preset:
-    """Apply `key=value` settings. An unknown key or a value of the wrong type raises ValueError."""
-    fields = {field.name: field for field in dataclasses.fields(Preset) if field.name != "stage"}
-    changes: dict[str, object] = {}
+
+def override(preset: P, settings: list[str]) -> P:
+    """Apply `key=value` settings: fields of the preset, fields of its optimizer by their own name or as
+    `optimizer.name`, fields of other groups as `group.name`, such as `replay.steps=3`.
+
+    Raises ValueError: for an unknown key, and for a value of the wrong type.
+    """
+    places = _places(preset)
+    changes: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in fields:
-            raise ValueError(f"unknown setting {setting!r}: use key=value with one of {', '.join(sorted(fields))}")
-        kind = {"int": int, "float": float}[str(fields[key].type)]
-        try:
-            changes[key] = kind(value)
-        except ValueError:
-            raise ValueError(f"{key} is {value!r} but must be a number of type {kind.__name__}") from None
-    changed = dataclasses.replace(preset, **changes)  # type: ignore[arg-type]
-    if not -1 <= changed.zero_stage <= 3:
-        raise ValueError(f"zero_stage is {changed.zero_stage} but must be from -1 to 3")
-    return changed
+        key, equals, text = setting.partition("=")
+        if not equals or key not in places:
+            names = sorted(name for name in places if not name.startswith("optimizer."))
+            raise ValueError(f"unknown setting {setting!r}: use key=value with one of {', '.join(names)}")
+        group, name, kind = places[key]
+        changes.setdefault(group, {})[name] = _parse(key, text, kind)
+    own = changes.pop("", {})
+    groups = {group: dataclasses.replace(getattr(preset, group), **values) for group, values in changes.items()}
+    return dataclasses.replace(preset, **own, **groups)
+
+
+def _places(preset: Preset) -> dict[str, tuple[str, str, Any]]:
+    """Key -> group ("" for the preset's own fields), name and type of a field."""
+    places: dict[str, tuple[str, str, Any]] = {}
+    for name, kind in typing.get_type_hints(type(preset)).items():
+        if dataclasses.is_dataclass(kind):
+            for inner, inner_kind in typing.get_type_hints(kind).items():
+                places[f"{name}.{inner}"] = (name, inner, inner_kind)
+                if name == "optimizer":
+                    places[inner] = (name, inner, inner_kind)
+        elif name != "stage":
+            places[name] = ("", name, kind)
+    return places
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    """A value of the type that a field has."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if text not in options:
+            raise ValueError(f"{key} is {text!r} but must be {' or '.join(options)}")
+        return text
+    if typing.get_origin(kind) is types.UnionType:
+        if text == "none":
+            return None
+        kind = options[0]
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(f"{key} is {text!r} but must be true or false")
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{key} is {text!r} but must be a number of type {kind.__name__}") from None

@@ -1,4 +1,4 @@
-"""What a run writes and tells while it goes on: checkpoints, a log and its curves, sample sheets, the model folder."""
+"""What a run writes: checkpoints, a log and its curves, sample sheets, the model folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +22,17 @@ from training.report import write_report
 from training.run_folder import RunFolder
 from training.samples import write_sample
 from training.schedule import progress_of
+from training.stage import Stage
+from training.strategy import Strategy
 from training.workers import agree, is_first_worker, own_rank
 
-if TYPE_CHECKING:
-    from training.loop import Stage, Strategy
-
-TELLING = ("learn", "refine")
-"""Stages whose model writes stories."""
+WRITES_STORIES = ("learn", "refine")
+"""Stages whose model writes a sample story."""
 Report = Callable[[dict[str, float]], None]
 
 
 class RunRecorder:
-    """Of one run; every worker has one, the first one writes."""
+    """Records one run. Every worker has a recorder; the first worker's writes."""
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class RunRecorder:
         strategy: Strategy,
         average: dict[str, Tensor],
         position: Position,
-        validation: Sequence[Batch],
+        validation: Sequence[Batch[Any]],
         owner: str,
         report: Report,
     ) -> None:
@@ -60,7 +59,7 @@ class RunRecorder:
         self._next_save_s = position.elapsed_s + preset.checkpoint_every_s
 
     def advance(self, parts: list[dict[str, float]], seconds: dict[str, float], rate: float) -> Position:
-        """A step is done: count it and its losses."""
+        """Count a finished step and its losses."""
         for one in parts:
             for name, loss in one.items():
                 self._sums.setdefault(name, []).append(loss)
@@ -71,13 +70,13 @@ class RunRecorder:
         self.position = Position(self.position.step + 1, elapsed_s)
         return self.position
 
-    def note_rows(self, batch: Batch, loss: float) -> None:
-        if self.preset.log_rows:
-            line = {"step": batch["step"], "row_ids": batch["row_ids"], "loss": loss}
-            self.folder.append(f"rows-{own_rank()}.jsonl", json.dumps(line) + "\n")
+    def note_examples(self, batch: Batch[Any], loss: float) -> None:
+        if self.preset.log_examples:
+            line = {"step": batch.step, "ids": batch.ids, "loss": loss}
+            self.folder.append(f"examples-{own_rank()}.jsonl", json.dumps(line) + "\n")
 
     def keep_up(self, position: Position) -> None:
-        """Save, log and draw where it is time to."""
+        """Save, log and draw when they are due."""
         is_saved = position.elapsed_s >= self._next_save_s
         if is_saved:
             self._save(position)
@@ -90,7 +89,7 @@ class RunRecorder:
             self._sums = {}
         if position.elapsed_s >= self._next_sheet_s:
             self._draw(f"sheet-{position.step:06d}.png")
-            if self.preset.stage in TELLING:
+            if self.preset.stage in WRITES_STORIES:
                 self._save_model(f"story-{position.step:06d}.html")
             if is_first_worker():
                 write_report(self.folder)
@@ -122,7 +121,7 @@ class RunRecorder:
             for number, batch in enumerate(self.validation):
                 torch.manual_seed(number)
                 with autocast(self.preset, next(objective.parameters()).device):
-                    for name, loss in self.strategy.losses({**batch, "step": 0}, min(progress, 1.0)).items():
+                    for name, loss in self.strategy.losses(batch, min(progress, 1.0)).items():
                         sums.setdefault(f"validation_{name}", []).append(loss.item())
         torch.set_rng_state(random_state)
         for module in is_training:
@@ -144,7 +143,7 @@ class RunRecorder:
                     with Averaged(self.strategy.trained, self.average):
                         self.stage.save(model)
                     self.folder.write_tree("model", model)
-            if is_first_worker() and self.preset.stage in TELLING and (model / "config.json").is_file():
+            if is_first_worker() and self.preset.stage in WRITES_STORIES and (model / "config.json").is_file():
                 self.folder.write(sample, write_sample(model))
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -158,8 +157,8 @@ class RunRecorder:
                 self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
 
     def _draw(self, name: str) -> None:
-        """Not where weights are shared out: one worker alone cannot call the modules then."""
-        if self.preset.zero_stage == 3:
+        """Write a sample sheet; not under ZeRO 3, where one worker alone cannot call the modules."""
+        if self.preset.optimizer.zero_stage == 3:
             return
         with tempfile.TemporaryDirectory() as scratch:
             if is_first_worker():

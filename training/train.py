@@ -4,8 +4,8 @@
     ray job submit --working-dir . -- python -m training.train learn --data s3://b/vist --start s3://b/align/model \\
         --out s3://b/learn --workers 8 zero_stage=2
 
-Without --data the rows are those of the picture world. A run that was stopped goes on from its newest checkpoint when
-it is started again with the same --out. `OUT/model` is a model folder, served as it is.
+Without --data the examples are those of the picture world. A stopped run resumes from its newest checkpoint when the
+same command is given again. `OUT/model` is a model folder, served as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,64 +24,44 @@ from minigpt5.errors import MiniGPT5Error, TrainingError
 from minigpt5.model import folder as model_folder
 from training import checkpoint, devices, loop, presets
 from training.data import batches as data
-from training.data.batches import Rows, RowsOfStage, StorybookRows
-from training.data.stored import StoredRows
-from training.presets import Preset
+from training.data.batches import ExampleSource
+from training.data.stored import StoredExamples
+from training.presets import Preset, VokenPreset
 from training.run_folder import RunFolder, fetch_model
+from training.stage import build_stage
+from training.storybook.examples import StorybookExamples
 from training.weight_sources import WeightSources
 
 PRESETS = {"storybook": presets.STORYBOOK, "published": presets.PUBLISHED}
 STORED_STAGES = ("align", "learn", "refine")
-"""Those that learn from stored rows as well."""
+"""Stages that learn from stored examples too."""
 VALIDATION_SEED = 1_000_003
-"""Added to the seed of the picture world's rows that are never trained on."""
+"""Added to the seed of the picture world's examples that are never trained on."""
 
 
-def build_stage(preset: Preset, sources: WeightSources, rows: Rows) -> loop.Stage:
-    """The stage of a preset, on the weights that it goes on from."""
-    if preset.stage == "vae":
-        from training.storybook.vae import VaeStage
+def find_examples(
+    preset: Preset, sources: WeightSources, uri: str | None
+) -> tuple[Preset, ExampleSource, ExampleSource | None]:
+    """Examples to train on and to validate with, and the preset with its steps where it counts epochs.
 
-        return VaeStage(preset, sources)
-    if preset.stage == "unet":
-        from training.storybook.unet import UnetStage
-
-        return UnetStage(preset, sources)
-    if preset.stage == "decoder":
-        from training.storybook.decoder import DecoderStage
-
-        return DecoderStage(preset, sources)
-    if preset.stage == "sharpen":
-        from training.storybook.sharpen import SharpenStage
-
-        return SharpenStage(preset, sources)
-    if preset.stage == "distill":
-        from training.storybook.distill import DistillStage
-
-        return DistillStage(preset, sources)
-    from training.stages.model import ModelStage
-
-    return ModelStage(preset, sources, rows)
-
-
-def find_rows(preset: Preset, sources: WeightSources, uri: str | None) -> tuple[Preset, Rows, Rows | None]:
-    """Rows to train on and to validate with; the preset with its steps, where it counts epochs. Raises
-    TrainingError."""
+    Raises TrainingError.
+    """
     if uri is None:
         if preset.epochs:
-            raise TrainingError("epochs are of stored rows: name some with --data, or set epochs=0 steps=")
+            raise TrainingError("epochs are of stored examples: name some with --data, or set epochs=0 steps=")
         held_back = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
-        return preset, StorybookRows(preset), StorybookRows(held_back) if preset.validation_batches else None
+        return preset, StorybookExamples(preset), StorybookExamples(held_back) if preset.validation_batches else None
+    assert isinstance(preset, VokenPreset)
     previous = sources.model(preset.stage)
     config = model_folder.load_config(previous) if previous else storybook()
-    stored = StoredRows(uri, config, seed=preset.seed)
+    open_data = partial(
+        StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=preset.story_share
+    )
+    stored = open_data()
     if preset.epochs:
-        steps = max(1, round(preset.epochs * len(stored) / data.rows_per_step(preset)))
+        steps = max(1, round(preset.epochs * len(stored) / data.examples_per_step(preset)))
         preset = dataclasses.replace(preset, steps=steps, epochs=0.0)
-    validation = None
-    if preset.validation_batches:
-        validation = RowsOfStage(StoredRows(uri, config, seed=preset.seed, is_validation=True), preset)
-    return preset, RowsOfStage(stored, preset), validation
+    return preset, stored, open_data(is_validation=True) if preset.validation_batches else None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,10 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("stage", choices=sorted(presets.STORYBOOK))
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see training/presets.py")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="storybook", help="(default %(default)s)")
-    parser.add_argument("--data", help="rows that batch_jobs.prepare or batch_jobs.precompute wrote, path or URI")
+    parser.add_argument("--data", help="examples that batch_jobs.prepare or batch_jobs.precompute wrote, path or URI")
     parser.add_argument("--out", help="folder or URI of this run (default: RUNS/STAGE)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default %(default)s)")
-    parser.add_argument("--start", help="model folder to go on from, path or URI, such as models/storybook")
+    parser.add_argument("--start", help="model folder to start from, path or URI, such as models/storybook")
     parser.add_argument("--decoder", type=Path, help="folder whose vae/ and unet/ come before the start's")
     parser.add_argument("--workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray")
     parser.add_argument("--gpus", type=float, default=0.0, help="of each worker (default %(default)g)")
@@ -118,13 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
             runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute()
         )
         out = RunFolder(options.out or options.runs / options.stage)
-        preset, rows, validation = find_rows(preset, sources, options.data)
+        preset, examples, validation = find_examples(preset, sources, options.data)
         if options.workers == 0:
-            run(preset, sources, out, rows, validation)
+            run(preset, sources, out, examples, validation)
         else:
             from training.cluster import Run, run_on_ray
 
-            on_ray = Run(preset=preset, sources=sources, out=out, rows=rows, validation=validation)
+            on_ray = Run(preset=preset, sources=sources, out=out, examples=examples, validation=validation)
             run_on_ray(on_ray, options.workers, num_gpus=options.gpus)
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -132,17 +113,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(preset: Preset, sources: WeightSources, out: RunFolder, rows: Rows, validation: Rows | None) -> None:
+def run(
+    preset: Preset, sources: WeightSources, out: RunFolder, examples: ExampleSource, validation: ExampleSource | None
+) -> None:
     """The stage in this process."""
     device = devices.own_device()
     preset = devices.for_device(preset, device)
     torch.set_num_threads(preset.num_threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loop.fit(
-        build_stage(preset, sources, rows),
+        build_stage(preset, sources, examples),
         preset,
         out,
-        data.local_batches(rows, preset),
+        data.local_batches(examples, preset),
         validation=data.validation_batches(validation, preset) if validation else (),
         owner=checkpoint.claim(out),
         report=lambda metrics: print(metrics, flush=True),

@@ -1,4 +1,4 @@
-"""Where a stage finds the weights that it goes on from."""
+"""Where a stage finds the weights that it starts from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_
 from training.presets import Preset
 
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
-"""The stage whose model folder a stage goes on from, where `start` names no other."""
+"""The stage whose model folder a stage starts from, where `start` names no other."""
 
 DIFFUSION_STAGES = {
     "vae": (),
@@ -22,12 +22,12 @@ DIFFUSION_STAGES = {
     "decoder": ("distill", "unet", "vae"),
     "sharpen": ("decoder", "distill", "unet", "vae"),
 }
-"""The legs whose parts a leg of the latent diffusion model goes on from, the last one first; other stages use all."""
+"""The stages whose parts a stage of the latent diffusion model starts from, newest first; other stages use all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSources:
-    """Folders of weights: `decoder` goes before `start`, `start` before what earlier stages left under `runs`."""
+    """Folders of weights: `decoder` comes before `start`, and `start` before what earlier stages left under `runs`."""
 
     runs: Path
     start: Path | None = None
@@ -36,7 +36,7 @@ class WeightSources:
     """A folder in diffusers' layout that replaces the whole decoder of `start`, or a part of it."""
 
     def model(self, stage: str) -> Path | None:
-        """The model folder that `stage` goes on from; None where it begins anew."""
+        """The model folder that `stage` starts from; None where it starts from base models."""
         if self.start:
             return self.start
         return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
@@ -44,19 +44,19 @@ class WeightSources:
     def find(self, part: str, *, stage: str = "") -> Path | None:
         """The first folder that has `part` ("vae" or "unet") under it, of the legs those before `stage`; None where
         there is none."""
-        legs = DIFFUSION_STAGES.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
-        trained = (self.runs / leg / "model" for leg in legs)
+        stages = DIFFUSION_STAGES.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
+        trained = (self.runs / earlier / "model" for earlier in stages)
         folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)
 
     def need(self, part: str, *, stage: str) -> Path:
-        """As `find`; raises TrainingError where there is none."""
+        """As `find`, but raises TrainingError where there is none."""
         if folder := self.find(part, stage=stage):
             return folder
-        raise TrainingError(f"no {part} to go on from: train one first, or name a model folder with --start")
+        raise TrainingError(f"no {part} to start from: train one first, or name a model folder with --start")
 
     def diffusion(self, *, stage: str, is_distilled: bool = True) -> Diffusion:
-        """The latent diffusion model that `stage` goes on from, with the distilled UNet beside its UNet. Raises
+        """The latent diffusion model that `stage` starts from, with the distilled UNet beside its UNet. Raises
         TrainingError where there is none, unless `is_distilled` is False."""
         unet_of = self.need("unet", stage=stage)
         distilled = load_distilled(unet_of)
@@ -67,6 +67,6 @@ class WeightSources:
 
 
 def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:
-    """To be trained: the backward pass of torch's fused attention is the slower one in bfloat16 on a CPU."""
+    """Make a UNet quicker to train: in bfloat16 on a CPU the backward pass of torch's fused attention is slow."""
     if preset.bf16:
         unet.set_attn_processor(AttnProcessor())

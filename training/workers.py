@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +48,10 @@ def agree(elapsed_s: float) -> float:
     return clock.item()
 
 
-def stop_if_not_finite(loss: Tensor, step: int, batch: Batch) -> None:
+def stop_if_not_finite(loss: Tensor, step: int, batch: Batch[Any]) -> None:
     """Raise NotFinite on every worker where the loss of any is not finite: one alone would leave the others
     waiting for its gradients."""
-    found = [f"{loss.item()}, rows {batch.get('row_ids')}"] if not math.isfinite(loss.item()) else []
+    found = [f"{loss.item()}, examples {batch.ids}"] if not math.isfinite(loss.item()) else []
     if distributed.is_initialized():
         is_broken = torch.tensor(float(len(found)))
         distributed.all_reduce(is_broken)
@@ -61,7 +62,7 @@ def stop_if_not_finite(loss: Tensor, step: int, batch: Batch) -> None:
     if found:
         raise NotFinite(
             f"the loss at step {step} is not finite: {'; '.join(found)}: "
-            "lower the learning rate or look at these rows; the last checkpoint is kept"
+            "lower the learning rate or look at these examples; the last checkpoint is kept"
         )
 
 

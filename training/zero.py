@@ -23,7 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, distributed, nn
 
 from minigpt5.errors import TrainingError
-from training.presets import Preset
+from training.presets import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 5_000_000
@@ -31,31 +31,29 @@ BUCKET = 5_000_000
 
 
 class ZeroStrategy:
-    """An objective under ZeRO; see training.loop.Strategy. Needs an initialised process group."""
+    """An objective under ZeRO; see training.strategy.Strategy. Needs an initialised process group."""
 
-    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], preset: Preset) -> None:
+    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         if not distributed.is_initialized():
             raise TrainingError(
-                f"zero_stage is {preset.zero_stage} but there are no workers: set --workers to 1 or more"
+                f"zero_stage is {config.zero_stage} but there are no workers: set --workers to 1 or more"
             )
-        if preset.zero_stage == 3 and preset.ema_decay:
+        if config.zero_stage == 3 and config.ema_decay:
             raise TrainingError("zero_stage is 3, which keeps no running average: set ema_decay=0")
-        self.stage, self.gradient_accumulation_steps, self.num_parts = (
-            preset.zero_stage,
-            preset.gradient_accumulation_steps,
-            0,
-        )
+        assert config.zero_stage is not None
+        self.stage, self.num_parts = config.zero_stage, 0
+        self.gradient_accumulation_steps = config.gradient_accumulation_steps
         self.communication_s = 0.0
-        self.times_communication = bool(preset.times_communication)
+        self.times_communication = config.times_communication
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.rates = [group["lr"] for group in groups]
-        plain = torch.optim.AdamW(groups, betas=(0.9, preset.beta2), weight_decay=preset.weight_decay)
+        plain = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
         self.counts = [len(group["params"]) for group in plain.param_groups]
         self.order = [_name_of(p, self.trained) for group in plain.param_groups for p in group["params"]]
         # Gloo moves the data; DeepSpeed's own way through shared memory would compile for minutes on every machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=plain, config=_configuration(preset), dist_init_required=False
+            model=objective, optimizer=plain, config=_configuration(config), dist_init_required=False
         )
 
         if self.times_communication:
@@ -146,14 +144,14 @@ def _name_of(parameter: nn.Parameter, trained: dict[str, nn.Parameter]) -> str:
     return next(name for name, other in trained.items() if other is parameter)
 
 
-def _configuration(preset: Preset) -> dict[str, Any]:
-    sharing: dict[str, Any] = {"stage": preset.zero_stage, "reduce_bucket_size": BUCKET, "overlap_comm": False}
-    if preset.zero_offload:
+def _configuration(config: OptimizerConfig) -> dict[str, Any]:
+    sharing: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET, "overlap_comm": False}
+    if config.zero_offload:
         sharing["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed sees no rows: the loop counts them
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": preset.max_grad_norm,
+        "gradient_clipping": config.max_grad_norm,
         "zero_optimization": sharing,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,4 +1,4 @@
-"""The row of a training data set."""
+"""A training example."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minigpt5.model.prompt import Segment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Example:
     """A training sequence with the pictures that it reads and those that it draws, both in reading order."""
 
     segments: list[Segment]

@@ -25,7 +25,7 @@ from minigpt5.model.prompt import IGNORED, Segment
 from minigpt5.model.text_encoder import ClipTextEncoder, TextEncoder
 from minigpt5.model.vision import Vision
 from minigpt5.model.vokens import align
-from minigpt5.objective.example import Row
+from minigpt5.objective.example import Example
 
 GUIDANCE_DROPOUT = 0.1
 """Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
@@ -113,36 +113,36 @@ class Objective(nn.Module):
             last.weight.copy_(spread_D)
             last.bias.copy_(states_ND.mean(dim=0))
 
-    def forward(self, rows: list[Row], weights: LossWeights) -> dict[str, Tensor]:
+    def forward(self, examples: list[Example], weights: LossWeights) -> dict[str, Tensor]:
         """Losses by name; "loss" is their weighted sum."""
-        rows, has_pictures = self._complete(rows)
+        examples, has_pictures = self._complete(examples)
         takes_short_cut = self.body_is_frozen and not self.calls_alike
-        bare = [row for row in rows if takes_short_cut and row.is_caption]
-        whole = [row for row in rows if not (takes_short_cut and row.is_caption)]
+        bare = [example for example in examples if takes_short_cut and example.is_caption]
+        whole = [example for example in examples if not (takes_short_cut and example.is_caption)]
         read = [self._read_captions(bare)] if bare else []
         read += [self._read_sequences(whole)] if whole else []
-        rows = [*bare, *whole]
+        examples = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
         if len(vokens_PVH):
-            pictures = self._picture_losses(rows, vokens_PVH, weights)
+            pictures = self._picture_losses(examples, vokens_PVH, weights)
             losses |= pictures if has_pictures else {name: 0 * loss for name, loss in pictures.items()}
         else:  # what is trained takes part in every step, or those who share its gradients would wait for ever
             losses["text"] = losses["text"] + 0 * self.mapper.null_condition().sum()
         return {"loss": weights.total(losses), **losses}
 
-    def _complete(self, rows: list[Row]) -> tuple[list[Row], bool]:
-        """Where every worker must call the same parts: with a row that nothing is learnt from for a picture that none
-        reads, or draws. Returns whether a picture of the rows is drawn."""
-        has_pictures = any(row.drawn for row in rows)
+    def _complete(self, examples: list[Example]) -> tuple[list[Example], bool]:
+        """Add examples without a loss for pictures that no example reads or draws, where all workers must call the same
+        parts. Returns whether an original example draws a picture."""
+        has_pictures = any(example.drawn for example in examples)
         if not self.calls_alike:
-            return rows, has_pictures
+            return examples, has_pictures
         px = self.config.vision.image_px, self.config.image_px
         black = [np.zeros((side, side, 3), np.uint8) for side in px]
-        reads = Row(segments=[prompt.text("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
-        draws = Row(segments=[prompt.text("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
-        completed = list(rows)
-        completed += [] if any(row.read for row in rows) else [reads]
+        reads = Example(segments=[prompt.text("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
+        draws = Example(segments=[prompt.text("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
+        completed = list(examples)
+        completed += [] if any(example.read for example in examples) else [reads]
         completed += [] if has_pictures else [draws]
         return completed, has_pictures
 
@@ -206,20 +206,22 @@ class Objective(nn.Module):
         )
         return tokens.ids, tokens.labels
 
-    def _read_captions(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+    def _read_captions(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
-        ids_BS, mask_BS = self._pad([self.encode(row.segments[:1])[0] for row in rows], self.tokenizer.eos_token_id)
+        ids_BS, mask_BS = self._pad(
+            [self.encode(example.segments[:1])[0] for example in examples], self.tokenizer.eos_token_id
+        )
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
-        first_B = torch.full((len(rows),), self.language.voken_embeddings.first, device=self.device)
+        first_B = torch.full((len(examples),), self.language.voken_embeddings.first, device=self.device)
         return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
 
-    def _read_sequences(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+    def _read_sequences(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Whole sequences; logits at the learnt positions only."""
-        encoded = [self.encode(row.segments) for row in rows]
+        encoded = [self.encode(example.segments) for example in examples]
         ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
         labels_BS, _ = self._pad([labels for _, labels in encoded], IGNORED)
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
-        pictures = [picture for row in rows for picture in row.read]
+        pictures = [picture for example in examples for picture in example.read]
         image_NQH = self._see(pictures) if pictures else None
         states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.voken_embeddings)
@@ -240,42 +242,44 @@ class Objective(nn.Module):
         is_learnt_BS = next_BS != IGNORED
         return F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
 
-    def _picture_losses(self, rows: list[Row], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
-        captions = [caption for row in rows for caption in row.captions]
+    def _picture_losses(self, examples: list[Example], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+        captions = [caption for example in examples for caption in example.captions]
         is_null_P = (torch.rand(len(captions)) < (GUIDANCE_DROPOUT if self.training else 0.0)).to(self.device)
         condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
         losses: dict[str, Tensor] = {}
         latents_PCYX = None
         if weights.picture:
-            latents_PCYX = self._to_latents(rows)
+            latents_PCYX = self._to_latents(examples)
             losses["picture"] = self.diffusion.random_loss(
                 latents_PCYX, condition_PQD, first_timestep=self.first_timestep
             )
         if weights.caption:
             target_PQD = self.text_encoder(captions)
-            has_contrasts = weights.contrast and all(row.contrasts for row in rows if row.drawn)
-            others_PKQD = self._encode_contrasts(rows) if has_contrasts else None
+            has_contrasts = weights.contrast and all(example.contrasts for example in examples if example.drawn)
+            others_PKQD = self._encode_contrasts(examples) if has_contrasts else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
             if self.training:
                 self._store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
 
     @torch.no_grad()
-    def _to_latents(self, rows: list[Row]) -> Tensor:
-        drawn = torch.from_numpy(np.stack([picture for row in rows for picture in row.drawn])).to(self.device)
+    def _to_latents(self, examples: list[Example]) -> Tensor:
+        drawn = torch.from_numpy(np.stack([picture for example in examples for picture in example.drawn])).to(
+            self.device
+        )
         if drawn.dtype == torch.uint8:
             drawn = self.diffusion.vae.encode(to_tensor(drawn)).latent_dist.parameters
         noise = normal_like(drawn.chunk(2, dim=1)[0].float()) if self.samples_latents else None
         return self.diffusion.from_moments(drawn, noise=noise)
 
-    def words(self, rows: list[Row]) -> dict[str, Tensor]:
+    def words(self, examples: list[Example]) -> dict[str, Tensor]:
         """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
 
         A picture then reads like a text; the tokens of the batch are what each one is told apart from.
         """
-        image_NQH = self.vision(np.stack([picture for row in rows for picture in row.read])).float()
+        image_NQH = self.vision(np.stack([picture for example in examples for picture in example.read])).float()
         filler = self.tokenizer.encode(".", add_special_tokens=False)[:1] * image_NQH.shape[1]
-        said = [self.tokenizer.encode(text, add_special_tokens=False) for row in rows for text in row.shown]
+        said = [self.tokenizer.encode(text, add_special_tokens=False) for example in examples for text in example.shown]
         ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said], device=self.device)
         seen_W, target_NQ = ids_NQ.unique(return_inverse=True)
         words_WH = self.language.embedding[seen_W].detach().float()
@@ -291,8 +295,8 @@ class Objective(nn.Module):
     def replay(self, num_pictures: int, weights: LossWeights) -> dict[str, Tensor]:
         """All losses but the text's on remembered states of earlier batches, the picture loss on the first few.
 
-        A step of the mapper costs a tenth of one of the language model, whose rows move slowly enough for its states
-        to stay true for a while. The memory is not part of a checkpoint: a resumed run fills it anew."""
+        A step of the mapper costs a tenth of one of the language model, whose vokens move slowly enough for its states
+        to stay true for a while. The buffer is not checkpointed: a resumed run fills it again."""
         chosen = [self._replay_buffer[i] for i in torch.randint(len(self._replay_buffer), (num_pictures,)).tolist()]
         states, targets, others, latents = zip(*chosen, strict=True)
         is_null_P = (torch.rand(num_pictures) < GUIDANCE_DROPOUT).to(self.device)
@@ -307,7 +311,7 @@ class Objective(nn.Module):
             )
         # What is trained takes part in every step: see `forward`.
         losses["caption"] = losses["caption"] + 0 * sum(
-            rows.sum() for rows in self.language.voken_embeddings.parameters()
+            parameter.sum() for parameter in self.language.voken_embeddings.parameters()
         )
         return {"loss": weights.total(losses), **{f"replayed {name}": value for name, value in losses.items()}}
 
@@ -322,9 +326,9 @@ class Objective(nn.Module):
             losses["contrast"] = self._contrast_loss(*told)
         return losses
 
-    def _encode_contrasts(self, rows: list[Row]) -> Tensor:
+    def _encode_contrasts(self, examples: list[Example]) -> Tensor:
         """The text encoder's states of what each picture does not show: (P, K, Q, D)."""
-        contrasts = [captions for row in rows for captions in row.contrasts]
+        contrasts = [captions for example in examples for captions in example.contrasts]
         states_NQD = self.text_encoder([caption for captions in contrasts for caption in captions])
         return states_NQD.unflatten(0, (len(contrasts), -1))
 

@@ -1,4 +1,4 @@
-"""A small stage whose rows are a function of their ids, with a part that some rows do not touch."""
+"""A small stage whose examples are a function of their ids, with a part that some examples do not touch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from training.data.batches import Batch
-from training.presets import Preset
+from training.presets import OptimizerConfig, Preset
 
 TOY = Preset(
-    stage="align", steps=50, batch_size=8, learning_rate=1e-2, warmup_steps=5, log_every=1, checkpoint_every_s=0.0
+    stage="align",
+    steps=50,
+    batch_size=8,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+    log_every=1,
+    checkpoint_every_s=0.0,
 )
 WIDTH = 16
 
 
 class Toy(nn.Module):
-    """Regression by a frozen part and two trained ones; the second reads one row of two only."""
+    """Regression by a frozen part and two trained ones; the second reads one example of two only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,9 +31,9 @@ class Toy(nn.Module):
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.words, self.picture = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        rows: Tensor = batch["x"]  # type: ignore[assignment]
-        has_picture = torch.tensor(batch["row_ids"])[:, None] % 2 == 0  # type: ignore[arg-type]
+    def forward(self, batch: Batch[Tensor], progress: float) -> dict[str, Tensor]:
+        rows = torch.stack(batch.examples)
+        has_picture = torch.tensor(batch.ids)[:, None] % 2 == 0
         states = self.words(torch.tanh(self.frozen(rows)))
         said = torch.where(has_picture, states + self.picture(states), states)
         return {"loss": (said - rows.flip(1)).square().mean()}
@@ -41,24 +46,24 @@ class ToyStage:
     def parameter_groups(self) -> list[dict[str, object]]:
         toy = self.objective
         return [
-            {"params": list(toy.words.parameters()), "lr": TOY.learning_rate},
-            {"params": list(toy.picture.parameters()), "lr": 2 * TOY.learning_rate},
+            {"params": list(toy.words.parameters()), "lr": TOY.optimizer.learning_rate},
+            {"params": list(toy.picture.parameters()), "lr": 2 * TOY.optimizer.learning_rate},
         ]
 
     def draw_sheet(self, path: Path) -> None: ...
     def save(self, folder: Path) -> None: ...
 
 
-def batches(rank: int, num_workers: int) -> Callable[[int], Iterator[Batch]]:
+def batches(rank: int, num_workers: int) -> Callable[[int], Iterator[Batch[Tensor]]]:
     """A worker's share of each global batch."""
 
-    def start(step: int) -> Iterator[Batch]:
+    def start(step: int) -> Iterator[Batch[Tensor]]:
         share = TOY.batch_size // num_workers
         while True:
             first = step * TOY.batch_size + rank * share
             ids = list(range(first, first + share))
             rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(row_id)) for row_id in ids]
-            yield {"row_ids": ids, "x": torch.stack(rows)}
+            yield Batch(ids=ids, examples=rows)
             step += 1
 
     return start

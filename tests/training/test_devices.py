@@ -12,7 +12,7 @@ import torch
 
 from minigpt5.model.pixels import to_pixels, to_tensor
 from minigpt5.model.prompt import next_page_segments
-from minigpt5.objective.example import Row
+from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_language
 from tests.minigpt5.objective.test_losses import caption, new_objective, story
@@ -21,16 +21,16 @@ from training.presets import STORYBOOK, Preset
 from training.stages.model import halve_frozen
 from training.storybook.distill import DistillObjective
 
-PRESET = Preset(stage="align", steps=1, batch_size=1, learning_rate=0.0)
+PRESET = Preset(stage="align", steps=1, batch_size=1)
 WEIGHTS = LossWeights(text=1.0, picture=1.0, caption=1.0, contrast=1.0)
 
 
-def rows() -> list[Row]:
+def rows() -> list[Example]:
     """Bare captions, and whole sequences with pictures that are drawn and pictures that are read."""
     contrasts = [["a cat", "a dog"], ["a house", "a tree"]]
     pictures = [np.full((32, 32, 3), shade, np.uint8) for shade in (30, 200)]
     segments = next_page_segments(["One."], "Two.", "text", variant=0)
-    reads = Row(segments=segments, read=pictures, drawn=[], captions=[])
+    reads = Example(segments=segments, read=pictures, drawn=[], captions=[])
     captions = [dataclasses.replace(caption(words), contrasts=contrasts[:1]) for words in ("a fox", "an owl")]
     return [*captions, reads, dataclasses.replace(story(), contrasts=contrasts)]
 
@@ -54,7 +54,7 @@ def test_another_device_has_the_cpus_losses(monkeypatch: pytest.MonkeyPatch) -> 
     assert next(objective.settle().parameters()).device.type == device.type
 
 
-def test_what_the_legs_of_the_diffusion_model_move_lies_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_stages_of_the_diffusion_model_move_lies_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole steps of them take this device minutes: what had not come along, by itself."""
     objective = DistillObjective(
         tiny_diffusion(tiny_config(), is_distilled=True),
@@ -89,7 +89,7 @@ def test_frozen_matrices_in_half_the_memory_have_autocasts_own_losses() -> None:
 
 
 def test_a_frozen_adapter_is_not_rounded() -> None:
-    """It is saved again by legs that do not train it."""
+    """It is saved again by stages that do not train it."""
     config = tiny_config()
     language = tiny_language(config)
     language.add_adapter(config.lora)
@@ -102,12 +102,12 @@ def test_a_frozen_adapter_is_not_rounded() -> None:
 
 
 def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = dataclasses.replace(PRESET, bf16=1)
+    asked = dataclasses.replace(PRESET, bf16=True)
     for has_it in (False, True):
         monkeypatch.setattr(devices, "_has_bfloat16", lambda has_it=has_it: has_it)
         assert devices.for_device(asked, torch.device("cpu")).bf16 == has_it
-        assert devices.for_device(asked, torch.device("cuda")).bf16 == 1
-        assert devices.for_device(PRESET, torch.device("cpu")).bf16 == 0
+        assert devices.for_device(asked, torch.device("cuda")).bf16
+        assert devices.for_device(PRESET, torch.device("cpu")).bf16 is False
 
 
 def lazy_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from minigpt5.errors import TrainingError
-from minigpt5.objective.example import Row
+from minigpt5.objective.example import Example
 from minigpt5.storybook.captions import facts_in
 from minigpt5.storybook.scenes import is_held_out
 from tests.helpers.toy_stage import TOY, WIDTH, ToyStage
 from training import checkpoint, loop, presets
 from training.data import batches as data
-from training.data.batches import StorybookRows
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_factor
+from training.storybook.examples import StorybookExamples, example_at
 from training.storybook.vae import VaeStage
 from training.weight_sources import WeightSources
 
@@ -32,7 +32,7 @@ TINY = dataclasses.replace(
     presets.STORYBOOK["vae"],
     steps=4,
     batch_size=2,
-    warmup_steps=2,
+    optimizer=dataclasses.replace(presets.STORYBOOK["vae"].optimizer, warmup_steps=2),
     log_every=1,
     sheet_every_s=1e9,
     checkpoint_every_s=1e9,
@@ -43,8 +43,13 @@ class Stopped(Exception):
     pass
 
 
+def new_stage(preset: presets.Preset, folder: Path) -> VaeStage:
+    assert isinstance(preset, presets.VaePreset)
+    return VaeStage(preset, WeightSources(runs=folder), StorybookExamples(preset))
+
+
 def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset = TINY) -> VaeStage:
-    stage = VaeStage(preset, WeightSources(runs=folder))
+    stage = new_stage(preset, folder)
     stage.draw_sheet = lambda path: None  # type: ignore[method-assign]
     stage.save = lambda folder: None  # type: ignore[method-assign]
 
@@ -52,7 +57,7 @@ def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset
         if metrics["step"] == stop_after:
             raise Stopped
 
-    loop.fit(stage, preset, RunFolder(folder), data.local_batches(StorybookRows(preset), preset), report=report)
+    loop.fit(stage, preset, RunFolder(folder), data.local_batches(StorybookExamples(preset), preset), report=report)
     return stage
 
 
@@ -99,15 +104,15 @@ def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
         if metrics["step"] == 1:
             checkpoint.claim(folder)
 
-    stage = VaeStage(preset, WeightSources(runs=tmp_path))
-    batches = data.local_batches(StorybookRows(preset), preset)
+    stage = new_stage(preset, tmp_path)
+    batches = data.local_batches(StorybookExamples(preset), preset)
     with pytest.raises(TrainingError, match="another run works in"):
         loop.fit(stage, preset, folder, batches, owner=first, report=report)
     assert checkpoint.newest_step(folder) == 1
 
 
-def test_a_batch_is_the_same_rows_for_any_number_of_workers_and_wherever_a_run_goes_on() -> None:
-    preset = dataclasses.replace(TINY, batch_size=8, gradient_accumulation_steps=2, steps=6)
+def test_a_batch_is_the_same_examples_for_any_number_of_workers_and_wherever_a_run_resumes() -> None:
+    preset = presets.override(TINY, ["batch_size=8", "gradient_accumulation_steps=2", "steps=6"])
     for workers in (1, 2, 4):
         share = 8 // workers
         for first_step in (0, 3):
@@ -124,41 +129,54 @@ def test_a_batch_is_the_same_rows_for_any_number_of_workers_and_wherever_a_run_g
                     assert together.tolist() == list(range(start, start + 8))
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_rows(tmp_path: Path) -> None:
-    stage = VaeStage(TINY, WeightSources(runs=tmp_path))
+def test_a_loss_that_is_not_finite_stops_with_the_examples(tmp_path: Path) -> None:
+    stage = new_stage(TINY, tmp_path)
     with torch.no_grad():
         next(stage.vae.parameters()).fill_(math.nan)
-    with pytest.raises(TrainingError, match=r"step 0 is not finite: nan, rows \[0, 1\]"):
-        loop.fit(stage, TINY, RunFolder(tmp_path), data.local_batches(StorybookRows(TINY), TINY))
+    with pytest.raises(TrainingError, match=r"step 0 is not finite: nan, examples \[0, 1\]"):
+        loop.fit(stage, TINY, RunFolder(tmp_path), data.local_batches(StorybookExamples(TINY), TINY))
 
 
 def test_the_rate_warms_up_and_decays() -> None:
-    preset = dataclasses.replace(TINY, steps=100, warmup_steps=10)
+    preset = presets.override(TINY, ["steps=100", "warmup_steps=10"])
     rates = [learning_rate_factor(step, step / 100, preset) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == max(rates[9:12]) and rates[-1] < 0.02
 
 
 def test_settings_are_checked() -> None:
-    assert presets.override(TINY, ["steps=7", "learning_rate=1e-3"]).learning_rate == 1e-3
+    changed = presets.override(TINY, ["steps=7", "learning_rate=1e-3", "optimizer.schedule=linear", "bf16=false"])
+    assert (changed.steps, changed.optimizer.learning_rate, changed.optimizer.schedule) == (7, 1e-3, "linear")
+    assert changed.bf16 is False and changed.optimizer.ema_decay == TINY.optimizer.ema_decay
+    distill = presets.STORYBOOK["distill"]
+    assert isinstance(distill, presets.DistillPreset)
+    assert presets.override(distill, ["replay.steps=5"]).replay == dataclasses.replace(distill.replay, steps=5)
+    assert presets.override(TINY, ["zero_stage=2"]).optimizer.zero_stage == 2
+    assert presets.override(presets.override(TINY, ["zero_stage=2"]), ["zero_stage=none"]).optimizer.zero_stage is None
     with pytest.raises(ValueError, match="unknown setting 'lr=1'"):
         presets.override(TINY, ["lr=1"])
     with pytest.raises(ValueError, match="zero_stage is 4"):
         presets.override(TINY, ["zero_stage=4"])
     with pytest.raises(ValueError, match="steps is 'many'"):
         presets.override(TINY, ["steps=many"])
+    with pytest.raises(ValueError, match="bf16 is '1' but must be true or false"):
+        presets.override(TINY, ["bf16=1"])
+    with pytest.raises(ValueError, match="schedule is 'steep' but must be cosine or linear"):
+        presets.override(TINY, ["schedule=steep"])
+    with pytest.raises(ValueError, match="unknown setting 'mapper_learning_rate=1'"):  # another stage's
+        presets.override(TINY, ["mapper_learning_rate=1"])
 
 
-def test_rows_are_a_function_of_their_id() -> None:
-    for stage in ("vae", "unet", "distill", "decoder", "sharpen", "vision", "align", "learn", "refine"):
-        preset = presets.STORYBOOK[stage]
-        assert str(data.row_at(preset, 5)) == str(data.row_at(preset, 5))
-        assert str(data.row_at(preset, 5)) != str(data.row_at(preset, 6))
+@pytest.mark.parametrize("stage", presets.STAGES)
+def test_examples_are_a_function_of_their_position(stage: str) -> None:
+    preset = presets.STORYBOOK[stage]
+    assert str(example_at(preset, 5)) == str(example_at(preset, 5))
+    assert str(example_at(preset, 5)) != str(example_at(preset, 6))
 
 
-def test_no_row_says_a_pair_that_is_held_out_not_even_as_what_is_not_there() -> None:
+def test_no_example_says_a_pair_that_is_held_out_not_even_as_what_is_not_there() -> None:
     preset = presets.STORYBOOK["learn"]
-    rows: list[Row] = [data.row_at(preset, index)["row"] for index in range(60)]  # type: ignore[misc]
-    said = [facts_in(text) for row in rows for texts in (row.captions, *row.contrasts) for text in texts]
+    examples = [example for index in range(60) if isinstance(example := example_at(preset, index), Example)]
+    said = [facts_in(text) for one in examples for texts in (one.captions, *one.contrasts) for text in texts]
     pairs = [(facts.who, facts.what) for facts in said if facts.who and facts.what]
     assert len(pairs) > 300 and not any(is_held_out(*pair) for pair in pairs)
 
@@ -176,10 +194,10 @@ def test_two_workers_of_a_local_ray_train_a_stage(tmp_path: Path) -> None:
 
 def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
     preset = dataclasses.replace(TINY, steps=3, checkpoint_every_s=0.0, validation_batches=2)
-    held_back = StorybookRows(dataclasses.replace(preset, seed=99))
-    stage, losses = VaeStage(preset, WeightSources(runs=tmp_path)), []
+    held_back = StorybookExamples(dataclasses.replace(preset, seed=99))
+    stage, losses = new_stage(preset, tmp_path), []
     stage.draw_sheet = stage.save = lambda path: None  # type: ignore[method-assign,assignment]
-    batches = data.local_batches(StorybookRows(preset), preset)
+    batches = data.local_batches(StorybookExamples(preset), preset)
     validation = data.validation_batches(held_back, preset)
     loop.fit(stage, preset, RunFolder(tmp_path), batches, validation=validation)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -200,14 +218,16 @@ def test_batches_that_make_a_step_are_one_large_batch(tmp_path: Path) -> None:
     toys = []
     for size, parts in ((8, 1), (2, 4)):
         preset = dataclasses.replace(
-            TOY, steps=5, batch_size=size, gradient_accumulation_steps=parts, checkpoint_every_s=1e9
+            presets.override(TOY, [f"batch_size={size}", f"gradient_accumulation_steps={parts}"]),
+            steps=5,
+            checkpoint_every_s=1e9,
         )
 
-        def batches(step: int, size: int = size, parts: int = parts) -> Iterator[data.Batch]:
+        def batches(step: int, size: int = size, parts: int = parts) -> Iterator[data.Batch[torch.Tensor]]:
             for start in range(step * size * parts, 10_000, size):
                 ids = list(range(start, start + size))
                 rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(row_id)) for row_id in ids]
-                yield {"row_ids": ids, "x": torch.stack(rows)}
+                yield data.Batch(ids=ids, examples=rows)
 
         stage = ToyStage()
         loop.fit(stage, preset, RunFolder(tmp_path / str(parts)), batches)
@@ -222,12 +242,12 @@ def test_a_run_on_an_object_store_is_gone_on_with(tmp_path: Path) -> None:
     assert folder.local is None
     again = RunFolder("mock:///run")
     again._files = folder._files  # it lives in memory
-    preset = dataclasses.replace(TOY, steps=4, checkpoint_every_s=0.0, zero_stage=-1)
+    preset = dataclasses.replace(TOY, steps=4, checkpoint_every_s=0.0)
 
-    def batches(step: int) -> Iterator[data.Batch]:
+    def batches(step: int) -> Iterator[data.Batch[torch.Tensor]]:
         while True:
             rows = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
-            yield {"row_ids": [4 * step + k for k in range(4)], "x": rows}
+            yield data.Batch(ids=[4 * step + k for k in range(4)], examples=list(rows))
             step += 1
 
     def stop(metrics: dict[str, float]) -> None:
@@ -248,11 +268,13 @@ def test_a_run_on_an_object_store_is_gone_on_with(tmp_path: Path) -> None:
 
 def test_the_published_settings_are_those_of_the_paper() -> None:
     align, learn = presets.PUBLISHED["align"], presets.PUBLISHED["learn"]
-    assert (align.voken_learning_rate, align.mapper_learning_rate, align.learning_rate) == (2e-5, 2e-4, 0)
-    assert (learn.voken_learning_rate, learn.mapper_learning_rate, learn.learning_rate) == (2e-5, 2e-5, 2e-5)
-    assert align.batch_size * align.accumulate == learn.batch_size * learn.accumulate == 48
+    assert isinstance(align, presets.VokenPreset) and isinstance(learn, presets.VokenPreset)
+    assert (align.voken_learning_rate, align.mapper_learning_rate, align.optimizer.learning_rate) == (2e-5, 2e-4, 0)
+    assert (learn.voken_learning_rate, learn.mapper_learning_rate, learn.optimizer.learning_rate) == (2e-5, 2e-5, 2e-5)
+    assert data.examples_per_step(align) == data.examples_per_step(learn) == 48
     assert (align.text_weight, align.picture_weight, align.caption_weight) == (0.01, 1.0, 0.1)
     assert (learn.text_weight, learn.picture_weight, learn.caption_weight) == (0.01, 1.0, 0.0)
-    assert (align.warmup_steps, align.decays_linearly, align.epochs, align.max_grad_norm) == (1000, 1, 2, 0)
+    optimizer = align.optimizer
+    assert (optimizer.warmup_steps, optimizer.schedule, optimizer.max_grad_norm, align.epochs) == (1000, "linear", 0, 2)
     rates = [learning_rate_factor(step, step / 4000, align) for step in (0, 999, 2000, 3999)]
     assert rates == pytest.approx([0.001, 0.75, 0.5, 0.00025], rel=1e-2)

@@ -22,8 +22,8 @@ from training.train import main
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = str(default_model_folder())
-QUICK = ["batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "replay_steps=0", "validation_batches=1"]
-QUICK += ["sheet_every_s=100000", "checkpoint_every_s=0", "picture_from=0", "whitens=0", "standardises=0"]
+QUICK = ["batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "replay.steps=0", "validation_batches=1"]
+QUICK += ["sheet_every_s=100000", "checkpoint_every_s=0", "picture_from=0", "whitens=false", "standardises=false"]
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ import torch
 from torch import distributed
 from tests.helpers.toy_stage import ToyStage, batches, TOY
 from training import loop
+from training.presets import override
 from training.run_folder import RunFolder
 
-folder, zero_stage, steps, losses = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), []
+folder, zero_stage, steps, losses = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), []
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-preset = dataclasses.replace(TOY, zero_stage=zero_stage)
+preset = override(TOY, [f"zero_stage={zero_stage}"])
 
 class Enough(Exception): pass
 
@@ -52,28 +53,30 @@ import numpy as np
 import torch
 from torch import distributed
 from minigpt5.model.prompt import next_page_segments
-from minigpt5.objective.example import Row
+from minigpt5.objective.example import Example
 from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import loop
-from training.presets import Preset
+from training.data.batches import Batch
+from training.presets import OptimizerConfig, VokenPreset, override
 from training.run_folder import RunFolder
-from training.stages.model import StageObjective
+from training.stages.voken import VokenObjective
 
-folder, zero_stage, steps, losses = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), []
+folder, zero_stage, steps, losses = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), []
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-preset = Preset(
-    stage="learn", steps=steps, batch_size=2, learning_rate=0.0, mapper_learning_rate=1e-3, voken_learning_rate=1e-3,
-    warmup_steps=1, log_every=1, text_weight=1.0, picture_weight=1.0, caption_weight=1.0, zero_stage=zero_stage,
+preset = VokenPreset(
+    stage="learn", steps=steps, batch_size=2, mapper_learning_rate=1e-3, voken_learning_rate=1e-3,
+    optimizer=OptimizerConfig(warmup_steps=1), log_every=1, text_weight=1.0, picture_weight=1.0, caption_weight=1.0,
     checkpoint_every_s=1e9, sheet_every_s=1e9,
 )
+preset = override(preset, [f"zero_stage={zero_stage}"])
 torch.manual_seed(0)
 model = new_objective()
 for part in (model.vision, model.language.body, model.text_encoder):
     part.requires_grad_(False)
 
 class Stage:
-    objective = StageObjective(model, preset)
+    objective = VokenObjective(model, preset)
     def parameter_groups(self):
         trained = (model.language.voken_embeddings, model.mapper)
         return [{"params": list(part.parameters()), "lr": 1e-3} for part in trained]
@@ -82,15 +85,15 @@ class Stage:
 
 model.calls_alike = True  # in all stages, so that they draw the same random numbers
 px = model.config.vision.image_px
-only_text = Row(
+only_text = Example(
     segments=next_page_segments(["One."], "Two.", "text", variant=0),
     read=[np.zeros((px, px, 3), np.uint8)] * 2, drawn=[], captions=[],
 )
 
 def batches(step):
-    while True:  # at every step one of the workers has no picture to draw, and another kind of row
+    while True:  # at every step one of the workers has no picture to draw, and another kind of example
         with_picture = story() if step % 3 else caption("a fox")
-        yield {"row": [only_text if (step + distributed.get_rank()) % 2 else with_picture], "row_ids": [step]}
+        yield Batch(examples=[only_text if (step + distributed.get_rank()) % 2 else with_picture], ids=[step])
         step += 1
 
 def report(metrics):
@@ -110,22 +113,23 @@ import torch
 from torch import distributed
 from tests.helpers.toy_stage import ToyStage, batches, TOY
 from training.devices import autocast
-from training.loop import new_strategy
+from training.presets import override
+from training.strategy import new_strategy
 from training.stages.model import halve_frozen
 
-zero_stage, steps = int(sys.argv[2]), int(sys.argv[3])
-if zero_stage == 3:  # share out matrices as small as these, too
+zero_stage, steps = sys.argv[2], int(sys.argv[3])
+if zero_stage == "3":  # share out matrices as small as these, too
     from training import zero
-    of_preset = zero._configuration
-    def configuration(preset):
-        found = of_preset(preset)
+    of_config = zero._configuration
+    def configuration(config):
+        found = of_config(config)
         return found | {"zero_optimization": found["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
     zero._configuration = configuration
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
-stage, preset = ToyStage(), dataclasses.replace(TOY, zero_stage=zero_stage, bf16=1)
+stage, preset = ToyStage(), override(TOY, [f"zero_stage={zero_stage}", "bf16=true"])
 halve_frozen(stage.objective)
-strategy = new_strategy(stage.objective, stage.parameter_groups(), preset)
+strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
 stream = batches(distributed.get_rank(), distributed.get_world_size())(0)
 losses = []
 for step in range(steps):
@@ -137,26 +141,28 @@ for step in range(steps):
     losses.append(mean.item() / distributed.get_world_size())
 
 frozen = stage.objective.frozen.weight
-state = strategy.engine.optimizer if zero_stage >= 0 else strategy.optimizer
+state = strategy.engine.optimizer if zero_stage != "none" else strategy.optimizer
 trained = sum(getattr(p, "ds_numel", p.numel()) for p in stage.objective.parameters() if p.requires_grad)
 moments = getattr(state, "optimizer", state).state.values()
 held = sum(one["exp_avg"].numel() for one in moments)
 assert frozen.grad is None and frozen.dtype == torch.bfloat16
-assert held == (trained // distributed.get_world_size() if zero_stage > 0 else trained), (held, trained)
-if zero_stage == 3:  # neither has the whole
+assert held == (trained // distributed.get_world_size() if zero_stage in ("1", "2", "3") else trained), (held, trained)
+if zero_stage == "3":  # neither has the whole
     assert frozen.ds_tensor.numel() * distributed.get_world_size() == frozen.ds_numel and frozen.data.numel() == 0
 if distributed.get_rank() == 0:
     print("LOSSES", json.dumps(losses))
 """
 
 
-def train(folder: Path, zero_stage: int, *, workers: int = 2, steps: int = 50, worker: str = WORKER) -> list[float]:
+def train(
+    folder: Path, zero_stage: int | None, *, workers: int = 2, steps: int = 50, worker: str = WORKER
+) -> list[float]:
     """The losses, means over the workers, of the steps that this run makes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
-    command = [sys.executable, "-c", worker, str(folder), str(zero_stage), str(steps)]
+    command = [sys.executable, "-c", worker, str(folder), str(zero_stage).lower(), str(steps)]
     running = [
         subprocess.Popen(
             command,
@@ -185,7 +191,7 @@ def largest_difference(curve: list[float], other: list[float]) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_stage_has_the_plain_curve(tmp_path: Path) -> None:
-    plain = train(tmp_path / "plain", -1)
+    plain = train(tmp_path / "plain", None)
     assert len(plain) == 50 and plain[-1] < 0.7 * plain[0]
     for zero_stage in (0, 1, 2, 3):
         assert largest_difference(train(tmp_path / str(zero_stage), zero_stage), plain) < 1e-3, zero_stage
@@ -195,7 +201,7 @@ def test_every_stage_has_the_plain_curve(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_two_workers_checkpoint_goes_on_with_one_and_with_four(tmp_path: Path, zero_stage: int) -> None:
-    whole = train(tmp_path / "whole", -1)
+    whole = train(tmp_path / "whole", None)
     for workers in (1, 4):
         folder = tmp_path / str(workers)
         first = train(folder, zero_stage, steps=20)
@@ -207,20 +213,20 @@ def test_two_workers_checkpoint_goes_on_with_one_and_with_four(tmp_path: Path, z
 def test_workers_with_and_without_pictures_do_not_wait_for_each_other(tmp_path: Path) -> None:
     """The model itself under ZeRO 3, where every worker has to call every part: a batch of text alone would leave the
     others waiting for ever. Its losses are the plain loop's."""
-    plain, shared_out = (train(tmp_path / str(stage), stage, steps=4, worker=MODEL_WORKER) for stage in (-1, 3))
+    plain, shared_out = (train(tmp_path / str(stage), stage, steps=4, worker=MODEL_WORKER) for stage in (None, 3))
     assert len(plain) == 4 and largest_difference(shared_out, plain) < 1e-3
 
 
 @pytest.mark.timeout(600)
 def test_frozen_parts_are_halved_and_have_no_gradient_no_optimizer_state_and_no_replica(tmp_path: Path) -> None:
-    plain, shared_out = (train(tmp_path, stage, steps=5, worker=FROZEN_WORKER) for stage in (-1, 3))
+    plain, shared_out = (train(tmp_path, stage, steps=5, worker=FROZEN_WORKER) for stage in (None, 3))
     assert plain[-1] < plain[0] and largest_difference(shared_out, plain) < 0.01  # bfloat16
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_stage_trains_the_model_alike(tmp_path: Path) -> None:
-    plain = train(tmp_path / "plain", -1, steps=50, worker=MODEL_WORKER)
+    plain = train(tmp_path / "plain", None, steps=50, worker=MODEL_WORKER)
     for zero_stage in (0, 1, 2, 3):
         curve = train(tmp_path / str(zero_stage), zero_stage, steps=50, worker=MODEL_WORKER)
         assert largest_difference(curve, plain) < 1e-3, zero_stage

@@ -1,7 +1,7 @@
-"""Stored rows -> training rows, in an order that is a pure function of the seed.
+"""Stored rows -> training examples, in an order that is a pure function of the seed.
 
-Epoch after epoch every row comes once. Files are read by row groups: an epoch's order shuffles the groups, and then the
-rows within windows of some of them, so that a reader needs few groups at a time.
+Every row comes once an epoch. Files are read by row groups: an epoch's order shuffles the groups, and then the rows
+within windows of some groups, so that a reader needs few groups at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from minigpt5.config import ModelConfig
 from minigpt5.errors import TrainingError
 from minigpt5.model.image_transforms import fit_drawn, fit_read
 from minigpt5.model.prompt import caption_segments, story_segments
-from minigpt5.objective.example import Row
+from minigpt5.objective.example import Example
 from minigpt5.objective.stored_example import ROW_SCHEMA
 from minigpt5.published.data import (
     COMMAND_EVERY,
@@ -39,14 +39,25 @@ VALIDATION_SHARE = 50
 """One row of so many is never trained on: those whose id's hash says so."""
 
 
-class StoredRows:
-    """The training rows of a data set that batch_jobs/prepare.py wrote, or precompute.py.
+class StoredExamples:
+    """The examples of a data set that batch_jobs/prepare.py wrote, or precompute.py.
 
-    Example: StoredRows("/data/vist", config, seed=1).row_at(17, stage="learn", story_share=0.5)["row"]
+    Example: StoredExamples("/data/vist", config, seed=1, stage="learn", story_share=0.5).example_at(17)
     """
 
-    def __init__(self, uri: str, config: ModelConfig, *, seed: int, is_validation: bool = False) -> None:
-        """Raises TrainingError where there are no rows of the schema."""
+    def __init__(
+        self,
+        uri: str,
+        config: ModelConfig,
+        *,
+        seed: int,
+        stage: str,
+        story_share: float = 0.0,
+        is_validation: bool = False,
+    ) -> None:
+        """`story_share`: of whole stories among the examples of rows whose prompt is known. Raises TrainingError where
+        there are no rows of the schema."""
+        self.stage, self.story_share = stage, story_share
         self.uri, self.seed, self.is_validation = uri, seed, is_validation
         self.read_px, self.draw_px = config.vision.image_px, config.image_px
         self._files, folder = _open(uri)
@@ -85,14 +96,14 @@ class StoredRows:
         self._cache.move_to_end(group)
         return self._cache[group][place]
 
-    def row_at(self, position: int, *, stage: str, story_share: float) -> dict[str, Any]:
-        """The training row at a position: one of the samples that its stored row gives."""
+    def example_at(self, position: int) -> tuple[str, Example]:
+        """The id of the stored row at a position, and one of the examples that the row gives."""
         stored = self.stored(self.index_at(position))
         rng = np.random.default_rng([self.seed, position])
-        row = to_training_row(
-            stored, rng, stage=stage, story_share=story_share, read_px=self.read_px, draw_px=self.draw_px
+        example = to_example(
+            stored, rng, stage=self.stage, story_share=self.story_share, read_px=self.read_px, draw_px=self.draw_px
         )
-        return {"row": row, "id": stored["id"]}
+        return stored["id"], example
 
     def _index(self, path: str) -> list[tuple[int, int]]:
         with self._files.open_input_file(path) as file:
@@ -112,10 +123,10 @@ class StoredRows:
         return _unpickle, ({key: value for key, value in vars(self).items() if key not in ("_files", "_cache")},)
 
 
-def _unpickle(state: dict[str, Any]) -> StoredRows:
-    rows = StoredRows.__new__(StoredRows)
-    vars(rows).update(state, _files=_open(state["uri"])[0], _cache=OrderedDict())
-    return rows
+def _unpickle(state: dict[str, Any]) -> StoredExamples:
+    examples = StoredExamples.__new__(StoredExamples)
+    vars(examples).update(state, _files=_open(state["uri"])[0], _cache=OrderedDict())
+    return examples
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
@@ -141,10 +152,10 @@ def _order(groups: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
     return np.concatenate([rng.permutation(part) for part in np.split(by_group, ends)])
 
 
-def to_training_row(
+def to_example(
     stored: dict[str, Any], rng: np.random.Generator, *, stage: str, story_share: float, read_px: int, draw_px: int
-) -> Row:
-    """One of a stored row's samples, chosen by chance; the published code makes rows of all of them.
+) -> Example:
+    """One of a stored row's examples, chosen by chance; the published code makes examples of all of them.
 
     "align" learns captions: of a story or a dialogue, that of one of its pictures. "learn" learns all of the published
     tasks, and with `story_share` a whole story where its prompt is known.
@@ -158,8 +169,8 @@ def to_training_row(
         if rng.integers(COMMAND_EVERY + 1) == 0:
             index = int(rng.integers(len(COMMANDS))) * COMMAND_EVERY
             sample = list(cc3m_samples([("", "")] * index + [(words, str(at))]))[-1]
-            return _row(sample, segments, read_px, draw_px)
-        return Row(
+            return _example(sample, segments, read_px, draw_px)
+        return Example(
             segments=caption_segments(words),
             read=[],
             drawn=[_drawn(segments[at], draw_px)],
@@ -168,23 +179,23 @@ def to_training_row(
         )
     if stored["kind"] == "dialogue":
         samples = list(mmdialog_samples(_turns(segments)))
-        return _row(samples[rng.integers(len(samples))], segments, read_px, draw_px)
+        return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px)
     steps = _steps(segments)
     if stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share:
-        return Row(
+        return Example(
             segments=story_segments([stored["prompt"]], len(steps), [words for words, _ in steps]),
             read=[],
             drawn=[_drawn(segments[int(at)], draw_px) for _, at in steps],
             captions=[segments[int(at)]["caption"] or words for words, at in steps],
         )
     samples = list(vist_samples(steps, variant=lambda count: int(rng.integers(count))))
-    return _row(samples[rng.integers(len(samples))], segments, read_px, draw_px)
+    return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px)
 
 
-def _row(sample: Sample, segments: list[dict[str, Any]], read_px: int, draw_px: int) -> Row:
+def _example(sample: Sample, segments: list[dict[str, Any]], read_px: int, draw_px: int) -> Example:
     """A published sample, whose pictures are named by their places among `segments`."""
     drawn = [segments[int(sample.drawn)]] if sample.drawn is not None else []
-    return Row(
+    return Example(
         segments=sample_segments(sample),
         read=[_read(segments[int(at)], read_px) for at in sample.read],
         drawn=[_drawn(one, draw_px) for one in drawn],

@@ -1,8 +1,9 @@
-"""Stage "decoder": latents as the UNet leaves them -> pictures. The VAE's way back alone: latents stay valid."""
+"""Stage "decoder": fine-tunes the VAE decoder on denoised latents. The encoder stays, so that latents stay valid."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from minigpt5.model.multistep_scheduler import last_level
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
-from training.data.batches import Batch
-from training.presets import Preset
+from training.data.batches import Batch, ExampleSource
+from training.presets import DecoderPreset
+from training.storybook.examples import CaptionedCrops
 from training.storybook.sheets import save_captioned_sheet
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
 from training.weight_sources import WeightSources
@@ -28,29 +30,31 @@ class DecoderObjective(nn.Module):
     UNet, and from latents as the distilled UNet ends what it draws, a third each.
 
     A decoder that has seen exact latents alone paints what a UNet smears as smears; this one learns what was meant.
-    Noise up to `Preset.last_timestep` only: beyond it a UNet puts things elsewhere, and there is no right picture.
+    Noise goes up to `DecoderPreset.last_timestep`: beyond it a UNet puts things elsewhere, and no picture is right.
     """
 
-    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: DecoderPreset) -> None:
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.requires_grad_(False)
         for part in (diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        device = self.diffusion.unet.device
-        pixels_BCYX = to_tensor(batch["pixels"]).to(device)
-        first_row = batch["step"] * len(pixels_BCYX)  # type: ignore[operator]
-        kind_B = torch.arange(first_row, first_row + len(pixels_BCYX)) % 3  # a third each, however small a share
+    def forward(self, batch: Batch[CaptionedCrops], progress: float) -> dict[str, Tensor]:
+        scenes, device = batch.examples, self.diffusion.unet.device
+        pixels_BCYX = to_tensor(np.stack([scene.pixels for scene in scenes])).to(device)
+        first = batch.step * len(pixels_BCYX)
+        kind_B = torch.arange(first, first + len(pixels_BCYX)) % 3  # a third each, however small a share
         with torch.no_grad():
-            latents_BCYX = self._cleaned(pixels_BCYX, self.text_encoder(batch["caption"]), kind_B).float()
+            latents_BCYX = self._cleaned(
+                pixels_BCYX, self.text_encoder([scene.caption for scene in scenes]), kind_B
+            ).float()
         pixels_per_latent = pixels_BCYX.shape[-1] // latents_BCYX.shape[-1]
-        corners_BN2 = np.asarray(batch["corners"]) // pixels_per_latent
+        corners_BN2 = np.asarray([scene.corners for scene in scenes]) // pixels_per_latent
         latents_BCYX = _crops(latents_BCYX, corners_BN2, self.preset.crop_px // pixels_per_latent)
         pixels_BCYX, weight_B1YX = (
             _crops(whole, corners_BN2 * pixels_per_latent, self.preset.crop_px)
-            for whole in (pixels_BCYX, torch.as_tensor(batch["weight"]).to(device))
+            for whole in (pixels_BCYX, torch.as_tensor(np.stack([scene.weight for scene in scenes])).to(device))
         )
         return reconstruction_losses(self.diffusion.to_raw_pixels(latents_BCYX).float(), pixels_BCYX, weight_B1YX)
 
@@ -75,16 +79,16 @@ class DecoderObjective(nn.Module):
 
 
 class DecoderStage:
-    def __init__(self, preset: Preset, sources: WeightSources) -> None:
+    def __init__(self, preset: DecoderPreset, sources: WeightSources, examples: ExampleSource) -> None:
         config = storybook()
         self.diffusion = sources.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset
         self.objective = DecoderObjective(self.diffusion, text_encoder, preset)
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         trained = [parameter for parameter in self.diffusion.vae.parameters() if parameter.requires_grad]
-        return [{"params": trained, "lr": self.preset.learning_rate}]
+        return [{"params": trained, "lr": self.preset.optimizer.learning_rate}]
 
     def draw_sheet(self, path: Path) -> None:
         save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)

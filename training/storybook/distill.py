@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +20,10 @@ from minigpt5.model.folder import DISTILLED_DRAW
 from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
-from training.data.batches import Batch
+from training.data.batches import Batch, ExampleSource
 from training.data.replay_buffer import ReplayBuffer, is_replay
-from training.presets import Preset
+from training.presets import DistillPreset
+from training.storybook.examples import CaptionedScene
 from training.storybook.sheets import save_captioned_sheet
 from training.weight_sources import WeightSources, prepare_unet
 
@@ -30,10 +33,10 @@ REPLAY_CAPACITY = 8192
 
 class DistillObjective(nn.Module):
     """Progressive distillation (arXiv 2202.00512) of guidance and steps at once: from noised latents, at one of the
-    timesteps that the distilled UNet draws at, its step is to end where `Preset.teacher_steps` guided steps of the
+    timesteps that the distilled UNet draws at, its step ends where `DistillPreset.teacher_steps` guided steps of the
     UNet do."""
 
-    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: DistillPreset) -> None:
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.requires_grad_(False)
@@ -44,34 +47,36 @@ class DistillObjective(nn.Module):
         scheduler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
         """Of the teacher's steps, and -1 for what has no noise."""
-        self._remembered = ReplayBuffer(maxlen=REPLAY_CAPACITY)
+        self._replay_buffer = ReplayBuffer(maxlen=REPLAY_CAPACITY)
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        if self.training and is_replay(batch, self.preset, len(self._remembered)):
-            rows = self._remembered.sample(len(batch["row_ids"]))  # type: ignore[arg-type]
+    def forward(self, batch: Batch[CaptionedScene], progress: float) -> dict[str, Tensor]:
+        if self.training and is_replay(batch, self.preset.replay, len(self._replay_buffer)):
+            samples = self._replay_buffer.sample(len(batch.examples))
         else:
-            rows = self._ask_teacher(batch)
+            samples = self._ask_teacher(batch)
             if self.training:
-                self._remembered.extend(rows)
-        begin_BCYX, timesteps_B, condition_BQD, target_BCYX = (torch.stack(part) for part in zip(*rows, strict=True))
+                self._replay_buffer.extend(samples)
+        begin_BCYX, timesteps_B, condition_BQD, target_BCYX = (torch.stack(part) for part in zip(*samples, strict=True))
         predicted_BCYX = self.student(begin_BCYX, timesteps_B, encoder_hidden_states=condition_BQD).sample
         return {"loss": F.mse_loss(predicted_BCYX.float(), target_BCYX.float())}
 
     @torch.no_grad()
-    def _ask_teacher(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+    def _ask_teacher(self, batch: Batch[CaptionedScene]) -> list[tuple[Tensor, ...]]:
         """For each of the batch's pictures, where a step begins: latents, timestep, condition; and the prediction with
         which it ends where the teacher's steps do."""
         diffusion = self.diffusion
-        clean_BCYX = diffusion.to_latents(to_tensor(batch["pixels"]).to(diffusion.unet.device))
-        condition_BQD = self.text_encoder(batch["caption"])
+        clean_BCYX = diffusion.to_latents(
+            to_tensor(np.stack([scene.pixels for scene in batch.examples])).to(diffusion.unet.device)
+        )
+        condition_BQD = self.text_encoder([scene.caption for scene in batch.examples])
         first_B = torch.randint(NUM_LEVELS, (len(clean_BCYX),)) * self.preset.teacher_steps
         timesteps_B = self.timesteps[first_B].to(clean_BCYX.device)
         begin_BCYX = diffusion.scheduler.add_noise(clean_BCYX, normal_like(clean_BCYX), timesteps_B)
-        end_BCYX = self._go_on(begin_BCYX, condition_BQD, first_B)
+        end_BCYX = self._teach(begin_BCYX, condition_BQD, first_B)
         target_BCYX = self._velocity(begin_BCYX, end_BCYX, first_B)
         return list(zip(begin_BCYX, timesteps_B, condition_BQD, target_BCYX, strict=True))
 
-    def _go_on(self, latents_BCYX: Tensor, condition_BQD: Tensor, first_B: Tensor) -> Tensor:
+    def _teach(self, latents_BCYX: Tensor, condition_BQD: Tensor, first_B: Tensor) -> Tensor:
         """The teacher's way over one step of the student."""
         null_BQD = self.text_encoder([""]).expand_as(condition_BQD)
         for number in range(self.preset.teacher_steps):
@@ -107,7 +112,7 @@ class DistillObjective(nn.Module):
 
 
 class DistillStage:
-    def __init__(self, preset: Preset, sources: WeightSources) -> None:
+    def __init__(self, preset: DistillPreset, sources: WeightSources, examples: ExampleSource) -> None:
         config = storybook()
         self.diffusion = sources.diffusion(stage="distill", is_distilled=False)
         if self.diffusion.distilled is None:
@@ -117,8 +122,8 @@ class DistillStage:
         self.preset = preset
         self.objective = DistillObjective(self.diffusion, text_encoder, preset)
 
-    def parameter_groups(self) -> list[dict[str, object]]:
-        return [{"params": list(self.objective.student.parameters()), "lr": self.preset.learning_rate}]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.objective.student.parameters()), "lr": self.preset.optimizer.learning_rate}]
 
     def draw_sheet(self, path: Path) -> None:
         save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, DISTILLED_DRAW)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.losses import exactly
 from minigpt5.storybook.scenes import Scene
 from minigpt5.types import DISTILLED
-from training.data.batches import Batch
+from training.data.batches import Batch, ExampleSource
 from training.data.replay_buffer import ReplayBuffer, is_replay
-from training.presets import Preset
+from training.presets import SharpenPreset
+from training.storybook.examples import WeightedScene
 from training.storybook.sheets import save_captioned_sheet
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, error_weight, find_sprites, redrawn
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
@@ -44,12 +46,12 @@ class SharpenObjective(nn.Module):
     in DRaFT-1, arXiv 2309.17400, but with a target in the place of a reward).
 
     Taught by true scenes, either can but blur what it is in doubt of: where a sprite stands, and how large. Here they
-    themselves have decided: sprites are looked for in the picture that was drawn, by what was there before this leg,
-    and drawn anew where they stand in it. That is the target. A third of the pictures are true scenes from their own
+    themselves have decided: the weights from before this stage draw a picture, sprites are looked for in it and drawn
+    again where they stand. That is the target. A third of the pictures are true scenes from their own
     latents, for the way back alone; and the first call, which decides what stands where, is held to what it was.
     """
 
-    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: SharpenPreset) -> None:
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.requires_grad_(False)
@@ -58,13 +60,15 @@ class SharpenObjective(nn.Module):
         )
         for part in (diffusion.unet_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
-        self._remembered = ReplayBuffer(maxlen=REPLAY_CAPACITY)
+        self._replay_buffer = ReplayBuffer(maxlen=REPLAY_CAPACITY)
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def forward(self, batch: Batch[WeightedScene], progress: float) -> dict[str, Tensor]:
         diffusion, device = self.diffusion, self.diffusion.unet.device
-        size, step = len(batch["row_ids"]), batch["step"]  # type: ignore[arg-type]
-        num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)  # type: ignore[operator]
-        true = [torch.as_tensor(batch[name])[:num_true] for name in TARGET]
+        size, step = len(batch.examples), batch.step
+        num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)
+        true = [
+            torch.as_tensor(np.stack([getattr(scene, name) for scene in batch.examples]))[:num_true] for name in TARGET
+        ]
         noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, *drawn = self._drawn(batch, num_true)
         pixels, weight_B1YX, masks_BNYX = (torch.cat(both).to(device) for both in zip(true, drawn, strict=True))
         pixels_BCYX = to_tensor(pixels)
@@ -89,23 +93,23 @@ class SharpenObjective(nn.Module):
         loss = losses["loss"] + self.preset.detail_weight * losses["detail"] + losses["composition"]
         return {**losses, "loss": loss}
 
-    def _drawn(self, batch: Batch, first: int) -> list[Tensor]:
+    def _drawn(self, batch: Batch[WeightedScene], first: int) -> list[Tensor]:
         """What there is to learn from pictures of the batch from `first` on, or of what is remembered: the noise that
         they began as, what the first call made of it, the latents before the last call, the condition; TARGET."""
-        if self.training and is_replay(batch, self.preset, len(self._remembered)):
-            rows = self._remembered.sample(len(batch["row_ids"]) - first)  # type: ignore[arg-type]
+        if self.training and is_replay(batch, self.preset.replay, len(self._replay_buffer)):
+            samples = self._replay_buffer.sample(len(batch.examples) - first)
         else:
-            rows = self._draw(batch["caption"][first:], batch["scene"][first:])  # type: ignore[index]
+            samples = self._draw(batch.examples[first:])
             if self.training:
-                self._remembered.extend(rows)
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
+                self._replay_buffer.extend(samples)
+        return [torch.stack(column) for column in zip(*samples, strict=True)]
 
     @torch.no_grad()
-    def _draw(self, captions: list[str], scenes: list[Scene]) -> list[tuple[Tensor, ...]]:
-        """One row of `_drawn` for each: the first and the last call by what was there before this leg, those between
-        by what is there now."""
-        condition_BQD, null_1QD = self.text_encoder(captions), self.text_encoder([""])
-        seeds = torch.randint(2**31, (len(captions),)).tolist()
+    def _draw(self, scenes: list[WeightedScene]) -> list[tuple[Tensor, ...]]:
+        """One sample of `_drawn` for each scene. The weights from before this stage make the first and the last call,
+        the present ones the calls between."""
+        condition_BQD, null_1QD = self.text_encoder([scene.caption for scene in scenes]), self.text_encoder([""])
+        seeds = torch.randint(2**31, (len(scenes),)).tolist()
         pictures = [
             Denoising(self.diffusion, condition_QD, seed=seed, draw=DISTILLED_DRAW, guidance_rescale=0.0)
             for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
@@ -123,7 +127,7 @@ class SharpenObjective(nn.Module):
         advance(self.before, pictures, null_1QD)
         with exactly(noise_BCYX.device):  # levels that bfloat16 does not tell apart
             drawn = to_pixels(self.before.to_pixels(of_all("pred_x0_1CYX")))
-        targets = [_target(pixels, scene) for pixels, scene in zip(drawn, scenes, strict=True)]
+        targets = [_target(pixels, scene.scene) for pixels, scene in zip(drawn, scenes, strict=True)]
         rows = zip(noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, strict=True)
         return [(*row, *target) for row, target in zip(rows, targets, strict=True)]
 
@@ -146,7 +150,7 @@ def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -
 
 
 def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
-    """A drawn picture's TARGET: with its sprites drawn anew, without their halos, and no pixel in the mask of one that
+    """A drawn picture's TARGET: with its sprites drawn again, without their halos, and no pixel in the mask of one that
     is not to be seen."""
     sprites = find_sprites(pixels, scene)
     is_whole = len(sprites) == 2  # what is not found would be taken for what is behind the other
@@ -160,7 +164,7 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
 
 
 class SharpenStage:
-    def __init__(self, preset: Preset, sources: WeightSources) -> None:
+    def __init__(self, preset: SharpenPreset, sources: WeightSources, examples: ExampleSource) -> None:
         config = storybook()
         self.diffusion = sources.diffusion(stage="sharpen")
         prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
@@ -168,10 +172,13 @@ class SharpenStage:
         self.preset = preset
         self.objective = SharpenObjective(self.diffusion, text_encoder, preset)
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         vae = [parameter for parameter in self.diffusion.vae.parameters() if parameter.requires_grad]
         return [
-            {"params": list(self.diffusion.unet_for(DISTILLED).parameters()), "lr": self.preset.learning_rate},
+            {
+                "params": list(self.diffusion.unet_for(DISTILLED).parameters()),
+                "lr": self.preset.optimizer.learning_rate,
+            },
             {"params": vae, "lr": self.preset.decoder_learning_rate},
         ]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,9 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
-from training.data.batches import Batch
-from training.presets import Preset
+from training.data.batches import Batch, ExampleSource
+from training.presets import UnetPreset
+from training.storybook.examples import CaptionedScene
 from training.storybook.sheets import save_captioned_sheet
 from training.weight_sources import WeightSources, prepare_unet
 
@@ -22,18 +25,20 @@ NULL_SHARE = 0.1
 
 
 class UnetObjective(nn.Module):
-    """The denoising loss on fresh scenes, a tenth of them under the null condition. See `Preset.placement_until`."""
+    """The denoising loss on fresh scenes, a tenth of them under the null condition; see `UnetPreset`."""
 
-    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: Preset) -> None:
+    def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: UnetPreset) -> None:
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.vae.requires_grad_(False)
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def forward(self, batch: Batch[CaptionedScene], progress: float) -> dict[str, Tensor]:
         with torch.no_grad():
-            latents_BCYX = self.diffusion.to_latents(to_tensor(batch["pixels"]).to(self.diffusion.unet.device))
+            latents_BCYX = self.diffusion.to_latents(
+                to_tensor(np.stack([scene.pixels for scene in batch.examples])).to(self.diffusion.unet.device)
+            )
         learns_placement = progress < self.preset.placement_until
-        captions: list[str] = batch["canonical" if learns_placement else "caption"]  # type: ignore[assignment]
+        captions = [scene.canonical if learns_placement else scene.caption for scene in batch.examples]
         is_null = torch.rand(len(captions)) < NULL_SHARE
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         condition_BQD = self.text_encoder(captions)
@@ -42,11 +47,11 @@ class UnetObjective(nn.Module):
 
 
 class UnetStage:
-    def __init__(self, preset: Preset, sources: WeightSources) -> None:
+    def __init__(self, preset: UnetPreset, sources: WeightSources, examples: ExampleSource) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
-        goes_on = sources.start or sources.decoder
-        folder = sources.find("unet", stage="unet") if goes_on else None
+        continues = sources.start or sources.decoder
+        folder = sources.find("unet", stage="unet") if continues else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
         self.diffusion = Diffusion(load_vae(sources.need("vae", stage="unet")), unet, new_storybook_scheduler())
         prepare_unet(self.diffusion.unet, preset)
@@ -54,8 +59,8 @@ class UnetStage:
         self.preset = preset
         self.objective = UnetObjective(self.diffusion, text_encoder, preset)
 
-    def parameter_groups(self) -> list[dict[str, object]]:
-        return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.learning_rate}]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.optimizer.learning_rate}]
 
     def draw_sheet(self, path: Path) -> None:
         save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)

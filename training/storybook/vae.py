@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from minigpt5.model import folder as model_folder
 from minigpt5.model.diffusion import load_vae, new_storybook_vae, normal_like
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from training.data.batches import Batch
-from training.presets import Preset
+from training.data.batches import Batch, ExampleSource
+from training.presets import VaePreset
+from training.storybook.examples import Crop
 from training.storybook.sheets import save_sheet
 from training.weight_sources import WeightSources
 
@@ -30,16 +32,18 @@ class VaeObjective(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        pixels_BCYX = to_tensor(batch["pixels"]).to(self.vae.device)
+    def forward(self, batch: Batch[Crop], progress: float) -> dict[str, Tensor]:
+        pixels_BCYX = to_tensor(np.stack([crop.pixels for crop in batch.examples])).to(self.vae.device)
         latents_BCYX = self.vae.encode(pixels_BCYX).latent_dist.mode().float()
         decoded_BCYX = self.vae.decode(latents_BCYX + LATENT_NOISE * normal_like(latents_BCYX)).sample.float()
-        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, batch["weight"])
+        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, np.stack([crop.weight for crop in batch.examples]))
         size = 1e-4 * latents_BCYX.square().mean()  # keeps the latents' scale from wandering
         return {**losses, "loss": losses["loss"] + size}
 
 
-def reconstruction_losses(decoded_BCYX: Tensor, pixels_BCYX: Tensor, weight_B1YX: object) -> dict[str, Tensor]:
+def reconstruction_losses(
+    decoded_BCYX: Tensor, pixels_BCYX: Tensor, weight_B1YX: np.ndarray | Tensor
+) -> dict[str, Tensor]:
     """L1, a little L2 against colour drift, and the L1 of the gradients for crispness."""
     weight_B1YX = torch.as_tensor(weight_B1YX).to(pixels_BCYX.device).float()
     weight_B1YX = weight_B1YX / weight_B1YX.mean()
@@ -52,15 +56,15 @@ def reconstruction_losses(decoded_BCYX: Tensor, pixels_BCYX: Tensor, weight_B1YX
 
 
 class VaeStage:
-    def __init__(self, preset: Preset, sources: WeightSources) -> None:
+    def __init__(self, preset: VaePreset, sources: WeightSources, examples: ExampleSource) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
-        goes_on = sources.start or sources.decoder
-        self.vae = load_vae(sources.need("vae", stage="vae")) if goes_on else new_storybook_vae()
+        continues = sources.start or sources.decoder
+        self.vae = load_vae(sources.need("vae", stage="vae")) if continues else new_storybook_vae()
         self.objective = VaeObjective(self.vae)
 
-    def parameter_groups(self) -> list[dict[str, object]]:
-        return [{"params": list(self.vae.parameters()), "lr": self.preset.learning_rate}]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.vae.parameters()), "lr": self.preset.optimizer.learning_rate}]
 
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:

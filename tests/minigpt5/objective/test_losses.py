@@ -13,7 +13,7 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import caption_segments, next_page_segments, story_segments
 from minigpt5.model.text_encoder import TextEncoder
-from minigpt5.objective.example import Row
+from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
 
@@ -46,28 +46,28 @@ def new_objective(language: LanguageModel | None = None) -> Objective:
     )
 
 
-def caption(text: str) -> Row:
-    return Row(segments=caption_segments(text), read=[], drawn=[PICTURE], captions=[text], is_caption=True)
+def caption(text: str) -> Example:
+    return Example(segments=caption_segments(text), read=[], drawn=[PICTURE], captions=[text], is_caption=True)
 
 
-def story() -> Row:
+def story() -> Example:
     pages = ["A fox woke up.", "It saw a red balloon."]
-    return Row(
+    return Example(
         segments=story_segments(["A fox"], 2, pages), read=[], drawn=[PICTURE, PICTURE], captions=["a fox", "a balloon"]
     )
 
 
-def loss_of(objective: Objective, rows: list[Row], weights: LossWeights = CAPTIONS_ONLY) -> dict[str, float]:
+def loss_of(objective: Objective, examples: list[Example], weights: LossWeights = CAPTIONS_ONLY) -> dict[str, float]:
     torch.manual_seed(0)
-    return {name: loss.item() for name, loss in objective(rows, weights).items()}
+    return {name: loss.item() for name, loss in objective(examples, weights).items()}
 
 
 def test_the_short_cut_for_bare_captions_changes_no_loss() -> None:
     objective = new_objective()
-    rows = [caption("a fox beside a tent"), caption("an owl")]
-    short = loss_of(objective, rows)
+    examples = [caption("a fox beside a tent"), caption("an owl")]
+    short = loss_of(objective, examples)
     next(objective.language.body.parameters()).requires_grad_(True)  # now gradients must go through the text
-    assert loss_of(objective, rows)["caption"] == pytest.approx(short["caption"], rel=1e-5)
+    assert loss_of(objective, examples)["caption"] == pytest.approx(short["caption"], rel=1e-5)
 
 
 def test_captions_and_stories_share_a_batch() -> None:
@@ -110,7 +110,7 @@ def test_the_adapter_learns_from_the_picture_too() -> None:
 def test_a_row_without_pictures_has_a_text_loss_only() -> None:
     objective = new_objective()
     segments = next_page_segments(["A fox woke up."], "It yawned.", "text", variant=0)
-    row = Row(segments=segments, read=[PICTURE, PICTURE], drawn=[], captions=[])
+    row = Example(segments=segments, read=[PICTURE, PICTURE], drawn=[], captions=[])
     losses = objective([row], LossWeights(text=1.0, picture=1.0, caption=1.0))
     assert set(losses) == {"loss", "text"}
     losses["loss"].backward()
@@ -135,14 +135,14 @@ def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
 
 def test_pictures_learn_to_read_like_words() -> None:
     objective = new_objective()
-    rows = [
-        Row(segments=[], read=[np.full((32, 32, 3), shade, np.uint8)], shown=[shown], drawn=[], captions=[])
+    examples = [
+        Example(segments=[], read=[np.full((32, 32, 3), shade, np.uint8)], shown=[shown], drawn=[], captions=[])
         for shade, shown in ((20, "a fox at night"), (230, "an owl, in the snow"))
     ]
     optimizer = torch.optim.AdamW(objective.vision.qformer.parameters(), lr=3e-3)
     losses = []
     for _ in range(80):
-        loss = objective.words(rows)
+        loss = objective.words(examples)
         optimizer.zero_grad()
         loss["loss"].backward()
         optimizer.step()
@@ -155,13 +155,13 @@ def test_contrasts_teach_the_fact_that_differs() -> None:
     """The distance to the right caption falls below that to one with another time of day."""
     objective = new_objective()
     objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
-    rows = [
+    examples = [
         dataclasses.replace(caption("a fox at night"), contrasts=[["a fox at sunset", "an owl at night"]]),
         dataclasses.replace(caption("a fox at sunset"), contrasts=[["a fox at night", "an owl at sunset"]]),
     ]
     weights = LossWeights(text=0.0, picture=0.0, caption=1.0, contrast=1.0)
     torch.manual_seed(0)
-    first = objective(rows, weights)
+    first = objective(examples, weights)
     assert first["loss"].item() == pytest.approx(first["caption"].item() + first["contrast"].item(), rel=1e-5)
     optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
     for _ in range(60):

@@ -21,7 +21,7 @@ from minigpt5.objective.stored_example import ROW_SCHEMA, to_row
 from minigpt5.published.data import COMMANDS
 from tests.helpers.tiny import tiny_config
 from tests.minigpt5.objective.test_losses import new_objective
-from training.data.stored import StoredRows, to_training_row
+from training.data.stored import StoredExamples, to_example
 
 CONFIG = storybook()
 
@@ -39,7 +39,7 @@ def row_of(kind: str, index: int = 0) -> dict[str, Any]:
 
 def sample(stored: dict[str, Any], number: int, *, stage: str = "learn", story_share: float = 0.0) -> Any:
     rng = np.random.default_rng(number)
-    return to_training_row(stored, rng, stage=stage, story_share=story_share, read_px=64, draw_px=32)
+    return to_example(stored, rng, stage=stage, story_share=story_share, read_px=64, draw_px=32)
 
 
 def spell(row: Any) -> str:
@@ -48,22 +48,24 @@ def spell(row: Any) -> str:
 
 def test_every_row_comes_once_in_an_epoch_and_none_of_those_kept_for_validation(tmp_path: Path) -> None:
     uri = prepare(tmp_path, "caption", 950)
-    rows = StoredRows(uri, CONFIG, seed=1)
-    kept = StoredRows(uri, CONFIG, seed=1, is_validation=True)
+    rows = StoredExamples(uri, CONFIG, stage="align", seed=1)
+    kept = StoredExamples(uri, CONFIG, stage="align", seed=1, is_validation=True)
     assert len(rows) + len(kept) == 950 and 5 < len(kept) < 40
     epochs = [[rows.index_at(epoch * len(rows) + place) for place in range(len(rows))] for epoch in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(len(rows)))
     assert epochs[0] != epochs[1] != epochs[2]
-    again = StoredRows(uri, CONFIG, seed=1)
+    again = StoredExamples(uri, CONFIG, stage="align", seed=1)
     assert [again.index_at(place) for place in range(100)] == epochs[0][:100]
-    assert [StoredRows(uri, CONFIG, seed=2).index_at(place) for place in range(100)] != epochs[0][:100]
+    assert [StoredExamples(uri, CONFIG, stage="align", seed=2).index_at(place) for place in range(100)] != epochs[0][
+        :100
+    ]
     names = {rows.stored(index)["id"] for index in range(len(rows))}
     assert not names & {kept.stored(index)["id"] for index in range(len(kept))}
 
 
 def test_few_groups_are_read_at_a_time(tmp_path: Path) -> None:
-    rows = StoredRows(prepare(tmp_path, "caption", 950), CONFIG, seed=1)
+    rows = StoredExamples(prepare(tmp_path, "caption", 950), CONFIG, stage="align", seed=1)
     groups = [rows._places[rows.index_at(place)][0] for place in range(len(rows))]
     window = 8 * 64
     for start in range(0, len(groups) - window, window):
@@ -71,11 +73,11 @@ def test_few_groups_are_read_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_reader_is_sent_to_another_process(tmp_path: Path) -> None:
-    rows = StoredRows(prepare(tmp_path, "story", 40), CONFIG, seed=1)
-    one = rows.row_at(7, stage="learn", story_share=0.5)
-    other = pickle.loads(pickle.dumps(rows)).row_at(7, stage="learn", story_share=0.5)
-    assert one["id"] == other["id"] and spell(one["row"]) == spell(other["row"])
-    assert all((a == b).all() for a, b in zip(one["row"].drawn, other["row"].drawn, strict=True))
+    examples = StoredExamples(prepare(tmp_path, "story", 40), CONFIG, seed=1, stage="learn", story_share=0.5)
+    one_id, one = examples.example_at(7)
+    other_id, other = pickle.loads(pickle.dumps(examples)).example_at(7)
+    assert one_id == other_id and spell(one) == spell(other)
+    assert all((a == b).all() for a, b in zip(one.drawn, other.drawn, strict=True))
 
 
 def test_captions_are_learnt_as_they_are_and_seldom_as_a_command() -> None:
@@ -113,18 +115,18 @@ def test_a_dialogue_gives_a_turn() -> None:
 
 def test_rows_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="python -m batch_jobs.prepare"):
-        StoredRows(str(tmp_path), CONFIG, seed=1)
+        StoredExamples(str(tmp_path), CONFIG, stage="align", seed=1)
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "part-0.parquet").write_bytes(to_parquet([], ROW_SCHEMA))
     with pytest.raises(TrainingError, match="no rows for training"):
-        StoredRows(str(tmp_path), CONFIG, seed=1)
+        StoredExamples(str(tmp_path), CONFIG, stage="align", seed=1)
 
 
 def test_encoded_pictures_train_as_the_pictures_do() -> None:
     """The losses of moments and features are those of the pictures they were made of, but for float16."""
     objective, config = new_objective(), tiny_config()
     stored = row_of("story", 1)
-    plain = to_training_row(
+    plain = to_example(
         stored,
         np.random.default_rng(5),
         stage="learn",

@@ -17,25 +17,28 @@ from minigpt5.model.folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.types import DISTILLED, DrawSettings
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
-from training.data.batches import StorybookRows, batch_at
-from training.presets import STORYBOOK
+from training.data.batches import batch_at
+from training.presets import STORYBOOK, override
 from training.storybook.decoder import DecoderObjective, DecoderStage
 from training.storybook.distill import DistillObjective
+from training.storybook.examples import StorybookExamples
 from training.storybook.vae import LATENT_NOISE
 from training.weight_sources import WeightSources
 
+NO_EXAMPLES = StorybookExamples(STORYBOOK["decoder"])
 
-def test_a_leg_goes_on_from_the_legs_before_it(tmp_path: Path) -> None:
+
+def test_a_stage_starts_from_the_stages_before_it(tmp_path: Path) -> None:
     """Once all have run, one that is run again takes nothing from itself or from what came after it."""
-    for leg in ("vae", "unet", "distill", "decoder", "sharpen"):
-        for part in ("vae", "unet")[: 1 if leg == "vae" else 2]:
-            (tmp_path / leg / "model" / part).mkdir(parents=True)
+    for stage in ("vae", "unet", "distill", "decoder", "sharpen"):
+        for part in ("vae", "unet")[: 1 if stage == "vae" else 2]:
+            (tmp_path / stage / "model" / part).mkdir(parents=True)
     sources = WeightSources(runs=tmp_path)
-    legs = ("vae", "unet", "distill", "decoder", "sharpen", "align")
-    found = {leg: sources.find("vae", stage=leg) for leg in legs}
+    stages = ("vae", "unet", "distill", "decoder", "sharpen", "align")
+    found = {stage: sources.find("vae", stage=stage) for stage in stages}
     came_from = [folder.parent.name if folder else None for folder in found.values()]
-    assert came_from == [None, *legs[:-1]]
-    with pytest.raises(TrainingError, match="no unet to go on from"):
+    assert came_from == [None, *stages[:-1]]
+    with pytest.raises(TrainingError, match="no unet to start from"):
         WeightSources(runs=tmp_path / "empty").need("unet", stage="distill")
 
 
@@ -45,7 +48,7 @@ def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
     diffusion.unet.requires_grad_(True)  # as it is loaded
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    losses = objective({**batch_at(StorybookRows(preset), 0, 2), "step": 0}, 0.0)
+    losses = objective(dataclasses.replace(batch_at(StorybookExamples(preset), 0, 2), step=0), 0.0)
     losses["loss"].backward()
     assert trained_parts(diffusion) == {"vae.decoder", "vae.post_quant_conv"}
 
@@ -62,7 +65,7 @@ def test_a_share_of_any_size_has_all_kinds_alike(size: int, monkeypatch: pytest.
         objective.diffusion, "to_raw_pixels", lambda latents: latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
     )
     for step in range(3):
-        objective({**batch_at(StorybookRows(preset), 0, size), "step": step}, 0.0)
+        objective(dataclasses.replace(batch_at(StorybookExamples(preset), 0, size), step=step), 0.0)
     assert sorted(seen) == sorted([0, 1, 2] * size)
 
 
@@ -76,7 +79,7 @@ def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pyt
         seen[scheduler] = timesteps.tolist()
         return latents + (2 if scheduler == DISTILLED else 1)
 
-    monkeypatch.setattr(diffusion, "cleaned", note)
+    monkeypatch.setattr(diffusion, "predict_x0", note)
     pixels_BCYX = torch.rand(7, 3, 32, 32)
     kind_B = torch.arange(7) % 3
     moved = objective._cleaned(pixels_BCYX, torch.zeros(7, 1, 1), kind_B) - diffusion.to_latents(pixels_BCYX)
@@ -88,7 +91,7 @@ def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pyt
 def test_a_model_that_was_not_distilled_is_refused(tmp_path: Path) -> None:
     save_diffusion(tiny_diffusion(tiny_config()), tmp_path)
     with pytest.raises(TrainingError, match="run stage distill first"):
-        DecoderStage(STORYBOOK["decoder"], WeightSources(runs=tmp_path, decoder=tmp_path))
+        DecoderStage(STORYBOOK["decoder"], WeightSources(runs=tmp_path, decoder=tmp_path), NO_EXAMPLES)
 
 
 def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,17 +103,16 @@ def test_a_crop_is_decoded_from_the_latents_of_its_place(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         diffusion, "to_raw_pixels", lambda latents: latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
     )
-    batch = {**batch_at(StorybookRows(preset), 0, 2), "step": 0}
+    batch = dataclasses.replace(batch_at(StorybookExamples(preset), 0, 2), step=0)
     right = objective(batch, 0.0)["l1"].item()
     monkeypatch.setattr(objective, "_cleaned", lambda pixels, condition, kinds: pixels[:, :, ::4, ::4].roll(4, dims=3))
     assert right < 0.5 * objective(batch, 0.0)["l1"].item()
-    assert np.asarray(batch["corners"]).shape == (2, 2, 2)
+    assert np.asarray([scene.corners for scene in batch.examples]).shape == (2, 2, 2)
 
 
 def new_distill(teacher_steps: int) -> tuple[Diffusion, DistillObjective]:
-    preset = dataclasses.replace(
-        STORYBOOK["distill"], batch_size=3, teacher_steps=teacher_steps, replay_steps=3, replay_from=6
-    )
+    settings = ["batch_size=3", f"teacher_steps={teacher_steps}", "replay.steps=3", "replay.min_size=6"]
+    preset = override(STORYBOOK["distill"], settings)
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
     return diffusion, DistillObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
 
@@ -128,7 +130,7 @@ def test_a_step_that_meets_its_target_ends_where_the_teachers_steps_do(teacher_s
     for number in range(NUM_LEVELS):
         first_B = torch.tensor([number * teacher_steps])
         with torch.no_grad():
-            end_BCYX = objective._go_on(student.latents_1CYX, condition_QD[None], first_B)
+            end_BCYX = objective._teach(student.latents_1CYX, condition_QD[None], first_B)
             velocity_BCYX = objective._velocity(student.latents_1CYX, end_BCYX, first_B)
         student.take(velocity_BCYX, None)
         for _ in range(teacher_steps):
@@ -140,24 +142,24 @@ def test_steps_between_fresh_ones_learn_from_what_the_teacher_did(monkeypatch: p
     diffusion, objective = new_distill(2)
     asked: list[int] = []
     ask = objective._ask_teacher
-    monkeypatch.setattr(objective, "_ask_teacher", lambda batch: asked.append(batch["step"]) or ask(batch))
+    monkeypatch.setattr(objective, "_ask_teacher", lambda batch: asked.append(batch.step) or ask(batch))
     losses = []
     for step in range(9):
         torch.manual_seed(step)
-        batch = batch_at(StorybookRows(objective.preset), 3 * step, 3)
-        losses.append(objective({**batch, "step": step}, 0.0)["loss"].item())
+        batch = batch_at(StorybookExamples(objective.preset), 3 * step, 3)
+        losses.append(objective(dataclasses.replace(batch, step=step), 0.0)["loss"].item())
     assert asked == [0, 1, 3, 7]
-    assert len(set(losses)) == 9, "each step draws rows of its own"
+    assert len(set(losses)) == 9, "each step draws samples of its own"
 
 
 def test_the_distilled_unet_alone_learns_and_comes_nearer_to_its_teacher() -> None:
     diffusion, objective = new_distill(2)
-    batch = batch_at(StorybookRows(objective.preset), 0, 3)
+    batch = batch_at(StorybookExamples(objective.preset), 0, 3)
     optimizer = torch.optim.AdamW(objective.student.parameters(), lr=3e-3)
     losses = []
     for _ in range(10):
         torch.manual_seed(0)
-        loss = objective({**batch, "step": 3}, 0.0)["loss"]
+        loss = objective(dataclasses.replace(batch, step=3), 0.0)["loss"]
         loss.backward()
         losses.append(loss.item())
         if len(losses) == 1:

@@ -17,13 +17,14 @@ from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene
 from minigpt5.types import DISTILLED
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
-from training.data.batches import Batch, StorybookRows, batch_at
-from training.presets import STORYBOOK
+from training.data.batches import Batch, batch_at
+from training.presets import STORYBOOK, override
+from training.storybook.examples import StorybookExamples, WeightedScene
 from training.storybook.sharpen import SharpenObjective, SharpenStage, _target, detail_loss
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, find_sprites, redrawn, sprites_of
 from training.weight_sources import WeightSources
 
-PRESET = dataclasses.replace(STORYBOOK["sharpen"], batch_size=3, replay_steps=2, replay_from=4)
+PRESET = override(STORYBOOK["sharpen"], ["batch_size=3", "replay.steps=2", "replay.min_size=4"])
 
 
 def new_sharpen() -> tuple[Diffusion, SharpenObjective]:
@@ -33,15 +34,15 @@ def new_sharpen() -> tuple[Diffusion, SharpenObjective]:
     return diffusion, SharpenObjective(diffusion, SomeStates(), PRESET)  # type: ignore[arg-type]
 
 
-def batch_of(step: int) -> Batch:
+def batch_of(step: int) -> Batch[WeightedScene]:
     torch.manual_seed(step)
-    return {**batch_at(StorybookRows(PRESET), 3 * step, 3), "step": step}
+    return dataclasses.replace(batch_at(StorybookExamples(PRESET), 3 * step, 3), step=step)
 
 
 def pictures_and_masks() -> tuple[torch.Tensor, torch.Tensor]:
-    scenes = batch_of(0)["scene"]
-    pixels_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))  # type: ignore[attr-defined]
-    masks = [[sprite.mask() for sprite in sprites_of(scene)] for scene in scenes]  # type: ignore[attr-defined]
+    scenes = [example.scene for example in batch_of(0).examples]
+    pixels_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
+    masks = [[sprite.mask() for sprite in sprites_of(scene)] for scene in scenes]
     return pixels_BCYX, torch.tensor(np.array(masks))
 
 
@@ -85,11 +86,10 @@ def test_the_target_is_the_picture_of_before_and_the_first_call_is_held_to_it() 
     """Whatever has been learnt since; the calls between are of what is there now."""
     diffusion, objective = new_sharpen()
     batch = batch_of(0)
-    captions, scenes = batch["caption"], batch["scene"]
 
     def draw() -> list[tuple[torch.Tensor, ...]]:
         torch.manual_seed(4)
-        return objective._draw(captions, scenes)  # type: ignore[arg-type]
+        return objective._draw(batch.examples)
 
     first = draw()
     assert objective(batch, 0.0)["composition"].item() == pytest.approx(0, abs=1e-9)
@@ -106,16 +106,14 @@ def test_the_target_is_the_picture_of_before_and_the_first_call_is_held_to_it() 
     assert objective(batch, 0.0)["composition"].item() > 1e-6
 
 
-def test_steps_between_fresh_ones_learn_from_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_between_fresh_ones_learn_from_the_replay_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     _, objective = new_sharpen()
     drawn: list[int] = []
     draw = objective._draw
-    monkeypatch.setattr(
-        objective, "_draw", lambda captions, scenes: drawn.append(len(captions)) or draw(captions, scenes)
-    )
+    monkeypatch.setattr(objective, "_draw", lambda scenes: drawn.append(len(scenes)) or draw(scenes))
     for step in range(5):
         objective(batch_of(step), 0.0)
-    assert drawn == [2, 2, 2], "steps 0, 1 and 3; the others had 4 pictures or more to remember"
+    assert drawn == [2, 2, 2], "steps 0, 1 and 3; the others had 4 pictures or more to replay"
     objective.eval()
     objective(batch_of(5), 0.0)
     assert drawn == [2, 2, 2, 2], "validation is of fresh pictures"
@@ -125,20 +123,20 @@ def test_steps_between_fresh_ones_learn_from_what_is_remembered(monkeypatch: pyt
 def test_a_third_is_true_however_small_a_workers_share(
     size: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row is always drawn."""
+    """One picture is always drawn."""
     _, objective = new_sharpen()
     first: list[int] = []
     draw = objective._drawn
     monkeypatch.setattr(objective, "_drawn", lambda batch, num: first.append(num) or draw(batch, num))
     for step in range(3):
-        losses = objective({**batch_at(StorybookRows(PRESET), size * step, size), "step": step}, 0.0)
+        losses = objective(dataclasses.replace(batch_at(StorybookExamples(PRESET), size * step, size), step=step), 0.0)
         assert losses["loss"].isfinite()
     assert first == expected
 
 
 def test_a_target_has_no_halos_where_both_sprites_are_found() -> None:
     """Without one of them nothing is cleared: it would be taken for what is behind the other."""
-    scene = batch_of(0)["scene"][0]  # type: ignore[index]
+    scene = batch_of(0).examples[0].scene
     soft = np.array(Image.fromarray(draw_scene(scene)).filter(ImageFilter.GaussianBlur(1.5)))
     sprites = find_sprites(soft, scene)
     target, weight_1YX, masks_NYX = _target(soft, scene)
@@ -172,4 +170,4 @@ def test_it_learns_what_it_is_taught() -> None:
 def test_a_model_that_was_not_distilled_is_refused(tmp_path: Path) -> None:
     save_diffusion(tiny_diffusion(tiny_config()), tmp_path)
     with pytest.raises(TrainingError, match="run stage distill first"):
-        SharpenStage(PRESET, WeightSources(runs=tmp_path, decoder=tmp_path))
+        SharpenStage(PRESET, WeightSources(runs=tmp_path, decoder=tmp_path), StorybookExamples(PRESET))

@@ -7,10 +7,12 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageFilter
 
+from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import CHARACTERS, Scene, draw_scene, scene_at
-from training.data.batches import StorybookRows, batch_at, row_at
+from training.data.batches import batch_at
 from training.presets import STORYBOOK
+from training.storybook.examples import StorybookExamples, WeightedScene, example_at
 from training.storybook.sprites import SPRITE_WEIGHT, Sprite, cleared, error_weight, find_sprites, redrawn, sprites_of
 
 SCENES = [scene_at(index, seed=1) for index in range(4)]
@@ -86,11 +88,13 @@ def test_a_sprite_before_another_takes_none_of_its_weight() -> None:
     assert np.array_equal(weight_1YX[0][mask_YX], alone_1YX[0][mask_YX])
 
 
-def test_rows_to_sharpen_say_every_fact_and_where_the_sprites_are() -> None:
+def test_examples_to_sharpen_say_every_fact_and_where_the_sprites_are() -> None:
     preset = STORYBOOK["sharpen"]
-    row = row_at(preset, 3)
-    scene = row["scene"]
-    assert isinstance(scene, Scene) and isinstance(row["caption"], str)
-    assert row["masks"].shape == (2, 128, 128) and row["masks"].any((1, 2)).all()  # type: ignore[attr-defined]
-    batch = batch_at(StorybookRows(preset), 0, 3)
-    assert np.shape(batch["masks"]) == (3, 2, 128, 128) and np.shape(batch["weight"]) == (3, 1, 128, 128)
+    example = example_at(preset, 3)
+    assert isinstance(example, WeightedScene)
+    said, facts = facts_in(example.caption), Facts.of(example.scene)
+    assert (said.who, said.what, said.place, said.time) == (facts.who, facts.what, facts.place, facts.time)
+    assert example.masks.shape == (2, 128, 128) and example.masks.any((1, 2)).all()
+    batch = batch_at(StorybookExamples(preset), 0, 3)
+    assert np.shape([one.masks for one in batch.examples]) == (3, 2, 128, 128)
+    assert np.shape([one.weight for one in batch.examples]) == (3, 1, 128, 128)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.tiny import tiny_config, tiny_diffusion
-from training.data.batches import StorybookRows, batch_at
+from training.data.batches import batch_at
 from training.presets import STORYBOOK
+from training.storybook.examples import StorybookExamples
 from training.storybook.unet import UnetObjective
 
 
@@ -30,10 +31,10 @@ def test_it_learns_where_things_stand_first(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(diffusion, "random_loss", random_loss)
     objective = UnetObjective(diffusion, encode, preset)  # type: ignore[arg-type]
-    batch = batch_at(StorybookRows(preset), 0, 16)
+    batch = batch_at(StorybookExamples(preset), 0, 16)
     for progress in (0.0, 0.49, 0.5, 1.0):
         objective(batch, progress)
     assert firsts == [600, 600, 0, 0]
-    canonical, mixed = set(batch["canonical"]), set(batch["caption"])  # type: ignore[call-overload]
+    canonical, mixed = {one.canonical for one in batch.examples}, {one.caption for one in batch.examples}
     assert read[0] <= canonical and read[1] <= canonical
     assert read[2] <= mixed and read[2] - canonical, "no other phrasing came after it"

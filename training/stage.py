@@ -1,0 +1,36 @@
+"""What a stage of training is, and how the stage of a preset is built."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from training.data.batches import ExampleSource
+from training.presets import STAGES, Preset
+from training.weight_sources import WeightSources
+
+
+class Stage(Protocol):
+    """One stage of training: what is trained, on which loss, and what comes out."""
+
+    @property
+    def objective(self) -> nn.Module:
+        """Batch, progress (0 to 1) -> losses by name; "loss" is the one that is minimised."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as torch's optimizers take it, each group with its learning rate."""
+
+    def draw_sheet(self, path: Path) -> None:
+        """Write sample pictures, for a person to look at; or nothing."""
+
+    def save(self, folder: Path) -> None:
+        """Write what later stages start from."""
+
+
+def build_stage(preset: Preset, sources: WeightSources, examples: ExampleSource) -> Stage:
+    """The stage of a preset, on the weights that it starts from. Raises TrainingError where there are none."""
+    module, _, name = STAGES[preset.stage].partition(":")
+    return getattr(importlib.import_module(module), name)(preset, sources, examples)

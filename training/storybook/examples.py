@@ -1,0 +1,245 @@
+"""The picture world's training examples: a stage and a position -> an example, a pure function of the seed.
+
+Shape letters: Y X rows and columns of pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from minigpt5.model.prompt import Task, caption_segments, describe_segments, next_page_segments, story_segments
+from minigpt5.objective.example import Example
+from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
+from minigpt5.storybook.scenes import (
+    CHARACTERS,
+    IMAGE_PX,
+    OBJECTS,
+    PLACES,
+    TIMES,
+    Scene,
+    draw_scene,
+    is_held_out,
+    scene_at,
+    sprite_boxes,
+)
+from minigpt5.storybook.stories import story_at
+from training.presets import (
+    DecoderPreset,
+    DistillPreset,
+    Preset,
+    SharpenPreset,
+    UnetPreset,
+    VaePreset,
+    VisionPreset,
+    VokenPreset,
+)
+from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
+
+FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Crop:
+    """A part of a scene, four times of five with a sprite in it."""
+
+    pixels: np.ndarray
+    """(crop, crop, 3), uint8."""
+    weight: np.ndarray
+    """(1, crop, crop): how much an error counts at each pixel."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaptionedScene:
+    """A whole scene with a caption that says some of its facts."""
+
+    pixels: np.ndarray
+    """(Y, X, 3), uint8."""
+    caption: str
+    canonical: str
+    """The same facts in the canonical phrasing."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaptionedCrops:
+    """A captioned scene, and where two crops of it begin."""
+
+    pixels: np.ndarray
+    """(Y, X, 3), uint8."""
+    caption: str
+    weight: np.ndarray
+    """(1, Y, X): how much an error counts at each pixel."""
+    corners: list[tuple[int, int]]
+    """Row and column of each crop."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightedScene:
+    """A scene with a caption that says all of its facts."""
+
+    scene: Scene
+    caption: str
+    pixels: np.ndarray
+    """(Y, X, 3), uint8."""
+    weight: np.ndarray
+    """(1, Y, X): how much an error counts at each pixel."""
+    masks: np.ndarray
+    """(2, Y, X): where the sprites are."""
+
+
+@dataclass(frozen=True)
+class StorybookExamples:
+    """The picture world, endlessly: every position has an example of its own."""
+
+    preset: Preset
+
+    def example_at(self, position: int) -> tuple[int, Any]:
+        return position, example_at(self.preset, position)
+
+
+def example_at(preset: Preset, position: int) -> Crop | CaptionedScene | CaptionedCrops | WeightedScene | Example:
+    """The example of a preset's stage at a position."""
+    seed, rng = preset.seed, np.random.default_rng([preset.seed, position])
+    match preset:
+        case VaePreset():
+            return _crop(seed, position, preset.crop_px, rng)
+        case DecoderPreset():
+            return _captioned_crops(preset, position, rng)
+        case SharpenPreset():
+            return _weighted_scene(preset, position, rng)
+        case UnetPreset() | DistillPreset():
+            return _captioned_scene(seed, position, preset.canonical_share, rng)
+        case VisionPreset():
+            return _description(seed, position, rng)
+        case VokenPreset():
+            choice = rng.random()
+            if preset.stage == "align" or choice < preset.caption_share:
+                return _caption(seed, position, rng)
+            if choice < preset.caption_share + preset.story_share:
+                return _story(seed, position, rng)
+            return _page(seed, position, rng)
+    raise ValueError(f"stage {preset.stage} has no examples of the picture world: name a data set with --data")
+
+
+def _crop(seed: int, position: int, crop_px: int, rng: np.random.Generator) -> Crop:
+    scene = scene_at(position, seed=seed)
+    y, x = _corner(scene, crop_px, rng)
+    window = np.s_[y : y + crop_px, x : x + crop_px]
+    return Crop(pixels=draw_scene(scene)[window], weight=_weight(scene)[(slice(None), *window)])
+
+
+def _weighted_scene(preset: SharpenPreset, position: int, rng: np.random.Generator) -> WeightedScene:
+    scene = scene_at(position, seed=preset.seed)
+    facts = Facts.of(scene)
+    is_canonical = rng.random() < preset.canonical_share
+    return WeightedScene(
+        scene=scene,
+        caption=canonical_caption(facts) if is_canonical else write_caption(facts, rng),
+        pixels=draw_scene(scene),
+        weight=_weight(scene),
+        masks=np.stack([sprite.mask() for sprite in sprites_of(scene)]),
+    )
+
+
+def _captioned_crops(preset: DecoderPreset, position: int, rng: np.random.Generator) -> CaptionedCrops:
+    whole = _captioned_scene(preset.seed, position, preset.canonical_share, rng)
+    scene = scene_at(position, seed=preset.seed)
+    return CaptionedCrops(
+        pixels=whole.pixels,
+        caption=whole.caption,
+        weight=_weight(scene),
+        corners=[_corner(scene, preset.crop_px, rng) for _ in range(2)],
+    )
+
+
+def _corner(scene: Scene, crop_px: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Example and column where a crop begins."""
+    boxes = list(sprite_boxes(scene).values())
+    if rng.random() < 0.8:
+        left, top, right, bottom = boxes[rng.integers(2)]
+        x = (left + right - crop_px) // 2 + int(rng.integers(-16, 17))
+        y = (top + bottom - crop_px) // 2 + int(rng.integers(-16, 17))
+    else:
+        x, y = (int(v) for v in rng.integers(0, IMAGE_PX - crop_px + 1, 2))
+    y, x = (min(max(v, 0), IMAGE_PX - crop_px) for v in (y, x))
+    return y, x
+
+
+def _weight(scene: Scene) -> np.ndarray:
+    return error_weight(sprites_of(scene), around=SPRITE_WEIGHT)
+
+
+def _captioned_scene(seed: int, position: int, canonical_share: float, rng: np.random.Generator) -> CaptionedScene:
+    scene = scene_at(position, seed=seed)
+    facts = draw_facts(scene, rng)
+    canonical = canonical_caption(facts)
+    caption = canonical if rng.random() < canonical_share else write_caption(facts, rng)
+    return CaptionedScene(pixels=draw_scene(scene), caption=caption, canonical=canonical)
+
+
+def _description(seed: int, position: int, rng: np.random.Generator) -> Example:
+    scene = scene_at(position, seed=seed)
+    facts = Facts.of(scene)
+    return Example(
+        segments=describe_segments(write_caption(facts, rng)),
+        read=[draw_scene(scene)],
+        shown=[canonical_caption(facts)],
+        drawn=[],
+        captions=[],
+    )
+
+
+def _caption(seed: int, position: int, rng: np.random.Generator) -> Example:
+    scene = scene_at(position, seed=seed)
+    facts = draw_facts(scene, rng)
+    return Example(
+        segments=caption_segments(write_caption(facts, rng)),
+        read=[],
+        drawn=[draw_scene(scene)],
+        captions=[canonical_caption(facts)],
+        contrasts=[_contrasts(facts, rng)],
+        is_caption=True,
+    )
+
+
+def _story(seed: int, position: int, rng: np.random.Generator) -> Example:
+    story = story_at(position, seed=seed)
+    return Example(
+        segments=story_segments([story.prompt], len(story.pages), [page.text for page in story.pages]),
+        read=[],
+        drawn=[draw_scene(page.scene) for page in story.pages],
+        captions=[canonical_caption(page.facts) for page in story.pages],
+        contrasts=[_contrasts(page.facts, rng) for page in story.pages],
+    )
+
+
+def _contrasts(facts: Facts, rng: np.random.Generator) -> list[str]:
+    """The canonical caption with each fact changed in turn, never to a pair that is held out."""
+    captions = []
+    for name, values in FACT_VALUES.items():
+        changed = [replace(facts, **{name: value}) for value in values if value != getattr(facts, name)]
+        others = [one for one in changed if not (one.who and one.what and is_held_out(one.who, one.what))]
+        captions.append(canonical_caption(others[rng.integers(len(others))]))
+    return captions
+
+
+def _page(seed: int, position: int, rng: np.random.Generator) -> Example:
+    """One of the published tasks on one of a story's first three pages."""
+    story = story_at(position, seed=seed)
+    index = int(rng.integers(min(3, len(story.pages))))
+    page, history = story.pages[index], story.pages[:index]
+    tasks: tuple[Task, ...] = ("text", "picture", "both") if index else ("picture",)
+    task = tasks[rng.integers(len(tasks))]
+    picture, read = draw_scene(page.scene), [draw_scene(past.scene) for past in history]
+    segments = next_page_segments([past.text for past in history], page.text, task, variant=int(rng.integers(6)))
+    if task == "text":
+        return Example(segments=segments, read=[*read, picture], drawn=[], captions=[])
+    return Example(
+        segments=segments,
+        read=read,
+        drawn=[picture],
+        captions=[canonical_caption(page.facts)],
+        contrasts=[_contrasts(page.facts, rng)],
+    )

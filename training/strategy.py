@@ -1,0 +1,92 @@
+"""What turns losses into optimizer steps: torch's own optimizer here, DeepSpeed's ZeRO in zero.py."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.data.batches import Batch
+from training.presets import OptimizerConfig
+from training.workers import average_over_workers
+
+
+class Strategy(Protocol):
+    """An optimizer, and how the workers share it."""
+
+    trained: dict[str, nn.Parameter]
+    communication_s: float
+    """Seconds that workers have spent on each other's gradients and weights so far."""
+
+    def losses(self, batch: Batch[Any], progress: float) -> dict[str, Tensor]:
+        """The objective's losses of one batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one batch to those of the batches before it."""
+
+    def step(self, factor: float) -> None:
+        """Use the gradients, the learning rates multiplied by `factor`."""
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Within it every worker holds all that is trained, to read it or, on the first worker, to change it."""
+
+    def state(self) -> dict[str, Any]:
+        """Values by name under "trained", and torch's state under "optimizer". Called by every worker."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state, of any strategy and any number of workers. Called by every worker."""
+
+
+class TorchStrategy:
+    """Torch's AdamW; every worker holds everything."""
+
+    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        self.objective, self.max_grad_norm, self.communication_s = objective, config.max_grad_norm, 0.0
+        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
+
+    def losses(self, batch: Batch[Any], progress: float) -> dict[str, Tensor]:
+        return self.objective(batch, progress)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        began = time.perf_counter()
+        average_over_workers(self.trained)
+        self.communication_s += time.perf_counter() - began
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        trained = {name: p.detach() for name, p in self.trained.items()}
+        return {"trained": trained, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        for name, value in state["trained"].items():
+            self.trained[name].copy_(value)
+        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, initial, strict=True):
+            group["initial_lr"] = rate
+
+
+def new_strategy(objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> Strategy:
+    """The strategy that `config.zero_stage` asks for."""
+    if config.zero_stage is None:
+        return TorchStrategy(objective, groups, config)
+    from training.zero import ZeroStrategy
+
+    return ZeroStrategy(objective, groups, config)
