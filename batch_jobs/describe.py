@@ -34,7 +34,7 @@ from batch_jobs.pipeline import (
     through,
 )
 from batch_jobs.report import Report
-from batch_jobs.stages import Row, Tell, as_table
+from batch_jobs.stages import ErrorKind, Row, Tell, as_table
 from minigpt5.config import ModelConfig
 
 QUESTION = "Describe this image."
@@ -47,7 +47,7 @@ def describe(
     """Output rows as they come to be: bad rows at once."""
     for bad in rows:
         if isinstance(bad, BadRow):
-            yield {"id": bad.id, "timings": {"describe_s": 0.0}, "error": bad.error, "kind": "input"}
+            yield {"id": bad.id, "timings": {"describe_s": 0.0}, "error": bad.error, "kind": ErrorKind.INPUT}
     jobs = [row for row in rows if isinstance(row, ImageJob)]
     if not jobs:
         return

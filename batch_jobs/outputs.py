@@ -17,7 +17,7 @@ from pyarrow import ArrowException, dataset, fs, parquet
 
 from batch_jobs.failpoints import FailpointHook, no_failpoint
 from batch_jobs.inputs import BadRow, open_uri
-from batch_jobs.stages import CLOSING_PAGE, Row
+from batch_jobs.stages import CLOSING_PAGE, ErrorKind, Row
 from batch_jobs.state import PageStore
 from minigpt5.errors import StorageError
 
@@ -41,6 +41,7 @@ STORY_SCHEMA = pa.schema(
         # What the engines worked on the story: pictures that share a batch count their whole time each.
         "timings": pa.struct({"write_s": pa.float64(), "draw_s": pa.float64()}),
         "error": pa.string(),
+        "kind": pa.string(),  # of the error: see batch_jobs.stages.ErrorKind; null in data sets of version 0.1
     }
 )
 DESCRIPTION_SCHEMA = pa.schema(
@@ -101,7 +102,14 @@ class Gathered:
 def bad_story(row: BadRow) -> Row:
     """The output row of an input row that cannot become a story."""
     timings = {"write_s": 0.0, "draw_s": 0.0}
-    return {"id": row.id, "prompt": row.prompt, "pages": [], "timings": timings, "error": row.error, "kind": "input"}
+    return {
+        "id": row.id,
+        "prompt": row.prompt,
+        "pages": [],
+        "timings": timings,
+        "error": row.error,
+        "kind": ErrorKind.INPUT,
+    }
 
 
 class RowSink:

@@ -1,4 +1,4 @@
-"""`python -m batch_jobs.redraw STORIES --output DIR --steps 50`: the pictures of an illustrated data set anew.
+"""`python -m batch_jobs.redraw STORIES --output DIR --steps 50`: draws the pictures of an illustrated data set again.
 
 STORIES is what `batch_jobs.illustrate` wrote. Its texts stay, its stored vokens are drawn with the settings that are
 given here; the language model is not asked.
@@ -22,10 +22,11 @@ from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser
 from batch_jobs.outputs import STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import PICTURES_AT_ONCE, Limits, Pool, RemoteMonitor, connect, finished_rows, through
 from batch_jobs.report import Report
-from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, Row
+from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, ErrorKind, Row
 from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.model.diffusion import SCHEDULERS
 from minigpt5.story.stream import page_seed
+from minigpt5.story.voken_file import unpack
 from minigpt5.types import DrawSettings
 
 
@@ -53,7 +54,7 @@ class Fetch:
         """Each page by itself, so that all decoders share a story's."""
         filesystem, _ = open_uri(self.uri)
         for path in files["path"].to_pylist():
-            columns = ["id", "pages", "error"]
+            columns = ["id", "pages", "error", "kind"]
             for batch in parquet.ParquetFile(path, filesystem=filesystem).iter_batches(16, columns=columns):
                 for story in batch.to_pylist():
                     if story["id"] in self.ids:
@@ -65,9 +66,17 @@ class Fetch:
             seed = page["seed"] if self.seed is None else page_seed(self.seed, page["index"])
             texts = {"text": page["text"], "vokens": page["vokens"]}
             yield {"id": story["id"], "page": page["index"], "seed": seed, **texts, **drawn}
-        error = story["error"] if story["error"] and " has no picture: " not in story["error"] else None
+        error = None if error_kind(story).is_of_a_picture else story["error"]
         closing = {"page": CLOSING_PAGE, "num_pages": len(story["pages"]), "seconds": 0.0}
-        yield {"id": story["id"], **closing, "error": error, "kind": "earlier job" if error else None}
+        yield {"id": story["id"], **closing, "error": error, "kind": ErrorKind.EARLIER_JOB if error else None}
+
+
+def error_kind(story: Row) -> ErrorKind:
+    """The kind of a story's error. Data sets of version 0.1 do not store it: there, an error of a page is its
+    picture's."""
+    if kind := story.get("kind"):
+        return ErrorKind(kind)
+    return ErrorKind.DRAWING if any(page["error"] for page in story["pages"]) else ErrorKind.WRITING
 
 
 def redraw(
@@ -127,13 +136,24 @@ def read_stories(uri: str, *, fingerprint: str) -> Iterator[StoredStory]:
     filesystem, _ = open_uri(uri)
     try:
         table = dataset.dataset(parts(uri), filesystem=filesystem).to_table(["id", "prompt", "seed"])
-        first = next(dataset.dataset(parts(uri), filesystem=filesystem).to_batches(columns=["pages"])).slice(0, 1)
+        vokens = _first_vokens(uri)
     except (OSError, ArrowException) as error:
         raise StorageError(f"{uri} cannot be read ({error}): name the output of batch_jobs.illustrate") from error
-    pages = [page for row in first.to_pylist() for page in row["pages"]]
-    if pages and fingerprint.encode() not in pages[0]["vokens"]:
+    if vokens and unpack(vokens, page=1).fingerprint != fingerprint:
         raise MiniGPT5Error(f"the vokens of {uri} are another model's: name with --model the one that wrote them")
     yield from (StoredStory(**row) for row in table.to_pylist())
+
+
+def _first_vokens(uri: str) -> bytes | None:
+    """Those of the first page that has any; its picture and those of other pages are not read."""
+    filesystem, _ = open_uri(uri)
+    for path in parts(uri):
+        file = parquet.ParquetFile(path, filesystem=filesystem)
+        for batch in file.iter_batches(16, columns=["pages.list.element.vokens"]):
+            for row in batch.to_pylist():
+                if found := next((page["vokens"] for page in row["pages"] if page["vokens"]), None):
+                    return found
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Generator as Generates
 from dataclasses import asdict, replace
+from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -61,6 +62,23 @@ class Decoder(Protocol):
     """The face of minigpt5.engine.decoder.DiffusionDecoder."""
 
     def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]: ...
+
+
+class ErrorKind(StrEnum):
+    """Why a row has an error; stored with it."""
+
+    INPUT = "input"
+    WRITING = "writing"
+    GENERATOR_DEATHS = "generator deaths"
+    DRAWING = "drawing"
+    DECODER_DEATHS = "decoder deaths"
+    DESCRIBING = "describing"
+    EARLIER_JOB = "earlier job"
+
+    @property
+    def is_of_a_picture(self) -> bool:
+        """The text is whole: drawing may mend it."""
+        return self in (ErrorKind.DRAWING, ErrorKind.DECODER_DEATHS)
 
 
 PAGE_SCHEMA = pa.schema(
@@ -152,11 +170,11 @@ class Write:
                         self.failpoint("text-written")
                         yield {**common, **_page_row(job, num_stored, known)}
                 except InvalidRequest as refusal:
-                    error, kind = str(refusal), "input"
+                    error, kind = str(refusal), ErrorKind.INPUT
                 except DiedTooOften as deaths:
-                    error, kind = str(deaths), "engine deaths"
+                    error, kind = str(deaths), ErrorKind.GENERATOR_DEATHS
                 except Exception as failure:  # one story fails, the others go on
-                    error, kind = f"writing failed: {describe(failure)}", "writing"
+                    error, kind = f"writing failed: {describe(failure)}", ErrorKind.WRITING
         yield {
             **common,
             "page": CLOSING_PAGE,
@@ -240,9 +258,9 @@ class Draw:
                 self.store.save_picture(page["id"], page["page"], self._draw(page))
                 self.failpoint("picture-written")
             except DiedTooOften as deaths:
-                error, kind = str(deaths), "engine deaths"
+                error, kind = str(deaths), ErrorKind.DECODER_DEATHS
             except Exception as failure:  # one picture fails, the others go on
-                error, kind = describe(failure), "drawing"
+                error, kind = describe(failure), ErrorKind.DRAWING
         seconds = time.monotonic() - started
         return {**page, "has_picture": error is None, "error": error, "kind": kind, "seconds": seconds}
 
@@ -294,11 +312,11 @@ class Tell:
                 events = drain(self.seat.engine.generate(request))
                 caption = "".join(event.text for event in events if isinstance(event, TextDelta)).strip()
             except InvalidRequest as refusal:
-                error, kind = str(refusal), "input"
+                error, kind = str(refusal), ErrorKind.INPUT
             except DiedTooOften as deaths:
-                error, kind = str(deaths), "engine deaths"
+                error, kind = str(deaths), ErrorKind.GENERATOR_DEATHS
             except Exception as failure:  # one picture fails, the others go on
-                error, kind = f"describing failed: {describe(failure)}", "describing"
+                error, kind = f"describing failed: {describe(failure)}", ErrorKind.DESCRIBING
         return {
             "id": job.id,
             "image": place_of(job.image),

@@ -3,8 +3,8 @@
 Stories of 4 pages with 48 tokens of text each and guided pictures, written and drawn by
 
   ours        both engines in one process, 1 to 16 stories at once
-  published   a loop in the published way: one story at a time, token by token, diffusers' own pipeline for each picture
-  limit       the same tokens and steps in lockstep with no engine around them, at the best of a sweep of batch sizes
+  baseline    a loop as published: one story at a time, token by token, diffusers' own pipeline for each picture
+  upper_bound the same tokens and steps in lockstep with no engine around them, at the best of a sweep of batch sizes
 
 with the same weights, precision, cores and scheduler, in one run, each in a process of its own. With `--serve`, a
 server of the same model folder is then started, stories are streamed from it by a process of its own, and the ratios
@@ -175,15 +175,15 @@ def measure_long_prompt(engines: Engines, load: Load) -> dict[str, Any]:
     return {"long_prompt": asyncio.run(measure_token_gaps(engines, load))}
 
 
-# In the published way
+# The baseline
 
 
 @torch.no_grad()
-def write_as_published(engines: Engines, request: StoryRequest) -> float:
+def write_as_baseline(engines: Engines, request: StoryRequest) -> float:
     """Seconds of one story."""
     began = time.perf_counter()
     language, decoder = engines.generator.language, engines.decoder
-    pipeline = published_pipeline(decoder, request)
+    pipeline = baseline_pipeline(decoder, request)
     cache = DynamicCache()
     ids_1S = torch.tensor([engines.prompt_ids(request)])
     state_H = language.states(language.embed(ids_1S), cache=cache)[0, -1]
@@ -214,7 +214,7 @@ def write_as_published(engines: Engines, request: StoryRequest) -> float:
     return time.perf_counter() - began
 
 
-def published_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> StableDiffusionPipeline:
+def baseline_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> StableDiffusionPipeline:
     # An offset, which the pipeline insists on, plays no part with timesteps that are spaced from the end.
     pipeline = StableDiffusionPipeline(
         vae=decoder.diffusion.vae,
@@ -230,17 +230,17 @@ def published_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> Stab
     return pipeline
 
 
-def measure_published(engines: Engines, load: Load) -> dict[str, Any]:
-    write_as_published(engines, engines.new_stories(1, load, steps=1)[0])  # the first call is always the slowest
+def measure_baseline(engines: Engines, load: Load) -> dict[str, Any]:
+    write_as_baseline(engines, engines.new_stories(1, load, steps=1)[0])  # the first call is always the slowest
     by_steps = {}
     for steps in load.steps:
-        stories = engines.new_stories(load.num_published, load, steps=steps)
-        seconds = [write_as_published(engines, story) for story in stories]
+        stories = engines.new_stories(load.num_baseline, load, steps=steps)
+        seconds = [write_as_baseline(engines, story) for story in stories]
         by_steps[str(steps)] = {"stories_per_s": len(seconds) / sum(seconds), "story_s": spread(seconds)}
     return {"by_steps": by_steps}
 
 
-# The limit
+# The upper bound
 
 
 @torch.no_grad()
@@ -287,7 +287,7 @@ def picture_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int
     return (time.perf_counter() - began) / batch_size
 
 
-def measure_limit(engines: Engines, load: Load) -> dict[str, Any]:
+def measure_upper_bound(engines: Engines, load: Load) -> dict[str, Any]:
     """Stories/s of the best batch sizes: text, then pictures, each with all threads."""
     first = load.story(0, engines.config, steps=load.steps[0])
     text_in_lockstep(engines, first, 1)  # the first call is always the slowest
@@ -308,8 +308,8 @@ def measure_limit(engines: Engines, load: Load) -> dict[str, Any]:
 
 
 WAYS: dict[str, Callable[[Engines, Load], dict[str, Any]]] = {
-    "published": measure_published,
-    "limit": measure_limit,
+    "baseline": measure_baseline,
+    "upper_bound": measure_upper_bound,
     "ours": measure_ours,
     "long_prompt": measure_long_prompt,
 }
@@ -337,14 +337,14 @@ def measure_in_own_process(way: str, options: argparse.Namespace) -> dict[str, A
 
 
 def compare(ways: dict[str, Any], name: str) -> dict[str, float]:
-    """Ratios of `name`, "ours" or "http", to the published way and to the limit."""
+    """Ratios of `name`, "ours" or "http", to the baseline and to the upper bound."""
     most = max(map(int, ways[name]))
     one, many = ways[name]["1"], ways[name][str(most)]
-    published, limit = ways["published"]["stories_per_s"], ways["limit"]["stories_per_s"]
+    baseline, upper_bound = (ways[name]["stories_per_s"] for name in ("baseline", "upper_bound"))
     return {
-        f"stories_{most}_vs_published": many["stories_per_s"] / published,
-        f"stories_{most}_vs_limit": many["stories_per_s"] / limit,
-        "latency_1_vs_published": published / one["stories_per_s"],
+        f"stories_{most}_vs_baseline": many["stories_per_s"] / baseline,
+        f"stories_{most}_vs_upper_bound": many["stories_per_s"] / upper_bound,
+        "latency_1_vs_baseline": baseline / one["stories_per_s"],
         "overlap": 1 / one["stories_per_s"] / ways["bound_s"],
     }
 
@@ -353,7 +353,7 @@ def show(figures: dict[str, Any], ratios: dict[str, float]) -> None:
     """One table on the terminal."""
     print(f"{'steps':>5}  {'way':<12} {'stories/s':>9}  {'story p50 s':>11}  {'first text s':>12}  {'picture s':>9}")
     for steps, ways in figures["by_steps"].items():
-        rows = {"published": ways["published"], "limit": ways["limit"]}
+        rows = {name: ways[name] for name in ("baseline", "upper_bound")}
         for name in ("ours", "http"):
             rows |= {f"{name}, {num}": row for num, row in ways.get(name, {}).items()}
         for name, row in rows.items():
@@ -365,8 +365,10 @@ def show(figures: dict[str, Any], ratios: dict[str, float]) -> None:
         for num, row in ways.get("http", {}).items():
             print(f"       http, {num}: busy cores: " + ", ".join(f"{n} {v}" for n, v in row["busy_cores"].items()))
         for what in ("text", "picture"):
-            sweep = ways["limit"][f"{what}_s_by_batch_size"]
-            print(f"       limit, {what} s by batch size: " + ", ".join(f"{n}: {s:.3f}" for n, s in sweep.items()))
+            sweep = ways["upper_bound"][f"{what}_s_by_batch_size"]
+            print(
+                f"       upper bound, {what} s by batch size: " + ", ".join(f"{n}: {s:.3f}" for n, s in sweep.items())
+            )
     print("ratios: " + ", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))
 
 

@@ -29,7 +29,7 @@ class Load:
     concurrent: tuple[int, ...] = (1, 4, 16)
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     long_prompt_tokens: int = 6000
-    num_published: int = 2
+    num_baseline: int = 2
     """Stories of the published loop that are timed; it takes them one after another."""
 
     def sizes(self) -> list[tuple[int, list[int]]]:
@@ -54,7 +54,7 @@ class Load:
 
 
 TINY = Load(
-    pages=2, page_tokens=6, steps=(2,), concurrent=(1, 2), batch_sizes=(1, 2), long_prompt_tokens=200, num_published=1
+    pages=2, page_tokens=6, steps=(2,), concurrent=(1, 2), batch_sizes=(1, 2), long_prompt_tokens=200, num_baseline=1
 )
 
 

@@ -222,36 +222,6 @@ def minigpt5_7b() -> ModelConfig:
     )
 
 
-def to_json(config: ModelConfig) -> dict[str, object]:
-    return dataclasses.asdict(config)
-
-
-def from_json(values: dict[str, Any]) -> ModelConfig:
-    """The inverse of `to_json`. An unknown or missing key raises TypeError naming it."""
-    return _build(ModelConfig, values)
-
-
-def _build(kind: Any, values: dict[str, Any]) -> Any:
-    nested = {
-        "vision": VisionConfig,
-        "eva": EvaConfig,
-        "lora": LoraConfig,
-        "sampling": Sampling,
-        "draw": DrawSettings,
-        "draw_distilled": DrawSettings,
-    }
-    return kind(
-        **{
-            key: _build(nested[key], value)
-            if key in nested and value is not None
-            else tuple(value)
-            if isinstance(value, list)
-            else value
-            for key, value in values.items()
-        }
-    )
-
-
 def default_model_folder() -> Path:
     """The storybook model of the repository that this package is installed from."""
     return Path(__file__).resolve().parent.parent / "models" / "storybook"

@@ -25,7 +25,7 @@ MAX_DISTILLED_STEPS = 8
 class InputImage:
     """A picture that the language model reads: encoded bytes (PNG or JPEG), already bounded and checked."""
 
-    data: bytes
+    data: bytes = field(metadata={"json": "image"})
 
 
 PromptPart = str | InputImage

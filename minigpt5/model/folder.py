@@ -17,7 +17,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minigpt5.config import ModelConfig, from_json, to_json
+from minigpt5.codec import from_json, to_json
+from minigpt5.config import ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
 from minigpt5.types import DISTILLED, DrawSettings
@@ -43,8 +44,8 @@ def load_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise ModelFolderError(f"{folder} is not a model folder: it has no config.json; name one that training wrote")
     try:
-        return from_json(json.loads(path.read_text()))
-    except (ValueError, TypeError, KeyError) as error:
+        return from_json(ModelConfig, json.loads(path.read_text()))
+    except ValueError as error:
         raise ModelFolderError(f"{path} is damaged ({error}): restore it from where the folder came from") from error
 
 

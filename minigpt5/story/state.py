@@ -5,16 +5,14 @@ StoryState is what a store keeps and an HTTP front shows: numbers and text only,
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from minigpt5.types import (
     DrawSettings,
-    InputImage,
     Page,
     PageDone,
     Picture,
@@ -178,44 +176,3 @@ class StoryBuilder:
 
     def _page(self, index: int) -> Page:
         return self._pages.get(index) or Page(index=index, text="")
-
-
-def page_from_json(values: dict[str, Any]) -> PageState:
-    """The inverse of dataclasses.asdict on a PageState."""
-
-    def read(image: dict[str, Any]) -> ImageState:
-        return ImageState(**{**image, "draw": DrawSettings(**image["draw"])})
-
-    image = read(values["image"]) if values.get("image") else None
-    variants = tuple(read(variant) for variant in values.get("variants", ()))
-    return PageState(**{**values, "image": image, "variants": variants})
-
-
-def state_from_json(values: dict[str, object], *, pages: tuple[PageState, ...]) -> StoryState:
-    """The inverse of dataclasses.asdict on a StoryState whose pages are kept apart."""
-    nested = {"sampling": Sampling, "draw": DrawSettings, "usage": Usage}
-    filled = {key: nested[key](**value) if key in nested else value for key, value in values.items()}  # type: ignore[arg-type]
-    return StoryState(**{**filled, "pages": pages})  # type: ignore[arg-type]
-
-
-def request_to_json(request: StoryRequest) -> dict[str, Any]:
-    """A request without `previous` pages; its pictures in base64."""
-    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    del values["previous"]
-    parts = [
-        {"image": base64.b64encode(part.data).decode()} if isinstance(part, InputImage) else part
-        for part in request.prompt
-    ]
-    settings = {"sampling": dataclasses.asdict(request.sampling), "draw": dataclasses.asdict(request.draw)}
-    return {**values, **settings, "prompt": parts}
-
-
-def request_from_json(values: dict[str, Any]) -> StoryRequest:
-    """The inverse of `request_to_json`."""
-    parts = tuple(
-        InputImage(data=base64.b64decode(part["image"])) if isinstance(part, dict) else part
-        for part in values["prompt"]
-    )
-    nested = {"sampling": Sampling(**values["sampling"]), "draw": DrawSettings(**values["draw"])}
-    texts = {"stop": tuple(values["stop"]), "given": tuple(values["given"])}
-    return StoryRequest(**{**values, **nested, **texts, "prompt": parts})

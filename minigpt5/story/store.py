@@ -27,15 +27,9 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from minigpt5.codec import from_json, to_json
 from minigpt5.errors import StorageError, StoryNotFound, StoryTaken
-from minigpt5.story.state import (
-    PageState,
-    StoryState,
-    page_from_json,
-    request_from_json,
-    request_to_json,
-    state_from_json,
-)
+from minigpt5.story.state import PageState, StoryState
 from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import Page, Picture, Story, StoryRequest, Vokens
 
@@ -83,12 +77,10 @@ class StoryStore:
 
     def save(self, state: StoryState) -> None:
         """Everything but the pages, which `save_page` writes each by itself."""
-        values = dataclasses.asdict(state)
-        del values["pages"]
-        self._write_of(state.id, "story.json", _to_bytes(values))
+        self._write_of(state.id, "story.json", _to_bytes(to_json(dataclasses.replace(state, pages=()))))
 
     def save_page(self, story_id: str, page: PageState) -> None:
-        self._write_of(story_id, f"{_page(story_id, page.index)}/page.json", _to_bytes(dataclasses.asdict(page)))
+        self._write_of(story_id, f"{_page(story_id, page.index)}/page.json", _to_bytes(to_json(page)))
 
     def save_vokens(self, story_id: str, vokens: Vokens) -> None:
         self._write_of(story_id, f"{_page(story_id, vokens.page)}/vokens.safetensors", pack(vokens))
@@ -97,12 +89,12 @@ class StoryStore:
         self._write_of(story_id, f"{_page(story_id, picture.page)}/{_picture_name(variant)}", picture.png)
 
     def save_request(self, story_id: str, request: StoryRequest) -> None:
-        self._write_of(story_id, "request.json", _to_bytes(request_to_json(request)))
+        self._write_of(story_id, "request.json", _to_bytes(to_json(dataclasses.replace(request, previous=()))))
 
     def load_request(self, story_id: str) -> StoryRequest:
         """Raises StoryNotFound."""
         data = self._read(f"{_folder(story_id)}/request.json", f"story {story_id!r} has no stored request")
-        return request_from_json(json.loads(data))
+        return from_json(StoryRequest, json.loads(data))
 
     def mark(self, story_id: str, *, is_running: bool) -> None:
         """Note that a story is being made, by the owner of this store's number, or no longer. Raises StoryTaken."""
@@ -200,8 +192,9 @@ class StoryStore:
         values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
         infos = self._list(f"{_folder(story_id)}/pages", recursive=True)
         paths = [info.path for info in infos if info.base_name == "page.json"]
-        pages = [page_from_json(json.loads(self._read(path, f"no story {story_id!r}"))) for path in paths]
-        return state_from_json(values, pages=tuple(sorted(pages, key=lambda page: page.index)))
+        pages = [from_json(PageState, json.loads(self._read(path, f"no story {story_id!r}"))) for path in paths]
+        state = from_json(StoryState, values)
+        return dataclasses.replace(state, pages=tuple(sorted(pages, key=lambda page: page.index)))
 
     def load_vokens(self, story_id: str, page: int) -> Vokens:
         """Raises StoryNotFound."""
@@ -243,7 +236,8 @@ class StoryStore:
     def load_page(self, story_id: str, page: int) -> PageState:
         """Raises StoryNotFound."""
         missing = f"story {story_id!r} has no page {page}"
-        return page_from_json(json.loads(self._read(f"{_folder(story_id)}/{_page(story_id, page)}/page.json", missing)))
+        data = self._read(f"{_folder(story_id)}/{_page(story_id, page)}/page.json", missing)
+        return from_json(PageState, json.loads(data))
 
     def load_picture(self, story_id: str, page: int, *, variant: int = 0) -> bytes:
         """The PNG. Raises StoryNotFound."""

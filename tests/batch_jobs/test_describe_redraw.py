@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
-from pyarrow import dataset
+from pyarrow import dataset, parquet
 
 from batch_jobs import describe, illustrate, redraw
 from batch_jobs.describe import QUESTION
@@ -97,12 +97,36 @@ def test_stored_vokens_keep_their_text_and_take_the_new_settings(tmp_path: Path)
     assert first["seed"] == page_seed(9, 1)
 
 
+def test_an_error_of_a_picture_is_told_by_its_kind_not_by_its_words(tmp_path: Path) -> None:
+    """A text may fail with the words that a picture's error has."""
+    page = {"index": 1, "text": "One.", "vokens": b"", "seed": 1, "error": None}
+    says_picture = {"id": "a", "pages": [page], "error": "writing failed: page 1 has no picture: ink"}
+    fetch = redraw.Fetch(uri="", ids=frozenset("a"), settings=SETTINGS, seed=None)
+    kept = list(fetch.pages({**says_picture, "kind": "writing"}))[-1]
+    assert kept["error"] == says_picture["error"] and kept["kind"] == "earlier job"
+    for kind in ("drawing", "decoder deaths"):
+        assert list(fetch.pages({**says_picture, "kind": kind}))[-1]["error"] is None
+
+
+def test_a_data_set_without_kinds_of_errors_is_drawn_again_too(tmp_path: Path) -> None:
+    illustrate_here(check(*PROMPTS), new_output(tmp_path))
+    (path,) = (tmp_path / "out").glob("part-*")
+    parquet.write_table(parquet.read_table(path).drop_columns("kind"), path)
+    ids = frozenset(read_output(tmp_path))
+    fetch = redraw.Fetch(uri=str(tmp_path / "out"), ids=ids, settings=SETTINGS, seed=None)
+    files = pa.table({"path": redraw.parts(str(tmp_path / "out"))})
+    closing = [row for table in fetch.tables(files) for row in table.to_pylist() if not row["page"]]
+    assert sum(row["error"] is not None for row in closing) == 3
+
+
 def test_stories_of_another_model_and_of_no_job_are_refused(tmp_path: Path) -> None:
     illustrate_here(check(PROMPTS[0]), new_output(tmp_path))
     (story,) = redraw.read_stories(str(tmp_path / "out"), fingerprint=FINGERPRINT)
     assert (story.id, story.seed) == ("fox", 7)
-    with pytest.raises(MiniGPT5Error, match="another model's"):
-        list(redraw.read_stories(str(tmp_path / "out"), fingerprint="other"))
+    # "fak" stands in the header too, but is not the fingerprint there
+    for other in ("other", FINGERPRINT[:-1]):
+        with pytest.raises(MiniGPT5Error, match="another model's"):
+            list(redraw.read_stories(str(tmp_path / "out"), fingerprint=other))
     with pytest.raises(StorageError, match="holds no stories"):
         redraw.parts(str(tmp_path))
 

@@ -362,7 +362,7 @@ def test_a_row_that_was_in_flight_at_two_engine_deaths_becomes_an_error(tmp_path
 
     rows = check({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl", "pages": 2})
     report = illustrate.illustrate(rows, output, make_pages=make_pages)
-    assert report.kinds == {"engine deaths": 2}
+    assert report.kinds == {"generator deaths": 2}
     found = read_output(tmp_path)
     assert found["fox"]["error"] == "in flight at 2 engine deaths: it is not tried again" and not found["fox"]["pages"]
     assert [page["error"] is None for page in found["owl"]["pages"]] == [True, False]

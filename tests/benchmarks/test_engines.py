@@ -31,9 +31,9 @@ def engines() -> bench.Engines:
 def test_it_measures_every_way_and_gives_the_ratios(engines: bench.Engines) -> None:
     by_way = {way: measure(engines, TINY) for way, measure in bench.WAYS.items()}
     assert by_way["long_prompt"]["long_prompt"]["ratio"] > 0
-    ways = by_way["ours"]["by_steps"]["2"] | {way: by_way[way]["by_steps"]["2"] for way in ("published", "limit")}
+    ways = by_way["ours"]["by_steps"]["2"] | {way: by_way[way]["by_steps"]["2"] for way in ("baseline", "upper_bound")}
     ratios = bench.compare(ways, "ours")
-    assert set(ratios) == {"stories_2_vs_published", "stories_2_vs_limit", "latency_1_vs_published", "overlap"}
+    assert set(ratios) == {"stories_2_vs_baseline", "stories_2_vs_upper_bound", "latency_1_vs_baseline", "overlap"}
     assert all(0 < ratio < 100 for ratio in ratios.values())
     ours = ways["ours"]
     assert set(ours) == {"1", "2"}

@@ -215,7 +215,7 @@ def test_figures_stand_beside_what_is_asked_of_them() -> None:
     rows = {row["figure"]: row for row in goals.compare(figures)}
     assert len(rows) == 21
     for row in rows.values():
-        assert row["reached"] == (row["value"] <= 8 if "gap" in str(row["figure"]) else row["value"] >= row["asked"])
+        assert row["reached"] == (row["value"] <= 8 if "gap" in str(row["figure"]) else row["value"] >= row["target"])
     text = goals.to_text(list(rows.values()))
     assert len(text.splitlines()) == 1 + len(rows)
     without = {name: value for name, value in figures.items() if name not in ("stories", "reference", "understanding")}

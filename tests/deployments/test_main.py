@@ -91,7 +91,8 @@ def test_the_builder_wires_three_deployments_of_fixed_names(tmp_path: Path) -> N
     import json
 
     from deployments import app
-    from minigpt5.config import storybook, to_json
+    from minigpt5.codec import to_json
+    from minigpt5.config import storybook
 
     (tmp_path / "config.json").write_text(json.dumps(to_json(storybook())))
     application = app(AppArgs(model=str(tmp_path), storage=str(tmp_path)))

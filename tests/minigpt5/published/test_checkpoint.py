@@ -19,6 +19,7 @@ from minigpt5.model.prompt import DRAW_TARGET, IGNORED, encode, text
 from minigpt5.model.text_encoder import ClipTextEncoder
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.published import checkpoint as published
+from minigpt5.published.__main__ import main
 from minigpt5.types import DrawSettings
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 from tests.reference import told_sizes
@@ -56,7 +57,7 @@ def test_import_of_an_export_is_identical(tmp_path: Path) -> None:
     """Through the command line and the published file format."""
     folder = bring_in(tmp_path / "model", stage2=read("stage2_checkpoint"))
     files = [str(tmp_path / name) for name in ("stage1.ckpt", "stage2.ckpt", "vision.ckpt")]
-    published.main(["export", str(folder), "--stage1", files[0], "--stage2", files[1], "--vision", files[2]])
+    main(["export", str(folder), "--stage1", files[0], "--stage2", files[1], "--vision", files[2]])
     stage1, stage2, vision = (published.read_state_dict(Path(file)) for file in files)
     again = bring_in(tmp_path / "again", stage1=stage1, stage2=stage2, vision=vision)
     assert (again / "config.json").read_text() == (folder / "config.json").read_text()

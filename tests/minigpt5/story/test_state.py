@@ -7,7 +7,8 @@ import dataclasses
 import json
 import random
 
-from minigpt5.story.state import StoryBuilder, page_from_json, state_from_json
+from minigpt5.codec import from_json, to_json
+from minigpt5.story.state import StoryBuilder, StoryState
 from minigpt5.story.stream import page_seed, stream_story, write_story
 from minigpt5.types import (
     DrawSettings,
@@ -87,9 +88,7 @@ def test_a_state_survives_json() -> None:
     builder.add(done(1))
     builder.add(PageDone(page=Page(index=2, text="Two", error="broke")))
     state = builder.state("failed", error="why")
-    values = json.loads(json.dumps(dataclasses.asdict(state)))
-    pages = tuple(page_from_json(page) for page in values["pages"])
-    assert state_from_json(values, pages=pages) == state
+    assert from_json(StoryState, json.loads(json.dumps(to_json(state)))) == state
 
 
 def test_the_builder_and_write_story_agree() -> None:
