@@ -16,7 +16,7 @@ from benchmarks.referring import BASELINES
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """`target` of a trained model, `goal` of the best; both are the least, or the most of a figure that is to be low."""
+    """`target` of a trained model, `goal` of the best; both are bounds, upper ones of a figure that should be low."""
 
     figure: str
     path: tuple[str, ...]

