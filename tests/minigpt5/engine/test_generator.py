@@ -415,7 +415,7 @@ def test_after_two_hundred_random_cancels_nothing_is_in_flight() -> None:
 
     asyncio.run(run_all())
     assert generator.num_running == generator.num_waiting == generator.queued_cost == 0
-    assert len(generator._free_rows) == 6
+    assert len(generator._free_slots) == 6
     assert text(run(generator, story())[0]) == text(run(new_generator(), story())[0])
 
 
