@@ -362,7 +362,7 @@ def test_a_row_that_was_in_flight_at_two_engine_deaths_becomes_an_error(tmp_path
 
     rows = check({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl", "pages": 2})
     report = illustrate.illustrate(rows, output, make_pages=make_pages)
-    assert report.kinds == {"generator deaths": 2}
+    assert report.kinds == {"generator deaths": 1, "decoder deaths": 1}
     found = read_output(tmp_path)
     assert found["fox"]["error"] == "in flight at 2 engine deaths: it is not tried again" and not found["fox"]["pages"]
     assert [page["error"] is None for page in found["owl"]["pages"]] == [True, False]
@@ -411,7 +411,7 @@ def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> 
     for _ in range(2):
         output = new_output(tmp_path)
         output.failpoint = output.sink._failpoint = reached.add
-        options = {"store": output.store, "watch": Monitor(), "reach": reached.add}
+        options = {"store": output.store, "watch": Monitor(), "failpoint": reached.add}
 
         def make_pages(jobs: list[StoryJob], report: Report, options: dict[str, object] = options) -> Iterator[Row]:
             write = Write(FakeGenerator, CONFIG.sampling, **options)  # type: ignore[arg-type]
