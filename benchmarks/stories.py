@@ -63,7 +63,7 @@ def tell(model: MiniGPT5, scorer: Scorer, num: int) -> list[Told]:
     told = []
     for index in range(num):
         asked = story_at(index, seed=SEED, split="heldout", num_pages=NUM_PAGES, held_out_pairs=True)
-        story = model.write(asked.prompt, pages=NUM_PAGES, seed=index)
+        story = model.write(asked.prompt, pages=NUM_PAGES, seed=index, progress=False)
         pictures = [pixels_of(page.picture.png) for page in story.pages if page.picture]
         seen = iter(scorer.score(np.stack(pictures)) if pictures else ())
         known = page_facts([page.text for page in story.pages], asked.prompt)

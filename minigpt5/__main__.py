@@ -75,7 +75,7 @@ def write(prompt: str, *, pages: int, seed: int, out: str, model: Path) -> str:
     from minigpt5 import MiniGPT5
 
     teller = Teller()
-    story = MiniGPT5.from_pretrained(model).write(prompt, pages=pages, seed=seed, on_event=teller.tell)
+    story = MiniGPT5.from_pretrained(model).write(prompt, pages=pages, seed=seed, on_event=teller.tell, progress=False)
     teller.end()
     return story.save(out)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from minigpt5.blocking import run_blocking
 from minigpt5.config import ModelConfig, check_distilled
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.threads import share
+from minigpt5.progress import StoryProgress, is_watched
 from minigpt5.story.state import new_story_id
 from minigpt5.story.stream import write_story
 from minigpt5.types import (
@@ -31,6 +33,9 @@ DESCRIBE = "Describe this image."
 
 class MiniGPT5:
     """Both engines in this process.
+
+    Every method works in a script and in a notebook, whose event loop runs already; each has a coroutine beside it, with
+    an `a` before its name.
 
     Example: MiniGPT5.from_pretrained("models/storybook").write("A fox who finds a balloon", pages=4, seed=7)
     """
@@ -60,8 +65,29 @@ class MiniGPT5:
         seed: int = DEFAULT_SEED,
         draw: DrawSettings | None = None,
         on_event: Callable[[StoryEvent], None] = lambda event: None,
+        progress: bool | None = None,
     ) -> Story:
-        """Write and draw a story. Raises InvalidRequest where the prompt is empty or too long."""
+        """Write and draw a story.
+
+        `on_event` is called with every event, in order. `progress` shows a bar; by default on a terminal and in a
+        notebook. Raises InvalidRequest where the prompt is empty or too long.
+        """
+        return run_blocking(
+            self.awrite(prompt, pages=pages, seed=seed, draw=draw, on_event=on_event, progress=progress)
+        )
+
+    async def awrite(
+        self,
+        prompt: str,
+        *,
+        pages: int = 4,
+        seed: int = DEFAULT_SEED,
+        draw: DrawSettings | None = None,
+        on_event: Callable[[StoryEvent], None] = lambda event: None,
+        progress: bool | None = None,
+    ) -> Story:
+        """As `write`, in the caller's event loop. Stories that are written at once share the engines' batches, and each
+        is what it is alone. Cancelling the task stops the work at the next token and denoising step."""
         request = StoryRequest(
             prompt=(prompt,),
             pages=pages,
@@ -71,24 +97,46 @@ class MiniGPT5:
         )
         self.generator.validate_request(request)
         check_distilled(request.draw, has_distilled=self.config.draw_distilled is not None)
-        engines = self.generator.generate, self.decoder.decode
-        return asyncio.run(
-            write_story(request, *engines, story_id=new_story_id(), model=self.config.name, on_event=on_event)
-        )
+        shown = is_watched() if progress is None else progress
+        bar = StoryProgress(pages=pages, steps=request.draw.steps) if shown else None
+
+        def observe(event: StoryEvent) -> None:
+            if bar:
+                bar.observe(event)
+            on_event(event)
+
+        try:
+            return await write_story(
+                request,
+                self.generator.generate,
+                self.decoder.decode,
+                story_id=new_story_id(),
+                model=self.config.name,
+                on_event=observe,
+            )
+        finally:
+            if bar:
+                bar.close()
 
     def vokens(self, text: str) -> Vokens:
-        """The vokens of a caption, without writing anything."""
+        """The vokens of a caption; no text is written."""
+        return run_blocking(self.avokens(text))
 
-        async def run() -> Vokens:
-            async for event in self.generator.generate(StoryRequest(prompt=(text,), pages=1, mode="caption")):
+    async def avokens(self, text: str) -> Vokens:
+        """As `vokens`, in the caller's event loop."""
+        request = StoryRequest(prompt=(text,), pages=1, mode="caption")
+        async with contextlib.aclosing(self.generator.generate(request)) as events:  # type: ignore[type-var]
+            async for event in events:
                 if isinstance(event, Vokens):
                     return event
-            raise AssertionError("the generator ended without vokens")
-
-        return asyncio.run(run())
+        raise AssertionError("the generator ended without vokens")
 
     def describe(self, picture: bytes, question: str = DESCRIBE) -> str:
-        """What the model says of a picture (PNG or JPEG bytes), without drawing one."""
+        """The model's answer to a question about a picture (PNG or JPEG bytes); nothing is drawn."""
+        return run_blocking(self.adescribe(picture, question))
+
+    async def adescribe(self, picture: bytes, question: str = DESCRIBE) -> str:
+        """As `describe`, in the caller's event loop."""
         request = StoryRequest(
             prompt=(InputImage(data=picture), question),
             pages=1,
@@ -96,15 +144,18 @@ class MiniGPT5:
             mode="reply",
             pictures="none",
         )
-
-        async def run() -> str:
-            events = self.generator.generate(request)
+        async with contextlib.aclosing(self.generator.generate(request)) as events:  # type: ignore[type-var]
             return "".join([event.text async for event in events if isinstance(event, TextDelta)])
-
-        return asyncio.run(run())
 
     def draw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
         """Draw vokens; the same vokens and seed give the same picture."""
+        return run_blocking(self.adraw(vokens, seed, settings=settings))
+
+    async def adraw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
+        """As `draw`, in the caller's event loop."""
         request = DrawRequest(vokens=vokens, seed=seed, settings=settings or self.config.default_draw)
-        self.decoder.validate_request(request)
-        return self.decoder.draw([request])[0]
+        async with contextlib.aclosing(self.decoder.decode(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Picture):
+                    return event
+        raise AssertionError("the decoder ended without a picture")

@@ -13,4 +13,4 @@ def write_sample(model: Path) -> bytes:
     from minigpt5.pipeline import MiniGPT5
     from minigpt5.story.export.html import to_html
 
-    return to_html(MiniGPT5.from_pretrained(model).write(PROMPT, pages=NUM_PAGES, seed=SEED)).encode()
+    return to_html(MiniGPT5.from_pretrained(model).write(PROMPT, pages=NUM_PAGES, seed=SEED, progress=False)).encode()

@@ -1,0 +1,47 @@
+"""A progress bar of a story, on a terminal or in a notebook."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from minigpt5.types import PageDone, Progress, SlotOpened, StoryEvent, TextDelta
+
+
+def is_watched() -> bool:
+    """Whether a person sees the bar: stderr is a terminal, or this is a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+class StoryProgress:
+    """Counts denoising steps, and says which page is written or drawn."""
+
+    def __init__(self, *, pages: int, steps: int) -> None:
+        """`steps`: of one picture."""
+        from tqdm import TqdmWarning
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TqdmWarning)  # a notebook without widgets gets the bar in text
+            from tqdm.auto import tqdm
+        self._pages, self._steps = pages, steps
+        self._done: dict[int, int] = {}
+        self._bar: Any = tqdm(total=pages * steps, unit="step", desc="page 1: writing")
+
+    def observe(self, event: StoryEvent) -> None:
+        if isinstance(event, TextDelta):
+            self._bar.set_description(f"page {event.page}: writing")
+        elif isinstance(event, SlotOpened):
+            self._bar.set_description(f"page {event.page}: drawing")
+        elif isinstance(event, Progress):
+            self._count(event.page, event.step)
+        elif isinstance(event, PageDone):
+            self._count(event.page.index, self._steps)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _count(self, page: int, step: int) -> None:
+        """`step` of a page's picture is done."""
+        self._bar.update(max(0, step - self._done.get(page, 0)))
+        self._done[page] = max(step, self._done.get(page, 0))

@@ -1,0 +1,165 @@
+"""MiniGPT5 gives the same results from a script, from inside an event loop, and from its coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from minigpt5.blocking import run_blocking
+from minigpt5.engine.decoder import DiffusionDecoder
+from minigpt5.errors import InvalidRequest
+from minigpt5.pipeline import MiniGPT5
+from minigpt5.types import DrawSettings, Story, StoryEvent
+from tests.helpers.fakes import make_png
+from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
+from tests.minigpt5.engine.test_generator import new_generator
+
+DRAW = DrawSettings(steps=3)
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniGPT5:
+    config = tiny_config()
+    return MiniGPT5(new_generator(), DiffusionDecoder(config, tiny_mapper(config), tiny_diffusion(config)))
+
+
+def content(story: Story) -> list[tuple[str, bytes | None]]:
+    return [(page.text, page.picture.png if page.picture else None) for page in story.pages]
+
+
+def wait_until_idle(model: MiniGPT5) -> None:
+    deadline = time.monotonic() + 20
+    while any(one.num_running + one.num_waiting for one in (model.generator, model.decoder)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_story_is_the_same_inside_a_running_loop(model: MiniGPT5) -> None:
+    def write() -> Story:
+        return model.write("A fox", pages=2, seed=3, draw=DRAW)
+
+    async def inside() -> tuple[Story, Story]:
+        return write(), await model.awrite("A fox", pages=2, seed=3, draw=DRAW)
+
+    expected = content(write())
+    assert len(expected) == 2 and all(png for _, png in expected)
+    blocking, awaited = asyncio.run(inside())
+    assert content(blocking) == content(awaited) == expected
+
+
+def test_vokens_pictures_and_descriptions_are_the_same_inside_a_running_loop(model: MiniGPT5) -> None:
+    picture = make_png(size=(32, 32))
+
+    def make() -> tuple[bytes, bytes, str]:
+        vokens = model.vokens("a fox in the snow")
+        return vokens.hidden_VH.tobytes(), model.draw(vokens, 5, settings=DRAW).png, model.describe(picture)
+
+    async def inside() -> tuple[bytes, bytes, str]:
+        return make()
+
+    async def awaited() -> tuple[bytes, bytes, str]:
+        vokens = await model.avokens("a fox in the snow")
+        drawn = await model.adraw(vokens, 5, settings=DRAW)
+        return vokens.hidden_VH.tobytes(), drawn.png, await model.adescribe(picture)
+
+    assert make() == asyncio.run(inside()) == asyncio.run(awaited())
+
+
+def test_stories_that_are_written_at_once_are_what_each_is_alone(model: MiniGPT5) -> None:
+    async def together() -> list[Story]:
+        return await asyncio.gather(*(model.awrite("An owl", pages=1, seed=seed, draw=DRAW) for seed in range(3)))
+
+    alone = [content(model.write("An owl", pages=1, seed=seed, draw=DRAW)) for seed in range(3)]
+    assert [content(story) for story in asyncio.run(together())] == alone
+
+
+def test_events_come_in_order_and_from_inside_a_loop_too(model: MiniGPT5) -> None:
+    async def inside() -> tuple[list[StoryEvent], list[StoryEvent]]:
+        blocking: list[StoryEvent] = []
+        awaited: list[StoryEvent] = []
+        model.write("A fox", pages=1, seed=3, draw=DRAW, on_event=blocking.append)
+        await model.awrite("A fox", pages=1, seed=3, draw=DRAW, on_event=awaited.append)
+        return blocking, awaited
+
+    blocking, awaited = asyncio.run(inside())
+    assert [type(event) for event in blocking] == [type(event) for event in awaited] and len(blocking) > 5
+
+
+def test_what_cannot_be_written_is_refused_in_every_way(model: MiniGPT5) -> None:
+    async def blocking() -> Story:
+        return model.write(" ")
+
+    for refused in (lambda: model.write(" "), lambda: asyncio.run(blocking()), lambda: asyncio.run(model.awrite(" "))):
+        with pytest.raises(InvalidRequest, match="prompt is empty"):
+            refused()
+    with pytest.raises(InvalidRequest, match="no distilled UNet"):
+        model.write("A fox", draw=replace(DRAW, scheduler="distilled", guidance_scale=1.0))
+
+
+def test_a_cancelled_story_stops_the_engines(model: MiniGPT5) -> None:
+    async def cancel() -> None:
+        begun = asyncio.Event()
+        task = asyncio.create_task(
+            model.awrite("A fox", pages=8, seed=1, draw=DrawSettings(steps=50), on_event=lambda event: begun.set())
+        )
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    wait_until_idle(model)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_ctrl_c_stops_the_engines(model: MiniGPT5, is_inside: bool) -> None:
+    def press(event: StoryEvent) -> None:
+        if not pressed.is_set():
+            pressed.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def write() -> Story:
+        return model.write("A fox", pages=8, seed=1, draw=DrawSettings(steps=50), on_event=press)
+
+    async def inside() -> Story:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # as IPython's kernel has it, which runs cells in a loop
+        return write()
+
+    pressed = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(inside()) if is_inside else write()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_until_idle(model)
+
+
+def test_what_a_coroutine_raises_comes_through() -> None:
+    async def fail() -> None:
+        raise KeyError("x")
+
+    async def inside() -> None:
+        run_blocking(fail())
+
+    for way in (lambda: run_blocking(fail()), lambda: asyncio.run(inside())):
+        with pytest.raises(KeyError, match="x"):
+            way()
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_a_bar_counts_steps_where_it_is_asked_for(
+    model: MiniGPT5, progress: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.write("A fox", pages=2, seed=3, draw=DRAW, progress=progress)
+    shown = capsys.readouterr().err
+    assert ("6/6" in shown and "page 2: drawing" in shown) == (progress is True)
+    assert shown or progress is not True
