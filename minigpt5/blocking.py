@@ -15,7 +15,7 @@ T = TypeVar("T")
 def run_blocking(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end and return its result, or raise what it raises.
 
-    Where the calling thread runs an event loop, the coroutine gets a loop and a thread of its own, and the caller waits.
+    Where the calling thread runs an event loop, the coroutine gets a loop and a thread of its own; the caller waits.
     Ctrl-C cancels the coroutine, waits until it has let go of everything, and is raised as KeyboardInterrupt.
     """
     try:

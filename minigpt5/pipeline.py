@@ -34,8 +34,8 @@ DESCRIBE = "Describe this image."
 class MiniGPT5:
     """Both engines in this process.
 
-    Every method works in a script and in a notebook, whose event loop runs already; each has a coroutine beside it, with
-    an `a` before its name.
+    Every method works in a script and in a notebook, whose event loop runs already. Each has a coroutine beside it,
+    with an `a` before its name.
 
     Example: MiniGPT5.from_pretrained("models/storybook").write("A fox who finds a balloon", pages=4, seed=7)
     """
