@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("minigpt5", "deployments", "training", "batch_jobs")
-TOP_LEVEL_FOLDERS = {*PACKAGES, "cluster", "tests", "models", "benchmarks", "docs"}
+TOP_LEVEL_FOLDERS = {*PACKAGES, "cluster", "tests", "models", "benchmarks", "docs", "examples"}
 LIGHT_MODULES = ("types", "errors", "config", "story.state", "story.stream", "story.store", "story.export.html")
 
 Rule = Callable[[str, ast.Module], list[str]]

@@ -1,0 +1,76 @@
+"""Every example runs as a newcomer runs it, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+
+
+def run(name: str, *arguments: str) -> str:
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
+    return process.stdout
+
+
+def test_every_example_has_a_test() -> None:
+    here = Path(__file__).read_text()
+    names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    assert len(names) == 4 and all(f'"{name}"' in here for name in names), names
+
+
+def test_the_notebook_is_stored_without_outputs() -> None:
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells run in the kernel's event loop."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in one.get("data", {}) for one in shown) == 2
+    story = next(one.data["text/html"] for one in shown if "text/html" in one.get("data", {}))
+    assert story.count("data:image/png") == 2
+    assert {path.suffix for path in (tmp_path / "stories").iterdir()} == {".html", ".epub", ".pdf"}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_server_is_started_and_called(tmp_path: Path) -> None:
+    said = run("serve_and_call.py", str(tmp_path))
+    assert "page 2 is drawn" in said and (tmp_path / "story.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_file_is_illustrated(tmp_path: Path) -> None:
+    said = run("bulk.py", str(tmp_path))
+    assert "mine 2 It finds a key. (" in said and "fox 2 " in said
+    assert any((tmp_path).rglob("*.epub"))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_the_shipped_model_is_trained_on_a_folder(tmp_path: Path) -> None:
+    said = run("train_on_your_folder.py", str(tmp_path), "2")
+    assert f"make serve MODEL={tmp_path / 'align' / 'model'}" in said
+    assert json.loads((tmp_path / "align" / "model" / "config.json").read_text())["name"] == "storybook"
