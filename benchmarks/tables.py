@@ -432,8 +432,9 @@ def rewrite(text: str, found: Results) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a table differs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
     options = parser.parse_args(arguments)
-    found, status = load_results(), 0
+    found, status = load_results(options.results), 0
     for page in pages():
         text = page.read_text()
         if (new := rewrite(text, found)) == text:

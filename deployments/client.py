@@ -49,7 +49,7 @@ class Event:
 
 
 class Client:
-    """Example: Client(key="mg5-...").story("story_3f")["pages"][0]["text"]"""
+    """Example: `Client(key="mg5-...").story("story_3f")["pages"][0]["text"]`"""
 
     def __init__(self, url: str = "", *, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
         """`url` and `key`: default from MINIGPT5_URL and MINIGPT5_KEY, else this machine's server and none."""
