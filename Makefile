@@ -25,7 +25,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-full fuzz lint quality bench-engines bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install serve story test test-full fuzz lint docs quality bench-engines bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,10 @@ lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(STAMP)  ## the documentation as a site in build/docs, warnings as errors
+	@test -x .venv/bin/zensical || $(RUN) -m pip install --quiet -e '.[docs]'
+	.venv/bin/zensical build --clean --strict
 
 quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quality.json
 	$(RUN) -m benchmarks.quality

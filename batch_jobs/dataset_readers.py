@@ -8,7 +8,7 @@ tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is 
             needs its picture as <name>.png beside it
 wesnoth     a folder of campaigns: [story] [part] blocks of .cfg files, with their paintings; a map is none
 storybook   the picture world: `storybook:caption`, `storybook:story` or `storybook:dialogue`, as many as --limit says
-folder      story.jsonl and pictures, a user's own: see README.md
+folder      story.jsonl and pictures, a user's own: see docs/training.md
 """
 
 from __future__ import annotations

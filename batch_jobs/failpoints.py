@@ -27,11 +27,11 @@ FailpointHook = Callable[[str], None]
 
 
 def no_failpoint(point: str) -> None:
-    """Points of a job that nobody wants to kill."""
+    """Pass a failpoint of a job that no test kills."""
 
 
 def from_environment() -> FailpointHook:
-    """What is to be called at each point. Raises ValueError where the variable names none."""
+    """Read the function that a job calls at each failpoint. Raises ValueError where the variable names none."""
     value = os.environ.get(VARIABLE)
     if not value:
         return no_failpoint

@@ -107,7 +107,7 @@ J = TypeVar("J", StoryJob, ImageJob)
 
 
 def digest_of(uri: str) -> str:
-    """What a file holds, or a folder: a job's second run is to be given the same. Raises StorageError."""
+    """Hash the content of a file or folder: a job's second run must get the same. Raises StorageError."""
     digest = hashlib.sha256()
     try:
         filesystem, path = open_uri(uri)

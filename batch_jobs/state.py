@@ -45,7 +45,7 @@ class StoredPage:
 
 
 class PageStore:
-    """Pages that are made but not yet in the output. Cheap to make, in every actor anew.
+    """Pages that are made but not yet in the output. Cheap to open: every actor opens its own.
 
     Example: PageStore("s3://bucket/stories").save_text("fox", 1, StoredPage(text="...", vokens=b"..."))
     """
@@ -198,7 +198,7 @@ class JobState:
         write_whole(self._files, self._manifest, _to_json({"status": "finished", "plan": self._plan, **counts}))
 
     def release(self) -> None:
-        """Leave the output to whoever comes next."""
+        """Give the output back, so that another run may take it."""
         owner = read_json(self._files, self._owner)
         if owner and owner["token"] == self._token:
             self._files.delete_file(self._owner)

@@ -60,7 +60,7 @@ class SimulatedGenerator:
 
 
 class SimulatedDecoder:
-    """Draws `pictures_per_s`, one after another, whoever asks: PNGs of the size that the shipped model's have."""
+    """Draws `pictures_per_s` for any caller, one after another: PNGs of the same size as the shipped model's."""
 
     fingerprint = FINGERPRINT
 

@@ -36,7 +36,7 @@ from minigpt5.types import DrawRequest, DrawSettings, StoryRequest, Vokens
 FIXED_TEXTS = (8, 16)
 FIXED_PICTURES = (4, 8, 16)
 WARM_PICTURES = 200
-"""After so many the memory curve is to be flat."""
+"""Pictures after which the memory curve should be flat."""
 
 
 def new_jobs(num: int, *, pages: int, steps: int, config: ModelConfig, first_seed: int) -> list[StoryJob]:
@@ -118,7 +118,7 @@ def fixed_batches(model: str, config: ModelConfig, jobs: list[StoryJob]) -> dict
 
 
 def fixed_texts(model: str, config: ModelConfig, jobs: list[StoryJob], pictures: list[DrawRequest]) -> dict[str, float]:
-    """Seconds at each batch size; `pictures` gets what is to be drawn."""
+    """Measure seconds at each batch size, and add the pictures to draw to `pictures`."""
     generator = VokenGenerator.from_pretrained(model, num_threads=psutil.cpu_count() or 1)
 
     async def write(job: StoryJob) -> None:

@@ -149,7 +149,7 @@ class Round:
         return True
 
     def look(self) -> None:
-        """What was in place is to be there still, byte for byte."""
+        """Count the finished files that have changed since the last look."""
         parts = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.output.glob("part-*")}
         self.num_changed += sum(parts.get(name) != digest for name, digest in self._parts.items())
         self._parts |= parts

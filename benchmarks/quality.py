@@ -5,7 +5,7 @@ Scenes are asked for by captions of the held-out split that say every fact and d
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
 Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and from pictures of
 the same facts and noise through the diffusion model's own text encoder; its lead is the alignment gap, in points. How
-near the reconstructions come to true scenes, and drawn pictures to themselves with their sprites drawn anew:
+near the reconstructions come to true scenes, and drawn pictures to themselves with new sprites at the same places:
 perceptual.py.
 
 Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
@@ -167,8 +167,8 @@ def nearness(true: np.ndarray, again: np.ndarray) -> dict[str, dict[str, float]]
 
 
 def softness(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float] | None:
-    """LPIPS between pictures and themselves with their sprites drawn anew: a second opinion on crispness, of a network
-    that no training has listened to. Of pictures that show both of their sprites; None where fewer than two do."""
+    """Measure LPIPS between pictures and the same pictures with new sprites: a second opinion on crispness, of a
+    network that no training has used. Counts pictures that show both of their sprites; None where fewer than two do."""
     found = [
         (picture, find_sprites(picture, one.scene)) for picture, one in zip(pixels[:NUM_CRISP], asked, strict=False)
     ]

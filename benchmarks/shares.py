@@ -43,8 +43,8 @@ def points_lost(base_B: np.ndarray, drawn_B: np.ndarray) -> dict[str, float]:
 
 
 def of_groups(statistic: Callable[[np.ndarray], np.ndarray], counts_GC: np.ndarray) -> dict[str, float] | None:
-    """A statistic (..., C) -> (...) of counts that are summed over groups, with the 95 % interval that drawing groups
-    anew gives; None where it is not defined."""
+    """Compute a statistic (..., C) -> (...) of counts that are summed over groups, with a 95 % interval by
+    resampling groups; None where it is not defined."""
     num = len(counts_GC)
     chosen_RG = np.random.default_rng(0).integers(num, size=(RESAMPLES, num))
     with np.errstate(divide="ignore", invalid="ignore"):

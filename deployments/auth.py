@@ -1,4 +1,4 @@
-"""API keys: who may ask, how much at once, and whose story it is. Off unless keys are configured.
+"""API keys: authentication, rate limits and owners of stories. Optional on localhost, required everywhere else.
 
 Keys lie hashed in a JSON file (or in the environment variable MINIGPT5_API_KEYS, as the same JSON):
 
@@ -140,7 +140,7 @@ def load_keys(path: str | None) -> Keys | None:
 
 
 def check_host(host: str, keys: Keys | None) -> None:
-    """Whoever reaches a server without keys may do everything there: it is for its own machine alone. Raises
+    """Refuse an address that others can reach where there are no API keys: every client could do everything. Raises
     KeysError."""
     if keys is None and host not in LOOPBACK:
         raise KeysError(

@@ -49,7 +49,7 @@ class Event:
 
 
 class Client:
-    """Example: Client(key="mg5-...").story("story_3f")["pages"][0]["text"]"""
+    """Example: `Client(key="mg5-...").story("story_3f")["pages"][0]["text"]`"""
 
     def __init__(self, url: str = "", *, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
         """`url` and `key`: default from MINIGPT5_URL and MINIGPT5_KEY, else this machine's server and none."""
@@ -99,7 +99,7 @@ class Client:
             after = {"after": page["data"][-1]["id"]}
 
     def add_pages(self, story_id: str, count: int = 1) -> Iterator[Event]:
-        """Go on with a story that has ended."""
+        """Add pages to a story that has ended, and follow it."""
         self._ask("POST", f"/v1/stories/{story_id}/pages", json={"count": count, "wait": False}, again=False)
         return self.follow(story_id)
 
@@ -165,7 +165,7 @@ def _check(response: httpx.Response) -> httpx.Response:
 
 
 def _give_up(failure: Exception, since: float) -> None:
-    """Raise ClientError, unless it may become better: the server starts anew, or is full."""
+    """Raise ClientError, unless the failure may pass: the server restarts, or is full."""
     is_for_good = isinstance(failure, ClientError) and failure.status not in (429, 503)
     if is_for_good or time.monotonic() - since > PATIENCE_S:
         raise failure if isinstance(failure, ClientError) else ClientError(f"no answer: {failure}") from failure

@@ -131,8 +131,8 @@ class AddPages(Body):
 
 
 class ChangePage(Body):
-    """PATCH /v1/stories/{id}/pages/{n}: either another text, from which the picture is drawn anew, or another one of
-    the pictures that were drawn."""
+    """PATCH /v1/stories/{id}/pages/{n}: either another text, which gets a new picture, or another one of the pictures
+    that were drawn."""
 
     text: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)] | None = None
     variant: Annotated[int, Field(ge=0)] | None = None

@@ -18,7 +18,7 @@ MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
 MAX_DISTILLED_STEPS = 8
-"""As many as were measured (benchmarks/results/steps.json); a request for more is the UNet's own work."""
+"""Largest number that was measured (benchmarks/results/steps.json); more steps use the original UNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class Sampling:
     top_p: float = 0.9
     repetition_penalty: float = 1.0
     min_page_tokens: int = 4
-    """So much is said before a page's picture, and before the end of a reply that owes one, where the most allows."""
+    """Minimum number of tokens before a page's picture, and before the end of a reply that needs one."""
     max_page_tokens: int = 64
-    """A page whose text reaches this many tokens gets its picture there; a reply has at most so many in all."""
+    """Maximum number of tokens of a page, which then gets its picture; of a reply, in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,13 @@ class DrawSettings:
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is none."""
     scheduler: str = "ddim"
-    """A key of diffusion.SCHEDULERS. SDE_DPM_SOLVER draws new noise at every step, which takes away some of what the
-    UNet did wrong at the steps before; DISTILLED draws with the UNet that guidance and most steps are folded into."""
+    """A key of diffusion.SCHEDULERS. SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier errors.
+    DISTILLED draws with the distilled UNet, which includes guidance and needs few steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoryRequest:
-    """What is asked for, with every default filled in.
+    """A story to write and draw, with every default filled in.
 
     Example: StoryRequest(prompt=("A fox who finds a balloon",), pages=4, seed=7)
     """
@@ -81,8 +81,8 @@ class StoryRequest:
     previous: tuple[Page, ...] = ()
     """Pages already written; the story goes on after them."""
     given: tuple[str, ...] = ()
-    """Texts of a story's first `pages`, used as they are: they are read, not written, and their vokens taken after
-    them. Further pages are written."""
+    """Texts of a story's first `pages`, used as they are: the model reads them, and their vokens follow them. It writes
+    further pages."""
     feedback: Literal["text", "pictures"] = "text"
     """"pictures": each finished picture is read by the language model before it writes the next page, so that pages
     follow one another; "text": only the texts are, and pictures overlap with later text."""
@@ -91,7 +91,7 @@ class StoryRequest:
     previews: bool = False
     """Whether pictures show themselves on the way, in the Progress of some steps."""
     key: str = ""
-    """Whose request it is: engines share their time equally among keys."""
+    """Name of the client: engines share their time equally among keys."""
     session: str = ""
     """Requests of one session begin alike: where there are several generators, they go to the same one."""
 
@@ -106,7 +106,7 @@ class TextDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class TextReset:
-    """A page's text begins anew: what was written of it could not be gone on with."""
+    """The page's text so far is void, and its text starts over: it could not be continued."""
 
     page: int
 
@@ -141,7 +141,7 @@ class DrawRequest:
     seed: int
     settings: DrawSettings = field(default_factory=DrawSettings)
     key: str = ""
-    """Whose request it is: engines share their time equally among keys."""
+    """Name of the client: engines share their time equally among keys."""
     previews: bool = False
     """Whether some steps' Progress shows the picture as far as it is."""
 

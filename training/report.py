@@ -1,4 +1,4 @@
-"""A run as a page: its curves and what it draws. `python -m training.report RUN` writes RUN/report.html anew."""
+"""A run as a page: its curves and its pictures. `python -m training.report RUN` writes RUN/report.html again."""
 
 from __future__ import annotations
 

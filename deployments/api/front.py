@@ -50,7 +50,7 @@ class Front:
     """Of stored stories; None: all stay."""
     text_filter: TextFilter | None = None
     keys: Keys | None = None
-    """None: whoever reaches the server may do everything."""
+    """None: every client may do everything."""
 
 
 def build_front(

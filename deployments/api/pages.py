@@ -26,7 +26,7 @@ pages = APIRouter(dependencies=[Depends(check_owner)])
 
 @pages.post("/v1/stories/{story_id}/pages", status_code=201, response_model=StoryReply, responses=BEGUN)
 async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: ClientOf) -> Response:
-    """Go on with a story: `count` pages after those that are complete."""
+    """Add `count` pages to a story, after those that are complete."""
     async with front.story_manager.exclusive(story_id) as store:
         state = await asyncio.to_thread(front.store.load, story_id)
         request = await asyncio.to_thread(front.store.load_request, story_id)
@@ -43,8 +43,8 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 
 @pages.patch("/v1/stories/{story_id}/pages/{page:int}", response_model=PageReply, response_model_exclude_none=True)
 async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> Response:
-    """Edit a page's text: its vokens are read anew and its picture is drawn anew, later pages stay. Or choose one of
-    its pictures."""
+    """Edit a page's text: the model reads new vokens from it and draws a new picture; later pages stay. Or choose one
+    of its pictures."""
     async with front.story_manager.exclusive(story_id) as store:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         if body.variant is not None:

@@ -248,7 +248,7 @@ async def log_in(body: Login, request: Request, front: FrontOf) -> Response:
         return Response(status_code=204)
     key = front.keys.find(body.key)
     if key is None:
-        await asyncio.sleep(1)  # guessing is to be slow
+        await asyncio.sleep(1)  # guessing must be slow
         raise ApiError(401, "this is no key of this server", param="key", code="invalid_api_key")
     is_secure = request.url.scheme == "https"
     return Response(status_code=204, headers={"Set-Cookie": session_cookie(front.keys, key, is_secure=is_secure)})
@@ -269,7 +269,7 @@ async def get_studio_file(name: str) -> FileResponse:
 
 @contextlib.asynccontextmanager
 async def _look_after_stories(api: FastAPI) -> AsyncIterator[None]:
-    """Go on with what was cut off; let go of what is too old."""
+    """Resume stories that were cut off, and remove those that are too old, until the front ends."""
     front: Front = api.state.front
     tasks = [
         asyncio.create_task(front.story_manager.keep_alive()),

@@ -101,7 +101,7 @@ class Admission:
         return max(self._wait_s(engine, request.key, costs[engine]) for engine in ENGINES)
 
     def reserve(self, request: StoryRequest, *, num_pictures: int = 1) -> Reservation:
-        """Take a place, which is to be left; `num_pictures` are drawn of each page. Raises Overloaded."""
+        """Take a place, which the caller must release; `num_pictures` are drawn of each page. Raises Overloaded."""
         if self.is_full:
             num_running = self.num_running + self.others.num_running
             raise Overloaded(

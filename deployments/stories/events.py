@@ -1,7 +1,7 @@
 """Story events -> the events of a stream: named, with a position as id and JSON as data.
 
-An event's id says how much of the story its reader has with it, so that a stream can be gone on with from any source:
-the events of a running story, or what is stored of it (`after`).
+An event's id says how much of the story its reader has with it. A stream can therefore resume from any source: the
+events of a running story, or what is stored of it (`after`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Position:
     num_characters: int = 0
     """Of that page's text."""
     text_hash: str = ""
-    """Of those characters: a text that was written anew may be another one."""
+    """Hash of those characters: a text that was written again may be another one."""
     done: int = 0
     """Bit n - 1 is set where page n is finished."""
 
@@ -211,8 +211,8 @@ def stored_events(state: StoryState) -> list[StreamEvent]:
 
 
 async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncIterator[StreamEvent]:
-    """What a reader who has come to `seen` does not have. A page whose text is another one now begins anew, after a
-    `restart`. Whatever is told, its position never says less than `seen`."""
+    """Yield the events that a reader at `seen` does not have. A page whose text is another one now starts over, after a
+    `restart`. The position of every yielded event is at least `seen`."""
     withheld, is_settled = "", not seen.num_characters
     async for event in events:
         page, name = event.page, event.name

@@ -45,7 +45,7 @@ class ResumedEngines:
         """Pages that are finished, and stay as they are stored."""
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        """As the generator's; a page's text goes on where it was, or begins anew after TextReset."""
+        """Generate as the generator does; a page's text continues where it was, or starts over after TextReset."""
         texts: dict[int, str] = {}
         """What was passed on, by page."""
         complete = {index: page.text for index, page in self._written.items()}

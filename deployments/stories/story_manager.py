@@ -265,7 +265,7 @@ class StoryManager:
             await self._make(story, reservation)
             final = await self._end(story, builder.state("done"))
         except asyncio.CancelledError:
-            if not story.is_cancelled:  # this process ends, or has lost the story: another one goes on with it
+            if not story.is_cancelled:  # this process ends, or has lost the story: another one resumes it
                 raise
             final = await self._end(story, builder.state("cancelled"))
         except StoryTaken as loss:

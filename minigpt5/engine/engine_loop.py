@@ -1,7 +1,7 @@
 """An engine's thread: requests of many asyncio loops -> steps that several of them share.
 
-What an engine adds is three functions: which of its jobs take part in the next step, the step itself, and what is
-to be given back when a job leaves. Both engines are built on this.
+An engine adds three functions: one chooses the jobs of the next step, one makes the step, and one gives back what a
+leaving job holds. Both engines are built on this.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One request as a script: what the language model is to read next, and what is made of the states it gives.
+"""One request as a script: what the language model reads next, and what its states become.
 
-A script asks for states by yielding `Read` and for logits by yielding `Score`, and is sent the answer; whoever runs
-it may answer many scripts with one step of the model. What it writes goes to `put`, in the order of writing.
+A script asks for states by yielding `Read` and for logits by yielding `Score`, and is sent the answer. The engine that
+runs it may answer many scripts with one step of the model. The script passes what it writes to `put`, in order.
 
 Shape letters: H hidden width, V vokens, N states asked for, T vocabulary.
 """

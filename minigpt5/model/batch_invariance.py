@@ -1,4 +1,4 @@
-"""Layers that give a picture the same bits, whoever is drawn beside it and however many threads there are.
+"""Layers that give a picture the same bits in any batch, with any number of threads.
 
 On the CPU, oneDNN takes another kernel for a single row than for several, for a number of rows that its tiles do not
 divide, and for convolutions of one pixel by another number of threads. The last bits differ, and twenty guided steps

@@ -273,7 +273,7 @@ class Objective(nn.Module):
         return self.diffusion.from_moments(drawn, noise=noise)
 
     def words(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Each embedding of a read picture is to be that of a word of what the picture shows, in order.
+        """Teach each embedding of a read picture to be that of a word of what the picture shows, in order.
 
         A picture then reads like a text; the tokens of the batch are what each one is told apart from.
         """

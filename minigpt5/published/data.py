@@ -35,7 +35,7 @@ MAX_TURN_TOKENS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What is read, what is to be written, and the pictures in them."""
+    """What the model reads, what it learns to write, and the pictures in both."""
 
     source: str
     target: str

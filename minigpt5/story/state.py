@@ -50,7 +50,7 @@ class PageState:
     """The picture that is shown."""
     error: str | None = None
     is_written: bool = True
-    """The text is complete: it is read, not written again, by whoever goes on with the story."""
+    """The text is complete: a process that resumes the story reads it and does not write it again."""
     variants: tuple[ImageState, ...] = ()
     """All pictures that were drawn of the page, in the order of drawing; none where there is only the first."""
     variant: int = 0

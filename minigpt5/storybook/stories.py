@@ -197,7 +197,7 @@ class _Voice:
         )
 
     def speak(self, template: str, rng: np.random.Generator) -> str:
-        """Fill a page's template from left to right; whoever was named before becomes a pronoun."""
+        """Fill a page's template from left to right; a character that was named before becomes a pronoun."""
         self.said = {}
         text = template.replace("{carried}", self.carrying[0]).replace("{carry}", self.carrying[1])
         text = re.sub(r"\{(\w+)\}", lambda match: self._word(match.group(1), rng), text)

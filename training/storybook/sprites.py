@@ -1,4 +1,4 @@
-"""The sprites of a picture: where they are, how much an error counts there, and the picture with them drawn anew."""
+"""The sprites of a picture: where they are, how much an error counts there, and the picture with new ones."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_hostile_input_is_refused_and_memory_is_bounded(server: Server) -> None:
         (large.getvalue(), 422),
         (b"GIF89a" + page, 422),
         (page, 422),
-        (make_png() + archive.getvalue(), 201),  # a picture all the same: it is only ever shown as what was drawn anew
+        (make_png() + archive.getvalue(), 201),  # a picture all the same: the server shows only its own drawing of it
     ):
         body = {"prompt": [{"type": "image", "image": data_url(picture)}], "pages": 1, "steps": 1}
         reply = server.client.post("/v1/stories", json=body)

@@ -23,7 +23,7 @@ METRICS_PORT = 18397
 PROMPTS = ("A fox", "The owl", "One bear", "Two cats", "Our dog", "Some lion")
 """Stories that have nothing in common but how every prompt begins."""
 ROUNDS = 4
-"""Which generator a story goes to is drawn anew in every run: one in thirty has all six at one of them."""
+"""Rounds. Each run assigns stories to generators at random: one in thirty has all six at one of them."""
 ROUND_S = 30
 
 

@@ -44,7 +44,7 @@ def test_a_story_has_one_owner_and_numbers_only_grow(ask: Callable[..., Any], cl
     ask("release", "story_1", first)
     second = ask("claim", "b", "story_1")
     assert second > first
-    ask("release", "story_1", first)  # whoever had it before cannot give it back again
+    ask("release", "story_1", first)  # an earlier owner cannot give it back again
     assert ask("claim", "c", "story_1") is None
     assert ask("heartbeat", "a", {"story_1": first}, NONE).lost == {"story_1": first}
 

@@ -133,7 +133,7 @@ def test_a_text_that_is_another_one_now_begins_anew() -> None:
     events = asyncio.run(go_on(seen))
     assert [event.name for event in events][:3] == ["restart", "text", "slot"]
     assert events[1].data["delta"] == "The fox runs."
-    # Half of a word that both have in common is gone on with.
+    # Half of a word that both have in common is continued.
     numbering = Numbering("story_1")
     half = numbering.text(1, "The fox")
     assert half

@@ -1,4 +1,4 @@
-"""What training saves, the decoder draws: the same picture for the same vokens and seed, whoever shares the batch."""
+"""The decoder draws what training saves: the same picture for the same vokens and seed, in any batch."""
 
 from __future__ import annotations
 

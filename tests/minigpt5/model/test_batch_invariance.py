@@ -1,4 +1,4 @@
-"""The bits of a picture are its own, whoever shares the calls."""
+"""The bits of a picture do not depend on the pictures that share its UNet calls."""
 
 import pytest
 import torch
