@@ -135,6 +135,52 @@ def crispness(found: Results) -> str:
     return table(("", "crispness", "crispness with colour"), rows)
 
 
+def alignment_gap(found: Results) -> str:
+    """Points that vokens lose to the text encoder."""
+    rows = (
+        (name, *(f"{gap['mean']:.1f} ({gap['low']:.1f} to {gap['high']:.1f})" for gap in gaps))
+        for name, pairs in (("held-out pairs", "held_out_pairs"), ("seen pairs", "seen_pairs"))
+        for gaps in [[found["quality"][pairs]["alignment_gap"][fact] for fact in FACTS]]
+    )
+    return table(("points lost", *FACTS), rows)
+
+
+def likeness(found: Results) -> str:
+    """How near reconstructions and drawn pictures come to what they should be."""
+    rows = []
+    for name, pairs in (("held-out pairs", "held_out_pairs"), ("seen pairs", "seen_pairs")):
+        quality = found["quality"][pairs]
+        psnr, redrawn = quality["reconstruction"]["psnr_db"], quality["lpips_to_redrawn"]
+        lpips = (
+            f"{one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+            for one in (quality["reconstruction"]["lpips"], redrawn)
+        )
+        rows.append((name, f"{psnr['mean']:.1f} dB ({psnr['low']:.1f} to {psnr['high']:.1f})", *lpips))
+    head = ("", "PSNR of reconstructions", "LPIPS of reconstructions", "LPIPS of drawn pictures to redrawn sprites")
+    return table(head, rows)
+
+
+def stories(found: Results) -> str:
+    """Stories that the model writes itself."""
+    summary, books = found["quality"]["stories"], found["books"]
+    flawless = sum(not book["wrong"] for book in books)
+
+    def count(figure: dict[str, float]) -> str:
+        return f"{round(figure['share'] * figure['num'])} of {figure['num']}"
+
+    rows = [
+        ("stories with the cast of their prompt", count(summary["stories_with_the_prompts_cast"])),
+        ("stories with all pages and their pictures", count(summary["stories_with_all_pages_and_pictures"])),
+        ("stories with nothing wrong", f"{flawless} of {len(books)}"),
+        ("share of distinct 4-grams", interval(summary["distinct_4_grams"])),
+        (
+            "share of sentences that stand in 5,000 stories like the training stories",
+            interval(summary["sentences_copied"]),
+        ),
+    ]
+    return table(("", "measured"), rows)
+
+
 def probe(found: Results) -> str:
     """Linear classifiers on the voken states."""
     rows = (
@@ -219,6 +265,25 @@ def engines_ratios(found: Results) -> str:
         is_reached = value >= bound if target.startswith("at least") else value <= bound
         rows.append((name, cell(ratio, "http"), cell(ratio, "ours"), target, reached(is_reached)))
     return table((f"ratio ({', '.join(by_steps)} steps)", "over HTTP", "engines", "target at 20", "reached"), rows)
+
+
+def engines_more(found: Results) -> str:
+    """A long prompt beside running stories, memory, and the cost of Serve."""
+    engines = found["engines"]
+    overhead = engines["serve_overhead_s_a_story"]
+    cost = f"{', '.join(f'{seconds:.1f}' for seconds in overhead.values())} s"
+    gap = engines["long_prompt"]["ratio"]
+    tokens = engines["load"]["long_prompt_tokens"]
+    rows = [
+        (
+            f"p95 gap between texts of running stories while a prompt of {tokens:,} tokens joins, over without",
+            f"{gap:.2f}",
+            "at most 2",
+        ),
+        ("memory of all processes of a server", f"{engines['server_memory_gib']:.1f} GiB", ""),
+        (f"cost of Serve, HTTP and storage for a lone story ({', '.join(overhead)} steps)", cost, ""),
+    ]
+    return table(("", "measured", "target"), rows)
 
 
 def server_faults(found: Results) -> str:
@@ -398,11 +463,15 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality-targets": quality_targets,
     "quality-references": quality_references,
     "crispness": crispness,
+    "alignment-gap": alignment_gap,
+    "likeness": likeness,
+    "stories": stories,
     "probe": probe,
     "steps": steps,
     "kernels": kernels,
     "engines-load": engines_load,
     "engines-ratios": engines_ratios,
+    "engines-more": engines_more,
     "server-faults": server_faults,
     "bulk-kills": bulk_kills,
     "bulk-speed": bulk_speed,
@@ -414,9 +483,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def load_results(folder: Path = RESULTS) -> Results:
-    """Read the figures of every results file that has some."""
+    """Read the figures of every results file; books.json is a list of stories."""
     read = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: content["figures"] for name, content in read.items() if "figures" in content}
+    return {name: content["figures"] if isinstance(content, dict) else content for name, content in read.items()}
 
 
 def pages() -> list[Path]:

@@ -351,6 +351,8 @@ def test_the_tree_lists_every_package() -> None:
     listed: set[str] = set()
     folder = ""
     for line in tree.splitlines():
+        if line.startswith(" " * 21):  # more of the line above
+            continue
         names = re.match(r"(?: {2})?((?:[\w/]+(?:\.py)? )+) ", line)
         assert names, line
         if not line.startswith(" "):
