@@ -99,5 +99,5 @@ storybook-model: $(STAMP)  ## train the shipped model from nothing, stage by sta
 	cp -r runs/describe/model/. models/storybook/
 
 clean:  ## caches and build leftovers; .venv/ and runs/ stay
-	rm -rf .mypy_cache .pytest_cache .ruff_cache build *.egg-info story.html
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info story.html
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
