@@ -72,7 +72,7 @@ quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quali
 bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into benchmarks/results/engines.json
 	$(RUN) -m benchmarks.engines --serve
 
-bench-company: $(STAMP)  ## whether company in a batch changes results, cancels, fairness, into benchmarks/results/company.json
+bench-company: $(STAMP)  ## batch invariance, cancels, fairness, into benchmarks/results/company.json
 	$(RUN) -m benchmarks.company
 
 bench-probe: $(STAMP)  ## what the vokens of captions and of pages know, into benchmarks/results/probe.json
@@ -93,11 +93,11 @@ bench-training: $(STAMP)  ## training: speed, ZeRO, kills, into benchmarks/resul
 bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, scaling, into benchmarks/results/bulk.json
 	$(RUN) -m benchmarks.bulk
 
-storybook-model: $(STAMP)  ## train the shipped model from nothing, leg by leg; goes on where it was stopped
-	for leg in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$leg || exit 1; done
+storybook-model: $(STAMP)  ## train the shipped model from nothing, stage by stage; resumes after a stop
+	for stage in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$stage || exit 1; done
 	$(RUN) -m training.train vision --start runs/refine/model --out runs/describe $(DESCRIBE)
 	cp -r runs/describe/model/. models/storybook/
 
 clean:  ## caches and build leftovers; .venv/ and runs/ stay
-	rm -rf .mypy_cache .pytest_cache .ruff_cache build *.egg-info story.html
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache build *.egg-info story.html
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -46,7 +46,7 @@ class StoryJob:
     """
 
     row: int
-    """Of the input, from 1."""
+    """Number of the input row, from 1."""
     id: str
     prompt: str
     pages: int
@@ -55,7 +55,7 @@ class StoryJob:
     guidance_scale: float
     scheduler: str
     texts: tuple[str, ...] = ()
-    """Of a finished story: the pages' texts, which stay as they are."""
+    """Texts of a finished story's pages, which stay as they are."""
     images: tuple[str | bytes, ...] = ()
     """What the prompt shows: file contents, or places and data URLs that `load_image` knows."""
 
@@ -129,7 +129,7 @@ def check_rows(raw_rows: Iterable[RawRow], config: ModelConfig) -> Iterator[Stor
 
 
 def check_image_rows(raw_rows: Iterable[RawRow], *, question: str) -> Iterator[ImageJob | BadRow]:
-    """As `check_rows`, for pictures; `question` is what a row without one asks."""
+    """Check rows as `check_rows` does, for pictures; `question` is the default of rows without one."""
     return _unique(raw_rows, partial(check_image_row, question=question))
 
 

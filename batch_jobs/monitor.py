@@ -171,7 +171,7 @@ def check_deaths(num_deaths: int) -> None:
 
 
 def summary(figures: Figures, *, num_pictures: int, gpus: dict[str, float] | None = None) -> dict[str, Any]:
-    """Of each pool, for reports and manifests: utilisation, deaths, cost of a page. `gpus`: of one engine of a pool."""
+    """Summarise each pool: utilisation, deaths, cost of a page. `gpus`: GPUs of one engine of a pool."""
     gpus = gpus or {}
     return {
         name: {

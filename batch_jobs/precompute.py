@@ -4,7 +4,7 @@
 
 Each picture is replaced by the VAE's moments and the vision encoder's features, both float16: what training would
 compute from it at every epoch. Both are as the encoders give them: training draws from the moments, and normalises what
-it has drawn. A file that is written is never written again: the same command goes on where it was stopped.
+it has drawn. A file that is written is never written again: the same command resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Fetch:
     """Stories that are to be drawn."""
     settings: DrawSettings
     seed: int | None
-    """Of all stories; else each keeps its pictures' seeds."""
+    """Seed of all stories; None: each picture keeps its own."""
 
     def tables(self, files: pa.Table) -> Iterator[pa.Table]:
         """Each page by itself, so that all decoders share a story's."""

@@ -27,7 +27,7 @@ class Report:
     """Rows with an error, by its kind."""
     figures: Figures = field(default_factory=Figures)
     gpus: dict[str, float] = field(default_factory=dict)
-    """Of one engine of each pool."""
+    """GPUs of one engine of each pool."""
     stopped_at: int | None = None
     """The number of errors at which the run gave up."""
 

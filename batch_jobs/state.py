@@ -1,4 +1,4 @@
-"""What a job keeps beside its output, so that a later run goes on where this one was killed.
+"""What a job keeps beside its output, so that a later run resumes where this one was killed.
 
 For an output at URI:
 

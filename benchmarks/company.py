@@ -1,7 +1,7 @@
-"""Whether company matters: `python -m benchmarks.company [--num 200]`, both engines of a model folder.
+"""Batch invariance: `python -m benchmarks.company [--num 200]`, both engines of a model folder.
 
 text       requests written alone, and again while others join and leave at random: the same tokens?
-pictures   drawn alone, and again in random company of other settings: how far apart are the pictures?
+pictures   drawn alone, and again in random batches of other settings: how far apart are the pictures?
 cancels    requests cancelled at random moments: how soon they are gone, and whether anything stays behind
 fairness   one client's page, alone and beside sixteen stories of another client, over HTTP
 """

@@ -11,7 +11,7 @@ Each round posts some stories, follows them as a browser does (a lost stream is 
 one victim with SIGKILL at a seeded random moment, and waits for the end of all. Then every story has to be done, with
 each of its pages once and a picture on each; pictures that were finished before the kill have to be the same bytes,
 and what a reader was told has to be what is stored. Named points are the same with a moment that the story gives.
-Goes on where it was stopped; puts the figures into benchmarks/results/faults.json.
+The same command resumes after a stop; the figures go into benchmarks/results/faults.json.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Server:
         self.storage, self.log, self.port = folder / "storage", folder / "log", port
         self.url = f"http://127.0.0.1:{port}"
         self.num_kills = 0
-        """Of a single front."""
+        """Kills of a single front."""
         self.start()
 
     def start(self) -> None:

@@ -20,7 +20,7 @@ class Goal:
 
     figure: str
     path: tuple[str, ...]
-    """Of the figure in the report."""
+    """Keys that lead to the figure in the report."""
     target: float
     goal: float | None = None
     is_most: bool = False

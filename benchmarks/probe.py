@@ -30,7 +30,7 @@ from minigpt5.types import StoryRequest, Vokens
 SEED = 77
 AT_ONCE = 8
 RIDGE = 0.1
-"""Of the mean square length of the states."""
+"""Ridge of the classifiers, in units of the mean square length of the states."""
 
 Known = tuple[np.ndarray, list[Facts]]
 """States (N, V H) and what they are to know."""
@@ -45,7 +45,7 @@ def of_captions(model: MiniGPT5, num: int, *, split: Split, held_out_pairs: bool
 
 
 def of_pages(model: MiniGPT5, num: int, *, split: Split, held_out_pairs: bool) -> Known:
-    """Of the pages after the first of so many stories that about `num` are used."""
+    """Collect states and facts of the pages after the first, of enough stories for about `num` pages."""
     stories = [
         story_at(index, seed=SEED, split=split, num_pages=NUM_PAGES, held_out_pairs=held_out_pairs)
         for index in range(-(-num // (NUM_PAGES - 1)))

@@ -96,7 +96,7 @@ def draw(model: MiniGPT5, asked: Sequence[Asked]) -> np.ndarray:
 
 @torch.no_grad()
 def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) -> np.ndarray:
-    """As `draw`, of canonical captions through the text encoder that the vokens are aligned with."""
+    """Draw as `draw` does, from canonical captions through the text encoder that the vokens are aligned with."""
     pictures = []
     for start in range(0, len(asked), BATCH_SIZE):
         batch = asked[start : start + BATCH_SIZE]
@@ -181,7 +181,7 @@ def softness(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float] | N
 
 @dataclass(frozen=True, kw_only=True)
 class Nums:
-    """Of what is measured; 0: not at all, but for the captions."""
+    """Numbers of what is measured; 0: not at all, but for the captions."""
 
     captions: int
     stories: int

@@ -27,7 +27,7 @@ from minigpt5.storybook.stories import StoryText, story_at
 from minigpt5.types import StoryRequest, Vokens
 
 SEED = 8
-"""Of the held-out stories: not those that the model is asked to write itself."""
+"""Seed of the held-out stories: not those that the model is asked to write itself."""
 NUM_PAGES = 4
 FACTS = ("who", "what", "place", "time")
 KINDS = ("named", "referred_to")
@@ -41,7 +41,7 @@ class AskedPage:
 
     story: StoryText
     other: StoryText
-    """Whose beginning takes the place of this story's."""
+    """The story whose beginning takes the place of this story's."""
     number: int
     """From 0."""
 

@@ -56,7 +56,7 @@ def of_groups(statistic: Callable[[np.ndarray], np.ndarray], counts_GC: np.ndarr
 
 
 def mean(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Of at least two values, with its normal 95 % interval."""
+    """Average at least two values, with the normal 95 % interval."""
     numbers = np.asarray(values, float)
     middle, num = float(numbers.mean()), len(numbers)
     reach = Z_95 * float(numbers.std(ddof=1)) / math.sqrt(num)

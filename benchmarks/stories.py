@@ -28,7 +28,7 @@ SEED = 2310
 NUM_PAGES = 4
 NUM_TRAINING_STORIES = 5000
 NUM_SHOWN = 5
-"""Of the best and of the worst."""
+"""Stories shown, of the best and of the worst."""
 FACTS = ("who", "what", "place", "time")
 
 
@@ -113,7 +113,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def training_sentences() -> set[str]:
-    """Of NUM_TRAINING_STORIES stories such as the model has learnt from."""
+    """Collect the sentences of NUM_TRAINING_STORIES stories such as the model has learnt from."""
     stories = (story_at(index, seed=1) for index in range(NUM_TRAINING_STORIES))
     return {sentence for story in stories for page in story.pages for sentence in sentences_of(page.text)}
 

@@ -8,7 +8,7 @@ Into benchmarks/results/training.json.
              seeded random moments, and started again: every row used once in the history that counts, and the losses
              of a run without a kill
 
-Goes on where it was stopped.
+The same command resumes after a stop.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 KINDS = ("worker", "driver", "job")
 STEPS, BATCH, WORKERS = 150, 4, 2
 KILL_WITHIN_S = 4.0
-"""Of the first step after a start."""
+"""A kill comes within this time of the first step after a start."""
 ROUND_S = 900.0
 """No start and no run without a kill takes longer, on one core."""
 RUN = [

@@ -56,7 +56,7 @@ class AppArgs(BaseModel):
     generator_num_cpus: float = Field(default=0.7, gt=0)
     """What a replica reserves; `generator_num_threads` is what it may use."""
     generator_num_gpus: float = Field(default=0, ge=0)
-    """Of a replica, which then runs there."""
+    """GPUs of a replica, which then runs there."""
     generator_num_threads: int = Field(default=1, ge=1)
     """torch threads of a replica. Writing mostly waits for memory: more help little."""
     decoder_min_replicas: int = Field(default=1, ge=0)
@@ -64,7 +64,7 @@ class AppArgs(BaseModel):
     decoder_num_cpus: float = Field(default=1, gt=0)
     decoder_num_gpus: float = Field(default=0, ge=0)
     decoder_precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the UNet: bfloat16 is faster, and a picture then depends a little on what is drawn beside it."""
+    """Precision of the UNet: bfloat16 is faster, and a picture then depends a little on its batch."""
     decoder_num_threads: int = Field(default=2, ge=1)
     log_level: str = "INFO"
 

@@ -51,11 +51,11 @@ class Key:
 
     name: str
     sha256: str
-    """Of the key, which is kept nowhere."""
+    """Hash of the key; the key itself is kept nowhere."""
     per_minute: int = 60
     """Requests that make something; reading is free."""
     concurrent: int = 8
-    """Of those, how many at once."""
+    """How many of those requests may run at once."""
 
 
 @dataclass

@@ -5,7 +5,7 @@
             print(event.name, event.data)
 
 A story that was begun is followed to its end whatever happens to the connection or to the server: creating is safe to
-repeat (an Idempotency-Key), and the stream goes on after the last event that was heard.
+repeat (an Idempotency-Key), and the stream resumes after the last event that was heard.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 URL, URL_VARIABLE, KEY_VARIABLE = "http://127.0.0.1:8000", "MINIGPT5_URL", "MINIGPT5_KEY"
 PATIENCE_S = 60.0
-"""A server that is silent for so long is given up; an accepted story goes on there."""
+"""A server that is silent for this long is given up; an accepted story is finished there anyway."""
 TIMEOUT = httpx.Timeout(10.0, read=60.0)  # a stream's line is never quiet for longer than 15 s
 BOOKS = (".html", ".epub", ".pdf")
 

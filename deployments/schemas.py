@@ -123,7 +123,7 @@ class CreatePicture(Redraw):
 
 
 class AddPages(Body):
-    """POST /v1/stories/{id}/pages: the story goes on."""
+    """POST /v1/stories/{id}/pages: adds pages to the story."""
 
     count: Annotated[int, Field(ge=1, le=MAX_PAGES)] = 1
     stream: bool = False
@@ -370,7 +370,7 @@ class Login(Body):
 
 
 class Defaults(BaseModel):
-    """Of a story's optional fields."""
+    """Defaults of a story's optional fields."""
 
     pages: int
     steps: int
@@ -383,7 +383,7 @@ class Defaults(BaseModel):
 
 
 class ModelReply(BaseModel):
-    """As OpenAI's, and what is ours."""
+    """A model in OpenAI's format, with fields of our own."""
 
     id: str
     object: Literal["model"] = "model"

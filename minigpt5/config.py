@@ -95,9 +95,9 @@ class ModelConfig:
     published_quirks: bool = False
     """Repeat the published code's bugs (minigpt5/published/checkpoint.py lists them), to compare with its numbers."""
     licences: tuple[str, ...] = ()
-    """Of base models and training sets."""
+    """Licences of base models and training sets."""
     fingerprint: str = ""
-    """Of the weights that make vokens and read them; set when the folder is saved."""
+    """Hash of the weights that make vokens and read them; set when the folder is saved."""
 
     @property
     def default_draw(self) -> DrawSettings:

@@ -52,7 +52,7 @@ class StorageError(MiniGPT5Error):
 
 
 class TrainingError(MiniGPT5Error):
-    """A training run that cannot begin or go on."""
+    """A training run that cannot begin or continue."""
 
 
 class NotFinite(TrainingError):

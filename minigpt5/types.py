@@ -75,7 +75,7 @@ class StoryRequest:
     "reply": an answer as in a chat, with at most `pages` pictures where the model opens them; a picture ends
     its page, and text after the last picture is a page without one."""
     pictures: Literal["auto", "none", "forced"] = "auto"
-    """Of a reply: where the model opens them, none, or at least one, after text."""
+    """For a reply: pictures where the model opens them, none, or at least one, after text."""
     stop: tuple[str, ...] = ()
     """Text ends before the first of these strings, as end-of-text would end it; no part of one is shown."""
     previous: tuple[Page, ...] = ()
@@ -122,7 +122,7 @@ class Vokens:
     hidden_VH: np.ndarray
     """Last-layer states after the final norm that predict [IMG0]..[IMG7]; float32."""
     fingerprint: str
-    """Of the model folder that made them: only its own decoder may draw them."""
+    """Fingerprint of the model folder that made them: only its own decoder may draw them."""
 
 
 @dataclass(frozen=True, kw_only=True)

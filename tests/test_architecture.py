@@ -308,7 +308,7 @@ for module in sys.argv[1:]:
 
 
 def test_every_command_that_is_named_says_what_it_does() -> None:
-    """Of README, Makefile, cluster/ and docs/."""
+    """The commands of README, Makefile, cluster/ and docs/."""
     modules = sorted({*DOORS, *(name for page in PAGES for name in NAMED.findall(page.read_text()))})
     process = subprocess.run([sys.executable, "-c", HELP, *modules], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-1000:]

@@ -76,7 +76,7 @@ def load_checkpoint(
 
 
 def newest_step(folder: RunFolder) -> int:
-    """The step that a run under `folder` would go on from."""
+    """Return the step that a run under `folder` would resume from."""
     found = checkpoints(folder)
     return int(found[-1].removeprefix(PREFIX)) if found else 0
 

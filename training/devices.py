@@ -12,7 +12,7 @@ from training.presets import Preset
 
 
 def own_device() -> torch.device:
-    """Of a run without Ray: a GPU where there is one."""
+    """Choose the device of a run without Ray: a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

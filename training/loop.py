@@ -1,6 +1,6 @@
 """The training loop, the same for every stage.
 
-A step is a pure function of the weights, the preset and the step's number, so that a resumed run goes on as the
+A step is a pure function of the weights, the preset and the step's number, so that a resumed run continues as the
 uninterrupted one would have, but for the replay buffer. Validation depends on the weights alone: it uses the same
 examples, timesteps and noise each time, and no guidance dropout, so that the best checkpoint is the best one.
 """

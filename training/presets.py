@@ -14,7 +14,7 @@ class OptimizerConfig:
     """AdamW, its schedule, and how workers share it."""
 
     learning_rate: float = 0.0
-    """Of what the stage trains first of all; stages name the rates of other parts themselves. 0 freezes the part."""
+    """Learning rate of what the stage trains first of all; stages name other rates themselves. 0 freezes the part."""
     warmup_steps: int = 100
     schedule: Literal["cosine", "linear"] = "cosine"
     """After the warm-up: half a cosine down to a hundredth, or a line down to 0."""
@@ -47,7 +47,7 @@ class ReplayConfig:
     steps: int = 0
     """Steps on replayed samples after each step on new ones."""
     batch_size: int = 32
-    """Of the mapper's replayed steps; the storybook's own stages replay batches of their usual size."""
+    """Batch size of the mapper's replayed steps; the storybook's own stages replay batches of their usual size."""
     min_size: int = 1
     """Samples in the buffer before any is replayed: fewer would be learnt by heart."""
 
@@ -65,7 +65,7 @@ class Preset:
     minutes: float = 0.0
     """If not 0: the run ends after this time even if `steps` are not done; the schedule follows the nearer end."""
     batch_size: int
-    """Of all workers together."""
+    """Examples of a batch, of all workers together."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 1
     num_threads: int = 2
@@ -134,7 +134,7 @@ class SharpenPreset(Preset):
     canonical_share: float = 0.7
     """See UnetPreset."""
     decoder_learning_rate: float
-    """Of the VAE decoder."""
+    """Learning rate of the VAE decoder."""
     detail_weight: float
     """Weight of a sprite's missing correlation with what it should be."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -156,7 +156,7 @@ class VokenPreset(Preset):
     """Stages "align", "learn" and "refine". The optimizer's rate is the adapter's."""
 
     voken_learning_rate: float = 0.0
-    """Of the new tokens' embeddings and head weights."""
+    """Learning rate of the new tokens' embeddings and head weights."""
     mapper_learning_rate: float = 0.0
     text_weight: float = 0.0
     picture_weight: float = 0.0

@@ -42,15 +42,15 @@ class WeightSources:
         return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
 
     def find(self, part: str, *, stage: str = "") -> Path | None:
-        """The first folder that has `part` ("vae" or "unet") under it, of the stages before `stage`; None where there
-        is none."""
+        """Find the first folder that has `part` ("vae" or "unet"), from the stages before `stage`; None where there is
+        none."""
         stages = DIFFUSION_STAGES.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
         trained = (self.runs / earlier / "model" for earlier in stages)
         folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)
 
     def need(self, part: str, *, stage: str) -> Path:
-        """As `find`, but raises TrainingError where there is none."""
+        """Find a part as `find` does. Raises TrainingError where there is none."""
         if folder := self.find(part, stage=stage):
             return folder
         raise TrainingError(f"no {part} to start from: train one first, or name a model folder with --start")

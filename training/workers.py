@@ -25,7 +25,7 @@ def is_first_worker() -> bool:
 
 
 def seed_of(preset: Preset, step: int) -> int:
-    """Of a step's noise, timesteps and dropout on this worker."""
+    """Derive the seed of a step's noise, timesteps and dropout on this worker."""
     return int(np.random.SeedSequence([preset.seed, own_rank(), step]).generate_state(1, np.uint64)[0])
 
 

@@ -86,7 +86,7 @@ class ZeroStrategy:
             yield
 
     def state(self) -> dict[str, Any]:
-        """Of all workers, and called by all of them: what `TorchStrategy.state` gives after the same steps."""
+        """Gather from all workers what `TorchStrategy.state` gives after the same steps. All workers call it."""
         if self.stage == 0:
             values = {name: p.detach() for name, p in self.trained.items()}
             return {"trained": values, "optimizer": self.engine.optimizer.state_dict()}
@@ -105,7 +105,7 @@ class ZeroStrategy:
         return {"trained": values, "optimizer": {"state": moments, "param_groups": groups}}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state of any stage and any number of workers. Called by all."""
+        """Resume from a state of any stage and any number of workers. Called by all."""
         if self.stage == 0:
             with torch.no_grad():
                 for name, value in state["trained"].items():

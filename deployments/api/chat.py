@@ -101,7 +101,7 @@ class ChatUsage(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """As OpenAI's; a message may have `images` besides its `content`."""
+    """Reply in OpenAI's format; a message may have `images` besides its `content`."""
 
     id: str
     object: Literal["chat.completion"]

@@ -18,7 +18,7 @@ async def draw_alone(front: Front, request: DrawRequest) -> Picture:
 
 
 async def draw(front: Front, reservation: Reservation, request: DrawRequest) -> Picture:
-    """In a place that was taken. Who no longer waits stops the work."""
+    """Draw in a place that was taken. Cancelling the caller cancels the drawing."""
     async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
         async for event in events:
             reservation.observe(event)

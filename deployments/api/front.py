@@ -47,7 +47,7 @@ class Front:
     quota: FrontQuota
     max_age_s: float | None = None
     max_bytes: float | None = None
-    """Of stored stories; None: all stay."""
+    """Largest total size of stored stories; None: all stay."""
     text_filter: TextFilter | None = None
     keys: Keys | None = None
     """None: every client may do everything."""

@@ -39,7 +39,7 @@ class CreateImages(Body):
     prompt: str
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    """Of the first picture; each further one has the next seed."""
+    """Seed of the first picture; each further one has the next seed."""
     size: str | None = None
     model: str | None = None
     response_format: str | None = None
@@ -148,7 +148,7 @@ def read_size(size: str | None, native_size: str) -> tuple[int, int]:
 
 
 def resample(png: bytes, size: tuple[int, int]) -> bytes:
-    """As large as asked for; of another shape, its middle."""
+    """Resize a picture; if the shapes differ, crop it to its middle."""
     with Image.open(io.BytesIO(png)) as picture:
         if picture.size == size:
             return png

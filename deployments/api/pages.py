@@ -62,7 +62,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
         await front.engines.validate_request(dataclasses.replace(request, given=given))
 
         def change() -> None:
-            # In this order: who goes on after a crash finds either the old page, or the new one without a picture.
+            # In this order: after a crash the store has either the old page, or the new one without a picture.
             store.forget_drawing(story_id, page)
             store.save_page(story_id, new)
 

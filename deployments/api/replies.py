@@ -41,7 +41,7 @@ async def answer(front: Front, story_id: str, *, stream: bool, wait: bool) -> Re
 
 
 def reply(front: Front, content: BaseModel, status: int = 200, *, headers: Mapping[str, str] | None = None) -> Response:
-    """As JSON."""
+    """Encode a reply as JSON."""
     return JSONResponse(sign_urls(front, content.model_dump(exclude_none=True)), status, headers=dict(headers or {}))
 
 
@@ -66,7 +66,7 @@ def stream_reply(front: Front, events: AsyncIterator[StreamEvent]) -> Response:
 
 
 async def _encode(front: Front, events: AsyncIterator[StreamEvent]) -> AsyncIterator[str]:
-    """As text, with a comment now and then so that nothing on the way closes a quiet line."""
+    """Encode events as text, with a comment now and then so that no proxy closes a quiet line."""
     arriving = asyncio.ensure_future(anext(events, None))
     try:
         while True:

@@ -73,7 +73,7 @@ class Admission:
         self.max_wait_s, self.max_running = max_wait_s, max_running
         self.num_running = 0
         self.others = Load()
-        """Of other fronts, as they last said."""
+        """Load of the other fronts, as they last reported it."""
         self._work: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
         self._speeds = {engine: _Speed(FIRST_SPEEDS[engine], clock) for engine in ENGINES}
 
@@ -84,7 +84,7 @@ class Admission:
 
     @property
     def load(self) -> Load:
-        """Of this front."""
+        """Load of this front."""
         busy = {engine: speed.per_s for engine, speed in self._speeds.items() if self._work[engine]}
         work = {engine: dict(clients) for engine, clients in self._work.items()}
         return Load(num_running=self.num_running, work=work, per_s=busy)
@@ -126,7 +126,7 @@ class Admission:
         return (own + sum(min(other, own) for name, other in work.items() if name != key)) / self._per_s(engine)
 
     def _clients(self, engine: Engine) -> dict[str, float]:
-        """Of all fronts."""
+        """Work of each client, at all fronts."""
         return Load.total([self.load, self.others]).work[engine]
 
     def _per_s(self, engine: Engine) -> float:

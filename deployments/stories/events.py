@@ -33,11 +33,11 @@ class Position:
     page: int
     kind: str
     offset: int
-    """Of a text: characters of the page up to and with this one. Of a progress: the step."""
+    """For a text: characters of the page up to and with this one. For a progress: the step."""
     text_page: int = 1
     """The page whose text is being read: all of the earlier ones is there."""
     num_characters: int = 0
-    """Of that page's text."""
+    """Characters of that page's text."""
     text_hash: str = ""
     """Hash of those characters: a text that was written again may be another one."""
     done: int = 0

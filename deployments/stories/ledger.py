@@ -38,7 +38,7 @@ class Instructions:
     orphans: tuple[str, ...]
     """Stories whose front is silent."""
     load: Load
-    """Of the other fronts."""
+    """Load of the other fronts."""
     epoch: str
     """Changes when the ledger restarts: it has forgotten the orphans that it knew of."""
 

@@ -98,7 +98,7 @@ class ResumedEngines:
         return vokens
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
-        """As the decoder's; a stored picture comes at once."""
+        """Draw as the decoder does; a stored picture comes at once."""
         page = request.vokens.page
         if page in self.drawn:
             try:

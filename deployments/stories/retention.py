@@ -16,7 +16,7 @@ logger = logging.getLogger("ray.serve")
 
 LOOK_S = 600.0
 IMAGE_S = 3600.0
-"""So long a picture outside of any story is there under its URL."""
+"""A picture outside of any story stays under its URL for this long."""
 
 
 async def keep_within(

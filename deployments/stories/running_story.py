@@ -21,7 +21,7 @@ class RunningStory:
         self.numbering = Numbering(self.id)
         self.events: list[StreamEvent] = []
         self.has_ended = False
-        """As far as this process is concerned."""
+        """Whether this process has no more work on it."""
         self.is_lost = False
         """Another front has taken it."""
         self.is_cancelled = False

@@ -33,10 +33,10 @@ from minigpt5.model.pixels import to_pixels
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress, Vokens
 
 NUM_PREVIEWS = 3
-"""Of a picture, where they are asked for."""
+"""Previews of a picture, where they are asked for."""
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
-"""Of finished pictures that are kept."""
+"""Size of the finished pictures that are kept."""
 
 
 class _Job(Job[DecoderEvent]):

@@ -1,6 +1,6 @@
 """Conditions -> latents, step by step: pictures at different steps, of different settings, in one call of their UNet.
 
-A picture depends on its own condition, seed and settings only, not on its company. Guidance follows arXiv 2207.12598,
+A picture depends on its own condition, seed and settings only, not on its batch. Guidance follows arXiv 2207.12598,
 rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.
 
 Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
@@ -20,7 +20,7 @@ from minigpt5.model.diffusion import ADDS_NOISE, Diffusion, new_sampler, predict
 from minigpt5.types import DrawSettings
 
 Precision = Literal["float32", "bfloat16"]
-"""Of the UNet. In bfloat16 a picture depends a little on its company (benchmarks/results/company.json has how much)."""
+"""Precision of the UNet. In bfloat16 a picture depends a little on its batch (benchmarks/results/company.json)."""
 
 
 class Denoising:
@@ -41,7 +41,7 @@ class Denoising:
         self.scheduler = new_sampler(draw.scheduler, diffusion.scheduler)
         self.scheduler.set_timesteps(draw.steps)
         self.generator = torch.Generator().manual_seed(seed)
-        """Of all noise: what the picture begins as, and where its sampler adds some."""
+        """Source of all noise: the first latents, and noise that the sampler adds."""
         if noise_1CYX is None:
             config = diffusion.unet.config
             shape = (1, config.in_channels, config.sample_size, config.sample_size)

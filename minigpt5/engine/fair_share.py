@@ -1,4 +1,4 @@
-"""Who takes part in an engine's next step: deficit round-robin over keys, then oldest first (Shreedhar and Varghese,
+"""Choose the jobs of an engine's next step: deficit round-robin over keys, then oldest first (Shreedhar and Varghese,
 "Efficient Fair Queuing Using Deficit Round-Robin", SIGCOMM 1995)."""
 
 from __future__ import annotations

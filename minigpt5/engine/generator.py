@@ -36,7 +36,7 @@ from minigpt5.model.vision import Vision
 from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, StoryRequest
 
 SHORT_READ = 64
-"""So many tokens are read at once: what is written, a picture's vokens, most prompts."""
+"""Tokens that are read at once: a written token, a picture's vokens, most prompts."""
 PART = 4
 """A longer prompt is read in parts while others write: of so many tokens, or as many as requests write."""
 LONG_READ = 512
@@ -44,7 +44,7 @@ LONG_READ = 512
 READ_BACK_TOKENS = 16
 """Around a picture that is read back, and of what is asked after it."""
 PICTURE_BYTES = 64 * 2**20
-"""Of embeddings of input pictures that are kept."""
+"""Size of the embeddings of input pictures that are kept."""
 
 
 class _Job(Job[GeneratorEvent]):
@@ -89,7 +89,7 @@ class VokenGenerator:
             [tokenizer.eos_token_id, *(token for name, token in tokenizer.get_vocab().items() if STOP in name)]
         )
         self.num_close_choices = 0
-        """Tokens of finished requests whose choice another company in the batch could have changed."""
+        """Tokens of finished requests whose choice another batch could have changed."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
         """Tokens of prompts, and how many of them were there already in a slot that begins alike."""
         self._cache = SlotCache.for_model(language.body, num_slots=num_slots, num_positions=config.context_tokens)

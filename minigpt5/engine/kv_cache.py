@@ -36,7 +36,7 @@ class Span:
     """First token of the pass."""
     end: int
     length: int
-    """Of the slot, these tokens included."""
+    """Length of the slot, these tokens included."""
     mask_TS: Tensor | None
     """None: nothing is hidden that causality does not hide by itself."""
 
@@ -52,7 +52,7 @@ class Together:
     """Counted from `first`."""
     tokens: Tensor
     length: int
-    """Of the longest."""
+    """Length of the longest."""
     mask_R11S: Tensor
     """Added to the scores: 0, or minus infinity where a slot has no such position."""
 

@@ -1,4 +1,4 @@
-"""(seed, page, position, logits) -> token: a pure function, so that a story does not depend on its company."""
+"""(seed, page, position, logits) -> token: a pure function, so that a story does not depend on its batch."""
 
 from __future__ import annotations
 

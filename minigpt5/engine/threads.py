@@ -1,4 +1,4 @@
-"""Who computes with how many torch threads.
+"""How many torch threads an engine computes with.
 
 OpenMP (libgomp) gives every thread that computes a team of its own. As soon as all teams together have more threads
 than the machine has cores, their members sleep between two operations instead of waiting for a moment, and a step of
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 DECIDED_AFTER_S = 0.1
-"""Of work: what a thread gets is told by the kernel's scheduler in pieces of some milliseconds."""
+"""Seconds of work before a decision: the kernel's scheduler gives threads pieces of some milliseconds."""
 IDLE_CORES = 0.6
-"""So much of a core has to lie idle before a team grows."""
+"""Idle part of the cores before a team grows."""
 MIN_SHARE = 0.8
-"""Of the time, in which the engine's own thread is on a core: with less it has to share it."""
+"""Share of the time that the engine's own thread has a core: with less it shares the core."""
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """As `load_tensors`, for what needs no torch."""
+    """Load tensors as `load_tensors` does, without torch."""
     from safetensors.numpy import load_file
 
     return load_file(folder / "model.safetensors")

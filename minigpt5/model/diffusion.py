@@ -41,7 +41,7 @@ SAMPLER_OPTIONS: dict[str, dict[str, object]] = {
 """What a noise schedule that was made for another sampler does not say."""
 _LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 MIN_VELOCITY_WEIGHT = 0.4
-"""Who stands where is decided while there is next to no signal: those steps are to be learnt as well."""
+"""The layout is decided while there is next to no signal: the model must learn those steps too."""
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
@@ -89,7 +89,7 @@ class Diffusion(nn.Module):
         return self.to_raw_pixels(latents_BCYX).clamp(-1, 1)
 
     def to_raw_pixels(self, latents_BCYX: Tensor) -> Tensor:
-        """As `to_pixels`, before values outside of [-1, 1] are cut off: what a loss is taken of."""
+        """Decode as `to_pixels` does, without cutting values outside of [-1, 1] off: a loss needs them."""
         return self.vae.decode(denormalise(latents_BCYX, self.vae)).sample
 
     def random_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, first_timestep: int = 0) -> Tensor:
@@ -107,7 +107,7 @@ class Diffusion(nn.Module):
         )
 
     def error(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """As `loss`, without weights."""
+        """Compute the loss as `loss` does, without weights."""
         return denoising_error(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
 
     def predict_x0(

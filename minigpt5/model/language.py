@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
             self.body = get_peft_model(self.body, peft_config)
 
     def checkpoint_activations(self) -> None:
-        """Compute activations again on the way back instead of keeping them (arXiv 1604.06174)."""
+        """Compute activations again in the backward pass instead of keeping them (arXiv 1604.06174)."""
         self.body.gradient_checkpointing_enable({"use_reentrant": False})
         self.body.train()  # transformers does so in training mode alone
 

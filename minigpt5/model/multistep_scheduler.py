@@ -44,7 +44,7 @@ class MultistepScheduler(DDIMScheduler):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> DDIMSchedulerOutput:
-        """As in DDIM, but that what came out clean is noised again while there are restarts left."""
+        """Step as DDIM does, but add noise to the clean result again while there are restarts left."""
         output = super().step(model_output, timestep, sample, **options)
         if timestep == self.timesteps[-1] and self._num_restarts:
             self._num_restarts -= 1

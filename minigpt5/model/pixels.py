@@ -14,5 +14,5 @@ def to_tensor(pixels_BYXC: object) -> Tensor:
 
 
 def to_pixels(pictures_BCYX: Tensor) -> np.ndarray:
-    """The way back: (B, Y, X, 3)."""
+    """Convert pictures back: (B, 3, Y, X) -> (B, Y, X, 3) uint8."""
     return ((pictures_BCYX.float() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

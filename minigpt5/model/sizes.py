@@ -174,21 +174,21 @@ class Assumed:
     """What an estimate of training time rests on besides counted FLOPs and bytes."""
 
     peak_flops: float = 155e12
-    """Of a GPU, dense bfloat16 (an A6000's)."""
+    """Speed of a GPU, dense bfloat16 (an A6000's)."""
     utilisation: float = 0.35
     """Share of the peak that is reached."""
     node_gpus: int = 8
     inside_bytes_per_s: float = 25e9
-    """Of a GPU's link within its node (PCIe 4)."""
+    """Speed of a GPU's link within its node (PCIe 4)."""
     between_bytes_per_s: float = 12.5e9
-    """Of a node's link to others (100 Gbit/s)."""
+    """Speed of a node's link to others (100 Gbit/s)."""
     batch: int = 48
     """Samples of a step, all GPUs together; a GPU has at least one."""
     caption_tokens: int = 24
     story_tokens: int = 400
-    """Of the published second stage's samples: a history of a few pages, with 32 embeddings for each picture."""
+    """Tokens of a sample of the published second stage: a history of a few pages, 32 embeddings a picture."""
     read_pictures: float = 2.0
-    """Of such a sample."""
+    """Pictures read in such a sample."""
 
 
 def forward_flops(parts: FullSizeModel) -> dict[str, float]:
@@ -218,8 +218,8 @@ def forward_flops(parts: FullSizeModel) -> dict[str, float]:
 
 
 def sample_flops(flops: dict[str, float], assumed: Assumed) -> dict[str, float]:
-    """Of one training sample. What is frozen on the way back costs its forward pass once more, for the gradients that
-    pass through it; what is trained twice."""
+    """Compute the FLOP of one training sample. In the backward pass a frozen part costs its forward pass once more, for
+    the gradients that pass through it; a trained part costs it twice."""
     drawn = flops["VAE, encode"] + 2 * flops["UNet"] + 3 * flops["mapper"]
     return {
         "stage 1": 2 * assumed.caption_tokens * flops["token"] + drawn,

@@ -35,9 +35,9 @@ CONTRAST_SHARPNESS = 40.0
 """One fact changes some hundredths to a fifth of a caption's mean squared features."""
 WHITENING_RIDGE = 0.1
 WHITENING_GAIN = 3.0
-"""Of a direction that a linear model would wholly explain a caption's states by."""
+"""Gain of a direction that the caption embeddings explain fully."""
 WHITENING_RANK = 128
-"""Of the captions' states, for that."""
+"""Dimensions of the captions' states that the whitening uses."""
 REPLAYED_PICTURES = 16
 REPLAY_CAPACITY = 24_576
 """Pictures whose states are kept for replay: 70 KB each in the storybook preset, 200 KB with contrasts."""
@@ -45,13 +45,13 @@ REPLAY_CAPACITY = 24_576
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Of the three losses."""
+    """Weights of the losses."""
 
     text: float
     picture: float
     caption: float
     contrast: float = 0.0
-    """Of telling a picture's caption from those that differ in one fact."""
+    """Weight of telling a picture's caption from those that differ in one fact."""
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of those that there are."""

@@ -19,7 +19,7 @@ from minigpt5.model.base_models import load_arrays, resolve
 TEXT_FILTER = "profanity-check"
 PICTURE_FILTER = "open-nsfw"
 MAX_TEXT_SCORE = 0.99
-"""Of 1: stories of the picture world reach 0.973 (pigs), insults 0.995; "the pig was fat" is over it, too."""
+"""Threshold, from 0 to 1: stories of the picture world reach 0.973, insults 0.995; "the pig was fat" is over it."""
 MAX_PICTURE_SCORE = 0.8
 """What the picture filter's authors take for certain."""
 _WORD = re.compile(r"(?u)\b\w\w+\b")
@@ -84,7 +84,7 @@ class PictureFilter:
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def score(self, data: bytes) -> float:
-        """Of an encoded picture, from 0 to 1."""
+        """Score an encoded picture, from 0 to 1."""
         [[_, score]] = self._session.run(None, {"input_0": _prepare(data)[None]})[0]
         return float(score)
 
@@ -95,7 +95,7 @@ class PictureFilter:
 
 
 def _prepare(data: bytes) -> np.ndarray:
-    """As the filter was trained: 256 px, through JPEG, the middle 224 px, blue first, less the mean."""
+    """Prepare a picture as in the filter's training: 256 px, JPEG, the middle 224 px, BGR, less the mean."""
     picture = Image.open(io.BytesIO(data)).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
     file = io.BytesIO()
     picture.save(file, "JPEG")

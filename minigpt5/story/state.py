@@ -74,7 +74,7 @@ class StoryState:
     num_pages: int
     """Pages asked for."""
     owner: str = ""
-    """Whose story it is: the key of its request."""
+    """Owner of the story: the key of its request."""
     status: Status = "drawing"
     error: str | None = None
     """Why the story failed."""
@@ -156,7 +156,7 @@ class StoryBuilder:
         return dataclasses.replace(self._empty, status=status, error=error, pages=pages, usage=self._usage)
 
     def text(self, page: int) -> str:
-        """Of a page, as it came so far."""
+        """Return a page's text so far."""
         return self._page(page).text
 
     def page_state(self, index: int) -> PageState:

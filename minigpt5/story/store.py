@@ -7,7 +7,7 @@ stories/<id>/pages/<n>/vokens.safetensors
 stories/<id>/pages/<n>/picture.png       the first picture; later variants are picture-1.png, picture-2.png, ...
 images/<name>.png                        pictures outside of stories, for an hour
 once/<name>.json                         the story that a request which may come twice has begun
-running/<id>                             while a story is being made: its owner's number; who goes on after a crash
+running/<id>                             while a story is being made: its owner's number; a process that resumes it
                                          finds it there
 
 Ids of stories begin with the time of their making, so that their order is the order of time.
@@ -183,7 +183,7 @@ class StoryStore:
             raise StoryNotFound(f"no story {story_id!r}") from None
 
     def load_owner(self, story_id: str) -> str:
-        """Whose story it is. Raises StoryNotFound."""
+        """Load the owner of a story. Raises StoryNotFound."""
         values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
         return values.get("owner", "")
 

@@ -56,7 +56,7 @@ def find_sprite(pixels: np.ndarray, key: str, *, columns: tuple[int, int]) -> Fo
 
 @dataclass(frozen=True, kw_only=True)
 class _Spectra:
-    """Of a picture's channels, and of the sum of their squares."""
+    """Spectra of a picture's channels, and of the sum of their squares."""
 
     shape: tuple[int, int]
     channels_CYX: Tensor

@@ -1,6 +1,6 @@
 """A number -> a picture story of the world, page by page, with the scene and the facts of every page.
 
-`page_facts` is the way back: it reads pages and keeps cast, place and time, to score written stories.
+`page_facts` is the inverse: it reads pages and returns cast, place and time, to score written stories.
 The sentences that it is written in are in sentences.py.
 """
 

@@ -224,7 +224,7 @@ def test_an_output_has_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Of PROMPTS through the fakes."""
+    """Check the output of PROMPTS through the fakes."""
     stories = {row["prompt"]: row for row in read_output(folder).values()}
     fox = stories["a fox"]
     assert (fox["id"], fox["seed"], fox["error"]) == ("fox", 7, None)

@@ -207,7 +207,7 @@ def test_a_book_is_shared_by_a_link_that_expires(guarded: Guarded, monkeypatch: 
 
 
 def test_the_urls_in_replies_need_no_key_until_they_expire(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a picture's address in a page elsewhere, or in a chat: every URL in every kind of reply is signed."""
+    """Every URL in every kind of reply is signed, so that other pages and chats can show it."""
     create = guarded.request("POST", "/v1/stories", json={**BODY, "stream": True}, headers=guarded.alice)
     events = read_events(create.text)
     story = events[-1][2]

@@ -95,7 +95,7 @@ def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(tmp_path: Path) -> 
 
 
 def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
-    """As when a driver died and its workers live on for a moment."""
+    """This happens when a driver died and its workers live on for a moment."""
     preset = dataclasses.replace(TINY, steps=3, checkpoint_every_s=0.0)
     folder = RunFolder(tmp_path)
     first = checkpoint.claim(folder)

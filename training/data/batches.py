@@ -35,7 +35,7 @@ class Batch(Generic[E]):
 
     examples: list[E]
     ids: list[Any]
-    """Of the examples: their own in a stored data set, else their positions."""
+    """Ids of the examples: their own in a stored data set, else their positions."""
     step: int = 0
     """The optimizer step that learns from it."""
 

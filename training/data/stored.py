@@ -68,7 +68,7 @@ class StoredExamples:
         self._groups: list[tuple[str, int]] = []
         """File and row group."""
         places: list[tuple[int, int]] = []
-        """Of each row: its group, and its place there."""
+        """Group and place in the group, for each row."""
         for path in self._paths:
             places += self._index(path)
         self._places = np.array(places, np.int64).reshape(-1, 2)
@@ -249,5 +249,5 @@ def _drawn(segment: dict[str, Any], px: int) -> np.ndarray:
 
 
 def load_array(data: bytes) -> np.ndarray:
-    """As precompute.py stores it: NumPy's own format, which holds no objects."""
+    """Load an array in NumPy's own format, without objects, as precompute.py stores it."""
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

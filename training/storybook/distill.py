@@ -46,7 +46,7 @@ class DistillObjective(nn.Module):
         scheduler = diffusion.scheduler
         scheduler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
-        """Of the teacher's steps, and -1 for what has no noise."""
+        """The teacher's timesteps, and -1 for latents without noise."""
         self._replay_buffer = ReplayBuffer(maxlen=REPLAY_CAPACITY)
 
     def forward(self, batch: Batch[CaptionedScene], progress: float) -> dict[str, Tensor]:

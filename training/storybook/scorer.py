@@ -50,7 +50,7 @@ FACTS = ("who", "what", "side", "place", "time")
 class Example:
     pixels: np.ndarray
     labels: tuple[int, int, int, int]
-    """As `Scorer.forward` numbers its logits."""
+    """Labels, numbered as the logits of `Scorer.forward`."""
 
 
 def example_at(index: int) -> Example:

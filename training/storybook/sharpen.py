@@ -42,13 +42,13 @@ TARGET = ("pixels", "weight", "masks")
 
 
 class SharpenObjective(nn.Module):
-    """The last call of the distilled UNet and the VAE's way back, learnt together on what they draw, through pixels (as
-    in DRaFT-1, arXiv 2309.17400, but with a target in the place of a reward).
+    """The last call of the distilled UNet and the VAE decoder, trained together on their own pictures, through pixels
+    (as in DRaFT-1, arXiv 2309.17400, but with a target instead of a reward).
 
-    Taught by true scenes, either can but blur what it is in doubt of: where a sprite stands, and how large. Here they
-    themselves have decided: the weights from before this stage draw a picture, sprites are looked for in it and drawn
-    again where they stand. That is the target. A third of the pictures are true scenes from their own
-    latents, for the way back alone; and the first call, which decides what stands where, is held to what it was.
+    Trained on true scenes, both would blur what they doubt: where a sprite stands, and how large. Here they have
+    decided that themselves. The weights from before this stage draw a picture; the stage finds the sprites in it and
+    draws them again at their place. That is the target. A third of the pictures are true scenes from their own latents,
+    for the VAE decoder alone. The first call, which decides the layout, is held to what it was.
     """
 
     def __init__(self, diffusion: Diffusion, text_encoder: nn.Module, preset: SharpenPreset) -> None:

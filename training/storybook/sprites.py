@@ -15,13 +15,13 @@ SPRITE_WEIGHT = 3.0
 """How much an error counts within a sprite of TYPICAL_CONTRAST."""
 TYPICAL_CONTRAST = 0.2
 MIN_CORRELATION = 0.42
-"""Of a sprite that is there, if not crisp; another one in its place is seldom taken for it."""
+"""Lowest correlation of a sprite that is there, even if not crisp; another sprite seldom reaches it."""
 REACH_PX = 4
 """How far a sprite may stand beyond the middle of its picture."""
 HALO_PX = 8
 """How far from a sprite there may be what was drawn in doubt of its place."""
 MIN_BACKGROUND_PX = 4
-"""Of a row, beside all sprites, to tell what is behind them."""
+"""Pixels of a row beside all sprites, at least, to tell what is behind them."""
 MAX_SPREAD = 32.0
 """Levels within which four in five of them lie: tree tops or the sun beside a sprite do not say what is behind it."""
 

@@ -22,7 +22,7 @@ from training.storybook.sheets import save_sheet
 from training.weight_sources import WeightSources
 
 LATENT_NOISE = 0.05
-"""Added to latents, raw ones here and normalised ones in "decoder", so that the way back forgives slight errors."""
+"""Noise added to latents, raw ones here and normalised ones in "decoder": the VAE decoder learns to forgive it."""
 
 
 class VaeObjective(nn.Module):

@@ -123,7 +123,7 @@ def _page(page: Page) -> str:
 
 
 def _text(words: str) -> str:
-    """As XML, without the characters that it cannot have."""
+    """Escape text for XML, without the characters that XML cannot have."""
     return escape(_NOT_XML.sub("", words))
 
 

@@ -26,11 +26,11 @@ pytestmark = [
 
 MIB = 2**20
 MAX_GROWTH = 200 * MIB
-"""Of any process of the server, over all that is sent here."""
+"""Largest growth of any process of the server, over all requests here."""
 
 
 def memory(server: Server) -> dict[tuple[int, str], int]:
-    """Of the proxy, the front and the engines, in bytes."""
+    """Measure the memory of the proxy, the front and the engines, in bytes."""
     found = {}
     for process in psutil.Process(server.process.pid).children(recursive=True):
         title = process.cmdline()[0] if process.cmdline() else ""

@@ -90,7 +90,7 @@ def test_calls_of_one_story_go_to_the_generator_that_has_its_beginning(
         return text
 
     async def write_page_by_page(index: int, session: str) -> None:
-        """As many calls as pages: all but the first of them bring what is written already."""
+        """Make as many calls as pages: all but the first bring the pages that are written already."""
         pages: tuple[Page, ...] = ()
         for number in range(1, 4):
             story = StoryRequest(

@@ -75,7 +75,7 @@ def test_a_stream_is_the_same_at_the_other_front(tmp_path: Path) -> None:
             assert {"text", "progress", "image", "page", "done"} <= {name for _, name, _ in far}
             assert {str(event) for event in far} <= {str(event) for event in near}
             assert one.generator.requests and not other.generator.requests
-            # One who was cut off in the middle goes on at the other front.
+            # A reader who was cut off in the middle continues at the other front.
             story = (await here.post("/v1/stories", json={**BODY, "wait": False})).json()
             path = f"/v1/stories/{story['id']}/events"
             begun: list[str] = []

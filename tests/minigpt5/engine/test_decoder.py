@@ -156,7 +156,7 @@ def test_a_pickle_in_the_folder_is_refused(tmp_path: Path) -> None:
         model_folder.check_folder(tmp_path)
 
 
-# Company
+# Batch invariance
 
 
 def random_request(seed: int) -> DrawRequest:

@@ -268,7 +268,7 @@ def test_pictures_are_exempt_from_repetition_penalties(generator: VokenGenerator
     assert pages_with_pictures(run(generator, reply(sampling=sampling))[0]) == [1, 2, 3]
 
 
-# Company
+# Batch invariance
 
 
 def random_request(seed: int) -> StoryRequest:

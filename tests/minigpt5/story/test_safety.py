@@ -49,7 +49,7 @@ def test_a_piece_of_each_word_is_read(text_filter: TextFilter) -> None:
 
 
 def test_scores_are_those_of_the_model_itself(text_filter: TextFilter) -> None:
-    """As scikit-learn 1.9.1 computes them from the package's own files."""
+    """The expected scores were computed by scikit-learn 1.9.1 from the package's own files."""
     known = {"you are a stupid idiot": 1.0, "A pig and a rocket.": 0.89999, "A fox who finds a red balloon": 0.02864}
     for text, score in known.items():
         assert text_filter.score(text) == pytest.approx(score, abs=1e-5), text
