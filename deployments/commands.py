@@ -1,4 +1,4 @@
-"""The command `minigpt5-client`; `minigpt5-serve` is `__main__.py`. Neither needs its extra to be found and to say so."""
+"""The command `minigpt5-client`. `minigpt5-serve` is `__main__.py`: both can say that their extra is missing."""
 
 from __future__ import annotations
 
