@@ -32,7 +32,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-slow test-newest fuzz lint quality bench-engines bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install serve story test test-full test-newest fuzz lint quality bench-engines bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -78,18 +78,18 @@ serve: $(SERVES)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder S
 story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html)
 	@$(RUN) -m minigpt5 --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
 
-test: $(STAMP)  ## all tests but the slow ones and the benchmarks
-	$(RUN) -m pytest
+test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one bulk job, one training run on Ray
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
-test-slow: $(STAMP)  ## the slow tests: every training stage on Ray Train, one after the other
-	$(RUN) -m pytest -m slow
+test-full: $(STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
+	$(RUN) -m pytest -m "not bench and not fuzz"
 
 test-newest:  ## the fast tests with the newest versions that pyproject.toml allows, in build/venv-newest; torch is CI's
 	rm -rf build/venv-newest
 	$(PYTHON) -m venv build/venv-newest
 	$(call install,$(NEWEST),$(TORCH) -e '.[$(ALL)]')
 	$(NEWEST) -m pip list --format=freeze > build/newest.txt
-	$(NEWEST) -m pytest -m "not slow and not bench and not cluster" --deselect $(CLOSURE)
+	$(NEWEST) -m pytest -n 2 --dist loadgroup -m "not slow and not bench and not cluster" --deselect $(CLOSURE)
 
 lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .

@@ -94,7 +94,7 @@ def make_pages_on_ray(
     """The pipeline: jobs -> written pages -> drawn pages, in the order in which they are finished."""
     connect(engines.generator.least + engines.decoder.least)
     monitor = RemoteMonitor()
-    common: dict[str, Any] = {"store": output.store, "watch": monitor, "reach": output.failpoint}
+    common: dict[str, Any] = {"store": output.store, "watch": monitor, "failpoint": output.failpoint}
     written = through(
         new_dataset(as_table(jobs), name="illustrate"),
         Write,

@@ -1,7 +1,46 @@
-"""One torch thread a test process: tests share two cores."""
+"""What all tests share: one torch thread a process, one server, one Ray cluster, and who runs beside whom."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from tests.helpers.processes import Cluster, Server, running_cluster, running_server
+
 torch.set_num_threads(1)
+
+STARTS_RAY = ("cluster", "server")
+"""Fixtures of processes of their own, in the order in which their tests come."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run a module's tests in one process (`-n 2 --dist loadgroup`), and all that start Ray in one, one after another.
+
+    They come last: a cluster that waits would slow down everything else.
+    """
+
+    def place(item: pytest.Item) -> int:
+        used = [number for number, name in enumerate(STARTS_RAY) if name in getattr(item, "fixturenames", ())]
+        return max(used, default=-1) if item.get_closest_marker("cluster") else -2
+
+    items.sort(key=place)
+    for item in items:
+        group = "ray" if item.get_closest_marker("cluster") else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Ray cluster of our own that takes jobs."""
+    with running_cluster() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`python -m deployments` with the shipped model."""
+    with running_server(tmp_path_factory.mktemp("server")) as found:
+        yield found

@@ -155,7 +155,7 @@ class Stage:
 
 def burst(language: LanguageModel, ids_1S: Tensor, image_NQH: Tensor, config: ModelConfig) -> Tensor:
     """The states that condition a picture drawn right after a prompt, through the generator's own cache: (V, H)."""
-    cache = SlotCache.for_model(language.body, num_rows=1, num_positions=config.context_tokens)
+    cache = SlotCache.for_model(language.body, num_slots=1, num_positions=config.context_tokens)
     embeds_1SH = language.embed(ids_1S, image_NQH)
     before_SH = cache.forward(language.body, embeds_1SH[0], [(0, ids_1S.shape[1])])
     voken_ids_1V = torch.tensor([language.voken_embeddings.ids])

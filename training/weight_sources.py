@@ -42,8 +42,8 @@ class WeightSources:
         return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
 
     def find(self, part: str, *, stage: str = "") -> Path | None:
-        """The first folder that has `part` ("vae" or "unet") under it, of the legs those before `stage`; None where
-        there is none."""
+        """The first folder that has `part` ("vae" or "unet") under it, of the stages before `stage`; None where there
+        is none."""
         stages = DIFFUSION_STAGES.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
         trained = (self.runs / earlier / "model" for earlier in stages)
         folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]

@@ -2,7 +2,7 @@
 
 Continuous batching: requests join and leave between tokens, each with its own prompt, sampling, seed and length. A
 step of the language model reads for each of them what its script asks next: a token, a picture's vokens, or a part
-of its prompt. `writing.py` is what one request does; `kv_cache.py` is how they share a step.
+of its prompt. `script.py` is what one request does; `kv_cache.py` is how they share a step.
 
 Shape letters: H hidden width, T tokens of a step, N input pictures, Q embeddings of one picture.
 """

@@ -53,12 +53,12 @@ SD21_TEXT: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class FullSizeModel:
     """Every module of the full-size system, without memory."""
 
     config: ModelConfig
     language: nn.Module
-    rows: VokenEmbeddings
+    voken_embeddings: VokenEmbeddings
     vision: Vision
     mapper: Mapper
     unet: nn.Module
@@ -82,17 +82,17 @@ class Parts:
         return 2 * (config.vocabulary + config.num_vokens + 1) * config.hidden
 
 
-def build() -> Parts:
+def build() -> FullSizeModel:
     """Every module on the meta device."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
     config = minigpt5_7b()
     with torch.device("meta"):
-        return Parts(
+        return FullSizeModel(
             config=config,
             language=LlamaForCausalLM(LlamaConfig(**LLAMA_7B)),
-            rows=VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden),
+            voken_embeddings=VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden),
             vision=Vision(config),
             mapper=Mapper(config),
             unet=UNet2DConditionModel(**SD21_UNET),
@@ -105,11 +105,11 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def counts(parts: Parts) -> dict[str, int]:
+def counts(parts: FullSizeModel) -> dict[str, int]:
     """Parameters by part, and what each stage trains: as the published code flags them, and as they really move."""
     mapper = parts.mapper
     transformer, fc, queries = count(mapper.transformer), count(mapper.fc), mapper.queries.numel()
-    new_rows = count(parts.rows)
+    new_rows = count(parts.voken_embeddings)
     return {
         "language model": count(parts.language),
         "vision encoder": count(parts.vision.encoder),
@@ -191,7 +191,7 @@ class Assumed:
     """Of such a sample."""
 
 
-def forward_flops(parts: Parts) -> dict[str, float]:
+def forward_flops(parts: FullSizeModel) -> dict[str, float]:
     """FLOPs of one forward pass, counted on the meta device: a picture through each of its parts, a token through the
     language model, a condition through the mapper."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -145,6 +145,7 @@ def test_the_commands_refuse_what_they_cannot_do_in_one_line(
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_both_jobs_run_on_ray(tmp_path: Path) -> None:
     illustrate_here(check(*PROMPTS), new_output(tmp_path / "stories"))
     uri, was_up = str(tmp_path / "stories" / "out"), ray.is_initialized()

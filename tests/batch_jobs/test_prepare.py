@@ -362,6 +362,7 @@ def test_a_row_has_a_form(segments: tuple[Segment, ...], reason: str) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_job_on_ray_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

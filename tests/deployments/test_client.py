@@ -14,8 +14,8 @@ from deployments import client as module
 from deployments.api.routes import create_api
 from deployments.client import Client, ClientError, parse_args, run
 from tests.deployments.test_auth import Guarded
-from tests.deployments.test_cluster import find_free_port
 from tests.helpers.fakes import FakeGenerator
+from tests.helpers.processes import find_free_port
 from tests.helpers.served import Served
 
 

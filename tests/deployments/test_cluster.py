@@ -7,14 +7,10 @@ import io
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import numpy as np
@@ -22,74 +18,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from minigpt5.config import default_model_folder
 from minigpt5.model.folder import load_config
-
-ROOT = Path(__file__).parent.parent.parent
-MODEL = default_model_folder()
-START_TIMEOUT_S = 240
-END_TIMEOUT_S = 60
+from tests.helpers.processes import END_TIMEOUT_S, MODEL, Server, start_server
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(400),
     pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"no model is shipped in {MODEL}"),
 ]
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[bytes]
-    log: Path
-    port: int
-    client: httpx.Client
-
-    def replica(self, deployment: str) -> psutil.Process:
-        title = f"ray::ServeReplica:default:{deployment}"
-        [process] = [
-            process
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(title)
-        ]
-        return process
-
-
-def find_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start(port: int, storage: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(MODEL)]
-    # A session of its own, so that the test can send it Ctrl-C as a terminal does: to the whole group.
-    return subprocess.Popen(
-        [*command, "--storage", str(storage)],
-        cwd=ROOT,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    log, port = folder / "log", find_free_port()
-    with log.open("wb") as output:
-        process = start(port, folder / "storage", output)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "ready after" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            yield Server(process, log, port, client)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(END_TIMEOUT_S)
 
 
 def read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -201,7 +137,7 @@ def test_the_front_never_loads_torch_and_the_engines_do(server: Server) -> None:
 
 def test_a_second_server_on_the_port_says_what_to_do(server: Server, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as output:
-        second = start(server.port, tmp_path, output)
+        second = start_server(server.port, tmp_path, output)
         assert second.wait(60) == 1
     text = (tmp_path / "log").read_text()
     assert f"port {server.port}" in text

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments import proxy
 from deployments.proxy import MAX_HEADER_BYTES, BoundedProtocol, guard
-from tests.deployments.test_cluster import find_free_port
+from tests.helpers.processes import find_free_port
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:

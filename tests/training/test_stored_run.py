@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +13,9 @@ from batch_jobs.prepare import Part, write_part
 from minigpt5 import MiniGPT5
 from minigpt5.config import default_model_folder
 from minigpt5.types import DrawSettings
-from tests.batch_jobs.test_illustrate import cluster  # noqa: F401
+from tests.helpers.processes import Cluster
 from training.train import main
 
-ROOT = Path(__file__).parent.parent.parent
 MODEL = str(default_model_folder())
 QUICK = ["batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "replay.steps=0", "validation_batches=1"]
 QUICK += ["sheet_every_s=100000", "checkpoint_every_s=0", "picture_from=0", "whitens=false", "standardises=false"]
@@ -67,27 +62,11 @@ def test_both_stages_train_on_them_and_the_model_writes(encoded: Path, tmp_path:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_submitted_job_trains_with_two_workers(encoded: Path, tmp_path: Path, cluster: str) -> None:  # noqa: F811
+def test_a_submitted_job_trains_with_two_workers(encoded: Path, tmp_path: Path, cluster: Cluster) -> None:
     out = tmp_path / "align"
     command = ["-m", "training.train", "align", "--data", str(encoded), "--start", MODEL, "--out", str(out)]
     command += ["--workers", "2", "steps=2", "zero_stage=2", "ema_decay=0", *QUICK]
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-    environment.pop("RAY_ADDRESS", None)
-    runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
-    deadline = time.monotonic() + 150
-    while True:
-        job = subprocess.run(
-            [*submit, "--runtime-env-json", runtime_env, "--", sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        # A cluster takes jobs some seconds after it is up, on a busy machine a minute.
-        if "No available agent" not in job.stderr or time.monotonic() > deadline:
-            break
-        time.sleep(1)
+    job = cluster.submit(*command)
     assert job.returncode == 0, (job.stdout + job.stderr)[-4000:]
     assert (out / "model" / "config.json").is_file() and (out / "report.html").is_file()
     assert (out / "checkpoint-00000002" / "position.json").is_file()

@@ -217,6 +217,7 @@ def test_workers_with_and_without_pictures_do_not_wait_for_each_other(tmp_path: 
     assert len(plain) == 4 and largest_difference(shared_out, plain) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_frozen_parts_are_halved_and_have_no_gradient_no_optimizer_state_and_no_replica(tmp_path: Path) -> None:
     plain, shared_out = (train(tmp_path, stage, steps=5, worker=FROZEN_WORKER) for stage in (None, 3))

@@ -13,12 +13,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.deployments.test_cluster import MODEL, Server, server  # noqa: F401
 from tests.helpers.fakes import make_png
+from tests.helpers.processes import MODEL, Server
 from tests.helpers.served import data_url
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.timeout(400),
     pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"no model is shipped in {MODEL}"),
 ]
@@ -28,7 +29,7 @@ MAX_GROWTH = 200 * MIB
 """Of any process of the server, over all that is sent here."""
 
 
-def memory(server: Server) -> dict[tuple[int, str], int]:  # noqa: F811
+def memory(server: Server) -> dict[tuple[int, str], int]:
     """Of the proxy, the front and the engines, in bytes."""
     found = {}
     for process in psutil.Process(server.process.pid).children(recursive=True):
@@ -38,7 +39,7 @@ def memory(server: Server) -> dict[tuple[int, str], int]:  # noqa: F811
     return found
 
 
-def send(server: Server, *pieces: bytes, answer_s: float = 20) -> bytes:  # noqa: F811
+def send(server: Server, *pieces: bytes, answer_s: float = 20) -> bytes:
     """Bytes as they are; the beginning of the answer, or what came instead."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=answer_s) as line:
         try:
@@ -54,7 +55,7 @@ def send(server: Server, *pieces: bytes, answer_s: float = 20) -> bytes:  # noqa
             return last or repr(failure).encode()
 
 
-def post(server: Server, body: bytes) -> tuple[int, bytes]:  # noqa: F811
+def post(server: Server, body: bytes) -> tuple[int, bytes]:
     line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     line.request("POST", "/v1/stories", body, {"Content-Type": "application/json"})
     reply = line.getresponse()
@@ -63,7 +64,7 @@ def post(server: Server, body: bytes) -> tuple[int, bytes]:  # noqa: F811
     return status, text
 
 
-def test_hostile_input_is_refused_and_memory_is_bounded(server: Server) -> None:  # noqa: F811
+def test_hostile_input_is_refused_and_memory_is_bounded(server: Server) -> None:
     server.client.post("/v1/images/generations", json={"prompt": "A fox"}).raise_for_status()  # all is loaded
     before = memory(server)
     assert len(before) == 4

@@ -72,6 +72,7 @@ def read_counters() -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"no model is shipped in {MODEL}")
 def test_calls_of_one_story_go_to_the_generator_that_has_its_beginning(

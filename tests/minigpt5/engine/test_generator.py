@@ -284,16 +284,17 @@ def random_request(seed: int) -> StoryRequest:
     return StoryRequest(prompt=(prompt,), pages=1, seed=seed, sampling=sampling, mode=mode)  # type: ignore[arg-type]
 
 
-def test_two_hundred_requests_in_random_company_write_what_each_writes_alone() -> None:
+@pytest.mark.parametrize("num", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_requests_in_random_batches_write_what_each_writes_alone(num: int) -> None:
     alone, beside = new_generator(), new_generator()
-    requests = [random_request(seed) for seed in range(200)]
+    requests = [random_request(seed) for seed in range(num)]
     num_close, expected = [], []
     for request in requests:
         before = alone.num_close_choices
         expected.append(run(alone, request)[0])
         num_close.append(alone.num_close_choices - before)
 
-    async def all_in_company() -> list[list[GeneratorEvent]]:
+    async def all_in_batches() -> list[list[GeneratorEvent]]:
         rng = random.Random(1)
 
         async def one(request: StoryRequest) -> list[GeneratorEvent]:
@@ -303,7 +304,7 @@ def test_two_hundred_requests_in_random_company_write_what_each_writes_alone() -
         return await asyncio.gather(*map(one, requests))
 
     num_compared = 0
-    for mine, theirs, close in zip(asyncio.run(all_in_company()), expected, num_close, strict=True):
+    for mine, theirs, close in zip(asyncio.run(all_in_batches()), expected, num_close, strict=True):
         if close and text(mine) != text(theirs):
             continue
         num_compared += 1
@@ -311,8 +312,8 @@ def test_two_hundred_requests_in_random_company_write_what_each_writes_alone() -
         for a, b in zip(mine, theirs, strict=True):
             if isinstance(a, Vokens) and isinstance(b, Vokens):
                 np.testing.assert_allclose(a.hidden_VH, b.hidden_VH, atol=1e-4)
-    print(f"{num_compared} of 200 compared; close choices {sum(num_close)}")
-    assert num_compared >= 195, f"{num_compared} of 200, close choices {sum(num_close)}, margin {CLOSE}"
+    print(f"{num_compared} of {num} compared; close choices {sum(num_close)}")
+    assert num_compared >= 0.97 * num, f"{num_compared} of {num}, close choices {sum(num_close)}, margin {CLOSE}"
     assert beside.num_running == beside.num_waiting == beside.queued_cost == 0
 
 
@@ -387,7 +388,8 @@ def test_pictures_are_known_by_their_content() -> None:
 # Limits
 
 
-def test_after_two_hundred_random_cancels_nothing_is_in_flight() -> None:
+@pytest.mark.parametrize("num", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_after_random_cancels_nothing_is_in_flight(num: int) -> None:
     generator = new_generator(num_slots=6, max_batch=4)
 
     async def cancel(seed: int) -> None:
@@ -407,7 +409,7 @@ def test_after_two_hundred_random_cancels_nothing_is_in_flight() -> None:
             task.cancel()
 
     async def run_all() -> None:
-        await asyncio.gather(*(cancel(seed) for seed in range(200)))
+        await asyncio.gather(*(cancel(seed) for seed in range(num)))
         for _ in range(200):
             if not generator.num_running + generator.num_waiting:
                 return
@@ -415,7 +417,7 @@ def test_after_two_hundred_random_cancels_nothing_is_in_flight() -> None:
 
     asyncio.run(run_all())
     assert generator.num_running == generator.num_waiting == generator.queued_cost == 0
-    assert len(generator._free_rows) == 6
+    assert len(generator._free_slots) == 6
     assert text(run(generator, story())[0]) == text(run(new_generator(), story())[0])
 
 

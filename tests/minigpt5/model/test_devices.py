@@ -16,7 +16,7 @@ from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_
 def test_a_step_of_the_language_model_stays_on_its_device() -> None:
     config = tiny_config()
     language = tiny_language(config).to("meta")
-    cache = SlotCache.for_model(language.body, num_rows=4, num_positions=64)
+    cache = SlotCache.for_model(language.body, num_slots=4, num_positions=64)
     assert cache.keys_LRGSD.device.type == "meta"
     for counts in ([(0, 5), (1, 3)], [(0, 1), (1, 1), (2, 4)]):
         ids_1T = torch.zeros(1, sum(num for _, num in counts), dtype=torch.long)

@@ -46,7 +46,7 @@ def test_old_tokens_have_the_base_models_logits(language: LanguageModel) -> None
     torch.testing.assert_close(logits_1ST[..., :99], F.linear(states_1SH, language.head_TH))
 
 
-def test_only_new_rows_move_whatever_the_weight_decay(language: LanguageModel) -> None:
+def test_only_voken_embeddings_move_whatever_the_weight_decay(language: LanguageModel) -> None:
     """Published: the whole matrices decay, and 308 of 309 rows change in one step."""
     language.add_adapter(LoraConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "v_proj")))
     before = {name: value.clone() for name, value in language.named_parameters()}
@@ -64,8 +64,8 @@ def test_only_new_rows_move_whatever_the_weight_decay(language: LanguageModel) -
         loss.backward()
         optimizer.step()
     moved = {name for name, value in language.named_parameters() if not torch.equal(value, before[name])}
-    assert {"rows.embedding", "rows.head"} <= moved
-    assert all(name.startswith("rows.") or "lora_" in name for name in moved)
+    assert {"voken_embeddings.embedding", "voken_embeddings.head"} <= moved
+    assert all(name.startswith("voken_embeddings.") or "lora_" in name for name in moved)
     assert torch.equal(language.head_TH, head_TH)
 
 
