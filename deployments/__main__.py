@@ -14,6 +14,8 @@ import urllib.error
 import urllib.request
 from types import FrameType
 
+from minigpt5.commands import check_default_model, needs_extra
+
 READY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 10.0
 
@@ -27,12 +29,13 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell that starts us in the background has us ignore the first
         signal.signal(number, _interrupt)
     try:
-        serve_until_interrupted(args)
+        with needs_extra("minigpt5-serve", "serve", modules=("ray", "fastapi"), ray="Ray Serve"):
+            serve_until_interrupted(args)
     except KeyboardInterrupt:
         return 0
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 
@@ -101,6 +104,7 @@ def check_model(folder: str) -> None:
     from minigpt5.model.folder import check_folder
 
     try:
+        check_default_model(folder)
         config = check_folder(folder)
         for base_model in (config.language_model, config.vision.encoder):
             resolve(base_model)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from minigpt5.pipeline import MiniGPT5
 
 __all__ = ["MiniGPT5"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from minigpt5.commands import check_default_model
 from minigpt5.config import default_model_folder
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
 from minigpt5.types import MAX_PAGES, PageDone, StoryEvent, TextDelta
@@ -72,6 +73,7 @@ def write(prompt: str, *, pages: int, seed: int, out: str, model: Path) -> str:
         raise InvalidRequest("seed", f"seed is {seed} but must be 0 or more")
     if not Path(out).parent.is_dir():
         raise StorageError(f"{out} cannot be written: there is no folder {Path(out).parent}; create it or name another")
+    check_default_model(model)
     from minigpt5 import MiniGPT5
 
     teller = Teller()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,5 +224,7 @@ def minigpt5_7b() -> ModelConfig:
 
 
 def default_model_folder() -> Path:
-    """The storybook model of the repository that this package is installed from."""
+    """$MINIGPT5_MODEL, else the storybook model of the repository that this package is installed from."""
+    if named := os.environ.get("MINIGPT5_MODEL"):
+        return Path(named).expanduser()
     return Path(__file__).resolve().parent.parent / "models" / "storybook"

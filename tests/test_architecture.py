@@ -25,7 +25,7 @@ Rule = Callable[[str, ast.Module], list[str]]
 
 STAR = ("engine", "objective", "published", "story", "storybook")
 """Sub-packages of minigpt5 that import its root's files and `model`, and never each other."""
-BELOW = ("types", "errors", "config", "codec", "blocking", "progress")
+BELOW = ("types", "errors", "config", "codec", "commands", "blocking", "progress")
 """The root's files that everything may import."""
 ABOVE = ("evaluation", "pipeline", "__main__")
 """What may import all of them."""
