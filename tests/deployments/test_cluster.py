@@ -138,7 +138,7 @@ def test_the_front_never_loads_torch_and_the_engines_do(server: Server) -> None:
 def test_a_second_server_on_the_port_says_what_to_do(server: Server, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as output:
         second = start_server(server.port, tmp_path, output)
-        assert second.wait(60) == 1
+        assert second.wait(60) == 2
     text = (tmp_path / "log").read_text()
     assert f"port {server.port}" in text
     assert "make serve PORT=" in text
