@@ -10,8 +10,9 @@ from minigpt5.types import PageDone, Progress, SlotOpened, StoryEvent, TextDelta
 
 
 def is_watched() -> bool:
-    """Whether a person sees the bar: stderr is a terminal, or this is a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Tell whether a person sees the bar: stderr is a terminal, or this is a notebook's kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stderr.isatty() or (shell is not None and "IPKernelApp" in shell.config)
 
 
 class StoryProgress:

@@ -15,21 +15,19 @@ STARTS_RAY = ("cluster", "server")
 """Fixtures of processes of their own, in the order in which their tests come."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run a module's tests in one process (`-n 2 --dist loadgroup`), and all that start Ray in one, one after another.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Run a module's tests in one process (`-n 2 --dist loadgroup`), and all that start Ray in one, after one another."""
+    item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("cluster") else item.location[0]))
 
-    They come last: a cluster that waits would slow down everything else.
-    """
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that start Ray last: a cluster that waits slows down everything else."""
 
     def place(item: pytest.Item) -> int:
         used = [number for number, name in enumerate(STARTS_RAY) if name in getattr(item, "fixturenames", ())]
         return max(used, default=-1) if item.get_closest_marker("cluster") else -2
 
     items.sort(key=place)
-    for item in items:
-        group = "ray" if item.get_closest_marker("cluster") else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
