@@ -16,7 +16,7 @@ STARTS_RAY = ("cluster", "server")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Run a module's tests in one process (`-n 2 --dist loadgroup`), and all that start Ray in one, after one another."""
+    """Run a module's tests in one process (`-n 2 --dist loadgroup`), and all that start Ray in one process."""
     item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("cluster") else item.location[0]))
 
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A Ray cluster of our own that takes jobs."""
+    """A Ray cluster of our own that takes jobs. Its agent needs Ray's usual port: no other Ray may run meanwhile."""
     with running_cluster() as found:
         yield found
 
