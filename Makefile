@@ -79,7 +79,7 @@ story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT
 	@$(RUN) -m minigpt5 --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
 
 test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one bulk job, one training run on Ray
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(RUN) -m pytest
 
 test-full: $(STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
 	$(RUN) -m pytest -m "not bench and not fuzz"

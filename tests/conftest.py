@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A Ray cluster of our own that takes jobs. Its agent needs Ray's usual port: no other Ray may run meanwhile."""
     with running_cluster() as found:
