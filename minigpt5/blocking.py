@@ -1,49 +1,85 @@
-"""Coroutines behind plain functions, also where an event loop runs already, as in a notebook."""
+"""Coroutines behind plain functions, also where an event loop runs already, as in a notebook.
+
+Each call gets a short-lived thread with a loop of its own. The caller's thread meanwhile hears the reports.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import contextlib
+import queue
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E")
+
+POLL_S = 0.1
+"""How often a caller inside a task looks whether that task was cancelled."""
 
 
-def run_blocking(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end and return its result, or raise what it raises.
+class _End:
+    """The last thing in the queue of reports."""
 
-    Where the calling thread runs an event loop, the coroutine gets a loop and a thread of its own; the caller waits.
-    Ctrl-C cancels the coroutine, waits until it has let go of everything, and is raised as KeyboardInterrupt.
+
+def run_blocking(
+    start: Callable[[Callable[[E], None]], Coroutine[Any, Any, T]], hear: Callable[[E], None] = lambda event: None
+) -> T:
+    """Run the coroutine `start(report)` to its end and return its result, or raise its exception.
+
+    `hear` is called in the caller's thread, with each report in its order. Where it raises, or Ctrl-C or a
+    cancellation reaches the caller, the coroutine is cancelled and has ended before the exception leaves. The
+    coroutine sees the caller's context variables.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    result: Future[T] = Future()
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    loop = runner.get_loop()
+    reports: queue.SimpleQueue[E | _End] = queue.SimpleQueue()
+    task = loop.create_task(start(reports.put))
 
-    async def main() -> T:
-        task = asyncio.current_task()
-        assert task
-        started.set_result((asyncio.get_running_loop(), task))
-        return await work
-
-    def run() -> None:
+    def work() -> None:
         try:
-            result.set_result(asyncio.run(main()))
-        except BaseException as failure:  # the caller raises it
-            result.set_exception(failure)
+            with runner:
+                loop.run_until_complete(asyncio.wait({task}))
+        finally:
+            reports.put(_End())
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="minigpt5", daemon=True)
+    thread = threading.Thread(target=work, name="minigpt5", daemon=True)
     thread.start()
     try:
-        thread.join()
-    except KeyboardInterrupt:
-        loop, task = started.result()
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        is_cancelled = _watch_cancellation()
+        while not isinstance(report := _next(reports, is_cancelled), _End):
+            hear(report)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the work has ended by itself
+            loop.call_soon_threadsafe(task.cancel)
         raise
-    return result.result()
+    finally:
+        thread.join()
+        if not task.cancelled():
+            task.exception()  # else asyncio logs an exception that another one overtook
+    return task.result()
+
+
+def _watch_cancellation() -> Callable[[], bool] | None:
+    """Whether the caller's task, where there is one, is cancelled from now on.
+
+    asyncio.run answers the first Ctrl-C with a cancellation, which a task that waits here cannot notice by itself.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
+    if task is None:
+        return None
+    num_before = task.cancelling()
+    return lambda: task.cancelling() > num_before
+
+
+def _next(reports: queue.SimpleQueue[E | _End], is_cancelled: Callable[[], bool] | None) -> E | _End:
+    while is_cancelled is not None:
+        if is_cancelled():
+            raise asyncio.CancelledError
+        with contextlib.suppress(queue.Empty):
+            return reports.get(timeout=POLL_S)
+    return reports.get()

@@ -12,7 +12,7 @@ from minigpt5.config import ModelConfig, check_distilled
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.threads import share
-from minigpt5.progress import StoryProgress, is_watched
+from minigpt5.progress import shown_progress
 from minigpt5.story.state import new_story_id
 from minigpt5.story.stream import write_story
 from minigpt5.types import (
@@ -69,12 +69,13 @@ class MiniGPT5:
     ) -> Story:
         """Write and draw a story.
 
-        `on_event` is called with every event, in order. `progress` shows a bar; by default on a terminal and in a
-        notebook. Raises InvalidRequest where the prompt is empty or too long.
+        `on_event` is called with every event, in order and in this thread; what it raises stops the work. `progress`
+        shows a bar; by default on a terminal and in a notebook. Raises InvalidRequest where the prompt is empty or too
+        long.
         """
-        return run_blocking(
-            self.awrite(prompt, pages=pages, seed=seed, draw=draw, on_event=on_event, progress=progress)
-        )
+        request = self._story_request(prompt, pages=pages, seed=seed, draw=draw)
+        with shown_progress(progress, request, on_event) as observe:
+            return run_blocking(lambda report: self._write(request, report), observe)
 
     async def awrite(
         self,
@@ -88,6 +89,12 @@ class MiniGPT5:
     ) -> Story:
         """As `write`, in the caller's event loop. Stories that are written at once share the engines' batches, and each
         is what it is alone. Cancelling the task stops the work at the next token and denoising step."""
+        request = self._story_request(prompt, pages=pages, seed=seed, draw=draw)
+        with shown_progress(progress, request, on_event) as observe:
+            return await self._write(request, observe)
+
+    def _story_request(self, prompt: str, *, pages: int, seed: int, draw: DrawSettings | None) -> StoryRequest:
+        """Raises InvalidRequest."""
         request = StoryRequest(
             prompt=(prompt,),
             pages=pages,
@@ -97,30 +104,21 @@ class MiniGPT5:
         )
         self.generator.validate_request(request)
         check_distilled(request.draw, has_distilled=self.config.draw_distilled is not None)
-        shown = is_watched() if progress is None else progress
-        bar = StoryProgress(pages=pages, steps=request.draw.steps) if shown else None
+        return request
 
-        def observe(event: StoryEvent) -> None:
-            if bar:
-                bar.observe(event)
-            on_event(event)
-
-        try:
-            return await write_story(
-                request,
-                self.generator.generate,
-                self.decoder.decode,
-                story_id=new_story_id(),
-                model=self.config.name,
-                on_event=observe,
-            )
-        finally:
-            if bar:
-                bar.close()
+    async def _write(self, request: StoryRequest, on_event: Callable[[StoryEvent], None]) -> Story:
+        return await write_story(
+            request,
+            self.generator.generate,
+            self.decoder.decode,
+            story_id=new_story_id(),
+            model=self.config.name,
+            on_event=on_event,
+        )
 
     def vokens(self, text: str) -> Vokens:
         """The vokens of a caption; no text is written."""
-        return run_blocking(self.avokens(text))
+        return run_blocking(lambda report: self.avokens(text))
 
     async def avokens(self, text: str) -> Vokens:
         """As `vokens`, in the caller's event loop."""
@@ -133,7 +131,7 @@ class MiniGPT5:
 
     def describe(self, picture: bytes, question: str = DESCRIBE) -> str:
         """The model's answer to a question about a picture (PNG or JPEG bytes); nothing is drawn."""
-        return run_blocking(self.adescribe(picture, question))
+        return run_blocking(lambda report: self.adescribe(picture, question))
 
     async def adescribe(self, picture: bytes, question: str = DESCRIBE) -> str:
         """As `describe`, in the caller's event loop."""
@@ -149,7 +147,7 @@ class MiniGPT5:
 
     def draw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
         """Draw vokens; the same vokens and seed give the same picture."""
-        return run_blocking(self.adraw(vokens, seed, settings=settings))
+        return run_blocking(lambda report: self.adraw(vokens, seed, settings=settings))
 
     async def adraw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
         """As `draw`, in the caller's event loop."""

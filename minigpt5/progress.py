@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from minigpt5.types import PageDone, Progress, SlotOpened, StoryEvent, TextDelta
+from minigpt5.types import PageDone, Progress, SlotOpened, StoryEvent, StoryRequest, TextDelta
 
 
 def is_watched() -> bool:
@@ -46,3 +48,23 @@ class StoryProgress:
         """`step` of a page's picture is done."""
         self._bar.update(max(0, step - self._done.get(page, 0)))
         self._done[page] = max(step, self._done.get(page, 0))
+
+
+@contextlib.contextmanager
+def shown_progress(
+    progress: bool | None, request: StoryRequest, on_event: Callable[[StoryEvent], None]
+) -> Iterator[Callable[[StoryEvent], None]]:
+    """Yield `on_event`, with a bar before it where `progress` says so, or is None and a person sees it."""
+    if not (is_watched() if progress is None else progress):
+        yield on_event
+        return
+    bar = StoryProgress(pages=request.pages, steps=request.draw.steps)
+
+    def observe(event: StoryEvent) -> None:
+        bar.observe(event)
+        on_event(event)
+
+    try:
+        yield observe
+    finally:
+        bar.close()

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from minigpt5.types import (
     DecoderEvent,
@@ -44,7 +44,7 @@ def page_seed(story_seed: int, page: int) -> int:
 
 async def stream_story(
     request: StoryRequest, generate: Generate, decode: Decode, *, story_id: str = ""
-) -> AsyncIterator[StoryEvent]:
+) -> AsyncGenerator[StoryEvent, None]:
     """Run one story and yield its events as they happen.
 
     Text comes in order; pictures overlap with later text, and a page is done when it has both. Text after the last
@@ -153,12 +153,13 @@ async def write_story(
     """Run one story to its end; `on_event` hears of everything on the way."""
     pages: dict[int, Page] = {page.index: page for page in request.previous}
     usage = Usage(prompt_tokens=0, completion_tokens=0)
-    async for event in stream_story(request, generate, decode, story_id=story_id):
-        on_event(event)
-        if isinstance(event, PageDone):
-            pages[event.page.index] = event.page
-        elif isinstance(event, Usage):
-            usage = event
+    async with contextlib.aclosing(stream_story(request, generate, decode, story_id=story_id)) as events:
+        async for event in events:  # closed: an `on_event` that raises stops the work too
+            on_event(event)
+            if isinstance(event, PageDone):
+                pages[event.page.index] = event.page
+            elif isinstance(event, Usage):
+                usage = event
     return Story(
         id=story_id,
         prompt=" ".join(part for part in request.prompt if isinstance(part, str)),

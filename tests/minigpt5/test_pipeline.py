@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,18 @@ from minigpt5.blocking import run_blocking
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.errors import InvalidRequest
 from minigpt5.pipeline import MiniGPT5
-from minigpt5.types import DrawSettings, Story, StoryEvent
+from minigpt5.story.stream import write_story
+from minigpt5.types import (
+    DecoderEvent,
+    DrawRequest,
+    DrawSettings,
+    GeneratorEvent,
+    PageDone,
+    Story,
+    StoryEvent,
+    StoryRequest,
+    TextDelta,
+)
 from tests.helpers.fakes import make_png
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
 from tests.minigpt5.engine.test_generator import new_generator
@@ -144,14 +156,104 @@ def test_ctrl_c_stops_the_engines(model: MiniGPT5, is_inside: bool) -> None:
     wait_until_idle(model)
 
 
+@pytest.mark.parametrize("has_events", [True, False])
+def test_first_ctrl_c_stops_a_call_inside_asyncio_run(model: MiniGPT5, has_events: bool) -> None:
+    """asyncio.run only cancels the main task then, which waits inside the call and cannot notice."""
+
+    async def main() -> None:
+        if has_events:
+            model.write("A fox", pages=8, seed=1, draw=DrawSettings(steps=100), on_event=press)
+        else:
+            threading.Timer(0.2, press, (None,)).start()
+            run_blocking(lambda report: asyncio.sleep(30))
+
+    def press(event: StoryEvent | None) -> None:
+        assert not isinstance(event, PageDone), "the story went on to its first picture"
+        if not pressed.is_set():
+            pressed.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    pressed, began_at = threading.Event(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert time.monotonic() - began_at < 20
+    wait_until_idle(model)
+
+
+@pytest.mark.parametrize("way", ["outside", "inside", "awaited"])
+def test_listener_that_raises_stops_the_engines(model: MiniGPT5, way: str) -> None:
+    def fail(event: StoryEvent) -> None:
+        raise LookupError("no such shelf")
+
+    settings = {"pages": 8, "seed": 1, "draw": DrawSettings(steps=100), "on_event": fail_at_text(fail)}
+
+    async def inside() -> None:
+        model.write("A fox", **settings)  # type: ignore[arg-type]
+
+    async def awaited() -> None:
+        with pytest.raises(LookupError) as caught:  # whose traceback keeps the story's frames
+            await model.awrite("A fox", **settings)  # type: ignore[arg-type]
+        await asyncio.to_thread(wait_until_idle, model)
+        raise caught.value
+
+    ways = {
+        "outside": lambda: model.write("A fox", **settings),  # type: ignore[arg-type]
+        "inside": lambda: asyncio.run(inside()),
+        "awaited": lambda: asyncio.run(awaited()),
+    }
+    with pytest.raises(LookupError, match="no such shelf"):
+        ways[way]()
+    wait_until_idle(model)
+
+
+def test_listener_that_raises_closes_the_generator_at_once() -> None:
+    is_closed = False
+
+    async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+        nonlocal is_closed
+        try:
+            yield TextDelta(page=1, text="Once")
+            await asyncio.sleep(60)
+        finally:
+            is_closed = True
+
+    def fail(event: StoryEvent) -> None:
+        raise LookupError("no such shelf")
+
+    async def main() -> None:
+        with pytest.raises(LookupError):
+            await write_story(StoryRequest(prompt=("A fox",)), generate, never_decode, on_event=fail_at_text(fail))
+        assert is_closed
+
+    def never_decode(request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        raise AssertionError("there is nothing to draw")
+
+    asyncio.run(main())
+
+
+def fail_at_text(fail: Callable[[StoryEvent], None]) -> Callable[[StoryEvent], None]:
+    return lambda event: fail(event) if isinstance(event, TextDelta) else None
+
+
+def test_events_are_heard_in_the_callers_thread(model: MiniGPT5) -> None:
+    """Widgets and databases belong to a thread."""
+    threads: set[int] = set()
+
+    async def inside() -> None:
+        model.write("A fox", pages=1, seed=3, draw=DRAW, on_event=lambda event: threads.add(threading.get_ident()))
+
+    asyncio.run(inside())
+    assert threads == {threading.get_ident()}
+
+
 def test_what_a_coroutine_raises_comes_through() -> None:
     async def fail() -> None:
         raise KeyError("x")
 
     async def inside() -> None:
-        run_blocking(fail())
+        run_blocking(lambda report: fail())
 
-    for way in (lambda: run_blocking(fail()), lambda: asyncio.run(inside())):
+    for way in (lambda: run_blocking(lambda report: fail()), lambda: asyncio.run(inside())):
         with pytest.raises(KeyError, match="x"):
             way()
 
