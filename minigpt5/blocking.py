@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import queue
 import threading
 from collections.abc import Callable, Coroutine
@@ -16,11 +17,14 @@ T = TypeVar("T")
 E = TypeVar("E")
 
 POLL_S = 0.1
-"""How often a caller inside a task looks whether that task was cancelled."""
+"""How often a waiting caller looks whether its task was cancelled."""
 
 
-class _End:
-    """The last thing in the queue of reports."""
+class _Mark(enum.Enum):
+    """What the queue holds beside reports."""
+
+    LOOK = "a cancellation may have come"
+    END = "the coroutine has ended"
 
 
 def run_blocking(
@@ -32,24 +36,33 @@ def run_blocking(
     cancellation reaches the caller, the coroutine is cancelled and has ended before the exception leaves. The
     coroutine sees the caller's context variables.
     """
+    is_cancelled = _watch_cancellation()
     runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
     loop = runner.get_loop()
-    reports: queue.SimpleQueue[E | _End] = queue.SimpleQueue()
+    reports: queue.SimpleQueue[E | _Mark] = queue.SimpleQueue()
     task = loop.create_task(start(reports.put))
+
+    async def finish() -> None:
+        while not task.done():
+            await asyncio.wait({task}, timeout=POLL_S)
+            reports.put(_Mark.LOOK)
 
     def work() -> None:
         try:
             with runner:
-                loop.run_until_complete(asyncio.wait({task}))
+                loop.run_until_complete(finish())
         finally:
-            reports.put(_End())
+            reports.put(_Mark.END)
 
     thread = threading.Thread(target=work, name="minigpt5", daemon=True)
     thread.start()
     try:
-        is_cancelled = _watch_cancellation()
-        while not isinstance(report := _next(reports, is_cancelled), _End):
-            hear(report)
+        # No timeout: one that a signal interrupts at its end may last for ever in CPython 3.11.
+        while (report := reports.get()) is not _Mark.END:
+            if is_cancelled():
+                raise asyncio.CancelledError
+            if report is not _Mark.LOOK:
+                hear(report)
     except BaseException:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the work has ended by itself
             loop.call_soon_threadsafe(task.cancel)
@@ -61,25 +74,16 @@ def run_blocking(
     return task.result()
 
 
-def _watch_cancellation() -> Callable[[], bool] | None:
-    """Whether the caller's task, where there is one, is cancelled from now on.
+def _watch_cancellation() -> Callable[[], bool]:
+    """Tell whether the caller's task, where there is one, is cancelled from now on.
 
     asyncio.run answers the first Ctrl-C with a cancellation, which a task that waits here cannot notice by itself.
     """
     try:
         task = asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
-        return None
+        task = None
     if task is None:
-        return None
+        return lambda: False
     num_before = task.cancelling()
     return lambda: task.cancelling() > num_before
-
-
-def _next(reports: queue.SimpleQueue[E | _End], is_cancelled: Callable[[], bool] | None) -> E | _End:
-    while is_cancelled is not None:
-        if is_cancelled():
-            raise asyncio.CancelledError
-        with contextlib.suppress(queue.Empty):
-            return reports.get(timeout=POLL_S)
-    return reports.get()

@@ -192,7 +192,7 @@ async def answer(front: Front, reservation: Reservation, request: StoryRequest) 
     """A reply's events. A picture that fails fails the reply: it has no page to say so."""
     with reservation:
         events = stream_story(request, front.engines.generate, front.engines.decode)
-        async with contextlib.aclosing(events):  # type: ignore[type-var]
+        async with contextlib.aclosing(events):
             async for event in events:
                 reservation.observe(event)
                 if isinstance(event, PictureFailed):

@@ -46,7 +46,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in one.get("data", {}) for one in shown) == 2
+    assert sum("image/png" in one.get("data", {}) for one in shown) == 3
     story = next(one.data["text/html"] for one in shown if "text/html" in one.get("data", {}))
     assert story.count("data:image/png") == 2
     assert {path.suffix for path in (tmp_path / "stories").iterdir()} == {".html", ".epub", ".pdf"}
