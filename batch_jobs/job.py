@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -30,8 +29,7 @@ from batch_jobs.stages import Decoder, Generator, Row
 from batch_jobs.state import JobState, PageStore
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.model.base_models import resolve
-from minigpt5.model.folder import check_folder
+from minigpt5.model.folder import check_bases, check_folder, locate, shared_name
 from minigpt5.story.stream import describe
 
 REPORT_S = 5.0
@@ -143,12 +141,11 @@ def load_decoder(folder: str, num_threads: int) -> Decoder:
 
 
 def check_model(folder: str) -> tuple[str, ModelConfig]:
-    """The folder's absolute path and its config, after a look whether all that it needs is here."""
-    model = str(Path(folder).expanduser().absolute())
-    config = check_folder(model)
-    for base_model in (config.language_model, config.vision.encoder):
-        resolve(base_model)
-    return model, config
+    """Return the model's name for the engines and its config, after a look whether all that it needs is here."""
+    local = locate(folder)
+    config = check_folder(local)
+    check_bases(local, config)
+    return shared_name(folder), config
 
 
 def generator_pool(options: argparse.Namespace, model: str) -> Pool:

@@ -36,12 +36,13 @@ class Encode:
         import torch
 
         from minigpt5.model.diffusion import load_vae
-        from minigpt5.model.folder import find_decoder, load_config, load_vision
+        from minigpt5.model.folder import find_part, load_config, load_vision, locate
 
         torch.set_num_threads(num_threads)
-        self.config = load_config(model)
-        self.vision = load_vision(None, self.config).eval()
-        self.vae = load_vae(find_decoder(model, self.config)).eval()
+        folder = locate(model)
+        self.config = load_config(folder)
+        self.vision = load_vision(folder, self.config).eval()
+        self.vae = load_vae(find_part(folder, self.config, self.config.diffusion)).eval()
         self.keeps_pictures = keeps_pictures
         self._source, self._output = source, output
 
@@ -87,7 +88,7 @@ def precompute(
     """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
     import ray
 
-    from minigpt5.model.folder import load_config
+    from minigpt5.model.folder import load_config, locate
 
     connect(workers)
     files, folder = open_uri(source)
@@ -96,7 +97,7 @@ def precompute(
     if not names:
         raise InvalidRequest("source", f"no rows under {source}/rows: make them with python -m batch_jobs.prepare")
     target, place = open_uri(output)
-    fingerprint = load_config(model).fingerprint
+    fingerprint = load_config(locate(model)).fingerprint
     asked = {"source": source, "model": fingerprint, "keeps_pictures": keeps_pictures}
     begun = read_json(target, f"{place}/plan.json")
     if begun not in (None, asked):

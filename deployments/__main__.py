@@ -100,14 +100,12 @@ def check_port(host: str, port: int) -> None:
 def check_model(folder: str) -> None:
     """Hash the weights and find the base models: an engine that fails to load says so much later and less clearly."""
     from minigpt5.errors import MiniGPT5Error
-    from minigpt5.model.base_models import resolve
-    from minigpt5.model.folder import check_folder
+    from minigpt5.model.folder import check_bases, check_folder, locate
 
     try:
         check_default_model(folder)
-        config = check_folder(folder)
-        for base_model in (config.language_model, config.vision.encoder):
-            resolve(base_model)
+        local = locate(folder)
+        check_bases(local, check_folder(local))
     except MiniGPT5Error as error:
         raise StartError(str(error)) from None
 

@@ -14,7 +14,7 @@ from deployments.engines.diffusion_decoder import DiffusionDecoder
 from deployments.engines.voken_generator import VokenGenerator
 from deployments.stories.ledger import LocalLedger
 from minigpt5.config import default_model_folder
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder import load_config, locate, shared_name
 from minigpt5.story.store import default_storage
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -87,8 +87,8 @@ class AppArgs(BaseModel):
 def app(args: AppArgs) -> Application:
     """Wire the deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
     `args.api_keys` has no keys."""
-    model = str(Path(args.model).expanduser().resolve())
-    config = load_config(model)
+    config = load_config(locate(args.model))
+    model = shared_name(args.model)
     filters = config.filters if args.filters is None else tuple(args.filters.split(","))
     storage = args.storage if "://" in args.storage else str(Path(args.storage).expanduser().resolve())
     api_keys = str(Path(args.api_keys).expanduser().resolve()) if args.api_keys else ""

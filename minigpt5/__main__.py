@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pages", type=int, default=4, help=f"1 to {MAX_PAGES} (default %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="the same seed, the same story (default %(default)s)")
     parser.add_argument("--out", default="story.html", help="the storybook (default %(default)s)")
-    parser.add_argument("--model", type=Path, default=default_model_folder(), help="model folder (default %(default)s)")
+    parser.add_argument(
+        "--model", default=str(default_model_folder()), help="model folder, URI or hub id (default %(default)s)"
+    )
     options = parser.parse_args(arguments)
     prompt = options.prompt if options.prompt is not None else os.environ.get("MINIGPT5_PROMPT", "")
     try:
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def write(prompt: str, *, pages: int, seed: int, out: str, model: Path) -> str:
+def write(prompt: str, *, pages: int, seed: int, out: str, model: str) -> str:
     """Write the storybook and return its path. What can be refused at once is, before the model is loaded."""
     if not prompt.strip():
         raise InvalidRequest("prompt", "prompt is empty: say what the story is about")

@@ -14,6 +14,15 @@ from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, SDE_DPM_SOLVER, DrawS
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseHash:
+    """The weights of a base model that a model folder was made with."""
+
+    id: str
+    """A path or a hub id, perhaps with a revision: owner/name@revision."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaConfig:
     """What only the "eva-clip" family has sizes for."""
 
@@ -30,7 +39,8 @@ class EvaConfig:
 class VisionConfig:
     """Picture -> embeddings that the language model reads."""
 
-    family: Literal["efficientnet", "eva-clip"] = "efficientnet"
+    family: Literal["efficientnet", "eva-clip", "tower", "none"] = "efficientnet"
+    """"tower" is any vision tower of transformers; a model of "none" reads no pictures."""
     encoder: str
     """Folder of the frozen picture encoder: relative to the model folder, or a base-model id."""
     image_px: int = 224
@@ -44,6 +54,11 @@ class VisionConfig:
     num_heads: int
     num_queries: int = 32
     eva: EvaConfig | None = None
+
+
+NO_VISION = VisionConfig(
+    family="none", encoder="", encoder_width=0, num_features=0, hidden=0, num_layers=0, num_heads=0, num_queries=0
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +112,8 @@ class ModelConfig:
     """Repeat the published code's bugs (minigpt5/published/checkpoint.py lists them), to compare with its numbers."""
     licences: tuple[str, ...] = ()
     """Licences of base models and training sets."""
+    bases: tuple[BaseHash, ...] = ()
+    """The base models outside the folder. A folder made without `minigpt5.new` names none here."""
     fingerprint: str = ""
     """Hash of the weights that make vokens and read them; set when the folder is saved."""
 

@@ -45,8 +45,10 @@ class MiniGPT5:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, num_cores: int | None = None) -> MiniGPT5:
-        """Load a model folder; the engines share `num_cores` (default: all). Raises ModelFolderError or
-        BaseModelNotFound, both of which say what to do."""
+        """Load a model folder by its path, URI or hub id; the engines share `num_cores` (default: all).
+
+        Raises ModelFolderError or BaseModelNotFound, both of which say what to do.
+        """
         generator_threads, decoder_threads = share(num_cores)
         return cls(
             VokenGenerator.from_pretrained(folder, num_threads=generator_threads),

@@ -55,7 +55,7 @@ from deployments.stories.events import Position
 from deployments.stories.retention import keep_within
 from deployments.stories.serve_ledger import ServeLedger
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder import load_config, locate
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.store import StoryStore
 from minigpt5.story.voken_file import pack
@@ -332,7 +332,7 @@ class Ingress:
     ) -> None:
         check_host(get_host(), load_keys(api_keys or None))
         self.front = build_front(
-            load_config(model),
+            load_config(locate(model)),
             ServeEngines(generator, decoder),
             StoryStore(storage),
             max_wait_s=max_wait_s,

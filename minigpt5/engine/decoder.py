@@ -92,8 +92,8 @@ class DiffusionDecoder:
         device: str | None = None,
         precision: Precision = "float32",
     ) -> DiffusionDecoder:
-        """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
-        where there is one, else the CPU."""
+        """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
+        that this process sees where there is one, else the CPU."""
         from minigpt5.model.folder import default_device, load_decoder_model
 
         with single_thread():

@@ -113,8 +113,8 @@ class VokenGenerator:
     def from_pretrained(
         cls, folder: str | Path, *, num_threads: int | None = None, device: str | None = None
     ) -> VokenGenerator:
-        """Load from a model folder. `num_threads`: torch threads of a step. `device`: the GPU that this process sees
-        where there is one, else the CPU."""
+        """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
+        that this process sees where there is one, else the CPU."""
         from minigpt5.model.folder import default_device, load_generator_model
 
         with single_thread():

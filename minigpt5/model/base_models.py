@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -30,6 +31,9 @@ from minigpt5.errors import BaseModelNotFound, MiniGPT5Error, ModelFolderError
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,46 +117,88 @@ def from_package(package: WeightPackage) -> Path | None:
     source = Path(spec.submodule_search_locations[0]) / package.folder
     # The name changes with the source and with the way it is converted: an old folder is never taken for new.
     digest = hashlib.sha256(json.dumps([_CONVERSION, package.sha256], sort_keys=True).encode()).hexdigest()
-    target = _cache_folder() / "base-models" / f"{package.base_id}-{digest[:10]}"
+    name = f"base-models/{package.base_id}-{digest[:10]}"
+
+    def convert(target: Path) -> None:
+        line = f"minigpt5: preparing {package.base_id} once, in {_cache_folder() / name} ..."
+        print(line, end="", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        try:
+            _check_hashes(package, source)
+            package.convert(source, target)
+        except BaseException:
+            print(" failed", file=sys.stderr, flush=True)
+            raise
+        print(f" {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    return keep_in_cache(name, convert)
+
+
+def keep_in_cache(name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of the user's cache, filled now if it is not there: whole or absent, by one process at a time.
+
+    `fill` is called with an empty folder. Raises MiniGPT5Error where the cache cannot be written.
+    """
+    target = _cache_folder() / name
     if target.is_dir():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f"{target.name}.lock")):
             if not target.is_dir():  # another process may have done it while this one waited
-                _convert(package, source=source, target=target)
+                _fill(target, fill)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
         raise MiniGPT5Error(
-            f"cannot keep the converted {package.base_id} in {target.parent}: {error}. "
-            "Set XDG_CACHE_HOME to a folder that is writable and has about 1 GB free"
+            f"cannot keep {target.name} in {target.parent}: {error}. "
+            "Set XDG_CACHE_HOME to a folder that is writable and has room"
         ) from error
     return target
 
 
-def _convert(package: WeightPackage, *, source: Path, target: Path) -> None:
+def _fill(target: Path, fill: Callable[[Path], None]) -> None:
     """Fill a folder beside the target and rename it there: the target is whole or absent. Needs the lock."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    line = f"minigpt5: preparing {package.base_id} once, in {target} ..."
-    print(line, end="", file=sys.stderr, flush=True)
-    started = time.monotonic()
     try:
-        _check_hashes(package, source)
         partial.mkdir()
-        package.convert(source, partial)
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors makes its files private; a cache in an image has other readers
+        fill(partial)
+        for path in [partial, *partial.rglob("*")]:
+            if path.is_file():
+                path.chmod(0o644)  # safetensors makes its files private; a cache in an image has other readers
             _sync(path)
-        _sync(partial)
         os.replace(partial, target)
         _sync(target.parent)
     except BaseException:
-        print(" failed", file=sys.stderr, flush=True)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    print(f" {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a base model, in order of path. A file is read once: its hash is kept in
+    the cache beside its size and time of change."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(_hash_file(path).encode())
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    found = path.resolve().stat()
+    key = hashlib.sha256(f"{path.resolve()}\n{found.st_size}\n{found.st_mtime_ns}".encode()).hexdigest()
+    known = _cache_folder() / "hashes" / key
+    with contextlib.suppress(OSError):
+        return known.read_text()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+        known.parent.mkdir(parents=True, exist_ok=True)
+        partial = known.with_name(f"{key}.{os.getpid()}.tmp")
+        partial.write_text(digest)
+        os.replace(partial, known)
+    return digest
 
 
 def _check_hashes(package: WeightPackage, source: Path) -> None:
@@ -192,16 +238,23 @@ def _cache_folder() -> Path:
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "minigpt5"
 
 
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name may be a model's on the hub: owner/name or owner/name@revision."""
+    return bool(HUB_ID.fullmatch(name))
+
+
 def _from_hub(base_id: str) -> tuple[Path | None, str]:
     """(snapshot folder, "") or (None, why not). A complete cached snapshot needs no network."""
-    if base_id.count("/") != 1 or base_id.startswith((".", "/", "~")):
-        return None, f"{base_id!r} is not a hub id (owner/name)"
+    if not is_hub_id(base_id):
+        return None, f"{base_id!r} is not a hub id (owner/name or owner/name@revision)"
+    name, _, revision = base_id.partition("@")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def fetch(*, only_cached: bool) -> Path:
         folder = snapshot_download(
-            base_id,
+            name,
+            revision=revision or None,
             cache_dir=os.environ.get("HF_HUB_CACHE"),
             local_files_only=only_cached,
             # Safe formats only, never a pickle. Tokenizers need txt (merges), model (sentencepiece)

@@ -1,12 +1,14 @@
-"""The model folder: written by training, read by everything else. Safetensors and JSON only.
+"""The model folder: written by training and `minigpt5.new`, read by everything else. Safetensors and JSON only.
 
 config.json           ModelConfig with the fingerprint
 vokens.safetensors    rows of the embedding and the head
 vocabulary.safetensors  the base model's own rows, where an imported checkpoint has others
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
-vision/               Q-Former and projection
-decoder/              vae/, unet/, scheduler/ in diffusers' layout; unet_distilled/, where there is one
+vision/               Q-Former and projection; the frozen encoder, where it is no base model
+decoder/              vae/, unet/, scheduler/ in diffusers' layout; unet_distilled/, where there is one; or a base model
+
+Other parts are base models, which `config.json` names by path or hub id. They are read and never written.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from minigpt5.codec import from_json, to_json
-from minigpt5.config import ModelConfig
-from minigpt5.errors import ModelFolderError
-from minigpt5.model.base_models import resolve
+from minigpt5.config import BaseHash, ModelConfig
+from minigpt5.errors import BaseModelNotFound, ModelFolderError
+from minigpt5.model.base_models import hash_weights, is_hub_id, keep_in_cache, resolve
+from minigpt5.model.weights import load_module, save_module
 from minigpt5.types import DISTILLED, DrawSettings
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from minigpt5.model.diffusion import Diffusion
@@ -34,6 +39,12 @@ if TYPE_CHECKING:
     from minigpt5.model.vision import Vision
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
+DECODER = "decoder"
+QFORMER = "vision/qformer.safetensors"
+VOCABULARY = "vocabulary.safetensors"
+COPIED_BYTES = 2**24
+"""Bytes of a fetched file that are held at once."""
+FINGERPRINT = re.compile("[0-9a-f]{64}")
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
@@ -49,14 +60,16 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise ModelFolderError(f"{path} is damaged ({error}): restore it from where the folder came from") from error
 
 
-def compute_fingerprint(folder: str | Path) -> str:
-    """SHA-256 over every weight file's path and content, in order of path."""
+def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> str:
+    """SHA-256 over every weight file's path and content, in order of path, and over the hashes of base models."""
     folder = Path(folder)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    for base in bases:
+        digest.update(f"{base.id}\n{base.sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -67,7 +80,7 @@ def check_folder(folder: str | Path) -> ModelConfig:
     pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
     if pickles:
         raise ModelFolderError(f"{folder} holds pickled files ({', '.join(pickles)}): convert them to safetensors")
-    found = compute_fingerprint(folder)
+    found = compute_fingerprint(folder, config.bases)
     if found != config.fingerprint:
         raise ModelFolderError(
             f"the weights in {folder} have fingerprint {found[:12]} but config.json says "
@@ -83,19 +96,99 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def locate(model: str | Path) -> Path:
+    """A model folder by its path, its URI or its hub id (owner/name, owner/name@revision), as a folder of this machine.
+
+    What is not here is fetched once, into the user's cache, by one process at a time. Raises ModelFolderError.
+    """
+    name = str(model)
+    if "://" in name:
+        return fetch_folder(name)
+    path = Path(name).expanduser().absolute()
+    if path.is_dir() or not is_hub_id(name):
+        return path
+    try:
+        return resolve(name)
+    except BaseModelNotFound as error:
+        raise ModelFolderError(f"there is no model folder {path}, and no model {name} on the hub: {error}") from None
+
+
+def shared_name(model: str | Path) -> str:
+    """The name by which every machine of a cluster can `locate` a model: a path is made absolute."""
+    path = Path(model).expanduser().absolute()
+    return str(path) if path.is_dir() else str(model)
+
+
+def fetch_folder(uri: str) -> Path:
+    """The model folder at a URI, copied into the cache under its fingerprint. Raises ModelFolderError."""
+    import pyarrow as pa
+    from pyarrow import fs
+
+    try:
+        files, path = fs.FileSystem.from_uri(uri.rstrip("/"))
+        if files.type_name == "local":
+            return Path(path)
+        with files.open_input_stream(f"{path}/config.json", compression=None) as stream:
+            config = from_json(ModelConfig, json.loads(stream.read()))
+        if not FINGERPRINT.fullmatch(config.fingerprint):
+            raise ValueError(f"its fingerprint is {config.fingerprint[:80]!r}")
+
+        def fill(target: Path) -> None:
+            for info in files.get_file_info(fs.FileSelector(path, recursive=True)):
+                place = target / info.path[len(path) :].lstrip("/")
+                if not info.is_file or place.suffix in PICKLES:
+                    continue
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with files.open_input_stream(info.path, compression=None) as stream, place.open("wb") as file:
+                    shutil.copyfileobj(stream, file, COPIED_BYTES)
+
+        return keep_in_cache(f"models/{config.fingerprint}", fill)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ModelFolderError(f"{uri} cannot be read as a model folder: {error}") from error
+
+
+def find_part(folder: str | Path, config: ModelConfig, name: str) -> Path:
+    """The folder of a part that a config names: inside the model folder, else a base model.
+
+    Raises BaseModelNotFound, and ModelFolderError where the base model is not the one that the folder was made with.
+    """
+    if contains(folder, name):
+        return Path(folder) / name
+    found = resolve(name)
+    for base in config.bases:
+        if base.id == name and (digest := hash_weights(found)) != base.sha256:
+            raise ModelFolderError(
+                f"the weights of base model {name} have the hash {digest[:12]} but {folder} was made with "
+                f"{base.sha256[:12]}: name the revision that it was made with, as in owner/name@revision"
+            )
+    return found
+
+
+def contains(folder: str | Path, name: str) -> bool:
+    """Tell whether a part is inside a model folder, and no base model."""
+    local = Path(folder) / name
+    return bool(name) and local.is_dir() and local.resolve().is_relative_to(Path(folder).resolve())
+
+
+def check_bases(folder: str | Path, config: ModelConfig) -> None:
+    """Find all base models that writing and drawing need. Raises as `find_part` does."""
+    for name in (config.language_model, config.vision.encoder, config.diffusion):
+        if name:
+            find_part(folder, config, name)
+
+
 def load_generator_model(
     folder: str | Path, *, device: str = "cpu"
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
     """What writes, ready to: config, tokenizer, language model with rows and merged adapter, vision path."""
     from minigpt5.model.language import load_tokenizer
 
-    folder = Path(folder)
+    folder = locate(folder)
     config = check_folder(folder)
     vision = load_vision(folder, config)
-    load_qformer(folder, vision)
     language = load_language(folder, config).to(device)
     language.pack()
-    return config, load_tokenizer(resolve(config.language_model), config), language, vision.to(device)
+    return config, load_tokenizer(find_part(folder, config, config.language_model), config), language, vision.to(device)
 
 
 def load_decoder_model(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusion]:
@@ -103,36 +196,34 @@ def load_decoder_model(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusi
     from minigpt5.model.batch_invariance import make_batch_invariant
     from minigpt5.model.diffusion import Diffusion
 
-    folder = Path(folder)
+    folder = locate(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
-    diffusion = Diffusion.from_pretrained(find_decoder(folder, config))
+    diffusion = Diffusion.from_pretrained(find_part(folder, config, config.diffusion))
     make_batch_invariant(diffusion)
     return config, mapper, diffusion
 
 
-def find_decoder(folder: str | Path, config: ModelConfig) -> Path:
-    """The VAE, UNet and scheduler of a model folder: its own, or a base model's. Raises BaseModelNotFound."""
-    local = Path(folder) / config.diffusion
-    return local if local.is_dir() else resolve(config.diffusion)
-
-
-def load_language(folder: Path, config: ModelConfig) -> LanguageModel:
-    """The language model with its rows and its adapter, merged."""
+def load_language(
+    folder: Path, config: ModelConfig, *, adapter: Literal["merged", "frozen", "trained"] = "merged"
+) -> LanguageModel:
+    """The language model with its rows and its adapter, where it has one: merged into the weights, beside them, or
+    beside them to be trained on."""
     from safetensors.torch import load_file
     from transformers.utils import logging
 
     from minigpt5.model.language import LanguageModel
 
     logging.disable_progress_bar()  # loading takes a moment; a bar in every server log says nothing
-    language = LanguageModel.from_base(resolve(config.language_model), config)
-    if (vocabulary := folder / "vocabulary.safetensors").is_file():
+    language = LanguageModel.from_base(find_part(folder, config, config.language_model), config)
+    if (vocabulary := folder / VOCABULARY).is_file():
         rows = load_file(vocabulary)
         language.replace_vocabulary(rows["embedding"], rows["head"])
-    load_voken_embeddings(folder, language)
+    load_module(language.voken_embeddings, folder / "vokens.safetensors")
     if (folder / "adapter").is_dir():
-        language.load_adapter(folder / "adapter")
-        language.merge_adapter()
+        language.load_adapter(folder / "adapter", is_trained=adapter == "trained")
+        if adapter == "merged":
+            language.merge_adapter()
     return language
 
 
@@ -144,23 +235,22 @@ def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
     return mapper
 
 
-def load_voken_embeddings(folder: Path, language: LanguageModel) -> None:
-    load_module(language.voken_embeddings, folder / "vokens.safetensors")
+def load_vision(folder: Path, config: ModelConfig) -> Vision:
+    """The vision path of a model folder: its frozen encoder, from the folder or a base model, and its Q-Former."""
+    vision = new_vision(config, folder=folder)
+    if config.vision.family != "none":
+        load_module(vision.qformer, folder / QFORMER)
+    return vision
 
 
-def load_qformer(folder: Path, vision: Vision) -> None:
-    load_module(vision.qformer, folder / "vision" / "qformer.safetensors")
-
-
-def load_vision(folder: Path | None, config: ModelConfig) -> Vision:
+def new_vision(config: ModelConfig, *, folder: Path | None = None) -> Vision:
     """The vision path with its frozen encoder, from `folder` or a base model, and a fresh Q-Former."""
     from minigpt5.model.vision import Vision
 
-    vision = Vision(config)
-    local = folder / config.vision.encoder if folder else None
-    source = local if local and local.is_dir() else resolve(config.vision.encoder)
-    load_module(vision.encoder.network, source / "model.safetensors")
-    return vision
+    if config.vision.family == "none":
+        return Vision(config)
+    encoder = config.vision.encoder
+    return Vision.from_encoder(config, find_part(folder, config, encoder) if folder else resolve(encoder))
 
 
 def save(
@@ -170,23 +260,48 @@ def save(
     language: LanguageModel,
     mapper: Mapper,
     vision: Vision,
-    diffusion: Diffusion,
+    diffusion: Diffusion | None = None,
+    start: Path | None = None,
 ) -> ModelConfig:
-    """Write everything that was trained, as float16; returns the config with its fingerprint."""
+    """Write what was trained, as float16, and return the config with its fingerprint.
+
+    Parts of the model folder `start` that are not trained are copied along: its vocabulary, its vision encoder and its
+    decoder, unless there is a `diffusion` to be written in its place. Base models are named and never written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_module(language.voken_embeddings, folder / "vokens.safetensors")
     save_module(mapper, folder / "mapper.safetensors")
-    save_module(vision.qformer, folder / "vision" / "qformer.safetensors")
+    if config.vision.family != "none":
+        save_module(vision.qformer, folder / QFORMER)
     if hasattr(language.body, "peft_config"):
         language.body.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
         _name_base(folder / "adapter" / "adapter_config.json", config.language_model)
         _halve(folder / "adapter" / "adapter_model.safetensors")
-    save_diffusion(diffusion, folder / config.diffusion)
-    config = dataclasses.replace(draws_with(config, diffusion), fingerprint=compute_fingerprint(folder))
+    if start:
+        _copy_parts(start, folder, config, has_decoder=diffusion is None)
+    if diffusion is not None:
+        save_diffusion(diffusion, folder / DECODER)
+        config = dataclasses.replace(draws_with(config, diffusion), diffusion=DECODER)
+    return write_config(folder, config)
+
+
+def write_config(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Write `config.json` with the fingerprint of what is in the folder, and return the config."""
+    config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder, config.bases))
     (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
     return config
+
+
+def _copy_parts(start: Path, folder: Path, config: ModelConfig, *, has_decoder: bool) -> None:
+    if (start / VOCABULARY).is_file():
+        shutil.copyfile(start / VOCABULARY, folder / VOCABULARY)
+    names = [config.vision.encoder, *([config.diffusion] if has_decoder else [])]
+    for name in names:
+        if contains(start, name):
+            qformer = shutil.ignore_patterns(Path(QFORMER).name)
+            shutil.copytree(start / name, folder / name, ignore=qformer, dirs_exist_ok=True)
 
 
 def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
@@ -214,31 +329,6 @@ def save_part(part: ModelMixin, folder: Path) -> None:
     values = json.loads(path.read_text())
     values.pop("_name_or_path", None)  # the folder that it was loaded from on this machine
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def load_module(module: nn.Module, path: Path) -> None:
-    """Fill a module from a file that must hold exactly its tensors. Raises ModelFolderError."""
-    import safetensors
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ModelFolderError(f"{path} cannot be read ({error}): restore the model folder") from error
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if expected != found:
-        different = sorted(set(expected.items()) ^ set(found.items()))[:4]
-        raise ModelFolderError(f"{path} does not fit config.json: {different}; restore the model folder")
-    module.load_state_dict({name: value.float() for name, value in weights.items()})
-
-
-def save_module(module: nn.Module, path: Path) -> None:
-    """Write a module's tensors as float16."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().half().contiguous() for name, value in module.state_dict().items()}, path)
 
 
 def _halve(path: Path) -> None:

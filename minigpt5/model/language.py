@@ -33,35 +33,66 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
             "use the base model that config.json names"
         )
     tokenizer.add_tokens([*voken_names(config.num_vokens), PLACEHOLDER], special_tokens=True)
+    first = tokenizer.convert_tokens_to_ids(voken_names(1)[0])
+    if first != config.vocabulary:
+        raise ModelFolderError(
+            f"the tokenizer in {folder} gives [IMG0] the id {first} but its {config.vocabulary} tokens end before: "
+            "its ids have gaps, or it has a token of this name"
+        )
     return tokenizer
 
 
-class LanguageModel(nn.Module):
-    """A causal transformer whose vocabulary is widened by VokenEmbeddings."""
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill masked positions with."""
+    return next((one for one in (tokenizer.eos_token_id, tokenizer.pad_token_id) if one is not None), 0)
 
-    def __init__(self, body: nn.Module, head_TH: Tensor, voken_embeddings: VokenEmbeddings) -> None:
+
+class LanguageModel(nn.Module):
+    """A causal transformer whose vocabulary is widened by VokenEmbeddings.
+
+    A base model's own embedding and head are called as they are: they may scale, have a bias, or share one matrix.
+    Rows that pad the base's matrices beyond its tokenizer are never read or written: the vokens take their ids.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, voken_embeddings: VokenEmbeddings) -> None:
         super().__init__()
         self.body: Any = body
         """The transformer, with or without an adapter around it."""
+        self.head: Any = head
+        """The base model's output layer, from states to logits."""
         self.voken_embeddings = voken_embeddings
-        self.head_TH: Tensor
-        self.register_buffer("head_TH", head_TH, persistent=False)
         self._packed_head: PackedLinear | None = None
 
     @classmethod
     def from_base(cls, folder: str | Path, config: ModelConfig) -> LanguageModel:
-        """The frozen base model with fresh voken rows."""
+        """Read the frozen base model; the voken rows are zero until they are loaded or initialised.
+
+        Raises ModelFolderError where the base model does not have the sizes of `config`.
+        """
         causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        head_TH = causal.get_output_embeddings().weight.detach()
+        rows, hidden = causal.get_input_embeddings().weight.shape
+        if rows < config.vocabulary or hidden != config.hidden:
+            raise ModelFolderError(
+                f"the language model in {folder} has {rows} tokens of width {hidden} but config.json says "
+                f"{config.vocabulary} of width {config.hidden}: use the base model that config.json names"
+            )
         voken_embeddings = VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden)
-        voken_embeddings.initialise(causal.get_input_embeddings().weight, head_TH, seed=0)
-        return cls(causal.base_model, head_TH, voken_embeddings)
+        return cls(causal.base_model, causal.get_output_embeddings(), voken_embeddings)
+
+    @torch.no_grad()
+    def initialise_vokens(self, *, seed: int) -> None:
+        """Give the vokens rows like those of other tokens."""
+        base_ids = torch.arange(self.voken_embeddings.first, device=self.embedding.device)
+        embedded_TH = self.body.get_input_embeddings()(base_ids)
+        self.voken_embeddings.initialise(embedded_TH, self.head.weight[base_ids], seed=seed)
 
     @torch.no_grad()
     def replace_vocabulary(self, embedding_TH: Tensor, head_TH: Tensor) -> None:
         """Other rows than the base model's own: published checkpoints carry theirs, which training has moved."""
-        self.embedding.copy_(embedding_TH)
-        self.head_TH = head_TH.to(self.head_TH)
+        if self.head.weight is self.embedding:
+            self.head.weight = nn.Parameter(self.embedding.clone(), requires_grad=False)
+        self.embedding[: len(embedding_TH)] = embedding_TH.to(self.embedding)
+        self.head.weight[: len(head_TH)] = head_TH.to(self.head.weight)
 
     @property
     def embedding(self) -> Tensor:
@@ -92,13 +123,15 @@ class LanguageModel(nn.Module):
     def pack(self) -> None:
         """Make it quicker on the CPU, for inference alone: see packed_linear.py."""
         pack_linears(self.body)
-        if can_pack(self.head_TH):
-            self._packed_head = PackedLinear(self.head_TH)
+        if type(self.head) is nn.Linear and can_pack(self.head.weight):
+            rows = slice(self.voken_embeddings.first)
+            bias = None if self.head.bias is None else self.head.bias[rows]
+            self._packed_head = PackedLinear(self.head.weight[rows], bias)
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
         """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""
         ids_BS = ids_BS.to(self.embedding.device)
-        embeds_BSH = self.voken_embeddings.embed(ids_BS, self.embedding)
+        embeds_BSH = self.voken_embeddings.embed(ids_BS, self.body.get_input_embeddings())
         if image_NQH is None:
             return embeds_BSH
         is_placeholder_BS = ids_BS == self.voken_embeddings.placeholder
@@ -122,30 +155,57 @@ class LanguageModel(nn.Module):
         ).last_hidden_state
 
     def logits(self, states_BSH: Tensor) -> Tensor:
-        if self._packed_head is not None:
-            return self.voken_embeddings.extend(self._packed_head(states_BSH), states_BSH)
-        return self.voken_embeddings.logits(states_BSH, self.head_TH)
+        """States -> logits of the base's tokens and, after them, of the new ones, as the base model scales them."""
+        old_BST = (self._packed_head or self.head)(states_BSH)[..., : self.voken_embeddings.first]
+        return scale_logits(self.voken_embeddings.extend(old_BST, states_BSH), self.body.config)
 
     def voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Right-padded texts -> the states that condition the picture after each: (B, V, H).
 
         The same as `align` on the whole sequences, but the text is read without gradients and only the vokens with
-        them: what training with a frozen body needs, and no more.
+        them: what training with a frozen body needs, and no more. The body is in evaluation mode meanwhile: in
+        training mode, with activation checkpointing, transformers ignores the cache.
         """
         cache = DynamicCache()
-        with torch.no_grad():
-            text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
         lengths_B = mask_BS.sum(dim=1)
-        before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
         offsets_V = torch.arange(self.voken_embeddings.num_vokens - 1, device=mask_BS.device)
         voken_ids_BV = torch.tensor(self.voken_embeddings.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
-        at_vokens_BVH = self.states(
-            self.embed(voken_ids_BV),
-            mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
-            cache=cache,
-            positions_BS=lengths_B[:, None] + offsets_V,
-        )
+        with _evaluating(self.body):
+            with torch.no_grad():
+                text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
+            at_vokens_BVH = self.states(
+                self.embed(voken_ids_BV),
+                mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
+                cache=cache,
+                positions_BS=lengths_B[:, None] + offsets_V,
+            )
+        before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
         return torch.cat([before_B1H, at_vokens_BVH], dim=1)
+
+
+def scale_logits(logits_BST: Tensor, config: Any) -> Tensor:
+    """Do to logits what the base model's own forward does after its head, by its config: Cohere multiplies them,
+    Granite divides them, Gemma 2 caps them softly (arXiv 2408.00118, 2)."""
+    if factor := getattr(config, "logit_scale", None):
+        logits_BST = logits_BST * factor
+    if divisor := getattr(config, "logits_scaling", None):
+        logits_BST = logits_BST / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits_BST = cap * torch.tanh(logits_BST / cap)
+    return logits_BST
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, and back each of its parts that was in training mode."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager

@@ -62,12 +62,13 @@ def encode(
     num_image_embeddings: int,
     published_quirks: bool = False,
 ) -> Tokens:
-    """Segments -> ids and labels, BOS first.
+    """Segments -> ids and labels, BOS first where the tokenizer has one.
 
     `published_quirks`: of the first picture [IMG7] is learnt too, of any other all vokens (an index that ends one too
     early, and looks at the first picture only).
     """
-    ids, labels = [tokenizer.bos_token_id], [IGNORED]
+    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    labels = [IGNORED] * len(ids)
     num_drawn = 0
     for segment in segments:
         if segment.kind == "text":
@@ -77,6 +78,10 @@ def encode(
             new = [voken_embeddings.placeholder] * num_image_embeddings
             learnt = [IGNORED] * len(new)
         else:
+            if not ids:
+                raise ValueError(
+                    "a picture is drawn before any text, and the tokenizer has no BOS token to draw it from"
+                )
             new = voken_embeddings.ids
             learnt = [IGNORED] * len(new)
             if segment.is_target:

@@ -1,7 +1,8 @@
 """Picture -> embeddings that the language model reads: a frozen encoder, a Q-Former and a projection.
 
-Two families, chosen by `VisionConfig.family`: "eva-clip", the published one (EVA-CLIP ViT-g and BLIP-2's Q-Former, by
-transformers' own classes), and "efficientnet", small enough for a laptop.
+Families, chosen by `VisionConfig.family`: "eva-clip", the published one (EVA-CLIP ViT-g and BLIP-2's Q-Former, by
+transformers' own classes); "tower", any vision tower of transformers with a small Q-Former; "efficientnet", small
+enough for a laptop; "none".
 
 Shape letters: N pictures, F encoder features, E encoder width, Q queries, H language-model width.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,29 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    CLIPVisionModel,
+    SiglipVisionModel,
+)
 
 from minigpt5.config import ModelConfig, VisionConfig
+from minigpt5.errors import InvalidRequest, ModelFolderError
+from minigpt5.model.weights import load_module
 
+TOWERS: dict[str, Any] = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+"""Classes of model types that hold a vision tower beside others; of any other type it is the whole model."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -91,6 +112,48 @@ class EvaClipEncoder(nn.Module):
         return self.network(pixels_NCYX).last_hidden_state
 
 
+class TowerEncoder(nn.Module):
+    """Any vision tower of transformers (CLIP, SigLIP, DINOv2), frozen, with its own image processor.
+
+    `forward` gives the last hidden states of the tower, without pooling.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the tower and its processor from a base model's folder. Raises ModelFolderError."""
+        super().__init__()
+        kind = AutoConfig.from_pretrained(folder).model_type
+        tower = TOWERS.get(kind, AutoModel)
+        self.network = tower.from_pretrained(folder, dtype=torch.float32)
+        if not hasattr(self.network.config, "image_size"):
+            raise ModelFolderError(f"{folder} is a {kind} and no vision tower: name a CLIP, SigLIP or DINOv2 model")
+        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision is not needed
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> TowerEncoder:
+        return super().train(False)
+
+    def prepare(self, pixels_NCYX: Tensor) -> Tensor:
+        """Pixels from 0 to 255, as the tower's own processor resizes, cuts and scales them."""
+        pictures = [picture.byte().permute(1, 2, 0).numpy() for picture in pixels_NCYX.cpu()]
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def forward(self, pixels_NCYX: Tensor) -> Tensor:
+        """(N, 3, height, width) -> (N, F, E)."""
+        return self.network(pixel_values=pixels_NCYX).last_hidden_state
+
+
+class NoEncoder(nn.Module):
+    """The encoder of a model that reads no pictures."""
+
+    def prepare(self, pixels_NCYX: Tensor) -> Tensor:
+        raise InvalidRequest("prompt", "this model reads no pictures: leave them out, or make one with --vision")
+
+
+class NoQFormer(nn.Module):
+    """The Q-Former of a model that reads no pictures; it has no weights."""
+
+
 class SmallQFormer(nn.Module):
     """Learned queries that attend to the encoder's features (arXiv 2301.12597), then a projection to the model."""
 
@@ -153,17 +216,29 @@ class Blip2QFormer(nn.Module):
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "efficientnet": (EfficientNetEncoder, SmallQFormer),
     "eva-clip": (EvaClipEncoder, Blip2QFormer),
+    "tower": (None, SmallQFormer),
+    "none": (lambda vision: NoEncoder(), lambda config: NoQFormer()),
 }
 
 
 class Vision(nn.Module):
     """The whole path: its encoder and Q-Former are those of the config's family, with weights still to be loaded."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, encoder: nn.Module | None = None) -> None:
+        """`encoder`: one with its weights; without, one of the config's family is made, for weights to be loaded."""
         super().__init__()
-        encoder, qformer = FAMILIES[config.vision.family]
-        self.encoder: EfficientNetEncoder | EvaClipEncoder = encoder(config.vision)
-        self.qformer: SmallQFormer | Blip2QFormer = qformer(config)
+        new_encoder, new_qformer = FAMILIES[config.vision.family]
+        self.encoder: Any = encoder or new_encoder(config.vision)
+        self.qformer: Any = new_qformer(config)
+
+    @classmethod
+    def from_encoder(cls, config: ModelConfig, folder: Path) -> Vision:
+        """Read the frozen encoder from `folder`; the Q-Former is fresh. Raises ModelFolderError."""
+        if config.vision.family == "tower":
+            return cls(config, TowerEncoder(folder))
+        vision = cls(config)
+        load_module(vision.encoder.network, folder / "model.safetensors")
+        return vision
 
     def forward(self, pixels_NYXC: np.ndarray) -> Tensor:
         """uint8 pictures of any one size -> (N, Q, H)."""

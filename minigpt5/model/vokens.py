@@ -45,16 +45,12 @@ class VokenEmbeddings(nn.Module):
             noise = torch.randn(new.shape, generator=torch.Generator().manual_seed(seed))
             new.copy_(old.mean(dim=0) + noise * old.std(dim=0))
 
-    def embed(self, ids_BS: Tensor, embedding_TH: Tensor) -> Tensor:
-        """Token ids -> embeddings, old rows from the base model and new ones from here: (B, S, H)."""
+    def embed(self, ids_BS: Tensor, base: nn.Module) -> Tensor:
+        """Token ids -> embeddings, old ones by the base model's embedding and new ones from here: (B, S, H)."""
         is_new_BS = ids_BS >= self.first
-        old_BSH = F.embedding(ids_BS.masked_fill(is_new_BS, 0), embedding_TH)
+        old_BSH = base(ids_BS.masked_fill(is_new_BS, 0))
         new_BSH = F.embedding((ids_BS - self.first).clamp(min=0), self.embedding)
         return torch.where(is_new_BS[..., None], new_BSH, old_BSH)
-
-    def logits(self, states_BSH: Tensor, head_TH: Tensor) -> Tensor:
-        """(B, S, H) -> (B, S, T + num_vokens + 1)."""
-        return self.extend(F.linear(states_BSH, head_TH), states_BSH)
 
     def extend(self, old_BST: Tensor, states_BSH: Tensor) -> Tensor:
         """The base model's logits, and those of the new rows after them."""

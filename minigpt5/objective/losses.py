@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from minigpt5.config import ModelConfig
 from minigpt5.model import prompt
 from minigpt5.model.diffusion import Diffusion, normal_like
-from minigpt5.model.language import LanguageModel, pad
+from minigpt5.model.language import LanguageModel, pad, padding_id
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.prompt import IGNORED, Segment
@@ -62,6 +62,18 @@ STAGE1 = LossWeights(text=0.01, picture=1.0, caption=0.1)
 STAGE2 = LossWeights(text=0.01, picture=1.0, caption=0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replayable:
+    """What the losses of one drawn picture are computed from, without a pass of the language model."""
+
+    states_VH: Tensor
+    target_QD: Tensor
+    others_KQD: Tensor | None
+    """bfloat16; None without contrasts."""
+    latents_CYX: Tensor | None
+    """None where the picture loss did not count yet."""
+
+
 class Objective(nn.Module):
     """The whole model under its losses. What is trained is decided by requires_grad, outside."""
 
@@ -77,8 +89,10 @@ class Objective(nn.Module):
         *,
         first_timestep: int = 0,
         samples_latents: bool = False,
+        keeps_replay: bool = False,
     ) -> None:
         """`samples_latents`: pictures are drawn from the VAE's posterior, as published, not its mode.
+        `keeps_replay`: what `replay` learns from is kept, at most REPLAY_CAPACITY pictures.
         `first_timestep`: the picture loss is of this much noise and more, and unweighted. What a picture shows is
         decided there, and min-SNR weights all but drop these steps where the velocity is predicted."""
         super().__init__()
@@ -89,7 +103,9 @@ class Objective(nn.Module):
         self.diffusion.requires_grad_(False)
         self.calls_alike = False
         """Every batch calls the same parts in the same order, as workers must that share out weights (ZeRO 3)."""
-        self._replay_buffer: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self.keeps_replay = keeps_replay
+        self._replay_buffer: list[Replayable] = []
+        self._num_replayable_ever = 0
         self._whitening: RemovableHandle | None = None
         self._whiten_HH: Tensor
         self._voken_mean_H: Tensor
@@ -209,7 +225,7 @@ class Objective(nn.Module):
     def _read_captions(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
         ids_BS, mask_BS = self._pad(
-            [self.encode(example.segments[:1])[0] for example in examples], self.tokenizer.eos_token_id
+            [self.encode(example.segments[:1])[0] for example in examples], padding_id(self.tokenizer)
         )
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
         first_B = torch.full((len(examples),), self.language.voken_embeddings.first, device=self.device)
@@ -218,7 +234,7 @@ class Objective(nn.Module):
     def _read_sequences(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Whole sequences; logits at the learnt positions only."""
         encoded = [self.encode(example.segments) for example in examples]
-        ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], self.tokenizer.eos_token_id)
+        ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], padding_id(self.tokenizer))
         labels_BS, _ = self._pad([labels for _, labels in encoded], IGNORED)
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
         pictures = [picture for example in examples for picture in example.read]
@@ -258,7 +274,7 @@ class Objective(nn.Module):
             has_contrasts = weights.contrast and all(example.contrasts for example in examples if example.drawn)
             others_PKQD = self._encode_contrasts(examples) if has_contrasts else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
-            if self.training:
+            if self.training and self.keeps_replay:
                 self._store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
 
@@ -298,16 +314,26 @@ class Objective(nn.Module):
         A step of the mapper costs a tenth of one of the language model, whose vokens move slowly enough for its states
         to stay true for a while. The buffer is not checkpointed: a resumed run fills it again."""
         chosen = [self._replay_buffer[i] for i in torch.randint(len(self._replay_buffer), (num_pictures,)).tolist()]
-        states, targets, others, latents = zip(*chosen, strict=True)
         is_null_P = (torch.rand(num_pictures) < GUIDANCE_DROPOUT).to(self.device)
-        condition_PQD = self.mapper(torch.stack(states).masked_fill(is_null_P[:, None, None], 0))
-        has_contrasts = weights.contrast and all(one is not None for one in others)
+        states_PVH = torch.stack([one.states_VH for one in chosen])
+        condition_PQD = self.mapper(states_PVH.masked_fill(is_null_P[:, None, None], 0))
+        others = [one.others_KQD for one in chosen if one.others_KQD is not None]
+        has_contrasts = weights.contrast and len(others) == num_pictures
         others_PKQD = torch.stack(others).float() if has_contrasts else None
-        losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
+        target_PQD = torch.stack([one.target_QD for one in chosen])
+        losses = self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
         if weights.picture:
-            latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])
-            losses["picture"] = self.diffusion.random_loss(
-                latents_PCYX, condition_PQD[:REPLAYED_PICTURES], first_timestep=self.first_timestep
+            # The picture loss may count from a later step on: pictures remembered before have no latents.
+            drawn = [(at, one.latents_CYX) for at, one in enumerate(chosen) if one.latents_CYX is not None]
+            drawn = drawn[:REPLAYED_PICTURES]
+            losses["picture"] = (
+                self.diffusion.random_loss(
+                    torch.stack([latents for _, latents in drawn]),
+                    condition_PQD[[at for at, _ in drawn]],
+                    first_timestep=self.first_timestep,
+                )
+                if drawn
+                else 0 * condition_PQD.sum()
             )
         # What is trained takes part in every step: see `forward`.
         losses["caption"] = losses["caption"] + 0 * sum(
@@ -343,10 +369,18 @@ class Objective(nn.Module):
     def _store_for_replay(
         self, vokens_PVH: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, latents_PCYX: Tensor | None
     ) -> None:
-        others = [None] * len(target_PQD) if others_PKQD is None else others_PKQD.bfloat16()
-        latents = [None] * len(target_PQD) if latents_PCYX is None else latents_PCYX.float()
-        self._replay_buffer += zip(vokens_PVH.detach(), target_PQD, others, latents, strict=True)
-        self._replay_buffer = self._replay_buffer[-REPLAY_CAPACITY:]
+        """Keep a batch's pictures in the place of the oldest."""
+        vokens_PVH = vokens_PVH.detach()
+        for at in range(len(vokens_PVH)):
+            one = Replayable(
+                states_VH=vokens_PVH[at],
+                target_QD=target_PQD[at],
+                others_KQD=None if others_PKQD is None else others_PKQD[at].bfloat16(),
+                latents_CYX=None if latents_PCYX is None else latents_PCYX[at].float(),
+            )
+            place = self._num_replayable_ever % REPLAY_CAPACITY
+            self._replay_buffer[place : place + 1] = [one]
+            self._num_replayable_ever += 1
 
     def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
         """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""

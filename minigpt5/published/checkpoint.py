@@ -157,8 +157,9 @@ def drift(folder: Path, llm: str) -> dict[str, float]:
     config = check_folder(folder)
     base = LanguageModel.from_base(resolve(llm), config)
     rows = load_file(folder / "vocabulary.safetensors")
-    pairs = {"embedding": base.embedding, "head": base.head_TH}
-    return {part: float((rows[part] - own).norm() / own.norm()) for part, own in pairs.items()}
+    pairs = {"embedding": base.embedding, "head": base.head.weight}
+    own = {part: value[: config.vocabulary] for part, value in pairs.items()}
+    return {part: float((rows[part] - value).norm() / value.norm()) for part, value in own.items()}
 
 
 def stage1_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

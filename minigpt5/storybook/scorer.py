@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
-from minigpt5.model.folder import load_module
 from minigpt5.model.pixels import to_tensor
+from minigpt5.model.weights import load_module
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, TIMES
 

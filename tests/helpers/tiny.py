@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from minigpt5.config import ModelConfig, VisionConfig, storybook
 from minigpt5.model.base_models import resolve
 from minigpt5.model.diffusion import Diffusion, new_storybook_scheduler
-from minigpt5.model.folder import load_module
 from minigpt5.model.language import LanguageModel, load_tokenizer
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
 from minigpt5.model.vokens import VokenEmbeddings
+from minigpt5.model.weights import load_module
 
 HIDDEN = 48
 
@@ -53,9 +54,11 @@ def tiny_language(config: ModelConfig) -> LanguageModel:
     )
     body = LlamaModel(shape).eval().requires_grad_(False)
     head_TH = torch.randn(config.vocabulary, HIDDEN) * 0.1
-    rows = VokenEmbeddings(config.vocabulary, config.num_vokens, HIDDEN)
-    rows.initialise(body.embed_tokens.weight, head_TH, seed=0)
-    return LanguageModel(body, head_TH, rows)
+    head = nn.Linear(HIDDEN, config.vocabulary, bias=False, device="meta")
+    head.weight = nn.Parameter(head_TH, requires_grad=False)
+    language = LanguageModel(body, head, VokenEmbeddings(config.vocabulary, config.num_vokens, HIDDEN))
+    language.initialise_vokens(seed=0)
+    return language
 
 
 def tiny_tokenizer(config: ModelConfig):  # type: ignore[no-untyped-def]

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from minigpt5.model.folder import save_module
 from minigpt5.model.pixels import to_tensor
+from minigpt5.model.weights import save_module
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.scenes import (
     CHARACTERS,

@@ -33,7 +33,7 @@ class Biased(LanguageModel):
     """The tiny model, inclined towards some tokens."""
 
     def __init__(self, language: LanguageModel) -> None:
-        super().__init__(language.body, language.head_TH, language.voken_embeddings)
+        super().__init__(language.body, language.head, language.voken_embeddings)
         self.bias: dict[int, float] = {}
         self.shift = 0.0
 

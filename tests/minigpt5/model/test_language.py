@@ -43,14 +43,14 @@ def test_old_tokens_have_the_base_models_logits(language: LanguageModel) -> None
     states_1SH = language.states(language.embed(ids_1S))
     logits_1ST = language.logits(states_1SH)
     assert logits_1ST.shape == (1, 3, 99 + 9)
-    torch.testing.assert_close(logits_1ST[..., :99], F.linear(states_1SH, language.head_TH))
+    torch.testing.assert_close(logits_1ST[..., :99], F.linear(states_1SH, language.head.weight))
 
 
 def test_only_voken_embeddings_move_whatever_the_weight_decay(language: LanguageModel) -> None:
     """Published: the whole matrices decay, and 308 of 309 rows change in one step."""
     language.add_adapter(LoraConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "v_proj")))
     before = {name: value.clone() for name, value in language.named_parameters()}
-    head_TH = language.head_TH.clone()
+    head_TH = language.head.weight.clone()
     trained = [parameter for parameter in language.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.5)
     ids_1S = torch.tensor([[5, 17, *language.voken_embeddings.ids, 3]])
@@ -66,7 +66,7 @@ def test_only_voken_embeddings_move_whatever_the_weight_decay(language: Language
     moved = {name for name, value in language.named_parameters() if not torch.equal(value, before[name])}
     assert {"voken_embeddings.embedding", "voken_embeddings.head"} <= moved
     assert all(name.startswith("voken_embeddings.") or "lora_" in name for name in moved)
-    assert torch.equal(language.head_TH, head_TH)
+    assert torch.equal(language.head.weight, head_TH)
 
 
 def test_generated_one_by_one_or_all_at_once_states_agree(language: LanguageModel) -> None:

@@ -1,0 +1,36 @@
+"""A module's tensors in a safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minigpt5.errors import ModelFolderError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """Fill a module from a file that must hold exactly its tensors. Raises ModelFolderError."""
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): restore the model folder") from error
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != found:
+        different = sorted(set(expected.items()) ^ set(found.items()))[:4]
+        raise ModelFolderError(f"{path} does not fit config.json: {different}; restore the model folder")
+    module.load_state_dict({name: value.float() for name, value in weights.items()})
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """Write a module's tensors as float16."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().half().contiguous() for name, value in module.state_dict().items()}, path)
