@@ -128,8 +128,8 @@ bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, sca
 	$(RUN) -m benchmarks.bulk
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, stage by stage; resumes after a stop
-	for stage in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$stage || exit 1; done
-	$(RUN) -m training.train vision --start runs/refine/model --out runs/describe $(DESCRIBE)
+	for stage in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$stage --preset storybook || exit 1; done
+	$(RUN) -m training.train vision --preset storybook --start runs/refine/model --out runs/describe $(DESCRIBE)
 	cp -r runs/describe/model/. models/storybook/
 
 clean:  ## caches and build leftovers; .venv/ and runs/ stay

@@ -62,7 +62,6 @@ class Stage:
         _, self.mapper, self.diffusion = model_folder.load_decoder_model(scratch)
         self.language = model_folder.load_language(scratch, self.config)
         self.vision = model_folder.load_vision(scratch, self.config)
-        model_folder.load_qformer(scratch, self.vision)
         self.objective = Objective(
             self.config,
             None,  # type: ignore[arg-type]  # ids are given

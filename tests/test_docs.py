@@ -26,7 +26,8 @@ from deployments.api.chat import CreateChat
 from deployments.api.images import CreateImages
 from deployments.application import AppArgs
 from deployments.schemas import CreateStory
-from training.presets import PUBLISHED, STORYBOOK, override
+from training.presets import PUBLISHED, override
+from training.storybook.presets import STORYBOOK
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))

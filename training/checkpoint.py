@@ -53,25 +53,22 @@ def save_checkpoint(folder: RunFolder, position: Position, state: dict[str, Any]
 
 
 def load_checkpoint(
-    folder: RunFolder, trained: Iterable[str], average: dict[str, Tensor], *, name: str | None = None
+    folder: RunFolder, trained: Iterable[str], *, name: str | None = None
 ) -> tuple[dict[str, Any] | None, Position]:
-    """The state and the position of a checkpoint of `folder`, the newest where none is named; None where there is
-    none."""
+    """The state, on the CPU, and the position of a checkpoint of `folder`, the newest where none is named; None where
+    there is none. Raises TrainingError where another model wrote it."""
     found = [name] if name else checkpoints(folder)
     if not found:
         return None, Position()
     content = folder.read(f"{found[-1]}/state.pt")
     position = folder.read(f"{found[-1]}/position.json")
     assert content is not None and position is not None
-    state = torch.load(io.BytesIO(content), weights_only=True)
+    state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     if set(state["trained"]) != set(trained):
         different = sorted(set(state["trained"]) ^ set(trained))[:5]
         raise TrainingError(
             f"{found[-1]} of {folder.uri} was written by another model: {different} differ; use another --out"
         )
-    with torch.no_grad():
-        for name, value in state["average"].items():
-            average[name].copy_(value)
     return state, Position(**json.loads(position))
 
 

@@ -15,8 +15,8 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from minigpt5.errors import NotFinite, TrainingError
 from training import checkpoint, devices, loop, workers
-from training.data import batches as data
-from training.data.batches import ExampleSource
+from training.data import batches
+from training.data.batches import StageData
 from training.presets import Preset
 from training.run_folder import RunFolder
 from training.stage import build_stage
@@ -33,8 +33,7 @@ class Run:
     preset: Preset
     sources: WeightSources
     out: RunFolder
-    examples: ExampleSource
-    validation: ExampleSource | None
+    data: StageData
     first_step: int = 0
     owner: str = ""
 
@@ -78,8 +77,8 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
             datasets={
-                f"train-{rank}": data.ray_examples(
-                    run.examples, run.preset, first_step=first_step, rank=rank, num_workers=num_workers
+                f"train-{rank}": batches.ray_examples(
+                    run.data.training, run.preset, first_step=first_step, rank=rank, num_workers=num_workers
                 )
                 for rank in range(num_workers)
             },
@@ -112,7 +111,7 @@ def work(settings: dict[str, object]) -> str | None:
     preset = devices.for_device(run.preset, device)
     torch.set_num_threads(preset.num_threads)
     context = ray.train.get_context()
-    batches = data.ray_batches(
+    own = batches.ray_batches(
         ray.train.get_dataset_shard(f"train-{context.get_world_rank()}"),
         preset,
         first_step=run.first_step,
@@ -120,11 +119,11 @@ def work(settings: dict[str, object]) -> str | None:
     )
     try:
         loop.fit(
-            build_stage(preset, run.sources, run.examples),
+            build_stage(preset, run.sources, run.data),
             preset,
             run.out,
-            batches,
-            validation=data.validation_batches(run.validation, preset) if run.validation else (),
+            own,
+            validation=batches.validation_batches(run.data.validation, preset),
             owner=run.owner,
             report=Reports(),
             device=device,

@@ -53,10 +53,17 @@ def fit(
     stage.objective.to(device)
     strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
     trained = strategy.trained
-    average = {name: p.detach().clone() for name, p in trained.items()} if preset.optimizer.ema_decay else {}
-    state, position = load_checkpoint(folder, trained, average, name=agreed_checkpoint(folder))
+    state, position = load_checkpoint(folder, trained, name=agreed_checkpoint(folder))
+    saved_average: dict[str, Tensor] = {}
     if state:
+        saved_average = state.pop("average")
         strategy.load(state)
+        del state  # the optimizer has its own copy
+    average = {name: p.detach().clone() for name, p in trained.items()} if preset.optimizer.ema_decay else {}
+    with torch.no_grad():
+        for name, value in average.items():  # of a run without an average: it begins at the weights as they are
+            value.copy_(saved_average.get(name, value))
+    saved_average = {}
     run = RunRecorder(stage, preset, folder, strategy, average, position, validation, owner, report)
     stream = batches(position.step)
     while (progress := progress_of(preset, position)) < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,11 +111,3 @@ class RunFolder:
                 with self._files.open_input_stream(info.path, compression=None) as stream:
                     path.write_bytes(stream.read())
         return to / folder
-
-
-def fetch_model(uri: str) -> Path:
-    """A model folder by its path or URI, as a folder on this machine."""
-    if "://" not in uri:
-        return Path(uri).expanduser().absolute()
-    parent, _, name = uri.rstrip("/").rpartition("/")
-    return RunFolder(parent).fetch(name, Path(tempfile.mkdtemp(prefix="minigpt5-")))

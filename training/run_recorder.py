@@ -14,20 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from minigpt5.errors import TrainingError
 from training.checkpoint import Position, check_owner, save_checkpoint
 from training.data.batches import Batch
 from training.devices import autocast
 from training.presets import Preset
 from training.report import write_report
 from training.run_folder import RunFolder
-from training.samples import write_sample
 from training.schedule import progress_of
 from training.stage import Stage
 from training.strategy import Strategy
 from training.workers import agree, is_first_worker, own_rank
 
-WRITES_STORIES = ("learn", "refine")
-"""Stages whose model writes a sample story."""
 Report = Callable[[dict[str, float]], None]
 
 
@@ -88,17 +86,15 @@ class RunRecorder:
             self.report(metrics)
             self._sums = {}
         if position.elapsed_s >= self._next_sheet_s:
-            self._draw(f"sheet-{position.step:06d}.png")
-            if self.preset.stage in WRITES_STORIES:
-                self._save_model(f"story-{position.step:06d}.html")
+            self._draw(f"{position.step:06d}")
             if is_first_worker():
                 write_report(self.folder)
             self._next_sheet_s = position.elapsed_s + self.preset.sheet_every_s
 
     def finish(self, position: Position) -> None:
         self._save(position)
-        self._draw("sheet.png")
-        self._save_model("story.html")
+        self._save_model()
+        self._draw()
         if is_first_worker():
             write_report(self.folder)
         self.report({"step": position.step, "elapsed_s": position.elapsed_s})
@@ -134,8 +130,7 @@ class RunRecorder:
             if metrics["validation_loss"] < best.get("validation_loss", math.inf):
                 self.folder.write("best.json", json.dumps({"step": position.step, **metrics}).encode())
 
-    def _save_model(self, sample: str) -> None:
-        """The model folder, and a sample page of a model that can write one."""
+    def _save_model(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             model = Path(scratch) / "model"
             with self.strategy.gathered():
@@ -143,8 +138,6 @@ class RunRecorder:
                     with Averaged(self.strategy.trained, self.average):
                         self.stage.save(model)
                     self.folder.write_tree("model", model)
-            if is_first_worker() and self.preset.stage in WRITES_STORIES and (model / "config.json").is_file():
-                self.folder.write(sample, write_sample(model))
 
     def _log(self, metrics: dict[str, float]) -> None:
         if self._curves:
@@ -156,17 +149,26 @@ class RunRecorder:
             if self.folder.local is None:
                 self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
 
-    def _draw(self, name: str) -> None:
-        """Write a sample sheet; not under ZeRO 3, where one worker alone cannot call the modules."""
-        if self.preset.optimizer.zero_stage == 3:
+    def _draw(self, suffix: str = "") -> None:
+        """Write a sample sheet and a sample story with the weights as they are; not under ZeRO 3, where one worker
+        alone cannot call the modules. A sample that cannot be made is a line in the log, and the run goes on."""
+        if self.preset.optimizer.zero_stage == 3 or not is_first_worker():
             return
-        with tempfile.TemporaryDirectory() as scratch:
-            if is_first_worker():
+        name = f"-{suffix}" if suffix else ""
+        random_state = torch.get_rng_state()
+        with tempfile.TemporaryDirectory() as scratch, Averaged(self.strategy.trained, self.average):
+            try:
                 path = Path(scratch) / "sheet.png"
-                with Averaged(self.strategy.trained, self.average):
-                    self.stage.draw_sheet(path)
+                self.stage.draw_sheet(path)
                 if path.exists():
-                    self.folder.write(name, path.read_bytes())
+                    self.folder.write(f"sheet{name}.png", path.read_bytes())
+                if story := self.stage.write_sample():
+                    self.folder.write(f"story{name}.html", story)
+            except TrainingError:
+                raise
+            except Exception as failure:  # a sample is for a person to look at: it costs no training
+                print(f"a sample could not be drawn: {type(failure).__name__}: {failure}", flush=True)
+        torch.set_rng_state(random_state)
 
 
 class Averaged:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from training.data.batches import ExampleSource
+from training.data.batches import StageData
 from training.presets import STAGES, Preset
 from training.weight_sources import WeightSources
 
@@ -26,11 +26,14 @@ class Stage(Protocol):
     def draw_sheet(self, path: Path) -> None:
         """Write sample pictures, for a person to look at; or nothing."""
 
+    def write_sample(self) -> bytes | None:
+        """Write and draw a sample story: an HTML page; None where the stage teaches no writing."""
+
     def save(self, folder: Path) -> None:
         """Write what later stages start from."""
 
 
-def build_stage(preset: Preset, sources: WeightSources, examples: ExampleSource) -> Stage:
+def build_stage(preset: Preset, sources: WeightSources, data: StageData) -> Stage:
     """The stage of a preset, on the weights that it starts from. Raises TrainingError where there are none."""
     module, _, name = STAGES[preset.stage].partition(":")
-    return getattr(importlib.import_module(module), name)(preset, sources, examples)
+    return getattr(importlib.import_module(module), name)(preset, sources, data)

@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python -m training.train learn --data s3://b/vist --start s3://b/align/model \\
         --out s3://b/learn --workers 8 zero_stage=2
 
-Without --data the examples are those of the picture world. A stopped run resumes from its newest checkpoint when the
+A stopped run resumes from its newest checkpoint when the
 same command is given again. `OUT/model` is a model folder, served as it is.
 """
 
@@ -19,62 +19,72 @@ from pathlib import Path
 
 import torch
 
-from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error, TrainingError
 from minigpt5.model import folder as model_folder
 from training import checkpoint, devices, loop, presets
 from training.data import batches as data
-from training.data.batches import ExampleSource
+from training.data.batches import StageData
 from training.data.stored import StoredExamples
-from training.presets import Preset, VokenPreset
-from training.run_folder import RunFolder, fetch_model
+from training.presets import Preset, VisionPreset, VokenPreset
+from training.run_folder import RunFolder
 from training.stage import build_stage
-from training.storybook.examples import StorybookExamples
 from training.weight_sources import WeightSources
 
-PRESETS = {"storybook": presets.STORYBOOK, "published": presets.PUBLISHED}
-STORED_STAGES = ("align", "learn", "refine")
-"""Stages that learn from stored examples too."""
 VALIDATION_SEED = 1_000_003
 """Added to the seed of the picture world's examples that are never trained on."""
 
 
-def find_examples(
-    preset: Preset, sources: WeightSources, uri: str | None
-) -> tuple[Preset, ExampleSource, ExampleSource | None]:
-    """Examples to train on and to validate with, and the preset with its steps where it counts epochs.
-
-    Raises TrainingError.
-    """
-    if uri is None:
-        if preset.epochs:
-            raise TrainingError("epochs are of stored examples: name some with --data, or set epochs=0 steps=")
-        held_back = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
-        return preset, StorybookExamples(preset), StorybookExamples(held_back) if preset.validation_batches else None
-    assert isinstance(preset, VokenPreset)
-    previous = sources.model(preset.stage)
-    config = model_folder.load_config(previous) if previous else storybook()
-    open_data = partial(
-        StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=preset.story_share
-    )
+def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Preset, StageData]:
+    """The stored examples of a data set, and the preset with its steps where it counts epochs. Raises TrainingError."""
+    assert isinstance(preset, VokenPreset | VisionPreset)
+    config = model_folder.load_config(sources.need_model(preset.stage))
+    share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
+    open_data = partial(StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=share)
     stored = open_data()
     if preset.epochs:
         steps = max(1, round(preset.epochs * len(stored) / data.examples_per_step(preset)))
         preset = dataclasses.replace(preset, steps=steps, epochs=0.0)
-    return preset, stored, open_data(is_validation=True) if preset.validation_batches else None
+    try:
+        held_out = open_data(is_validation=True)
+    except TrainingError as error:
+        if preset.validation_batches:
+            raise TrainingError(f"{error}, or set validation_batches=0") from None
+        held_out = None
+    return preset, StageData(training=stored, validation=held_out)
+
+
+def picture_world(preset: Preset, sources: WeightSources) -> tuple[WeightSources, StageData]:
+    """The picture world's endless examples, and a fresh model where nothing else is there to start from.
+
+    Raises TrainingError.
+    """
+    from training.storybook.examples import StorybookExamples
+    from training.storybook.start import make_start
+
+    if preset.epochs:
+        raise TrainingError("epochs are of stored examples: name some with --data, or set epochs=0 steps=")
+    make_start(sources)
+    held_out = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
+    return sources, StageData(training=StorybookExamples(preset), validation=StorybookExamples(held_out))
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=sorted(presets.STORYBOOK))
+    parser.add_argument("stage", choices=sorted(presets.STAGES))
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see training/presets.py")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="storybook", help="(default %(default)s)")
+    parser.add_argument(
+        "--preset",
+        choices=sorted(presets.PRESETS),
+        default="published",
+        help="published: the paper's settings, for any model and data; storybook: the shipped model's, which learns a "
+        "picture world where there is no --data (default %(default)s)",
+    )
     parser.add_argument("--data", help="examples that batch_jobs.prepare or batch_jobs.precompute wrote, path or URI")
     parser.add_argument("--out", help="folder or URI of this run (default: RUNS/STAGE)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default %(default)s)")
-    parser.add_argument("--start", help="model folder to start from, path or URI, such as models/storybook")
+    parser.add_argument("--start", help="model folder to start from: path, URI or hub id")
     parser.add_argument("--decoder", type=Path, help="folder whose vae/ and unet/ come before the start's")
     parser.add_argument("--workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray")
     parser.add_argument("--gpus", type=float, default=0.0, help="of each worker (default %(default)g)")
@@ -84,28 +94,34 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_intermixed_args(arguments)
-    known = PRESETS[options.preset]
+    known = presets.load_presets(options.preset)
     if options.stage not in known:
         parser.error(f"preset {options.preset} has no stage {options.stage}: it has {', '.join(sorted(known))}")
-    if options.data and options.stage not in STORED_STAGES:
-        parser.error(f"{options.stage} learns the picture world: --data is for {', '.join(STORED_STAGES)}")
+    is_for_data = isinstance(known[options.stage], VokenPreset | VisionPreset)
+    if options.data and not is_for_data:
+        parser.error(f"{options.stage} learns the picture world alone: leave out --data")
+    if not options.data and options.preset != "storybook":
+        parser.error("examples are missing: name those that python -m batch_jobs.prepare wrote, with --data")
     try:
         preset = presets.override(known[options.stage], options.settings)
     except ValueError as error:
         parser.error(str(error))
     try:
-        start = fetch_model(options.start) if options.start else None
+        start = model_folder.locate(options.start) if options.start else None
         sources = WeightSources(
             runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute()
         )
         out = RunFolder(options.out or options.runs / options.stage)
-        preset, examples, validation = find_examples(preset, sources, options.data)
+        if options.data:
+            preset, examples = find_examples(preset, sources, options.data)
+        else:
+            sources, examples = picture_world(preset, sources)
         if options.workers == 0:
-            run(preset, sources, out, examples, validation)
+            run(preset, sources, out, examples)
         else:
             from training.cluster import Run, run_on_ray
 
-            on_ray = Run(preset=preset, sources=sources, out=out, examples=examples, validation=validation)
+            on_ray = Run(preset=preset, sources=sources, out=out, data=examples)
             run_on_ray(on_ray, options.workers, num_gpus=options.gpus)
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -113,9 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(
-    preset: Preset, sources: WeightSources, out: RunFolder, examples: ExampleSource, validation: ExampleSource | None
-) -> None:
+def run(preset: Preset, sources: WeightSources, out: RunFolder, examples: StageData) -> None:
     """The stage in this process."""
     device = devices.own_device()
     preset = devices.for_device(preset, device)
@@ -125,8 +139,8 @@ def run(
         build_stage(preset, sources, examples),
         preset,
         out,
-        data.local_batches(examples, preset),
-        validation=data.validation_batches(validation, preset) if validation else (),
+        data.local_batches(examples.training, preset),
+        validation=data.validation_batches(examples.validation, preset),
         owner=checkpoint.claim(out),
         report=lambda metrics: print(metrics, flush=True),
         device=device,

@@ -10,9 +10,10 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from minigpt5.errors import TrainingError
 from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_scheduler
+from training.devices import own_device
 from training.presets import Preset
 
-PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
+PREVIOUS = {"vision": "start", "align": "vision", "learn": "align", "refine": "learn"}
 """The stage whose model folder a stage starts from, where `start` names no other."""
 
 DIFFUSION_STAGES = {
@@ -35,11 +36,15 @@ class WeightSources:
     decoder: Path | None = None
     """A folder in diffusers' layout that replaces the whole decoder of `start`, or a part of it."""
 
-    def model(self, stage: str) -> Path | None:
-        """The model folder that `stage` starts from; None where it starts from base models."""
-        if self.start:
-            return self.start
-        return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
+    def need_model(self, stage: str) -> Path:
+        """The model folder that `stage` starts from. Raises TrainingError where there is none."""
+        folder = self.start or self.runs / PREVIOUS[stage] / "model"
+        if not (folder / "config.json").is_file():
+            raise TrainingError(
+                f"there is no model in {folder} to start from: name a model folder with --start, such as one that "
+                "python -m minigpt5.new made"
+            )
+        return folder
 
     def find(self, part: str, *, stage: str = "") -> Path | None:
         """Find the first folder that has `part` ("vae" or "unet"), from the stages before `stage`; None where there is
@@ -68,5 +73,5 @@ class WeightSources:
 
 def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:
     """Make a UNet quicker to train: in bfloat16 on a CPU the backward pass of torch's fused attention is slow."""
-    if preset.bf16:
+    if preset.bf16 and own_device().type == "cpu":
         unet.set_attn_processor(AttnProcessor())

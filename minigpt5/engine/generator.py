@@ -85,9 +85,7 @@ class VokenGenerator:
         self.config = config
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
-        self.end_ids = frozenset(
-            [tokenizer.eos_token_id, *(token for name, token in tokenizer.get_vocab().items() if STOP in name)]
-        )
+        self.end_ids = find_end_ids(tokenizer)
         self.num_close_choices = 0
         """Tokens of finished requests whose choice another batch could have changed."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
@@ -307,6 +305,12 @@ class VokenGenerator:
         self.num_close_choices += job.writer.num_close
         if job.slot >= 0:
             self._free_slots.append(job.slot)
+
+
+def find_end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's own, and those that hold the template's end."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset([*own, *(token for name, token in tokenizer.get_vocab().items() if STOP in name)])
 
 
 def check_request(request: StoryRequest) -> None:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -260,13 +260,13 @@ def save(
     language: LanguageModel,
     mapper: Mapper,
     vision: Vision,
-    diffusion: Diffusion | None = None,
     start: Path | None = None,
+    decoder: Mapping[str, Path] | None = None,
 ) -> ModelConfig:
     """Write what was trained, as float16, and return the config with its fingerprint.
 
-    Parts of the model folder `start` that are not trained are copied along: its vocabulary, its vision encoder and its
-    decoder, unless there is a `diffusion` to be written in its place. Base models are named and never written.
+    Parts of the model folder `start` that are not trained are copied along: its vocabulary, vision encoder and decoder.
+    `decoder` names folders to copy the decoder's parts from instead. Base models are named and never written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,11 +279,19 @@ def save(
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
         _name_base(folder / "adapter" / "adapter_config.json", config.language_model)
         _halve(folder / "adapter" / "adapter_model.safetensors")
-    if start:
-        _copy_parts(start, folder, config, has_decoder=diffusion is None)
-    if diffusion is not None:
-        save_diffusion(diffusion, folder / DECODER)
-        config = dataclasses.replace(draws_with(config, diffusion), diffusion=DECODER)
+    if start and (start / VOCABULARY).is_file():
+        shutil.copyfile(start / VOCABULARY, folder / VOCABULARY)
+    if start and contains(start, config.vision.encoder):
+        is_trained = shutil.ignore_patterns(Path(QFORMER).name)
+        shutil.copytree(
+            start / config.vision.encoder, folder / config.vision.encoder, ignore=is_trained, dirs_exist_ok=True
+        )
+    if decoder:
+        config = dataclasses.replace(config, diffusion=DECODER)
+        for part, source in decoder.items():
+            shutil.copytree(source / part, folder / DECODER / part)
+    elif start and contains(start, config.diffusion):
+        shutil.copytree(start / config.diffusion, folder / config.diffusion)
     return write_config(folder, config)
 
 
@@ -292,16 +300,6 @@ def write_config(folder: Path, config: ModelConfig) -> ModelConfig:
     config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder, config.bases))
     (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
     return config
-
-
-def _copy_parts(start: Path, folder: Path, config: ModelConfig, *, has_decoder: bool) -> None:
-    if (start / VOCABULARY).is_file():
-        shutil.copyfile(start / VOCABULARY, folder / VOCABULARY)
-    names = [config.vision.encoder, *([config.diffusion] if has_decoder else [])]
-    for name in names:
-        if contains(start, name):
-            qformer = shutil.ignore_patterns(Path(QFORMER).name)
-            shutil.copytree(start / name, folder / name, ignore=qformer, dirs_exist_ok=True)
 
 
 def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:

@@ -41,6 +41,12 @@ class Mapper(nn.Module):
         queries_BQD = self.queries.expand(len(vokens_BVH), -1, -1)
         return self.transformer(self.fc(vokens_BVH), queries_BQD)
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the last norm is as it was made: it moves with the first step of training."""
+        norm = self.transformer.decoder.norm
+        return bool((norm.weight == 1).all() and (norm.bias == 0).all())
+
     def null_condition(self) -> Tensor:
         """The condition of no picture in particular: zero states before `fc`. A constant: (1, Q, D)."""
         return self(torch.zeros(1, self.num_vokens, self.hidden, device=self.queries.device))

@@ -24,5 +24,7 @@ class Example:
     """What each drawn picture shows, for the text encoder."""
     contrasts: list[list[str]] = field(default_factory=list)
     """For each drawn picture, what it does not show: its caption with one fact changed. As many for each, or none."""
+    prompt: str = ""
+    """What a user would type to get the story, where that is known."""
     is_caption: bool = False
     """A bare caption and its picture, nothing else: a frozen body need not carry gradients through its text."""

@@ -136,7 +136,7 @@ class Objective(nn.Module):
         bare = [example for example in examples if takes_short_cut and example.is_caption]
         whole = [example for example in examples if not (takes_short_cut and example.is_caption)]
         read = [self._read_captions(bare)] if bare else []
-        read += [self._read_sequences(whole)] if whole else []
+        read += [self.read(whole)] if whole else []
         examples = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
@@ -231,8 +231,9 @@ class Objective(nn.Module):
         first_B = torch.full((len(examples),), self.language.voken_embeddings.first, device=self.device)
         return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
 
-    def _read_sequences(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        """Whole sequences; logits at the learnt positions only."""
+    def read(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
+        """Read whole sequences: the voken states of their pictures (P, V, H), and the text loss. Logits are computed at
+        the learnt positions only."""
         encoded = [self.encode(example.segments) for example in examples]
         ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], padding_id(self.tokenizer))
         labels_BS, _ = self._pad([labels for _, labels in encoded], IGNORED)
@@ -265,7 +266,7 @@ class Objective(nn.Module):
         losses: dict[str, Tensor] = {}
         latents_PCYX = None
         if weights.picture:
-            latents_PCYX = self._to_latents(examples)
+            latents_PCYX = self.to_latents(examples)
             losses["picture"] = self.diffusion.random_loss(
                 latents_PCYX, condition_PQD, first_timestep=self.first_timestep
             )
@@ -279,7 +280,8 @@ class Objective(nn.Module):
         return losses
 
     @torch.no_grad()
-    def _to_latents(self, examples: list[Example]) -> Tensor:
+    def to_latents(self, examples: list[Example]) -> Tensor:
+        """The latents of all pictures that examples draw: (P, C, Y, X)."""
         drawn = torch.from_numpy(np.stack([picture for example in examples for picture in example.drawn])).to(
             self.device
         )

@@ -19,7 +19,7 @@ from batch_jobs.pipeline import ENGINE_CPUS
 from deployments.application import AppArgs
 from deployments.auth import LOOPBACK
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
-from training.presets import STORYBOOK
+from training.storybook.presets import STORYBOOK
 
 FOLDER = Path(__file__).parent.parent.parent / "cluster"
 SERVE_CONFIGS = ["serve-storybook.yaml", "serve-minigpt5-7b.yaml", "rayservice.yaml"]

@@ -113,13 +113,13 @@ def save_tiny(folder: Path) -> ModelConfig:
     from minigpt5.model import folder as model_folder
 
     config = tiny_config()
+    model_folder.save_diffusion(tiny_diffusion(config), folder / "decoder")
     return model_folder.save(
         folder,
         config,
         language=tiny_language(config),
         mapper=tiny_mapper(config),
         vision=tiny_vision(config),
-        diffusion=tiny_diffusion(config),
     )
 
 

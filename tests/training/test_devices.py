@@ -17,9 +17,10 @@ from minigpt5.objective.losses import LossWeights, Objective
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_language
 from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import devices
-from training.presets import STORYBOOK, Preset
+from training.presets import Preset
 from training.stages.model import halve_frozen
 from training.storybook.distill import DistillObjective
+from training.storybook.presets import STORYBOOK
 
 PRESET = Preset(stage="align", steps=1, batch_size=1)
 WEIGHTS = LossWeights(text=1.0, picture=1.0, caption=1.0, contrast=1.0)

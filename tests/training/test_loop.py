@@ -22,17 +22,19 @@ from minigpt5.storybook.scenes import is_held_out
 from tests.helpers.toy_stage import TOY, WIDTH, ToyStage
 from training import checkpoint, loop, presets
 from training.data import batches as data
+from training.data.batches import StageData
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_factor
+from training.storybook import presets as storybook_presets
 from training.storybook.examples import StorybookExamples, example_at
 from training.storybook.vae import VaeStage
 from training.weight_sources import WeightSources
 
 TINY = dataclasses.replace(
-    presets.STORYBOOK["vae"],
+    storybook_presets.STORYBOOK["vae"],
     steps=4,
     batch_size=2,
-    optimizer=dataclasses.replace(presets.STORYBOOK["vae"].optimizer, warmup_steps=2),
+    optimizer=dataclasses.replace(storybook_presets.STORYBOOK["vae"].optimizer, warmup_steps=2),
     log_every=1,
     sheet_every_s=1e9,
     checkpoint_every_s=1e9,
@@ -44,8 +46,8 @@ class Stopped(Exception):
 
 
 def new_stage(preset: presets.Preset, folder: Path) -> VaeStage:
-    assert isinstance(preset, presets.VaePreset)
-    return VaeStage(preset, WeightSources(runs=folder), StorybookExamples(preset))
+    assert isinstance(preset, storybook_presets.VaePreset)
+    return VaeStage(preset, WeightSources(runs=folder), StageData(training=StorybookExamples(preset), validation=None))
 
 
 def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset = TINY) -> VaeStage:
@@ -91,7 +93,7 @@ def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(tmp_path: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == [good]
-    assert checkpoint.load_checkpoint(folder, ["weight"], {})[1] == checkpoint.Position(1)
+    assert checkpoint.load_checkpoint(folder, ["weight"])[1] == checkpoint.Position(1)
 
 
 def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
@@ -147,8 +149,8 @@ def test_settings_are_checked() -> None:
     changed = presets.override(TINY, ["steps=7", "learning_rate=1e-3", "optimizer.schedule=linear", "bf16=false"])
     assert (changed.steps, changed.optimizer.learning_rate, changed.optimizer.schedule) == (7, 1e-3, "linear")
     assert changed.bf16 is False and changed.optimizer.ema_decay == TINY.optimizer.ema_decay
-    distill = presets.STORYBOOK["distill"]
-    assert isinstance(distill, presets.DistillPreset)
+    distill = storybook_presets.STORYBOOK["distill"]
+    assert isinstance(distill, storybook_presets.DistillPreset)
     assert presets.override(distill, ["replay.steps=5"]).replay == dataclasses.replace(distill.replay, steps=5)
     assert presets.override(TINY, ["zero_stage=2"]).optimizer.zero_stage == 2
     assert presets.override(presets.override(TINY, ["zero_stage=2"]), ["zero_stage=none"]).optimizer.zero_stage is None
@@ -168,13 +170,13 @@ def test_settings_are_checked() -> None:
 
 @pytest.mark.parametrize("stage", presets.STAGES)
 def test_examples_are_a_function_of_their_position(stage: str) -> None:
-    preset = presets.STORYBOOK[stage]
+    preset = storybook_presets.STORYBOOK[stage]
     assert str(example_at(preset, 5)) == str(example_at(preset, 5))
     assert str(example_at(preset, 5)) != str(example_at(preset, 6))
 
 
 def test_no_example_says_a_pair_that_is_held_out_not_even_as_what_is_not_there() -> None:
-    preset = presets.STORYBOOK["learn"]
+    preset = storybook_presets.STORYBOOK["learn"]
     examples = [example for index in range(60) if isinstance(example := example_at(preset, index), Example)]
     said = [facts_in(text) for one in examples for texts in (one.captions, *one.contrasts) for text in texts]
     pairs = [(facts.who, facts.what) for facts in said if facts.who and facts.what]

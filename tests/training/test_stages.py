@@ -15,7 +15,18 @@ COMMON = ["steps=1", "batch_size=2", "num_threads=2", "warmup_steps=1", "log_eve
 
 
 def train(stage: str, runs: Path, *options: str) -> Path:
-    command = [sys.executable, "-m", "training.train", stage, "--runs", str(runs), *options, *COMMON]
+    command = [
+        sys.executable,
+        "-m",
+        "training.train",
+        stage,
+        "--preset",
+        "storybook",
+        "--runs",
+        str(runs),
+        *options,
+        *COMMON,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{stage}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
     folder = runs / stage

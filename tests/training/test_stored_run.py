@@ -17,8 +17,8 @@ from tests.helpers.processes import Cluster
 from training.train import main
 
 MODEL = str(default_model_folder())
-QUICK = ["batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "replay.steps=0", "validation_batches=1"]
-QUICK += ["sheet_every_s=100000", "checkpoint_every_s=0", "picture_from=0", "whitens=false", "standardises=false"]
+QUICK = ["batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "validation_batches=1"]
+QUICK += ["sheet_every_s=100000", "checkpoint_every_s=0"]
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,16 @@ def test_what_cannot_be_is_said_before_any_work(tmp_path: Path, capsys: pytest.C
     assert main(["align", "--data", str(tmp_path), "--start", MODEL, "--out", str(tmp_path / "o")]) == 1
     assert "python -m batch_jobs.prepare" in capsys.readouterr().err
     for arguments, words in (
-        (["vae", "--data", str(tmp_path)], "--data is for align, learn, refine"),
-        (["vae", "--preset", "published"], "has no stage vae"),
-        (["align", "colour=1"], "unknown setting 'colour=1'"),
+        (["align"], "examples are missing"),
+        (["vae"], "has no stage vae"),
+        (["vae", "--preset", "storybook", "--data", str(tmp_path)], "leave out --data"),
+        (["align", "--data", str(tmp_path), "colour=1"], "unknown setting 'colour=1'"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, "--out", str(tmp_path / "o")])
         assert words in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["align", "--start", MODEL, "--out", str(tmp_path / "file" / "x"), "--workers", "0"]) == 1
+    assert (
+        main(["align", "--data", "x", "--start", MODEL, "--out", str(tmp_path / "file" / "x"), "--workers", "0"]) == 1
+    )
     assert "cannot be written" in capsys.readouterr().err

@@ -47,6 +47,20 @@ class ExampleSource(Protocol):
         """The id and the example at a position, counted over epochs: a function of the position alone."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageData:
+    """A run's examples, as a stage sees them when it is built."""
+
+    training: ExampleSource
+    validation: ExampleSource | None
+    """Examples that are never trained on; None where there are none."""
+
+    @property
+    def samples(self) -> ExampleSource:
+        """What samples are drawn from: held-out examples where there are some."""
+        return self.validation or self.training
+
+
 def batch_at(source: ExampleSource, start: int, count: int) -> Batch[Any]:
     """The examples from position `start` on."""
     return _batch([source.example_at(position) for position in range(start, start + count)])
@@ -56,8 +70,10 @@ def _batch(found: list[tuple[Any, Any]]) -> Batch[Any]:
     return Batch(ids=[own_id for own_id, _ in found], examples=[example for _, example in found])
 
 
-def validation_batches(source: ExampleSource, preset: Preset) -> list[Batch[Any]]:
+def validation_batches(source: ExampleSource | None, preset: Preset) -> list[Batch[Any]]:
     """Batches of examples that are never trained on: the first ones, always the same."""
+    if source is None:
+        return []
     size = min(preset.batch_size, VALIDATION_BATCH)
     return [batch_at(source, number * size, size) for number in range(preset.validation_batches)]
 

@@ -19,7 +19,7 @@ from pyarrow import fs, parquet
 from minigpt5.config import ModelConfig
 from minigpt5.errors import TrainingError
 from minigpt5.model.image_transforms import fit_drawn, fit_read
-from minigpt5.model.prompt import caption_segments, story_segments
+from minigpt5.model.prompt import caption_segments, describe_segments, story_segments
 from minigpt5.objective.example import Example
 from minigpt5.objective.stored_example import ROW_SCHEMA
 from minigpt5.published.data import (
@@ -59,7 +59,8 @@ class StoredExamples:
         there are no rows of the schema."""
         self.stage, self.story_share = stage, story_share
         self.uri, self.seed, self.is_validation = uri, seed, is_validation
-        self.read_px, self.draw_px = config.vision.image_px, config.image_px
+        self.read_px = None if config.vision.family == "none" else config.vision.image_px
+        self.draw_px = config.image_px
         self._files, folder = _open(uri)
         infos = self._files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
         self._paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
@@ -153,37 +154,40 @@ def _order(groups: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
 
 
 def to_example(
-    stored: dict[str, Any], rng: np.random.Generator, *, stage: str, story_share: float, read_px: int, draw_px: int
+    stored: dict[str, Any],
+    rng: np.random.Generator,
+    *,
+    stage: str,
+    story_share: float,
+    read_px: int | None,
+    draw_px: int,
 ) -> Example:
     """One of a stored row's examples, chosen by chance; the published code makes examples of all of them.
 
-    "align" learns captions: of a story or a dialogue, that of one of its pictures. "learn" learns all of the published
-    tasks, and with `story_share` a whole story where its prompt is known.
+    "vision" and "align" learn captions: of a story or a dialogue, that of one of its pictures. "learn" learns all of
+    the published tasks, and with `story_share` a whole story where its prompt is known. `read_px` is None for a model
+    that reads no pictures: of a story it learns the whole, of a dialogue what needs no picture read.
     """
     segments = stored["segments"]
+    if stage == "vision":
+        words, at = _caption(stored, rng)
+        assert read_px is not None
+        read = [_read(segments[at], read_px)]
+        return Example(segments=describe_segments(words), read=read, shown=[words], drawn=[], captions=[])
     if stage == "align":
-        captions = [(_said_before(segments, at), at) for at, one in enumerate(segments) if _is_picture(one)]
-        words, at = captions[rng.integers(len(captions))]
-        if stored["kind"] != "caption" and segments[at]["caption"]:
-            words = segments[at]["caption"]
-        if rng.integers(COMMAND_EVERY + 1) == 0:
-            index = int(rng.integers(len(COMMANDS))) * COMMAND_EVERY
-            sample = list(cc3m_samples([("", "")] * index + [(words, str(at))]))[-1]
-            return _example(sample, segments, read_px, draw_px)
-        return Example(
-            segments=caption_segments(words),
-            read=[],
-            drawn=[_drawn(segments[at], draw_px)],
-            captions=[segments[at]["caption"] or words],
-            is_caption=True,
-        )
+        return _aligned(stored, rng, draw_px)
     if stored["kind"] == "dialogue":
-        samples = list(mmdialog_samples(_turns(segments)))
+        samples = [one for one in mmdialog_samples(_turns(segments)) if read_px or not one.read]
+        if not samples:
+            return _aligned(stored, rng, draw_px)
         return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px)
     steps = _steps(segments)
-    if stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share:
+    knows_prompt = stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share
+    if knows_prompt or (stored["kind"] == "story" and not read_px):
+        prompt = stored["prompt"] or steps[0][0]
         return Example(
-            segments=story_segments([stored["prompt"]], len(steps), [words for words, _ in steps]),
+            segments=story_segments([prompt], len(steps), [words for words, _ in steps]),
+            prompt=prompt,
             read=[],
             drawn=[_drawn(segments[int(at)], draw_px) for _, at in steps],
             captions=[segments[int(at)]["caption"] or words for words, at in steps],
@@ -192,12 +196,39 @@ def to_example(
     return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px)
 
 
-def _example(sample: Sample, segments: list[dict[str, Any]], read_px: int, draw_px: int) -> Example:
+def _caption(stored: dict[str, Any], rng: np.random.Generator) -> tuple[str, int]:
+    """What one of a row's pictures shows, and the picture's place among the segments."""
+    segments = stored["segments"]
+    captions = [(_said_before(segments, at), at) for at, one in enumerate(segments) if _is_picture(one)]
+    words, at = captions[rng.integers(len(captions))]
+    if stored["kind"] != "caption" and segments[at]["caption"]:
+        words = segments[at]["caption"]
+    return words, at
+
+
+def _aligned(stored: dict[str, Any], rng: np.random.Generator, draw_px: int) -> Example:
+    """A caption with its picture, or the published command to draw it."""
+    segments = stored["segments"]
+    words, at = _caption(stored, rng)
+    if rng.integers(COMMAND_EVERY + 1) == 0:
+        index = int(rng.integers(len(COMMANDS))) * COMMAND_EVERY
+        sample = list(cc3m_samples([("", "")] * index + [(words, str(at))]))[-1]
+        return _example(sample, segments, None, draw_px)
+    return Example(
+        segments=caption_segments(words),
+        read=[],
+        drawn=[_drawn(segments[at], draw_px)],
+        captions=[segments[at]["caption"] or words],
+        is_caption=True,
+    )
+
+
+def _example(sample: Sample, segments: list[dict[str, Any]], read_px: int | None, draw_px: int) -> Example:
     """A published sample, whose pictures are named by their places among `segments`."""
     drawn = [segments[int(sample.drawn)]] if sample.drawn is not None else []
     return Example(
         segments=sample_segments(sample),
-        read=[_read(segments[int(at)], read_px) for at in sample.read],
+        read=[_read(segments[int(at)], read_px) for at in sample.read] if read_px else [],
         drawn=[_drawn(one, draw_px) for one in drawn],
         captions=[one["caption"] or sample.caption or _said_before(segments, int(str(sample.drawn))) for one in drawn],
     )

@@ -1,7 +1,6 @@
 """What the stages "vision", "align", "learn" and "refine" share: a model folder's weights behind the Objective.
 
-The model is that of the folder that the stage starts from, else the storybook's. A learning rate of 0 freezes the part
-that it belongs to.
+A learning rate of 0 freezes the part that it belongs to.
 """
 
 from __future__ import annotations
@@ -9,33 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minigpt5.config import storybook
+from minigpt5.config import ModelConfig
 from minigpt5.engine.denoising import denoise
+from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
-from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import (
-    Diffusion,
-    load_distilled,
-    load_scheduler,
-    load_unet,
-    load_vae,
-    new_storybook_scheduler,
-)
-from minigpt5.model.language import LanguageModel, load_tokenizer, pad
-from minigpt5.model.mapper import Mapper
-from minigpt5.model.pixels import to_tensor
-from minigpt5.model.prompt import caption_segments
+from minigpt5.model.diffusion import DISTILLED_FOLDER, Diffusion, load_distilled, load_scheduler, load_unet, load_vae
+from minigpt5.model.language import load_tokenizer
 from minigpt5.model.text_encoder import load_text_encoder
+from minigpt5.objective.example import Example
 from minigpt5.objective.losses import Objective
-from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
-from minigpt5.storybook.scenes import draw_scene, scene_at
+from training.data.batches import StageData
 from training.presets import VisionPreset, VokenPreset
-from training.storybook.sheets import save_sheet
+from training.samples import save_sheet
 from training.weight_sources import WeightSources, prepare_unet
+
+NUM_SHEET_PICTURES = 8
+NUM_SHEET_EXAMPLES = 64
+"""Examples that are looked through for pictures to draw."""
 
 
 def halve_frozen(module: nn.Module) -> None:
@@ -55,44 +47,44 @@ class ModelStage:
         self,
         preset: VisionPreset | VokenPreset,
         sources: WeightSources,
+        data: StageData,
         *,
         trains_adapter: bool = False,
         first_timestep: int = 0,
         samples_latents: bool = False,
+        keeps_replay: bool = False,
     ) -> None:
+        """Load the model folder that the stage starts from. Raises TrainingError where there is none."""
         torch.manual_seed(preset.seed)
-        self.bf16 = preset.bf16
-        previous = sources.model(preset.stage)
-        self.config = model_folder.load_config(previous) if previous else storybook()
-        base = resolve(self.config.language_model)
-        self.language = LanguageModel.from_base(base, self.config)
-        self.vision = model_folder.load_vision(None, self.config)
-        self.mapper = Mapper(self.config)
-        if previous:
-            model_folder.load_voken_embeddings(previous, self.language)
-            model_folder.load_qformer(previous, self.vision)
-            self.mapper = model_folder.load_mapper(previous, self.config)
-        if previous and (previous / "adapter").is_dir():
-            self.language.load_adapter(previous / "adapter", is_trained=trains_adapter)
-        elif trains_adapter:
+        self.bf16, self.data = preset.bf16, data
+        self.start = start = sources.need_model(preset.stage)
+        self.config = model_folder.load_config(start)
+        self.language = model_folder.load_language(
+            start, self.config, adapter="trained" if trains_adapter else "frozen"
+        )
+        if trains_adapter and not (start / "adapter").is_dir():
             self.language.add_adapter(self.config.lora)
+        self.vision = model_folder.load_vision(start, self.config)
+        self.mapper = model_folder.load_mapper(start, self.config)
+        parts, self._is_own_decoder = find_decoder(start, self.config, sources)
+        self._decoder = parts
+        self.diffusion = Diffusion(
+            load_vae(parts["vae"]),
+            load_unet(parts["unet"]),
+            load_scheduler(parts["scheduler"]),
+            load_distilled(parts["unet"]),
+        )
+        self.config = model_folder.draws_with(self.config, self.diffusion)
+        text_encoder = load_text_encoder(
+            model_folder.find_part(start, self.config, self.config.text_encoder), self.config
+        )
         self.freeze()
-        if preset.bf16:
-            halve_frozen(self.language.body)
-            halve_frozen(self.vision.encoder)
         if preset.checkpoint_activations:
             self.language.checkpoint_activations()
-        text_encoder = load_text_encoder(resolve(self.config.text_encoder), self.config)
-        vae_of, unet_of = (sources.find(part) or resolve(self.config.diffusion) for part in ("vae", "unet"))
-        vae, unet = load_vae(vae_of), load_unet(unet_of)
-        has_schedule = (unet_of / "scheduler").is_dir()
-        schedule = load_scheduler(unet_of) if has_schedule else new_storybook_scheduler()
-        self.diffusion = Diffusion(vae, unet, schedule, load_distilled(unet_of))
-        self.config = model_folder.draws_with(self.config, self.diffusion)
-        prepare_unet(unet, preset)
+        prepare_unet(self.diffusion.unet, preset)
         self.model = Objective(
             self.config,
-            load_tokenizer(base, self.config),
+            load_tokenizer(model_folder.find_part(start, self.config, self.config.language_model), self.config),
             self.language,
             self.vision,
             self.mapper,
@@ -100,7 +92,11 @@ class ModelStage:
             text_encoder,
             first_timestep=first_timestep,
             samples_latents=samples_latents,
+            keeps_replay=keeps_replay,
         )
+        if preset.bf16:
+            for part in (self.language.body, self.language.head, self.vision.encoder, self.diffusion, text_encoder):
+                halve_frozen(part)
         self.model.calls_alike = preset.optimizer.zero_stage == 3
 
     def freeze(self) -> None:
@@ -108,38 +104,44 @@ class ModelStage:
         raise NotImplementedError
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.mapper.queries.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def draw_sheet(self, path: Path) -> None:
-        """Held-out captions: the asked scenes, what the base draws from them, what the vokens draw from them."""
-        scenes = [scene_at(i, seed=0, split="validation", held_out_pairs=True) for i in range(8)]
-        rng = np.random.default_rng(0)
-        facts = [Facts.of(scene) for scene in scenes]
-        captions = [write_caption(fact, rng) for fact in facts]
-        model = self.model
-        mapper = model.settle()
-        encoded = [model.encode(caption_segments(caption)[:1])[0] for caption in captions]
-        ids_BS, mask_BS = (one.to(model.device) for one in pad(encoded, model.tokenizer.eos_token_id))
+        """Held-out examples: their pictures, what the text encoder's condition draws, what the vokens draw."""
+        examples = [example for example in self.sample_examples() if example.drawn][:NUM_SHEET_PICTURES]
+        if not examples:
+            return
+        model, mapper = self.model, self.model.settle()
         with self.autocast():
-            states_BVH = self.language.voken_states(ids_BS, mask_BS)
-        conditions = {
-            "base": model.text_encoder([canonical_caption(fact) for fact in facts]),
-            "vokens": mapper(states_BVH.float()),
-        }
-        rows: list[Tensor] = [to_tensor(np.stack([draw_scene(scene) for scene in scenes]))]
-        for condition_BQD in conditions.values():
-            rows.append(
-                denoise(
-                    self.diffusion,
-                    condition_BQD,
-                    mapper.null_condition(),
-                    seeds=list(range(8)),
-                    draw=self.config.default_draw,
-                    guidance_rescale=self.config.guidance_rescale,
+            drawn = [model.to_latents([example])[:1].float() for example in examples]
+            true_BCYX = self.diffusion.to_pixels(torch.cat(drawn)).float()
+            vokens = [model.read([example])[0][:1].float() for example in examples]
+            conditions = {
+                "text": model.text_encoder([example.captions[0] for example in examples]),
+                "vokens": mapper(torch.cat(vokens)),
+            }
+            nulls = {"text": model.text_encoder([""]), "vokens": mapper.null_condition()}
+            rows = [true_BCYX]
+            for name, condition_BQD in conditions.items():
+                rows.append(
+                    denoise(
+                        self.diffusion,
+                        condition_BQD.float(),
+                        nulls[name].float(),
+                        seeds=list(range(len(examples))),
+                        draw=self.config.default_draw,
+                        guidance_rescale=self.config.guidance_rescale,
+                    )
                 )
-            )
         save_sheet(path, rows)
+
+    def write_sample(self) -> bytes | None:
+        return None
+
+    def sample_examples(self) -> list[Example]:
+        """The first held-out examples, or the first ones of the run where none are held out."""
+        return [self.data.samples.example_at(position)[1] for position in range(NUM_SHEET_EXAMPLES)]
 
     def save(self, folder: Path) -> None:
         """Write the model folder: after "learn" it is the finished model."""
@@ -149,8 +151,24 @@ class ModelStage:
             language=self.language,
             mapper=self.model.settle(),
             vision=self.vision,
-            diffusion=self.diffusion,
+            start=self.start,
+            decoder=self._decoder if self._is_own_decoder else None,
         )
+
+
+def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> tuple[dict[str, Path], bool]:
+    """The folder of each part of the latent diffusion model, and whether any comes from elsewhere than the folder that
+    `config` names. Raises TrainingError where a UNet comes without its noise schedule."""
+    trained = {part: sources.find(part) for part in ("vae", "unet")}
+    found = {
+        part: folder or model_folder.find_part(start, config, config.diffusion) for part, folder in trained.items()
+    }
+    unet_of = found["scheduler"] = found["unet"]
+    if not (unet_of / "scheduler").is_dir():
+        raise TrainingError(f"{unet_of} has a UNet and no scheduler/, so that its noise schedule is not known: add it")
+    if (unet_of / DISTILLED_FOLDER).is_dir():
+        found[DISTILLED_FOLDER] = unet_of
+    return found, any(trained.values())
 
 
 def trained(module: nn.Module) -> list[Any]:

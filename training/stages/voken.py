@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt5.model.language import pad
+from minigpt5.model.language import pad, padding_id
 from minigpt5.model.prompt import caption_segments
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
-from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
-from minigpt5.storybook.scenes import scene_at
-from training.data.batches import Batch, ExampleSource
+from training.data.batches import Batch, StageData
 from training.data.replay_buffer import is_replay
 from training.presets import VokenPreset
+from training.samples import write_story
 from training.stages.model import ModelStage, trained
 from training.weight_sources import WeightSources
 
@@ -29,6 +27,11 @@ NUM_STANDARDISED = 512
 """Captions whose spread scales the caption loss."""
 NUM_WHITENED = 1_024
 """Captions whose voken states say how they spread."""
+MIN_STATES = 2
+"""Voken states for each direction that they are whitened in, at least."""
+LOOKED_THROUGH = 8
+"""Examples that are looked through for each caption."""
+WRITES_STORIES = ("learn", "refine")
 
 
 class VokenObjective(nn.Module):
@@ -57,36 +60,65 @@ class VokenObjective(nn.Module):
 class VokenStage(ModelStage):
     """One of the stages of this file, by its preset."""
 
-    def __init__(self, preset: VokenPreset, sources: WeightSources, examples: ExampleSource) -> None:
+    def __init__(self, preset: VokenPreset, sources: WeightSources, data: StageData) -> None:
         self.preset = preset
         super().__init__(
             preset,
             sources,
+            data,
             trains_adapter=preset.stage == "learn" and preset.optimizer.learning_rate > 0,
             first_timestep=preset.first_timestep,
             samples_latents=preset.samples_latents,
+            keeps_replay=preset.replay.steps > 0,
         )
+        captions = self._some_captions(NUM_WHITENED if preset.whitens else NUM_STANDARDISED * preset.standardises)
         if preset.standardises:
-            captions = [canonical_caption(Facts.of(scene_at(i, seed=0))) for i in range(NUM_STANDARDISED)]
-            self.model.standardise_captions(captions, start_there=preset.stage == "align" and not sources.start)
+            targets = [target for _, target in captions[:NUM_STANDARDISED]]
+            self.model.standardise_captions(targets, start_there=preset.stage == "align" and self.mapper.is_fresh)
         if preset.whitens:
-            self.model.whiten_vokens(*self._some_vokens(), noise=preset.voken_noise)
+            if len(captions) * self.config.num_vokens < MIN_STATES * self.config.hidden:
+                print(f"whitens is true, but {len(captions)} captions are too few for it: it is off", flush=True)
+            else:
+                self.model.whiten_vokens(*self._voken_states(captions), noise=preset.voken_noise)
+        if preset.contrast_weight and not any(example.contrasts for example in self.sample_examples()):
+            print("contrast_weight is not 0, but the examples have no contrasts: it has no effect", flush=True)
         self.objective = VokenObjective(self.model, preset)
 
+    def _some_captions(self, num: int) -> list[tuple[str, str]]:
+        """Captions of the run's first examples: as the language model reads each, and as the text encoder does."""
+        found: list[tuple[str, str]] = []
+        position, last = 0, LOOKED_THROUGH * num
+        while len(found) < num and position < last:
+            example: Example = self.data.training.example_at(position)[1]
+            position += 1
+            read = [example.segments[0].text] if example.is_caption else example.captions
+            found += zip(read, example.captions, strict=True)
+        return list(dict.fromkeys(found))[:num]
+
     @torch.no_grad()
-    def _some_vokens(self) -> tuple[Tensor, Tensor]:
-        """Voken states of some captions, and the text encoder's states of what they say."""
-        rng = np.random.default_rng(0)
-        facts = [Facts.of(scene_at(i, seed=0)) for i in range(NUM_WHITENED)]
-        encoded = [self.model.encode(caption_segments(write_caption(fact, rng))[:1])[0] for fact in facts]
+    def _voken_states(self, captions: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """Voken states of captions, and the text encoder's states of them."""
+        encoded = [self.model.encode(caption_segments(read)[:1])[0] for read, _ in captions]
         states, targets = [], []
-        for start in range(0, len(facts), 32):
+        for start in range(0, len(captions), 32):
             batch = slice(start, start + 32)
             with self.autocast():
-                found = self.language.voken_states(*pad(encoded[batch], self.model.tokenizer.eos_token_id))
-            states.append(found.float())
-            targets.append(self.model.text_encoder([canonical_caption(fact) for fact in facts[batch]]))
+                found = self.language.voken_states(*pad(encoded[batch], padding_id(self.model.tokenizer)))
+                states.append(found.float())
+                targets.append(self.model.text_encoder([target for _, target in captions[batch]]).float())
         return torch.cat(states), torch.cat(targets)
+
+    def write_sample(self) -> bytes | None:
+        if self.preset.stage not in WRITES_STORIES:
+            return None
+        with self.autocast():
+            return write_story(self.model, self.sample_prompt(), seed=self.preset.seed)
+
+    def sample_prompt(self) -> str:
+        """The prompt of a held-out story, or the first caption of a row that has no prompt."""
+        examples = [example for example in self.sample_examples() if example.drawn]
+        prompts = [example.prompt for example in examples if example.prompt]
+        return [*prompts, *(example.captions[0] for example in examples)][0]
 
     def freeze(self) -> None:
         self.vision.qformer.requires_grad_(False)

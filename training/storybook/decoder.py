@@ -17,9 +17,9 @@ from minigpt5.model.multistep_scheduler import last_level
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
-from training.data.batches import Batch, ExampleSource
-from training.presets import DecoderPreset
+from training.data.batches import Batch, StageData
 from training.storybook.examples import CaptionedCrops
+from training.storybook.presets import DecoderPreset
 from training.storybook.sheets import save_captioned_sheet
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
 from training.weight_sources import WeightSources
@@ -79,7 +79,7 @@ class DecoderObjective(nn.Module):
 
 
 class DecoderStage:
-    def __init__(self, preset: DecoderPreset, sources: WeightSources, examples: ExampleSource) -> None:
+    def __init__(self, preset: DecoderPreset, sources: WeightSources, data: StageData) -> None:
         config = storybook()
         self.diffusion = sources.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)

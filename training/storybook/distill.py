@@ -20,10 +20,10 @@ from minigpt5.model.folder import DISTILLED_DRAW
 from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
-from training.data.batches import Batch, ExampleSource
+from training.data.batches import Batch, StageData
 from training.data.replay_buffer import ReplayBuffer, is_replay
-from training.presets import DistillPreset
 from training.storybook.examples import CaptionedScene
+from training.storybook.presets import DistillPreset
 from training.storybook.sheets import save_captioned_sheet
 from training.weight_sources import WeightSources, prepare_unet
 
@@ -112,7 +112,7 @@ class DistillObjective(nn.Module):
 
 
 class DistillStage:
-    def __init__(self, preset: DistillPreset, sources: WeightSources, examples: ExampleSource) -> None:
+    def __init__(self, preset: DistillPreset, sources: WeightSources, data: StageData) -> None:
         config = storybook()
         self.diffusion = sources.diffusion(stage="distill", is_distilled=False)
         if self.diffusion.distilled is None:

@@ -26,16 +26,8 @@ from minigpt5.storybook.scenes import (
     sprite_boxes,
 )
 from minigpt5.storybook.stories import story_at
-from training.presets import (
-    DecoderPreset,
-    DistillPreset,
-    Preset,
-    SharpenPreset,
-    UnetPreset,
-    VaePreset,
-    VisionPreset,
-    VokenPreset,
-)
+from training.presets import Preset, VisionPreset, VokenPreset
+from training.storybook.presets import DecoderPreset, DistillPreset, SharpenPreset, UnetPreset, VaePreset
 from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
@@ -208,6 +200,7 @@ def _story(seed: int, position: int, rng: np.random.Generator) -> Example:
     story = story_at(position, seed=seed)
     return Example(
         segments=story_segments([story.prompt], len(story.pages), [page.text for page in story.pages]),
+        prompt=story.prompt,
         read=[],
         drawn=[draw_scene(page.scene) for page in story.pages],
         captions=[canonical_caption(page.facts) for page in story.pages],

@@ -24,10 +24,10 @@ from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.losses import exactly
 from minigpt5.storybook.scenes import Scene
 from minigpt5.types import DISTILLED
-from training.data.batches import Batch, ExampleSource
+from training.data.batches import Batch, StageData
 from training.data.replay_buffer import ReplayBuffer, is_replay
-from training.presets import SharpenPreset
 from training.storybook.examples import WeightedScene
+from training.storybook.presets import SharpenPreset
 from training.storybook.sheets import save_captioned_sheet
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, error_weight, find_sprites, redrawn
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
@@ -164,7 +164,7 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
 
 
 class SharpenStage:
-    def __init__(self, preset: SharpenPreset, sources: WeightSources, examples: ExampleSource) -> None:
+    def __init__(self, preset: SharpenPreset, sources: WeightSources, data: StageData) -> None:
         config = storybook()
         self.diffusion = sources.diffusion(stage="sharpen")
         prepare_unet(self.diffusion.unet_for(DISTILLED), preset)

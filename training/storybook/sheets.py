@@ -6,24 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from minigpt5.config import storybook
 from minigpt5.engine.denoising import denoise
 from minigpt5.model.diffusion import Diffusion
-from minigpt5.model.pixels import to_pixels, to_tensor
+from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.types import DrawSettings
-
-
-def save_sheet(path: Path, rows: list[Tensor]) -> None:
-    """One PNG; each entry of `rows` is a row of pictures (n, 3, Y, X) in [-1, 1]."""
-    lines = [torch.cat(list(row.cpu()), dim=2) for row in rows]
-    width = max(line.shape[2] for line in lines)
-    lines = [torch.nn.functional.pad(line, (0, width - line.shape[2]), value=1.0) for line in lines]
-    Image.fromarray(to_pixels(torch.cat(lines, dim=1)[None].clamp(-1, 1))[0]).save(path)
+from training.samples import save_sheet
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
-from training.data.batches import Batch, ExampleSource
-from training.presets import UnetPreset
+from training.data.batches import Batch, StageData
 from training.storybook.examples import CaptionedScene
+from training.storybook.presets import UnetPreset
 from training.storybook.sheets import save_captioned_sheet
 from training.weight_sources import WeightSources, prepare_unet
 
@@ -47,7 +47,7 @@ class UnetObjective(nn.Module):
 
 
 class UnetStage:
-    def __init__(self, preset: UnetPreset, sources: WeightSources, examples: ExampleSource) -> None:
+    def __init__(self, preset: UnetPreset, sources: WeightSources, data: StageData) -> None:
         torch.manual_seed(preset.seed)
         config = storybook()
         continues = sources.start or sources.decoder

@@ -15,10 +15,10 @@ from minigpt5.model import folder as model_folder
 from minigpt5.model.diffusion import load_vae, new_storybook_vae, normal_like
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from training.data.batches import Batch, ExampleSource
-from training.presets import VaePreset
+from training.data.batches import Batch, StageData
+from training.samples import save_sheet
 from training.storybook.examples import Crop
-from training.storybook.sheets import save_sheet
+from training.storybook.presets import VaePreset
 from training.weight_sources import WeightSources
 
 LATENT_NOISE = 0.05
@@ -56,7 +56,7 @@ def reconstruction_losses(
 
 
 class VaeStage:
-    def __init__(self, preset: VaePreset, sources: WeightSources, examples: ExampleSource) -> None:
+    def __init__(self, preset: VaePreset, sources: WeightSources, data: StageData) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset
         continues = sources.start or sources.decoder

@@ -17,15 +17,16 @@ from minigpt5.model.folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.types import DISTILLED, DrawSettings
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
-from training.data.batches import batch_at
-from training.presets import STORYBOOK, override
+from training.data.batches import StageData, batch_at
+from training.presets import override
 from training.storybook.decoder import DecoderObjective, DecoderStage
 from training.storybook.distill import DistillObjective
 from training.storybook.examples import StorybookExamples
+from training.storybook.presets import STORYBOOK
 from training.storybook.vae import LATENT_NOISE
 from training.weight_sources import WeightSources
 
-NO_EXAMPLES = StorybookExamples(STORYBOOK["decoder"])
+NO_EXAMPLES = StageData(training=StorybookExamples(STORYBOOK["decoder"]), validation=None)
 
 
 def test_a_stage_starts_from_the_stages_before_it(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from minigpt5.storybook.scenes import draw_scene
 from minigpt5.types import DISTILLED
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
 from training.data.batches import Batch, batch_at
-from training.presets import STORYBOOK, override
+from training.presets import override
 from training.storybook.examples import StorybookExamples, WeightedScene
+from training.storybook.presets import STORYBOOK
 from training.storybook.sharpen import SharpenObjective, SharpenStage, _target, detail_loss
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, find_sprites, redrawn, sprites_of
 from training.weight_sources import WeightSources
@@ -170,4 +171,8 @@ def test_it_learns_what_it_is_taught() -> None:
 def test_a_model_that_was_not_distilled_is_refused(tmp_path: Path) -> None:
     save_diffusion(tiny_diffusion(tiny_config()), tmp_path)
     with pytest.raises(TrainingError, match="run stage distill first"):
-        SharpenStage(PRESET, WeightSources(runs=tmp_path, decoder=tmp_path), StorybookExamples(PRESET))
+        SharpenStage(
+            PRESET,
+            WeightSources(runs=tmp_path, decoder=tmp_path),
+            StageData(training=StorybookExamples(PRESET), validation=None),
+        )

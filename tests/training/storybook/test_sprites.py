@@ -11,8 +11,8 @@ from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import CHARACTERS, Scene, draw_scene, scene_at
 from training.data.batches import batch_at
-from training.presets import STORYBOOK
 from training.storybook.examples import StorybookExamples, WeightedScene, example_at
+from training.storybook.presets import STORYBOOK
 from training.storybook.sprites import SPRITE_WEIGHT, Sprite, cleared, error_weight, find_sprites, redrawn, sprites_of
 
 SCENES = [scene_at(index, seed=1) for index in range(4)]

@@ -9,8 +9,8 @@ import torch
 
 from tests.helpers.tiny import tiny_config, tiny_diffusion
 from training.data.batches import batch_at
-from training.presets import STORYBOOK
 from training.storybook.examples import StorybookExamples
+from training.storybook.presets import STORYBOOK
 from training.storybook.unet import UnetObjective
 
 
