@@ -30,11 +30,11 @@ from benchmarks.load import WHAT, WHO, Load
 from benchmarks.quality import machine
 from minigpt5.config import default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
-from minigpt5.engine.denoising import Denoising, Precision
+from minigpt5.engine.denoising import Denoising
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.model.folder import load_decoder_model
 from minigpt5.story.stream import stream_story
-from minigpt5.types import DrawRequest, DrawSettings, Picture, StoryRequest, TextDelta, Vokens
+from minigpt5.types import DrawRequest, DrawSettings, Picture, Precision, StoryRequest, TextDelta, Vokens
 
 AT_ONCE = 24
 NUM_DRAWN_BY_BOTH = 3

@@ -18,6 +18,9 @@ MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
 MAX_DISTILLED_STEPS = 8
+Precision = Literal["float32", "bfloat16"]
+"""Precision of an engine's large model. In bfloat16 a picture depends a little on its batch
+(benchmarks/results/company.json)."""
 """Largest number that was measured (benchmarks/results/steps.json); more steps use the original UNet."""
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minigpt5.config import ModelConfig, check_distilled
 from minigpt5.engine.bounded_cache import BoundedCache
-from minigpt5.engine.denoising import Denoising, Precision, advance
+from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.threads import Team, single_thread
@@ -30,7 +30,7 @@ from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.model.diffusion import SCHEDULERS, Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
-from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress, Vokens
+from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
 
 NUM_PREVIEWS = 3
 """Previews of a picture, where they are asked for."""
@@ -97,9 +97,8 @@ class DiffusionDecoder:
         from minigpt5.model.folder import default_device, load_decoder_model
 
         with single_thread():
-            config, mapper, diffusion = load_decoder_model(folder)
-        device = device or default_device()
-        return cls(config, mapper.to(device), diffusion.to(device), precision=precision, num_threads=num_threads)
+            parts = load_decoder_model(folder, device=device or default_device())
+        return cls(*parts, precision=precision, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from minigpt5.model.diffusion import ADDS_NOISE, Diffusion, new_sampler, predict_x0
-from minigpt5.types import DrawSettings
-
-Precision = Literal["float32", "bfloat16"]
-"""Precision of the UNet. In bfloat16 a picture depends a little on its batch (benchmarks/results/company.json)."""
+from minigpt5.types import DrawSettings, Precision
 
 
 class Denoising:

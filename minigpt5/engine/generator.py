@@ -33,7 +33,7 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import encode, page_ids, pictures_read, request_segments
 from minigpt5.model.vision import Vision
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, StoryRequest
+from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, StoryRequest
 
 SHORT_READ = 64
 """Tokens that are read at once: a written token, a picture's vokens, most prompts."""
@@ -43,6 +43,8 @@ LONG_READ = 512
 """Tokens of a step while nobody writes."""
 READ_BACK_TOKENS = 16
 """Around a picture that is read back, and of what is asked after it."""
+DEFAULT_SLOTS = 24
+"""Requests under way at once; each has room for the whole context in the KV store."""
 PICTURE_BYTES = 64 * 2**20
 """Size of the embeddings of input pictures that are kept."""
 
@@ -75,7 +77,7 @@ class VokenGenerator:
         language: LanguageModel,
         vision: Vision,
         *,
-        num_slots: int = 24,
+        num_slots: int = DEFAULT_SLOTS,
         max_batch: int = 16,
         max_jobs: int = 512,
         num_threads: int | None = None,
@@ -109,14 +111,20 @@ class VokenGenerator:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, num_threads: int | None = None, device: str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        num_threads: int | None = None,
+        device: str | None = None,
+        precision: Precision | None = None,
     ) -> VokenGenerator:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
-        that this process sees where there is one, else the CPU."""
+        that this process sees where there is one, else the CPU. `precision` of the language model: by default float32
+        on a CPU and bfloat16 on a GPU."""
         from minigpt5.model.folder import default_device, load_generator_model
 
         with single_thread():
-            parts = load_generator_model(folder, device=device or default_device())
+            parts = load_generator_model(folder, device=device or default_device(), precision=precision)
         return cls(*parts, num_threads=num_threads)
 
     @property

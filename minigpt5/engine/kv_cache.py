@@ -67,6 +67,15 @@ class Pass:
     together: Together | None
 
 
+def bytes_per_token(config: Any, bytes_per_value: int) -> int:
+    """Keys and values of one token in every layer of a language model."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * bytes_per_value
+
+
+def head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class SlotCache(Cache):
     """Keys and values of at most `num_slots` sequences of at most `num_positions` tokens.
 
@@ -106,7 +115,7 @@ class SlotCache(Cache):
         return cls(
             num_layers=config.num_hidden_layers,
             num_heads=config.num_key_value_heads,
-            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            head_width=head_width(config),
             num_slots=num_slots,
             num_positions=num_positions,
             dtype=next(body.parameters()).dtype,

@@ -95,6 +95,16 @@ def resolve(base_id: str) -> Path:
     raise BaseModelNotFound(f"base model {base_id!r} was not found. Looked at:{places}\n{remedy}")
 
 
+def pin(base_id: str, folder: Path) -> str:
+    """The name by which a base model is found again, the same one: a folder's absolute path, or a hub id with its
+    revision."""
+    if Path(base_id).expanduser().is_dir():
+        return str(folder.absolute())
+    if is_hub_id(base_id) and "@" not in base_id and folder.parent.name == "snapshots":
+        return f"{base_id}@{folder.name}"
+    return base_id
+
+
 def load_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a resolved folder's `model.safetensors`, for models that transformers does not know."""
     from safetensors.torch import load_file

@@ -70,6 +70,11 @@ class LanguageModel(nn.Module):
         Raises ModelFolderError where the base model does not have the sizes of `config`.
         """
         causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        return cls.from_causal(causal, config, folder)
+
+    @classmethod
+    def from_causal(cls, causal: Any, config: ModelConfig, folder: str | Path) -> LanguageModel:
+        """Widen transformers' own model, which was read from `folder`. Raises as `from_base` does."""
         rows, hidden = causal.get_input_embeddings().weight.shape
         if rows < config.vocabulary or hidden != config.hidden:
             raise ModelFolderError(

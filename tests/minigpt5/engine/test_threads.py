@@ -26,7 +26,7 @@ def test_who_loads_an_engine_has_no_team(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[int] = []
     monkeypatch.setattr(
         "minigpt5.model.folder.load_decoder_model",
-        lambda folder, load=load_decoder_model: (seen.append(torch.get_num_threads()), load(folder))[1],
+        lambda folder, load=load_decoder_model, **options: (seen.append(torch.get_num_threads()), load(folder))[1],
     )
     before = torch.get_num_threads()
     torch.set_num_threads(2)

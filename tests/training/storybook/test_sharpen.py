@@ -17,7 +17,7 @@ from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene
 from minigpt5.types import DISTILLED
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
-from training.data.batches import Batch, batch_at
+from training.data.batches import Batch, StageData, batch_at
 from training.presets import override
 from training.storybook.examples import StorybookExamples, WeightedScene
 from training.storybook.presets import STORYBOOK
