@@ -66,12 +66,15 @@ class Encode:
         from minigpt5.model.pixels import to_tensor
 
         drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
-        read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
         with torch.no_grad():
             moments_BMYX = self.vae.encode(to_tensor(drawn)).latent_dist.parameters.half().numpy()
-            features_BFE = self.vision.encode(read).half().numpy()
-        for segment, moments_MYX, features_FE in zip(segments, moments_BMYX, features_BFE, strict=True):
-            segment["moments"], segment["features"] = _save(moments_MYX), _save(features_FE)
+        for segment, moments_MYX in zip(segments, moments_BMYX, strict=True):
+            segment["moments"] = _save(moments_MYX)
+        if self.config.vision.family != "none":
+            read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
+            for segment, features_FE in zip(segments, self.vision.encode(read).half().numpy(), strict=True):
+                segment["features"] = _save(features_FE)
+        for segment in segments:
             if not self.keeps_pictures:
                 segment["picture"] = None
 

@@ -19,9 +19,6 @@ from minigpt5.storybook.captions import Facts, canonical_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training import train
 
-AS_PUBLISHED = ["whitens=false", "standardises=false", "picture_from=0"]
-"""The storybook's own recipe measures its own captions first; other data is trained as the paper does."""
-
 
 def make_data(folder: Path, *, num: int = 120) -> None:
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,10 +37,23 @@ if __name__ == "__main__":
     commands = (
         (prepare.main, ["folder", str(runs / "data"), "--output", str(runs / "rows")]),
         (precompute.main, [str(runs / "rows"), "--model", model, "--output", str(runs / "encoded")]),
-        (train.main, ["align", "--data", str(runs / "encoded"), "--start", model, "--out", str(runs / "align")]),
+        (
+            train.main,
+            [
+                "align",
+                "--preset",
+                "storybook",
+                "--data",
+                str(runs / "encoded"),
+                "--start",
+                model,
+                "--out",
+                str(runs / "align"),
+            ],
+        ),
     )
     for main, arguments in commands:
-        settings = [f"steps={steps}", "batch_size=4", *AS_PUBLISHED, "--workers", "0"] if main is train.main else []
+        settings = [f"steps={steps}", "batch_size=4", "--workers", "0"] if main is train.main else []
         if code := main([*arguments, *settings]):
             sys.exit(code)
     print(f"serve it: make serve MODEL={runs / 'align' / 'model'}")

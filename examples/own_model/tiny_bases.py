@@ -1,7 +1,7 @@
 """Tiny random base models of the real classes, which stand for your own: Qwen3, SigLIP, Stable Diffusion 2.1.
 
-Their sizes are the only thing that is not real. As in the large Qwen3, the vocabulary is padded beyond the tokenizer and
-there is no BOS token.
+Their sizes are the only thing that is not real. As in the large Qwen3, the vocabulary is padded beyond the tokenizer
+and there is no BOS token.
 """
 
 from __future__ import annotations

@@ -8,7 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from minigpt5.config import LoraConfig
 from minigpt5.model.language import LanguageModel
@@ -27,6 +43,55 @@ BASES = {
     "llama, untied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=False)),
     "qwen2, tied": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
 }
+FAMILIES = {
+    "phi: a bias on the head": (PhiForCausalLM, PhiConfig(**SIZES, partial_rotary_factor=0.5)),
+    "phi3: queries, keys and values in one layer": (Phi3ForCausalLM, Phi3Config(**SIZES, pad_token_id=0)),
+    "gemma2: scaled embeddings, capped logits": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.05),
+    ),
+    "cohere2: logits multiplied": (Cohere2ForCausalLM, Cohere2Config(**SIZES, logit_scale=0.25)),
+    "granite: logits divided": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0)),
+}
+PADDED = 90
+"""Tokens of a tokenizer that is smaller than the matrices."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_the_bases_own_library(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kind, shape = FAMILIES[name]
+    causal = kind(shape).eval()
+    for parameter in causal.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))  # a fresh bias is zero
+    causal.save_pretrained(tmp_path)
+    config = dataclasses.replace(tiny_config(), vocabulary=PADDED, hidden=32)
+    language = LanguageModel.from_base(tmp_path, config)
+    language.initialise_vokens(seed=0)
+    ids_1S = torch.tensor([[5, 17, 80, 3]])
+    with torch.no_grad():
+        logits_1ST = language.logits(language.states(language.embed(ids_1S)))
+        torch.testing.assert_close(logits_1ST[..., :PADDED], causal(ids_1S, use_cache=False).logits[..., :PADDED])
+        vokens_1SH = language.embed(torch.tensor([language.voken_embeddings.ids]))
+        assert 0.5 < float(vokens_1SH.std() / language.embed(ids_1S).std()) < 2, "vokens are as large as words"
+    assert logits_1ST.shape[-1] == PADDED + config.num_vokens + 1
+
+
+def test_activation_checkpointing_changes_no_voken_state(tmp_path: Path) -> None:
+    """In training mode transformers drops the cache."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    language = LanguageModel.from_base(tmp_path, dataclasses.replace(tiny_config(), vocabulary=99, hidden=32))
+    language.initialise_vokens(seed=0)
+    ids_BS, mask_BS = torch.tensor([[5, 17, 9, 3], [5, 2, 9, 9]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    expected_BVH = language.voken_states(ids_BS, mask_BS)
+    language.checkpoint_activations()
+    assert language.body.training
+    found_BVH = language.voken_states(ids_BS, mask_BS)
+    torch.testing.assert_close(found_BVH, expected_BVH)
+    found_BVH.square().mean().backward()
+    assert language.voken_embeddings.embedding.grad is not None
+    assert language.body.training, "it is put back"
 
 
 @pytest.fixture(params=BASES)
@@ -35,7 +100,16 @@ def language(request: pytest.FixtureRequest, tmp_path: Path) -> LanguageModel:
     kind, shape = BASES[request.param]
     assert isinstance(shape, PretrainedConfig)
     kind(shape).save_pretrained(tmp_path)
-    return LanguageModel.from_base(tmp_path, dataclasses.replace(tiny_config(), vocabulary=99, hidden=32))
+    language = LanguageModel.from_base(tmp_path, dataclasses.replace(tiny_config(), vocabulary=99, hidden=32))
+    language.initialise_vokens(seed=0)
+    return language
+
+
+def test_a_tied_head_is_held_once(language: LanguageModel) -> None:
+    is_tied = language.body.config.tie_word_embeddings
+    assert (language.head.weight is language.embedding) == is_tied
+    language.to(torch.bfloat16)
+    assert (language.head.weight is language.embedding) == is_tied
 
 
 def test_old_tokens_have_the_base_models_logits(language: LanguageModel) -> None:

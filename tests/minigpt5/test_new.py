@@ -1,0 +1,162 @@
+"""`python -m minigpt5.new`: tiny random base models of the real classes become a folder that writes, draws and learns."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, T5Config
+
+from examples.own_model.tiny_bases import NUM_PADDING_ROWS, make_bases
+from minigpt5 import new
+from minigpt5.engine.generator import VokenGenerator
+from minigpt5.errors import InvalidRequest, ModelFolderError
+from minigpt5.model import folder as model_folder
+from minigpt5.pipeline import MiniGPT5
+from minigpt5.types import DrawSettings, InputImage, Sampling, StoryRequest
+
+CONTEXT = 256
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def made(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new folder, made without a change of its bases."""
+    folder = tmp_path_factory.mktemp("made") / "mine"
+    before = {name: hash_files(base) for name, base in bases.items()}
+    new.make_folder(folder, **{name: str(base) for name, base in bases.items()}, context_tokens=CONTEXT)
+    assert {name: hash_files(base) for name, base in bases.items()} == before
+    return folder
+
+
+def test_sizes_are_those_of_the_bases(made: Path, bases: dict[str, Path]) -> None:
+    config = model_folder.check_folder(made)
+    assert (config.name, config.hidden, config.context_tokens) == ("mine", 32, CONTEXT)
+    assert (config.condition_length, config.condition_width, config.image_px) == (77, 32, 32)
+    assert (config.vision.num_features, config.vision.encoder_width, config.vision.image_px) == (16, 32, 32)
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert {base.id for base in config.bases} == {str(base) for base in bases.values()}
+    assert not (made / "decoder").exists() and not (made / "vision" / "model.safetensors").exists()
+
+
+def test_a_padded_vocabulary_without_bos_keeps_its_logits(made: Path, bases: dict[str, Path]) -> None:
+    config, tokenizer, language, _ = model_folder.load_generator_model(made)
+    causal = AutoModelForCausalLM.from_pretrained(bases["language"])
+    assert causal.get_input_embeddings().weight.shape[0] == config.vocabulary + NUM_PADDING_ROWS
+    assert tokenizer.bos_token_id is None
+    assert tokenizer.convert_tokens_to_ids("[IMG0]") == language.voken_embeddings.first == config.vocabulary
+    ids_1S = torch.tensor([tokenizer.encode("A fox at sea.")])
+    with torch.no_grad():
+        logits_1ST = language.logits(language.states(language.embed(ids_1S)))
+        expected_1ST = causal(ids_1S).logits
+    assert logits_1ST.shape[-1] == config.vocabulary + config.num_vokens + 1
+    torch.testing.assert_close(logits_1ST[..., : config.vocabulary], expected_1ST[..., : config.vocabulary])
+
+
+def test_it_writes_reads_and_draws(made: Path) -> None:
+    model = MiniGPT5.from_pretrained(made)
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, "PNG")
+    story = model.write("A fox", pages=2, seed=3, draw=DrawSettings(steps=2))
+    assert [page.picture.width for page in story.pages if page.picture] == [32, 32]
+    assert model.describe(file.getvalue()) is not None
+
+
+def test_the_language_model_writes_in_bfloat16_as_on_a_gpu(made: Path) -> None:
+    generator = VokenGenerator.from_pretrained(made, precision="bfloat16")
+    assert generator.language.embedding.dtype == torch.bfloat16
+
+    async def write() -> list[object]:
+        request = StoryRequest(prompt=("A fox",), pages=1, seed=3, sampling=Sampling(max_page_tokens=8))
+        return [event async for event in generator.generate(request)]
+
+    vokens = [event for event in asyncio.run(write()) if type(event).__name__ == "Vokens"]
+    assert len(vokens) == 1 and vokens[0].hidden_VH.dtype.name == "float32"  # type: ignore[attr-defined]
+
+
+def test_a_model_without_vision_says_that_it_reads_no_pictures(bases: dict[str, Path], tmp_path: Path) -> None:
+    new.make_folder(tmp_path / "blind", language=str(bases["language"]), diffusion=str(bases["diffusion"]))
+    generator = VokenGenerator.from_pretrained(tmp_path / "blind")
+    request = StoryRequest(prompt=(InputImage(data=b"\x89PNG"), "What is this?"), pages=1, seed=1)
+    with pytest.raises(InvalidRequest, match="reads no pictures"):
+        generator.validate_request(request)
+
+
+def test_another_base_than_it_was_made_with_is_refused(made: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["language"], tmp_path / "other")
+    torch.manual_seed(1)
+    causal = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    causal.get_input_embeddings().weight.data.normal_()
+    causal.save_pretrained(tmp_path / "other")
+    config = json.loads((made / "config.json").read_text())
+    for base in config["bases"]:
+        if base["id"] == config["language_model"]:
+            base["id"] = str(tmp_path / "other")
+    config["language_model"] = str(tmp_path / "other")
+    shutil.copytree(made, tmp_path / "folder")
+    bound = model_folder.from_json(model_folder.ModelConfig, config)
+    model_folder.write_config(tmp_path / "folder", bound)
+    with pytest.raises(ModelFolderError, match="but .* was made with"):
+        model_folder.load_generator_model(tmp_path / "folder")
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_does_not_fit_is_one_line(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: shutil.copytree(base, tmp_path / name) for name, base in bases.items()}
+    T5Config().save_pretrained(tmp_path / "t5")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(places["diffusion"], tmp_path / "xl")
+    change_json(tmp_path / "xl" / "unet" / "config.json", addition_embed_type="text_time")
+    shutil.copytree(places["diffusion"], tmp_path / "narrow")
+    change_json(tmp_path / "narrow" / "text_encoder" / "config.json", hidden_size=64)
+    shutil.copytree(places["language"], tmp_path / "vl")
+    change_json(tmp_path / "vl" / "config.json", model_type="qwen2_5_vl", vision_config={})
+    for option, place, words in (
+        ("language", "t5", "is an encoder-decoder (t5): name a causal language model"),
+        ("language", "vl", "is a vision-language model"),
+        ("diffusion", "empty", "has no unet/: name a Stable Diffusion 1.x or 2.x"),
+        ("diffusion", "xl", "is no Stable Diffusion 1.x or 2.x (its UNet has text_time)"),
+        ("diffusion", "narrow", "reads width 32 but its text encoder has 64"),
+    ):
+        arguments = {**{name: str(base) for name, base in places.items()}, option: str(tmp_path / place)}
+        words_of = [word for name, value in arguments.items() for word in (f"--{name}", value)]
+        assert new.main([*words_of, "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+    same = [word for name, value in places.items() for word in (f"--{name}", str(value))]
+    assert new.main([*same, "--out", str(tmp_path / "empty")]) == 1
+    assert "exists: name a new folder with --out" in capsys.readouterr().err
+    assert new.main([*same, "--out", str(tmp_path / "out"), "--context", "4096"]) == 1
+    assert "context is 4096 but" in capsys.readouterr().err
+
+
+def test_the_command_prints_sizes_and_memory(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for name, base in bases.items() for word in (f"--{name}", str(base))]
+    assert new.main([*options, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    for words in ("language model", "trained by stage", "align", "learn", "KV store", "DiffusionDecoder"):
+        assert words in said
