@@ -1,4 +1,4 @@
-"""`python -m minigpt5.new`: tiny random base models of the real classes become a folder that writes, draws and learns."""
+"""`python -m minigpt5.new`: tiny random bases of the real classes become a folder that writes, draws and learns."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import math
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from minigpt5.objective.example import Example
 from minigpt5.storybook.captions import facts_in
 from minigpt5.storybook.scenes import is_held_out
 from tests.helpers.toy_stage import TOY, WIDTH, ToyStage
+from tests.helpers.toy_stage import batches as toy_batches
 from training import checkpoint, loop, presets
 from training.data import batches as data
 from training.data.batches import StageData
@@ -215,6 +216,41 @@ def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", preset=dataclasses.replace(TINY, steps=3))
     for one, other in zip(stage.vae.parameters(), plain.vae.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)  # and it changes nothing
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.0, 0.9), (0.9, 0.0), (0.9, 0.5)])
+def test_a_run_goes_on_with_another_ema_decay(tmp_path: Path, first: float, then: float) -> None:
+    """An average that begins late begins at the weights as they are, not at the initial ones."""
+    at = loop_batches()
+    for steps, decay in ((3, first), (4, then)):
+        preset = presets.override(TOY, [f"steps={steps}", f"ema_decay={decay}"])
+        stage = ToyStage()
+        loop.fit(stage, preset, RunFolder(tmp_path), at)
+    state, position = checkpoint.load_checkpoint(
+        RunFolder(tmp_path), [name for name, p in stage.objective.named_parameters() if p.requires_grad]
+    )
+    assert state and position.step == 4
+    assert bool(state["average"]) == bool(then)
+    for name, value in state["average"].items():
+        initial = dict(ToyStage().objective.named_parameters())[name]
+        distance = (value - state["trained"][name]).abs().max()
+        assert distance < (initial - state["trained"][name]).abs().max()
+
+
+def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = ToyStage()
+
+    def draw_sheet(path: Path) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage.draw_sheet = draw_sheet  # type: ignore[method-assign]
+    loop.fit(stage, presets.override(TOY, ["steps=2", "sheet_every_s=0"]), RunFolder(tmp_path), loop_batches())
+    assert "a sample could not be drawn: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
+    assert checkpoint.newest_step(RunFolder(tmp_path)) == 2
+
+
+def loop_batches() -> Callable[[int], Iterator[data.Batch[torch.Tensor]]]:
+    return toy_batches(0, 1)
 
 
 def test_batches_that_make_a_step_are_one_large_batch(tmp_path: Path) -> None:

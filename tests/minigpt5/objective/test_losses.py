@@ -13,6 +13,7 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import caption_segments, next_page_segments, story_segments
 from minigpt5.model.text_encoder import TextEncoder
+from minigpt5.objective import losses
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
@@ -33,7 +34,7 @@ class NarrowEncoder(torch.nn.Module):
         return self.encoder(captions)[..., : self.width]
 
 
-def new_objective(language: LanguageModel | None = None) -> Objective:
+def new_objective(language: LanguageModel | None = None, *, keeps_replay: bool = False) -> Objective:
     config = tiny_config()
     return Objective(
         config,
@@ -43,6 +44,7 @@ def new_objective(language: LanguageModel | None = None) -> Objective:
         tiny_mapper(config),
         tiny_diffusion(config),
         NarrowEncoder(config),  # type: ignore[arg-type]
+        keeps_replay=keeps_replay,
     )
 
 
@@ -117,7 +119,7 @@ def test_a_row_without_pictures_has_a_text_loss_only() -> None:
 
 
 def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
-    objective = new_objective()
+    objective = new_objective(keeps_replay=True)
     objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
     assert not objective.num_replayable
     objective([caption("a fox beside a tent"), caption("an owl")], CAPTIONS_ONLY)
@@ -131,6 +133,33 @@ def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_nothing_is_kept_for_a_replay_that_never_comes() -> None:
+    objective = new_objective()
+    objective([caption("a fox")], CAPTIONS_ONLY)
+    assert objective.num_replayable == 0
+
+
+def test_the_oldest_pictures_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "REPLAY_CAPACITY", 3)
+    objective = new_objective(keeps_replay=True)
+    for number in range(5):
+        objective([caption(f"fox number {number}")], CAPTIONS_ONLY)
+    targets = [one.target_QD for one in objective._replay_buffer]
+    expected = [objective.text_encoder([f"fox number {number}"])[0] for number in (3, 4, 2)]
+    for target, other in zip(targets, expected, strict=True):
+        torch.testing.assert_close(target, other)
+
+
+def test_pictures_kept_before_the_picture_loss_began_are_replayed() -> None:
+    objective = new_objective(keeps_replay=True)
+    objective([caption("a fox")], CAPTIONS_ONLY)
+    both = LossWeights(text=0.0, picture=1.0, caption=1.0)
+    assert objective.replay(4, both)["replayed picture"].item() == 0
+    objective([caption("an owl")], both)
+    found = [objective.replay(4, both)["replayed picture"].item() for _ in range(4)]
+    assert any(value > 0 for value in found)
 
 
 def test_pictures_learn_to_read_like_words() -> None:
