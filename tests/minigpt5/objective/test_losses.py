@@ -182,7 +182,7 @@ def test_pictures_learn_to_read_like_words() -> None:
 
 def test_contrasts_teach_the_fact_that_differs() -> None:
     """The distance to the right caption falls below that to one with another time of day."""
-    objective = new_objective()
+    objective = new_objective(keeps_replay=True)
     objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
     examples = [
         dataclasses.replace(caption("a fox at night"), contrasts=[["a fox at sunset", "an owl at night"]]),
