@@ -74,10 +74,10 @@ def test_the_short_cut_for_bare_captions_changes_no_loss() -> None:
 
 def test_captions_and_stories_share_a_batch() -> None:
     """Rows are read in two groups; each picture still meets its own caption."""
-    objective = new_objective()
+    objective = new_objective(keeps_replay=True)
     torch.manual_seed(0)
     objective([story(), caption("a fox beside a tent")], CAPTIONS_ONLY)
-    remembered = [target for _, target, *_ in objective._replay_buffer]
+    remembered = [one.target_QD for one in objective._replay_buffer]
     expected = objective.text_encoder(["a fox beside a tent", "a fox", "a balloon"])
     null = objective.text_encoder([""])[0]
     for target, asked in zip(remembered, expected, strict=True):
