@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -68,14 +69,16 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
 
 def run_script(script: Script, model: Objective) -> None:
     """Answer a script from the live language model, with transformers' own cache."""
-    cache, answer, language = DynamicCache(), None, model.language
+    cache, language = DynamicCache(), model.language
+    answer: Tensor | np.ndarray | None = None
     while True:
         try:
             asked = script.send(answer)
         except StopIteration:
             return
         if isinstance(asked, Read):
-            cache.crop(asked.start)
+            if surplus := cache.get_seq_length() - asked.start:  # a stop string reaches back over some tokens
+                cache.crop(-surplus)
             embeds_1SH = language.embed(torch.tensor([asked.ids], device=model.device))
             answer = language.states(embeds_1SH, cache=cache)[0, -asked.num_states :]
         else:

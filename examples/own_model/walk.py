@@ -6,6 +6,7 @@ each command your own models and data, or type the same commands on a cluster.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -38,9 +39,15 @@ def make_rows(folder: Path, *, num: int = 24) -> None:
     (folder / "story.jsonl").write_text("\n".join(lines))
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def walk(folder: Path) -> Path:
     """Make bases, rows, a new folder, and train it in both stages; returns the finished model folder."""
     bases, model = make_bases(folder / "bases"), folder / "new"
+    before = hash_files(folder / "bases")
     make_rows(folder / "data")
     rows, encoded, align, learn = (str(folder / name) for name in ("rows", "encoded", "align", "learn"))
     places = [word for name, place in bases.items() for word in (f"--{name}", str(place))]
@@ -54,6 +61,7 @@ def walk(folder: Path) -> Path:
     for main, arguments in commands:
         if code := main(arguments):
             sys.exit(code)
+    assert hash_files(folder / "bases") == before, "base models are read and never written"
     return Path(learn) / "model"
 
 

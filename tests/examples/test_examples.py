@@ -11,6 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from PIL import Image
+
+from minigpt5.model import folder as model_folder
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -31,8 +34,10 @@ def run(name: str, *arguments: str) -> str:
 
 def test_every_example_has_a_test() -> None:
     here = Path(__file__).read_text()
-    names = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert len(names) == 4 and all(f'"{name}"' in here for name in names), names
+    names = {
+        path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb") or (path / "walk.py").exists()
+    }
+    assert len(names) == 5 and all(f'"{name}"' in here for name in names), names
 
 
 def test_the_notebook_is_stored_without_outputs() -> None:
@@ -65,6 +70,21 @@ def test_a_file_is_illustrated(tmp_path: Path) -> None:
     said = run("bulk.py", str(tmp_path))
     assert "mine 2 It finds a key. (" in said and "fox 2 " in said
     assert any((tmp_path).rglob("*.epub"))
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+def test_own_bases_become_a_model_that_is_trained_and_illustrates(tmp_path: Path) -> None:
+    """The walk of "own_model": tiny random bases of the real classes, none of whose files changes."""
+    said = run("own_model/walk.py", str(tmp_path))
+    assert "could not be drawn" not in said and "trained by stage" in said
+    for stage in ("align", "learn"):
+        sheet = Image.open(tmp_path / stage / "sheet.png")
+        assert sheet.size == (8 * 32, 3 * 32), "eight pictures: true, by text, by vokens"
+    assert (tmp_path / "learn" / "story.html").read_text().count("data:image/png") == 2
+    assert (tmp_path / "story.html").read_text().count("data:image/png") == 2
+    assert list((tmp_path / "books").rglob("*.parquet"))
+    assert model_folder.check_folder(tmp_path / "learn" / "model").bases
 
 
 @pytest.mark.slow
