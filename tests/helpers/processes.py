@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -26,6 +25,9 @@ START_TIMEOUT_S = 240
 END_TIMEOUT_S = 60
 JOBS_TIMEOUT_S = 150
 
+ACTIVE = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+"""The environment after `. .venv/bin/activate`."""
+SUBMIT = ("ray", "job", "submit", "--working-dir", ".", "--", "python")
 HEAD = """
 import ray, sys
 port = int(sys.argv[1])
@@ -101,22 +103,16 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """For its clients: Ray's own clusters ask for the token that they wrote."""
-        environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+        environment = {**ACTIVE, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": self.address}
         environment.pop("RAY_ADDRESS", None)
         return environment
 
     def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit -- python COMMAND`, from the repository's root."""
-        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", self.address]
-        runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+        """`ray job submit --working-dir . -- python COMMAND`, from the repository's root."""
         deadline = time.monotonic() + JOBS_TIMEOUT_S
         while True:
             job = subprocess.run(
-                [*submit, "--runtime-env-json", runtime_env, "--", sys.executable, *command],
-                cwd=ROOT,
-                env=self.environment,
-                capture_output=True,
-                text=True,
+                [*SUBMIT, *command], cwd=ROOT, env=self.environment, capture_output=True, text=True, errors="replace"
             )
             # A cluster takes jobs some seconds after it is up, on a busy machine a minute.
             if "No available agent" not in job.stderr or time.monotonic() > deadline:
@@ -129,7 +125,12 @@ def running_cluster() -> Iterator[Cluster]:
     """Its port is named: two clusters that look for a free one at the same time may both take the same."""
     port = find_free_port()
     head = subprocess.Popen(
-        [sys.executable, "-c", HEAD, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+        [sys.executable, "-c", HEAD, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=ACTIVE,
+        text=True,
     )
     assert head.stdin and head.stdout
     try:
