@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -24,10 +23,13 @@ from minigpt5.config import default_model_folder
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = default_model_folder()
-RAY = str(Path(sys.executable).with_name("ray"))
 START_TIMEOUT_S = 240
 END_TIMEOUT_S = 60
 JOBS_TIMEOUT_S = 150
+
+ACTIVE = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+"""The environment after `. .venv/bin/activate`."""
+SUBMIT = ("ray", "job", "submit", "--working-dir", ".", "--", "python")
 
 
 @dataclass
@@ -94,17 +96,11 @@ class Cluster:
     environment: Mapping[str, str]
 
     def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run `ray job submit -- python COMMAND` from the repository's root."""
-        runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+        """`ray job submit --working-dir . -- python COMMAND`, from the repository's root."""
         deadline = time.monotonic() + JOBS_TIMEOUT_S
         while True:
             job = subprocess.run(
-                [RAY, "job", "submit", "--address", self.address]
-                + ["--runtime-env-json", runtime_env, "--", sys.executable, *command],
-                cwd=ROOT,
-                env=self.environment,
-                capture_output=True,
-                text=True,
+                [*SUBMIT, *command], cwd=ROOT, env=self.environment, capture_output=True, text=True, errors="replace"
             )
             # A cluster takes jobs some seconds after it is up, on a busy machine a minute.
             if "No available agent" not in job.stderr or time.monotonic() > deadline:
@@ -116,9 +112,9 @@ class Cluster:
 def running_cluster(folder: Path) -> Iterator[Cluster]:
     """Start `ray start --head` with ports and a token of its own, beside any other Ray of this machine."""
     port, log = find_free_port(), folder / "log"
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**ACTIVE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment.pop("RAY_ADDRESS", None)
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--object-store-memory={2**28}"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--object-store-memory={2**28}"]
     command += ["--port=0", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={find_free_port()}"]
     command += [f"--ray-client-server-port={find_free_port()}", "--disable-usage-stats"]
     # Ray's sockets lie in the folder, and a socket's path has at most 107 bytes: pytest's folders are too deep.
@@ -133,7 +129,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
                 assert head.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
-            yield Cluster(address, environment)
+            yield Cluster(address, {**environment, "RAY_API_SERVER_ADDRESS": address})
         finally:
             head.terminate()
             head.wait(END_TIMEOUT_S)
