@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from functools import partial
 
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of, read_rows
+from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of
 from batch_jobs.job import (
     Output,
     check_model,
     generator_pool,
     limits,
     new_parser,
-    note_unknown_columns,
+    read_table,
     run_command,
     work,
 )
@@ -76,7 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("describe", __doc__ or "", generators=True, decoders=False)
-    parser.add_argument("input", help=f"JSON lines, CSV or parquet, path or URI; columns {', '.join(DESCRIBE_COLUMNS)}")
+    parser.add_argument(
+        "input",
+        help=f"JSON lines, CSV or parquet, or a folder of them, path or URI; columns {', '.join(DESCRIBE_COLUMNS)}",
+    )
     parser.add_argument("--question", default=QUESTION, help="of rows without one (default %(default)s)")
     return parser
 
@@ -102,8 +105,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
 
 
 def _read(uri: str, question: str) -> Iterator[ImageJob | BadRow]:
-    rows = list(read_rows(uri))
-    note_unknown_columns(rows, DESCRIBE_COLUMNS)
+    rows = read_table(uri, known=DESCRIBE_COLUMNS, needed=("image",))
     yield from check_image_rows(rows, question=question)
 
 

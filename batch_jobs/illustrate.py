@@ -4,7 +4,7 @@ A row with a `prompt` is written and drawn; a row with `pages_text` is a finishe
 each page gets its picture. A row without a seed gets one from its prompt, so that every run makes the same stories,
 and the same as a server for that seed. A second run does what the first has left, from the page where it stopped.
 
-    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 -- \\
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python -m batch_jobs.illustrate s3://bucket/prompts.jsonl --output s3://bucket/stories
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from batch_jobs import books
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, digest_of, read_rows
+from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, digest_of
 from batch_jobs.job import (
     Output,
     check_model,
@@ -27,7 +27,7 @@ from batch_jobs.job import (
     generator_pool,
     limits,
     new_parser,
-    note_unknown_columns,
+    read_table,
     run_command,
     work,
 )
@@ -118,7 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("illustrate", __doc__ or "", generators=True, decoders=True)
-    parser.add_argument("input", help=f"JSON lines, CSV or parquet, path or URI; columns {', '.join(COLUMNS)}")
+    parser.add_argument(
+        "input", help=f"JSON lines, CSV or parquet, or a folder of them, path or URI; columns {', '.join(COLUMNS)}"
+    )
     parser.add_argument(
         "--pictures",
         choices=("rows", "files"),
@@ -164,9 +166,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
 
 
 def _read(uri: str, config: ModelConfig) -> Iterator[StoryJob | BadRow]:
-    rows = list(read_rows(uri))
-    note_unknown_columns(rows, COLUMNS)
-    yield from check_rows(rows, config)
+    yield from check_rows(read_table(uri, known=COLUMNS, needed=("prompt", "pages_text")), config)
 
 
 if __name__ == "__main__":

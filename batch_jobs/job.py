@@ -21,14 +21,15 @@ from ray.exceptions import RayError
 
 from batch_jobs import failpoints
 from batch_jobs.failpoints import FailpointHook, no_failpoint
-from batch_jobs.inputs import RawRow
+from batch_jobs.inputs import RawRow, read_rows
 from batch_jobs.outputs import FLUSH_S, RowSink
 from batch_jobs.pipeline import Limits, Pool
 from batch_jobs.report import Report
 from batch_jobs.stages import Decoder, Generator, Row
 from batch_jobs.state import JobState, PageStore
+from minigpt5.commands import check_default_model, check_kept
 from minigpt5.config import ModelConfig, default_model_folder
-from minigpt5.errors import MiniGPT5Error
+from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.model.folder import check_bases, check_folder, locate, shared_name
 from minigpt5.story.stream import describe
 
@@ -62,6 +63,7 @@ class Output:
         flush_s: float = FLUSH_S,
         failpoint: FailpointHook = no_failpoint,
     ) -> Output:
+        check_kept(uri, option="--output")
         state, store = JobState(uri), PageStore(uri, keeps_pictures=keeps_pictures)
         sink = RowSink(uri, schema, store=store, flush_s=flush_s, check=state.check_owner, failpoint=failpoint)
         return cls(sink=sink, state=state, store=store, plan=plan, failpoint=failpoint)
@@ -78,14 +80,14 @@ def work(
     """Do all items that `output` does not hold yet. `make` gives finished rows, in any order, and None now and then.
 
     A job that an earlier run finished is left alone: `Report.skipped` is all of it. Raises MiniGPT5Error where the
-    output is another job's.
+    output is another job's, and what `items` raises.
     """
     if output.state.is_finished(output.plan):
         manifest = output.state.manifest() or {}
         return Report(rows=manifest["rows"], skipped=manifest["rows"])
+    items = list(items)  # before anything is written: an input that cannot be read leaves the output free
     was_begun = output.state.take(output.plan)
     try:
-        items = list(items)
         done = output.sink.written()
         if was_begun:
             output.failpoint("recovering")
@@ -143,6 +145,7 @@ def load_decoder(folder: str, num_threads: int) -> Decoder:
 def check_model(folder: str) -> tuple[str, ModelConfig]:
     """Return the model's name for the engines and its config, after a look whether all that it needs is here."""
     local = locate(folder)
+    check_default_model(local)
     config = check_folder(local)
     check_bases(local, config)
     return shared_name(folder), config
@@ -203,10 +206,24 @@ def pool_size(text: str) -> tuple[int, int]:
     return sizes
 
 
-def note_unknown_columns(rows: Iterable[RawRow], known: tuple[str, ...]) -> None:
-    unknown = sorted({str(name) for row in rows for name in row.values} - set(known))
-    if unknown:
+def read_table(uri: str, *, known: tuple[str, ...], needed: tuple[str, ...]) -> list[RawRow]:
+    """All rows of an input; columns that are not `known` are told on stderr.
+
+    Raises StorageError where there is no row, or none of the columns of which a row needs one.
+    """
+    rows = list(read_rows(uri))
+    if not rows:
+        raise StorageError(f"{uri} has no rows: was it written to its end?")
+    columns = {str(name) for row in rows for name in row.values}
+    if columns and not columns & set(needed):
+        there = ", ".join(map(repr, sorted(columns)))
+        raise StorageError(
+            f"{uri} has the columns {there:.400} and no {' or '.join(needed)}: rename the one that holds it (commas "
+            "separate the columns of a CSV file)"
+        )
+    if unknown := sorted(columns - set(known)):
         print(f"columns without a meaning here, ignored: {', '.join(unknown)}", file=sys.stderr)
+    return rows
 
 
 def run_command(run: Callable[[argparse.Namespace, FailpointHook], Report], options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from batch_jobs.inputs import open_uri
 from batch_jobs.pipeline import connect
 from batch_jobs.prepare import to_parquet
 from batch_jobs.state import read_json, write_whole
+from minigpt5.commands import check_default_model, check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.image_transforms import fit_drawn, fit_read
 from minigpt5.objective.stored_example import ROW_SCHEMA
@@ -93,6 +94,8 @@ def precompute(
 
     from minigpt5.model.folder import load_config, locate
 
+    check_kept(output, option="--output")
+    check_default_model(model)
     connect(workers)
     files, folder = open_uri(source)
     infos = files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from minigpt5.errors import InvalidRequest
 from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, SDE_DPM_SOLVER, DrawSettings, Sampling
@@ -241,7 +244,24 @@ def minigpt5_7b() -> ModelConfig:
 
 
 def default_model_folder() -> Path:
-    """$MINIGPT5_MODEL, else the storybook model of the repository that this package is installed from."""
+    """$MINIGPT5_MODEL, else the storybook model of the repository that this package is installed from.
+
+    A copy of the code without models, as a submitted job runs in, uses those of the checkout that its Python has
+    installed.
+    """
     if named := os.environ.get("MINIGPT5_MODEL"):
         return Path(named).expanduser()
-    return Path(__file__).resolve().parent.parent / "models" / "storybook"
+    beside = Path(__file__).resolve().parent.parent / "models" / "storybook"
+    installed = None if beside.exists() else _installed_checkout()
+    return installed / "models" / "storybook" if installed else beside
+
+
+def _installed_checkout() -> Path | None:
+    """Where `pip install -e` was run, as PEP 610 has it."""
+    try:
+        origin = json.loads(metadata.distribution("minigpt5").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        return None
+    url = urlsplit(origin.get("url", ""))
+    is_checkout = url.scheme == "file" and origin.get("dir_info", {}).get("editable")
+    return Path(unquote(url.path)) if is_checkout else None

@@ -54,9 +54,12 @@ def load_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelFolderError(f"{folder} is not a model folder: it has no config.json; name one that training wrote")
+        raise ModelFolderError(
+            f"{folder} is not a model folder: it has no config.json; name one that training wrote, "
+            "on a cluster one that every node has"
+        )
     try:
-        return from_json(ModelConfig, json.loads(path.read_text()))
+        return from_json(ModelConfig, json.loads(path.read_bytes()))
     except ValueError as error:
         raise ModelFolderError(f"{path} is damaged ({error}): restore it from where the folder came from") from error
 

@@ -89,9 +89,14 @@ def to_row(item: Item, *, source: str, read: Callable[[str], bytes]) -> dict[str
         "id": item.id,
         "source": source,
         "kind": item.kind,
-        "prompt": item.prompt.strip() or None,
+        "prompt": as_unicode(item.prompt.strip()) or None,
         "segments": [_to_segment(segment, read) for segment in segments],
     }
+
+
+def as_unicode(text: str) -> str:
+    """The text with "?" for each half of a surrogate pair, which no file can hold in UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _check_form(kind: Kind, segments: Sequence[Segment]) -> None:
@@ -101,6 +106,8 @@ def _check_form(kind: Kind, segments: Sequence[Segment]) -> None:
         raise BadRow(f"kind is {kind!r} but must be one of {', '.join(get_args(Kind))}")
     if not texts:
         raise BadRow("empty text")
+    if any(words != as_unicode(words) for segment in segments for words in (segment.text, segment.caption)):
+        raise BadRow("half of a surrogate pair: write it as UTF-8")
     if not num_pictures:
         raise BadRow("no picture")
     if len(segments) > MAX_SEGMENTS:

@@ -138,6 +138,13 @@ def test_saved_by_training_loaded_by_the_decoder(tmp_path: Path) -> None:
     assert np.abs(pixels(loaded.draw([request])[0]) - expected).max() <= 1
 
 
+def test_a_byte_order_mark_in_a_config_does_not_matter(tmp_path: Path) -> None:
+    config = save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text("\ufeff" + path.read_text())
+    assert model_folder.load_config(tmp_path) == config
+
+
 def test_a_damaged_folder_says_so(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     path = tmp_path / "mapper.safetensors"
