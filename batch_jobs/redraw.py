@@ -24,7 +24,7 @@ from batch_jobs.pipeline import PICTURES_AT_ONCE, Limits, Pool, RemoteMonitor, c
 from batch_jobs.report import Report
 from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, ErrorKind, Row
 from minigpt5.errors import MiniGPT5Error, StorageError
-from minigpt5.model.diffusion import SCHEDULERS
+from minigpt5.model.diffusion import SAMPLERS
 from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import DrawSettings
@@ -167,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of all stories (default: each picture keeps its own)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 100 (default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="1 to 20 (default: the model's)")
-    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="(default: the model's)")
+    parser.add_argument("--scheduler", choices=tuple(SAMPLERS), help="(default: the model's)")
     return parser
 
 

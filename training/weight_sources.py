@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from minigpt5.errors import TrainingError
-from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_scheduler
+from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_noise_schedule
 from training.presets import Preset
 
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
@@ -63,7 +63,7 @@ class WeightSources:
         if distilled is None and is_distilled:
             raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
         vae = load_vae(self.need("vae", stage=stage))
-        return Diffusion(vae, load_unet(unet_of), new_storybook_scheduler(), distilled)
+        return Diffusion(vae, load_unet(unet_of), new_storybook_noise_schedule(), distilled)
 
 
 def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:

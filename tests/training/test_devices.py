@@ -65,8 +65,8 @@ def test_what_the_stages_of_the_diffusion_model_move_lies_where_it_belongs(monke
     expected = [level.tolist() for level in objective._levels(numbers_B)]
     device = lazy_device(monkeypatch)
     objective.to(device)
-    scheduler = objective.diffusion.scheduler
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)  # as adding noise leaves them
+    noise_schedule = objective.diffusion.noise_schedule
+    noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(device)  # as adding noise leaves them
     levels = objective._levels(numbers_B)
     assert [level.device.type for level in levels] == [device.type] * 2
     assert [level.tolist() for level in levels] == expected

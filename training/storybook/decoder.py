@@ -64,16 +64,16 @@ class DecoderObjective(nn.Module):
         latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
         noise_BCYX = normal_like(latents_BCYX)
         timesteps_B = (torch.rand(len(kind_B)).square() * self.preset.last_timestep).long()
-        timesteps_B[kind_B == 2] = last_level(self.diffusion.scheduler)
+        timesteps_B[kind_B == 2] = last_level(self.diffusion.noise_schedule)
         cleaned_BCYX = latents_BCYX + LATENT_NOISE * noise_BCYX
-        for scheduler, of_kind_B in (("ddim", kind_B == 1), (DISTILLED, kind_B == 2)):
+        for sampler, of_kind_B in (("ddim", kind_B == 1), (DISTILLED, kind_B == 2)):
             if of_kind_B.any():
                 cleaned_BCYX[of_kind_B] = self.diffusion.predict_x0(
                     latents_BCYX[of_kind_B],
                     condition_BQD[of_kind_B],
                     noise=noise_BCYX[of_kind_B],
                     timesteps=timesteps_B[of_kind_B].to(latents_BCYX.device),
-                    scheduler=scheduler,
+                    sampler=sampler,
                 ).to(cleaned_BCYX.dtype)
         return cleaned_BCYX
 

@@ -43,7 +43,7 @@ class DistillObjective(nn.Module):
         assert diffusion.distilled is not None
         self.student = diffusion.distilled.requires_grad_(True)
         self.config = storybook()
-        scheduler = diffusion.scheduler
+        scheduler = diffusion.noise_schedule
         scheduler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([scheduler.timesteps, torch.tensor([-1])])
         """The teacher's timesteps, and -1 for latents without noise."""
@@ -71,7 +71,7 @@ class DistillObjective(nn.Module):
         condition_BQD = self.text_encoder([scene.caption for scene in batch.examples])
         first_B = torch.randint(NUM_LEVELS, (len(clean_BCYX),)) * self.preset.teacher_steps
         timesteps_B = self.timesteps[first_B].to(clean_BCYX.device)
-        begin_BCYX = diffusion.scheduler.add_noise(clean_BCYX, normal_like(clean_BCYX), timesteps_B)
+        begin_BCYX = diffusion.noise_schedule.add_noise(clean_BCYX, normal_like(clean_BCYX), timesteps_B)
         end_BCYX = self._teach(begin_BCYX, condition_BQD, first_B)
         target_BCYX = self._velocity(begin_BCYX, end_BCYX, first_B)
         return list(zip(begin_BCYX, timesteps_B, condition_BQD, target_BCYX, strict=True))
@@ -106,7 +106,9 @@ class DistillObjective(nn.Module):
 
     def _levels(self, numbers_B: Tensor) -> tuple[Tensor, Tensor]:
         """What is left of the signal, and the noise, at the teacher's timesteps of these numbers: (B, 1, 1, 1) each."""
-        alphas = torch.cat([self.diffusion.scheduler.alphas_cumprod.cpu(), torch.ones(1)])  # the last is timestep -1
+        alphas = torch.cat(
+            [self.diffusion.noise_schedule.alphas_cumprod.cpu(), torch.ones(1)]
+        )  # the last is timestep -1
         alpha_bar_B111 = alphas[self.timesteps[numbers_B]].view(-1, 1, 1, 1).to(self.diffusion.unet.device)
         return alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()
 

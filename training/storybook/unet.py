@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minigpt5.config import storybook
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
+from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybook_noise_schedule, new_storybook_unet
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from training.data.batches import Batch, ExampleSource
@@ -43,7 +43,7 @@ class UnetObjective(nn.Module):
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         condition_BQD = self.text_encoder(captions)
         first = self.preset.first_timestep if learns_placement else 0
-        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=first)}
+        return {"loss": self.diffusion.training_loss(latents_BCYX, condition_BQD, first_timestep=first)}
 
 
 class UnetStage:
@@ -53,7 +53,7 @@ class UnetStage:
         continues = sources.start or sources.decoder
         folder = sources.find("unet", stage="unet") if continues else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
-        self.diffusion = Diffusion(load_vae(sources.need("vae", stage="unet")), unet, new_storybook_scheduler())
+        self.diffusion = Diffusion(load_vae(sources.need("vae", stage="unet")), unet, new_storybook_noise_schedule())
         prepare_unet(self.diffusion.unet, preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.preset = preset

@@ -75,9 +75,9 @@ def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pyt
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     seen: dict[str, list[int]] = {}
 
-    def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, scheduler: str, **__: object) -> torch.Tensor:
-        seen[scheduler] = timesteps.tolist()
-        return latents + (2 if scheduler == DISTILLED else 1)
+    def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, sampler: str, **__: object) -> torch.Tensor:
+        seen[sampler] = timesteps.tolist()
+        return latents + (2 if sampler == DISTILLED else 1)
 
     monkeypatch.setattr(diffusion, "predict_x0", note)
     pixels_BCYX = torch.rand(7, 3, 32, 32)
