@@ -8,8 +8,10 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
 from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_noise_schedule
+from minigpt5.model.folder import load_config
 from training.presets import Preset
 
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
@@ -40,6 +42,12 @@ class WeightSources:
         if self.start:
             return self.start
         return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
+
+    def config(self, stage: str) -> ModelConfig:
+        """The config of the model folder that `stage` starts from; storybook's own where it starts from base models.
+        Raises ModelFolderError."""
+        folder = self.model(stage)
+        return load_config(folder) if folder else storybook()
 
     def find(self, part: str, *, stage: str = "") -> Path | None:
         """Find the first folder that has `part` ("vae" or "unet"), from the stages before `stage`; None where there is

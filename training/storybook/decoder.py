@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt5.config import storybook
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
 from minigpt5.model.diffusion import Diffusion, normal_like
@@ -80,10 +79,10 @@ class DecoderObjective(nn.Module):
 
 class DecoderStage:
     def __init__(self, preset: DecoderPreset, sources: WeightSources, examples: ExampleSource) -> None:
-        config = storybook()
+        config = sources.config("decoder")
         self.diffusion = sources.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
-        self.preset = preset
+        self.config, self.preset = config, preset
         self.objective = DecoderObjective(self.diffusion, text_encoder, preset)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -91,7 +90,7 @@ class DecoderStage:
         return [{"params": trained, "lr": self.preset.optimizer.learning_rate}]
 
     def draw_sheet(self, path: Path) -> None:
-        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, self.config, self.config.draw)
 
     def save(self, folder: Path) -> None:
         model_folder.save_diffusion(self.diffusion, folder)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt5.config import storybook
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
@@ -165,11 +164,11 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
 
 class SharpenStage:
     def __init__(self, preset: SharpenPreset, sources: WeightSources, examples: ExampleSource) -> None:
-        config = storybook()
+        config = sources.config("sharpen")
         self.diffusion = sources.diffusion(stage="sharpen")
         prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
-        self.preset = preset
+        self.config, self.preset = config, preset
         self.objective = SharpenObjective(self.diffusion, text_encoder, preset)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -183,7 +182,7 @@ class SharpenStage:
         ]
 
     def draw_sheet(self, path: Path) -> None:
-        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, DISTILLED_DRAW)
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, self.config, DISTILLED_DRAW)
 
     def save(self, folder: Path) -> None:
         model_folder.save_diffusion(self.diffusion, folder)
