@@ -73,7 +73,7 @@ class DiffusionDecoder:
             self.null_1QD = mapper.null_condition()
             """The condition that guidance leads away from."""
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
-        self._fair = FairShare(2 * max_batch, least=2)
+        self._fair = FairShare(2 * max_batch, min_places=2)
         self._team = Team(num_threads or torch.get_num_threads())
         self._loop = EngineLoop[_Job](
             "decoder",
