@@ -24,14 +24,14 @@ def show(tokenizer: PreTrainedTokenizerBase, tokens: list[int], *stop: str) -> t
     return [*shown, stream.end()], stream
 
 
-def characters(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """One token for each character: as far from the usual tokens as it gets."""
+def tokens_by_character(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenize each character by itself: as far from the usual tokens as it gets."""
     return [token for character in text for token in tokenizer.encode(character, add_special_tokens=False)]
 
 
 @pytest.mark.parametrize("text", ["A fox sat.", "na\u00efve caf\u00e9 \U0001f98a runs", "\u72d0\u72f8 and \u2603"])
 def test_everything_is_shown_once_and_no_broken_character(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    for tokens in (tokenizer.encode(text, add_special_tokens=False), characters(tokenizer, text)):
+    for tokens in (tokenizer.encode(text, add_special_tokens=False), tokens_by_character(tokenizer, text)):
         shown, stream = show(tokenizer, tokens, "###")
         assert "".join(shown) == text
         assert not any("\ufffd" in piece for piece in shown)
@@ -42,7 +42,7 @@ def test_everything_is_shown_once_and_no_broken_character(tokenizer: PreTrainedT
 @pytest.mark.parametrize("split", [True, False])
 def test_nothing_of_a_stop_string_is_ever_shown(tokenizer: PreTrainedTokenizerBase, stop: str, split: bool) -> None:
     text = f"A fox ran{stop} and more"
-    tokens = characters(tokenizer, text) if split else tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokens_by_character(tokenizer, text) if split else tokenizer.encode(text, add_special_tokens=False)
     shown, stream = show(tokenizer, tokens, stop)
     assert stream.is_stopped
     assert "".join(shown) == "A fox ran"
@@ -50,12 +50,12 @@ def test_nothing_of_a_stop_string_is_ever_shown(tokenizer: PreTrainedTokenizerBa
 
 
 def test_what_only_looks_like_a_stop_string_comes_late_but_comes(tokenizer: PreTrainedTokenizerBase) -> None:
-    shown, _ = show(tokenizer, characters(tokenizer, "a ##b #"), "###")
+    shown, _ = show(tokenizer, tokens_by_character(tokenizer, "a ##b #"), "###")
     assert "".join(shown) == "a ##b #"
     assert shown[2:4] == ["", ""] and shown[4] == "##b"
     assert shown[-1] == "#"
 
 
 def test_the_first_of_several_stop_strings_counts(tokenizer: PreTrainedTokenizerBase) -> None:
-    shown, stream = show(tokenizer, characters(tokenizer, "one two three"), "three", "two")
+    shown, stream = show(tokenizer, tokens_by_character(tokenizer, "one two three"), "three", "two")
     assert "".join(shown) == "one " and stream.is_stopped
