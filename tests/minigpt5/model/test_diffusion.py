@@ -40,7 +40,7 @@ def test_weights_of_velocity_prediction_have_a_floor() -> None:
 def test_a_first_timestep_bounds_the_noise_and_drops_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     diffusion, seen = tiny_diffusion(config), dict[str, list[int]]()
-    for name in ("loss", "error"):
+    for name in ("weighted_loss", "unweighted_loss"):
 
         def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, name: str = name, **__: object) -> object:
             seen.setdefault(name, []).extend(timesteps.tolist())
@@ -50,8 +50,8 @@ def test_a_first_timestep_bounds_the_noise_and_drops_the_weights(monkeypatch: py
     many = torch.zeros(500, 1)
     diffusion.training_loss(many, many)
     diffusion.training_loss(many, many, first_timestep=600)
-    assert min(seen["loss"]) < 50 and max(seen["loss"]) > 950
-    assert 600 <= min(seen["error"]) < 650 and max(seen["error"]) > 950
+    assert min(seen["weighted_loss"]) < 50 and max(seen["weighted_loss"]) > 950
+    assert 600 <= min(seen["unweighted_loss"]) < 650 and max(seen["unweighted_loss"]) > 950
 
 
 def test_no_signal_is_no_nan_for_either_prediction() -> None:
