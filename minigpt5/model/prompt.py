@@ -257,8 +257,8 @@ def _reads_back(request: StoryRequest) -> bool:
 def request_segments(request: StoryRequest) -> list[Segment]:
     """What the generator reads before it writes."""
     if request.mode == "caption":
-        texts = [part for part in request.prompt if isinstance(part, str)]
-        return [text_segment(caption) for caption in merge_text_parts(texts)]
+        texts = merge_text_parts([part for part in request.prompt if isinstance(part, str)])
+        return [text_segment(caption) for caption in texts if isinstance(caption, str)]
     if request.mode == "reply":
         return reply_segments(request.prompt, request.previous)
     if _reads_back(request):
