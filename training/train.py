@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
+from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error, TrainingError
+from minigpt5.model import folder as model_folder
 from training import checkpoint, devices, loop, presets
 from training.data import batches as data
 from training.data.batches import ExampleSource
@@ -50,13 +52,10 @@ def find_examples(
         held_back = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
         return preset, StorybookExamples(preset), StorybookExamples(held_back) if preset.validation_batches else None
     assert isinstance(preset, VokenPreset)
+    previous = sources.model(preset.stage)
+    config = model_folder.load_config(previous) if previous else storybook()
     open_data = partial(
-        StoredExamples,
-        uri,
-        sources.config(preset.stage),
-        seed=preset.seed,
-        stage=preset.stage,
-        story_share=preset.story_share,
+        StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=preset.story_share
     )
     stored = open_data()
     if preset.epochs:

@@ -43,12 +43,6 @@ class WeightSources:
             return self.start
         return self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None
 
-    def config(self, stage: str) -> ModelConfig:
-        """The config of the model folder that `stage` starts from; storybook's own where it starts from base models.
-        Raises ModelFolderError."""
-        folder = self.model(stage)
-        return load_config(folder) if folder else storybook()
-
     def find(self, part: str, *, stage: str = "") -> Path | None:
         """Find the first folder that has `part` ("vae" or "unet"), from the stages before `stage`; None where there is
         none."""
@@ -72,6 +66,10 @@ class WeightSources:
             raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
         vae = load_vae(self.need("vae", stage=stage))
         return Diffusion(vae, load_unet(unet_of), new_storybook_noise_schedule(), distilled)
+
+    def config(self) -> ModelConfig:
+        """The config of `start`, else the built-in one of the picture world. Raises ModelFolderError."""
+        return load_config(self.start) if self.start else storybook()
 
 
 def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minigpt5.config import storybook
 from minigpt5.engine.denoising import denoise
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
@@ -62,7 +63,7 @@ class ModelStage:
         torch.manual_seed(preset.seed)
         self.bf16 = preset.bf16
         previous = sources.model(preset.stage)
-        self.config = sources.config(preset.stage)
+        self.config = model_folder.load_config(previous) if previous else storybook()
         base = resolve(self.config.language_model)
         self.language = LanguageModel.from_base(base, self.config)
         self.vision = model_folder.load_vision(None, self.config)

@@ -79,7 +79,7 @@ class DecoderObjective(nn.Module):
 
 class DecoderStage:
     def __init__(self, preset: DecoderPreset, sources: WeightSources, examples: ExampleSource) -> None:
-        config = sources.config("decoder")
+        config = sources.config()
         self.diffusion = sources.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.config, self.preset = config, preset

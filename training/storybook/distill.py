@@ -125,7 +125,7 @@ class DistillObjective(nn.Module):
 
 class DistillStage:
     def __init__(self, preset: DistillPreset, sources: WeightSources, examples: ExampleSource) -> None:
-        config = sources.config("distill")
+        config = sources.config()
         self.diffusion = sources.diffusion(stage="distill", is_distilled=False)
         if self.diffusion.distilled is None:
             self.diffusion.distilled = copy.deepcopy(self.diffusion.unet)

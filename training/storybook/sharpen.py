@@ -164,7 +164,7 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
 
 class SharpenStage:
     def __init__(self, preset: SharpenPreset, sources: WeightSources, examples: ExampleSource) -> None:
-        config = sources.config("sharpen")
+        config = sources.config()
         self.diffusion = sources.diffusion(stage="sharpen")
         prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)

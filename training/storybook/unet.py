@@ -48,7 +48,7 @@ class UnetObjective(nn.Module):
 class UnetStage:
     def __init__(self, preset: UnetPreset, sources: WeightSources, examples: ExampleSource) -> None:
         torch.manual_seed(preset.seed)
-        config = sources.config("unet")
+        config = sources.config()
         continues = sources.start or sources.decoder
         folder = sources.find("unet", stage="unet") if continues else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
