@@ -115,7 +115,7 @@ def load_decoder_model(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusi
 
 
 def find_decoder(folder: str | Path, config: ModelConfig) -> Path:
-    """The VAE, UNet and scheduler of a model folder: its own, or a base model's. Raises BaseModelNotFound."""
+    """The VAE, UNet and noise schedule of a model folder: its own, or a base model's. Raises BaseModelNotFound."""
     local = Path(folder) / config.diffusion
     return local if local.is_dir() else resolve(config.diffusion)
 
@@ -199,14 +199,14 @@ def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
-    """Write VAE, UNet, scheduler and a distilled UNet, where there is one, in diffusers' layout."""
+    """Write VAE, UNet, noise schedule and a distilled UNet, where there is one, in diffusers' layout."""
     from minigpt5.model.diffusion import DISTILLED_FOLDER
 
     save_part(diffusion.vae, folder / "vae")
     save_part(diffusion.unet, folder / "unet")
     if diffusion.distilled is not None:
         save_part(diffusion.distilled, folder / DISTILLED_FOLDER)
-    diffusion.scheduler.save_pretrained(folder / "scheduler")
+    diffusion.noise_schedule.save_pretrained(folder / "scheduler")
 
 
 def save_part(part: ModelMixin, folder: Path) -> None:

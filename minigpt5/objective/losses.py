@@ -139,8 +139,8 @@ class Objective(nn.Module):
             return examples, has_pictures
         px = self.config.vision.image_px, self.config.image_px
         black = [np.zeros((side, side, 3), np.uint8) for side in px]
-        reads = Example(segments=[prompt.text("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
-        draws = Example(segments=[prompt.text("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
+        reads = Example(segments=[prompt.text_segment("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
+        draws = Example(segments=[prompt.text_segment("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
         completed = list(examples)
         completed += [] if any(example.read for example in examples) else [reads]
         completed += [] if has_pictures else [draws]
@@ -250,7 +250,7 @@ class Objective(nn.Module):
         latents_PCYX = None
         if weights.picture:
             latents_PCYX = self._to_latents(examples)
-            losses["picture"] = self.diffusion.random_loss(
+            losses["picture"] = self.diffusion.training_loss(
                 latents_PCYX, condition_PQD, first_timestep=self.first_timestep
             )
         if weights.caption:
@@ -306,7 +306,7 @@ class Objective(nn.Module):
         losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
         if weights.picture:
             latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])
-            losses["picture"] = self.diffusion.random_loss(
+            losses["picture"] = self.diffusion.training_loss(
                 latents_PCYX, condition_PQD[:REPLAYED_PICTURES], first_timestep=self.first_timestep
             )
         # What is trained takes part in every step: see `forward`.
