@@ -24,14 +24,15 @@ from batch_jobs.job import (
 )
 from batch_jobs.outputs import DESCRIPTION_SCHEMA
 from batch_jobs.pipeline import (
-    STORIES_AT_ONCE,
+    ROWS_PER_GENERATOR,
     Limits,
     Pool,
     RemoteMonitor,
+    check_capacity,
     connect,
     finished_rows,
+    map_with_pool,
     new_dataset,
-    through,
 )
 from batch_jobs.report import Report
 from batch_jobs.stages import ErrorKind, Row, Tell, as_table
@@ -51,23 +52,19 @@ def describe(
     jobs = [row for row in rows if isinstance(row, ImageJob)]
     if not jobs:
         return
-    connect(pool.least)
+    connect(pool.min_engines)
+    check_capacity(pool.min_engines)
     monitor = RemoteMonitor()
-    told = through(
+    told = map_with_pool(
         new_dataset(as_table(jobs), name="describe"),
         Tell,
         pool=pool,
-        at_once=STORIES_AT_ONCE,
+        concurrency_per_actor=ROWS_PER_GENERATOR,
         watch=monitor,
         sampling=config.sampling,
     )
-    for row in finished_rows(told, monitor, limits, pools=("generator",)):
-        if row is None:
-            monitor.show(report.skipped + report.done, report.rows)
-            yield None
-        else:
-            yield {**row, "timings": {"describe_s": row["seconds"]}}
-    report.figures, report.gpus = monitor.figures(), {"generator": pool.num_gpus}
+    for row in finished_rows(told, monitor, limits, report, pools={"generator": pool}):
+        yield row and {**row, "timings": {"describe_s": row["seconds"]}}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,15 +33,16 @@ from batch_jobs.job import (
 )
 from batch_jobs.outputs import STORY_SCHEMA, Gathered, bad_story
 from batch_jobs.pipeline import (
-    PICTURES_AT_ONCE,
-    STORIES_AT_ONCE,
+    ROWS_PER_DECODER,
+    ROWS_PER_GENERATOR,
     Limits,
     Pool,
     RemoteMonitor,
+    check_capacity,
     connect,
     finished_rows,
+    map_with_pool,
     new_dataset,
-    through,
 )
 from batch_jobs.report import Report
 from batch_jobs.stages import Draw, Row, Write, as_table
@@ -92,24 +93,22 @@ def make_pages_on_ray(
     jobs: list[StoryJob], report: Report, *, config: ModelConfig, engines: Engines, output: Output
 ) -> Iterator[Row | None]:
     """The pipeline: jobs -> written pages -> drawn pages, in the order in which they are finished."""
-    connect(engines.generator.least + engines.decoder.least)
+    num_engines = engines.generator.min_engines + engines.decoder.min_engines
+    connect(num_engines)
+    check_capacity(num_engines)
     monitor = RemoteMonitor()
     common: dict[str, Any] = {"store": output.store, "watch": monitor, "failpoint": output.failpoint}
-    written = through(
+    written = map_with_pool(
         new_dataset(as_table(jobs), name="illustrate"),
         Write,
         pool=engines.generator,
-        at_once=STORIES_AT_ONCE,
+        concurrency_per_actor=ROWS_PER_GENERATOR,
         sampling=config.sampling,
         **common,
     )
-    drawn = through(written, Draw, pool=engines.decoder, at_once=PICTURES_AT_ONCE, **common)
-    for row in finished_rows(drawn, monitor, engines.limits, pools=("generator", "decoder")):
-        if row is None:
-            monitor.show(report.skipped + report.done, report.rows)
-        yield row
-    report.figures = monitor.figures()
-    report.gpus = {"generator": engines.generator.num_gpus, "decoder": engines.decoder.num_gpus}
+    drawn = map_with_pool(written, Draw, pool=engines.decoder, concurrency_per_actor=ROWS_PER_DECODER, **common)
+    pools = {"generator": engines.generator, "decoder": engines.decoder}
+    yield from finished_rows(drawn, monitor, engines.limits, report, pools=pools)
 
 
 def main(arguments: list[str] | None = None) -> int:

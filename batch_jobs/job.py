@@ -152,21 +152,21 @@ def check_model(folder: str) -> tuple[str, ModelConfig]:
 
 
 def generator_pool(options: argparse.Namespace, model: str) -> Pool:
-    least, most = options.generators
-    num_engines = most + getattr(options, "decoders", (0, 0))[1]
+    min_engines, max_engines = options.generators
+    num_engines = max_engines + getattr(options, "decoders", (0, 0))[1]
     load = partial(load_generator, model, max(1, (os.cpu_count() or 1) // num_engines))
-    return Pool(load=load, least=least, most=most, num_gpus=options.generator_gpus)
+    return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.generator_gpus)
 
 
 def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
-    least, most = options.decoders
+    min_engines, max_engines = options.decoders
     # Drawing gains most from threads; the decoder gives back those whose cores others need (engine/threads.py).
-    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // most))
-    return Pool(load=load, least=least, most=most, num_gpus=options.decoder_gpus)
+    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // max_engines))
+    return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.decoder_gpus)
 
 
 def limits(options: argparse.Namespace) -> Limits:
-    return Limits(restarts=options.max_restarts, start_timeout_s=options.start_timeout)
+    return Limits(max_deaths=options.max_restarts, start_timeout_s=options.start_timeout)
 
 
 def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> argparse.ArgumentParser:
@@ -198,9 +198,9 @@ def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> ar
 
 
 def pool_size(text: str) -> tuple[int, int]:
-    """A number, or the least and the most of a pool that grows."""
-    least, _, most = text.partition(":")
-    sizes = int(least), int(most or least)
+    """Read N, or MIN:MAX of a pool that grows."""
+    minimum, _, maximum = text.partition(":")
+    sizes = int(minimum), int(maximum or minimum)
     if not 1 <= sizes[0] <= sizes[1]:
         raise argparse.ArgumentTypeError(f"{text} but must be 1 or more, or MIN:MAX")
     return sizes

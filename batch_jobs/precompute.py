@@ -19,7 +19,7 @@ import numpy as np
 from pyarrow import fs, parquet
 
 from batch_jobs.inputs import open_uri
-from batch_jobs.pipeline import connect
+from batch_jobs.pipeline import ENGINE_CPUS, check_capacity, connect
 from batch_jobs.prepare import to_parquet
 from batch_jobs.state import read_json, write_whole
 from minigpt5.commands import check_default_model, check_kept
@@ -97,6 +97,7 @@ def precompute(
     check_kept(output, option="--output")
     check_default_model(model)
     connect(workers)
+    check_capacity(workers)
     files, folder = open_uri(source)
     infos = files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
     names = sorted(info.path for info in infos if info.path.endswith(".parquet"))
@@ -119,7 +120,7 @@ def precompute(
             "num_threads": num_threads,
         },
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=0.5,
+        num_cpus=ENGINE_CPUS,
     )
     counts = done.take_all()
     manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}

@@ -56,7 +56,7 @@ class DrawSettings:
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is none."""
     scheduler: str = "ddim"
-    """A key of diffusion.SCHEDULERS. SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier errors.
+    """A key of diffusion.SAMPLERS. SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier errors.
     DISTILLED draws with the distilled UNet, which includes guidance and needs few steps."""
 
 
@@ -97,6 +97,11 @@ class StoryRequest:
     """Name of the client: engines share their time equally among keys."""
     session: str = ""
     """Requests of one session begin alike: where there are several generators, they go to the same one."""
+
+    @property
+    def prompt_text(self) -> str:
+        """The texts of the prompt, as a story shows them."""
+        return " ".join(part for part in self.prompt if isinstance(part, str))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,8 @@ class Preset:
     """Batches of examples that are never trained on, measured at every checkpoint."""
     checkpoint_every_s: float = 180.0
     sheet_every_s: float = 300.0
+    draws_samples: bool = True
+    """Draw sheets of pictures and write sample stories."""
     log_every: int = 50
     """Steps."""
     log_examples: bool = False

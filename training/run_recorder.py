@@ -152,7 +152,8 @@ class RunRecorder:
     def _draw(self, suffix: str = "") -> None:
         """Write a sample sheet and a sample story with the weights as they are; not under ZeRO 3, where one worker
         alone cannot call the modules. A sample that cannot be made is a line in the log, and the run goes on."""
-        if self.preset.optimizer.zero_stage == 3 or not is_first_worker():
+        is_whole = self.preset.optimizer.zero_stage != 3
+        if not (self.preset.draws_samples and is_whole and is_first_worker()):
             return
         name = f"-{suffix}" if suffix else ""
         random_state = torch.get_rng_state()

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_bases import make_bases  # noqa: E402 (beside this file)
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 60, 200), "yellow": (220, 200, 40)}
-STEPS = ["steps=2", "batch_size=2", "warmup_steps=1", "validation_batches=0", "--workers", "0"]
+STEPS = ["--workers", "0", "steps=2", "batch_size=2", "warmup_steps=1", "validation_batches=0"]
 
 
 def make_rows(folder: Path, *, num: int = 24) -> None:
@@ -55,7 +55,10 @@ def walk(folder: Path) -> Path:
         (prepare.main, ["folder", str(folder / "data"), "--output", rows]),
         (new.main, [*places, "--context", "512", "--out", str(model)]),
         (precompute.main, [rows, "--model", str(model), "--output", encoded]),
-        (train.main, ["align", "--data", encoded, "--start", str(model), "--out", align, *STEPS]),
+        (
+            train.main,
+            ["align", "--data", encoded, "--start", str(model), "--out", align, "draws_samples=false", *STEPS],
+        ),
         (train.main, ["learn", "--data", encoded, "--start", f"{align}/model", "--out", learn, *STEPS]),
     )
     for main, arguments in commands:

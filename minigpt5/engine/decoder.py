@@ -27,7 +27,7 @@ from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.threads import Team, single_thread
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
-from minigpt5.model.diffusion import SCHEDULERS, Diffusion
+from minigpt5.model.diffusion import SAMPLERS, Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
@@ -73,7 +73,7 @@ class DiffusionDecoder:
             self.null_1QD = mapper.null_condition()
             """The condition that guidance leads away from."""
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
-        self._fair = FairShare(2 * max_batch, least=2)
+        self._fair = FairShare(2 * max_batch, min_places=2)
         self._team = Team(num_threads or torch.get_num_threads())
         self._loop = EngineLoop[_Job](
             "decoder",
@@ -130,9 +130,9 @@ class DiffusionDecoder:
         expected = (self.config.num_vokens, self.config.hidden)
         if vokens.hidden_VH.shape != expected:
             raise InvalidRequest("vokens", f"vokens have shape {vokens.hidden_VH.shape} but must have {expected}")
-        if settings.scheduler not in SCHEDULERS:
+        if settings.scheduler not in SAMPLERS:
             raise InvalidRequest(
-                "scheduler", f"scheduler is {settings.scheduler!r} but must be one of {', '.join(SCHEDULERS)}"
+                "scheduler", f"scheduler is {settings.scheduler!r} but must be one of {', '.join(SAMPLERS)}"
             )
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")

@@ -99,7 +99,7 @@ class VokenGenerator:
         """Least recently used first. What they have read stays until they are taken again."""
         self._num_reserved = num_slots // 4
         self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
-        self._fair = FairShare(max_batch, least=1)
+        self._fair = FairShare(max_batch, min_places=1)
         self._loop = EngineLoop[_Job](
             "generator",
             choose=self._choose,

@@ -330,14 +330,14 @@ def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
-    """Write VAE, UNet, scheduler and a distilled UNet, where there is one, in diffusers' layout."""
+    """Write VAE, UNet, noise schedule and a distilled UNet, where there is one, in diffusers' layout."""
     from minigpt5.model.diffusion import DISTILLED_FOLDER
 
     save_part(diffusion.vae, folder / "vae")
     save_part(diffusion.unet, folder / "unet")
     if diffusion.distilled is not None:
         save_part(diffusion.distilled, folder / DISTILLED_FOLDER)
-    diffusion.scheduler.save_pretrained(folder / "scheduler")
+    diffusion.noise_schedule.save_pretrained(folder / "scheduler")
 
 
 def save_part(part: ModelMixin, folder: Path) -> None:

@@ -155,8 +155,8 @@ class Objective(nn.Module):
             return examples, has_pictures
         px = self.config.vision.image_px, self.config.image_px
         black = [np.zeros((side, side, 3), np.uint8) for side in px]
-        reads = Example(segments=[prompt.text("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
-        draws = Example(segments=[prompt.text("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
+        reads = Example(segments=[prompt.text_segment("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
+        draws = Example(segments=[prompt.text_segment("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
         completed = list(examples)
         completed += [] if any(example.read for example in examples) else [reads]
         completed += [] if has_pictures else [draws]
@@ -267,7 +267,7 @@ class Objective(nn.Module):
         latents_PCYX = None
         if weights.picture:
             latents_PCYX = self.to_latents(examples)
-            losses["picture"] = self.diffusion.random_loss(
+            losses["picture"] = self.diffusion.training_loss(
                 latents_PCYX, condition_PQD, first_timestep=self.first_timestep
             )
         if weights.caption:
@@ -329,7 +329,7 @@ class Objective(nn.Module):
             drawn = [(at, one.latents_CYX) for at, one in enumerate(chosen) if one.latents_CYX is not None]
             drawn = drawn[:REPLAYED_PICTURES]
             losses["picture"] = (
-                self.diffusion.random_loss(
+                self.diffusion.training_loss(
                     torch.stack([latents for _, latents in drawn]),
                     condition_PQD[[at for at, _ in drawn]],
                     first_timestep=self.first_timestep,

@@ -162,7 +162,7 @@ async def write_story(
                 usage = event
     return Story(
         id=story_id,
-        prompt=" ".join(part for part in request.prompt if isinstance(part, str)),
+        prompt=request.prompt_text,
         seed=request.seed,
         model=model,
         pages=tuple(pages[index] for index in sorted(pages)),

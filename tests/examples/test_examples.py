@@ -78,9 +78,8 @@ def test_own_bases_become_a_model_that_is_trained_and_illustrates(tmp_path: Path
     """The walk of "own_model": tiny random bases of the real classes, none of whose files changes."""
     said = run("own_model/walk.py", str(tmp_path))
     assert "could not be drawn" not in said and "trained by stage" in said
-    for stage in ("align", "learn"):
-        sheet = Image.open(tmp_path / stage / "sheet.png")
-        assert sheet.size == (8 * 32, 3 * 32), "eight pictures: true, by text, by vokens"
+    sheet = Image.open(tmp_path / "learn" / "sheet.png")
+    assert sheet.size == (8 * 32, 3 * 32), "eight pictures: true, by text, by vokens"
     assert (tmp_path / "learn" / "story.html").read_text().count("data:image/png") == 2
     assert (tmp_path / "story.html").read_text().count("data:image/png") == 2
     assert list((tmp_path / "books").rglob("*.parquet"))

@@ -18,7 +18,7 @@ from training.train import main
 
 MODEL = str(default_model_folder())
 QUICK = ["batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "validation_batches=1"]
-QUICK += ["sheet_every_s=100000", "checkpoint_every_s=0"]
+QUICK += ["draws_samples=false", "checkpoint_every_s=0"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,22 @@ def test_both_stages_train_on_them_and_the_model_writes(encoded: Path, tmp_path:
     data = ["--data", str(encoded), "--workers", "0"]
     align, learn = tmp_path / "align", tmp_path / "learn"
     assert main(["align", *data, "--start", MODEL, "--out", str(align), "steps=2", *QUICK]) == 0
-    assert main(["learn", *data, "--start", str(align / "model"), "--out", str(learn), "steps=2", *QUICK]) == 0
+    assert (
+        main(
+            [
+                "learn",
+                *data,
+                "--start",
+                str(align / "model"),
+                "--out",
+                str(learn),
+                "steps=2",
+                *QUICK,
+                "draws_samples=true",
+            ]
+        )
+        == 0
+    )
     lines = [json.loads(line) for line in (learn / "log.jsonl").read_text().splitlines()]
     assert any("validation_loss" in line for line in lines) and any("text" in line for line in lines)
     assert "A story of the model that came out" in (learn / "report.html").read_text()

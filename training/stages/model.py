@@ -15,7 +15,14 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.denoising import denoise
 from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
-from minigpt5.model.diffusion import DISTILLED_FOLDER, Diffusion, load_distilled, load_scheduler, load_unet, load_vae
+from minigpt5.model.diffusion import (
+    DISTILLED_FOLDER,
+    Diffusion,
+    load_distilled,
+    load_noise_schedule,
+    load_unet,
+    load_vae,
+)
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.example import Example
@@ -71,7 +78,7 @@ class ModelStage:
         self.diffusion = Diffusion(
             load_vae(parts["vae"]),
             load_unet(parts["unet"]),
-            load_scheduler(parts["scheduler"]),
+            load_noise_schedule(parts["scheduler"]),
             load_distilled(parts["unet"]),
         )
         self.config = model_folder.draws_with(self.config, self.diffusion)
@@ -158,17 +165,25 @@ class ModelStage:
 
 def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> tuple[dict[str, Path], bool]:
     """The folder of each part of the latent diffusion model, and whether any comes from elsewhere than the folder that
-    `config` names. Raises TrainingError where a UNet comes without its noise schedule."""
-    trained = {part: sources.find(part) for part in ("vae", "unet")}
-    found = {
-        part: folder or model_folder.find_part(start, config, config.diffusion) for part, folder in trained.items()
-    }
+    `config` names: from `sources.decoder`, or from stages of the shipped model's own decoder.
+
+    Raises TrainingError where a UNet comes without its noise schedule.
+    """
+    is_trained_here = config.diffusion == model_folder.DECODER and not sources.start
+    found: dict[str, Path] = {}
+    is_own = False
+    for part in ("vae", "unet"):
+        folder = sources.find(part) if is_trained_here else None
+        if sources.decoder and (sources.decoder / part).is_dir():
+            folder = sources.decoder
+        is_own = is_own or folder is not None
+        found[part] = folder or model_folder.find_part(start, config, config.diffusion)
     unet_of = found["scheduler"] = found["unet"]
     if not (unet_of / "scheduler").is_dir():
         raise TrainingError(f"{unet_of} has a UNet and no scheduler/, so that its noise schedule is not known: add it")
     if (unet_of / DISTILLED_FOLDER).is_dir():
         found[DISTILLED_FOLDER] = unet_of
-    return found, any(trained.values())
+    return found, is_own
 
 
 def trained(module: nn.Module) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt5.model.language import pad, padding_id
-from minigpt5.model.prompt import caption_segments
+from minigpt5.model.prompt import text_segment
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from training.data.batches import Batch, StageData
@@ -98,7 +98,7 @@ class VokenStage(ModelStage):
     @torch.no_grad()
     def _voken_states(self, captions: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
         """Voken states of captions, and the text encoder's states of them."""
-        encoded = [self.model.encode(caption_segments(read)[:1])[0] for read, _ in captions]
+        encoded = [self.model.encode([text_segment(read)])[0] for read, _ in captions]
         states, targets = [], []
         for start in range(0, len(captions), 32):
             batch = slice(start, start + 32)

@@ -355,11 +355,11 @@ def test_previews_come_where_they_are_asked_for(decoder: DiffusionDecoder) -> No
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_a_preview_shows_what_the_prediction_makes_of_the_noise(prediction_type: str) -> None:
     decoder = new_decoder()
-    decoder.diffusion.scheduler.register_to_config(prediction_type=prediction_type, rescale_betas_zero_snr=False)
+    decoder.diffusion.noise_schedule.register_to_config(prediction_type=prediction_type, rescale_betas_zero_snr=False)
     picture = start(decoder, DrawRequest(vokens=vokens(), seed=1, settings=DrawSettings(steps=4, guidance_scale=1.0)))
     for seed in range(4):
         predicted = torch.randn(picture.latents_1CYX.shape, generator=torch.Generator().manual_seed(seed))
-        expected = picture.scheduler.step(predicted, picture.timestep, picture.latents_1CYX).pred_original_sample
+        expected = picture.sampler.step(predicted, picture.timestep, picture.latents_1CYX).pred_original_sample
         picture.take(predicted, None)
         torch.testing.assert_close(picture.pred_x0_1CYX, expected)
 
