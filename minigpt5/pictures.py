@@ -22,7 +22,7 @@ MAX_PIXELS = 2**25
 MAX_BYTES = 2**27
 """Largest file: an uncompressed TIFF of half of MAX_PIXELS."""
 _DECODED_AT_ONCE = threading.BoundedSemaphore(2)
-"""Bounds memory: a picture of MAX_PIXELS takes up to 400 MB while it is decoded."""
+"""Bounds memory: a picture of MAX_PIXELS takes about 260 MiB while it is decoded."""
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")

@@ -16,6 +16,7 @@ from minigpt5.pictures import open_picture
 from tests.helpers.picture_files import bad_files, encode, good_files, grey, scene, swapped_profile
 
 GOOD, BAD = good_files(), bad_files()
+pytestmark = pytest.mark.filterwarnings("ignore:.*(EXIF|Truncated|Metadata).*:UserWarning")  # Pillow's, of bad files
 
 
 @pytest.mark.parametrize("kind", GOOD)
