@@ -8,7 +8,6 @@ in parquet.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import dataclasses
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from pyarrow import ArrowException, fs, parquet
 
+from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.types import MAX_PAGES
@@ -218,8 +218,8 @@ def load_image(image: str | bytes) -> bytes:
     try:
         if isinstance(image, bytes):
             data = image
-        elif image.startswith("data:"):
-            data = base64.b64decode(image.partition(",")[2], validate=True)
+        elif data_url.is_data_url(image):
+            data = data_url.decode(image)
         else:
             filesystem, path = open_uri(image)
             with filesystem.open_input_stream(path, compression=None) as file:
