@@ -20,18 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
 from pyarrow import ArrowException, fs, parquet
 
 from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
+from minigpt5.pictures import MAX_BYTES, open_picture
 from minigpt5.types import MAX_PAGES
 
 COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale")
 DESCRIBE_COLUMNS = ("id", "image", "question")
 MAX_IMAGES = 8
-MAX_IMAGE_PIXELS = 2**25
 DEFAULT_PAGES = 4
 MAX_SEED = 2**63 - 1
 MAX_ID_LENGTH = 512
@@ -213,7 +212,7 @@ def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRo
 
 
 def load_image(image: str | bytes) -> bytes:
-    """The picture's file. Raises InvalidRequest where it cannot be read or is no picture."""
+    """Read a picture's file. Raises InvalidRequest where it cannot be read, BadPicture where it is no picture."""
     shown = f"{len(image)} bytes" if isinstance(image, bytes) else f"{image:.80}"
     try:
         if isinstance(image, bytes):
@@ -223,13 +222,10 @@ def load_image(image: str | bytes) -> bytes:
         else:
             filesystem, path = open_uri(image)
             with filesystem.open_input_stream(path, compression=None) as file:
-                data = file.read()
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"it has {picture.width} x {picture.height} pixels, more than {MAX_IMAGE_PIXELS}")
-            picture.load()
-    except (OSError, ValueError, ArrowException, StorageError, Image.DecompressionBombError) as error:
-        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a PNG or JPEG file") from error
+                data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError, ArrowException, StorageError) as error:
+        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a picture file") from error
+    open_picture(data, name=f"image {shown}")
     return data
 
 

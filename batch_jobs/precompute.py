@@ -65,7 +65,7 @@ class Encode:
         from minigpt5.model.pixels import to_tensor
 
         drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
-        read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
+        read = [fit_read(one["picture"], self.config.vision.image_px) for one in segments]
         with torch.no_grad():
             moments_BMYX = self.vae.encode(to_tensor(drawn)).latent_dist.parameters.half().numpy()
             features_BFE = self.vision.encode(read).half().numpy()

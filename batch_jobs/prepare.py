@@ -34,7 +34,7 @@ from minigpt5.objective.stored_example import REJECT_SCHEMA, ROW_SCHEMA, BadRow,
 PART_ITEMS = 1_000
 GROUP_ROWS = 64
 """Rows of a parquet row group, which is what training reads at once."""
-FORMAT = 2
+FORMAT = 3
 """Raised by one whenever the same source would give other rows than before."""
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import secrets
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
+from minigpt5.pictures import ACCEPTED, open_picture
 from minigpt5.story.state import ImageState, PageState, StoryState
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import MAX_PAGES, DrawRequest, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
@@ -24,9 +22,7 @@ MAX_PROMPT_CHARACTERS = 16_000
 MAX_PROMPT_PARTS = 32
 MAX_VOKENS_CHARACTERS = 2**20
 """Eight vokens of a width of 4096 take 171 KiB."""
-MAX_IMAGE_PIXELS = 4096 * 4096
 MAX_SEED = 2**53 - 1  # exact in every JSON reader
-IMAGE_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image", "as-object", "as-refusal", "as-unread"}
 """What pydantic puts into an error's path for the members of our unions."""
 
@@ -54,7 +50,7 @@ class TextPart(Body):
 class ImagePart(Body):
     type: Literal["image"]
     image: str
-    """A data URL of a PNG, JPEG or WebP picture."""
+    """A data URL of a PNG, JPEG, WebP, TIFF or BMP picture."""
 
 
 Part = Annotated[
@@ -208,46 +204,17 @@ def _read_prompt(prompt: Prompt) -> tuple[PromptPart, ...]:
 
 
 def decode_data_url(url: str, *, field: str) -> InputImage:
-    """A data URL -> a picture that is known to decode. Nothing is ever fetched. Raises InvalidRequest."""
-    accepted = "PNG, JPEG or WebP"
+    """A data URL -> a picture that is known to decode. Nothing is ever fetched. Raises InvalidRequest, BadPicture."""
     if not data_url.is_data_url(url):
         raise InvalidRequest(
-            field, f"{field} is {shown(url)} but must be a data URL (data:image/png;base64,...) of a {accepted} picture"
+            field, f"{field} is {shown(url)} but must be a data URL (data:image/png;base64,...) of a {ACCEPTED} picture"
         )
     try:
         data = data_url.decode(url)
     except ValueError as error:
         raise InvalidRequest(field, f"{field} is {shown(url)}, which cannot be read: {error}") from error
-    try:
-        return _read_picture(data, field=field)
-    except InvalidRequest:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
-        raise InvalidRequest(field, f"{field} has too many pixels: {error}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning) as error:
-        # Pillow's decoders raise any of these on bytes that are no picture or only part of one.
-        raise InvalidRequest(
-            field, f"{field} ({shown(url)}, {len(data)} bytes) is not a readable {accepted} picture"
-        ) from error
-
-
-def _read_picture(data: bytes, *, field: str) -> InputImage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-        picture = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
-        if picture.width * picture.height > MAX_IMAGE_PIXELS:
-            raise InvalidRequest(
-                field,
-                f"{field} has {picture.width} x {picture.height} pixels but must have at most {MAX_IMAGE_PIXELS}",
-            )
-        picture.verify()
-        picture = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
-        picture.load()
-    if picture.format != "WEBP":
-        return InputImage(data=data)
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG")
-    return InputImage(data=file.getvalue())
+    open_picture(data, name=field)
+    return InputImage(data=data)
 
 
 class ImageReply(BaseModel):

@@ -25,7 +25,7 @@ MAX_DISTILLED_STEPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class InputImage:
-    """A picture that the language model reads: encoded bytes (PNG or JPEG), already bounded and checked."""
+    """A picture that the language model reads: the file's bytes, which `minigpt5.pictures.open_picture` opens."""
 
     data: bytes = field(metadata={"json": "image"})
 
