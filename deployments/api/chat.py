@@ -11,24 +11,24 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
 from deployments.api.messages import MAX_MESSAGES, Message, read_messages
 from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note, refuse_unserved
+from deployments.api.replies import EventStream
 from deployments.schemas import Body
-from deployments.stories.admission import Reservation
+from deployments.sse import encode
 from minigpt5.config import ModelConfig
-from minigpt5.story.stream import describe, stream_story
+from minigpt5.story.stream import stream_story
 from minigpt5.types import (
     MAX_PAGES,
     Picture,
@@ -36,6 +36,7 @@ from minigpt5.types import (
     SlotOpened,
     StoryEvent,
     StoryRequest,
+    StoryStarted,
     TextDelta,
     Usage,
 )
@@ -185,29 +186,22 @@ async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Res
     refuse_unserved(body, SERVED)
     request, unread = await asyncio.to_thread(to_reply_request, body, front.config, client=client)
     check_texts(front, request.prompt, "messages")
-    reservation = front.admission.reserve(request)
-    try:
-        await front.engines.validate_request(request)
-    except BaseException:
-        reservation.release()
-        raise
     reply = Reply(request, front.config, ignored=[*ignored_fields(body), *unread])
-    events = answer(front, reservation, request)
+    events = answer(front, request)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(
-            stream_chunks(reply, events, with_usage), media_type="text/event-stream", headers=headers
-        )
-    async with contextlib.aclosing(events):  # type: ignore[type-var]
+        return EventStream(stream_chunks(reply, events, with_usage))
+    async with contextlib.aclosing(events):
         async for event in events:
             reply.add(event)
     return JSONResponse(reply.whole())
 
 
-async def answer(front: Front, reservation: Reservation, request: StoryRequest) -> AsyncIterator[StoryEvent]:
-    """A reply's events. A picture that fails fails the reply: it has no page to say so."""
-    with reservation:
+async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEvent]:
+    """A reply's events. A picture that fails fails the reply: it has no page to say so. Raises Overloaded or
+    InvalidRequest before the first one."""
+    with front.admission.reserve(request) as reservation:
+        await front.engines.validate_request(request)
         events = stream_story(request, front.engines.generate, front.engines.decode)
         async with contextlib.aclosing(events):
             async for event in events:
@@ -263,6 +257,8 @@ class Reply:
     def add(self, event: StoryEvent) -> dict[str, Any] | None:
         """What is new, as a chunk's delta."""
         match event:
+            case StoryStarted():
+                return {"role": "assistant", "content": ""}
             case TextDelta():
                 text = event.text if self.content else event.text.lstrip()
                 self.content += text
@@ -299,22 +295,14 @@ class Reply:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-async def stream_chunks(reply: Reply, events: AsyncIterator[StoryEvent], with_usage: bool) -> AsyncIterator[str]:
-    yield _data({**reply.chunk({"role": "assistant", "content": ""}), **reply.note})
-    try:
-        async with contextlib.aclosing(events):  # type: ignore[type-var]
-            async for event in events:
-                if delta := reply.add(event):
-                    yield _data(reply.chunk(delta))
-    except Exception as failure:  # the reply has begun: its status can no longer say so
-        message = failure.message if isinstance(failure, ApiError) else describe(failure)
-        yield _data({"error": {"message": message, "type": "server_error", "param": None, "code": "reply_failed"}})
-        return
-    yield _data(reply.chunk({}, finish=reply.finish))
+async def stream_chunks(reply: Reply, events: AsyncGenerator[StoryEvent], with_usage: bool) -> AsyncGenerator[str]:
+    ignored = reply.note
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if delta := reply.add(event):
+                yield encode({**reply.chunk(delta), **ignored})
+                ignored = {}
+    yield encode(reply.chunk({}, finish=reply.finish))
     if with_usage:
-        yield _data({**reply.chunk({}), "choices": [], "usage": reply.count()})
+        yield encode({**reply.chunk({}), "choices": [], "usage": reply.count()})
     yield "data: [DONE]\n\n"
-
-
-def _data(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"

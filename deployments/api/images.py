@@ -223,7 +223,7 @@ async def stream_images(front: Front, body: CreateImages, request: StoryRequest,
     async def event(name: str, picture: bytes, **fields: Any) -> str:
         b64_json = base64.b64encode(await asyncio.to_thread(output.convert, picture)).decode()
         described = {"created_at": int(time.time()), **output.described, "quality": "auto"}
-        return encode({"type": name, "b64_json": b64_json, **described, **fields}, name)
+        return encode({"type": name, "b64_json": b64_json, **described, **fields}, name=name)
 
     with front.admission.reserve(request, num_pictures=num_pictures) as reservation:
         await front.engines.validate_request(request)
