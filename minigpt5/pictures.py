@@ -7,6 +7,7 @@ No torch here.
 from __future__ import annotations
 
 import io
+import re
 import threading
 
 import numpy as np
@@ -35,21 +36,32 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-_BEGINNINGS = (
-    (b"GIF8", "a GIF picture"),
-    (b"%PDF", "a PDF document"),
-    (b"8BPS", "a Photoshop picture"),
-    (b"\x00\x00\x01\x00", "an ICO picture"),
-    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL picture"),
-    (b"\xff\x0a", "a JPEG XL picture"),
-    (b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 picture"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"PK\x03\x04", "a ZIP file"),
-)
-_BRANDS = {
-    "a HEIC picture": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"),
-    "an AVIF picture": (b"avif", b"avis"),
+_DAMAGED = "file that is damaged or ends early"
+_PNG_END = b"IEND\xaeB`\x82"
+_KINDS = {
+    re.compile(pattern, re.DOTALL): kind
+    for pattern, kind in {
+        rb"\x89PNG": f"a PNG {_DAMAGED}",
+        rb"\xff\xd8\xff": f"a JPEG {_DAMAGED}",
+        rb"RIFF....WEBP": f"a WebP {_DAMAGED}",
+        rb"II\*\0|MM\0\*": f"a TIFF {_DAMAGED}",
+        rb"BM....\0\0\0\0": f"a BMP {_DAMAGED}",
+        rb"GIF8": "a GIF picture",
+        rb"....ftyp(hei[cmsx]|hevc|mif1|msf1)": "a HEIC picture",
+        rb"....ftypavi[fs]": "an AVIF picture",
+        rb"....ftyp": "a video",
+        rb"\0\0\0\x0cJXL |\xff\x0a": "a JPEG XL picture",
+        rb"\0\0\0\x0cjP  ": "a JPEG 2000 picture",
+        rb"\0\0\x01\0": "an ICO picture",
+        rb"8BPS": "a Photoshop picture",
+        rb"%PDF": "a PDF document",
+        rb"PK\x03\x04": "a ZIP file",
+        rb"\x1f\x8b": "a gzip file",
+        rb"(?i:\W*<(!doctype )?html)": "an HTML page",
+        rb"(?i:\W*<(svg|[?!].{0,4000}<svg))": "an SVG drawing",
+    }.items()
 }
+"""Beginnings of files that are not read, as patterns, and what the error calls them. The first that fits counts."""
 
 
 def open_picture(data: bytes, *, name: str = "picture") -> Image.Image:
@@ -63,6 +75,8 @@ def open_picture(data: bytes, *, name: str = "picture") -> Image.Image:
         raise BadPicture(name, f"{name} has {len(data)} bytes but must have at most {MAX_BYTES}: send a smaller file")
     picture = _open(data, name)
     try:
+        if picture.format == "PNG" and _PNG_END not in data:  # the other decoders look for the end themselves
+            raise EOFError("no end mark")
         with _DECODED_AT_ONCE:
             picture.load()
             orientation = _orientation(picture)
@@ -71,7 +85,7 @@ def open_picture(data: bytes, *, name: str = "picture") -> Image.Image:
     except BadPicture:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over in foreign bytes
-        fault = f"{name} is a {picture.format} file that is damaged or ends early ({str(error)[:80]})"
+        fault = f"{name} is a {picture.format} {_DAMAGED} ({str(error)[:80]})"
         raise BadPicture(name, f"{fault}: send the whole file") from error
     upright.info = {}  # else a copy that is saved would carry the old colour profile
     return upright
@@ -92,16 +106,9 @@ def _open(data: bytes, name: str) -> Image.Image:
 
 
 def _kind_of(data: bytes) -> str:
-    """Name bytes that are no picture of FORMATS."""
-    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if data[4:8] == b"ftyp":
-        return next((kind for kind, brands in _BRANDS.items() if data[8:12] in brands), "a video or unknown container")
-    if start.startswith((b"<svg", b"<?xml", b"<!doctype svg")):
-        return "an SVG drawing" if b"<svg" in data[:4096].lower() else "an XML document"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page"
-    found = next((kind for beginning, kind in _BEGINNINGS if data.startswith(beginning)), None)
-    return found or f"no picture that can be read ({len(data)} bytes that begin with {data[:12]!r})"
+    """Name a file that Pillow cannot open."""
+    found = (kind for pattern, kind in _KINDS.items() if pattern.match(data, 0, 5000))
+    return next(found, f"no picture that can be read ({len(data)} bytes that begin with {data[:12]!r})")
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -142,12 +149,13 @@ def _from_16_bits(picture: Image.Image) -> Image.Image:
 
 def _from_floats(picture: Image.Image, name: str) -> Image.Image:
     """Map 0 to black and 1 to white. Other values have no agreed meaning. Raises BadPicture."""
-    levels_YX = np.asarray(picture)
+    levels_YX = np.array(picture)
     least, most = float(levels_YX.min()), float(levels_YX.max())
     if not 0 <= least <= most <= 1:  # false for values that are not numbers, too
         values = f"floating-point values from {least:g} to {most:g}"
         raise BadPicture(name, f"{name} has {values} but must have them from 0 (black) to 1 (white): scale them")
-    return Image.fromarray((levels_YX * 255).round().astype(np.uint8))
+    levels_YX *= 255
+    return Image.fromarray(np.rint(levels_YX, out=levels_YX).astype(np.uint8))
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ from minigpt5.types import InputImage, Sampling, StoryRequest
 from tests.helpers.batch_fakes import FakeGenerator
 from tests.helpers.picture_files import bad_files, good_files
 from tests.helpers.served import Served, data_url
-from tests.helpers.tiny import save_tiny, tiny_config, tiny_language, tiny_tokenizer, tiny_vision
+from tests.helpers.tiny import save_tiny, tiny_language, tiny_tokenizer, tiny_vision
 from tests.minigpt5.objective.test_losses import new_objective
 from training.data.stored import to_example
 
@@ -82,13 +82,13 @@ def prepare(folder: Path, data: bytes) -> tuple[list[dict[str, Any]], list[dict[
     return found[0], found[1]
 
 
-def example_of(row: dict[str, Any]) -> Any:
-    """The first example of a row that reads a picture and draws one."""
+def example_of(row: dict[str, Any], *, draw_px: int = DRAW_PX) -> Any:
+    """The first example of a row that reads one picture and draws one."""
     examples = (
-        to_example(row, np.random.default_rng(seed), stage="learn", story_share=0, read_px=READ_PX, draw_px=DRAW_PX)
+        to_example(row, np.random.default_rng(seed), stage="learn", story_share=0, read_px=READ_PX, draw_px=draw_px)
         for seed in range(100)
     )
-    return next(one for one in examples if one.read and one.drawn)
+    return next(one for one in examples if len(one.read) == len(one.drawn) == 1)
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -142,10 +142,7 @@ def test_serving_training_and_bulk_show_the_encoder_the_same_pixels(tmp_path: Pa
 
     objective = new_objective()
     watch(objective.vision, "training")
-    example = to_example(
-        rows[0], np.random.default_rng(3), stage="learn", story_share=0, read_px=READ_PX, draw_px=tiny_config().image_px
-    )
-    assert len(example.read) == 1
+    example = example_of(rows[0], draw_px=config.image_px)
     objective([example], LossWeights(text=1, picture=0, caption=1))
 
     encode = Encode(

@@ -146,8 +146,7 @@ def test_tux_paint_stamps(tmp_path: Path) -> None:
     }
     rows, reasons = rows_of("tuxpaint", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
     assert [told(row) for row in rows] == [["A red fox.", "#"]]
-    picture = Image.open(io.BytesIO(rows[0]["segments"][1]["picture"]))
-    assert picture.mode == "RGB" and picture.getpixel((3, 3)) == (255, 255, 255)
+    assert open_picture(rows[0]["segments"][1]["picture"]).getpixel((3, 3)) == (255, 255, 255)
     assert reasons == {"food/plum.png": "missing file: food/plum.txt"}
 
 

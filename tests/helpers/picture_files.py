@@ -184,7 +184,7 @@ def _profiled() -> dict[str, PictureFile]:
     picture = Image.fromarray(scene())
     return {
         "png-icc-profile": PictureFile(
-            data=encode(picture, "PNG", icc_profile=swapped_profile()), seen=swapped, within=6
+            data=encode(picture, "PNG", icc_profile=swapped_profile()), seen=swapped, within=12
         ),
         "png-damaged-icc-profile": PictureFile(data=encode(picture, "PNG", icc_profile=b"junk" * 99), seen=scene()),
         "jpeg-cmyk-icc-profile": PictureFile(
@@ -219,11 +219,13 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing"),
         "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC picture"),
         "avif": (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "is an AVIF picture"),
+        "sound": (b"RIFF\x24\0\0\0WAVEfmt ", "no picture that can be read"),
+        "video": (b"\0\0\0\x18ftypisom\0\0\0\0", "is a video"),
         "pdf": (b"%PDF-1.7\n", "is a PDF document"),
-        "png-truncated": (encode(noise, "PNG")[:-40], "PNG file that is damaged or ends early"),
-        "png-header-alone": (encode(noise, "PNG")[:20], "no picture that can be read"),
-        "jpeg-truncated": (encode(noise, "JPEG")[:-40], "JPEG file that is damaged or ends early"),
-        "webp-truncated": (encode(noise, "WEBP", lossless=True)[:-8], "WEBP file that is damaged or ends early"),
+        "png-truncated": (encode(noise, "PNG")[:-8], "PNG file that is damaged or ends early"),
+        "png-header-alone": (encode(noise, "PNG")[:20], "PNG file that is damaged or ends early"),
+        "jpeg-truncated": (encode(noise, "JPEG")[:-8], "JPEG file that is damaged or ends early"),
+        "webp-truncated": (encode(noise, "WEBP", lossless=True)[:-8], "WebP file that is damaged or ends early"),
         "tiff-truncated": (encode(noise, "TIFF")[:-8], "TIFF file that is damaged or ends early"),
         "bmp-truncated": (encode(noise, "BMP")[:-8], "BMP file that is damaged or ends early"),
         "tiff-float-beyond-1": (encode(Image.fromarray(floats), "TIFF"), "floating-point values from -1 to 3"),
@@ -232,7 +234,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "tiff-lab": (encode(Image.new("LAB", (8, 8)), "TIFF"), "pixels of mode LAB"),
         "png-too-many-pixels": (png_header(6000, 6000), "6000 x 6000 pixels but must have from 1 to 33554432"),
         "png-bomb": (png_header(60_000, 60_000), "must have at most 33554432 pixels"),
-        "png-no-pixels": (png_header(0, 5), "no picture"),
+        "png-no-pixels": (png_header(0, 5), "PNG file that is damaged"),
     }
 
 

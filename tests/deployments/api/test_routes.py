@@ -318,8 +318,8 @@ def test_a_bad_field_is_named_with_its_value_and_limit(
 BAD_IMAGES = {
     "text": (data_url(b"not a picture at all"), "is no picture that can be read (20 bytes"),
     "cut off": (data_url(make_png(size=(64, 64))[:-40]), "PNG file that is damaged or ends early"),
-    "only a header": (data_url(make_png()[:20]), "is no picture that can be read"),
-    "another format": (data_url(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "image/gif"), "is a GIF picture"),
+    "only a header": (data_url(make_png()[:20]), "PNG file that is damaged or ends early"),
+    "another format": (data_url(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", "image/gif"), "is a GIF picture: send a PNG"),
     "HEIC": (data_url(b"\0\0\0\x18ftypheic\0\0\0\0", "image/heic"), "is a HEIC picture"),
     "SVG as text": ("data:image/svg+xml;utf8,<svg xmlns='http://www.w3.org/2000/svg'/>", "is an SVG drawing"),
     "address": ("https://example.com/x.png", "must be a data URL"),
