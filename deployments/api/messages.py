@@ -16,6 +16,8 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.types import PromptPart
 
 MAX_MESSAGES = 2048
+MAX_NAMED = 32
+"""Parts that were passed over and that a reply names; it counts the others."""
 TextType = Literal["text", "input_text", "output_text"]
 PictureType = Literal["image_url", "input_image"]
 UnreadType = Literal["audio", "file", "input_audio", "input_file", "reasoning", "redacted_thinking", "thinking"]
@@ -123,6 +125,8 @@ def read_messages(messages: list[Message]) -> tuple[tuple[PromptPart, ...], list
         check_prompt_text(texts or [""], has_image=any(not isinstance(part, str) for part in parts))
     except ValueError as error:
         raise InvalidRequest("messages", str(error)) from error
+    if num_more := max(0, len(unread) - MAX_NAMED):
+        unread = [*unread[:MAX_NAMED], f"messages: {num_more} more parts"]
     return tuple(parts), unread
 
 

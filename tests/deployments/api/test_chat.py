@@ -302,6 +302,23 @@ def test_a_part_without_a_text_is_passed_over_and_named(served: Served, kind: st
     assert served.generator.requests[0].prompt == ("Draw a fox", "What is this?")
 
 
+def test_a_flood_of_parts_without_a_text_is_named_briefly(served: Served) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, *[{"type": "file"}] * 5000]
+    reply = served.post({"messages": [{"role": "user", "content": parts}]}, "/v1/chat/completions").json()
+    assert len(reply["x_ignored"]) == 33
+    assert reply["x_ignored"][-2:] == ["messages[0].content[32]", "messages: 4968 more parts"]
+
+
+def test_arguments_that_are_nested_as_deeply_as_json_may_be_are_read_or_refused(served: Served) -> None:
+    for depth in (50, 500, 900, 970, 990, 5000):
+        arguments = '{"a": ' * depth + "1" + "}" * depth
+        call = f'{{"role": "assistant", "tool_calls": [{{"function": {{"name": "f", "arguments": {arguments}}}}}]}}'
+        content = f'{{"messages": [{call}, {{"role": "user", "content": "A fox"}}]}}'
+        headers = {"content-type": "application/json"}
+        reply = served.request("POST", "/v1/chat/completions", content=content, headers=headers)
+        assert reply.status_code in ((200,) if depth == 50 else (200, 400)), reply.text
+
+
 def test_more_pictures_than_are_read_are_refused_before_they_are_decoded(served: Served) -> None:
     part = {"type": "image_url", "image_url": "data:,no picture"}
     body = {"messages": [{"role": "user", "content": [part] * 33}]}
