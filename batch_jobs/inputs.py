@@ -8,12 +8,10 @@ JSON lines, CSV and parquet, the first two also gzipped, or a folder of them. A 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +23,7 @@ from typing import Any, TypeGuard, TypeVar
 from pyarrow import ArrowException, fs, parquet
 
 from batch_jobs.text_files import CUT, MAX_LINE, check_utf8, open_text, parse_json, read_lines
+from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
@@ -242,8 +241,8 @@ def load_image(image: str | bytes) -> bytes:
     try:
         if isinstance(image, bytes):
             data = image
-        elif image.startswith("data:"):
-            data = base64.b64decode(image.partition(",")[2], validate=True)
+        elif data_url.is_data_url(image):
+            data = data_url.decode(image)
         else:
             filesystem, path = open_uri(image)
             with filesystem.open_input_stream(path, compression=None) as file:

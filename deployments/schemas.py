@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import json
 import secrets
@@ -12,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
 from minigpt5.pictures import ACCEPTED, open_picture
@@ -24,7 +23,7 @@ MAX_PROMPT_PARTS = 32
 MAX_VOKENS_CHARACTERS = 2**20
 """Eight vokens of a width of 4096 take 171 KiB."""
 MAX_SEED = 2**53 - 1  # exact in every JSON reader
-UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image"}
+UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image", "as-object", "as-refusal", "as-unread"}
 """What pydantic puts into an error's path for the members of our unions."""
 
 
@@ -172,9 +171,9 @@ def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = ""
 def to_draw_request(body: CreatePicture, config: ModelConfig, *, client: str) -> DrawRequest:
     """Raises InvalidRequest."""
     try:
-        data = base64.b64decode(body.vokens, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("vokens", f"vokens is {shown(body.vokens)}, whose base64 is broken: {error}") from error
+        data = data_url.decode_base64(body.vokens.encode())
+    except ValueError as error:
+        raise InvalidRequest("vokens", f"vokens is {shown(body.vokens)}, which cannot be read: {error}") from error
     return DrawRequest(
         vokens=unpack(data, page=1),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
@@ -206,15 +205,14 @@ def _read_prompt(prompt: Prompt) -> tuple[PromptPart, ...]:
 
 def decode_data_url(url: str, *, field: str) -> InputImage:
     """A data URL -> a picture that is known to decode. Nothing is ever fetched. Raises InvalidRequest, BadPicture."""
-    header, comma, payload = url.partition(",")
-    if not comma or not header.startswith("data:") or not header.endswith(";base64"):
+    if not data_url.is_data_url(url):
         raise InvalidRequest(
             field, f"{field} is {shown(url)} but must be a data URL (data:image/png;base64,...) of a {ACCEPTED} picture"
         )
     try:
-        data = base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(field, f"{field} is {shown(url)}, whose base64 is broken: {error}") from error
+        data = data_url.decode(url)
+    except ValueError as error:
+        raise InvalidRequest(field, f"{field} is {shown(url)}, which cannot be read: {error}") from error
     open_picture(data, name=field)
     return InputImage(data=data)
 

@@ -17,6 +17,8 @@ import numpy as np
 MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
+NUM_PREVIEWS = 3
+"""Previews of each picture of a story, where they are asked for."""
 MAX_DISTILLED_STEPS = 8
 """Largest number that was measured (benchmarks/results/steps.json); more steps use the original UNet."""
 
@@ -147,8 +149,8 @@ class DrawRequest:
     settings: DrawSettings = field(default_factory=DrawSettings)
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
-    previews: bool = False
-    """Whether some steps' Progress shows the picture as far as it is."""
+    num_previews: int = 0
+    """Steps whose Progress shows the picture as far as it is, spread evenly; the last step has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ from minigpt5.errors import (
     StoryNotFound,
     StoryTaken,
 )
+
+logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
@@ -175,6 +179,16 @@ def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:
         return error_response(500, "internal error: the server's log has the details", code="internal_error")
+
+
+async def describe_failure(request: Request, failure: Exception) -> dict[str, Any]:
+    """The error object that `failure` has as a reply, for a stream that has begun: its status is sent already."""
+    handlers = request.app.exception_handlers
+    kind = next(kind for kind in type(failure).__mro__ if kind in handlers)
+    if kind is Exception:
+        logger.error("a stream failed", exc_info=failure)
+    response = await handlers[kind](request, failure)
+    return json.loads(response.body)["error"]
 
 
 def _invalid_status(request: Request) -> int:

@@ -18,7 +18,6 @@ from deployments.api.access_log import AccessLog
 from deployments.api.chat import chat
 from deployments.api.drawing import draw_alone
 from deployments.api.errors import (
-    EVENTS,
     PNG,
     REFUSALS,
     RETRY_AFTER_S,
@@ -32,7 +31,7 @@ from deployments.api.exports import exports
 from deployments.api.front import ClientOf, Front, FrontOf, build_front, check_owner, check_texts
 from deployments.api.images import images
 from deployments.api.pages import MAX_VARIANTS, pages
-from deployments.api.replies import BEGUN, answer, reply, stream_reply
+from deployments.api.replies import BEGUN, RESUMED, EventStream, answer, follow, reply
 from deployments.auth import KeyGuard, check_host, load_keys, session_cookie
 from deployments.engines.handles import NotReady, ServeEngines
 from deployments.schemas import (
@@ -51,7 +50,7 @@ from deployments.schemas import (
     to_draw_request,
     to_story_request,
 )
-from deployments.stories.events import Position
+from deployments.stories.events import Position, has_ended_for
 from deployments.stories.retention import keep_within
 from deployments.stories.serve_ledger import ServeLedger
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
@@ -94,12 +93,14 @@ async def create_story(
     The same `Idempotency-Key` with the same body is the same story, however often it is sent."""
     request = await asyncio.to_thread(to_story_request, body, front.config, client=client)
     check_texts(front, request.prompt, "prompt")
-    if idempotency_key is None:
-        story = await front.story_manager.start(request)
-        return await answer(front, story.id, stream=body.stream, wait=body.wait)
-    digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-    story_id = await front.story_manager.start_once(request, idempotency_key, digest)
-    return await answer(front, story_id, stream=body.stream, wait=body.wait)
+
+    async def begin() -> str:
+        if idempotency_key is None:
+            return (await front.story_manager.start(request)).id
+        digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+        return await front.story_manager.start_once(request, idempotency_key, digest)
+
+    return await answer(front, begin, stream=body.stream, wait=body.wait)
 
 
 @stories.get("/v1/stories", response_model=StoryList, response_model_exclude_none=True)
@@ -133,17 +134,20 @@ async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
-@stories.get("/v1/stories/{story_id}/events", response_class=Response, responses=EVENTS)
+@stories.get("/v1/stories/{story_id}/events", response_class=Response, responses=RESUMED)
 async def get_events(
     story_id: str, front: FrontOf, last_event_id: Annotated[str | None, Header(max_length=200)] = None
 ) -> Response:
-    """A story's stream from its beginning, or after the event that `Last-Event-ID` names."""
+    """A story's stream from its beginning, or after the event that `Last-Event-ID` names. A browser that has the last
+    event asks again and again, until it is told with 204 that nothing comes."""
     try:
         seen = Position.parse(last_event_id) if last_event_id else None
     except ValueError as error:
         raise ApiError(422, str(error), param="Last-Event-ID", code="invalid_value") from error
-    await asyncio.to_thread(front.store.load, story_id)
-    return stream_reply(front, front.story_manager.relay.follow(story_id, seen))
+    state = await asyncio.to_thread(front.store.load, story_id)
+    if seen and await has_ended_for(state, seen):
+        return Response(status_code=204, headers={"Cache-Control": "no-cache"})
+    return EventStream(follow(front, story_id, seen), error_name="error")
 
 
 @stories.delete("/v1/stories/{story_id}", status_code=204)

@@ -170,6 +170,8 @@ const on = {
 
 function follow() {
   events?.close();
+  // What is there is told once more from the beginning: texts start empty, so that none is shown twice.
+  shown.forEach((page) => { page.text.textContent = ""; });
   events = new EventSource(`/v1/stories/${story.id}/events`);
   for (const [name, act] of Object.entries(on)) events.addEventListener(name, (event) => act(JSON.parse(event.data)));
   // The server's own `error` event has data; the browser's, of a lost connection, has none.
@@ -252,8 +254,6 @@ $("stop").onclick = () => attempt(() => call("POST", `/v1/stories/${story.id}/ca
 $("go-on").onclick = () => attempt(async () => {
   await call("POST", `/v1/stories/${story.id}/pages`, { count: 1, wait: false });
   $("after").hidden = true;
-  // What is there is told once more: pages begin anew here, so that no text is shown twice.
-  shown.forEach((page) => { page.text.textContent = ""; });
   follow();
 });
 
