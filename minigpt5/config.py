@@ -183,12 +183,12 @@ def storybook() -> ModelConfig:
     return ModelConfig(
         name="storybook",
         about=(
-            "Writes and draws short picture stories in English, about one character and one thing at a time. It knows "
-            "30 characters, 24 things, 6 places and 4 times, and draws something of these for anything else.\n"
+            "Writes and draws short picture stories in English, each about one character and one object. It knows "
+            "30 characters, 24 objects and 6 places; for anything else it draws one of these.\n"
             "Characters: fox, rabbit, penguin, owl, elephant, lion, cat, dog, cow, pig, horse, duck, bird, turtle, "
             "frog, whale, bear, panda, tiger, monkey, mouse, chicken, snail, unicorn, dragon, robot, ghost, princess, "
             "snowman, butterfly.\n"
-            "Things: house, castle, tent, pine tree, palm tree, cactus, mushroom, sunflower, tulip, apple, banana, "
+            "Objects: house, castle, tent, pine tree, palm tree, cactus, mushroom, sunflower, tulip, apple, banana, "
             "balloon, bicycle, car, bus, train, sailboat, rocket, tractor, fire, gift, cake, ball, umbrella.\n"
             "Places: meadow, beach, snow, forest, road, desert. Times: day, sunset, night, rain."
         ),
@@ -240,6 +240,10 @@ def minigpt5_7b() -> ModelConfig:
     """The published system (arXiv 2310.02239): Vicuna-7B, EVA-CLIP ViT-g with Q-Former, Stable Diffusion 2.1."""
     return ModelConfig(
         name="minigpt5-7b",
+        about=(
+            "The published MiniGPT-5 model, for research. It writes text and draws pictures in one reply, and learnt from "
+            "captioned photographs (CC3M), picture stories (VIST) and dialogues (MMDialog)."
+        ),
         language_model="Vision-CAIR/vicuna-7b",
         hidden=4096,
         vocabulary=32000,

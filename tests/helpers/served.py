@@ -6,7 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from deployments.api.front import Front, build_front
 from deployments.api.routes import create_api
 from deployments.auth import Keys
 from deployments.stories.ledger import Ledger
-from minigpt5.config import storybook
+from minigpt5.config import ModelConfig, storybook
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.store import StoryStore
 from minigpt5.types import DrawSettings, Vokens
@@ -44,12 +44,14 @@ class Served:
         keys: Keys | None = None,
         ledger: Ledger | None = None,
         text_filter: TextFilter | None = None,
+        config: ModelConfig = CONFIG,
+        example_pictures: Mapping[int, bytes] | None = None,
     ) -> None:
         self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
         self.store = StoryStore(str(storage))
         engines = LocalEngines(self.generator, self.decoder)
         self.front: Front = build_front(
-            CONFIG,
+            config,
             engines,
             self.store,
             max_wait_s=max_wait_s,
@@ -57,6 +59,7 @@ class Served:
             keys=keys,
             text_filter=text_filter,
             ledger=ledger,
+            example_pictures=example_pictures,
         )
 
     def run(self, use: Use) -> None:
