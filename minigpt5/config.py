@@ -241,8 +241,8 @@ def minigpt5_7b() -> ModelConfig:
     return ModelConfig(
         name="minigpt5-7b",
         about=(
-            "The published MiniGPT-5 model, for research. It writes text and draws pictures in one reply, and learnt from "
-            "captioned photographs (CC3M), picture stories (VIST) and dialogues (MMDialog)."
+            "The published MiniGPT-5 model, for research. It writes text and draws pictures in one reply, taught by "
+            "captioned pictures (CC3M), picture stories (VIST) and dialogues (MMDialog)."
         ),
         language_model="Vision-CAIR/vicuna-7b",
         hidden=4096,
