@@ -195,10 +195,10 @@ def storybook() -> ModelConfig:
         examples=(
             "A fox who finds a balloon",
             "A brave penguin and a rocket",
-            "The adventures of a robot and a sunflower",
+            "A robot who dreams of a sunflower",
             "A dragon with a birthday cake",
             "An owl who finds a tent",
-            "What happens when a panda finds a train?",
+            "A panda who found a train",
         ),
         language_model="smollm2-135m-instruct",
         hidden=576,

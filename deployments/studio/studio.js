@@ -314,6 +314,11 @@ $("prompt").onkeydown = (event) => {
   if (!$("begin").hidden) $("ask").requestSubmit();
 };
 
+$("show-settings").onclick = () => {
+  $("settings").hidden = !$("settings").hidden;
+  $("show-settings").setAttribute("aria-expanded", !$("settings").hidden);
+};
+
 $("skip").onclick = (event) => {
   event.preventDefault(); // a fragment names a story here
   (story ? $("story") : $("prompt")).focus();
@@ -440,6 +445,12 @@ async function greet(model) {
 attempt(async () => {
   const { data: [model] } = await call("GET", "/v1/models");
   describe(model);
-  if (location.hash.length > 1) await openStored(location.hash.slice(1));
-  else await greet(model);
+  const id = location.hash.slice(1);
+  if (!id) return greet(model);
+  try {
+    await openStored(id);
+  } catch (failure) { // it was deleted, say
+    await greet(model);
+    throw failure;
+  }
 });

@@ -106,7 +106,7 @@ def tell(page: Any, pages: int = 2, prompt: str = "A fox") -> None:
     page.fill("#prompt", prompt)
     page.fill("#pages", str(pages))
     if not page.is_visible("#seed"):
-        page.click("#settings > summary")
+        page.click("#show-settings")
     page.fill("#seed", "7")
     page.click("#begin")
 
@@ -148,6 +148,13 @@ def test_the_first_screen_greets_with_examples_and_the_latest_stories(page: Any)
     wait_until_finished(page)
     page.go_back()
     page.wait_for_selector("#greeting:not([hidden])")
+
+
+def test_the_address_of_a_deleted_story_greets_and_says_so(page: Any, studio: Studio) -> None:
+    page.goto(f"{studio.url}/#story_gone")
+    page.reload()
+    page.wait_for_selector("#greeting:not([hidden])")
+    until(page, "document.querySelector('#status.error')?.textContent.includes('story_gone')")
 
 
 def test_a_story_is_told_and_can_be_read_as_a_book(page: Any) -> None:
@@ -301,7 +308,7 @@ def test_a_phone_shows_all_of_it_with_names_and_large_enough_to_hit(page: Any) -
 
     page.set_viewport_size({"width": 360, "height": 740})
     page.wait_for_selector("#examples .card")
-    page.click("#settings > summary")
+    page.click("#show-settings")
     check()
     tell(page, prompt="Donaudampfschifffahrtsgesellschaftskapitaensmuetzenabzeichen" * 2)
     wait_until_finished(page)
