@@ -151,8 +151,8 @@ def test_the_first_screen_greets_with_examples_and_the_latest_stories(page: Any)
 
 
 def test_the_address_of_a_deleted_story_greets_and_says_so(page: Any, studio: Studio) -> None:
+    page.goto("about:blank")
     page.goto(f"{studio.url}/#story_gone")
-    page.reload()
     page.wait_for_selector("#greeting:not([hidden])")
     until(page, "document.querySelector('#status.error')?.textContent.includes('story_gone')")
 
