@@ -347,6 +347,14 @@ class Defaults(BaseModel):
     max_page_tokens: int
 
 
+class ExampleReply(BaseModel):
+    """A prompt to try."""
+
+    prompt: str
+    picture: str | None
+    """Path of a small WebP picture, where the model's folder has one."""
+
+
 class ModelReply(BaseModel):
     """A model in OpenAI's format, with fields of our own."""
 
@@ -354,6 +362,9 @@ class ModelReply(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "minigpt5"
+    about: str
+    """What it is for, as its folder says: a line of summary, then the details. Empty where the folder says nothing."""
+    examples: list[ExampleReply]
     fingerprint: str
     image_size: str
     context_tokens: int

@@ -327,9 +327,10 @@ def test_the_routes_are_listed() -> None:
     text = TEXTS["docs/http-api.md"]
     table = text.split("| route | what it does |")[1].split("\n\n")[0]
     named = re.findall(r"`(GET|POST|PATCH|DELETE) ([^`\s?]+)", table + text.split("## OpenAI's format")[1])
-    routers = (routes.exports, routes.stories, routes.pages, routes.images, routes.chat, routes.operations)
+    names = ("exports", "stories", "pages", "images", "chat", "models", "operations")
+    routers = [getattr(routes, name) for name in names]
     served = {
-        (method, re.sub(r"\{page:int\}", "{n}", route.path.replace("{story_id}", "{id}")))
+        (method, re.sub(r"\{\w+:int\}", "{n}", re.sub(r"\{(story|model)_id(:path)?\}", "{id}", route.path)))
         for router in routers
         for route in router.routes
         for method in route.methods

@@ -33,6 +33,8 @@ logger = logging.getLogger("ray.serve")
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
 MAX_BODY_BYTES = 8 * 2**20
+MAX_PATH_CHARACTERS = 2000
+"""The router cannot read a number of more than 4,300 digits, which a longer path may hold."""
 OPENAI_PATHS = ("/v1/images/", "/v1/chat/")
 """Where OpenAI's clients expect 400 for what our own endpoints answer with 422."""
 
@@ -67,6 +69,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         405: "The path has other methods",
         409: "It is being worked on, or was begun with another body",
         413: "The body is too large",
+        414: "The path is too long",
         422: "A field is out of range, unknown, or stopped by the text filter",
         429: "More requests than the key has",
         500: "The story failed: its text says why",
@@ -221,7 +224,7 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 class BodyLimit:
-    """Reads a request's body up to the limit before anything parses it; a longer one is 413."""
+    """Reads a request's body up to the limit before anything parses it; a longer one is 413, a long path is 414."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -229,6 +232,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if (length := len(scope["path"])) > MAX_PATH_CHARACTERS:
+            message_text = f"path has {length} characters but must have at most {MAX_PATH_CHARACTERS}"
+            return await error_response(414, message_text, code="path_too_long")(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         body = bytearray()
         is_over = declared.isdigit() and (len(declared) > 12 or int(declared) > self.max_bytes)

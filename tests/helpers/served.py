@@ -8,7 +8,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deployments.api.front import Front, build_front
 from deployments.api.routes import create_api
 from deployments.auth import Keys
 from deployments.stories.ledger import Ledger
-from minigpt5.config import storybook
+from minigpt5.config import ModelConfig, storybook
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.store import StoryStore
 from minigpt5.types import DrawSettings, Vokens
@@ -48,12 +48,14 @@ class Served:
         keys: Keys | None = None,
         ledger: Ledger | None = None,
         text_filter: TextFilter | None = None,
+        config: ModelConfig = CONFIG,
+        example_pictures: Mapping[int, bytes] | None = None,
     ) -> None:
         self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
         self.store = StoryStore(str(storage))
         engines = LocalEngines(self.generator, self.decoder)
         self.front: Front = build_front(
-            CONFIG,
+            config,
             engines,
             self.store,
             max_wait_s=max_wait_s,
@@ -61,6 +63,7 @@ class Served:
             keys=keys,
             text_filter=text_filter,
             ledger=ledger,
+            example_pictures=example_pictures,
         )
 
     def run(self, use: Use) -> None:

@@ -701,6 +701,35 @@ def test_models_shows_the_defaults_that_a_request_takes(served: Served) -> None:
     assert first == second
 
 
+def test_a_model_is_found_by_its_name_with_what_it_is_for(served: Served) -> None:
+    [model] = served.request("GET", "/v1/models").json()["data"]
+    assert served.request("GET", "/v1/models/storybook").json() == model
+    assert model["about"] == CONFIG.about
+    assert model["examples"] == [{"prompt": prompt, "picture": None} for prompt in CONFIG.examples]
+    assert_error(served.request("GET", "/v1/models/gpt-4"), 404, param="model", says=('"gpt-4"', "storybook"))
+    assert_error(served.request("GET", "/v1/models/storybook/examples/1.webp"), 404, says=("example 1",))
+
+
+def test_examples_have_their_pictures_whatever_the_model_is_called(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, name="me/my model?", examples=("A fox", "A bear"))
+    served = Served(tmp_path, config=config, example_pictures={2: b"webp"})
+    [model] = served.request("GET", "/v1/models").json()["data"]
+    assert [one["prompt"] for one in model["examples"]] == ["A fox", "A bear"]
+    assert model["examples"][0]["picture"] is None
+    picture = served.request("GET", model["examples"][1]["picture"])
+    assert (picture.headers["content-type"], picture.content) == ("image/webp", b"webp")
+    assert served.request("GET", "/v1/models/me/my%20model%3F").json() == model
+    for number in ("0", "1", "3"):
+        assert_error(served.request("GET", f"/v1/models/me/my%20model%3F/examples/{number}.webp"), 404)
+
+
+@pytest.mark.parametrize("path", ["/v1/stories/story_1/pages/{}.png", "/v1/models/storybook/examples/{}.webp"])
+def test_a_number_of_5000_digits_is_refused_by_the_length_of_its_path(served: Served, path: str) -> None:
+    reply = served.request("GET", path.format("9" * 5000))
+    assert_error(reply, 414, says=(str(4998 + len(path)), "2000"))
+    assert_error(served.request("GET", path.format("9" * 1900)), 404)
+
+
 def test_health_readiness_docs_and_the_page(served: Served) -> None:
     assert served.request("GET", "/healthz").json() == {"status": "alive"}
     assert served.request("GET", "/readyz").json() == {"status": "ready"}
