@@ -22,6 +22,7 @@ from deployments.api.front import Front
 from deployments.schemas import StoryReply, story_reply
 from deployments.sse import KEEP_ALIVE, encode
 from deployments.stories.events import Position
+from minigpt5.errors import EngineLost
 from minigpt5.story.stream import describe
 
 logger = logging.getLogger("ray.serve")
@@ -115,6 +116,8 @@ class EventStream(StreamingResponse):
         except TimeoutError:
             return KEEP_ALIVE
         self._arrived.task_done()
+        if event is None and reading.cancelled():  # not by this reply, which asks no more then
+            raise EngineLost("the work was cancelled at an engine")
         if event is None:
             reading.result()
         return event

@@ -231,7 +231,9 @@ def test_other_machines_are_reached_through_the_proxy(url: str, environment: pyt
         assert list(client.stories()) == []
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "gpu:8000", "ftp://gpu", "http://", "http://[", "gpu"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "gpu:8000", "ftp://gpu", "http://", "http://[::1", "http://gpu:port", "gpu"]
+)
 def test_what_is_no_url_is_said_at_once(url: str) -> None:
     with pytest.raises(ClientError, match="is no URL of a server"):
         Client(url)
