@@ -8,12 +8,10 @@ JSON lines, CSV and parquet, the first two also gzipped, or a folder of them. A 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,18 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from PIL import Image
 from pyarrow import ArrowException, fs, parquet
 
 from batch_jobs.text_files import CUT, MAX_LINE, check_utf8, open_text, parse_json, read_lines
+from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
+from minigpt5.pictures import MAX_BYTES, open_picture
 from minigpt5.types import MAX_PAGES
 
 COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale")
 DESCRIBE_COLUMNS = ("id", "image", "question")
 MAX_IMAGES = 8
-MAX_IMAGE_PIXELS = 2**25
 DEFAULT_PAGES = 4
 MAX_SEED = 2**63 - 1
 MAX_ID_LENGTH = 512
@@ -238,23 +236,20 @@ def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRo
 
 
 def load_image(image: str | bytes) -> bytes:
-    """The picture's file. Raises InvalidRequest where it cannot be read or is no picture."""
+    """Read a picture's file. Raises InvalidRequest where it cannot be read, BadPicture where it is no picture."""
     shown = f"{len(image)} bytes" if isinstance(image, bytes) else f"{image:.80}"
     try:
         if isinstance(image, bytes):
             data = image
-        elif image.startswith("data:"):
-            data = base64.b64decode(image.partition(",")[2], validate=True)
+        elif data_url.is_data_url(image):
+            data = data_url.decode(image)
         else:
             filesystem, path = open_uri(image)
             with filesystem.open_input_stream(path, compression=None) as file:
-                data = file.read()
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"it has {picture.width} x {picture.height} pixels, more than {MAX_IMAGE_PIXELS}")
-            picture.load()
-    except (OSError, ValueError, ArrowException, StorageError, Image.DecompressionBombError) as error:
-        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a PNG or JPEG file") from error
+                data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError, ArrowException, StorageError) as error:
+        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a picture file") from error
+    open_picture(data, name=f"image {shown}")
     return data
 
 

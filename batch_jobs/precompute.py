@@ -72,7 +72,7 @@ class Encode:
         for segment, moments_MYX in zip(segments, moments_BMYX, strict=True):
             segment["moments"] = _save(moments_MYX)
         if self.config.vision.family != "none":
-            read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
+            read = [fit_read(one["picture"], self.config.vision.image_px) for one in segments]
             for segment, features_FE in zip(segments, self.vision.encode(read).half().numpy(), strict=True):
                 segment["features"] = _save(features_FE)
         for segment in segments:

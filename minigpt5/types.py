@@ -17,6 +17,8 @@ import numpy as np
 MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
+NUM_PREVIEWS = 3
+"""Previews of each picture of a story, where they are asked for."""
 MAX_DISTILLED_STEPS = 8
 Precision = Literal["float32", "bfloat16"]
 """Precision of an engine's large model. In bfloat16 a picture depends a little on its batch
@@ -26,7 +28,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class InputImage:
-    """A picture that the language model reads: encoded bytes (PNG or JPEG), already bounded and checked."""
+    """A picture that the language model reads: the file's bytes, which `minigpt5.pictures.open_picture` opens."""
 
     data: bytes = field(metadata={"json": "image"})
 
@@ -150,8 +152,8 @@ class DrawRequest:
     settings: DrawSettings = field(default_factory=DrawSettings)
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
-    previews: bool = False
-    """Whether some steps' Progress shows the picture as far as it is."""
+    num_previews: int = 0
+    """Steps whose Progress shows the picture as far as it is, spread evenly; the last step has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,9 @@ from pydantic import BaseModel
 
 from benchmarks import tables
 from deployments.api import routes
-from deployments.api.chat import CreateChat
+from deployments.api.chat import SERVED, CreateChat, StreamOptions
 from deployments.api.images import CreateImages
+from deployments.api.openai_body import IGNORED, OpenAIBody
 from deployments.application import AppArgs
 from deployments.schemas import CreateStory
 from training.presets import PUBLISHED, override
@@ -327,16 +328,36 @@ def test_the_routes_are_listed() -> None:
     text = TEXTS["docs/http-api.md"]
     table = text.split("| route | what it does |")[1].split("\n\n")[0]
     named = re.findall(r"`(GET|POST|PATCH|DELETE) ([^`\s?]+)", table + text.split("## OpenAI's format")[1])
-    routers = (routes.exports, routes.stories, routes.pages, routes.images, routes.chat, routes.operations)
+    names = ("exports", "stories", "pages", "images", "chat", "models", "operations")
+    routers = [getattr(routes, name) for name in names]
     served = {
-        (method, re.sub(r"\{page:int\}", "{n}", route.path.replace("{story_id}", "{id}")))
+        (method, re.sub(r"\{\w+:int\}", "{n}", re.sub(r"\{(story|model)_id(:path)?\}", "{id}", route.path)))
         for router in routers
         for route in router.routes
         for method in route.methods
     }
     assert set(named) - served == {("GET", "/docs")}
     books = {("GET", f"/v1/stories/{{id}}{suffix}") for suffix in (".epub", ".pdf")}
-    assert served - set(named) - books == {("GET", "/v1/images/{name}.png"), ("GET", "/studio/{name}")}
+    assert served - set(named) - books == {("GET", "/v1/images/{name}"), ("GET", "/studio/{name}")}
+
+
+def test_the_ignored_and_the_refused_fields_of_openais_routes_are_listed() -> None:
+    section = TEXTS["docs/http-api.md"].split("### Fields of other servers")[1].split("\n## ")[0]
+    table, refused = section.split("| route | ignored fields |")[1].split("The server refuses")
+    named = {
+        route.strip(): set(re.findall(r"`([\w.]+)`", cell.partition(";")[0]))
+        for _, route, cell, _ in (row.split("|") for row in table.splitlines()[2:] if row)
+    }
+
+    def ignored(model: type[BaseModel], prefix: str = "") -> set[str]:
+        return {prefix + name for name, field in model.model_fields.items() if IGNORED in field.metadata}
+
+    both = ignored(OpenAIBody)
+    assert named["both"] == both
+    assert named["images"] == ignored(CreateImages) - both
+    chat = ignored(CreateChat) | ignored(StreamOptions, "stream_options.")
+    assert named["chat, OpenAI's"] | named["chat, others'"] == chat - both
+    assert set(SERVED) <= set(re.findall(r"`(\w+)`", refused))
 
 
 def test_the_metrics_are_listed() -> None:

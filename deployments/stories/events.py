@@ -9,15 +9,18 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from deployments.schemas import page_reply, picture_url, story_reply
+from deployments.sse import encode
 from minigpt5.story.state import ImageState, PageState, StoryState
 from minigpt5.types import Progress
+
+ENDS = ("done", "error")
+"""The events after which nothing comes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +86,7 @@ class StreamEvent:
         return self.position.page
 
     def encode(self) -> str:
-        data = json.dumps(self.data, ensure_ascii=False)
-        return f"id: {self.position}\nevent: {self.name}\ndata: {data}\n\n"
+        return encode(self.data, name=self.name, id=str(self.position))
 
 
 class Numbering:
@@ -164,9 +166,21 @@ def stored_events(state: StoryState) -> list[StreamEvent]:
             events.append(numbering.slot(page.index))
         if page.image:
             events.append(numbering.image(page.index, page.image))
-        if page.image or page.error or (page.is_written and state.status != "drawing"):
+        if page.image or page.error or (page.is_written and state.status == "done"):
             events.append(numbering.page(page))
     return events if state.status == "drawing" else [*events, numbering.end(state)]
+
+
+async def has_ended_for(state: StoryState, seen: Position) -> bool:
+    """Whether a reader at `seen` was told how the story ended, and there is nothing that he does not have."""
+    if state.status == "drawing" or seen.kind not in ENDS:
+        return False
+
+    async def stored() -> AsyncIterator[StreamEvent]:
+        for event in stored_events(state):
+            yield event
+
+    return [event.name async for event in after(stored(), seen)] == [seen.kind]
 
 
 async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncIterator[StreamEvent]:

@@ -32,8 +32,6 @@ from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
 
-NUM_PREVIEWS = 3
-"""Previews of a picture, where they are asked for."""
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
 """Size of the finished pictures that are kept."""
@@ -203,7 +201,7 @@ class DiffusionDecoder:
     def _tell(self, job: _Job, denoising: Denoising) -> None:
         step, steps = denoising.step, job.request.settings.steps
         preview = None
-        if job.request.previews and denoising.num_calls_left and is_shown(step, steps):
+        if denoising.num_calls_left and is_shown(step, steps, job.request.num_previews):
             preview = encode(self.diffusion.to_pixels(denoising.pred_x0_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
         job.put(Progress(page=job.request.vokens.page, step=step, steps=steps, preview=preview))
 
@@ -229,9 +227,10 @@ def content_key(request: DrawRequest) -> Hashable:
     return hashlib.sha256(request.vokens.hidden_VH.tobytes()).digest(), request.seed, request.settings
 
 
-def is_shown(step: int, steps: int) -> bool:
-    """Whether this step of `steps` has a preview: NUM_PREVIEWS of them, evenly."""
-    parts = NUM_PREVIEWS + 1
+def is_shown(step: int, steps: int, num_previews: int) -> bool:
+    """Whether this step of `steps` is one of the `num_previews` that have a preview. The last step counts as one more,
+    which shows the picture itself."""
+    parts = num_previews + 1
     return step * parts // steps > (step - 1) * parts // steps
 
 

@@ -7,6 +7,7 @@ mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
 decoder/              vae/, unet/, scheduler/ in diffusers' layout; unet_distilled/, where there is one; or a base model
+examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
 
 Other parts are base models, which `config.json` names by path or hub id. They are read and never written.
 """
@@ -46,6 +47,7 @@ VOCABULARY = "vocabulary.safetensors"
 COPIED_BYTES = 2**24
 """Bytes of a fetched file that are held at once."""
 FINGERPRINT = re.compile("[0-9a-f]{64}")
+MAX_EXAMPLE_PICTURE_BYTES = 32 * 1024
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
@@ -61,7 +63,27 @@ def load_config(folder: str | Path) -> ModelConfig:
     try:
         return from_json(ModelConfig, json.loads(path.read_bytes()))
     except ValueError as error:
-        raise ModelFolderError(f"{path} is damaged ({error}): restore it from where the folder came from") from error
+        raise ModelFolderError(f"{path} is damaged ({error}): correct it or restore the folder") from error
+
+
+def load_example_pictures(folder: str | Path, config: ModelConfig) -> dict[int, bytes]:
+    """Number of an example, from 1 -> its picture as WebP bytes, for those that have one. Raises ModelFolderError."""
+    found = {}
+    for number in range(1, len(config.examples) + 1):
+        path = Path(folder) / "examples" / f"{number}.webp"
+        if path.is_file():
+            found[number] = _read_webp(path)
+    return found
+
+
+def _read_webp(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(MAX_EXAMPLE_PICTURE_BYTES + 1)
+    if len(data) > MAX_EXAMPLE_PICTURE_BYTES:
+        raise ModelFolderError(f"{path} has over {MAX_EXAMPLE_PICTURE_BYTES} bytes: make it smaller or remove it")
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        raise ModelFolderError(f"{path} begins with {data[:12]!r} and is no WebP picture: convert or remove it")
+    return data
 
 
 def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> str:

@@ -250,8 +250,8 @@ class Objective(nn.Module):
 
     def _see(self, pictures: list[np.ndarray]) -> Tensor:
         """Pictures, or their features -> (N, Q, H)."""
-        stacked = np.stack(pictures)
-        return self.vision(stacked) if stacked.dtype == np.uint8 else self.vision.embed_features(stacked)
+        has_pixels = pictures[0].dtype == np.uint8
+        return self.vision(pictures) if has_pixels else self.vision.embed_features(np.stack(pictures))
 
     def text_loss(self, states_BSH: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross-entropy of the next token where it is learnt; logits are computed there only."""
@@ -295,7 +295,7 @@ class Objective(nn.Module):
 
         A picture then reads like a text; the tokens of the batch are what each one is told apart from.
         """
-        image_NQH = self.vision(np.stack([picture for example in examples for picture in example.read])).float()
+        image_NQH = self.vision([picture for example in examples for picture in example.read]).float()
         filler = self.tokenizer.encode(".", add_special_tokens=False)[:1] * image_NQH.shape[1]
         said = [self.tokenizer.encode(text, add_special_tokens=False) for example in examples for text in example.shown]
         ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said], device=self.device)

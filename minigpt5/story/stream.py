@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from minigpt5.types import (
+    NUM_PREVIEWS,
     DecoderEvent,
     DrawRequest,
     GeneratorEvent,
@@ -63,7 +64,7 @@ async def stream_story(
             seed=page_seed(request.seed, page),
             settings=request.draw,
             key=request.key,
-            previews=request.previews,
+            num_previews=NUM_PREVIEWS if request.previews else 0,
         )
         try:
             async for event in decode(draw_request):

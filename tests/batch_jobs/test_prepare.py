@@ -6,9 +6,7 @@ import codecs
 import gzip
 import io
 import json
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,12 @@ from batch_jobs import prepare as module
 from batch_jobs.dataset_readers import DATASET_READERS, Source, storybook_item
 from batch_jobs.prepare import Part, main, write_part
 from batch_jobs.wml import macros_in, stories_in
-from minigpt5.objective.stored_example import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
+from minigpt5.objective import stored_example
+from minigpt5.objective.stored_example import MAX_STORED_PIXELS, BadRow, Item, Segment, check_picture, to_row
+from minigpt5.pictures import open_picture
 from minigpt5.storybook.dialogues import dialogue_at
 from tests.helpers.fakes import make_png
+from tests.helpers.picture_files import png_header
 
 PNG = make_png()
 
@@ -32,13 +33,6 @@ def jpeg(size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, "orange").save(file, "JPEG", **options)
     return file.getvalue()
-
-
-def bomb() -> bytes:
-    """A small PNG that says it is 60,000 px wide and high."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
-    chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + PNG[33:]
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> Path:
@@ -76,16 +70,21 @@ def test_cc3m_rows_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
         "no tab",
         "up and away\t../secret.jpg",
     ]
-    files = {"c.tsv": "\n".join(lines), "train/0.jpg": jpeg(), "train/1.jpg": jpeg()[:-200], "train/3.png": bomb()}
+    files = {
+        "c.tsv": "\n".join(lines),
+        "train/0.jpg": jpeg(),
+        "train/1.jpg": jpeg()[:-200],
+        "train/3.png": png_header(60_000, 60_000),
+    }
     source = write(tmp_path / "in", files)  # type: ignore[arg-type]
     rows, reasons = rows_of("cc3m", source, tmp_path / "out")
     assert [told(row) for row in rows] == [["a red fox in the snow", "#"]]
     assert rows[0]["kind"] == "caption" and rows[0]["segments"][1]["caption"] == "a red fox in the snow"
     assert rows[0]["segments"][1]["picture"] == jpeg()
-    assert reasons["train/1.jpg"].startswith("train/1.jpg: broken picture")
+    assert reasons["train/1.jpg"].startswith("bad picture: train/1.jpg is a JPEG file that is damaged")
     assert reasons["train/2.jpg"] == "missing file: train/2.jpg"
     assert reasons["train/0.jpg"] == "empty text"
-    assert "60000 x 60000 pixels" in reasons["train/3.png"] or "bomb" in reasons["train/3.png"]
+    assert "must have at most 33554432 pixels" in reasons["train/3.png"]
     assert reasons["c.tsv:7"] == "1 columns, not 2"
     assert "leads out of" in reasons["../secret.jpg"]
 
@@ -346,8 +345,7 @@ def test_tux_paint_stamps(tmp_path: Path) -> None:
     }
     rows, reasons = rows_of("tuxpaint", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
     assert [told(row) for row in rows] == [["A red fox.", "#"]]
-    picture = Image.open(io.BytesIO(rows[0]["segments"][1]["picture"]))
-    assert picture.mode == "RGB" and picture.getpixel((3, 3)) == (255, 255, 255)
+    assert open_picture(rows[0]["segments"][1]["picture"]).getpixel((3, 3)) == (255, 255, 255)
     assert reasons == {"food/plum.png": "missing file: food/plum.txt"}
 
 
@@ -531,15 +529,20 @@ def test_the_picture_world(kind: str) -> None:
         assert lengths == {4, 6, 8} and all("#" in told(row) for row in rows)
 
 
-def test_pictures_are_upright_opaque_and_of_bounded_size() -> None:
+def test_pictures_are_stored_as_they_are_and_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_picture(PNG, name="p") == PNG
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = check_picture(jpeg((40, 30), exif=exif), name="p")
-    assert Image.open(io.BytesIO(turned)).size == (30, 40) and not Image.open(io.BytesIO(turned)).getexif()
-    large = Image.open(io.BytesIO(check_picture(jpeg((3000, 1500)), name="p")))
-    assert large.size == (MAX_SIDE_PX, MAX_SIDE_PX // 2)
-    for data in (b"", b"GIF89a", PNG[:40], bomb(), b"<svg/>"):
+    turned = jpeg((40, 30), exif=exif)
+    assert check_picture(turned, name="p") == turned  # training sets it upright when it reads the row
+    large = Image.open(io.BytesIO(check_picture(jpeg((3000, 1500), exif=exif), name="p")))
+    assert large.format == "JPEG" and not large.getexif()
+    assert large.height == pytest.approx(2 * large.width, abs=2)
+    assert 0.99 * MAX_STORED_PIXELS < large.width * large.height <= MAX_STORED_PIXELS
+    monkeypatch.setattr(stored_example, "MAX_STORED_BYTES", len(turned) - 1)
+    smaller = check_picture(turned, name="p")
+    assert smaller.startswith(b"\x89PNG") and open_picture(smaller).tobytes() == open_picture(turned).tobytes()
+    for data in (b"", b"GIF89a", PNG[:40], png_header(60_000, 60_000), b"<svg/>"):
         with pytest.raises(BadRow):
             check_picture(data, name="p")
 

@@ -1,92 +1,84 @@
-"""Where a model folder comes from, and that nothing outside of the one that is written changes."""
+"""The model folder: what it says to people is kept, and neither changes its fingerprint nor harms a reader."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pyarrow import fs
 
+from minigpt5.codec import to_json
+from minigpt5.config import default_model_folder, storybook
 from minigpt5.errors import ModelFolderError
-from minigpt5.model import folder as model_folder
-from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_vision
+from minigpt5.model.folder import (
+    MAX_EXAMPLE_PICTURE_BYTES,
+    check_folder,
+    compute_fingerprint,
+    load_config,
+    load_example_pictures,
+)
+from tests.helpers.tiny import save_tiny, tiny_config
+
+WEBP = b"RIFF\x1a\x00\x00\x00WEBPVP8L"
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that `bucket://` URIs name, as an object store that is not on this machine."""
-    root = tmp_path / "bucket"
-
-    def from_uri(uri: str) -> tuple[fs.FileSystem, str]:
-        return fs.SubTreeFileSystem(str(root), fs.LocalFileSystem()), uri.removeprefix("bucket://")
-
-    monkeypatch.setattr(model_folder, "_open_uri", from_uri)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return root
+def write_config(folder: Path, **values: object) -> None:
+    (folder / "config.json").write_text(json.dumps(to_json(storybook()) | values))
 
 
-def test_a_model_by_uri_is_fetched_once(store: Path) -> None:
-    saved = save_tiny(store / "runs" / "model")
-    (store / "runs" / "model" / "weights.pkl").write_bytes(b"")
-    found = model_folder.locate("bucket://runs/model")
-    assert found.name == saved.fingerprint and not (found / "weights.pkl").exists()
-    assert model_folder.check_folder(found) == saved
-    (store / "runs" / "model" / "mapper.safetensors").unlink()
-    assert model_folder.locate("bucket://runs/model") == found
+def put(folder: Path, number: int, data: bytes) -> None:
+    (folder / "examples").mkdir(exist_ok=True)
+    (folder / "examples" / f"{number}.webp").write_bytes(data)
 
 
-def test_a_uri_that_holds_no_model_says_so(store: Path) -> None:
-    store.mkdir()
-    with pytest.raises(ModelFolderError, match="bucket://none cannot be read as a model folder"):
-        model_folder.locate("bucket://none")
-    (store / "evil").mkdir()
-    (store / "evil" / "config.json").write_text(Path("models/storybook/config.json").read_text())
-    text = (store / "evil" / "config.json").read_text()
-    fingerprint = model_folder.load_config(store / "evil").fingerprint
-    (store / "evil" / "config.json").write_text(text.replace(fingerprint, "../../outside"))
-    with pytest.raises(ModelFolderError, match="its fingerprint is"):
-        model_folder.locate("bucket://evil")
+def test_a_saved_folder_says_what_the_config_said(tmp_path: Path) -> None:
+    saved = save_tiny(tmp_path)
+    assert saved.about and (saved.about, saved.examples) == (tiny_config().about, tiny_config().examples)
+    assert load_config(tmp_path) == saved and load_example_pictures(tmp_path, saved) == {}
+    again = replace(saved, about="Another text.", examples=())
+    (tmp_path / "config.json").write_text(json.dumps(to_json(again)))
+    put(tmp_path, 1, WEBP)
+    assert check_folder(tmp_path) == again and compute_fingerprint(tmp_path) == saved.fingerprint
 
 
-def test_a_path_is_itself_and_a_missing_one_is_said(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "model")
-    assert model_folder.locate(tmp_path / "model") == tmp_path / "model"
-    with pytest.raises(ModelFolderError, match="is not a model folder"):
-        model_folder.check_folder(model_folder.locate(tmp_path / "none"))
+def test_a_folder_of_before_says_nothing(tmp_path: Path) -> None:
+    values = to_json(storybook())
+    del values["about"], values["examples"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_config(tmp_path)
+    assert (config.about, config.summary, config.examples) == ("", "", ())
 
 
-def test_a_base_diffusion_model_is_never_written(tmp_path: Path) -> None:
-    base = tmp_path / "users-own"
-    model_folder.save_diffusion(tiny_diffusion(tiny_config()), base)
-    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
-    config = dataclasses.replace(tiny_config(), diffusion=str(base))
-    for folder, start in ((tmp_path / "one", None), (tmp_path / "two", tmp_path / "one")):
-        model_folder.save(
-            folder,
-            config,
-            language=tiny_language(config),
-            mapper=tiny_mapper(config),
-            vision=tiny_vision(config),
-            start=start,
-        )
-        assert not (folder / "decoder").exists()
-    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
-    assert model_folder.load_decoder_model(tmp_path / "two")[2].unet.config.sample_size == 8
+def test_an_about_of_1001_characters_is_refused_with_its_file(tmp_path: Path) -> None:
+    write_config(tmp_path, about="x" * 1001)
+    with pytest.raises(ModelFolderError, match=r"config.json is damaged \(about has 1001 characters"):
+        load_config(tmp_path)
 
 
-def test_a_decoder_inside_the_start_is_copied_as_it_is(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "start")
-    config = model_folder.load_config(tmp_path / "start")
-    model_folder.save(
-        tmp_path / "next",
-        config,
-        language=tiny_language(config),
-        mapper=tiny_mapper(config),
-        vision=tiny_vision(config),
-        start=tmp_path / "start",
-    )
-    files = sorted(path.relative_to(tmp_path / "start") for path in (tmp_path / "start" / "decoder").rglob("*.*"))
-    assert files
-    for name in files:
-        assert (tmp_path / "next" / name).read_bytes() == (tmp_path / "start" / name).read_bytes()
+def test_pictures_belong_to_examples_by_their_number(tmp_path: Path) -> None:
+    write_config(tmp_path, examples=["A fox", "A bear"])
+    for number in (0, 2, 3):
+        put(tmp_path, number, WEBP + bytes([number]))
+    assert load_example_pictures(tmp_path, load_config(tmp_path)) == {2: WEBP + b"\x02"}
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (WEBP.ljust(MAX_EXAMPLE_PICTURE_BYTES + 1, b"\x00"), "1.webp has over 32768 bytes"),
+        (b"\x89PNG\r\n\x1a\n", "1.webp begins with .*PNG.* and is no WebP picture"),
+        (b"<svg onload='alert(1)'/>", "is no WebP picture"),
+        (b"", "is no WebP picture"),
+    ],
+)
+def test_a_picture_that_is_too_large_or_no_webp_is_named(tmp_path: Path, data: bytes, complaint: str) -> None:
+    put(tmp_path, 1, data)
+    with pytest.raises(ModelFolderError, match=complaint):
+        load_example_pictures(tmp_path, storybook())
+
+
+def test_the_shipped_pictures_are_small_and_one_for_each_example() -> None:
+    config = load_config(default_model_folder())
+    pictures = load_example_pictures(default_model_folder(), config)
+    assert len(pictures) == len(config.examples) and sum(map(len, pictures.values())) < 30_000
