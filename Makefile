@@ -79,7 +79,7 @@ story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT
 	@$(RUN) -m minigpt5 --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
 
 test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one bulk job, one training run on Ray
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 test-full: $(STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
 	$(RUN) -m pytest -m "not bench and not fuzz"
@@ -89,7 +89,7 @@ test-newest:  ## the fast tests with the newest versions that pyproject.toml all
 	$(PYTHON) -m venv build/venv-newest
 	$(call install,$(NEWEST),$(TORCH) -e '.[$(ALL)]')
 	$(NEWEST) -m pip list --format=freeze > build/newest.txt
-	$(NEWEST) -m pytest -n 2 --dist loadgroup -m "not slow and not bench and not cluster" --deselect $(CLOSURE)
+	$(NEWEST) -m pytest -n 2 -m "not slow and not bench and not cluster" --deselect $(CLOSURE)
 
 lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .

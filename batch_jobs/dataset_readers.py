@@ -1,7 +1,8 @@
 """Readers of published data sets, and of a user's own -> items: what each row is, and where its pictures lie.
 
 cc3m        a TSV of `caption<TAB>image_path`, paths relative to it
-cc3m-tar    webdataset tar files: for each key a picture and a .txt or .json with its caption
+cc3m-tar    webdataset tar files: for each key a picture and a .txt or .json with its caption; a key is a member's
+            name up to the first dot
 vist        <split>_cleaned.json with <split>_image_mapping.json beside it: stories in sequence
 mmdialog    JSON lines of conversations, pictures <media id>.jpg in the same folder
 tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is the English caption; a <name>.svg
@@ -9,16 +10,16 @@ tuxpaint    a folder of stamps: <name>.png with <name>.txt, whose first line is 
 wesnoth     a folder of campaigns: [story] [part] blocks of .cfg files, with their paintings; a map is none
 storybook   the picture world: `storybook:caption`, `storybook:story` or `storybook:dialogue`, as many as --limit says
 folder      story.jsonl and pictures, a user's own: see docs/training.md
+
+Tar, TSV and JSON lines files may be gzipped. A file that ends early gives the rows before its end, and a reject.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -28,9 +29,11 @@ from PIL import Image
 from pyarrow import fs
 
 from batch_jobs.inputs import open_uri
+from batch_jobs.text_files import CUT, Line, check_utf8, open_text, parse_json, read_lines, unpack
+from batch_jobs.webdataset import Part, only, read_parts
 from batch_jobs.wml import Macro, macros_in, stories_in
-from minigpt5.errors import InvalidRequest
-from minigpt5.objective.stored_example import SPEAKERS, Item, Segment
+from minigpt5.errors import InvalidRequest, StorageError
+from minigpt5.objective.stored_example import SPEAKERS, Item, Segment, as_unicode
 from minigpt5.published.data import MAX_TURN_TOKENS, clean_caption
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.dialogues import dialogue_at
@@ -74,11 +77,32 @@ class Source:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{name} leads out of {self._folder}")
-        return self._files.open_input_stream(f"{self._folder}/{name}", compression=None)
+        return self._files.open_input_file(f"{self._folder}/{name}")
 
-    def lines(self, name: str) -> Iterator[str]:
-        with self.open(name) as file, io.TextIOWrapper(file, encoding="utf-8", errors="replace") as text:
-            yield from (line.rstrip("\r\n") for line in text)
+    def lines(self, name: str) -> Iterator[Line]:
+        """Raises StorageError where it is in UTF-16 or UTF-32, or ends early."""
+        with self.open(name) as file:
+            yield from read_lines(file, name=name)
+
+    def parts(self, name: str) -> Iterator[Part]:
+        """Of a tar file. Raises StorageError where it ends early or is damaged."""
+        with self.open(name) as file:
+            yield from read_parts(unpack(file), name=name, suffixes=(*PICTURE_SUFFIXES, ".txt", ".json"))
+
+    def text(self, name: str) -> str:
+        """Raises StorageError where it is no text in UTF-8."""
+        try:
+            with self.open(name) as file:
+                return check_utf8(open_text(file, name=name).read())
+        except (ValueError, *CUT) as error:
+            raise StorageError(f"{name} cannot be read: {error}") from error
+
+    def json(self, name: str) -> Any:
+        """Raises StorageError where it is no JSON."""
+        try:
+            return parse_json(self.text(name))
+        except ValueError as error:
+            raise StorageError(f"{name} is not JSON: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +113,15 @@ class Layout:
     items: Callable[[Source, str], Iterator[Item]]
 
 
+def read_items(layout: str, source: Source, name: str) -> Iterator[Item]:
+    """The items of one file. A file that is cut, damaged or no UTF-8 ends with an item whose problem says so."""
+    try:
+        for item in DATASET_READERS[layout].items(source, name):
+            yield replace(item, id=as_unicode(item.id))
+    except StorageError as problem:
+        yield Item(id=name, kind="caption", segments=(), problem=f"damaged file: {problem}")
+
+
 def picture(where: bytes | str, caption: str = "") -> Segment:
     return Segment(picture=where, caption=caption)
 
@@ -97,44 +130,61 @@ def picture(where: bytes | str, caption: str = "") -> Segment:
 
 
 def _cc3m(source: Source, name: str) -> Iterator[Item]:
-    for number, line in enumerate(source.lines(name)):
-        fields = line.split("\t")
-        if number == 0 and fields == ["caption", "image_path"]:
-            continue
-        if len(fields) != 2:
-            yield Item(id=f"{name}:{number}", kind="caption", segments=(), problem=f"{len(fields)} columns, not 2")
+    for line in source.lines(name):
+        row = f"{name}:{line.number}"
+        try:
+            fields = line.text.split("\t")
+            if line.number == 1 and fields == ["caption", "image_path"]:
+                continue
+            if len(fields) != 2:
+                raise ValueError(f"{len(fields)} columns, not 2")
+        except ValueError as problem:
+            yield Item(id=row, kind="caption", segments=(), problem=str(problem))
             continue
         caption = clean_caption(fields[0])
         yield Item(id=fields[1], kind="caption", segments=(Segment(text=caption), picture(fields[1], caption)))
 
 
 def _cc3m_tar(source: Source, name: str) -> Iterator[Item]:
-    with source.open(name) as file, tarfile.open(fileobj=file, mode="r|") as archive:
-        key, parts = "", dict[str, bytes]()
-        for member in archive:
-            if not member.isfile():
-                continue
-            stem, _, suffix = member.name.rpartition(".")
-            if stem != key and parts:
-                yield _tar_item(f"{name}:{key}", parts)
-                parts = {}
-            key = stem
-            content = archive.extractfile(member)
-            parts[suffix.lower()] = content.read() if content else b""
-        if parts:
-            yield _tar_item(f"{name}:{key}", parts)
-
-
-def _tar_item(name: str, parts: dict[str, bytes]) -> Item:
-    data = next((parts[suffix[1:]] for suffix in PICTURE_SUFFIXES if suffix[1:] in parts), None)
+    key, parts = "", list[Part]()
     try:
-        words = parts["txt"].decode() if "txt" in parts else json.loads(parts["json"])["caption"]
-    except (KeyError, ValueError, TypeError):
+        for part in source.parts(name):
+            if part.key != key and parts:
+                yield _tar_item(f"{name}:{key}", parts)
+                parts = []
+            key = part.key
+            parts.append(part)
+    except StorageError:
+        last = _tar_item(f"{name}:{key}", parts)
+        if not last.problem:
+            yield last
+        raise
+    if parts:
+        yield _tar_item(f"{name}:{key}", parts)
+
+
+def _tar_item(name: str, parts: list[Part]) -> Item:
+    try:
+        words = only(parts, (".txt",)) or only(parts, (".json",))
+        if words is None:
+            raise ValueError("no caption in .txt or .json")
+        shown = only(parts, PICTURE_SUFFIXES)
+        if shown is None:
+            raise ValueError("missing file: no picture with this key")
+        too_large = next((part for part in (words, shown) if part.data is None), None)
+        if too_large:
+            raise ValueError(f"too large: {too_large.extension} has {too_large.size_bytes} bytes")
+        assert words.data is not None
+        text = open_text(io.BytesIO(words.data), name=words.extension).read()
+        caption = check_utf8(text) if words.suffix == ".txt" else parse_json(text)["caption"]
+        if not isinstance(caption, str):
+            raise ValueError("no caption in .txt or .json")
+    except (ValueError, StorageError) as problem:
+        return Item(id=name, kind="caption", segments=(), problem=str(problem))
+    except (KeyError, TypeError, *CUT):
         return Item(id=name, kind="caption", segments=(), problem="no caption in .txt or .json")
-    if data is None:
-        return Item(id=name, kind="caption", segments=(), problem="missing file: no picture with this key")
-    caption = clean_caption(str(words))
-    return Item(id=name, kind="caption", segments=(Segment(text=caption), picture(data, caption)))
+    caption = clean_caption(caption)
+    return Item(id=name, kind="caption", segments=(Segment(text=caption), picture(shown.data or b"", caption)))
 
 
 # Stories
@@ -145,20 +195,29 @@ def _vist_files(source: Source) -> list[str]:
 
 
 def _vist(source: Source, name: str) -> Iterator[Item]:
-    stories = json.loads(source.read(name))
-    paths = json.loads(source.read(name.replace("_cleaned.json", "_image_mapping.json")))
+    mapping = name.replace("_cleaned.json", "_image_mapping.json")
+    stories = source.json(name)
+    try:
+        paths = source.json(mapping)
+    except FileNotFoundError:
+        raise StorageError(f"{name} has no {mapping} beside it") from None
+    if not isinstance(stories, dict) or not isinstance(paths, dict):
+        raise StorageError(f"{name} and {mapping} must each hold a JSON object")
     for story_id, steps in stories.items():
         segments: list[Segment] = []
         problem = ""
-        for step in sorted(steps, key=lambda step: int(step["sequence_index"])):
-            where = paths.get(str(step["image_id"]))
-            problem = problem or ("" if where else f"missing file: image {step['image_id']} is not in the mapping")
-            segments += [Segment(text=str(step["caption"])), picture(where or "")]
+        try:
+            for step in sorted(steps, key=lambda step: int(step["sequence_index"])):
+                where = str(paths.get(str(step["image_id"])) or "")
+                problem = problem or ("" if where else f"missing file: image {step['image_id']} is not in the mapping")
+                segments += [Segment(text=str(step["caption"])), picture(where)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"not a story: {type(error).__name__}: {error}"
         yield Item(id=str(story_id), kind="story", segments=tuple(segments), problem=problem)
 
 
 def _wesnoth(source: Source, name: str) -> Iterator[Item]:
-    text = source.read(name).decode(errors="replace")
+    text = source.text(name)
     if "[story]" not in text:
         return
     macros = {**_macros_of(source.uri, _campaign_of(source, name)), **macros_in(text)}
@@ -191,7 +250,7 @@ def _macros_of(uri: str, folder: str) -> dict[str, Macro]:
     macros: dict[str, Macro] = {}
     for name in sorted(_names_of(uri)):
         if name.lower().endswith(".cfg") and PurePosixPath(name).is_relative_to(folder):
-            macros.update(macros_in(source.read(name).decode(errors="replace")))
+            macros.update(macros_in(source.text(name)))
     return macros
 
 
@@ -217,11 +276,11 @@ def _names_of(uri: str) -> frozenset[str]:
 
 def _mmdialog(source: Source, name: str) -> Iterator[Item]:
     folder = name.rpartition("/")[0]
-    for number, line in enumerate(source.lines(name)):
-        if not line.strip():
+    for line in source.lines(name):
+        if not line.raw.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line.text)
             turns = values["conversation"]
             name_of_item = str(values["conversation_id"])
             segments: list[Segment] = []
@@ -238,7 +297,7 @@ def _mmdialog(source: Source, name: str) -> Iterator[Item]:
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"not a conversation: {type(error).__name__}: {error}"
-            yield Item(id=f"{name}:{number}", kind="dialogue", segments=(), problem=problem)
+            yield Item(id=f"{name}:{line.number}", kind="dialogue", segments=(), problem=problem)
             continue
         yield Item(id=name_of_item, kind="dialogue", segments=tuple(segments))
 
@@ -266,8 +325,13 @@ def _tuxpaint(source: Source, _all: str) -> Iterator[Item]:
         elif words not in known:
             yield Item(id=name, kind="caption", segments=(), problem=f"missing file: {words}")
         else:
-            caption = next(source.lines(words), "").strip()
-            yield Item(id=name, kind="caption", segments=(Segment(text=caption), picture(name, caption)))
+            caption, problem = "", ""
+            try:
+                caption = next((line.text.strip() for line in source.lines(words)), "")
+            except (ValueError, StorageError) as error:
+                problem = f"damaged file: {words}: {error}"
+            segments = (Segment(text=caption), picture(name, caption))
+            yield Item(id=name, kind="caption", segments=segments, problem=problem)
 
 
 # A user's own
@@ -279,12 +343,12 @@ def _folder(source: Source, name: str) -> Iterator[Item]:
     def place(value: object) -> str:
         return "/".join(piece for piece in (folder, str(value)) if piece)
 
-    for number, line in enumerate(source.lines(name), start=1):
-        if not line.strip():
+    for line in source.lines(name):
+        if not line.raw.strip():
             continue
-        row = f"{name}:{number}"
+        row = f"{name}:{line.number}"
         try:
-            values = json.loads(line)
+            values = parse_json(line.text)
             row = str(values.get("id", row))
             yield _own_row(row, values, place)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -343,12 +407,12 @@ def _scene(scene: Scene, facts: Facts) -> Segment:
 
 
 DATASET_READERS = {
-    "cc3m": Layout(files=lambda source: source.names(".tsv"), items=_cc3m),
-    "cc3m-tar": Layout(files=lambda source: source.names(".tar"), items=_cc3m_tar),
+    "cc3m": Layout(files=lambda source: source.names(".tsv", ".tsv.gz"), items=_cc3m),
+    "cc3m-tar": Layout(files=lambda source: source.names(".tar", ".tar.gz", ".tgz"), items=_cc3m_tar),
     "vist": Layout(files=_vist_files, items=_vist),
-    "mmdialog": Layout(files=lambda source: source.names(".jsonl", ".txt"), items=_mmdialog),
+    "mmdialog": Layout(files=lambda source: source.names(".jsonl", ".jsonl.gz", ".txt"), items=_mmdialog),
     "tuxpaint": Layout(files=_tuxpaint_files, items=_tuxpaint),
     "wesnoth": Layout(files=lambda source: source.names(".cfg"), items=_wesnoth),
-    "folder": Layout(files=lambda source: source.names("story.jsonl"), items=_folder),
+    "folder": Layout(files=lambda source: source.names("story.jsonl", "story.jsonl.gz"), items=_folder),
 }
 STORYBOOK = ("caption", "story", "dialogue")

@@ -11,27 +11,28 @@ from collections.abc import Iterator
 from functools import partial
 
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of, read_rows
+from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of
 from batch_jobs.job import (
     Output,
     check_model,
     generator_pool,
     limits,
     new_parser,
-    note_unknown_columns,
+    read_table,
     run_command,
     work,
 )
 from batch_jobs.outputs import DESCRIPTION_SCHEMA
 from batch_jobs.pipeline import (
-    STORIES_AT_ONCE,
+    ROWS_PER_GENERATOR,
     Limits,
     Pool,
     RemoteMonitor,
+    check_capacity,
     connect,
     finished_rows,
+    map_with_pool,
     new_dataset,
-    through,
 )
 from batch_jobs.report import Report
 from batch_jobs.stages import ErrorKind, Row, Tell, as_table
@@ -51,23 +52,19 @@ def describe(
     jobs = [row for row in rows if isinstance(row, ImageJob)]
     if not jobs:
         return
-    connect(pool.least)
+    connect(pool.min_engines)
+    check_capacity(pool.min_engines)
     monitor = RemoteMonitor()
-    told = through(
+    told = map_with_pool(
         new_dataset(as_table(jobs), name="describe"),
         Tell,
         pool=pool,
-        at_once=STORIES_AT_ONCE,
+        concurrency_per_actor=ROWS_PER_GENERATOR,
         watch=monitor,
         sampling=config.sampling,
     )
-    for row in finished_rows(told, monitor, limits, pools=("generator",)):
-        if row is None:
-            monitor.show(report.skipped + report.done, report.rows)
-            yield None
-        else:
-            yield {**row, "timings": {"describe_s": row["seconds"]}}
-    report.figures, report.gpus = monitor.figures(), {"generator": pool.num_gpus}
+    for row in finished_rows(told, monitor, limits, report, pools={"generator": pool}):
+        yield row and {**row, "timings": {"describe_s": row["seconds"]}}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("describe", __doc__ or "", generators=True, decoders=False)
-    parser.add_argument("input", help=f"JSON lines, CSV or parquet, path or URI; columns {', '.join(DESCRIBE_COLUMNS)}")
+    parser.add_argument(
+        "input",
+        help=f"JSON lines, CSV or parquet, or a folder of them, path or URI; columns {', '.join(DESCRIBE_COLUMNS)}",
+    )
     parser.add_argument("--question", default=QUESTION, help="of rows without one (default %(default)s)")
     return parser
 
@@ -102,8 +102,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
 
 
 def _read(uri: str, question: str) -> Iterator[ImageJob | BadRow]:
-    rows = list(read_rows(uri))
-    note_unknown_columns(rows, DESCRIBE_COLUMNS)
+    rows = read_table(uri, known=DESCRIBE_COLUMNS, needed=("image",))
     yield from check_image_rows(rows, question=question)
 
 

@@ -1,8 +1,9 @@
-"""Named points at which a job can be made to die, so that its recovery can be tested where it is hardest.
+"""Failpoints: named places where a test can kill the process.
 
-With MINIGPT5_FAILPOINT=NAME:MARKER in the environment of a job (and of the Ray that runs it), the first process that
-reaches the point NAME creates the file MARKER and kills itself with SIGKILL; MARKER, once there, makes it happen once.
-Without it the points do nothing. `benchmarks/bulk.py` uses them.
+Set MINIGPT5_FAILPOINT=NAME:MARKER in the driver's environment; stages receive the failpoint with their arguments. The
+first process that reaches NAME creates the file MARKER and kills itself with SIGKILL. Later ones see MARKER and
+continue, so it must lie where all processes see it. Without the variable failpoints do nothing. `benchmarks/kills.py`
+sets it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A row with a `prompt` is written and drawn; a row with `pages_text` is a finishe
 each page gets its picture. A row without a seed gets one from its prompt, so that every run makes the same stories,
 and the same as a server for that seed. A second run does what the first has left, from the page where it stopped.
 
-    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 -- \\
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python -m batch_jobs.illustrate s3://bucket/prompts.jsonl --output s3://bucket/stories
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from batch_jobs import books
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, digest_of, read_rows
+from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, digest_of
 from batch_jobs.job import (
     Output,
     check_model,
@@ -27,21 +27,22 @@ from batch_jobs.job import (
     generator_pool,
     limits,
     new_parser,
-    note_unknown_columns,
+    read_table,
     run_command,
     work,
 )
 from batch_jobs.outputs import STORY_SCHEMA, Gathered, bad_story
 from batch_jobs.pipeline import (
-    PICTURES_AT_ONCE,
-    STORIES_AT_ONCE,
+    ROWS_PER_DECODER,
+    ROWS_PER_GENERATOR,
     Limits,
     Pool,
     RemoteMonitor,
+    check_capacity,
     connect,
     finished_rows,
+    map_with_pool,
     new_dataset,
-    through,
 )
 from batch_jobs.report import Report
 from batch_jobs.stages import Draw, Row, Write, as_table
@@ -92,24 +93,22 @@ def make_pages_on_ray(
     jobs: list[StoryJob], report: Report, *, config: ModelConfig, engines: Engines, output: Output
 ) -> Iterator[Row | None]:
     """The pipeline: jobs -> written pages -> drawn pages, in the order in which they are finished."""
-    connect(engines.generator.least + engines.decoder.least)
+    num_engines = engines.generator.min_engines + engines.decoder.min_engines
+    connect(num_engines)
+    check_capacity(num_engines)
     monitor = RemoteMonitor()
     common: dict[str, Any] = {"store": output.store, "watch": monitor, "failpoint": output.failpoint}
-    written = through(
+    written = map_with_pool(
         new_dataset(as_table(jobs), name="illustrate"),
         Write,
         pool=engines.generator,
-        at_once=STORIES_AT_ONCE,
+        concurrency_per_actor=ROWS_PER_GENERATOR,
         sampling=config.sampling,
         **common,
     )
-    drawn = through(written, Draw, pool=engines.decoder, at_once=PICTURES_AT_ONCE, **common)
-    for row in finished_rows(drawn, monitor, engines.limits, pools=("generator", "decoder")):
-        if row is None:
-            monitor.show(report.skipped + report.done, report.rows)
-        yield row
-    report.figures = monitor.figures()
-    report.gpus = {"generator": engines.generator.num_gpus, "decoder": engines.decoder.num_gpus}
+    drawn = map_with_pool(written, Draw, pool=engines.decoder, concurrency_per_actor=ROWS_PER_DECODER, **common)
+    pools = {"generator": engines.generator, "decoder": engines.decoder}
+    yield from finished_rows(drawn, monitor, engines.limits, report, pools=pools)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("illustrate", __doc__ or "", generators=True, decoders=True)
-    parser.add_argument("input", help=f"JSON lines, CSV or parquet, path or URI; columns {', '.join(COLUMNS)}")
+    parser.add_argument(
+        "input", help=f"JSON lines, CSV or parquet, or a folder of them, path or URI; columns {', '.join(COLUMNS)}"
+    )
     parser.add_argument(
         "--pictures",
         choices=("rows", "files"),
@@ -164,9 +165,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
 
 
 def _read(uri: str, config: ModelConfig) -> Iterator[StoryJob | BadRow]:
-    rows = list(read_rows(uri))
-    note_unknown_columns(rows, COLUMNS)
-    yield from check_rows(rows, config)
+    yield from check_rows(read_table(uri, known=COLUMNS, needed=("prompt", "pages_text")), config)
 
 
 if __name__ == "__main__":

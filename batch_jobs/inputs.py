@@ -1,40 +1,42 @@
 """An input file -> jobs: rows checked one by one, so that a bad row costs itself and never its neighbours.
 
-JSON lines, CSV and parquet. A story has a `prompt`, or the `pages_text` of a finished one (a list; in CSV a JSON
-list), or both, and if wanted `id`, `pages`, `seed`, `images` (that the prompt shows), `steps`, `guidance_scale`. A
-picture to describe has an `image` and, if wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes
-in parquet.
+JSON lines, CSV and parquet, the first two also gzipped, or a folder of them. A story has a `prompt`, or the
+`pages_text` of a finished one (a list; in CSV a JSON list), or both, and if wanted `id`, `pages`, `seed`, `images`
+(that the prompt shows), `steps`, `guidance_scale`. A picture to describe has an `image` and, if wanted, `id` and
+`question`. A picture is a path, a URI, a data URL, or bytes in parquet.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import csv
 import dataclasses
 import hashlib
-import io
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
-from PIL import Image
 from pyarrow import ArrowException, fs, parquet
 
+from batch_jobs.text_files import CUT, MAX_LINE, check_utf8, open_text, parse_json, read_lines
+from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
+from minigpt5.pictures import MAX_BYTES, open_picture
 from minigpt5.types import MAX_PAGES
 
 COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale")
 DESCRIBE_COLUMNS = ("id", "image", "question")
 MAX_IMAGES = 8
-MAX_IMAGE_PIXELS = 2**25
 DEFAULT_PAGES = 4
 MAX_SEED = 2**63 - 1
 MAX_ID_LENGTH = 512
+MAX_EXACT = 2**53
+"""Beyond it not every whole number is a float: a tool that stored one as a float may have changed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +92,38 @@ class RawRow:
 
 
 def read_rows(uri: str) -> Iterator[RawRow]:
-    """The rows of a file; its name says the format. Raises StorageError where the file itself cannot be read."""
-    readers = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    reader = next((reader for ending, reader in readers.items() if uri.lower().endswith(ending)), None)
-    if reader is None:
-        raise StorageError(f"{uri} has an unknown format: name a file that ends in {', '.join(readers)}")
+    """The rows of a file, or of a folder's files in order of name; a name says the format.
+
+    Raises StorageError where a file itself cannot be read.
+    """
+    shown = uri
     try:
         filesystem, path = open_uri(uri)
-        with filesystem.open_input_file(path) as file:
-            yield from reader(file)
-    except (OSError, ArrowException, csv.Error) as error:
-        raise StorageError(f"{uri} cannot be read ({error}): check its name, format and permissions") from error
+        readers = [(name, _reader_of(name)) for name in _files_at(filesystem, path)]
+        for name, reader in readers:
+            shown = uri if name == path else f"{uri.rstrip('/')}/{name.rpartition('/')[2]}"
+            with filesystem.open_input_file(name) as file:
+                yield from reader(file, shown)
+    except (OSError, ArrowException, ValueError, *CUT) as error:
+        raise StorageError(f"{shown} cannot be read ({error}): check its name, format and permissions") from error
+
+
+def _files_at(filesystem: fs.FileSystem, path: str) -> list[str]:
+    """The path itself; of a folder its files without those that tools hide (.crc, _SUCCESS)."""
+    if filesystem.get_file_info(path).type != fs.FileType.Directory:
+        return [path]
+    infos = filesystem.get_file_info(fs.FileSelector(path))
+    return sorted(info.path for info in infos if info.is_file and not info.base_name.startswith((".", "_")))
+
+
+def _reader_of(name: str) -> Callable[[Any, str], Iterator[RawRow]]:
+    ending = name.lower().removesuffix(".gz")
+    for known, reader in READERS.items():
+        if ending.endswith(known):
+            return reader
+    raise StorageError(
+        f"{name} has an unknown format: name a file that ends in {', '.join(READERS)}, or a folder that holds no other"
+    )
 
 
 J = TypeVar("J", StoryJob, ImageJob)
@@ -213,23 +236,20 @@ def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRo
 
 
 def load_image(image: str | bytes) -> bytes:
-    """The picture's file. Raises InvalidRequest where it cannot be read or is no picture."""
+    """Read a picture's file. Raises InvalidRequest where it cannot be read, BadPicture where it is no picture."""
     shown = f"{len(image)} bytes" if isinstance(image, bytes) else f"{image:.80}"
     try:
         if isinstance(image, bytes):
             data = image
-        elif image.startswith("data:"):
-            data = base64.b64decode(image.partition(",")[2], validate=True)
+        elif data_url.is_data_url(image):
+            data = data_url.decode(image)
         else:
             filesystem, path = open_uri(image)
             with filesystem.open_input_stream(path, compression=None) as file:
-                data = file.read()
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"it has {picture.width} x {picture.height} pixels, more than {MAX_IMAGE_PIXELS}")
-            picture.load()
-    except (OSError, ValueError, ArrowException, StorageError, Image.DecompressionBombError) as error:
-        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a PNG or JPEG file") from error
+                data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError, ArrowException, StorageError) as error:
+        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a picture file") from error
+    open_picture(data, name=f"image {shown}")
     return data
 
 
@@ -249,34 +269,63 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
 
 
-def _json_lines(file: io.BufferedIOBase) -> Iterator[RawRow]:
-    for line in io.BufferedReader(file):
-        if not line.strip():
+def _json_lines(file: Any, name: str) -> Iterator[RawRow]:
+    for line in read_lines(file, name=name):
+        if not line.raw.strip():
             continue
         try:
-            values = json.loads(line.decode("utf-8-sig"))
+            values = parse_json(line.text)
             if not isinstance(values, dict):
                 raise ValueError(f"it holds a {type(values).__name__}, not an object")
-        except (ValueError, RecursionError) as error:
-            yield RawRow(values={}, unreadable=line.decode(errors="replace"), reason=str(error))
+        except ValueError as error:
+            yield RawRow(values={}, unreadable=line.raw, reason=str(error))
         else:
             yield RawRow(values=values)
 
 
-def _csv_rows(file: io.BufferedIOBase) -> Iterator[RawRow]:
-    csv.field_size_limit(2**31 - 1)  # a very long prompt is refused by its row, not by the reader
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")  # type: ignore[type-var]
-    for values in csv.DictReader(text):
-        extra = values.pop(None, None)
-        if extra:
-            yield RawRow(values={}, unreadable=repr([values, extra]), reason="it has more fields than the heading")
-        else:
-            yield RawRow(values=dict(values))
+def _csv_rows(file: Any, name: str) -> Iterator[RawRow]:
+    """Raises StorageError where quotes do not match: what follows could be in any row."""
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader(open_text(file, name=name, newline=""), strict=True)
+    begins_at = 1
+    try:
+        heading = next(reader, [])
+        twice = next((column for column in heading if heading.count(column) > 1), None)
+        if twice is not None:
+            raise StorageError(f"{name} has the column {twice!r} twice: give each its own name")
+        begins_at = reader.line_num + 1
+        for fields in reader:
+            if fields:
+                yield _csv_row(heading, fields)
+            begins_at = reader.line_num + 1
+    except csv.Error as error:
+        raise StorageError(
+            f"{name} is not CSV from line {begins_at} on ({error}): close the quote that begins there; a quote inside "
+            "a field is written twice"
+        ) from error
 
 
-def _parquet_rows(file: io.BufferedIOBase) -> Iterator[RawRow]:
+def _csv_row(heading: list[str], fields: list[str]) -> RawRow:
+    try:
+        for field in fields:
+            check_utf8(field)
+        if len(fields) > len(heading):
+            raise ValueError("it has more fields than the heading")
+    except ValueError as error:
+        return RawRow(values={}, unreadable=repr(fields), reason=str(error))
+    return RawRow(values=dict(itertools.zip_longest(heading, fields)))
+
+
+def _parquet_rows(file: Any, name: str) -> Iterator[RawRow]:
     for batch in parquet.ParquetFile(file).iter_batches():
         yield from (RawRow(values=values) for values in batch.to_pylist())
+
+
+READERS: dict[str, Callable[[Any, str], Iterator[RawRow]]] = {
+    ".jsonl": _json_lines,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
 
 
 def _values(raw: RawRow, columns: tuple[str, ...]) -> dict[str, Any]:
@@ -290,10 +339,13 @@ def _row_id(raw: RawRow) -> str:
 
 
 def _check_id(value: object) -> None:
-    if value is not None and not _id(value):
-        raise InvalidRequest(
-            "id", f"id is {value!r:.80} but must be a whole number or a text of at most {MAX_ID_LENGTH} letters"
-        )
+    if value is None or _id(value):
+        return
+    if _is_whole(value):
+        reason = "but a decimal number of this size may have lost digits: store ids as whole numbers or as texts"
+    else:
+        reason = f"but must be a whole number or a text of at most {MAX_ID_LENGTH} letters"
+    raise InvalidRequest("id", f"id is {value!r:.80} {reason}")
 
 
 def _texts(value: object) -> tuple[str, ...]:
@@ -302,7 +354,7 @@ def _texts(value: object) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             raise InvalidRequest("pages_text", f"pages_text is {value!r:.80} but must be a list of texts") from None
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -329,7 +381,7 @@ def _images(value: object) -> tuple[str | bytes, ...]:
         return ()
     if isinstance(value, str) and value.startswith("["):
         with contextlib.suppress(ValueError):
-            value = json.loads(value)
+            value = parse_json(value)
     images = [value] if isinstance(value, str | bytes) else value
     if not isinstance(images, list) or not all(isinstance(image, str | bytes) and image for image in images):
         raise InvalidRequest("images", f"images is {value!r:.80} but must be a list of paths, URIs or bytes")
@@ -344,15 +396,25 @@ def _is_left_out(value: object) -> bool:
 
 
 def _id(value: object) -> str:
-    """An id as text; empty where there is none that can be used."""
+    """An id as text; empty where there is none that can be used. Tools make 7.0 of 7 where an id is missing."""
+    if _is_whole(value) and abs(value) <= MAX_EXACT:
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         return ""
     text = str(value).strip().encode(errors="replace").decode()
     return text if len(text) <= MAX_ID_LENGTH else ""
 
 
+def _is_whole(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) and value.is_integer()
+
+
 def _whole(field: str, value: object, default: int, *, low: int, high: int) -> int:
     number = _number(field, value, default, low=low, high=high)
+    if isinstance(number, float) and abs(number) > MAX_EXACT:
+        raise InvalidRequest(
+            field, f"{field} is {value!r:.80} but a decimal number of this size may have lost digits: write it whole"
+        )
     if number != int(number):
         raise InvalidRequest(field, f"{field} is {value!r} but must be a whole number from {low} to {high}")
     return int(number)

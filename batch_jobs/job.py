@@ -22,14 +22,15 @@ from ray.exceptions import RayError
 
 from batch_jobs import failpoints
 from batch_jobs.failpoints import FailpointHook, no_failpoint
-from batch_jobs.inputs import RawRow
+from batch_jobs.inputs import RawRow, read_rows
 from batch_jobs.outputs import FLUSH_S, RowSink
 from batch_jobs.pipeline import Limits, Pool
 from batch_jobs.report import Report
 from batch_jobs.stages import Decoder, Generator, Row
 from batch_jobs.state import JobState, PageStore
+from minigpt5.commands import check_default_model, check_kept
 from minigpt5.config import ModelConfig, default_model_folder
-from minigpt5.errors import MiniGPT5Error
+from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.model.base_models import resolve
 from minigpt5.model.folder import check_folder
 from minigpt5.story.stream import describe
@@ -64,6 +65,7 @@ class Output:
         flush_s: float = FLUSH_S,
         failpoint: FailpointHook = no_failpoint,
     ) -> Output:
+        check_kept(uri, option="--output")
         state, store = JobState(uri), PageStore(uri, keeps_pictures=keeps_pictures)
         sink = RowSink(uri, schema, store=store, flush_s=flush_s, check=state.check_owner, failpoint=failpoint)
         return cls(sink=sink, state=state, store=store, plan=plan, failpoint=failpoint)
@@ -80,14 +82,14 @@ def work(
     """Do all items that `output` does not hold yet. `make` gives finished rows, in any order, and None now and then.
 
     A job that an earlier run finished is left alone: `Report.skipped` is all of it. Raises MiniGPT5Error where the
-    output is another job's.
+    output is another job's, and what `items` raises.
     """
     if output.state.is_finished(output.plan):
         manifest = output.state.manifest() or {}
         return Report(rows=manifest["rows"], skipped=manifest["rows"])
+    items = list(items)  # before anything is written: an input that cannot be read leaves the output free
     was_begun = output.state.take(output.plan)
     try:
-        items = list(items)
         done = output.sink.written()
         if was_begun:
             output.failpoint("recovering")
@@ -145,6 +147,7 @@ def load_decoder(folder: str, num_threads: int) -> Decoder:
 def check_model(folder: str) -> tuple[str, ModelConfig]:
     """The folder's absolute path and its config, after a look whether all that it needs is here."""
     model = str(Path(folder).expanduser().absolute())
+    check_default_model(model)
     config = check_folder(model)
     for base_model in (config.language_model, config.vision.encoder):
         resolve(base_model)
@@ -152,21 +155,21 @@ def check_model(folder: str) -> tuple[str, ModelConfig]:
 
 
 def generator_pool(options: argparse.Namespace, model: str) -> Pool:
-    least, most = options.generators
-    num_engines = most + getattr(options, "decoders", (0, 0))[1]
+    min_engines, max_engines = options.generators
+    num_engines = max_engines + getattr(options, "decoders", (0, 0))[1]
     load = partial(load_generator, model, max(1, (os.cpu_count() or 1) // num_engines))
-    return Pool(load=load, least=least, most=most, num_gpus=options.generator_gpus)
+    return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.generator_gpus)
 
 
 def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
-    least, most = options.decoders
+    min_engines, max_engines = options.decoders
     # Drawing gains most from threads; the decoder gives back those whose cores others need (engine/threads.py).
-    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // most))
-    return Pool(load=load, least=least, most=most, num_gpus=options.decoder_gpus)
+    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // max_engines))
+    return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.decoder_gpus)
 
 
 def limits(options: argparse.Namespace) -> Limits:
-    return Limits(restarts=options.max_restarts, start_timeout_s=options.start_timeout)
+    return Limits(max_deaths=options.max_restarts, start_timeout_s=options.start_timeout)
 
 
 def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> argparse.ArgumentParser:
@@ -198,18 +201,32 @@ def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> ar
 
 
 def pool_size(text: str) -> tuple[int, int]:
-    """A number, or the least and the most of a pool that grows."""
-    least, _, most = text.partition(":")
-    sizes = int(least), int(most or least)
+    """Read N, or MIN:MAX of a pool that grows."""
+    minimum, _, maximum = text.partition(":")
+    sizes = int(minimum), int(maximum or minimum)
     if not 1 <= sizes[0] <= sizes[1]:
         raise argparse.ArgumentTypeError(f"{text} but must be 1 or more, or MIN:MAX")
     return sizes
 
 
-def note_unknown_columns(rows: Iterable[RawRow], known: tuple[str, ...]) -> None:
-    unknown = sorted({str(name) for row in rows for name in row.values} - set(known))
-    if unknown:
+def read_table(uri: str, *, known: tuple[str, ...], needed: tuple[str, ...]) -> list[RawRow]:
+    """All rows of an input; columns that are not `known` are told on stderr.
+
+    Raises StorageError where there is no row, or none of the columns of which a row needs one.
+    """
+    rows = list(read_rows(uri))
+    if not rows:
+        raise StorageError(f"{uri} has no rows: was it written to its end?")
+    columns = {str(name) for row in rows for name in row.values}
+    if columns and not columns & set(needed):
+        there = ", ".join(map(repr, sorted(columns)))
+        raise StorageError(
+            f"{uri} has the columns {there:.400} and no {' or '.join(needed)}: rename the one that holds it (commas "
+            "separate the columns of a CSV file)"
+        )
+    if unknown := sorted(columns - set(known)):
         print(f"columns without a meaning here, ignored: {', '.join(unknown)}", file=sys.stderr)
+    return rows
 
 
 def run_command(run: Callable[[argparse.Namespace, FailpointHook], Report], options: argparse.Namespace) -> int:

@@ -6,12 +6,13 @@ barrier between stories, blocks or stages. Ray Data holds the stages back from e
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,39 +24,42 @@ from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batch_jobs.monitor import Figures, Monitor
-from batch_jobs.stages import Row
+from batch_jobs.report import Report
+from batch_jobs.stages import Decoder, Generator, Row
 from minigpt5.errors import MiniGPT5Error
 
 ENGINE_CPUS = 0.5
-"""What an engine asks of Ray: on two cores both pools and a spare actor find a place."""
-STORIES_AT_ONCE = 16
-"""Stories that one generator has open: as many as share a step."""
-PICTURES_AT_ONCE = 16
-"""Pictures that one decoder has open: twice what share a step, so that the next are there when some are finished."""
+"""Logical CPUs that Ray reserves for an engine."""
+ROWS_PER_GENERATOR = 16
+"""Concurrent rows of a generator: its `max_batch`."""
+ROWS_PER_DECODER = 16
+"""Concurrent rows of a decoder: twice its `max_batch`, so the next batch is ready."""
 MAX_BLOCKS = 4096
 """Blocks of a job's input: one story each, up to this many."""
 TICK_S = 0.5
-Loader = Callable[[], Any]
+"""Seconds between checks of the engines."""
+Loader = Callable[[], Generator] | Callable[[], Decoder]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """How many engines of a kind there are and what each asks of the cluster. The loader runs in the actors."""
+    """Size of an actor pool and the resources of each engine. `load` runs inside the actors."""
 
     load: Loader
-    least: int = 1
-    most: int = 1
+    min_engines: int = 1
+    max_engines: int = 1
     num_gpus: float = 0.0
+    """GPUs of each engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """When a run gives up."""
 
-    restarts: int = 20
-    """Engine deaths of a whole run."""
+    max_deaths: int = 20
+    """Engine deaths that a run tolerates, over all pools."""
     start_timeout_s: float = 600.0
-    """Until each pool has an engine that is ready. One that fails to start ends the run at once."""
+    """Seconds until each pool has an engine that is ready. One that fails to start ends the run at once."""
 
 
 class RemoteMonitor:
@@ -121,20 +125,22 @@ def new_dataset(jobs: pa.Table, *, name: str) -> Dataset:
     return dataset
 
 
-def through(dataset: Dataset, stage: type, *, pool: Pool, at_once: int, **arguments: Any) -> Dataset:
-    """The rows of `dataset` through a pool of actors of `stage`, several at once in each, in any order.
+def map_with_pool(
+    dataset: Dataset, stage: type, *, pool: Pool, concurrency_per_actor: int, **arguments: Any
+) -> Dataset:
+    """Apply `stage` to the rows in a pool of actors. The order of rows is not kept.
 
-    Ray Data starts an actor that died again without end; the end is `check_engines`.
+    Ray Data restarts dead actors without limit; `check_failures` sets the limit.
     """
     return dataset.map_batches(
         stage,
         fn_constructor_args=(pool.load,),
-        fn_constructor_kwargs={**arguments, "engine_id": this_actor},
+        fn_constructor_kwargs={**arguments, "get_engine_id": get_actor_id},
         compute=ActorPoolStrategy(
-            min_size=pool.least,
-            max_size=pool.most,
-            max_concurrent_calls_per_actor=at_once,
-            max_tasks_in_flight_per_actor=at_once,
+            min_size=pool.min_engines,
+            max_size=pool.max_engines,
+            max_concurrent_calls_per_actor=concurrency_per_actor,
+            max_tasks_in_flight_per_actor=concurrency_per_actor,
             enable_true_multi_threading=True,
         ),
         num_cpus=ENGINE_CPUS,
@@ -144,58 +150,85 @@ def through(dataset: Dataset, stage: type, *, pool: Pool, at_once: int, **argume
     )
 
 
-def this_actor() -> str:
-    """The same before and after a restart."""
-    name: str = ray.get_runtime_context().get_actor_id()
-    return name
+def get_actor_id() -> str:
+    """Return this actor's id. It stays the same when Ray restarts the actor."""
+    actor_id: str = ray.get_runtime_context().get_actor_id()
+    return actor_id
 
 
 def finished_rows(
-    dataset: Dataset, monitor: RemoteMonitor, limits: Limits, *, pools: tuple[str, ...]
+    dataset: Dataset,
+    monitor: RemoteMonitor,
+    limits: Limits,
+    report: Report,
+    *,
+    pools: Mapping[str, Pool],
+    tick_s: float = TICK_S,
 ) -> Iterator[Row | None]:
-    """What comes out, and None twice a second where nothing does.
+    """Yield the rows of `dataset` as they are finished, and None every `tick_s`.
 
-    Raises MiniGPT5Error where an engine cannot start or engines have died too often, and what Ray raises.
+    Every `tick_s` and at the end the dashboard's gauges are set from `report`; at the end the report gets the pools'
+    figures. Raises MiniGPT5Error where an engine cannot start or engines have died too often, and what Ray raises.
     """
     rows: queue.Queue[Row | BaseException | None] = queue.Queue(maxsize=256)
+    is_closed = threading.Event()
 
     def take() -> None:
         try:
             for row in dataset.iter_rows():
                 rows.put(row)
+                if is_closed.is_set():
+                    return
             rows.put(None)
         except BaseException as failure:
             rows.put(failure)
 
     threading.Thread(target=take, name="finished rows", daemon=True).start()
     started = checked = time.monotonic()
-    while True:
-        try:
-            row = rows.get(timeout=TICK_S)
-        except queue.Empty:
-            yield None
-        else:
-            if row is None:
-                return
-            if isinstance(row, BaseException):
-                check_engines(monitor.figures(), limits, pools=(), waited_s=0.0)  # it may say more than Ray does
-                raise row
-            yield row
-        if time.monotonic() - checked >= TICK_S:
-            checked = time.monotonic()
-            check_engines(monitor.figures(), limits, pools=pools, waited_s=checked - started)
+    try:
+        while True:
+            try:
+                row = rows.get(timeout=tick_s)
+            except queue.Empty:
+                pass
+            else:
+                if row is None:
+                    break
+                if isinstance(row, BaseException):
+                    check_failures(monitor.figures(), limits)  # it may say more than Ray does
+                    raise row
+                yield row
+            if time.monotonic() - checked >= tick_s:
+                checked = time.monotonic()
+                figures = monitor.figures()
+                check_failures(figures, limits)
+                check_started(figures, limits, pools=pools, waited_s=checked - started)
+                monitor.show(report.skipped + report.done, report.rows)
+                yield None
+    finally:
+        is_closed.set()
+        with contextlib.suppress(queue.Empty):  # `take` may wait for a place
+            while True:
+                rows.get_nowait()
+    monitor.show(report.skipped + report.done, report.rows)
+    report.figures = monitor.figures()
+    report.gpus = {name: pool.num_gpus for name, pool in pools.items()}
 
 
-def check_engines(figures: Figures, limits: Limits, *, pools: tuple[str, ...], waited_s: float) -> None:
-    """Raise MiniGPT5Error where it is of no use to go on."""
+def check_failures(figures: Figures, limits: Limits) -> None:
+    """Raise MiniGPT5Error where an engine could not start, or more have died than `limits` tolerate."""
     if figures.failure:
-        raise MiniGPT5Error(f"{figures.failure}; see --model")
+        raise MiniGPT5Error(f"{figures.failure}: check --model and the memory of the machine")
     num_deaths = sum(pool.deaths for pool in figures.pools.values())
-    if num_deaths > limits.restarts:
+    if num_deaths > limits.max_deaths:
         raise MiniGPT5Error(
-            f"engines have died {num_deaths} times, more than --max-restarts {limits.restarts}: look for their cause "
+            f"engines have died {num_deaths} times, more than --max-restarts {limits.max_deaths}: look for their cause "
             "(out of memory?) in Ray's logs; the same command goes on from here"
         )
+
+
+def check_started(figures: Figures, limits: Limits, *, pools: Iterable[str], waited_s: float) -> None:
+    """Raise MiniGPT5Error where one of `pools` has no engine that is ready after the limit's seconds."""
     late = [name for name in pools if name not in figures.pools or not figures.pools[name].ready]
     if late and waited_s > limits.start_timeout_s:
         raise MiniGPT5Error(
@@ -205,26 +238,31 @@ def check_engines(figures: Figures, limits: Limits, *, pools: tuple[str, ...], w
 
 
 def connect(num_engines: int) -> None:
-    """Join the cluster of $RAY_ADDRESS, else start one here with logical CPUs to spare; once in a process."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a coming change
-    if ray.is_initialized():
-        pass
-    elif os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        spare = int(num_engines * ENGINE_CPUS) + 2
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, spare),
-            object_store_memory=512 * 2**20,  # pages pass through, they do not stay
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it raises is told once
-    asked, there = num_engines * ENGINE_CPUS, ray.cluster_resources().get("CPU", 0)
-    if asked > there:
+    """Join the cluster of $RAY_ADDRESS, else start one here with CPUs for `num_engines`; once in a process."""
+    # Avoids Ray's FutureWarning about actors with num_gpus=0.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            num_cpus = int(num_engines * ENGINE_CPUS) + 2  # two for Ray Data's own tasks
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, num_cpus),
+                object_store_memory=512 * 2**20,  # pages pass through, they do not stay
+                include_dashboard=False,
+                **quiet,
+            )
+    # Ray Data logs an error and also raises it; the command prints the raised one.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def check_capacity(num_engines: int) -> None:
+    """Raise MiniGPT5Error where the cluster has not the CPUs for `num_engines`."""
+    needed, available = num_engines * ENGINE_CPUS, ray.cluster_resources().get("CPU", 0)
+    if needed > available:
         raise MiniGPT5Error(
-            f"{num_engines} engines need {asked:g} CPUs but the cluster has {there:g}: ask for fewer --generators and "
-            "--decoders, or add nodes"
+            f"{num_engines} engines need {needed:g} CPUs but the cluster has {available:g}: ask for fewer engines "
+            "(--generators, --decoders, --workers), or add nodes"
         )

@@ -19,9 +19,10 @@ import numpy as np
 from pyarrow import fs, parquet
 
 from batch_jobs.inputs import open_uri
-from batch_jobs.pipeline import connect
+from batch_jobs.pipeline import ENGINE_CPUS, check_capacity, connect
 from batch_jobs.prepare import to_parquet
 from batch_jobs.state import read_json, write_whole
+from minigpt5.commands import check_default_model, check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.image_transforms import fit_drawn, fit_read
 from minigpt5.objective.stored_example import ROW_SCHEMA
@@ -65,7 +66,7 @@ class Encode:
         from minigpt5.model.pixels import to_tensor
 
         drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
-        read = np.stack([fit_read(one["picture"], self.config.vision.image_px) for one in segments])
+        read = [fit_read(one["picture"], self.config.vision.image_px) for one in segments]
         with torch.no_grad():
             moments_BMYX = self.vae.encode(to_tensor(drawn)).latent_dist.parameters.half().numpy()
             features_BFE = self.vision.encode(read).half().numpy()
@@ -89,7 +90,10 @@ def precompute(
 
     from minigpt5.model.folder import load_config
 
+    check_kept(output, option="--output")
+    check_default_model(model)
     connect(workers)
+    check_capacity(workers)
     files, folder = open_uri(source)
     infos = files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
     names = sorted(info.path for info in infos if info.path.endswith(".parquet"))
@@ -112,7 +116,7 @@ def precompute(
             "num_threads": num_threads,
         },
         compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=0.5,
+        num_cpus=ENGINE_CPUS,
     )
     counts = done.take_all()
     manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}

@@ -24,17 +24,18 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from batch_jobs.dataset_readers import DATASET_READERS, STORYBOOK, Source, storybook_item
+from batch_jobs.dataset_readers import DATASET_READERS, STORYBOOK, Source, read_items, storybook_item
 from batch_jobs.inputs import open_uri
 from batch_jobs.pipeline import connect
 from batch_jobs.state import read_json, write_whole
+from minigpt5.commands import check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
-from minigpt5.objective.stored_example import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, to_row
+from minigpt5.objective.stored_example import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, as_unicode, to_row
 
 PART_ITEMS = 1_000
 GROUP_ROWS = 64
 """Rows of a parquet row group, which is what training reads at once."""
-FORMAT = 2
+FORMAT = 3
 """Raised by one whenever the same source would give other rows than before."""
 
 
@@ -53,7 +54,7 @@ def items_of(layout: str, uri: str, part: Part, *, seed: int) -> Iterator[Item]:
         for index in range(part.start, part.start + part.count):
             yield storybook_item(layout.partition(":")[2], index, seed)
         return
-    items = DATASET_READERS[layout].items(Source(uri), part.file)
+    items = read_items(layout, Source(uri), part.file)
     yield from itertools.islice(items, part.start, part.start + part.count)
 
 
@@ -78,7 +79,7 @@ def write_part(part: Part, *, layout: str, uri: str, output: str, seed: int) -> 
             rows.append(row)
             kinds[item.kind] += 1
         except BadRow as reason:
-            rejects.append({"id": item.id, "source": layout, "reason": str(reason)})
+            rejects.append({"id": item.id, "source": layout, "reason": as_unicode(str(reason))})
     for kind, values, schema in (("rows", rows, ROW_SCHEMA), ("rejects", rejects, REJECT_SCHEMA)):
         if values:
             write_whole(files, f"{folder}/{kind}/{name}.parquet", to_parquet(values, schema))
@@ -107,7 +108,7 @@ def _nothing(name: str) -> bytes:
 
 
 def count_items(file: str, *, layout: str, uri: str) -> int:
-    return sum(1 for _ in DATASET_READERS[layout].items(Source(uri), file))
+    return sum(1 for _ in read_items(layout, Source(uri), file))
 
 
 def plan(layout: str, uri: str, *, limit: int | None) -> list[Part]:
@@ -126,6 +127,8 @@ def plan(layout: str, uri: str, *, limit: int | None) -> list[Part]:
             lambda row: {**row, "count": count_items(row["file"], layout=layout, uri=uri)}
         )
         sizes = {row["file"]: row["count"] for row in sorted(counting.take_all(), key=lambda row: row["file"])}
+        if not any(sizes.values()):
+            raise InvalidRequest("source", f"source is {uri}, and its files of layout {layout} have no rows")
     parts: list[Part] = []
     left = sum(sizes.values()) if limit is None else limit
     for name, size in sizes.items():
@@ -141,6 +144,7 @@ def prepare(layout: str, uri: str, output: str, *, limit: int | None = None, see
     """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
     import ray
 
+    check_kept(output, option="--output")
     connect(0)
     files, folder = open_uri(output)
     asked = {"format": FORMAT, "layout": layout, "source": uri, "limit": limit, "seed": seed}

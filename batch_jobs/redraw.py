@@ -20,11 +20,20 @@ from batch_jobs.failpoints import FailpointHook
 from batch_jobs.inputs import digest_of, open_uri
 from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, run_command, work
 from batch_jobs.outputs import STORY_SCHEMA, Gathered
-from batch_jobs.pipeline import PICTURES_AT_ONCE, Limits, Pool, RemoteMonitor, connect, finished_rows, through
+from batch_jobs.pipeline import (
+    ROWS_PER_DECODER,
+    Limits,
+    Pool,
+    RemoteMonitor,
+    check_capacity,
+    connect,
+    finished_rows,
+    map_with_pool,
+)
 from batch_jobs.report import Report
 from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, ErrorKind, Row
 from minigpt5.errors import MiniGPT5Error, StorageError
-from minigpt5.model.diffusion import SCHEDULERS
+from minigpt5.model.diffusion import SAMPLERS
 from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import DrawSettings
@@ -91,7 +100,8 @@ def redraw(
     output: Output,
 ) -> Iterator[Row | None]:
     """Output rows as they come to be."""
-    connect(pool.least)
+    connect(pool.min_engines)
+    check_capacity(pool.min_engines)
     monitor = RemoteMonitor()
     gathered = {story.id: Gathered(story.id, story.prompt, story.seed if seed is None else seed) for story in stories}
     files = ray.data.from_arrow(pa.table({"path": parts(uri)}), override_num_blocks=len(parts(uri)))
@@ -100,22 +110,20 @@ def redraw(
     files.set_name("redraw")
     fetch = Fetch(uri=uri, ids=frozenset(gathered), settings=settings, seed=seed)
     pages = files.map_batches(fetch.tables, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
-    drawn = through(
+    drawn = map_with_pool(
         pages,
         Draw,
         pool=pool,
-        at_once=PICTURES_AT_ONCE,
+        concurrency_per_actor=ROWS_PER_DECODER,
         store=output.store,
         watch=monitor,
         failpoint=output.failpoint,
     )
-    for row in finished_rows(drawn, monitor, limits, pools=("decoder",)):
+    for row in finished_rows(drawn, monitor, limits, report, pools={"decoder": pool}):
         if row is None:
-            monitor.show(report.skipped + report.done, report.rows)
             yield None
         elif gathered[row["id"]].add(row):
             yield gathered.pop(row["id"]).story()
-    report.figures, report.gpus = monitor.figures(), {"decoder": pool.num_gpus}
 
 
 def parts(uri: str) -> list[str]:
@@ -167,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="of all stories (default: each picture keeps its own)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 100 (default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="1 to 20 (default: the model's)")
-    parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), help="(default: the model's)")
+    parser.add_argument("--scheduler", choices=tuple(SAMPLERS), help="(default: the model's)")
     return parser
 
 

@@ -138,11 +138,11 @@ class Write:
         *,
         store: PageStore,
         watch: Watch,
-        engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
+        get_engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
         failpoint: FailpointHook = no_failpoint,
     ) -> None:
         self.sampling, self.store, self.failpoint = sampling, store, failpoint
-        self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
+        self.seat = Seat("generator", load_engine, watch, engine_id=get_engine_id())
 
     def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
         for job in jobs_of(jobs, StoryJob):
@@ -235,11 +235,11 @@ class Draw:
         *,
         store: PageStore,
         watch: Watch,
-        engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
+        get_engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
         failpoint: FailpointHook = no_failpoint,
     ) -> None:
         self.store, self.failpoint = store, failpoint
-        self.seat = Seat("decoder", load_engine, watch, engine_id=engine_id())
+        self.seat = Seat("decoder", load_engine, watch, engine_id=get_engine_id())
 
     def __call__(self, pages: pa.Table) -> Iterator[pa.Table]:
         for row in pages.to_pylist():
@@ -285,10 +285,10 @@ class Tell:
         sampling: Sampling,
         *,
         watch: Watch,
-        engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
+        get_engine_id: Callable[[], str] = lambda: secrets.token_hex(4),
     ) -> None:
         self.sampling = replace(sampling, temperature=0.0)
-        self.seat = Seat("generator", load_engine, watch, engine_id=engine_id())
+        self.seat = Seat("generator", load_engine, watch, engine_id=get_engine_id())
 
     def __call__(self, jobs: pa.Table) -> Iterator[pa.Table]:
         for job in jobs_of(jobs, ImageJob):

@@ -220,7 +220,8 @@ def scaling(folder: Path, *, num: int = 200, pages: int = 4) -> tuple[dict[str, 
     pools = {}
     for decoders in (1, 2, 4):
         engines = illustrate.Engines(
-            generator=Pool(load=SimulatedGenerator), decoder=Pool(load=SimulatedDecoder, least=decoders, most=decoders)
+            generator=Pool(load=SimulatedGenerator),
+            decoder=Pool(load=SimulatedDecoder, min_engines=decoders, max_engines=decoders),
         )
         jobs = new_jobs(num * decoders, pages=pages, steps=1, config=config, first_seed=100 * decoders)
         report = run(jobs, config=config, engines=engines, folder=folder)

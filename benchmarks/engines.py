@@ -219,7 +219,7 @@ def baseline_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> Stabl
     pipeline = StableDiffusionPipeline(
         vae=decoder.diffusion.vae,
         unet=decoder.diffusion.unet,
-        scheduler=new_sampler(request.draw.scheduler, decoder.diffusion.scheduler, steps_offset=1),
+        scheduler=new_sampler(request.draw.scheduler, decoder.diffusion.noise_schedule, steps_offset=1),
         text_encoder=None,
         tokenizer=None,
         safety_checker=None,
@@ -270,19 +270,19 @@ def picture_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int
     unet = decoder.diffusion.unet
     began = time.perf_counter()
     states_BVH = torch.randn(batch_size, engines.config.num_vokens, engines.config.hidden)
-    scheduler = new_sampler(draw.scheduler, decoder.diffusion.scheduler)
-    scheduler.set_timesteps(draw.steps)
+    sampler = new_sampler(draw.scheduler, decoder.diffusion.noise_schedule)
+    sampler.set_timesteps(draw.steps)
     null_BQD = decoder.mapper.null_condition().expand(batch_size, -1, -1)
     condition_BQD = torch.cat([null_BQD, decoder.mapper(states_BVH)])
     latents_BCYX = torch.randn(batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    for timestep in scheduler.timesteps:
+    for timestep in sampler.timesteps:
         predicted = unet(torch.cat([latents_BCYX] * 2), timestep, encoder_hidden_states=condition_BQD).sample
         unconditional, conditional = predicted.chunk(2)
         predicted = unconditional + draw.guidance_scale * (conditional - unconditional)
         spread_B = conditional.std(dim=(1, 2, 3), keepdim=True) / predicted.std(dim=(1, 2, 3), keepdim=True)
         rescale = engines.config.guidance_rescale
         predicted = predicted * (rescale * spread_B + 1 - rescale)
-        latents_BCYX = scheduler.step(predicted, timestep, latents_BCYX).prev_sample
+        latents_BCYX = sampler.step(predicted, timestep, latents_BCYX).prev_sample
     encode(decoder.diffusion.to_pixels(latents_BCYX), "PNG")
     return (time.perf_counter() - began) / batch_size
 

@@ -35,6 +35,7 @@ import httpx
 import psutil
 
 from benchmarks.quality import machine
+from deployments.sse import read_events
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
@@ -75,7 +76,7 @@ class Server:
 
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+            return httpx.get(f"{self.url}/readyz", timeout=10, trust_env=False).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -125,7 +126,7 @@ class Reader(threading.Thread):
         while self.end is None and time.monotonic() < deadline:
             headers = {"Last-Event-ID": self.last} if self.last else {}
             try:
-                with httpx.stream("GET", self.url, headers=headers, timeout=30) as reply:
+                with httpx.stream("GET", self.url, headers=headers, timeout=30, trust_env=False) as reply:
                     if reply.status_code == 200:
                         self._read(reply)
             except httpx.HTTPError:
@@ -135,25 +136,18 @@ class Reader(threading.Thread):
                 time.sleep(0.3)
 
     def _read(self, reply: httpx.Response) -> None:
-        position = name = ""
-        for line in reply.iter_lines():
-            key, _, value = line.partition(": ")
-            if key == "id":
-                position = value
-            elif key == "event":
-                name = value
-            elif key == "data":
-                data = json.loads(value)
-                page = data.get("page", data.get("index", 0))
-                if name == "text":
-                    self.texts[page] = self.texts.get(page, "") + data["delta"]
-                elif name == "restart":
-                    self.texts[page] = ""
-                    self.num_restarts += 1
-                elif name in ("done", "error"):
-                    self.end = data
-                self.names.append((name, page))
-                self.last = position
+        for event in read_events(reply.iter_bytes()):
+            data = json.loads(event.data)
+            page = data.get("page", data.get("index", 0))
+            if event.name == "text":
+                self.texts[page] = self.texts.get(page, "") + data["delta"]
+            elif event.name == "restart":
+                self.texts[page] = ""
+                self.num_restarts += 1
+            elif event.name in ("done", "error"):
+                self.end = data
+            self.names.append((event.name, page))
+            self.last = event.id
 
     def has(self, name: str) -> bool:
         return any(event == name for event, _ in self.names)
@@ -170,7 +164,7 @@ def post_stories(server: Server, seed: int) -> list[str]:
             "wait": False,
         }
         headers = {"Idempotency-Key": f"{seed}-{number}"}
-        reply = httpx.post(f"{server.url}/v1/stories", json=body, headers=headers, timeout=60)
+        reply = httpx.post(f"{server.url}/v1/stories", json=body, headers=headers, timeout=60, trust_env=False)
         assert reply.status_code == 202, reply.text
         ids.append(reply.json()["id"])
     return ids
@@ -233,7 +227,7 @@ def round_of(server: Server, kind: str, seed: int, *, moment: Callable[[list[Rea
 def stored(server: Server, story_id: str) -> dict[str, Any]:
     for _ in range(100):
         with contextlib.suppress(httpx.HTTPError):
-            reply = httpx.get(f"{server.url}/v1/stories/{story_id}", timeout=30)
+            reply = httpx.get(f"{server.url}/v1/stories/{story_id}", timeout=30, trust_env=False)
             if reply.status_code == 200:
                 return reply.json()
         time.sleep(0.3)

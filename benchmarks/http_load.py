@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 
 from benchmarks.load import TINY, Load, Timing, describe_load, spread
+from deployments.sse import read_events
 from minigpt5.config import storybook
 from minigpt5.types import StoryRequest
 
@@ -48,11 +49,11 @@ def tell_over_http(url: str, request: StoryRequest, began: float, *, client: str
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {client}"} if client else {})}
     post = urllib.request.Request(f"{url}/v1/stories", json.dumps(body).encode(), headers)
     name = ""
-    with urllib.request.urlopen(post, timeout=3600) as reply:
-        for line in map(bytes.decode, reply):
-            if line.startswith("event: "):
-                name = line.split()[1]
-                arrivals.get(name, []).append(time.perf_counter() - began)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(post, timeout=3600) as reply:
+        for event in read_events(iter(reply.read1, b"")):
+            name = event.name
+            arrivals.get(name, []).append(time.perf_counter() - began)
     assert name == "done", name
     return timing
 

@@ -69,7 +69,7 @@ def run_job(source: str, output: str) -> None:
     config = tiny_config()
     place = Output.at(output, STORY_SCHEMA, {"job": "kills"}, flush_s=1.0, failpoint=failpoints.from_environment())
     engines = illustrate.Engines(
-        generator=Pool(load=load_tiny_generator), decoder=Pool(load=load_tiny_decoder), limits=Limits(restarts=1000)
+        generator=Pool(load=load_tiny_generator), decoder=Pool(load=load_tiny_decoder), limits=Limits(max_deaths=1000)
     )
     report = illustrate.illustrate(
         check_rows(read_rows(source), config),

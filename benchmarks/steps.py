@@ -23,7 +23,7 @@ from benchmarks.pixels import pixels_of
 from benchmarks.quality import FACTS, Asked, accuracy, ask, crisp, machine, rights
 from minigpt5.config import default_model_folder, fits_distilled
 from minigpt5.engine.denoising import Denoising
-from minigpt5.model.diffusion import SCHEDULERS
+from minigpt5.model.diffusion import SAMPLERS
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.scorer import Scorer, load_scorer
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Vokens
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=48, help="captions of held-out pairs")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--guidance", type=float, nargs="+", help="default: 1 and the folder's own")
-    parser.add_argument("--schedulers", nargs="+", default=list(SCHEDULERS), choices=list(SCHEDULERS))
+    parser.add_argument("--schedulers", nargs="+", default=list(SAMPLERS), choices=list(SAMPLERS))
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     parser.add_argument("--out", type=Path, default=Path("benchmarks") / "results" / "steps.json")
     options = parser.parse_args(arguments)

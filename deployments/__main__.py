@@ -4,8 +4,10 @@ with a port, checks beforehand and a clean end."""
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -15,6 +17,7 @@ import urllib.request
 from types import FrameType
 
 from minigpt5.commands import check_default_model, needs_extra
+from minigpt5.config import ModelConfig, default_model_folder
 
 READY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 10.0
@@ -40,7 +43,6 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    from minigpt5.config import default_model_folder
     from minigpt5.story.store import default_storage
 
     parser = argparse.ArgumentParser(prog="python -m deployments", description="Serve stories over HTTP; Ctrl-C ends.")
@@ -59,13 +61,13 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
     started_at = time.monotonic()
     check_keys(args.host, args.api_keys)
     check_port(args.host, args.port)
-    check_model(args.model)
+    config = check_model(args.model)
     check_storage(args.storage)
     print("starting ...", flush=True)
     try:
         start(args)
         wait_until_ready(args.host, args.port)
-        print(describe_server(args, startup_s=time.monotonic() - started_at), flush=True)
+        print(describe_server(args, config, startup_s=time.monotonic() - started_at), flush=True)
         while True:
             time.sleep(3600)
     finally:
@@ -97,19 +99,21 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def check_model(folder: str) -> None:
+def check_model(folder: str) -> ModelConfig:
     """Hash the weights and find the base models: an engine that fails to load says so much later and less clearly."""
     from minigpt5.errors import MiniGPT5Error
     from minigpt5.model.base_models import resolve
-    from minigpt5.model.folder import check_folder
+    from minigpt5.model.folder import check_folder, load_example_pictures
 
     try:
         check_default_model(folder)
         config = check_folder(folder)
+        load_example_pictures(folder, config)
         for base_model in (config.language_model, config.vision.encoder):
             resolve(base_model)
     except MiniGPT5Error as error:
         raise StartError(str(error)) from None
+    return config
 
 
 def check_storage(uri: str) -> None:
@@ -173,10 +177,11 @@ def find_logs() -> str:
 def wait_until_ready(host: str, port: int) -> None:
     """Raises StartError."""
     reason = "no answer"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy need not reach this machine
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://{reachable(host)}:{port}/readyz", timeout=10):
+            with direct.open(f"http://{reachable(host)}:{port}/readyz", timeout=10):
                 return
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")
@@ -191,13 +196,15 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
 
 
-def describe_server(args: argparse.Namespace, *, startup_s: float) -> str:
+def describe_server(args: argparse.Namespace, config: ModelConfig, *, startup_s: float) -> str:
     url = f"http://{reachable(args.host)}:{args.port}"
-    body = '{"prompt": "A fox who finds a red balloon"}'
+    body = shlex.quote(json.dumps({"prompt": next(iter(config.examples), "A story")}, ensure_ascii=False))
+    about = f"           {config.summary}\n" if config.summary else ""
     return (
         f"\nready after {startup_s:.0f} s: {url}\n"
-        f"  curl {url}/v1/stories -H 'Content-Type: application/json' -d '{body}'\n"
-        f"  model    {args.model}\n"
+        f"  curl {url}/v1/stories -H 'Content-Type: application/json' -d {body}\n"
+        f"  model    {config.name}, {args.model}\n"
+        f"{about}"
         f"  stories  {args.storage}\n"
         "Ctrl-C ends it.\n"
     )

@@ -118,7 +118,7 @@ def load_keys(path: str | None) -> Keys | None:
     source, text = path or VARIABLE, os.environ.get(VARIABLE)
     if path:
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8-sig")  # as editors of Windows save it
         except OSError as error:
             raise KeysError(
                 f"{path} cannot be read ({error.strerror}): make it with python -m deployments.auth {path} NAME"
@@ -230,7 +230,7 @@ def add_key(path: Path, name: str, *, per_minute: int, concurrent: int) -> str:
     values: dict[str, Any] = {"secret": secrets.token_hex(32), "keys": []}
     if path.exists():
         load_keys(str(path))
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     if not _is_name(name) or any(key["name"] == name for key in values["keys"]):
         raise KeysError(f"{name!r} is taken, or is no name: use letters, digits and -")
     given = f"mg5-{secrets.token_urlsafe(32)}"

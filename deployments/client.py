@@ -11,11 +11,14 @@ repeat (an Idempotency-Key), and the stream resumes after the last event that wa
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
+import re
 import secrets
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +27,14 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
+from deployments.sse import EventDecoder, EventTooLong
+
 URL, URL_VARIABLE, KEY_VARIABLE = "http://127.0.0.1:8000", "MINIGPT5_URL", "MINIGPT5_KEY"
 PATIENCE_S = 60.0
 """A server that is silent for this long is given up; an accepted story is finished there anyway."""
-TIMEOUT = httpx.Timeout(10.0, read=60.0)  # a stream's line is never quiet for longer than 15 s
+TIMEOUT = httpx.Timeout(10.0, read=60.0)  # a stream is never quiet for longer than 10 s
+REFUSED, NO_ANSWER = (429, 503), (502, 504)
+"""Statuses of a server that takes no more, and of a proxy in front of a server that is away."""
 BOOKS = (".html", ".epub", ".pdf")
 
 
@@ -52,11 +59,18 @@ class Client:
     """Example: `Client(key="mg5-...").story("story_3f")["pages"][0]["text"]`"""
 
     def __init__(self, url: str = "", *, key: str = "", transport: httpx.BaseTransport | None = None) -> None:
-        """`url` and `key`: default from MINIGPT5_URL and MINIGPT5_KEY, else this machine's server and none."""
+        """`url` and `key`: default from MINIGPT5_URL and MINIGPT5_KEY, else this machine's server and none.
+
+        Another machine is reached through the proxy that the environment names, if any. Raises ClientError where the
+        URL or the proxy cannot be used."""
         key = key or os.environ.get(KEY_VARIABLE, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = url or os.environ.get(URL_VARIABLE, URL)
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, transport=transport)
+        parsed = _parse_url(self.url)
+        proxy = "" if transport else find_proxy(parsed)
+        self._peer = f"{self.url} through the proxy {_without_password(proxy)}" if proxy else self.url
+        transport = transport or _open_transport(proxy, parsed.host)
+        self._http = httpx.Client(base_url=parsed, headers=headers, timeout=TIMEOUT, transport=transport)
 
     def create(self, prompt: str | list[dict[str, str]], **settings: Any) -> Iterator[Event]:
         """Begin a story and follow it to its end. `settings`: as in POST /v1/stories."""
@@ -75,14 +89,23 @@ class Client:
             try:
                 headers = {"Last-Event-ID": after} if after else {}
                 with self._http.stream("GET", path, headers=headers) as response:
-                    _check(response)
-                    for event in _read_events(response.iter_lines()):
-                        after, heard_at = event.id, time.monotonic()
-                        yield event
-                        if event.name in ("done", "error"):
-                            return
+                    if _check(response).status_code == 204:  # nothing comes after that event
+                        return
+                    if not (kind := response.headers.get("Content-Type", "")).startswith("text/event-stream"):
+                        raise ClientError(f"{self._peer} sent {kind[:40] or 'something'} and no story's events")
+                    decoder = EventDecoder()
+                    for chunk in response.iter_bytes():
+                        heard_at = time.monotonic()
+                        for event in decoder.feed(chunk):
+                            after = event.id
+                            yield Event(id=event.id, name=event.name, data=json.loads(event.data))
+                            if event.name in ("done", "error"):
+                                return
+                raise httpx.RemoteProtocolError("the stream ended before the story")
+            except (EventTooLong, json.JSONDecodeError) as failure:
+                raise ClientError(f"{self._peer} sent no story's events: {failure}") from failure
             except (httpx.TransportError, ClientError) as failure:
-                _give_up(failure, heard_at)
+                self._give_up(failure, heard_at, again=True)
             time.sleep(0.5)
 
     def story(self, story_id: str) -> dict[str, Any]:
@@ -147,10 +170,19 @@ class Client:
             try:
                 return _check(self._http.request(method, path, **options))
             except httpx.TransportError as failure:
-                _give_up(failure if again else ClientError(f"{method} {path}: {failure}"), began)
+                self._give_up(failure if again else ClientError(f"{method} {path}: {failure}"), began, again=again)
             except ClientError as failure:
-                _give_up(failure, began)
+                self._give_up(failure, began, again=again)
             time.sleep(0.5)
+
+    def _give_up(self, failure: Exception, since: float, *, again: bool) -> None:
+        """Raise ClientError, unless the failure may pass: the server restarts, or is full."""
+        passing = (*REFUSED, *NO_ANSWER) if again else REFUSED
+        is_for_good = isinstance(failure, ClientError) and failure.status not in passing
+        if is_for_good or time.monotonic() - since > PATIENCE_S:
+            if isinstance(failure, ClientError):
+                raise failure
+            raise ClientError(f"no answer from {self._peer}: {str(failure) or type(failure).__name__}") from failure
 
 
 def _check(response: httpx.Response) -> httpx.Response:
@@ -159,27 +191,65 @@ def _check(response: httpx.Response) -> httpx.Response:
     response.read()
     try:
         error = response.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        error = {"message": f"{response.status_code} {response.text[:200]}", "code": None}
-    raise ClientError(error["message"], status=response.status_code, code=error["code"])
+        message, code = error["message"], error["code"]
+    except (ValueError, KeyError, TypeError):  # of a proxy, maybe
+        message, code = " ".join(f"{response.status_code} {response.text[:200]}".split()), None
+    raise ClientError(message, status=response.status_code, code=code)
 
 
-def _give_up(failure: Exception, since: float) -> None:
-    """Raise ClientError, unless the failure may pass: the server restarts, or is full."""
-    is_for_good = isinstance(failure, ClientError) and failure.status not in (429, 503)
-    if is_for_good or time.monotonic() - since > PATIENCE_S:
-        raise failure if isinstance(failure, ClientError) else ClientError(f"no answer: {failure}") from failure
+def _parse_url(url: str) -> httpx.URL:
+    """Raises ClientError."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as failure:
+        raise ClientError(f"{url!r} is no URL of a server: {failure}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ClientError(f"{url!r} is no URL of a server: write it like {URL}")
+    return parsed
 
 
-def _read_events(lines: Iterator[str]) -> Iterator[Event]:
-    fields: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(": ")
-        if name in ("id", "event", "data"):
-            fields[name] = value
-        elif not line and "data" in fields:
-            yield Event(id=fields["id"], name=fields["event"], data=json.loads(fields["data"]))
-            fields = {}
+# The way to the server
+
+
+def find_proxy(url: httpx.URL) -> str:
+    """Find the proxy that HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY name for a URL; none is "".
+
+    This machine itself is reached without one, whatever they say."""
+    if is_this_machine(url.host) or urllib.request.proxy_bypass(url.netloc.decode()):
+        return ""
+    proxies = urllib.request.getproxies()
+    found = proxies.get(url.scheme) or proxies.get("all", "")
+    return found if not found or "://" in found else f"http://{found}"
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host is a loopback address or a name of one."""
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback or address.is_unspecified
+
+
+def _open_transport(proxy: str, host: str) -> httpx.HTTPTransport:
+    """Raises ClientError where the proxy cannot be used."""
+    try:
+        return httpx.HTTPTransport(proxy=proxy or None)
+    except (ImportError, ValueError, httpx.InvalidURL) as failure:
+        shown = _without_password(proxy)
+        kinds = "it must be http://, https:// or socks5://"
+        reason = "SOCKS needs pip install 'httpx[socks]'" if isinstance(failure, ImportError) else kinds
+        raise ClientError(
+            f"the proxy {shown} of the environment cannot be used: {reason}, or NO_PROXY={host} goes without it"
+        ) from failure
+
+
+def _without_password(proxy: str) -> str:
+    return re.sub(r"//.*@", "//", proxy)
 
 
 # The command line

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
-import io
 import json
 import secrets
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
+from minigpt5.pictures import ACCEPTED, open_picture
 from minigpt5.story.state import ImageState, PageState, StoryState
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import MAX_PAGES, DrawRequest, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
@@ -25,10 +22,8 @@ MAX_PROMPT_CHARACTERS = 16_000
 MAX_PROMPT_PARTS = 32
 MAX_VOKENS_CHARACTERS = 2**20
 """Eight vokens of a width of 4096 take 171 KiB."""
-MAX_IMAGE_PIXELS = 4096 * 4096
 MAX_SEED = 2**53 - 1  # exact in every JSON reader
-IMAGE_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image"}
+UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image", "as-object", "as-refusal", "as-unread"}
 """What pydantic puts into an error's path for the members of our unions."""
 
 
@@ -55,7 +50,7 @@ class TextPart(Body):
 class ImagePart(Body):
     type: Literal["image"]
     image: str
-    """A data URL of a PNG, JPEG or WebP picture."""
+    """A data URL of a PNG, JPEG, WebP, TIFF or BMP picture."""
 
 
 Part = Annotated[
@@ -176,9 +171,9 @@ def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = ""
 def to_draw_request(body: CreatePicture, config: ModelConfig, *, client: str) -> DrawRequest:
     """Raises InvalidRequest."""
     try:
-        data = base64.b64decode(body.vokens, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("vokens", f"vokens is {shown(body.vokens)}, whose base64 is broken: {error}") from error
+        data = data_url.decode_base64(body.vokens.encode())
+    except ValueError as error:
+        raise InvalidRequest("vokens", f"vokens is {shown(body.vokens)}, which cannot be read: {error}") from error
     return DrawRequest(
         vokens=unpack(data, page=1),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
@@ -209,47 +204,17 @@ def _read_prompt(prompt: Prompt) -> tuple[PromptPart, ...]:
 
 
 def decode_data_url(url: str, *, field: str) -> InputImage:
-    """A data URL -> a picture that is known to decode. Nothing is ever fetched. Raises InvalidRequest."""
-    accepted = "PNG, JPEG or WebP"
-    header, comma, payload = url.partition(",")
-    if not comma or not header.startswith("data:") or not header.endswith(";base64"):
+    """A data URL -> a picture that is known to decode. Nothing is ever fetched. Raises InvalidRequest, BadPicture."""
+    if not data_url.is_data_url(url):
         raise InvalidRequest(
-            field, f"{field} is {shown(url)} but must be a data URL (data:image/png;base64,...) of a {accepted} picture"
+            field, f"{field} is {shown(url)} but must be a data URL (data:image/png;base64,...) of a {ACCEPTED} picture"
         )
     try:
-        data = base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(field, f"{field} is {shown(url)}, whose base64 is broken: {error}") from error
-    try:
-        return _read_picture(data, field=field)
-    except InvalidRequest:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
-        raise InvalidRequest(field, f"{field} has too many pixels: {error}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError, Warning) as error:
-        # Pillow's decoders raise any of these on bytes that are no picture or only part of one.
-        raise InvalidRequest(
-            field, f"{field} ({shown(url)}, {len(data)} bytes) is not a readable {accepted} picture"
-        ) from error
-
-
-def _read_picture(data: bytes, *, field: str) -> InputImage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-        picture = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
-        if picture.width * picture.height > MAX_IMAGE_PIXELS:
-            raise InvalidRequest(
-                field,
-                f"{field} has {picture.width} x {picture.height} pixels but must have at most {MAX_IMAGE_PIXELS}",
-            )
-        picture.verify()
-        picture = Image.open(io.BytesIO(data), formats=list(IMAGE_TYPES))
-        picture.load()
-    if picture.format != "WEBP":
-        return InputImage(data=data)
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "PNG")
-    return InputImage(data=file.getvalue())
+        data = data_url.decode(url)
+    except ValueError as error:
+        raise InvalidRequest(field, f"{field} is {shown(url)}, which cannot be read: {error}") from error
+    open_picture(data, name=field)
+    return InputImage(data=data)
 
 
 class ImageReply(BaseModel):
@@ -382,6 +347,14 @@ class Defaults(BaseModel):
     max_page_tokens: int
 
 
+class ExampleReply(BaseModel):
+    """A prompt to try."""
+
+    prompt: str
+    picture: str | None
+    """Path of a small WebP picture, where the model's folder has one."""
+
+
 class ModelReply(BaseModel):
     """A model in OpenAI's format, with fields of our own."""
 
@@ -389,6 +362,9 @@ class ModelReply(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "minigpt5"
+    about: str
+    """What it is for, as its folder says: a line of summary, then the details. Empty where the folder says nothing."""
+    examples: list[ExampleReply]
     fingerprint: str
     image_size: str
     context_tokens: int

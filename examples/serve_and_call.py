@@ -26,7 +26,7 @@ def start(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     while server.poll() is None:
         time.sleep(1)
         try:
-            if httpx.get(f"{url}/readyz").is_success:
+            if httpx.get(f"{url}/readyz", trust_env=False).is_success:
                 return server, url
         except httpx.TransportError:  # it is starting
             continue

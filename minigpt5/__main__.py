@@ -1,16 +1,23 @@
-"""`python -m minigpt5 "A fox who finds a balloon"`: a story without a server, as an HTML storybook."""
+"""`python -m minigpt5 "A fox who finds a balloon"`: a story without a server, as an HTML storybook.
+
+Without a prompt it says what the model is for, and what to try.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from minigpt5.commands import check_default_model
 from minigpt5.config import default_model_folder
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
+from minigpt5.model.folder import load_config
 from minigpt5.types import MAX_PAGES, PageDone, StoryEvent, TextDelta
+
+PROGRAM = "python -m minigpt5"
 
 
 class Teller:
@@ -44,7 +51,7 @@ class Teller:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m minigpt5", description=__doc__)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("prompt", nargs="?", help="what the story is about; else $MINIGPT5_PROMPT")
     parser.add_argument("--pages", type=int, default=4, help=f"1 to {MAX_PAGES} (default %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="the same seed, the same story (default %(default)s)")
@@ -53,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     prompt = options.prompt if options.prompt is not None else os.environ.get("MINIGPT5_PROMPT", "")
     try:
+        if not prompt.strip():
+            print(describe(options.model), file=sys.stderr)
         print(write(prompt, pages=options.pages, seed=options.seed, out=options.out, model=options.model))
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,6 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstopped", file=sys.stderr)
         return 130
     return 0
+
+
+def describe(model: Path) -> str:
+    """Text for a person who gave no prompt: the model's name, what it is for, and commands to try."""
+    check_default_model(model)
+    config = load_config(model)
+    commands = "".join(f"\n  {PROGRAM} {shlex.quote(prompt)}" for prompt in config.examples)
+    return f"{config.name}: {config.about or 'its folder does not say what it is for'}" + (
+        f"\nTry one of these:{commands}" if commands else ""
+    )
 
 
 def write(prompt: str, *, pages: int, seed: int, out: str, model: Path) -> str:
@@ -74,6 +93,8 @@ def write(prompt: str, *, pages: int, seed: int, out: str, model: Path) -> str:
     if not Path(out).parent.is_dir():
         raise StorageError(f"{out} cannot be written: there is no folder {Path(out).parent}; create it or name another")
     check_default_model(model)
+    if summary := load_config(model).summary:
+        print(summary, file=sys.stderr)
     from minigpt5 import MiniGPT5
 
     teller = Teller()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minigpt5.config import default_model_folder
-from minigpt5.errors import ModelFolderError
+from minigpt5.errors import ModelFolderError, StorageError
 
 MODULES = {
     "serve": ("ray", "fastapi", "pydantic", "httpx", "tqdm", "starlette", "uvicorn", "aiohttp"),
@@ -17,6 +17,8 @@ MODULES = {
     "batch": ("ray",),
 }
 """Modules that an extra of pyproject.toml brings."""
+JOB_FOLDER = "working_dir_files"
+"""Where Ray unpacks what `ray job submit --working-dir` sent."""
 
 
 @contextlib.contextmanager
@@ -45,5 +47,16 @@ def check_default_model(folder: str | Path) -> None:
     if folder == default_model_folder() and not folder.exists():
         raise ModelFolderError(
             f"there is no model in {folder}: clone the repository, which has the storybook model in models/storybook, "
-            "and pass --model FOLDER or set MINIGPT5_MODEL"
+            "and pass --model FOLDER or set MINIGPT5_MODEL; `ray job submit` sends no models, so name a folder that "
+            "every node has"
+        )
+
+
+def check_kept(place: str, *, option: str) -> None:
+    """Raise StorageError where `place` is a relative path in a submitted job: what it writes there would be lost."""
+    is_relative = "://" not in place and not Path(place).expanduser().is_absolute()
+    if is_relative and JOB_FOLDER in Path.cwd().parts:
+        raise StorageError(
+            f"{option} is {place}, but a submitted job runs in a copy of its folder that Ray deletes: give an absolute "
+            "path or a URI"
         )

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from minigpt5.errors import InvalidRequest
 from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, SDE_DPM_SOLVER, DrawSettings, Sampling
+
+MAX_ABOUT_CHARACTERS = 1000
+MAX_EXAMPLES = 12
+MAX_EXAMPLE_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +66,19 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that training and serving must agree on."""
+    """Everything that training and serving must agree on, and what the folder tells people of itself.
+
+    Raises ValueError, which names the key, where `about` or `examples` cannot be shown.
+    """
 
     name: str
+    about: str = ""
+    """What the model is for and what it does not know. The first line is a summary; further lines have the details.
+
+    At most MAX_ABOUT_CHARACTERS. Neither results nor the fingerprint depend on it.
+    """
+    examples: tuple[str, ...] = ()
+    """Prompts to try: at most MAX_EXAMPLES, each one line of at most MAX_EXAMPLE_CHARACTERS."""
     language_model: str
     """Base-model id."""
     hidden: int
@@ -100,6 +118,20 @@ class ModelConfig:
     fingerprint: str = ""
     """Hash of the weights that make vokens and read them; set when the folder is saved."""
 
+    def __post_init__(self) -> None:
+        _check_shown("about", self.about, most=MAX_ABOUT_CHARACTERS, allowed="\n")
+        if len(self.examples) > MAX_EXAMPLES:
+            raise ValueError(f"examples has {len(self.examples)} prompts but must have at most {MAX_EXAMPLES}")
+        for index, prompt in enumerate(self.examples):
+            _check_shown(f"examples[{index}]", prompt, most=MAX_EXAMPLE_CHARACTERS)
+            if not prompt.strip():
+                raise ValueError(f"examples[{index}] is {prompt!r} but must be a prompt: remove it or write one")
+
+    @property
+    def summary(self) -> str:
+        """The first line of `about`."""
+        return self.about.partition("\n")[0]
+
     @property
     def default_draw(self) -> DrawSettings:
         return self.draw_distilled if self.prefers_distilled and self.draw_distilled else self.draw
@@ -124,6 +156,15 @@ class ModelConfig:
         return asked
 
 
+def _check_shown(key: str, text: str, *, most: int, allowed: str = "") -> None:
+    """Raise ValueError where a text is too long, or has characters that steer a terminal or cannot be encoded."""
+    if len(text) > most:
+        raise ValueError(f"{key} has {len(text)} characters but must have at most {most}")
+    for place, character in enumerate(text):
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in allowed:
+            raise ValueError(f"{key} has the control character {character!r} at {place}: remove it")
+
+
 def fits_distilled(draw: DrawSettings) -> bool:
     return draw.scheduler == DISTILLED and draw.guidance_scale == 1 and draw.steps <= MAX_DISTILLED_STEPS
 
@@ -144,6 +185,24 @@ def storybook() -> ModelConfig:
     """The embedded default: small, CPU, drawn from a picture world of its own."""
     return ModelConfig(
         name="storybook",
+        about=(
+            "Writes and draws short picture stories in English, each about one character and one object. It knows "
+            "30 characters, 24 objects and 6 places; for anything else it draws one of these.\n"
+            "Characters: fox, rabbit, penguin, owl, elephant, lion, cat, dog, cow, pig, horse, duck, bird, turtle, "
+            "frog, whale, bear, panda, tiger, monkey, mouse, chicken, snail, unicorn, dragon, robot, ghost, princess, "
+            "snowman, butterfly.\n"
+            "Objects: house, castle, tent, pine tree, palm tree, cactus, mushroom, sunflower, tulip, apple, banana, "
+            "balloon, bicycle, car, bus, train, sailboat, rocket, tractor, fire, gift, cake, ball, umbrella.\n"
+            "Places: meadow, beach, snow, forest, road, desert. Times: day, sunset, night, rain."
+        ),
+        examples=(
+            "A fox who finds a balloon",
+            "A brave penguin and a rocket",
+            "A robot who dreams of a sunflower",
+            "A dragon with a birthday cake",
+            "An owl who finds a tent",
+            "A panda who found a train",
+        ),
         language_model="smollm2-135m-instruct",
         hidden=576,
         vocabulary=49152,
@@ -184,6 +243,10 @@ def minigpt5_7b() -> ModelConfig:
     """The published system (arXiv 2310.02239): Vicuna-7B, EVA-CLIP ViT-g with Q-Former, Stable Diffusion 2.1."""
     return ModelConfig(
         name="minigpt5-7b",
+        about=(
+            "The published MiniGPT-5 model, for research. It writes text and draws pictures in one reply, taught by "
+            "captioned pictures (CC3M), picture stories (VIST) and dialogues (MMDialog)."
+        ),
         language_model="Vision-CAIR/vicuna-7b",
         hidden=4096,
         vocabulary=32000,
@@ -224,7 +287,24 @@ def minigpt5_7b() -> ModelConfig:
 
 
 def default_model_folder() -> Path:
-    """$MINIGPT5_MODEL, else the storybook model of the repository that this package is installed from."""
+    """$MINIGPT5_MODEL, else the storybook model of the repository that this package is installed from.
+
+    A copy of the code without models, as a submitted job runs in, uses those of the checkout that its Python has
+    installed.
+    """
     if named := os.environ.get("MINIGPT5_MODEL"):
         return Path(named).expanduser()
-    return Path(__file__).resolve().parent.parent / "models" / "storybook"
+    beside = Path(__file__).resolve().parent.parent / "models" / "storybook"
+    installed = None if beside.exists() else _installed_checkout()
+    return installed / "models" / "storybook" if installed else beside
+
+
+def _installed_checkout() -> Path | None:
+    """Where `pip install -e` was run, as PEP 610 has it."""
+    try:
+        origin = json.loads(metadata.distribution("minigpt5").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        return None
+    url = urlsplit(origin.get("url", ""))
+    is_checkout = url.scheme == "file" and origin.get("dir_info", {}).get("editable")
+    return Path(unquote(url.path)) if is_checkout else None

@@ -20,6 +20,10 @@ class InvalidRequest(MiniGPT5Error, ValueError):
         return self.message
 
 
+class BadPicture(InvalidRequest):
+    """A picture file that is not read; `field` is its place in a request or a data set."""
+
+
 class Blocked(MiniGPT5Error):
     """A text or a picture that a filter stops."""
 

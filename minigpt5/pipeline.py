@@ -130,7 +130,7 @@ class MiniGPT5:
         raise AssertionError("the generator ended without vokens")
 
     def describe(self, picture: bytes, question: str = DESCRIBE) -> str:
-        """The model's answer to a question about a picture (PNG or JPEG bytes); nothing is drawn."""
+        """Answer a question about a picture file's bytes; nothing is drawn. Raises BadPicture."""
         return run_blocking(lambda report: self.adescribe(picture, question))
 
     async def adescribe(self, picture: bytes, question: str = DESCRIBE) -> str:

@@ -17,13 +17,15 @@ import numpy as np
 MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
+NUM_PREVIEWS = 3
+"""Previews of each picture of a story, where they are asked for."""
 MAX_DISTILLED_STEPS = 8
 """Largest number that was measured (benchmarks/results/steps.json); more steps use the original UNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputImage:
-    """A picture that the language model reads: encoded bytes (PNG or JPEG), already bounded and checked."""
+    """A picture that the language model reads: the file's bytes, which `minigpt5.pictures.open_picture` opens."""
 
     data: bytes = field(metadata={"json": "image"})
 
@@ -53,7 +55,7 @@ class DrawSettings:
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is none."""
     scheduler: str = "ddim"
-    """A key of diffusion.SCHEDULERS. SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier errors.
+    """A key of diffusion.SAMPLERS. SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier errors.
     DISTILLED draws with the distilled UNet, which includes guidance and needs few steps."""
 
 
@@ -94,6 +96,11 @@ class StoryRequest:
     """Name of the client: engines share their time equally among keys."""
     session: str = ""
     """Requests of one session begin alike: where there are several generators, they go to the same one."""
+
+    @property
+    def prompt_text(self) -> str:
+        """The texts of the prompt, as a story shows them."""
+        return " ".join(part for part in self.prompt if isinstance(part, str))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +149,8 @@ class DrawRequest:
     settings: DrawSettings = field(default_factory=DrawSettings)
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
-    previews: bool = False
-    """Whether some steps' Progress shows the picture as far as it is."""
+    num_previews: int = 0
+    """Steps whose Progress shows the picture as far as it is, spread evenly; the last step has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

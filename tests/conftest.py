@@ -6,18 +6,32 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.helpers.processes import Cluster, Server, running_cluster, running_server
 
 torch.set_num_threads(1)
 
+STARTS_RAY_MARK = "pytest.mark.cluster"
 STARTS_RAY = ("cluster", "server")
 """Fixtures of processes of their own, in the order in which their tests come."""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Run a module's tests in one process (`-n 2 --dist loadgroup`), and all that start Ray in one process."""
-    item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("cluster") else item.location[0]))
+class ByModule(LoadScopeScheduling):
+    """Tests of a module run in one process, and all modules that start Ray share one.
+
+    pytest-xdist has groups for this, which do nothing with pytest 9.2 (`--dist loadgroup` sets an attribute that its
+    nodes no longer have).
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return "ray" if STARTS_RAY_MARK in (self.config.rootpath / module).read_text() else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByModule:
+    return ByModule(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,10 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A Ray cluster of our own that takes jobs. Its agent needs Ray's usual port: no other Ray may run meanwhile."""
-    with running_cluster() as found:
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Ray cluster of our own that takes jobs."""
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as found:
         yield found
 
 

@@ -98,11 +98,11 @@ class Stage:
         draw = {"noise": case["noise"], "timesteps": case["timesteps"]}
         losses = {
             "text": self.objective.text_loss(states_1SH, labels_1S),
-            "picture": self.diffusion.loss(case["latents"], condition_PQD[:1], **draw).mean(),
+            "picture": self.diffusion.weighted_loss(case["latents"], condition_PQD[:1], **draw).mean(),
         }
         if self.number == 1:
             losses["caption"] = self.objective.caption_loss(condition_PQD[:1], case["caption_features"])
-        error = self.diffusion.error(case["latents"], condition_PQD[:1], **draw).mean()
+        error = self.diffusion.unweighted_loss(case["latents"], condition_PQD[:1], **draw).mean()
         first = int(where_P2[0, 1])
         if (expected := self.told[index]["first_voken_state_index"]) != first:
             raise SystemExit(f"case {index}: the first voken's state is at {first} and not at {expected}")

@@ -22,8 +22,9 @@ from pydantic import BaseModel
 
 from benchmarks import tables
 from deployments.api import routes
-from deployments.api.chat import CreateChat
+from deployments.api.chat import SERVED, CreateChat, StreamOptions
 from deployments.api.images import CreateImages
+from deployments.api.openai_body import IGNORED, OpenAIBody
 from deployments.application import AppArgs
 from deployments.schemas import CreateStory
 from training.presets import PUBLISHED, STORYBOOK, override
@@ -34,6 +35,8 @@ PAGES = [*ROOT.glob("*.md"), *DOCS, *(ROOT / "models").glob("*/*.md")]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 SHELL = ("", "sh", "bash")
+CLUSTER = (". .venv/bin/activate", "export RAY_AUTH_MODE=token", "ray ")
+"""Commands of docs/bulk.md that tests/batch_jobs/test_submitted.py runs, or its cluster stands for."""
 OURS = re.compile(r"python -m ((?:minigpt5|deployments|training|batch_jobs|benchmarks|tests)[\w.]*)([^`#\n]*)")
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|\[.*|key=value")
 
@@ -66,7 +69,7 @@ def commands() -> list[list[str]]:
 
 @each_page
 def test_every_line_of_a_shell_block_is_a_command_that_a_test_reads(page: str) -> None:
-    starts = ("git clone ", "make ", "curl ", ".venv/bin/python -m ", "python -m ", ".ci/run")
+    starts = ("git clone ", "make ", "curl ", ".venv/bin/python -m ", "python -m ", ".ci/run", *CLUSTER)
     lines = "\n".join(blocks(page, *SHELL)).replace("\\\n", " ").splitlines()
     assert not [line for line in lines if line and not line.lstrip().startswith(starts)]
 
@@ -324,16 +327,36 @@ def test_the_routes_are_listed() -> None:
     text = TEXTS["docs/http-api.md"]
     table = text.split("| route | what it does |")[1].split("\n\n")[0]
     named = re.findall(r"`(GET|POST|PATCH|DELETE) ([^`\s?]+)", table + text.split("## OpenAI's format")[1])
-    routers = (routes.exports, routes.stories, routes.pages, routes.images, routes.chat, routes.operations)
+    names = ("exports", "stories", "pages", "images", "chat", "models", "operations")
+    routers = [getattr(routes, name) for name in names]
     served = {
-        (method, re.sub(r"\{page:int\}", "{n}", route.path.replace("{story_id}", "{id}")))
+        (method, re.sub(r"\{\w+:int\}", "{n}", re.sub(r"\{(story|model)_id(:path)?\}", "{id}", route.path)))
         for router in routers
         for route in router.routes
         for method in route.methods
     }
     assert set(named) - served == {("GET", "/docs")}
     books = {("GET", f"/v1/stories/{{id}}{suffix}") for suffix in (".epub", ".pdf")}
-    assert served - set(named) - books == {("GET", "/v1/images/{name}.png"), ("GET", "/studio/{name}")}
+    assert served - set(named) - books == {("GET", "/v1/images/{name}"), ("GET", "/studio/{name}")}
+
+
+def test_the_ignored_and_the_refused_fields_of_openais_routes_are_listed() -> None:
+    section = TEXTS["docs/http-api.md"].split("### Fields of other servers")[1].split("\n## ")[0]
+    table, refused = section.split("| route | ignored fields |")[1].split("The server refuses")
+    named = {
+        route.strip(): set(re.findall(r"`([\w.]+)`", cell.partition(";")[0]))
+        for _, route, cell, _ in (row.split("|") for row in table.splitlines()[2:] if row)
+    }
+
+    def ignored(model: type[BaseModel], prefix: str = "") -> set[str]:
+        return {prefix + name for name, field in model.model_fields.items() if IGNORED in field.metadata}
+
+    both = ignored(OpenAIBody)
+    assert named["both"] == both
+    assert named["images"] == ignored(CreateImages) - both
+    chat = ignored(CreateChat) | ignored(StreamOptions, "stream_options.")
+    assert named["chat, OpenAI's"] | named["chat, others'"] == chat - both
+    assert set(SERVED) <= set(re.findall(r"`(\w+)`", refused))
 
 
 def test_the_metrics_are_listed() -> None:

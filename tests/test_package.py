@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -207,6 +208,32 @@ def test_default_model_is_that_of_the_repository(monkeypatch: pytest.MonkeyPatch
     assert default_model_folder() == ROOT / "models" / "storybook"
     monkeypatch.setenv("MINIGPT5_MODEL", str(tmp_path))
     assert default_model_folder() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_found"),
+    [
+        ({"url": "file:///home/a%20b/minigpt5", "dir_info": {"editable": True}}, True),
+        ({"url": "file:///home/a%20b/minigpt5", "dir_info": {}}, False),
+        ({"url": "https://example.org/minigpt5.whl", "archive_info": {}}, False),
+        (None, False),
+    ],
+    ids=["editable", "from a folder", "from a wheel", "from an index"],
+)
+def test_default_model_of_a_copy_without_models_is_that_of_the_installed_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, origin: object, is_found: bool
+) -> None:
+    from minigpt5 import config
+
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            return json.dumps(origin) if origin and name == "direct_url.json" else None
+
+    monkeypatch.delenv("MINIGPT5_MODEL", raising=False)
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "minigpt5" / "config.py"))
+    monkeypatch.setattr(config.metadata, "distribution", lambda name: Installed())
+    checkout = Path("/home/a b/minigpt5") if is_found else tmp_path
+    assert config.default_model_folder() == checkout / "models" / "storybook"
 
 
 @pytest.fixture(scope="module")

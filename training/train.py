@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from minigpt5.commands import check_kept
 from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error, TrainingError
 from minigpt5.model import folder as model_folder
@@ -98,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
         sources = WeightSources(
             runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute()
         )
-        out = RunFolder(options.out or options.runs / options.stage)
+        place = str(options.out or options.runs / options.stage)
+        check_kept(place, option="--out")
+        out = RunFolder(place)
         preset, examples, validation = find_examples(preset, sources, options.data)
         if options.workers == 0:
             run(preset, sources, out, examples, validation)

@@ -8,8 +8,10 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
-from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_scheduler
+from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_noise_schedule
+from minigpt5.model.folder import load_config
 from training.presets import Preset
 
 PREVIOUS = {"align": "vision", "learn": "align", "refine": "learn"}
@@ -63,7 +65,11 @@ class WeightSources:
         if distilled is None and is_distilled:
             raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
         vae = load_vae(self.need("vae", stage=stage))
-        return Diffusion(vae, load_unet(unet_of), new_storybook_scheduler(), distilled)
+        return Diffusion(vae, load_unet(unet_of), new_storybook_noise_schedule(), distilled)
+
+    def config(self) -> ModelConfig:
+        """The config of `start`, else the built-in one of the picture world. Raises ModelFolderError."""
+        return load_config(self.start) if self.start else storybook()
 
 
 def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:

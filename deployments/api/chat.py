@@ -3,9 +3,6 @@
 A picture comes back as a data URL in `images`, with `offset`, its place in `content`. `modalities` of ["text",
 "image"] asks for at least one picture and ["text"] for none; without it the model decides. A reply has one picture at
 most unless `pages` says how many. A client that goes away stops the work.
-
-Ignored, as nothing here depends on them: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
-prompt_cache_retention, verbosity, reasoning_effort, parallel_tool_calls, prediction, and the `detail` of a picture.
 """
 
 from __future__ import annotations
@@ -14,77 +11,57 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
 
 from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
-from deployments.api.images import check_model
-from deployments.schemas import MAX_SEED, Body, check_prompt_text, decode_data_url, shown
-from deployments.stories.admission import Reservation
+from deployments.api.messages import MAX_MESSAGES, Message, read_messages
+from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note, refuse_unserved
+from deployments.api.replies import EventStream
+from deployments.schemas import Body
+from deployments.sse import encode
 from minigpt5.config import ModelConfig
-from minigpt5.errors import InvalidRequest
-from minigpt5.story.stream import describe, stream_story
+from minigpt5.story.stream import stream_story
 from minigpt5.types import (
     MAX_PAGES,
     Picture,
     PictureFailed,
-    PromptPart,
     SlotOpened,
     StoryEvent,
     StoryRequest,
+    StoryStarted,
     TextDelta,
     Usage,
 )
 
-MAX_MESSAGES = 64
 MAX_STOPS = 4
-REFUSED: dict[str, tuple[object, ...]] = {
+SERVED: dict[str, tuple[object, ...]] = {
     "n": (1,),
-    "tools": ([],),
+    "best_of": (1,),
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "logprobs": (False,),
     "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
     "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "ignore_eos": (False,),
+    "use_beam_search": (False,),
     "audio": (),
     "web_search_options": (),
 }
-"""What ignoring would mislead about, with the values that ask for nothing."""
+"""Fields whose effect a client would miss, with the values that ask for nothing."""
 
 chat = APIRouter()
-
-
-class ImageUrl(Body):
-    url: str
-    detail: str | None = None
-
-
-class ContentPart(Body):
-    type: Literal["text", "image_url"]
-    text: str | None = None
-    image_url: ImageUrl | None = None
-
-
-class Message(Body):
-    """What an answer had besides its text may come back with it, and is read where it is a picture."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
-    images: list[dict[str, Any]] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -101,7 +78,7 @@ class ChatUsage(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """Reply in OpenAI's format; a message may have `images` besides its `content`."""
+    """Reply in OpenAI's format; a message may have `images` besides its `content`, and the reply `x_ignored`."""
 
     id: str
     object: Literal["chat.completion"]
@@ -109,88 +86,122 @@ class ChatReply(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: ChatUsage
+    x_ignored: list[str] = []
+    """Names of the request's fields and parts that nothing was done about. Left out where there are none."""
 
 
 class StreamOptions(Body):
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Ignored = None
+    continuous_usage_stats: Ignored = None
 
 
-class CreateChat(Body):
+class CreateChat(OpenAIBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    model: str | None = None
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2)] | None = None
     pages: Annotated[int, Field(ge=1, le=MAX_PAGES)] = 1
-    max_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Clamped to what the context window has left."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    # Served for the values in SERVED.
     n: int | None = None
-    tools: list[Any] | None = None
+    best_of: int | None = None
     tool_choice: Any = None
-    functions: list[Any] | None = None
     function_call: Any = None
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+    ignore_eos: bool | None = None
+    use_beam_search: bool | None = None
     audio: Any = None
     web_search_options: Any = None
-    user: str | None = None
-    metadata: Any = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    verbosity: str | None = None
-    reasoning_effort: str | None = None
-    parallel_tool_calls: bool | None = None
-    prediction: Any = None
+
+    # OpenAI's.
+    frequency_penalty: Ignored = None
+    functions: Ignored = None
+    parallel_tool_calls: Ignored = None
+    prediction: Ignored = None
+    presence_penalty: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    reasoning_effort: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    tools: Ignored = None
+    verbosity: Ignored = None
+
+    # Other servers' and gateways'.
+    add_generation_prompt: Ignored = None
+    add_special_tokens: Ignored = None
+    cache_salt: Ignored = None
+    chat_template: Ignored = None
+    chat_template_kwargs: Ignored = None
+    enable_thinking: Ignored = None
+    include_reasoning: Ignored = None
+    include_stop_str_in_output: Ignored = None
+    keep_alive: Ignored = None
+    length_penalty: Ignored = None
+    min_p: Ignored = None
+    min_tokens: Ignored = None
+    mm_processor_kwargs: Ignored = None
+    models: Ignored = None
+    plugins: Ignored = None
+    priority: Ignored = None
+    provider: Ignored = None
+    reasoning: Ignored = None
+    request_id: Ignored = None
+    route: Ignored = None
+    safe_prompt: Ignored = None
+    session_id: Ignored = None
+    skip_special_tokens: Ignored = None
+    spaces_between_special_tokens: Ignored = None
+    stop_token_ids: Ignored = None
+    thinking: Ignored = None
+    top_a: Ignored = None
+    top_k: Ignored = None
+    transforms: Ignored = None
+    truncate_prompt_tokens: Ignored = None
+    typical_p: Ignored = None
+    usage: Ignored = None
 
 
 @chat.post("/v1/chat/completions", response_model=ChatReply, responses=EVENTS)
 async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Response:
     """Answer the last message, with pictures where they belong."""
     check_model(body.model, front.config.name)
-    for name, values in REFUSED.items():
-        value = getattr(body, name)
-        if value is not None and value not in values:
-            message = f"{name} is {shown(value)}, which is not served here: leave it out"
-            raise ApiError(400, message, param=name, code="unsupported_value")
-    request = await asyncio.to_thread(to_reply_request, body, front.config, client=client)
+    refuse_unserved(body, SERVED)
+    request, unread = await asyncio.to_thread(to_reply_request, body, front.config, client=client)
     check_texts(front, request.prompt, "messages")
-    reservation = front.admission.reserve(request)
-    try:
-        await front.engines.validate_request(request)
-    except BaseException:
-        reservation.release()
-        raise
-    reply = Reply(request, front.config)
-    events = answer(front, reservation, request)
+    reply = Reply(request, front.config, ignored=[*ignored_fields(body), *unread])
+    events = answer(front, request)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(
-            stream_chunks(reply, events, with_usage), media_type="text/event-stream", headers=headers
-        )
-    async with contextlib.aclosing(events):  # type: ignore[type-var]
+        return EventStream(stream_chunks(reply, events, with_usage))
+    async with contextlib.aclosing(events):
         async for event in events:
             reply.add(event)
     return JSONResponse(reply.whole())
 
 
-async def answer(front: Front, reservation: Reservation, request: StoryRequest) -> AsyncIterator[StoryEvent]:
-    """A reply's events. A picture that fails fails the reply: it has no page to say so."""
-    with reservation:
+async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEvent]:
+    """A reply's events. A picture that fails fails the reply: it has no page to say so. Raises Overloaded or
+    InvalidRequest before the first one."""
+    with front.admission.reserve(request) as reservation:
+        await front.engines.validate_request(request)
         events = stream_story(request, front.engines.generate, front.engines.decode)
         async with contextlib.aclosing(events):
             async for event in events:
@@ -200,76 +211,43 @@ async def answer(front: Front, reservation: Reservation, request: StoryRequest) 
                 yield event
 
 
-def to_reply_request(body: CreateChat, config: ModelConfig, *, client: str) -> StoryRequest:
-    """Raises InvalidRequest."""
-    sampling = config.sampling
+def to_reply_request(body: CreateChat, config: ModelConfig, *, client: str) -> tuple[StoryRequest, list[str]]:
+    """The request, and the places of the messages' parts that were passed over. Raises InvalidRequest."""
+    prompt, unread = read_messages(body.messages)
+    max_tokens = body.max_completion_tokens or body.max_tokens
     asked: dict[str, Any] = {
-        "max_page_tokens": body.max_completion_tokens or body.max_tokens,
+        "max_page_tokens": max_tokens and min(max_tokens, config.context_tokens),  # the engine knows what is left of it
         "temperature": body.temperature,
         "top_p": body.top_p,
+        "repetition_penalty": body.repetition_penalty,
     }
-    sampling = dataclasses.replace(sampling, **{name: value for name, value in asked.items() if value is not None})
+    asked = {name: value for name, value in asked.items() if value is not None}
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     pictures: Literal["auto", "none", "forced"] = "auto"
     if body.modalities:
         pictures = "forced" if "image" in body.modalities else "none"
-    return StoryRequest(
-        prompt=read_messages(body.messages),
+    request = StoryRequest(
+        prompt=prompt,
         pages=body.pages,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        sampling=sampling,
-        draw=config.default_draw,
+        sampling=dataclasses.replace(config.sampling, **asked),
+        draw=body.draw_settings(config),
         mode="reply",
         pictures=pictures,
         stop=tuple(stop),
         key=client,
     )
-
-
-def read_messages(messages: list[Message]) -> tuple[PromptPart, ...]:
-    """One prompt of all turns: the template has one question, so earlier turns stand in it as it writes them. Raises
-    InvalidRequest."""
-    parts: list[PromptPart] = []
-    for index, message in enumerate(messages):
-        field = f"messages[{index}]"
-        read = read_message(message, field)
-        if message.role == "assistant":
-            read = ["###Assistant:", *read, "###Human:"]
-        parts += read
-    if messages[-1].role == "assistant":
-        raise InvalidRequest("messages", "the last message is the assistant's own: ask something after it")
-    texts = [part for part in parts if isinstance(part, str)]
-    try:
-        check_prompt_text(texts or [""], has_image=len(texts) < len(parts))
-    except ValueError as error:
-        raise InvalidRequest("messages", str(error)) from error
-    return tuple(parts)
-
-
-def read_message(message: Message, field: str) -> list[PromptPart]:
-    content = message.content
-    parts: list[PromptPart] = []
-    if isinstance(content, str):
-        parts.append(content)
-    for number, part in enumerate(content if isinstance(content, list) else []):
-        where = f"{field}.content[{number}]"
-        if part.type == "text" and part.text is not None:
-            parts.append(part.text)
-        elif part.type == "image_url" and part.image_url is not None:
-            parts.append(decode_data_url(part.image_url.url, field=f"{where}.image_url.url"))
-        else:
-            raise InvalidRequest(where, f"{where} is of type {part.type} but has no {part.type}")
-    for number, image in enumerate(message.images or []):
-        url = image["image_url"].get("url") if isinstance(image.get("image_url"), dict) else None
-        parts.append(decode_data_url(str(url), field=f"{field}.images[{number}].image_url.url"))
-    return parts
+    return request, unread
 
 
 class Reply:
     """Events -> a completion, or its chunks."""
 
-    def __init__(self, request: StoryRequest, config: ModelConfig) -> None:
+    def __init__(self, request: StoryRequest, config: ModelConfig, *, ignored: list[str]) -> None:
         self.max_tokens, self.num_vokens = request.sampling.max_page_tokens, config.num_vokens
+        self.room = config.context_tokens - request.pages * config.num_vokens
+        """Tokens of the prompt and the text together."""
+        self.note = note(ignored)
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": config.name}
         self.content = ""
         self.images: list[dict[str, Any]] = []
@@ -279,6 +257,8 @@ class Reply:
     def add(self, event: StoryEvent) -> dict[str, Any] | None:
         """What is new, as a chunk's delta."""
         match event:
+            case StoryStarted():
+                return {"role": "assistant", "content": ""}
             case TextDelta():
                 text = event.text if self.content else event.text.lstrip()
                 self.content += text
@@ -297,14 +277,14 @@ class Reply:
     @property
     def finish(self) -> str:
         num_written = self.usage.completion_tokens - self.num_vokens * len(self.images)
-        return "length" if num_written >= self.max_tokens else "stop"
+        return "length" if num_written >= min(self.max_tokens, self.room - self.usage.prompt_tokens) else "stop"
 
     def whole(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
         if self.images:
             message["images"] = sorted(self.images, key=lambda image: image["offset"])
         choice = {"index": 0, "message": message, "finish_reason": self.finish, "logprobs": None}
-        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.count()}
+        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.count(), **self.note}
 
     def chunk(self, delta: dict[str, Any], *, finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
@@ -315,22 +295,14 @@ class Reply:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-async def stream_chunks(reply: Reply, events: AsyncIterator[StoryEvent], with_usage: bool) -> AsyncIterator[str]:
-    yield _data(reply.chunk({"role": "assistant", "content": ""}))
-    try:
-        async with contextlib.aclosing(events):  # type: ignore[type-var]
-            async for event in events:
-                if delta := reply.add(event):
-                    yield _data(reply.chunk(delta))
-    except Exception as failure:  # the reply has begun: its status can no longer say so
-        message = failure.message if isinstance(failure, ApiError) else describe(failure)
-        yield _data({"error": {"message": message, "type": "server_error", "param": None, "code": "reply_failed"}})
-        return
-    yield _data(reply.chunk({}, finish=reply.finish))
+async def stream_chunks(reply: Reply, events: AsyncGenerator[StoryEvent], with_usage: bool) -> AsyncGenerator[str]:
+    ignored = reply.note
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if delta := reply.add(event):
+                yield encode({**reply.chunk(delta), **ignored})
+                ignored = {}
+    yield encode(reply.chunk({}, finish=reply.finish))
     if with_usage:
-        yield _data({**reply.chunk({}), "choices": [], "usage": reply.count()})
+        yield encode({**reply.chunk({}), "choices": [], "usage": reply.count()})
     yield "data: [DONE]\n\n"
-
-
-def _data(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"

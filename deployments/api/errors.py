@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,9 +28,13 @@ from minigpt5.errors import (
     StoryTaken,
 )
 
+logger = logging.getLogger("ray.serve")
+
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
 MAX_BODY_BYTES = 8 * 2**20
+MAX_PATH_CHARACTERS = 2000
+"""The router cannot read a number of more than 4,300 digits, which a longer path may hold."""
 OPENAI_PATHS = ("/v1/images/", "/v1/chat/")
 """Where OpenAI's clients expect 400 for what our own endpoints answer with 422."""
 
@@ -63,6 +69,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         405: "The path has other methods",
         409: "It is being worked on, or was begun with another body",
         413: "The body is too large",
+        414: "The path is too long",
         422: "A field is out of range, unknown, or stopped by the text filter",
         429: "More requests than the key has",
         500: "The story failed: its text says why",
@@ -177,6 +184,16 @@ def install_error_handlers(api: FastAPI) -> None:
         return error_response(500, "internal error: the server's log has the details", code="internal_error")
 
 
+async def describe_failure(request: Request, failure: Exception) -> dict[str, Any]:
+    """The error object that `failure` has as a reply, for a stream that has begun: its status is sent already."""
+    handlers = request.app.exception_handlers
+    kind = next(kind for kind in type(failure).__mro__ if kind in handlers)
+    if kind is Exception:
+        logger.error("a stream failed", exc_info=failure)
+    response = await handlers[kind](request, failure)
+    return json.loads(response.body)["error"]
+
+
 def _invalid_status(request: Request) -> int:
     return 400 if request.url.path.startswith(OPENAI_PATHS) else 422
 
@@ -207,7 +224,7 @@ def _path(location: Sequence[str | int]) -> str:
 
 
 class BodyLimit:
-    """Reads a request's body up to the limit before anything parses it; a longer one is 413."""
+    """Reads a request's body up to the limit before anything parses it; a longer one is 413, a long path is 414."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -215,6 +232,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if (length := len(scope["path"])) > MAX_PATH_CHARACTERS:
+            message_text = f"path has {length} characters but must have at most {MAX_PATH_CHARACTERS}"
+            return await error_response(414, message_text, code="path_too_long")(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         body = bytearray()
         is_over = declared.isdigit() and (len(declared) > 12 or int(declared) > self.max_bytes)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from deployments.api.errors import ApiError
 from deployments.auth import CLIENT, Key, Keys
 from deployments.engines.handles import Engines
+from deployments.schemas import shown
 from deployments.stories.admission import Admission
 from deployments.stories.ledger import Ledger, LocalLedger
 from deployments.stories.story_manager import StoryManager
@@ -51,6 +53,8 @@ class Front:
     text_filter: TextFilter | None = None
     keys: Keys | None = None
     """None: every client may do everything."""
+    example_pictures: Mapping[int, bytes] = field(default_factory=dict)
+    """Number of one of the model's examples, from 1 -> its picture (WebP)."""
 
 
 def build_front(
@@ -65,6 +69,7 @@ def build_front(
     keys: Keys | None = None,
     text_filter: TextFilter | None = None,
     ledger: Ledger | None = None,
+    example_pictures: Mapping[int, bytes] | None = None,
 ) -> Front:
     """`ledger`: of all fronts; None: this is the only one."""
     ledger = ledger or LocalLedger()
@@ -81,6 +86,7 @@ def build_front(
         max_bytes=max_bytes,
         keys=keys,
         text_filter=text_filter,
+        example_pictures=example_pictures or {},
     )
 
 
@@ -109,6 +115,16 @@ def check_texts(front: Front, texts: Iterable[object], field: str) -> None:
         for text in texts:
             if isinstance(text, str):
                 front.text_filter.check_text(text, field)
+
+
+def refuse_unknown_query(request: Request) -> None:
+    """A query that a route does not take would otherwise be ignored."""
+    known = {param.alias for param in request.scope["route"].dependant.query_params}
+    if request.app.state.front.keys:  # a signed URL may come with a key, too
+        known |= {"expires", "signature"}
+    for name, value in request.query_params.items():
+        if name not in known:
+            raise ApiError(422, f"query parameter {name[:40]} (value {shown(value)}) is unknown here", param=name[:40])
 
 
 async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> None:

@@ -1,7 +1,5 @@
-"""POST /v1/images/generations, in OpenAI's shape: pictures of a caption, as data or for an hour under a URL.
-
-Ignored fields of an image request: user, quality, style, moderation.
-"""
+"""POST /v1/images/generations, in OpenAI's shape: pictures of a caption, as data, for an hour under a URL, or as a
+stream with previews."""
 
 from __future__ import annotations
 
@@ -11,7 +9,9 @@ import contextlib
 import io
 import secrets
 import time
-from typing import Annotated, Literal
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -19,45 +19,76 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, Field, field_validator
 
 from deployments.api.drawing import draw
-from deployments.api.errors import PNG, ApiError
+from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
-from deployments.api.replies import sign_urls
-from deployments.schemas import MAX_SEED, Body, check_prompt_text, shown
+from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note, refuse_unserved
+from deployments.api.replies import EventStream, sign_urls
+from deployments.schemas import check_prompt_text
+from deployments.sse import encode
 from deployments.stories.admission import Reservation
-from minigpt5.types import DrawRequest, Picture, StoryRequest, Vokens
+from minigpt5.types import NUM_PREVIEWS, DrawRequest, Picture, Progress, StoryRequest, Usage, Vokens
 
 MAX_PICTURES = 10
 SIZES = ("256x256", "512x512", "1024x1024", "1536x1024", "1024x1536", "1792x1024", "1024x1792")
 """OpenAI's: pictures are drawn in the model's own size, and resampled."""
+Kind = Literal["png", "jpeg", "webp"]
+FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in get_args(Kind)},
+        "description": "A picture",
+    }
+}
 
 images = APIRouter()
 
 
-class CreateImages(Body):
-    """POST /v1/images/generations."""
+class CreateImages(OpenAIBody):
+    """POST /v1/images/generations. Each further picture of `n` has the next seed."""
 
     prompt: str
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    """Seed of the first picture; each further one has the next seed."""
     size: str | None = None
-    model: str | None = None
-    response_format: str | None = None
-    output_format: str | None = None
-    output_compression: int | None = None
-    background: str | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Kind | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Quality of a JPEG or WebP file; of a PNG it is ignored."""
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    """Ignored where it is transparent: every picture is opaque."""
     stream: bool | None = None
-    partial_images: int | None = None
-    user: str | None = None
-    quality: str | None = None
-    style: str | None = None
-    moderation: str | None = None
+    partial_images: Annotated[int, Field(ge=0, le=NUM_PREVIEWS)] | None = None
+    """Previews before a streamed picture; ignored without `stream`."""
+
+    # OpenAI's.
+    complexity: Ignored = None
+    frame_count: Ignored = None
+    frame_duration_ms: Ignored = None
+    quality: Ignored = None
+    style: Ignored = None
+    svg: Ignored = None
+
+    # Other servers' and gateways'.
+    enable_safety_checker: Ignored = None
+    prompt_upsampling: Ignored = None
+    safety_tolerance: Ignored = None
+    watermark: Ignored = None
 
     @field_validator("prompt")
     @classmethod
     def has_content(cls, prompt: str) -> str:
         check_prompt_text([prompt])
         return prompt
+
+    @property
+    def ignored(self) -> list[str]:
+        """The names of what nothing is done about."""
+        found = ignored_fields(self)
+        if self.background == "transparent":
+            found.append("background")
+        if self.output_compression is not None and self.output_format in (None, "png"):
+            found.append("output_compression")
+        if self.partial_images and not self.stream:
+            found.append("partial_images")
+        return sorted(found)
 
 
 class ImageItem(BaseModel):
@@ -66,108 +97,181 @@ class ImageItem(BaseModel):
     x_seed: int
 
 
+class InputTokens(BaseModel):
+    text_tokens: int
+    image_tokens: int = 0
+
+
+class ImagesUsage(BaseModel):
+    """What the language model read and wrote: the vokens of a caption are written once for all of its pictures."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, usage: Usage) -> ImagesUsage:
+        read, written = usage.prompt_tokens, usage.completion_tokens
+        details = InputTokens(text_tokens=read)
+        return cls(input_tokens=read, input_tokens_details=details, output_tokens=written, total_tokens=read + written)
+
+
 class ImagesReply(BaseModel):
     created: int
     data: list[ImageItem]
     size: str
-    output_format: Literal["png"]
+    output_format: Kind
+    background: Literal["opaque"] = "opaque"
+    usage: ImagesUsage
     x_native_size: str
+    x_ignored: list[str] = []
+    """Names of the request's fields that nothing was done about. Left out where there are none."""
 
 
-def check_model(asked: str | None, model: str) -> None:
-    """Raises ApiError where another model than the one that is served is asked for."""
-    if asked not in (None, model):
-        message = f"model {shown(asked)} does not exist here; the model is {model}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How pictures are sent."""
+
+    native_size: str
+    width: int
+    height: int
+    kind: Kind
+    quality: int
+    """Of a JPEG or WebP file, 0 to 100."""
+
+    @classmethod
+    def of(cls, body: CreateImages, native_size: str) -> Output:
+        width, _, height = (native_size if body.size in (None, "auto") else str(body.size)).partition("x")
+        quality = 100 if body.output_compression is None else body.output_compression
+        return cls(
+            native_size=native_size,
+            width=int(width),
+            height=int(height),
+            kind=body.output_format or "png",
+            quality=quality,
+        )
+
+    @property
+    def described(self) -> dict[str, str]:
+        """Fields of a reply."""
+        size = f"{self.width}x{self.height}"
+        return {
+            "size": size,
+            "output_format": self.kind,
+            "background": "opaque",
+            "x_native_size": self.native_size,
+        }
+
+    def convert(self, data: bytes) -> bytes:
+        """A picture file as it is sent. If the shapes differ, the picture is cropped to its middle."""
+        size = (self.width, self.height)
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.size == size and picture.format == "PNG" and self.kind == "png":
+                return data
+            converted = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        converted.save(file, self.kind, **({} if self.kind == "png" else {"quality": self.quality}))
+        return file.getvalue()
 
 
-def refuse_unserved(body: CreateImages, *, model: str, native_size: str) -> None:
-    """Refuse what ignoring would mislead about. Raises ApiError."""
-    check_model(body.model, model)
-    served: dict[str, tuple[object, ...]] = {
-        "size": ("auto", native_size, *SIZES),
-        "response_format": ("b64_json", "url"),
-        "output_format": ("png",),
-        "output_compression": (100,),
-        "background": ("auto", "opaque"),
-        "stream": (False,),
-        "partial_images": (0,),
-    }
-    for name, values in served.items():
-        value = getattr(body, name)
-        if value is not None and value not in values:
-            expected = " or ".join(map(shown, values))
-            message = f"{name} is {shown(value)}, which this version does not serve: leave it out or send {expected}"
-            raise ApiError(400, message, param=name, code="unsupported_value")
-
-
-@images.post("/v1/images/generations", response_model=ImagesReply)
-async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) -> JSONResponse:
+@images.post("/v1/images/generations", response_model=ImagesReply, responses=EVENTS)
+async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) -> Response:
     """Pictures of a caption. A client that goes away stops the work."""
     native_size = f"{front.config.image_px}x{front.config.image_px}"
-    refuse_unserved(body, model=front.config.name, native_size=native_size)
+    check_model(body.model, front.config.name)
+    refuse_unserved(body, {"size": ("auto", native_size, *SIZES)})
+    if body.stream and body.response_format == "url":
+        message = 'response_format is "url" but the events of a stream carry their pictures: leave it out'
+        raise ApiError(400, message, param="response_format", code="unsupported_value")
     check_texts(front, [body.prompt], "prompt")
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    request = StoryRequest(
-        prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=front.config.default_draw, key=client
-    )
-    with front.admission.reserve(request, num_pictures=body.n or 1) as reservation:
+    draw_settings = body.draw_settings(front.config)
+    request = StoryRequest(prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=draw_settings, key=client)
+    output = Output.of(body, native_size)
+    if body.stream:
+        return EventStream(stream_images(front, body, request, output), error_name="error")
+    seeds = range(seed, seed + (body.n or 1))
+    with front.admission.reserve(request, num_pictures=len(seeds)) as reservation:
         await front.engines.validate_request(request)
-        vokens = await _write_vokens(front, request)
-        reservation.observe(vokens)
-        pictures = await _draw_all(front, reservation, request, vokens, seeds=[seed + k for k in range(body.n or 1)])
-    size = read_size(body.size, native_size)
-    pngs = await asyncio.gather(*[asyncio.to_thread(resample, picture.png, size) for picture in pictures])
+        vokens, usage = await _write_vokens(front, reservation, request)
+        pictures = await _draw_all(front, reservation, request, vokens, seeds=seeds)
+    files = await asyncio.gather(*[asyncio.to_thread(output.convert, picture.png) for picture in pictures])
     data: list[dict[str, object]] = []
-    for picture, png in zip(pictures, pngs, strict=True):
-        item = {"b64_json": base64.b64encode(png).decode()}
+    for picture, file in zip(pictures, files, strict=True):
+        item = {"b64_json": base64.b64encode(file).decode()}
         if body.response_format == "url":
-            name = await asyncio.to_thread(front.store.save_image, png)
-            item = {"url": f"/v1/images/{name}.png"}
+            name = await asyncio.to_thread(front.store.save_image, file, kind=output.kind)
+            item = {"url": f"/v1/images/{name}"}
         data.append({**item, "x_seed": picture.seed})
     return JSONResponse(
         {
             "created": int(time.time()),
             "data": sign_urls(front, data),
-            "size": f"{size[0]}x{size[1]}",
-            "output_format": "png",
-            "x_native_size": native_size,
+            **output.described,
+            "usage": ImagesUsage.of(usage).model_dump(),
+            **note(body.ignored),
         }
     )
 
 
-@images.get("/v1/images/{name}.png", response_class=Response, responses=PNG)
+async def stream_images(front: Front, body: CreateImages, request: StoryRequest, output: Output) -> AsyncGenerator[str]:
+    """OpenAI's events: previews, then the picture. Several pictures come one after another, for no event says which
+    one it is of."""
+    num_pictures = body.n or 1
+
+    async def event(name: str, picture: bytes, **fields: Any) -> str:
+        b64_json = base64.b64encode(await asyncio.to_thread(output.convert, picture)).decode()
+        described = {"created_at": int(time.time()), **output.described, "quality": "auto"}
+        return encode({"type": name, "b64_json": b64_json, **described, **fields}, name=name)
+
+    with front.admission.reserve(request, num_pictures=num_pictures) as reservation:
+        await front.engines.validate_request(request)
+        vokens, usage = await _write_vokens(front, reservation, request)
+        for seed in range(request.seed, request.seed + num_pictures):
+            drawing = DrawRequest(
+                vokens=vokens,
+                seed=seed,
+                settings=request.draw,
+                key=request.key,
+                num_previews=body.partial_images or 0,
+            )
+            num_shown, fields = 0, dict[str, Any]()
+            async with contextlib.aclosing(front.engines.decode(drawing)) as events:  # type: ignore[type-var]
+                async for told in events:
+                    reservation.observe(told)
+                    if isinstance(told, Progress) and told.preview:
+                        fields = {"partial_image_index": num_shown}
+                        yield await event("image_generation.partial_image", told.preview, **fields)
+                        num_shown += 1
+                    elif isinstance(told, Picture):
+                        fields = {"usage": ImagesUsage.of(usage).model_dump(), "x_seed": seed, **note(body.ignored)}
+                        yield await event("image_generation.completed", told.png, **fields)
+            usage = Usage(prompt_tokens=0, completion_tokens=0)  # the first picture's event has counted it
+
+
+@images.get("/v1/images/{name}", response_class=Response, responses=FILE)
 async def get_image(name: str, front: FrontOf) -> Response:
     """A picture whose URL was asked for; it is there for an hour."""
-    return Response(await asyncio.to_thread(front.store.load_image, name), media_type="image/png")
+    data = await asyncio.to_thread(front.store.load_image, name)
+    return Response(data, media_type=f"image/{name.rpartition('.')[2]}")
 
 
-def read_size(size: str | None, native_size: str) -> tuple[int, int]:
-    width, _, height = (native_size if size in (None, "auto") else str(size)).partition("x")
-    return int(width), int(height)
-
-
-def resample(png: bytes, size: tuple[int, int]) -> bytes:
-    """Resize a picture; if the shapes differ, crop it to its middle."""
-    with Image.open(io.BytesIO(png)) as picture:
-        if picture.size == size:
-            return png
-        resampled = ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    resampled.save(file, "PNG")
-    return file.getvalue()
-
-
-async def _write_vokens(front: Front, request: StoryRequest) -> Vokens:
+async def _write_vokens(front: Front, reservation: Reservation, request: StoryRequest) -> tuple[Vokens, Usage]:
+    vokens = usage = None
     async with contextlib.aclosing(front.engines.generate(request)) as events:  # type: ignore[type-var]
         async for event in events:
             if isinstance(event, Vokens):
-                return event
-    raise AssertionError("the generator ended without vokens")
+                vokens = event
+                reservation.observe(event)
+            elif isinstance(event, Usage):
+                usage = event
+    assert vokens and usage, "the generator ended without vokens"
+    return vokens, usage
 
 
 async def _draw_all(
-    front: Front, reservation: Reservation, request: StoryRequest, vokens: Vokens, *, seeds: list[int]
+    front: Front, reservation: Reservation, request: StoryRequest, vokens: Vokens, *, seeds: range
 ) -> list[Picture]:
     """All at once, so that they share the decoder's batch; the first failure ends the rest."""
     try:

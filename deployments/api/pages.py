@@ -27,18 +27,21 @@ pages = APIRouter(dependencies=[Depends(check_owner)])
 @pages.post("/v1/stories/{story_id}/pages", status_code=201, response_model=StoryReply, responses=BEGUN)
 async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: ClientOf) -> Response:
     """Add `count` pages to a story, after those that are complete."""
-    async with front.story_manager.exclusive(story_id) as store:
-        state = await asyncio.to_thread(front.store.load, story_id)
-        request = await asyncio.to_thread(front.store.load_request, story_id)
-        num_complete = len(_complete(state))
-        if num_complete + body.count > MAX_PAGES:
-            raise InvalidRequest(
-                "count", f"count is {body.count} but the story has {num_complete} pages and may have {MAX_PAGES}"
-            )
-        draw = front.config.drawable(request.draw)
-        request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
-        story = await front.story_manager.resume(state, request, store)
-    return await answer(front, story.id, stream=body.stream, wait=body.wait)
+
+    async def begin() -> str:
+        async with front.story_manager.exclusive(story_id) as store:
+            state = await asyncio.to_thread(front.store.load, story_id)
+            request = await asyncio.to_thread(front.store.load_request, story_id)
+            num_complete = len(_complete(state))
+            if num_complete + body.count > MAX_PAGES:
+                raise InvalidRequest(
+                    "count", f"count is {body.count} but the story has {num_complete} pages and may have {MAX_PAGES}"
+                )
+            draw = front.config.drawable(request.draw)
+            request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
+            return (await front.story_manager.resume(state, request, store)).id
+
+    return await answer(front, begin, stream=body.stream, wait=body.wait)
 
 
 @pages.patch("/v1/stories/{story_id}/pages/{page:int}", response_model=PageReply, response_model_exclude_none=True)

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -18,7 +18,6 @@ from deployments.api.access_log import AccessLog
 from deployments.api.chat import chat
 from deployments.api.drawing import draw_alone
 from deployments.api.errors import (
-    EVENTS,
     PNG,
     REFUSALS,
     RETRY_AFTER_S,
@@ -29,20 +28,25 @@ from deployments.api.errors import (
     install_error_handlers,
 )
 from deployments.api.exports import exports
-from deployments.api.front import ClientOf, Front, FrontOf, build_front, check_owner, check_texts
+from deployments.api.front import (
+    ClientOf,
+    Front,
+    FrontOf,
+    build_front,
+    check_owner,
+    check_texts,
+    refuse_unknown_query,
+)
 from deployments.api.images import images
+from deployments.api.models import models
 from deployments.api.pages import MAX_VARIANTS, pages
-from deployments.api.replies import BEGUN, answer, reply, stream_reply
+from deployments.api.replies import BEGUN, RESUMED, EventStream, answer, follow, reply
 from deployments.auth import KeyGuard, check_host, load_keys, session_cookie
 from deployments.engines.handles import NotReady, ServeEngines
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
-    Defaults,
     Login,
-    ModelList,
-    ModelReply,
-    Scheduler,
     StatusReply,
     StoryList,
     StoryReply,
@@ -51,15 +55,14 @@ from deployments.schemas import (
     to_draw_request,
     to_story_request,
 )
-from deployments.stories.events import Position
+from deployments.stories.events import Position, has_ended_for
 from deployments.stories.retention import keep_within
 from deployments.stories.serve_ledger import ServeLedger
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder import load_config, load_example_pictures
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.store import StoryStore
 from minigpt5.story.voken_file import pack
-from minigpt5.types import DISTILLED
 
 MAX_LISTED = 100
 MAX_WAIT_S = 120.0
@@ -67,16 +70,6 @@ MAX_WAIT_S = 120.0
 STUDIO = Path(__file__).parents[1] / "studio"
 STUDIO_FILES = {"studio.css": "text/css", "studio.js": "text/javascript"}
 STUDIO_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
-
-
-def refuse_unknown_query(request: Request) -> None:
-    """A query that a route does not take would otherwise be ignored."""
-    known = {param.alias for param in request.scope["route"].dependant.query_params}
-    if request.app.state.front.keys:  # a signed URL may come with a key, too
-        known |= {"expires", "signature"}
-    for name, value in request.query_params.items():
-        if name not in known:
-            raise ApiError(422, f"query parameter {name[:40]} (value {shown(value)}) is unknown here", param=name[:40])
 
 
 stories = APIRouter(dependencies=[Depends(refuse_unknown_query), Depends(check_owner)])
@@ -94,12 +87,14 @@ async def create_story(
     The same `Idempotency-Key` with the same body is the same story, however often it is sent."""
     request = await asyncio.to_thread(to_story_request, body, front.config, client=client)
     check_texts(front, request.prompt, "prompt")
-    if idempotency_key is None:
-        story = await front.story_manager.start(request)
-        return await answer(front, story.id, stream=body.stream, wait=body.wait)
-    digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-    story_id = await front.story_manager.start_once(request, idempotency_key, digest)
-    return await answer(front, story_id, stream=body.stream, wait=body.wait)
+
+    async def begin() -> str:
+        if idempotency_key is None:
+            return (await front.story_manager.start(request)).id
+        digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+        return await front.story_manager.start_once(request, idempotency_key, digest)
+
+    return await answer(front, begin, stream=body.stream, wait=body.wait)
 
 
 @stories.get("/v1/stories", response_model=StoryList, response_model_exclude_none=True)
@@ -133,17 +128,20 @@ async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
-@stories.get("/v1/stories/{story_id}/events", response_class=Response, responses=EVENTS)
+@stories.get("/v1/stories/{story_id}/events", response_class=Response, responses=RESUMED)
 async def get_events(
     story_id: str, front: FrontOf, last_event_id: Annotated[str | None, Header(max_length=200)] = None
 ) -> Response:
-    """A story's stream from its beginning, or after the event that `Last-Event-ID` names."""
+    """A story's stream from its beginning, or after the event that `Last-Event-ID` names. A browser that has the last
+    event asks again and again, until it is told with 204 that nothing comes."""
     try:
         seen = Position.parse(last_event_id) if last_event_id else None
     except ValueError as error:
         raise ApiError(422, str(error), param="Last-Event-ID", code="invalid_value") from error
-    await asyncio.to_thread(front.store.load, story_id)
-    return stream_reply(front, front.story_manager.relay.follow(story_id, seen))
+    state = await asyncio.to_thread(front.store.load, story_id)
+    if seen and await has_ended_for(state, seen):
+        return Response(status_code=204, headers={"Cache-Control": "no-cache"})
+    return EventStream(follow(front, story_id, seen), error_name="error")
 
 
 @stories.delete("/v1/stories/{story_id}", status_code=204)
@@ -195,30 +193,6 @@ async def cancel_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work; what was finished stays. A story that has ended stays as it is."""
     await front.story_manager.cancel(story_id)
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
-
-
-@stories.get("/v1/models", response_model=ModelList)
-async def list_models(front: FrontOf) -> ModelList:
-    """The model that is served, and the defaults of a request's optional fields."""
-    config = front.config
-    model = ModelReply(
-        id=config.name,
-        fingerprint=config.fingerprint,
-        image_size=f"{config.image_px}x{config.image_px}",
-        context_tokens=config.context_tokens,
-        schedulers=[name for name in get_args(Scheduler) if name != DISTILLED or config.draw_distilled],
-        defaults=Defaults(
-            pages=CreateStory.model_fields["pages"].default,
-            steps=config.default_draw.steps,
-            guidance_scale=config.default_draw.guidance_scale,
-            scheduler=config.default_draw.scheduler,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            min_page_tokens=config.sampling.min_page_tokens,
-            max_page_tokens=config.sampling.max_page_tokens,
-        ),
-    )
-    return ModelList(data=[model])
 
 
 @operations.get("/healthz", response_model=StatusReply)
@@ -301,6 +275,7 @@ def create_api(front: Front) -> FastAPI:
         pages,
         images,
         chat,
+        models,
         operations,
     ):  # exports first: {story_id} would take {story_id}.html
         api.include_router(router, responses=REFUSALS)
@@ -331,8 +306,9 @@ class Ingress:
         ledger: DeploymentHandle | None = None,
     ) -> None:
         check_host(get_host(), load_keys(api_keys or None))
+        config = load_config(model)
         self.front = build_front(
-            load_config(model),
+            config,
             ServeEngines(generator, decoder),
             StoryStore(storage),
             max_wait_s=max_wait_s,
@@ -342,6 +318,7 @@ class Ingress:
             keys=load_keys(api_keys or None),
             text_filter=TextFilter() if "text" in filters else None,
             ledger=ServeLedger(ledger) if ledger else None,
+            example_pictures=load_example_pictures(model, config),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

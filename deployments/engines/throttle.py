@@ -1,50 +1,64 @@
-"""How often an engine tells of its work: each event between processes costs the cores that the engines need."""
+"""Rate limits for engine events, which cost CPU time at each process boundary."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 
 from minigpt5.types import DecoderEvent, GeneratorEvent, Progress, TextDelta
 
-TEXT_S = 0.05
-"""Readers are shown new text that often."""
-PROGRESS_S = 0.15
+TEXT_INTERVAL_S = 0.05
+"""Minimum time between two pieces of a page's text, and the longest that one is held."""
+PROGRESS_INTERVAL_S = 0.15
+"""Minimum time between two Progress events of a picture."""
 
 
 async def coalesce_text(
-    events: AsyncIterator[GeneratorEvent], *, interval_s: float = TEXT_S
+    events: AsyncIterator[GeneratorEvent], *, interval_s: float = TEXT_INTERVAL_S
 ) -> AsyncIterator[GeneratorEvent]:
-    """Join text that comes sooner than `interval_s` after the last; it goes with the next event at the latest."""
+    """Join text that comes sooner than `interval_s` after the last one sent. Held text is sent when the interval is
+    over, or before the next event that is not text of its page."""
+    clock = asyncio.get_running_loop().time
     held: TextDelta | None = None
-    sent_at = -interval_s
-    async for event in events:
-        if isinstance(event, TextDelta):
-            if held and held.page == event.page:
-                event = TextDelta(page=event.page, text=held.text + event.text)
-            elif held:
+    send_at = -math.inf
+    arriving = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            if held and clock() >= send_at:
                 yield held
-            held = event
-            if time.monotonic() - sent_at < interval_s:
+                held, send_at = None, clock() + interval_s
+            await asyncio.wait({arriving}, timeout=send_at - clock() if held else None)
+            if not arriving.done():  # the time of the held text has come
                 continue
-        if held:
-            yield held
-            held, sent_at = None, time.monotonic()
-        if not isinstance(event, TextDelta):
-            yield event
-    if held:
-        yield held
+            event = arriving.result()
+            if isinstance(event, TextDelta) and held and event.page == held.page:
+                held = TextDelta(page=held.page, text=held.text + event.text)
+            else:
+                if held:
+                    yield held
+                    held, send_at = None, clock() + interval_s
+                if event is None:
+                    return
+                if isinstance(event, TextDelta):
+                    held = event
+                else:
+                    yield event
+            arriving = asyncio.ensure_future(anext(events, None))
+    finally:
+        arriving.cancel()
+        await asyncio.gather(arriving, return_exceptions=True)  # else `events` could not be closed
 
 
 async def throttle_progress(
-    events: AsyncIterator[DecoderEvent], *, interval_s: float = PROGRESS_S
+    events: AsyncIterator[DecoderEvent], *, interval_s: float = PROGRESS_INTERVAL_S
 ) -> AsyncIterator[DecoderEvent]:
-    """Leave out steps that come sooner than `interval_s` after the last, but for the first, the last and those with a
-    preview."""
-    told_at = -interval_s
+    """Drop Progress events within `interval_s` of the last one sent. The first, the last and previews always pass."""
+    sent_at = -math.inf
     async for event in events:
         if isinstance(event, Progress) and event.step < event.steps and event.preview is None:
-            if time.monotonic() - told_at < interval_s:
+            if time.monotonic() - sent_at < interval_s:
                 continue
-            told_at = time.monotonic()
+            sent_at = time.monotonic()
         yield event

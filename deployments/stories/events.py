@@ -6,21 +6,21 @@ events of a running story, or what is stored of it (`after`).
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import dataclasses
 import hashlib
-import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from deployments.schemas import page_reply, picture_url, story_reply
+from deployments.sse import encode
 from minigpt5.story.state import ImageState, PageState, StoryState
-from minigpt5.types import Progress, SlotOpened, StoryEvent, TextDelta, TextReset
+from minigpt5.types import Progress
 
-TEXT_INTERVAL_S = 0.05
+ENDS = ("done", "error")
+"""The events after which nothing comes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,46 +86,7 @@ class StreamEvent:
         return self.position.page
 
     def encode(self) -> str:
-        data = json.dumps(self.data, ensure_ascii=False)
-        return f"id: {self.position}\nevent: {self.name}\ndata: {data}\n\n"
-
-
-async def join_text(
-    events: AsyncIterator[StoryEvent], *, interval_s: float = TEXT_INTERVAL_S
-) -> AsyncIterator[StoryEvent]:
-    """Join text deltas so that two are at least `interval_s` apart. Nothing else waits but the slot after a text."""
-    clock = asyncio.get_running_loop().time
-    held: TextDelta | None = None
-    send_at = clock()
-    arriving = asyncio.ensure_future(anext(events, None))
-    try:
-        while True:
-            timeout_s = max(0.0, send_at - clock()) if held else None
-            is_here, _ = await asyncio.wait({arriving}, timeout=timeout_s)
-            if held and not is_here:
-                yield held
-                held, send_at = None, clock() + interval_s
-                continue
-            event = arriving.result()
-            if held and isinstance(event, TextDelta) and event.page == held.page:
-                held = TextDelta(page=held.page, text=held.text + event.text)
-            else:
-                if held and (event is None or isinstance(event, TextDelta | TextReset | SlotOpened)):
-                    await asyncio.sleep(max(0.0, send_at - clock()))
-                    yield held
-                    held, send_at = None, clock() + interval_s
-                if event is None:
-                    return
-                if isinstance(event, TextDelta):
-                    held = event
-                else:
-                    yield event
-            arriving = asyncio.ensure_future(anext(events, None))
-    finally:
-        arriving.cancel()
-        await asyncio.wait({arriving})
-        if isinstance(events, AsyncGenerator):  # it may have been between two events, with work under way
-            await events.aclose()
+        return encode(self.data, name=self.name, id=str(self.position))
 
 
 class Numbering:
@@ -205,9 +166,21 @@ def stored_events(state: StoryState) -> list[StreamEvent]:
             events.append(numbering.slot(page.index))
         if page.image:
             events.append(numbering.image(page.index, page.image))
-        if page.image or page.error or (page.is_written and state.status != "drawing"):
+        if page.image or page.error or (page.is_written and state.status == "done"):
             events.append(numbering.page(page))
     return events if state.status == "drawing" else [*events, numbering.end(state)]
+
+
+async def has_ended_for(state: StoryState, seen: Position) -> bool:
+    """Whether a reader at `seen` was told how the story ended, and there is nothing that he does not have."""
+    if state.status == "drawing" or seen.kind not in ENDS:
+        return False
+
+    async def stored() -> AsyncIterator[StreamEvent]:
+        for event in stored_events(state):
+            yield event
+
+    return [event.name async for event in after(stored(), seen)] == [seen.kind]
 
 
 async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncIterator[StreamEvent]:

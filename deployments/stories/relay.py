@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
-from deployments.stories.events import Position, StreamEvent, after, stored_events
+from deployments.stories.events import ENDS, Position, StreamEvent, after, stored_events
 from deployments.stories.ledger import Ledger
 from deployments.stories.running_story import RunningStory
 from minigpt5.story.store import StoryStore
@@ -16,8 +16,6 @@ POLL_S = 0.1
 """How often another front's story is asked for new events, and this front's are passed on."""
 RETRY_S = 0.5
 """How often a story that no front runs at present is looked at."""
-ENDS = ("done", "error")
-"""The events after which nothing comes."""
 
 
 class EventRelay:
@@ -46,7 +44,7 @@ class EventRelay:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def follow(self, story_id: str, seen: Position | None) -> AsyncIterator[StreamEvent]:
+    async def follow(self, story_id: str, seen: Position | None) -> AsyncGenerator[StreamEvent]:
         """What comes after `seen`, or all, wherever the story runs or ended. Raises StoryNotFound."""
         while True:
             events = self._events_of(story_id)

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from deployments.engines.handles import Engines
 from deployments.engines.metrics import StoryTimes
 from deployments.stories.admission import Admission, Overloaded, Reservation
-from deployments.stories.events import StreamEvent, join_text
+from deployments.stories.events import StreamEvent
 from deployments.stories.leases import Leases, StoryBusy
 from deployments.stories.ledger import HEARTBEAT_S, Instructions, Ledger
 from deployments.stories.relay import EventRelay
@@ -287,9 +287,9 @@ class StoryManager:
         engines, clock = story.engines, self._times.start()
         # Calls of one story go to the replica that has its earlier pages.
         request = dataclasses.replace(story.builder.request, session=story.id)
-        events = stream_story(request, engines.generate, engines.decode, story_id=story.id)
-        async with contextlib.aclosing(join_text(events)) as joined:  # type: ignore[type-var]
-            async for event in joined:
+        stream = stream_story(request, engines.generate, engines.decode, story_id=story.id)
+        async with contextlib.aclosing(stream) as events:
+            async for event in events:
                 story.builder.add(event)
                 if self._text_filter and isinstance(event, SlotOpened):
                     self._text_filter.check_text(story.builder.text(event.page), f"page {event.page}")

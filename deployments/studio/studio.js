@@ -2,9 +2,12 @@
 // A lost connection is taken up by the browser's EventSource, which sends the id of the last event that it had.
 
 const $ = (id) => document.getElementById(id);
+const isMouse = matchMedia("(pointer: fine)").matches; // else a focused field opens the keyboard
 const shown = new Map(); // page number -> its elements and what is known of it
 let story = null; // {id, prompt}
 let events = null;
+let before = Promise.resolve(); // what ends before a page can be changed: the story's own work, or another change
+let ended = () => {}; // says that the story's own work is over
 
 async function call(method, path, body) {
   const reply = await fetch(path, {
@@ -39,9 +42,11 @@ function logIn() {
   });
 }
 
-function say(text, { isError = false } = {}) {
+// `isOver`: nothing follows it, so that it fades.
+function say(text, { isError = false, isOver = false } = {}) {
   $("status").textContent = text;
   $("status").classList.toggle("error", isError);
+  $("status").classList.toggle("over", isOver);
 }
 
 async function attempt(work) {
@@ -50,6 +55,34 @@ async function attempt(work) {
   } catch (failure) {
     say(failure.message === "Failed to fetch" ? "The server cannot be reached." : failure.message, { isError: true });
   }
+}
+
+// Exchanges two buttons; the focus stays with what is seen.
+function swap(gone, seen) {
+  const isFocused = document.activeElement === gone;
+  gone.hidden = true;
+  seen.hidden = false;
+  if (isFocused) seen.focus();
+}
+
+// A picture, where there is one, with words under it, to click.
+function card(words, picture, act) {
+  const item = document.createElement("li"), button = document.createElement("button");
+  const text = document.createElement("span");
+  button.type = "button";
+  button.className = "card";
+  if (picture) {
+    const image = document.createElement("img");
+    image.src = picture;
+    image.alt = "";
+    button.append(image);
+  }
+  text.textContent = words;
+  text.dir = "auto";
+  button.append(text);
+  button.onclick = () => attempt(act);
+  item.append(button);
+  return item;
 }
 
 // What a form says, without what was left empty.
@@ -74,36 +107,61 @@ function pageOf(number) {
   };
   element.setAttribute("aria-label", `Page ${number}`);
   find(".number").textContent = number;
+  find(".redraw").setAttribute("aria-label", `Draw page ${number} again`);
+  find(".adjust").setAttribute("aria-label", `Settings of page ${number}`);
   find(".edit").setAttribute("aria-label", `Edit page ${number}`);
-  find(".redraw").setAttribute("aria-label", `Redraw page ${number}`);
   page.progress.setAttribute("aria-label", `Drawing page ${number}`);
-  const change = find(".change"), again = find(".again");
-  const open = (form) => { change.hidden = form !== change; again.hidden = form !== again; };
-  find(".edit").onclick = () => { open(change); change.querySelector("textarea").value = page.text.textContent;
-    change.querySelector("textarea").focus(); };
-  find(".redraw").onclick = () => { open(again); again.elements.seed.focus(); };
-  element.querySelectorAll(".cancel").forEach((button) => { button.onclick = () => open(null); });
-  change.onsubmit = (event) => { event.preventDefault(); open(null);
-    alter(page, "PATCH", "", { text: change.querySelector("textarea").value }); };
-  again.onsubmit = (event) => { event.preventDefault(); open(null);
-    alter(page, "POST", "/redraw", values(again, ["seed", "steps", "guidance_scale", "scheduler"])); };
+  const forms = [[find(".edit"), find(".change")], [find(".adjust"), find(".again")]];
+  const unfold = (opener) => { // or fold, where it is unfolded
+    for (const [button, form] of forms) {
+      form.hidden = button !== opener || !form.hidden;
+      button.setAttribute("aria-expanded", !form.hidden);
+      if (!form.hidden) form.querySelector("textarea, input").focus();
+    }
+  };
+  const submit = (form, act) => { form.onsubmit = (event) => { event.preventDefault(); unfold(null); act(); }; };
+  for (const [button, form] of forms) {
+    const close = () => { unfold(null); button.focus(); };
+    form.querySelector(".cancel").onclick = close;
+    form.onkeydown = (event) => { if (event.key === "Escape" && !event.isComposing) close(); };
+  }
+  find(".redraw").onclick = () => alter(page, "POST", "/redraw", {});
+  find(".adjust").onclick = (event) => unfold(event.currentTarget);
+  find(".edit").onclick = (event) => {
+    find(".change textarea").value = page.text.textContent;
+    unfold(event.currentTarget);
+  };
+  submit(find(".change"), () => alter(page, "PATCH", "", { text: find(".change textarea").value }));
+  submit(find(".again"), () =>
+    alter(page, "POST", "/redraw", values(find(".again"), ["seed", "steps", "guidance_scale", "scheduler"])));
   $("pages-shown").append(element);
   shown.set(number, page);
   return page;
 }
 
+// Changes a page when it is its turn: the server makes one change of a story at a time.
 function alter(page, method, path, body) {
-  return attempt(async () => {
-    say(`Drawing page ${page.number} ...`);
+  const { id } = story, buttons = page.tools.querySelectorAll("button"), focused = document.activeElement;
+  const wait = (text) => {
+    say(text);
     page.progress.removeAttribute("value"); // how far it is, is not told here
     page.progress.hidden = false;
+  };
+  buttons.forEach((button) => { button.disabled = true; });
+  wait(`Page ${page.number} is next.`);
+  before = before.then(() => attempt(async () => {
+    wait(`Drawing page ${page.number} ...`);
     try {
-      show(await call(method, `/v1/stories/${story.id}/pages/${page.number}${path}`, body));
-      say(`Page ${page.number} is drawn.`);
+      const known = await call(method, `/v1/stories/${id}/pages/${page.number}${path}`, body);
+      if (story.id !== id) return; // another one was opened meanwhile
+      show(known);
+      say(`Page ${page.number} is drawn.`, { isOver: true });
     } finally {
       page.progress.hidden = true;
+      buttons.forEach((button) => { button.disabled = false; });
+      if (document.activeElement === document.body) focused.focus();
     }
-  });
+  }));
 }
 
 // A page as the server tells it.
@@ -165,11 +223,14 @@ const on = {
     }
   },
   page: show,
-  done(whole) { finish(whole, whole.status === "cancelled" ? "Stopped." : "The story is finished."); },
+  done(whole) { finish(whole, whole.status === "cancelled" ? "Stopped." : "The story is finished.", { isOver: true }); },
 };
 
 function follow() {
   events?.close();
+  // What is there is told once more from the beginning: texts start empty, so that none is shown twice.
+  shown.forEach((page) => { page.text.textContent = ""; });
+  before = new Promise((resolve) => { ended = resolve; });
   events = new EventSource(`/v1/stories/${story.id}/events`);
   for (const [name, act] of Object.entries(on)) events.addEventListener(name, (event) => act(JSON.parse(event.data)));
   // The server's own `error` event has data; the browser's, of a lost connection, has none.
@@ -182,32 +243,36 @@ function follow() {
       setTimeout(() => story && attempt(follow), 2000);
     } else say("The connection is lost; trying again ...");
   });
-  $("stop").hidden = false;
-  $("begin").disabled = true;
+  swap($("begin"), $("stop"));
 }
 
 function finish(whole, text, options) {
   events?.close();
   events = null;
   whole.pages.forEach(show);
-  $("stop").hidden = true;
-  $("begin").disabled = false;
+  swap($("stop"), $("begin"));
   $("after").hidden = false;
   $("as-html").href = `/v1/stories/${whole.id}.html`;
   $("as-epub").href = `/v1/stories/${whole.id}.epub`;
   $("as-pdf").href = `/v1/stories/${whole.id}.pdf`;
   say(text, options);
+  ended();
 }
 
 function open(id, prompt) {
   story = { id, prompt };
+  before = Promise.resolve();
   shown.clear();
   $("pages-shown").replaceChildren();
   $("title").textContent = prompt;
+  document.title = `${prompt} - MiniGPT-5 on Ray`;
+  for (const part of ["greeting", "examples", "latest"]) $(part).hidden = true;
   $("story").hidden = false;
   $("after").hidden = true;
-  history.replaceState(null, "", `#${id}`);
+  if (location.hash !== `#${id}`) history.pushState(null, "", `#${id}`);
 }
+
+window.onpopstate = () => location.reload(); // back to another story, or to the beginning
 
 async function openStored(id) {
   const whole = await call("GET", `/v1/stories/${id}`);
@@ -240,29 +305,46 @@ $("ask").onsubmit = (event) => {
     open(accepted.id, prompt);
     say("Writing ...");
     follow();
+    if (!isMouse || !$("ask").contains(document.activeElement)) $("story").focus();
   });
 };
 
+// Enter asks, as in a chat; with Shift it begins a line. While an input method composes, Enter chooses a word.
 $("prompt").onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!$("begin").hidden) $("ask").requestSubmit();
+};
+
+$("show-settings").onclick = () => {
+  $("settings").hidden = !$("settings").hidden;
+  $("show-settings").setAttribute("aria-expanded", !$("settings").hidden);
+};
+
+$("skip").onclick = (event) => {
+  event.preventDefault(); // a fragment names a story here
+  (story ? $("story") : $("prompt")).focus();
 };
 
 $("stop").onclick = () => attempt(() => call("POST", `/v1/stories/${story.id}/cancel`));
 
-$("go-on").onclick = () => attempt(async () => {
-  await call("POST", `/v1/stories/${story.id}/pages`, { count: 1, wait: false });
-  $("after").hidden = true;
-  // What is there is told once more: pages begin anew here, so that no text is shown twice.
-  shown.forEach((page) => { page.text.textContent = ""; });
-  follow();
-});
+$("go-on").onclick = () => {
+  const { id } = story;
+  before = before.then(() => attempt(async () => {
+    if (story.id !== id) return;
+    await call("POST", `/v1/stories/${id}/pages`, { count: 1, wait: false });
+    $("after").hidden = true;
+    follow();
+  }));
+};
 
 $("print").onclick = () => window.print();
 
 $("share").onclick = () => attempt(async () => {
   const { html, expires } = await call("POST", `/v1/stories/${story.id}/share`, {});
   await navigator.clipboard.writeText(new URL(html, location.href).href);
-  say(`A link to the book is in the clipboard. It is good until ${new Date(1000 * expires).toLocaleString()}.`);
+  const until = new Date(1000 * expires).toLocaleString();
+  say(`A link to the book is in the clipboard. It is good until ${until}.`, { isOver: true });
 });
 
 // The book
@@ -291,52 +373,45 @@ $("book").onkeydown = (event) => {
   if (event.key === "ArrowLeft") turn(leaf - 1);
 };
 
-// History
+// Stories that the server has stored
+
+function storyCard(one) {
+  const drawn = one.pages.find((page) => page.image);
+  return card(one.prompt || "A picture", drawn?.image.url, async () => {
+    $("history").close();
+    await openStored(one.id);
+  });
+}
 
 async function list(after) {
   const { data, has_more } = await call("GET", `/v1/stories?limit=20${after ? `&after=${after}` : ""}`);
   if (!after) $("stories").replaceChildren();
   for (const one of data) {
-    const item = document.createElement("li"), button = document.createElement("button");
-    const remove = document.createElement("button"), words = document.createElement("span");
-    button.type = remove.type = "button";
-    button.className = "open";
-    const drawn = one.pages.find((page) => page.image);
-    if (drawn) {
-      const image = document.createElement("img");
-      image.src = drawn.image.url;
-      image.alt = "";
-      button.append(image);
-    }
-    words.textContent = one.prompt || "A picture";
-    button.append(words);
-    button.onclick = () => attempt(async () => { toggleHistory(); await openStored(one.id); });
+    const item = storyCard(one), remove = document.createElement("button");
+    remove.type = "button";
+    remove.className = "icon";
     remove.textContent = "\u00d7";
     remove.setAttribute("aria-label", `Delete: ${one.prompt}`);
     remove.onclick = () => attempt(async () => {
       if (!confirm("Delete this story for good?")) return;
       await call("DELETE", `/v1/stories/${one.id}`);
-      item.remove();
+      if (story?.id === one.id) location.assign("/");
+      else item.remove();
     });
-    item.append(button, remove);
+    item.append(remove);
     $("stories").append(item);
   }
   $("more-stories").hidden = !has_more;
   $("more-stories").onclick = () => attempt(() => list(data.at(-1).id));
 }
 
-function toggleHistory() {
-  $("history").hidden = !$("history").hidden;
-  $("show-history").setAttribute("aria-expanded", !$("history").hidden);
-}
+$("show-history").onclick = () => { $("history").showModal(); attempt(() => list()); };
+$("close-history").onclick = () => $("history").close();
+$("history").onclick = (event) => { if (event.target === $("history")) $("history").close(); }; // beside it
 
-$("show-history").onclick = () => { toggleHistory(); if (!$("history").hidden) attempt(() => list()); };
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !$("history").hidden) { toggleHistory(); $("show-history").focus(); }
-});
+// The beginning
 
-attempt(async () => {
-  const { data: [model] } = await call("GET", "/v1/models");
+function describe(model) {
   for (const name of model.schedulers) {
     $("scheduler").add(new Option(name));
     $("page").content.querySelector("[name=scheduler]").add(new Option(name));
@@ -345,5 +420,37 @@ attempt(async () => {
   $("guidance").placeholder = model.defaults.guidance_scale;
   $("temperature").placeholder = model.defaults.temperature;
   $("pages").max = model.max_pages;
-  if (location.hash.length > 1) await openStored(location.hash.slice(1));
+  const [summary, ...details] = model.about.split("\n");
+  $("model").textContent = model.id;
+  $("summary").textContent = summary;
+  $("about").textContent = details.join("\n");
+  $("more-about").hidden = !details.length;
+  if (model.examples.length) $("prompt").placeholder = model.examples[0].prompt;
+}
+
+async function greet(model) {
+  $("examples").querySelector("ul").replaceChildren(...model.examples.map(({ prompt, picture }) =>
+    card(prompt, picture, () => {
+      $("prompt").value = prompt;
+      $("ask").requestSubmit();
+    })));
+  $("greeting").hidden = false;
+  $("examples").hidden = !model.examples.length;
+  if (isMouse) $("prompt").focus();
+  const { data } = await call("GET", "/v1/stories?limit=6");
+  $("latest").querySelector("ul").replaceChildren(...data.map(storyCard));
+  $("latest").hidden = !data.length || story !== null; // one may have been asked for meanwhile
+}
+
+attempt(async () => {
+  const { data: [model] } = await call("GET", "/v1/models");
+  describe(model);
+  const id = location.hash.slice(1);
+  if (!id) return greet(model);
+  try {
+    await openStored(id);
+  } catch (failure) { // it was deleted, say
+    await greet(model);
+    throw failure;
+  }
 });

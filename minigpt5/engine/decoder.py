@@ -27,13 +27,11 @@ from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.threads import Team, single_thread
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
-from minigpt5.model.diffusion import SCHEDULERS, Diffusion
+from minigpt5.model.diffusion import SAMPLERS, Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Progress, Vokens
 
-NUM_PREVIEWS = 3
-"""Previews of a picture, where they are asked for."""
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
 """Size of the finished pictures that are kept."""
@@ -73,7 +71,7 @@ class DiffusionDecoder:
             self.null_1QD = mapper.null_condition()
             """The condition that guidance leads away from."""
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
-        self._fair = FairShare(2 * max_batch, least=2)
+        self._fair = FairShare(2 * max_batch, min_places=2)
         self._team = Team(num_threads or torch.get_num_threads())
         self._loop = EngineLoop[_Job](
             "decoder",
@@ -131,9 +129,9 @@ class DiffusionDecoder:
         expected = (self.config.num_vokens, self.config.hidden)
         if vokens.hidden_VH.shape != expected:
             raise InvalidRequest("vokens", f"vokens have shape {vokens.hidden_VH.shape} but must have {expected}")
-        if settings.scheduler not in SCHEDULERS:
+        if settings.scheduler not in SAMPLERS:
             raise InvalidRequest(
-                "scheduler", f"scheduler is {settings.scheduler!r} but must be one of {', '.join(SCHEDULERS)}"
+                "scheduler", f"scheduler is {settings.scheduler!r} but must be one of {', '.join(SAMPLERS)}"
             )
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
@@ -204,7 +202,7 @@ class DiffusionDecoder:
     def _tell(self, job: _Job, denoising: Denoising) -> None:
         step, steps = denoising.step, job.request.settings.steps
         preview = None
-        if job.request.previews and denoising.num_calls_left and is_shown(step, steps):
+        if denoising.num_calls_left and is_shown(step, steps, job.request.num_previews):
             preview = encode(self.diffusion.to_pixels(denoising.pred_x0_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
         job.put(Progress(page=job.request.vokens.page, step=step, steps=steps, preview=preview))
 
@@ -230,9 +228,10 @@ def content_key(request: DrawRequest) -> Hashable:
     return hashlib.sha256(request.vokens.hidden_VH.tobytes()).digest(), request.seed, request.settings
 
 
-def is_shown(step: int, steps: int) -> bool:
-    """Whether this step of `steps` has a preview: NUM_PREVIEWS of them, evenly."""
-    parts = NUM_PREVIEWS + 1
+def is_shown(step: int, steps: int, num_previews: int) -> bool:
+    """Whether this step of `steps` is one of the `num_previews` that have a preview. The last step counts as one more,
+    which shows the picture itself."""
+    parts = num_previews + 1
     return step * parts // steps > (step - 1) * parts // steps
 
 

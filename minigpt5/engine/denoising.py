@@ -24,7 +24,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Denoising:
-    """One picture on its way from noise to latents, with a scheduler of its own."""
+    """One picture on its way from noise to latents, with a sampler of its own."""
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class Denoising:
     ) -> None:
         """`noise_1CYX`: what the picture begins as, instead of what `seed` gives."""
         self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
-        self.scheduler = new_sampler(draw.scheduler, diffusion.scheduler)
-        self.scheduler.set_timesteps(draw.steps)
+        self.sampler = new_sampler(draw.scheduler, diffusion.noise_schedule)
+        self.sampler.set_timesteps(draw.steps)
         self.generator = torch.Generator().manual_seed(seed)
         """Source of all noise: the first latents, and noise that the sampler adds."""
         if noise_1CYX is None:
             config = diffusion.unet.config
             shape = (1, config.in_channels, config.sample_size, config.sample_size)
             noise_1CYX = torch.randn(shape, generator=self.generator)
-        self.latents_1CYX = noise_1CYX.to(condition_QD) * self.scheduler.init_noise_sigma
+        self.latents_1CYX = noise_1CYX.to(condition_QD) * self.sampler.init_noise_sigma
         self.pred_x0_1CYX = self.latents_1CYX
         """What the last prediction makes of the latents without their noise."""
         self.num_calls = 0
@@ -58,19 +58,19 @@ class Denoising:
 
     @property
     def num_calls_left(self) -> int:
-        return len(self.scheduler.timesteps) - self.num_calls
+        return len(self.sampler.timesteps) - self.num_calls
 
     @property
     def step(self) -> int:
-        """Steps done, of `draw.steps`; some schedulers need more calls than steps."""
-        return max(1, self.num_calls * self.draw.steps // len(self.scheduler.timesteps))
+        """Steps done, of `draw.steps`; some samplers need more calls than steps."""
+        return max(1, self.num_calls * self.draw.steps // len(self.sampler.timesteps))
 
     @property
     def timestep(self) -> Tensor:
-        return self.scheduler.timesteps[self.num_calls]
+        return self.sampler.timesteps[self.num_calls]
 
     def latents_in(self) -> Tensor:
-        return self.scheduler.scale_model_input(self.latents_1CYX, self.timestep)
+        return self.sampler.scale_model_input(self.latents_1CYX, self.timestep)
 
     def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:
         """Go a step on, as the UNet predicts."""
@@ -83,9 +83,9 @@ class Denoising:
                 rescale=self.guidance_rescale,
             )
         timestep = self.timestep
-        self.pred_x0_1CYX = predict_x0(self.scheduler, self.latents_1CYX, predicted, timestep)
+        self.pred_x0_1CYX = predict_x0(self.sampler, self.latents_1CYX, predicted, timestep)
         noise = {"generator": self.generator} if self.draw.scheduler in ADDS_NOISE else {}
-        self.latents_1CYX = self.scheduler.step(predicted, timestep, self.latents_1CYX, **noise).prev_sample
+        self.latents_1CYX = self.sampler.step(predicted, timestep, self.latents_1CYX, **noise).prev_sample
         self.num_calls += 1
 
 

@@ -13,12 +13,12 @@ class FairShare:
     """Divides the `places` of each step equally among the keys that ask for some.
 
     A key that asks for few is hardly slowed down by one that asks for many: while there are several, none gets more
-    in a step than the one that asks for least, or than `least` where that is more. What a key got less than its
+    in a step than the one that asks for least, or than `min_places` where that is more. What a key got less than its
     share in one step it has in store for the next ones, and the other way round.
     """
 
-    def __init__(self, places: float, *, least: float) -> None:
-        self.places, self.least = places, least
+    def __init__(self, places: float, *, min_places: float) -> None:
+        self.places, self.min_places = places, min_places
         self._store: dict[str, float] = {}
 
     def choose(self, asking: Sequence[T], *, key: Callable[[T], str], cost: Callable[[T], float]) -> list[T]:
@@ -28,7 +28,7 @@ class FairShare:
             by_key.setdefault(key(item), []).append(item)
         store = {name: self._store.get(name, 0.0) for name in by_key}
         smallest = min((sum(map(cost, items)) for items in by_key.values()), default=0.0)
-        most = self.places if len(by_key) == 1 else max(smallest, self.least)
+        most = self.places if len(by_key) == 1 else max(smallest, self.min_places)
         chosen: list[T] = []
         free = self.places
         for name in sorted(by_key, key=lambda name: -store[name]):  # with more keys than places they take turns

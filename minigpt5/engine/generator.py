@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -99,7 +100,7 @@ class VokenGenerator:
         """Least recently used first. What they have read stays until they are taken again."""
         self._num_reserved = num_slots // 4
         self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
-        self._fair = FairShare(max_batch, least=1)
+        self._fair = FairShare(max_batch, min_places=1)
         self._loop = EngineLoop[_Job](
             "generator",
             choose=self._choose,
@@ -144,7 +145,7 @@ class VokenGenerator:
 
         Raises InvalidRequest or EngineFull.
         """
-        prompt_ids, num_new = self._encode(request)
+        request, prompt_ids, num_new = self._encode(request)
         job = _Job(request, prompt_ids, cost=len(prompt_ids) + num_new)
         job.writer = Writer(
             request,
@@ -163,12 +164,20 @@ class VokenGenerator:
             async for event in events:
                 yield event
 
-    def _encode(self, request: StoryRequest) -> tuple[list[int], int]:
-        """The prompt's token ids, and how many tokens may be written after it."""
+    def _encode(self, request: StoryRequest) -> tuple[StoryRequest, list[int], int]:
+        """The request as it is written, the prompt's token ids, and how many tokens may be written after it.
+
+        A reply may ask for more text than the window holds: it gets what is left there.
+        """
         check_request(request)
         num_queries = self.config.vision.num_queries
         voken_embeddings = self.language.voken_embeddings
         ids = encode(request_segments(request), self.tokenizer, voken_embeddings, num_image_embeddings=num_queries).ids
+        if request.mode == "reply":
+            room = max(1, self.config.context_tokens - len(ids) - request.pages * self.config.num_vokens)
+            sampling = request.sampling
+            sampling = dataclasses.replace(sampling, max_page_tokens=min(sampling.max_page_tokens, room))
+            request = dataclasses.replace(request, sampling=sampling)
         limit = request.sampling.max_page_tokens
         num_given = sum(len(page_ids(words, self.tokenizer)) for words in request.given)
         num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
@@ -183,7 +192,7 @@ class VokenGenerator:
                 f"prompt takes {len(ids)} tokens and {request.pages} pages up to {num_new}, but the context window is "
                 f"{self.config.context_tokens} tokens: shorten the prompt or ask for fewer pages",
             )
-        return ids, num_new
+        return request, ids, num_new
 
     @torch.no_grad()
     def _see(self, job: _Job, pictures: list[bytes]) -> None:

@@ -46,15 +46,17 @@ def share(num_cores: int | None = None) -> tuple[int, int]:
 
 
 class Team:
-    """As many threads for an engine's steps as find a core, from 1 to `most`.
+    """As many threads for an engine's steps as find a core, from 1 to `max_threads`.
 
     A member of a team that has no core of its own is waited for by all others, at every operation: beside a busy
     neighbour, two threads on two cores are slower than one, and slow down the neighbour as well.
     """
 
-    def __init__(self, most: int, *, read: Callable[[], tuple[float, float, float, float]] | None = None) -> None:
+    def __init__(
+        self, max_threads: int, *, read: Callable[[], tuple[float, float, float, float]] | None = None
+    ) -> None:
         """`read`: seconds of the clock, of the calling thread, of this process, and of idle cores."""
-        self.most = self.num = most
+        self.max_threads = self.num = max_threads
         self.num_cores = os.cpu_count() or 1
         self._read = read or _read_times
         self._sums = [0.0] * 4
@@ -62,7 +64,7 @@ class Team:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Around a step, in the engine's thread."""
-        if self.most == 1:
+        if self.max_threads == 1:
             yield
             return
         torch.set_num_threads(self.num)
@@ -77,7 +79,7 @@ class Team:
         """Leave to others the cores that they use."""
         idle, own = idle_s / seconds, process_s / seconds
         others = max(0.0, self.num_cores - idle - own)
-        wanted = max(1, min(self.most, int(self.num_cores - others + 0.4)))
+        wanted = max(1, min(self.max_threads, int(self.num_cores - others + 0.4)))
         if thread_s < MIN_SHARE * seconds:
             wanted = min(wanted, self.num - 1)
         elif wanted > self.num and idle < IDLE_CORES:

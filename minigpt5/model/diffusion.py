@@ -1,6 +1,9 @@
-"""The latent diffusion model in diffusers' own layout: VAE, UNet, scheduler; denoising loss, picture <-> latents.
+"""The latent diffusion model in diffusers' own layout: VAE, UNet, noise schedule; denoising loss, picture <-> latents.
 
-Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
+The folder's `scheduler/` holds the noise schedule. A sampler steps over it; requests name one in the field `scheduler`.
+
+Shape letters: B pictures, C latent channels, M = 2C moments (mean, log variance), Y X latent rows and columns,
+Q condition positions, D condition width; of pictures, C = 3 and Y X are pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.model.multistep_scheduler import MultistepScheduler
 from minigpt5.types import DISTILLED, SDE_DPM_SOLVER
 
-SCHEDULERS = {
+SAMPLERS = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
     "dpm-solver++": DPMSolverMultistepScheduler,
@@ -38,39 +41,40 @@ SAMPLER_OPTIONS: dict[str, dict[str, object]] = {
     "pndm": {"skip_prk_steps": True},  # as Stable Diffusion's own folder has it
     SDE_DPM_SOLVER: {"algorithm_type": "sde-dpmsolver++"},
 }
-"""What a noise schedule that was made for another sampler does not say."""
+"""Options that a sampler needs and the folder's schedule does not carry."""
 _LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 MIN_VELOCITY_WEIGHT = 0.4
-"""The layout is decided while there is next to no signal: the model must learn those steps too."""
+"""Lower bound of the min-SNR weight for v-prediction. Without it the steps of least signal, which decide the layout,
+are hardly trained."""
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
 class Diffusion(nn.Module):
-    """VAE, UNet and noise schedule of one latent diffusion model, frozen unless a stage says otherwise; and, where
-    there is one, the UNet that was distilled from it."""
+    """VAE, UNet and noise schedule of a latent diffusion model, with the distilled UNet if there is one. All parameters
+    are trainable as loaded; callers freeze what they do not train."""
 
     def __init__(
         self,
         vae: AutoencoderKL,
         unet: UNet2DConditionModel,
-        scheduler: DDIMScheduler,
+        noise_schedule: DDIMScheduler,
         distilled: UNet2DConditionModel | None = None,
     ) -> None:
         super().__init__()
-        self.vae, self.unet, self.scheduler, self.distilled = vae, unet, scheduler, distilled
+        self.vae, self.unet, self.noise_schedule, self.distilled = vae, unet, noise_schedule, distilled
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Diffusion:
         """Read `vae/`, `unet/`, `scheduler/` and, where it is there, `unet_distilled/` under `folder` as float32."""
-        return cls(load_vae(folder), load_unet(folder), load_scheduler(folder), load_distilled(folder))
+        return cls(load_vae(folder), load_unet(folder), load_noise_schedule(folder), load_distilled(folder))
 
-    def unet_for(self, scheduler: str) -> UNet2DConditionModel:
-        """The UNet that a key of SCHEDULERS draws with. Raises ModelFolderError."""
-        if scheduler != DISTILLED:
+    def unet_for(self, sampler: str) -> UNet2DConditionModel:
+        """Return the UNet that a key of SAMPLERS draws with. Raises ModelFolderError."""
+        if sampler != DISTILLED:
             return self.unet
         if self.distilled is None:
             raise ModelFolderError(
-                f"there is no distilled UNet in this model: draw with another scheduler than {scheduler}"
+                f"there is no distilled UNet in this model: draw with another scheduler than {sampler}"
             )
         return self.distilled
 
@@ -92,23 +96,29 @@ class Diffusion(nn.Module):
         """Decode as `to_pixels` does, without cutting values outside of [-1, 1] off: a loss needs them."""
         return self.vae.decode(denormalise(latents_BCYX, self.vae)).sample
 
-    def random_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, first_timestep: int = 0) -> Tensor:
-        """Their mean loss under random noise at random timesteps: with min-SNR weights, or where `first_timestep` is
-        given from there on, without weights. What a picture shows, and where, is decided while there is much noise."""
-        timesteps = torch.randint(first_timestep, self.scheduler.config.num_train_timesteps, (len(latents_BCYX),))
-        measure = self.error if first_timestep else self.loss
+    def training_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, first_timestep: int = 0) -> Tensor:
+        """Sample noise and timesteps and return the mean denoising loss.
+
+        With `first_timestep` above 0, sample timesteps from there on and leave out the min-SNR weights. What a picture
+        shows, and where, is decided while there is much noise.
+        """
+        timesteps = torch.randint(first_timestep, self.noise_schedule.config.num_train_timesteps, (len(latents_BCYX),))
+        measure = self.unweighted_loss if first_timestep else self.weighted_loss
         noise = normal_like(latents_BCYX)
         return measure(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps.to(latents_BCYX.device)).mean()
 
-    def loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Denoising loss with min-SNR weights, one value a picture: (B,)."""
-        return self.error(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps) * min_snr_weight(
-            self.scheduler, timesteps
-        )
+    def weighted_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the denoising loss with min-SNR weights, one value a picture: (B,)."""
+        loss_B = self.unweighted_loss(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
+        return loss_B * min_snr_weight(self.noise_schedule, timesteps)
 
-    def error(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Compute the loss as `loss` does, without weights."""
-        return denoising_error(self.unet, self.scheduler, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
+    def unweighted_loss(
+        self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """Compute the loss as `weighted_loss` does, without weights."""
+        return denoising_error(
+            self.unet, self.noise_schedule, latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps
+        )
 
     def predict_x0(
         self,
@@ -117,12 +127,13 @@ class Diffusion(nn.Module):
         *,
         noise: Tensor,
         timesteps: Tensor,
-        scheduler: str = "ddim",
+        sampler: str = "ddim",
     ) -> Tensor:
-        """What the UNet of `scheduler` takes noised latents for, in one step."""
-        noisy_BCYX = self.scheduler.add_noise(latents_BCYX, noise, timesteps)
-        predicted_BCYX = self.unet_for(scheduler)(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
-        return predict_x0(self.scheduler, noisy_BCYX, predicted_BCYX, timesteps)
+        """Add noise to the latents and return the UNet's estimate of the clean latents (x0): (B, C, Y, X). The UNet is
+        the one that `sampler` draws with."""
+        noisy_BCYX = self.noise_schedule.add_noise(latents_BCYX, noise, timesteps)
+        predicted_BCYX = self.unet_for(sampler)(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
+        return predict_x0(self.noise_schedule, noisy_BCYX, predicted_BCYX, timesteps)
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
@@ -143,14 +154,14 @@ def load_distilled(folder: str | Path) -> UNet2DConditionModel | None:
     return UNet2DConditionModel.from_pretrained(path, **_LOADING)
 
 
-def load_scheduler(folder: str | Path) -> DDIMScheduler:
-    """The folder's noise schedule, whichever sampler it was made for."""
+def load_noise_schedule(folder: str | Path) -> DDIMScheduler:
+    """Read the noise schedule in `scheduler/`, whichever sampler it was made for."""
     return DDIMScheduler.from_pretrained(Path(folder) / "scheduler")
 
 
-def new_sampler(name: str, schedule: DDIMScheduler, **options: object) -> SchedulerMixin:
-    """The sampler `name`, a key of SCHEDULERS, over a noise schedule."""
-    return SCHEDULERS[name].from_config(schedule.config, **SAMPLER_OPTIONS.get(name, {}), **options)
+def new_sampler(name: str, noise_schedule: DDIMScheduler, **options: object) -> SchedulerMixin:
+    """Make a sampler, a key of SAMPLERS, over a noise schedule. It shares no state with the schedule."""
+    return SAMPLERS[name].from_config(noise_schedule.config, **SAMPLER_OPTIONS.get(name, {}), **options)
 
 
 def normalise(latents_BCYX: Tensor, vae: AutoencoderKL) -> Tensor:
@@ -182,39 +193,37 @@ def normal_like(values: Tensor) -> Tensor:
 
 def denoising_error(
     unet: UNet2DConditionModel,
-    scheduler: DDIMScheduler,
+    noise_schedule: DDIMScheduler,
     latents_BCYX: Tensor,
     condition_BQD: Tensor,
     *,
     noise: Tensor,
     timesteps: Tensor,
 ) -> Tensor:
-    """Mean squared error of the prediction, of the noise or of the velocity: (B,)."""
-    noisy_BCYX = scheduler.add_noise(latents_BCYX, noise, timesteps)
+    """Compute the mean squared error of the prediction, of the noise or of the velocity: (B,)."""
+    noisy_BCYX = noise_schedule.add_noise(latents_BCYX, noise, timesteps)
     predicted_BCYX = unet(noisy_BCYX, timesteps, encoder_hidden_states=condition_BQD).sample
-    is_velocity = scheduler.config.prediction_type == "v_prediction"
-    target_BCYX = scheduler.get_velocity(latents_BCYX, noise, timesteps) if is_velocity else noise
+    is_velocity = noise_schedule.config.prediction_type == "v_prediction"
+    target_BCYX = noise_schedule.get_velocity(latents_BCYX, noise, timesteps) if is_velocity else noise
     return F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def predict_x0(scheduler: SchedulerMixin, noisy_BCYX: Tensor, predicted_BCYX: Tensor, timesteps: Tensor) -> Tensor:
-    """What a prediction at `timesteps`, one or (B,), makes of noisy latents."""
-    alpha_bar_B111 = scheduler.alphas_cumprod.to(noisy_BCYX.device)[timesteps].clamp(min=1e-4).view(-1, 1, 1, 1)
+def predict_x0(sampler: SchedulerMixin, noisy_BCYX: Tensor, predicted_BCYX: Tensor, timesteps: Tensor) -> Tensor:
+    """Convert a UNet prediction (noise or velocity) to clean latents. `timesteps`: a scalar or (B,)."""
+    # Zero terminal SNR: epsilon would divide by 0. The shipped weights were trained with the clamp for velocity too.
+    alpha_bar_B111 = sampler.alphas_cumprod.to(noisy_BCYX.device)[timesteps].clamp(min=1e-4).view(-1, 1, 1, 1)
     signal_B111, noise_B111 = alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()
-    if scheduler.config.prediction_type == "v_prediction":
+    if sampler.config.prediction_type == "v_prediction":
         return signal_B111 * noisy_BCYX - noise_B111 * predicted_BCYX
     return (noisy_BCYX - noise_B111 * predicted_BCYX) / signal_B111
 
 
-def min_snr_weight(scheduler: DDIMScheduler, timesteps: Tensor) -> Tensor:
-    """min(SNR, 5) / SNR for the noise, min(SNR, 5) / (SNR + 1) for the velocity (arXiv 2303.09556, 3.4 and appendix).
-
-    The second has a floor: it is 0 where the schedule ends without signal, and the first step of drawing would never
-    be learnt.
-    """
-    alpha_bar_B = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+def min_snr_weight(noise_schedule: DDIMScheduler, timesteps: Tensor) -> Tensor:
+    """Compute min(SNR, 5) / SNR for the noise, min(SNR, 5) / (SNR + 1) for the velocity: the shape of `timesteps`
+    (arXiv 2303.09556, 3.4 and appendix). The second has the floor MIN_VELOCITY_WEIGHT."""
+    alpha_bar_B = noise_schedule.alphas_cumprod.to(timesteps.device)[timesteps]
     snr_B = alpha_bar_B / (1 - alpha_bar_B)
-    if scheduler.config.prediction_type == "v_prediction":
+    if noise_schedule.config.prediction_type == "v_prediction":
         return (snr_B.clamp(max=MIN_SNR_GAMMA) / (snr_B + 1)).clamp(min=MIN_VELOCITY_WEIGHT)
     return (MIN_SNR_GAMMA / snr_B).clamp(max=1)  # 1 where there is no signal
 
@@ -250,7 +259,7 @@ def new_storybook_unet(condition_width: int) -> UNet2DConditionModel:
     )
 
 
-def new_storybook_scheduler() -> DDIMScheduler:
+def new_storybook_noise_schedule() -> DDIMScheduler:
     """v-prediction with zero terminal SNR (arXiv 2305.08891)."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",

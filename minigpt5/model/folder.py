@@ -7,6 +7,7 @@ mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection
 decoder/              vae/, unet/, scheduler/ in diffusers' layout; unet_distilled/, where there is one
+examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from minigpt5.model.vision import Vision
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
+MAX_EXAMPLE_PICTURE_BYTES = 32 * 1024
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
@@ -42,11 +44,34 @@ def load_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelFolderError(f"{folder} is not a model folder: it has no config.json; name one that training wrote")
+        raise ModelFolderError(
+            f"{folder} is not a model folder: it has no config.json; name one that training wrote, "
+            "on a cluster one that every node has"
+        )
     try:
-        return from_json(ModelConfig, json.loads(path.read_text()))
+        return from_json(ModelConfig, json.loads(path.read_bytes()))
     except ValueError as error:
-        raise ModelFolderError(f"{path} is damaged ({error}): restore it from where the folder came from") from error
+        raise ModelFolderError(f"{path} is damaged ({error}): correct it or restore the folder") from error
+
+
+def load_example_pictures(folder: str | Path, config: ModelConfig) -> dict[int, bytes]:
+    """Number of an example, from 1 -> its picture as WebP bytes, for those that have one. Raises ModelFolderError."""
+    found = {}
+    for number in range(1, len(config.examples) + 1):
+        path = Path(folder) / "examples" / f"{number}.webp"
+        if path.is_file():
+            found[number] = _read_webp(path)
+    return found
+
+
+def _read_webp(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(MAX_EXAMPLE_PICTURE_BYTES + 1)
+    if len(data) > MAX_EXAMPLE_PICTURE_BYTES:
+        raise ModelFolderError(f"{path} has over {MAX_EXAMPLE_PICTURE_BYTES} bytes: make it smaller or remove it")
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        raise ModelFolderError(f"{path} begins with {data[:12]!r} and is no WebP picture: convert or remove it")
+    return data
 
 
 def compute_fingerprint(folder: str | Path) -> str:
@@ -112,7 +137,7 @@ def load_decoder_model(folder: str | Path) -> tuple[ModelConfig, Mapper, Diffusi
 
 
 def find_decoder(folder: str | Path, config: ModelConfig) -> Path:
-    """The VAE, UNet and scheduler of a model folder: its own, or a base model's. Raises BaseModelNotFound."""
+    """The VAE, UNet and noise schedule of a model folder: its own, or a base model's. Raises BaseModelNotFound."""
     local = Path(folder) / config.diffusion
     return local if local.is_dir() else resolve(config.diffusion)
 
@@ -196,14 +221,14 @@ def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
-    """Write VAE, UNet, scheduler and a distilled UNet, where there is one, in diffusers' layout."""
+    """Write VAE, UNet, noise schedule and a distilled UNet, where there is one, in diffusers' layout."""
     from minigpt5.model.diffusion import DISTILLED_FOLDER
 
     save_part(diffusion.vae, folder / "vae")
     save_part(diffusion.unet, folder / "unet")
     if diffusion.distilled is not None:
         save_part(diffusion.distilled, folder / DISTILLED_FOLDER)
-    diffusion.scheduler.save_pretrained(folder / "scheduler")
+    diffusion.noise_schedule.save_pretrained(folder / "scheduler")
 
 
 def save_part(part: ModelMixin, folder: Path) -> None:

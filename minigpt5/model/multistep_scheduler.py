@@ -18,9 +18,9 @@ NUM_LEVELS = 2
 """Timesteps that a distilled UNet has learnt to draw at, evenly spaced down from the last one; see stage "distill"."""
 
 
-def last_level(schedule: DDIMScheduler) -> int:
-    """The timestep from which a distilled UNet goes to clean latents."""
-    return schedule.config.num_train_timesteps // NUM_LEVELS - 1
+def last_level(noise_schedule: DDIMScheduler) -> int:
+    """Return the timestep from which a distilled UNet goes to clean latents."""
+    return noise_schedule.config.num_train_timesteps // NUM_LEVELS - 1
 
 
 class MultistepScheduler(DDIMScheduler):

@@ -15,7 +15,7 @@ class Example:
 
     segments: list[Segment]
     read: list[np.ndarray]
-    """uint8 (side, side, 3) each, or the vision encoder's features of it, float16 (F, E)."""
+    """uint8 (side, side, 3) each, of any sizes, or the vision encoder's features of it, float16 (F, E)."""
     shown: list[str] = field(default_factory=list)
     """What each read picture shows, where that is known."""
     drawn: list[np.ndarray]

@@ -139,8 +139,8 @@ class Objective(nn.Module):
             return examples, has_pictures
         px = self.config.vision.image_px, self.config.image_px
         black = [np.zeros((side, side, 3), np.uint8) for side in px]
-        reads = Example(segments=[prompt.text("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
-        draws = Example(segments=[prompt.text("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
+        reads = Example(segments=[prompt.text_segment("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
+        draws = Example(segments=[prompt.text_segment("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
         completed = list(examples)
         completed += [] if any(example.read for example in examples) else [reads]
         completed += [] if has_pictures else [draws]
@@ -233,8 +233,8 @@ class Objective(nn.Module):
 
     def _see(self, pictures: list[np.ndarray]) -> Tensor:
         """Pictures, or their features -> (N, Q, H)."""
-        stacked = np.stack(pictures)
-        return self.vision(stacked) if stacked.dtype == np.uint8 else self.vision.embed_features(stacked)
+        has_pixels = pictures[0].dtype == np.uint8
+        return self.vision(pictures) if has_pixels else self.vision.embed_features(np.stack(pictures))
 
     def text_loss(self, states_BSH: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross-entropy of the next token where it is learnt; logits are computed there only."""
@@ -250,7 +250,7 @@ class Objective(nn.Module):
         latents_PCYX = None
         if weights.picture:
             latents_PCYX = self._to_latents(examples)
-            losses["picture"] = self.diffusion.random_loss(
+            losses["picture"] = self.diffusion.training_loss(
                 latents_PCYX, condition_PQD, first_timestep=self.first_timestep
             )
         if weights.caption:
@@ -277,7 +277,7 @@ class Objective(nn.Module):
 
         A picture then reads like a text; the tokens of the batch are what each one is told apart from.
         """
-        image_NQH = self.vision(np.stack([picture for example in examples for picture in example.read])).float()
+        image_NQH = self.vision([picture for example in examples for picture in example.read]).float()
         filler = self.tokenizer.encode(".", add_special_tokens=False)[:1] * image_NQH.shape[1]
         said = [self.tokenizer.encode(text, add_special_tokens=False) for example in examples for text in example.shown]
         ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said], device=self.device)
@@ -306,7 +306,7 @@ class Objective(nn.Module):
         losses = self._caption_losses(condition_PQD, torch.stack(targets), others_PKQD, is_null_P)
         if weights.picture:
             latents_PCYX = torch.stack(latents[:REPLAYED_PICTURES])
-            losses["picture"] = self.diffusion.random_loss(
+            losses["picture"] = self.diffusion.training_loss(
                 latents_PCYX, condition_PQD[:REPLAYED_PICTURES], first_timestep=self.first_timestep
             )
         # What is trained takes part in every step: see `forward`.

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image
 
-from minigpt5.errors import MiniGPT5Error
-from minigpt5.model.image_transforms import on_white
+from minigpt5.errors import BadPicture, MiniGPT5Error
+from minigpt5.pictures import open_picture
 
 Kind = Literal["caption", "story", "dialogue"]
 SPEAKERS = ("Human", "Assistant")
@@ -27,7 +27,7 @@ SEGMENT = pa.struct(
     {
         "text": pa.string(),  # of a text segment
         "speaker": pa.string(),  # of a dialogue's text
-        "picture": pa.binary(),  # of a picture segment: PNG or JPEG
+        "picture": pa.binary(),  # of a picture segment: a file that open_picture reads
         "caption": pa.string(),  # of a picture: what it shows, where that is known
         "moments": pa.binary(),  # of a picture: the VAE's mean and log variance, float16 (2 C, Y, X); see precompute.py
         "features": pa.binary(),  # of a picture: the vision encoder's, float16 (F, E)
@@ -47,9 +47,10 @@ REJECT_SCHEMA = pa.schema({"id": pa.string(), "source": pa.string(), "reason": p
 MAX_TEXT = 4_000
 """Characters of one text."""
 MAX_SEGMENTS = 128
-MAX_PIXELS = 64 * 10**6
-MAX_SIDE_PX = 1024
-"""Larger pictures are made smaller: models draw 512 px."""
+MAX_STORED_PIXELS = 2**20
+"""Larger pictures are stored smaller: models draw 512 px."""
+MAX_STORED_BYTES = 2**22
+"""Larger files are stored as PNG without loss: the rest of an animation, or bits beyond the eighth."""
 JPEG_QUALITY = 95
 
 
@@ -89,9 +90,14 @@ def to_row(item: Item, *, source: str, read: Callable[[str], bytes]) -> dict[str
         "id": item.id,
         "source": source,
         "kind": item.kind,
-        "prompt": item.prompt.strip() or None,
+        "prompt": as_unicode(item.prompt.strip()) or None,
         "segments": [_to_segment(segment, read) for segment in segments],
     }
+
+
+def as_unicode(text: str) -> str:
+    """The text with "?" for each half of a surrogate pair, which no file can hold in UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _check_form(kind: Kind, segments: Sequence[Segment]) -> None:
@@ -101,6 +107,8 @@ def _check_form(kind: Kind, segments: Sequence[Segment]) -> None:
         raise BadRow(f"kind is {kind!r} but must be one of {', '.join(get_args(Kind))}")
     if not texts:
         raise BadRow("empty text")
+    if any(words != as_unicode(words) for segment in segments for words in (segment.text, segment.caption)):
+        raise BadRow("half of a surrogate pair: write it as UTF-8")
     if not num_pictures:
         raise BadRow("no picture")
     if len(segments) > MAX_SEGMENTS:
@@ -138,25 +146,23 @@ def _to_segment(segment: Segment, read: Callable[[str], bytes]) -> dict[str, Any
 
 
 def check_picture(data: bytes, *, name: str) -> bytes:
-    """An encoded picture that is known to decode, upright, opaque and at most MAX_SIDE_PX; the same bytes where that
-    is so already. Raises BadRow."""
+    """Return a picture file that is known to decode, of bounded size: `data` itself unless that is larger.
+
+    Raises BadRow.
+    """
     try:
-        picture = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-        if picture.width * picture.height > MAX_PIXELS:
-            raise BadRow(f"{name}: {picture.width} x {picture.height} pixels, at most {MAX_PIXELS} are read")
-        picture.load()
-    except BadRow:
-        raise
-    except Image.DecompressionBombError:
-        raise BadRow(f"{name}: a decompression bomb") from None
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:  # whatever Pillow's decoders raise
-        raise BadRow(f"{name}: broken picture: {error}") from None
-    is_plain = picture.format in ("PNG", "JPEG") and picture.mode == "RGB" and not picture.getexif()
-    if is_plain and max(picture.size) <= MAX_SIDE_PX:
+        picture = open_picture(data, name=name)
+    except BadPicture as error:
+        raise BadRow(f"bad picture: {error}") from None
+    num_pixels = picture.width * picture.height
+    if num_pixels <= MAX_STORED_PIXELS and len(data) <= MAX_STORED_BYTES:
         return data
-    kind = "JPEG" if picture.format == "JPEG" else "PNG"
-    upright = on_white(ImageOps.exif_transpose(picture))
-    upright.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
+    kind = "PNG"
+    if num_pixels > MAX_STORED_PIXELS:
+        scale = (MAX_STORED_PIXELS / num_pixels) ** 0.5
+        width, height = (max(1, int(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        kind = "JPEG" if data.startswith(b"\xff\xd8") else "PNG"
     file = io.BytesIO()
-    upright.save(file, kind, quality=JPEG_QUALITY)
+    picture.save(file, kind, quality=JPEG_QUALITY)
     return file.getvalue()

@@ -10,7 +10,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from minigpt5.model.prompt import DRAW_TARGET, END, READ, READ_AND_TELL, Segment, text
+from minigpt5.model.prompt import (
+    ASKS_FOR_BOTH,
+    ASKS_FOR_PICTURE,
+    ASKS_FOR_TEXT,
+    DRAW_TARGET,
+    END,
+    READ,
+    READ_AND_TELL,
+    Segment,
+    text_segment,
+)
 
 SLOT = "<Img><ImageHere></Img>"
 DRAWN = "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7]"
@@ -84,23 +94,16 @@ def vist_samples(
         history = "".join(f"{past}{SLOT}" for past, _ in steps[:index]) + ("\n" if index else "")
         read = tuple(past for _, past in steps[:index])
         prompt = f"{READ_AND_TELL}###Human:{history}"
-        ask = (" Generate an image with the scene description:", " the scene description:")[variant(2)]
-        source = f"{prompt}{ask} {words} ###Assistant:"
+        ask = ASKS_FOR_PICTURE[variant(len(ASKS_FOR_PICTURE))]
+        source = f"{prompt}{ask}{words} ###Assistant:"
         yield Sample(source=source, target=f"{DRAWN}{END}", read=read, drawn=picture, task="picture")
         if not (is_training and index):
             continue
-        ask = (
-            " Tell me the next scene with image.",
-            " Generate the next scene with image.",
-            " What should happen then?",
-        )[variant(3)]
+        ask = ASKS_FOR_BOTH[variant(len(ASKS_FOR_BOTH))]
         target = f"{words} {DRAWN}{END}"
         yield Sample(source=f"{prompt}{ask} ###Assistant:", target=target, read=read, drawn=picture, task="both")
-        ask = (
-            " Tell me the next scene description by this image:",
-            " What happen in the next scene image:",
-        )[variant(2)]
-        source = f"{prompt}{ask} {SLOT} ###Assistant:"
+        ask = ASKS_FOR_TEXT[variant(len(ASKS_FOR_TEXT))]
+        source = f"{prompt}{ask}{SLOT} ###Assistant:"
         yield Sample(source=source, target=f"{words}{END}", read=(*read, picture), task="text")
 
 
@@ -157,8 +160,8 @@ def sample_segments(sample: Sample) -> list[Segment]:
     segments: list[Segment] = []
     for number, words in enumerate(sample.source.split("<ImageHere>")):
         segments += [READ] if number else []
-        segments += [text(words)] if words else []
+        segments += [text_segment(words)] if words else []
     for number, words in enumerate(sample.target.split(DRAWN)):
         segments += [DRAW_TARGET] if number else []
-        segments += [text(words, is_target=True)] if words else []
+        segments += [text_segment(words, is_target=True)] if words else []
     return segments

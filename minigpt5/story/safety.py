@@ -15,6 +15,7 @@ from PIL import Image
 
 from minigpt5.errors import Blocked
 from minigpt5.model.base_models import load_arrays, resolve
+from minigpt5.pictures import open_picture
 
 TEXT_FILTER = "profanity-check"
 PICTURE_FILTER = "open-nsfw"
@@ -96,8 +97,8 @@ class PictureFilter:
 
 def _prepare(data: bytes) -> np.ndarray:
     """Prepare a picture as in the filter's training: 256 px, JPEG, the middle 224 px, BGR, less the mean."""
-    picture = Image.open(io.BytesIO(data)).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
+    picture = open_picture(data).resize((256, 256), Image.Resampling.BILINEAR)
     file = io.BytesIO()
     picture.save(file, "JPEG")
-    pixels = np.asarray(Image.open(file).convert("RGB"), np.float32)[16:240, 16:240, ::-1]
+    pixels = np.asarray(open_picture(file.getvalue()), np.float32)[16:240, 16:240, ::-1]
     return pixels - np.array([104, 117, 123], np.float32)

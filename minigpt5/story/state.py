@@ -111,7 +111,7 @@ class StoryBuilder:
             id=story_id,
             created=int(time.time()) if created is None else created,
             model=model,
-            prompt=" ".join(part for part in request.prompt if isinstance(part, str)),
+            prompt=request.prompt_text,
             seed=request.seed,
             owner=request.key,
             num_pages=len(request.previous) + request.pages,

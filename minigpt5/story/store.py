@@ -5,7 +5,7 @@ stories/<id>/request.json                what was asked for, pictures and all
 stories/<id>/pages/<n>/page.json         a PageState: text, then the picture's settings
 stories/<id>/pages/<n>/vokens.safetensors
 stories/<id>/pages/<n>/picture.png       the first picture; later variants are picture-1.png, picture-2.png, ...
-images/<name>.png                        pictures outside of stories, for an hour
+images/<name>.<png, jpeg or webp>        pictures outside of stories, for an hour
 once/<name>.json                         the story that a request which may come twice has begun
 running/<id>                             while a story is being made: its owner's number; a process that resumes it
                                          finds it there
@@ -33,7 +33,7 @@ from minigpt5.story.state import PageState, StoryState
 from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import Page, Picture, Story, StoryRequest, Vokens
 
-IMAGE_NAME = re.compile(r"img_[0-9a-f]{41}", re.ASCII)
+IMAGE_NAME = re.compile(r"img_[0-9a-f]{41}\.(png|jpeg|webp)", re.ASCII)
 STORY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
@@ -140,10 +140,13 @@ class StoryStore:
             return None
         return values["id"], values["digest"]
 
-    def save_image(self, png: bytes) -> str:
-        """A picture outside of any story; its name, which nobody guesses. Later ones are greater."""
-        name = f"img_{int(time.time()):09x}{secrets.token_hex(16)}"
-        self._write(f"images/{name}.png", png)
+    def save_image(self, data: bytes, *, kind: str) -> str:
+        """Keep a picture outside of any story. Returns its file name, which nobody guesses; later ones are greater.
+
+        `kind`: "png", "jpeg" or "webp".
+        """
+        name = f"img_{int(time.time()):09x}{secrets.token_hex(16)}.{kind}"
+        self._write(f"images/{name}", data)
         return name
 
     def load_image(self, name: str) -> bytes:
@@ -151,12 +154,12 @@ class StoryStore:
         missing = f"no picture {name[:80]!r}"
         if not IMAGE_NAME.fullmatch(name):
             raise StoryNotFound(missing)
-        return self._read(f"images/{name}.png", missing)
+        return self._read(f"images/{name}", missing)
 
     def delete_images(self, *, older_than_s: float) -> None:
         oldest = f"img_{int(time.time() - older_than_s):09x}"
         for name in self._names("images"):
-            if IMAGE_NAME.fullmatch(name.removesuffix(".png")) and name < oldest:
+            if IMAGE_NAME.fullmatch(name) and name < oldest:
                 with contextlib.suppress(FileNotFoundError):
                     self._files.delete_file(f"images/{name}")
 

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from minigpt5.types import (
+    NUM_PREVIEWS,
     DecoderEvent,
     DrawRequest,
     GeneratorEvent,
@@ -63,7 +64,7 @@ async def stream_story(
             seed=page_seed(request.seed, page),
             settings=request.draw,
             key=request.key,
-            previews=request.previews,
+            num_previews=NUM_PREVIEWS if request.previews else 0,
         )
         try:
             async for event in decode(draw_request):
@@ -162,7 +163,7 @@ async def write_story(
                 usage = event
     return Story(
         id=story_id,
-        prompt=" ".join(part for part in request.prompt if isinstance(part, str)),
+        prompt=request.prompt_text,
         seed=request.seed,
         model=model,
         pages=tuple(pages[index] for index in sorted(pages)),

@@ -30,7 +30,7 @@ from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows, load_image, 
 from batch_jobs.job import Output
 from batch_jobs.monitor import Monitor, Seat
 from batch_jobs.outputs import STORY_SCHEMA
-from batch_jobs.pipeline import Limits, Pool, check_engines
+from batch_jobs.pipeline import Limits, Pool, check_failures, check_started
 from batch_jobs.report import Report
 from batch_jobs.stages import Draw, Row, Write, as_table, unpack
 from batch_jobs.state import PageStore
@@ -373,15 +373,16 @@ def test_engines_that_die_too_often_or_cannot_start_end_the_run() -> None:
         monitor.starting("decoder", "one")
     monitor.starting("decoder", "another")
     assert (monitor.figures().pools["decoder"].engines, monitor.figures().pools["decoder"].deaths) == (2, 2)
-    check_engines(monitor.figures(), Limits(restarts=2), pools=("decoder",), waited_s=0)
+    check_failures(monitor.figures(), Limits(max_deaths=2))
     with pytest.raises(MiniGPT5Error, match="died 2 times, more than --max-restarts 1"):
-        check_engines(monitor.figures(), Limits(restarts=1), pools=("decoder",), waited_s=0)
+        check_failures(monitor.figures(), Limits(max_deaths=1))
     with pytest.raises(MiniGPT5Error, match="no generator and no decoder was ready after 11 s"):
-        check_engines(monitor.figures(), Limits(start_timeout_s=10), pools=("generator", "decoder"), waited_s=11)
+        check_started(monitor.figures(), Limits(start_timeout_s=10), pools=("generator", "decoder"), waited_s=11)
     with pytest.raises(ZeroDivisionError):
         Seat("decoder", lambda: 1 / 0, monitor, engine_id="one")
-    with pytest.raises(MiniGPT5Error, match="the decoder cannot start: ZeroDivisionError: division by zero"):
-        check_engines(monitor.figures(), Limits(), pools=(), waited_s=0)
+    error = "the decoder cannot start: ZeroDivisionError: division by zero: check --model and the memory"
+    with pytest.raises(MiniGPT5Error, match=error):
+        check_failures(monitor.figures(), Limits())
 
 
 def test_pictures_as_files_are_named_by_their_rows(tmp_path: Path) -> None:
@@ -480,7 +481,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.slow
 def test_stages_on_ray_give_the_same_data_set(tmp_path: Path) -> None:
     output = new_output(tmp_path / "ray")
-    engines = Engines(generator=Pool(load=FakeGenerator), decoder=Pool(load=FakeDecoder, least=2, most=2))
+    engines = Engines(generator=Pool(load=FakeGenerator), decoder=Pool(load=FakeDecoder, min_engines=2, max_engines=2))
     make_pages = partial(make_pages_on_ray, config=CONFIG, engines=engines, output=output)
     was_up = ray.is_initialized()
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import io
 import json
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -18,9 +19,12 @@ from batch_jobs import prepare as module
 from batch_jobs.dataset_readers import DATASET_READERS, Source, storybook_item
 from batch_jobs.prepare import Part, main, write_part
 from batch_jobs.wml import macros_in, stories_in
-from minigpt5.objective.stored_example import MAX_SIDE_PX, BadRow, Item, Segment, check_picture, to_row
+from minigpt5.objective import stored_example
+from minigpt5.objective.stored_example import MAX_STORED_PIXELS, BadRow, Item, Segment, check_picture, to_row
+from minigpt5.pictures import open_picture
 from minigpt5.storybook.dialogues import dialogue_at
 from tests.helpers.fakes import make_png
+from tests.helpers.picture_files import png_header
 
 PNG = make_png()
 
@@ -29,13 +33,6 @@ def jpeg(size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, "orange").save(file, "JPEG", **options)
     return file.getvalue()
-
-
-def bomb() -> bytes:
-    """A small PNG that says it is 60,000 px wide and high."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
-    chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + PNG[33:]
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> Path:
@@ -73,37 +70,238 @@ def test_cc3m_rows_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
         "no tab",
         "up and away\t../secret.jpg",
     ]
-    files = {"c.tsv": "\n".join(lines), "train/0.jpg": jpeg(), "train/1.jpg": jpeg()[:-200], "train/3.png": bomb()}
+    files = {
+        "c.tsv": "\n".join(lines),
+        "train/0.jpg": jpeg(),
+        "train/1.jpg": jpeg()[:-200],
+        "train/3.png": png_header(60_000, 60_000),
+    }
     source = write(tmp_path / "in", files)  # type: ignore[arg-type]
     rows, reasons = rows_of("cc3m", source, tmp_path / "out")
     assert [told(row) for row in rows] == [["a red fox in the snow", "#"]]
     assert rows[0]["kind"] == "caption" and rows[0]["segments"][1]["caption"] == "a red fox in the snow"
     assert rows[0]["segments"][1]["picture"] == jpeg()
-    assert reasons["train/1.jpg"].startswith("train/1.jpg: broken picture")
+    assert reasons["train/1.jpg"].startswith("bad picture: train/1.jpg is a JPEG file that is damaged")
     assert reasons["train/2.jpg"] == "missing file: train/2.jpg"
     assert reasons["train/0.jpg"] == "empty text"
-    assert "60000 x 60000 pixels" in reasons["train/3.png"] or "bomb" in reasons["train/3.png"]
-    assert reasons["c.tsv:6"] == "1 columns, not 2"
+    assert "must have at most 33554432 pixels" in reasons["train/3.png"]
+    assert reasons["c.tsv:7"] == "1 columns, not 2"
     assert "leads out of" in reasons["../secret.jpg"]
 
 
-def test_a_webdataset_of_captions(tmp_path: Path) -> None:
+def tar_of(members: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, data in {
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def read_tar(folder: Path, content: bytes, name: str = "a.tar") -> tuple[list[list[str]], dict[str, str]]:
+    rows, reasons = rows_of("cc3m-tar", write(folder / "in", {name: content}), folder / "out")
+    return [told(row) for row in rows], reasons
+
+
+def test_a_webdataset_of_captions(tmp_path: Path) -> None:
+    content = tar_of(
+        {
             "0.jpg": jpeg(),
             "0.txt": b"A fox.",
             "1.json": b'{"caption": "An owl"}',
             "1.png": PNG,
             "2.txt": b"no picture",
             "3.jpg": jpeg(),
-        }.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    rows, reasons = rows_of("cc3m-tar", write(tmp_path / "in", {"a.tar": file.getvalue()}), tmp_path / "out")
-    assert [told(row) for row in rows] == [["a fox", "#"], ["an owl", "#"]]
+        }
+    )
+    rows, reasons = read_tar(tmp_path, content)
+    assert rows == [["a fox", "#"], ["an owl", "#"]]
     assert "no picture" in reasons["a.tar:2"] and "no caption" in reasons["a.tar:3"]
+
+
+def test_a_key_of_a_webdataset_ends_at_the_first_dot_of_the_base_name(tmp_path: Path) -> None:
+    members = {
+        "1.input.jpg": jpeg(),
+        "1.output.txt": b"A fox.",
+        "v1.2/2.JPG": jpeg(),
+        "v1.2/2.mask.png": PNG,
+        "v1.2/2.txt": codecs.BOM_UTF8 + b"An owl.",
+        "v1.2/2.cls": b"7",
+        "3.left.jpg": jpeg(),
+        "3.right.jpg": jpeg(),
+        "3.txt": b"Two cats.",
+        "README": b"no part of a sample",
+        "._4.jpg": b"what macOS adds",
+    }
+    rows, reasons = read_tar(tmp_path, tar_of(members))
+    assert rows == [["a fox", "#"], ["an owl", "#"]]
+    assert reasons == {"a.tar:3": "several parts: left.jpg, right.jpg have this key; leave one"}
+
+
+CAPTIONS = tar_of({f"{n}.{suffix}": data for n in range(3) for suffix, data in (("jpg", jpeg()), ("txt", b"A fox."))})
+SAMPLE_BYTES = 512 + -(-len(jpeg()) // 512) * 512 + 512 + 512
+"""Two headers, the picture and the text, each filled up to whole blocks."""
+
+
+@pytest.mark.parametrize(
+    ("end", "whole", "place"),
+    [
+        (SAMPLE_BYTES + 100, 1, SAMPLE_BYTES),  # in a header
+        (SAMPLE_BYTES + 512, 1, SAMPLE_BYTES),  # behind a header
+        (SAMPLE_BYTES + 700, 1, SAMPLE_BYTES),  # in a picture
+        (2 * SAMPLE_BYTES - 510, 1, 2 * SAMPLE_BYTES - 1024),  # in a text
+        (2 * SAMPLE_BYTES - 1024, 1, 2 * SAMPLE_BYTES - 1024),  # between a picture and its text
+        (2 * SAMPLE_BYTES, 2, 2 * SAMPLE_BYTES),  # between two samples
+        (3 * SAMPLE_BYTES, 3, 3 * SAMPLE_BYTES),  # before the end mark
+        (0, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["tar", "tar.gz"])
+def test_a_tar_that_ends_early_gives_its_whole_samples_and_names_the_byte(
+    tmp_path: Path, end: int, whole: int, place: int, is_packed: bool
+) -> None:
+    name = "a.tar.gz" if is_packed else "a.tar"
+    content = gzip.compress(CAPTIONS[:end]) if is_packed else CAPTIONS[:end]
+    rows, reasons = read_tar(tmp_path, content, name)
+    assert rows == [["a fox", "#"]] * whole
+    assert list(reasons) == [name]
+    assert reasons[name].startswith(f"damaged file: {name} is whole up to byte {place} and no further (")
+
+
+def test_a_gzip_of_a_tar_that_ends_early_gives_its_whole_samples(tmp_path: Path) -> None:
+    pictures = {f"{n}.{suffix}": data for n in range(9) for suffix, data in (("jpg", noise(n)), ("txt", b"A fox."))}
+    packed = gzip.compress(tar_of(pictures))
+    rows, reasons = read_tar(tmp_path, packed[: len(packed) // 2], "a.tgz")
+    assert 1 <= len(rows) < 9
+    assert list(reasons) == ["a.tgz"] and "before the end-of-stream marker" in reasons["a.tgz"]
+
+
+def noise(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_a_damaged_header_in_a_tar_is_named_and_not_the_end(tmp_path: Path) -> None:
+    damaged = CAPTIONS[:SAMPLE_BYTES] + b"x" * 512 + CAPTIONS[SAMPLE_BYTES + 512 :]
+    rows, reasons = read_tar(tmp_path, damaged)
+    assert rows == [["a fox", "#"]]
+    assert reasons["a.tar"].startswith(f"damaged file: a.tar is whole up to byte {SAMPLE_BYTES} and no further")
+
+
+def test_a_second_archive_behind_the_end_of_a_tar_is_named(tmp_path: Path) -> None:
+    rows, reasons = read_tar(tmp_path, CAPTIONS + CAPTIONS)
+    assert rows == [["a fox", "#"]] * 3
+    assert "there is more behind its end" in reasons["a.tar"]
+
+
+def test_a_tar_is_not_read_into_memory_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batch_jobs.webdataset.MAX_PART_BYTES", 2000)
+    large = {"0.jpg": jpeg() + b"x" * 2000, "0.txt": b"A fox.", "1.jpg": jpeg(), "1.txt": b"An owl."}
+    rows, reasons = read_tar(tmp_path, tar_of(large))
+    assert rows == [["an owl", "#"]]
+    assert reasons == {"a.tar:0": f"too large: jpg has {len(jpeg()) + 2000} bytes"}
+
+
+ROW = json.dumps({"id": "s1", "caption": "A fox", "picture": "1.png"})
+TALK = json.dumps(
+    {
+        "conversation_id": "t1",
+        "conversation": [
+            {"turn": [{"__TEXT__": "Hi"}]},
+            {"turn": [{"__TEXT__": "Look"}, {"__MEDIA__": "a"}]},
+            {"turn": [{"__TEXT__": "Nice"}]},
+        ],
+    }
+)
+CFG = """[story]
+[part]
+story="a"
+background=story/1.png
+[/part]
+[/story]"""
+SOURCES: dict[str, tuple[str, str, dict[str, bytes | str]]] = {
+    "cc3m": ("c.tsv", "caption\timage_path\nA fox\t1.png\n", {"1.png": PNG}),
+    "folder": ("story.jsonl", ROW, {"1.png": PNG}),
+    "mmdialog": ("talks.jsonl", TALK, {"a.jpg": jpeg()}),
+    "tuxpaint": ("fox.txt", "A fox", {"fox.png": PNG}),
+    "wesnoth": ("a/1.cfg", CFG, {"a/images/story/1.png": PNG}),
+    "vist": (
+        "a_cleaned.json",
+        json.dumps({"7": [{"caption": "One.", "image_id": "1", "sequence_index": 0}]}),
+        {"a_image_mapping.json": '\ufeff{"1": "1.png"}', "1.png": PNG},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SOURCES)
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, layout: str) -> None:
+    name, text, others = SOURCES[layout]
+    rows, reasons = rows_of(layout, write(tmp_path / "marked", {name: "\ufeff" + text, **others}), tmp_path / "1")
+    plain, none = rows_of(layout, write(tmp_path / "plain", {name: text, **others}), tmp_path / "2")
+    assert len(rows) == 1 and rows == plain and reasons == none == {}
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+@pytest.mark.parametrize("layout", SOURCES)
+def test_utf_16_is_named_and_not_read_as_noise(tmp_path: Path, layout: str, encoding: str) -> None:
+    name, text, others = SOURCES[layout]
+    source = write(tmp_path / "in", {name: text.encode(encoding), **others})
+    rows, reasons = rows_of(layout, source, tmp_path / "out")
+    assert not rows
+    (reason,) = reasons.values()
+    assert reason.startswith("damaged file: ") and f"{name} is in {encoding}: save it in UTF-8" in reason
+
+
+@pytest.mark.parametrize("layout", ["cc3m", "folder", "mmdialog"])
+def test_a_gzipped_source_that_ends_early_gives_the_rows_before(tmp_path: Path, layout: str) -> None:
+    name, text, others = SOURCES[layout]
+    packed = gzip.compress(text.encode())
+    rows, reasons = rows_of(layout, write(tmp_path / "whole", {f"{name}.gz": packed, **others}), tmp_path / "1")
+    assert len(rows) == 1 and not reasons
+    noise_lines = "\n".join(str(number) for number in np.random.default_rng(0).integers(0, 2**62, 2000))
+    packed = gzip.compress(f"{text.rstrip()}\n{noise_lines}".encode())[:-1000]
+    rows, reasons = rows_of(layout, write(tmp_path / "cut", {f"{name}.gz": packed, **others}), tmp_path / "2")
+    assert len(rows) == 1 and len(reasons) > 100
+    assert reasons[f"{name}.gz"].startswith(f"damaged file: {name}.gz ends early, after line ")
+
+
+def test_lines_of_another_encoding_are_rejects(tmp_path: Path) -> None:
+    text = "caption\timage_path\nein Bär\t1.png\nein Fuchs\t1.png\n".encode("latin-1")
+    rows, reasons = rows_of("cc3m", write(tmp_path / "in", {"c.tsv": text, "1.png": PNG}), tmp_path / "out")
+    assert [told(row) for row in rows] == [["ein fuchs", "#"]]
+    assert reasons == {"c.tsv:2": "it is not UTF-8: save the file in UTF-8"}
+
+
+def test_half_a_surrogate_pair_and_deep_json_are_rejects(tmp_path: Path) -> None:
+    lines = ['{"id": "\\ud83e", "caption": "a \\ud83e", "picture": "1.png"}', "[" * 100_000, ROW]
+    source = write(tmp_path / "in", {"story.jsonl": "\n".join(lines), "1.png": PNG})
+    rows, reasons = rows_of("folder", source, tmp_path / "out")
+    assert [row["id"] for row in rows] == ["s1"]
+    assert reasons == {
+        "?": "half of a surrogate pair: write it as UTF-8",
+        "story.jsonl:2": "not a row: it is nested too deeply",
+    }
+
+
+def test_broken_vist_files_and_stories_are_rejects(tmp_path: Path) -> None:
+    step = {"caption": "One.", "image_id": "1", "sequence_index": 0}
+    files: dict[str, bytes | str] = {
+        "a_cleaned.json": json.dumps({"1": [step], "2": [{"caption": "x"}], "3": None}),
+        "a_image_mapping.json": '{"1": "1.png"}',
+        "b_cleaned.json": "{}",
+        "c_cleaned.json": "[" * 100_000,
+        "d_cleaned.json": "[]",
+        "d_image_mapping.json": "{}",
+        "1.png": PNG,
+    }
+    rows, reasons = rows_of("vist", write(tmp_path / "in", files), tmp_path / "out")
+    assert [row["id"] for row in rows] == ["1"]
+    assert reasons["2"].startswith("not a story: KeyError") and reasons["3"].startswith("not a story: TypeError")
+    assert "has no b_image_mapping.json beside it" in reasons["b_cleaned.json"]
+    assert "is not JSON: it is nested too deeply" in reasons["c_cleaned.json"]
+    assert "must each hold a JSON object" in reasons["d_cleaned.json"]
 
 
 def test_vist_stories_are_in_sequence(tmp_path: Path) -> None:
@@ -147,8 +345,7 @@ def test_tux_paint_stamps(tmp_path: Path) -> None:
     }
     rows, reasons = rows_of("tuxpaint", write(tmp_path / "in", files), tmp_path / "out")  # type: ignore[arg-type]
     assert [told(row) for row in rows] == [["A red fox.", "#"]]
-    picture = Image.open(io.BytesIO(rows[0]["segments"][1]["picture"]))
-    assert picture.mode == "RGB" and picture.getpixel((3, 3)) == (255, 255, 255)
+    assert open_picture(rows[0]["segments"][1]["picture"]).getpixel((3, 3)) == (255, 255, 255)
     assert reasons == {"food/plum.png": "missing file: food/plum.txt"}
 
 
@@ -332,15 +529,20 @@ def test_the_picture_world(kind: str) -> None:
         assert lengths == {4, 6, 8} and all("#" in told(row) for row in rows)
 
 
-def test_pictures_are_upright_opaque_and_of_bounded_size() -> None:
+def test_pictures_are_stored_as_they_are_and_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_picture(PNG, name="p") == PNG
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = check_picture(jpeg((40, 30), exif=exif), name="p")
-    assert Image.open(io.BytesIO(turned)).size == (30, 40) and not Image.open(io.BytesIO(turned)).getexif()
-    large = Image.open(io.BytesIO(check_picture(jpeg((3000, 1500)), name="p")))
-    assert large.size == (MAX_SIDE_PX, MAX_SIDE_PX // 2)
-    for data in (b"", b"GIF89a", PNG[:40], bomb(), b"<svg/>"):
+    turned = jpeg((40, 30), exif=exif)
+    assert check_picture(turned, name="p") == turned  # training sets it upright when it reads the row
+    large = Image.open(io.BytesIO(check_picture(jpeg((3000, 1500), exif=exif), name="p")))
+    assert large.format == "JPEG" and not large.getexif()
+    assert large.height == pytest.approx(2 * large.width, abs=2)
+    assert 0.99 * MAX_STORED_PIXELS < large.width * large.height <= MAX_STORED_PIXELS
+    monkeypatch.setattr(stored_example, "MAX_STORED_BYTES", len(turned) - 1)
+    smaller = check_picture(turned, name="p")
+    assert smaller.startswith(b"\x89PNG") and open_picture(smaller).tobytes() == open_picture(turned).tobytes()
+    for data in (b"", b"GIF89a", PNG[:40], png_header(60_000, 60_000), b"<svg/>"):
         with pytest.raises(BadRow):
             check_picture(data, name="p")
 
@@ -392,5 +594,8 @@ def test_the_job_on_ray_goes_on_where_it_was_stopped(
         assert "nothing of layout vist" in capsys.readouterr().err
         assert main(["storybook:story", "--limit", "12", "--output", str(tmp_path / "stories")]) == 0
         assert "12 rows" in capsys.readouterr().out
+        (source / "empty.tsv").touch()
+        assert main(["cc3m", str(source / "empty.tsv"), "--output", str(tmp_path / "o3")]) == 2
+        assert "its files of layout cc3m have no rows" in capsys.readouterr().err
     finally:
         ray.shutdown()

@@ -69,6 +69,15 @@ def test_keys_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.
     assert keys and keys.find(given)
 
 
+def test_a_byte_order_mark_that_an_editor_adds_does_not_matter(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    given = add_key(file, "alice", per_minute=5, concurrent=2)
+    file.write_text("\ufeff" + file.read_text())
+    add_key(file, "bob", per_minute=5, concurrent=2)
+    keys = load_keys(str(file))
+    assert keys and keys.find(given) and keys.named("bob")
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"secret": "x", "keys": []}', '{"secret": 5, "keys": [{"name": 1}]}']
 )

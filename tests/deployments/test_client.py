@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-import uvicorn
 
 from deployments import client as module
-from deployments.api.routes import create_api
-from deployments.client import Client, ClientError, parse_args, run
+from deployments.client import Client, ClientError, find_proxy, is_this_machine, main, parse_args, run
+from deployments.sse import MAX_EVENT_BYTES
 from tests.deployments.test_auth import Guarded
+from tests.deployments.test_sse import OTHER_LINE_ENDS
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.processes import find_free_port
-from tests.helpers.served import Served
-
-
-class Listening:
-    """A front on a socket, which may be cut off and come back."""
-
-    def __init__(self, served: Served, port: int) -> None:
-        config = uvicorn.Config(create_api(served.front), port=port, log_level="error", timeout_graceful_shutdown=0)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.server.should_exit = self.server.force_exit = True
-        self.thread.join(10)
+from tests.helpers.served import Listening, Served
 
 
 @pytest.fixture
@@ -85,6 +70,173 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(tmp_path: Path, port: i
         assert texts == "Page 1 of 7.Page 2 of 7.Page 3 of 7."
         assert heard[-1].name == "done"
     second[0].stop()
+
+
+def test_a_prompt_with_any_line_end_comes_back_whole(url: str) -> None:
+    with Client(url) as client:
+        for character in [*OTHER_LINE_ENDS, "\r", "\n"]:
+            prompt = f"A fox{character}and a balloon"
+            *_, done = client.create(prompt, pages=1, seed=7)
+            assert (done.name, done.data["prompt"]) == ("done", prompt), ascii(character)
+
+
+def test_a_story_that_was_heard_to_its_end_has_no_more_events(url: str) -> None:
+    with Client(url) as client:
+        *_, done = client.create("A fox", pages=1, seed=7)
+        assert list(client.follow(done.data["id"], after=done.id)) == []
+
+
+STREAM = {"Content-Type": "text/event-stream"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (httpx.Response(200, text="<h1>Log in</h1>", headers={"Content-Type": "text/html"}), "text/html"),
+        (httpx.Response(200, text="data: {\n\n", headers=STREAM), "no story's events"),
+        (httpx.Response(200, content=b"x" * (MAX_EVENT_BYTES + 1), headers=STREAM), "longer than the limit"),
+        (httpx.Response(502, text="<h1>Bad\n\nGateway</h1>"), "502 <h1>Bad Gateway</h1>$"),
+    ],
+    ids=["a login page", "no JSON", "an endless line", "a page of a proxy"],
+)
+def test_an_answer_of_another_server_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, reply: httpx.Response, says: str
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0)
+    with Client(transport=httpx.MockTransport(lambda request: reply)) as client:
+        with pytest.raises(ClientError, match=says) as failure:
+            list(client.follow("story_1"))
+        assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("end", [b"", b": keep-alive\n\n"])
+def test_a_stream_that_ends_before_its_story_is_taken_up_again(end: bytes) -> None:
+    begin = b'id: 0-story-0\nevent: story\ndata: {"id": "story_1"}\n\n'
+    streams = [begin + b"id: 1-te", end, b"id: 4-done-0\nevent: done\ndata: {}\n\n"]
+    seen: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("Last-Event-ID"))
+        return httpx.Response(200, content=streams[len(seen) - 1], headers=STREAM)
+
+    with Client(transport=httpx.MockTransport(answer)) as client:
+        assert [event.name for event in client.follow("story_1")] == ["story", "done"]
+    assert seen == [None, "0-story-0", "0-story-0"]
+
+
+# Proxies and URLs
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that names no proxy."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "HTTP_PROXY", "http_proxy"])
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:9", "what://is this"])
+def test_this_machine_is_reached_without_a_proxy(
+    url: str, environment: pytest.MonkeyPatch, name: str, proxy: str
+) -> None:
+    environment.setenv(name, proxy)
+    for host in ("127.0.0.1", "localhost"):
+        with Client(url.replace("127.0.0.1", host)) as client:
+            assert list(client.stories()) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True),
+        ("LOCALHOST.", True),
+        ("studio.localhost", True),
+        ("127.0.0.1", True),
+        ("127.255.255.254", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", True),
+        ("notlocalhost", False),
+        ("localhost.example.com", False),
+        ("128.0.0.1", False),
+        ("192.168.0.7", False),
+        ("fe80::1", False),
+        ("", False),
+    ],
+)
+def test_this_machine_has_many_names(host: str, expected: bool) -> None:
+    assert is_this_machine(host) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "url", "expected"),
+    [
+        ({}, "http://gpu.example.com", ""),
+        ({"HTTP_PROXY": "proxy:3128"}, "http://gpu.example.com:8000", "http://proxy:3128"),
+        ({"HTTP_PROXY": "http://proxy:3128"}, "https://gpu.example.com", ""),
+        (
+            {"HTTPS_PROXY": "http://proxy:3128", "ALL_PROXY": "socks5://p:1"},
+            "https://a.example.com",
+            "http://proxy:3128",
+        ),
+        ({"ALL_PROXY": "socks5://p:1"}, "http://gpu.example.com", "socks5://p:1"),
+        ({"ALL_PROXY": "socks5://p:1", "NO_PROXY": "example.com"}, "http://gpu.example.com", ""),
+        ({"ALL_PROXY": "socks5://p:1", "NO_PROXY": "*"}, "http://gpu.example.com", ""),
+        ({"ALL_PROXY": "socks5://p:1", "NO_PROXY": "gpu:8000"}, "http://gpu:8000", ""),
+        ({"ALL_PROXY": "socks5://p:1"}, "http://[::1]:8000", ""),
+    ],
+)
+def test_the_environment_names_the_proxy_of_other_machines(
+    environment: pytest.MonkeyPatch, variables: dict[str, str], url: str, expected: str
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert find_proxy(httpx.URL(url)) == expected
+
+
+@pytest.mark.parametrize(
+    ("proxy", "says"),
+    [
+        ("socks5://fox:secret@proxy:1080", r"socks5://proxy:1080 .* pip install 'httpx\[socks\]'"),
+        ("socks4://proxy:1080", "socks4://proxy:1080 .* must be http://, https:// or socks5://"),
+        ("http://proxy:port", "http://proxy:port .* NO_PROXY=gpu.example.com"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_one_line(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], proxy: str, says: str
+) -> None:
+    environment.setenv("ALL_PROXY", proxy)
+    environment.setitem(sys.modules, "socksio", None)  # as it is without httpx[socks]
+    with pytest.raises(ClientError, match=says):
+        Client("http://gpu.example.com:8000")
+    environment.setattr(sys, "argv", ["client", "--url", "http://gpu.example.com:8000", "list"])
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the proxy ") and error.count("\n") == 1 and "secret" not in error
+
+
+def test_a_proxy_that_does_not_answer_is_named(environment: pytest.MonkeyPatch, port: int) -> None:
+    environment.setattr(module, "PATIENCE_S", 0.2)
+    environment.setenv("HTTP_PROXY", f"http://fox:secret@127.0.0.1:{port}")
+    with Client("http://gpu.example.com") as client, pytest.raises(ClientError) as failure:
+        client.story("story_1")
+    assert f"through the proxy http://127.0.0.1:{port}" in str(failure.value)
+
+
+def test_other_machines_are_reached_through_the_proxy(url: str, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("HTTP_PROXY", url)  # the server itself: it finds the path in the proxied request
+    with Client("http://gpu.example.com") as client:
+        assert list(client.stories()) == []
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "gpu:8000", "ftp://gpu", "http://", "http://[::1", "http://gpu:port", "gpu"]
+)
+def test_what_is_no_url_is_said_at_once(url: str) -> None:
+    with pytest.raises(ClientError, match="is no URL of a server"):
+        Client(url)
 
 
 def test_no_server_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch, port: int) -> None:

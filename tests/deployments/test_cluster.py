@@ -18,6 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from deployments import sse
 from minigpt5.model.folder import load_config
 from tests.helpers.processes import END_TIMEOUT_S, MODEL, Server, start_server
 
@@ -28,14 +29,9 @@ pytestmark = [
 ]
 
 
-def read_events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    name = ""
-    for line in lines:
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)
+def read_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    for event in sse.read_events(response.iter_bytes()):
+        yield event.name, json.loads(event.data)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -61,7 +57,7 @@ def test_a_story_plain_and_streamed_is_the_same(server: Server) -> None:
 
     with server.client.stream("POST", "/v1/stories", json={**body, "stream": True}) as response:
         assert response.status_code == 200
-        events = list(read_events(response.iter_lines()))
+        events = list(read_events(response))
     assert events[0][0] == "story"
     assert events[-1][0] == "done"
     streamed = events[-1][1]
@@ -78,7 +74,7 @@ def test_text_comes_before_the_story_is_done(server: Server) -> None:
     started_at = time.monotonic()
     times: dict[str, float] = {}
     with server.client.stream("POST", "/v1/stories", json={"prompt": "A cat", "pages": 2, "stream": True}) as response:
-        for name, _ in read_events(response.iter_lines()):
+        for name, _ in read_events(response):
             times.setdefault(name, time.monotonic() - started_at)
     assert times["text"] < times["slot"] < times["progress"] < times["image"] < times["done"]
     assert times["text"] < times["done"] / 2
@@ -87,7 +83,7 @@ def test_text_comes_before_the_story_is_done(server: Server) -> None:
 def test_a_story_is_finished_though_its_client_went_away(server: Server) -> None:
     body = {"prompt": "A dog", "pages": 2, "steps": 4, "stream": True}
     with server.client.stream("POST", "/v1/stories", json=body) as response:
-        _, data = next(read_events(response.iter_lines()))
+        _, data = next(read_events(response))
     deadline = time.monotonic() + 60
     while (story := server.client.get(f"/v1/stories/{data['id']}").json())["status"] == "drawing":
         assert time.monotonic() < deadline, story

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shlex
 import socket
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from deployments.__main__ import StartError, check_keys, check_model, check_port, check_storage
+from deployments.__main__ import StartError, check_keys, check_model, check_port, check_storage, describe_server
 from deployments.application import AppArgs
 from deployments.auth import KeysError, add_key, check_host, load_keys
+from minigpt5.codec import to_json
+from minigpt5.config import storybook
+from minigpt5.model.folder import compute_fingerprint
 
 
 def test_a_taken_port_is_named_with_what_to_do() -> None:
@@ -30,6 +37,26 @@ def test_a_port_out_of_range_is_refused(port: int) -> None:
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="no config.json"):
+        check_model(str(tmp_path))
+
+
+def test_the_start_says_what_the_model_is_for_and_asks_for_its_first_example() -> None:
+    args = Namespace(host="0.0.0.0", port=8123, model="runs/bears/model", storage="stories")
+    config = dataclasses.replace(storybook(), name="bears", about="Draws bears.\nNo foxes.", examples=("A bear's den",))
+    said = describe_server(args, config, startup_s=3.2)
+    assert "  model    bears, runs/bears/model\n           Draws bears.\n  stories  stories\n" in said
+    [curl] = [line for line in said.splitlines() if "curl" in line]
+    assert json.loads(shlex.split(curl)[-1]) == {"prompt": "A bear's den"}
+    silent = describe_server(args, dataclasses.replace(config, about="", examples=()), startup_s=3.2)
+    assert "bears, runs/bears/model\n  stories" in silent and '{"prompt": "A story"}' in silent
+
+
+def test_an_example_picture_that_is_no_webp_stops_the_start(tmp_path: Path) -> None:
+    config = dataclasses.replace(storybook(), fingerprint=compute_fingerprint(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "1.webp").write_bytes(b"GIF89a")
+    with pytest.raises(StartError, match="no WebP picture"):
         check_model(str(tmp_path))
 
 
@@ -88,11 +115,7 @@ def test_two_cpus_have_room_for_one_replica_of_each_engine() -> None:
 
 
 def test_the_builder_wires_three_deployments_of_fixed_names(tmp_path: Path) -> None:
-    import json
-
     from deployments import app
-    from minigpt5.codec import to_json
-    from minigpt5.config import storybook
 
     (tmp_path / "config.json").write_text(json.dumps(to_json(storybook())))
     application = app(AppArgs(model=str(tmp_path), storage=str(tmp_path)))

@@ -40,7 +40,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 def test_requests_of_any_length_pass_one_after_another(port: int) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
         for size in (0, 10, 5_000_000, 100_000):
             reply = client.post("/", content=b"a" * size, headers={"X": "b" * 30_000})
             assert reply.json()["body"] == size
@@ -62,7 +62,7 @@ def test_headers_that_are_too_large_are_refused(port: int) -> None:
             except OSError:
                 pass
             assert not answer or answer.startswith(b"HTTP/1.1 431 ")
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
         reply = client.get("/", headers={"X": "a" * (MAX_HEADER_BYTES + 1)})
         assert (reply.status_code, reply.json()["error"]["code"]) == (431, "headers_too_large")
 

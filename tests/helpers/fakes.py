@@ -32,6 +32,15 @@ def make_png(colour: tuple[int, int, int] = (200, 80, 40), *, size: tuple[int, i
     return file.getvalue()
 
 
+def _make_jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (IMAGE_PX // 2, IMAGE_PX // 2), (90, 90, 90)).save(file, "JPEG")
+    return file.getvalue()
+
+
+PREVIEW = _make_jpeg()
+
+
 class FakeGenerator:
     """Writes "Page <n> of <seed>." word by word."""
 
@@ -91,7 +100,8 @@ class FakeDecoder:
             raise RuntimeError("the decoder broke")
         for step in range(1, steps + 1):
             await asyncio.sleep(0)
-            yield Progress(page=page, step=step, steps=steps, preview=b"jpeg" if request.previews else None)
+            preview = PREVIEW if step <= request.num_previews else None
+            yield Progress(page=page, step=step, steps=steps, preview=preview)
         png = make_png((request.seed % 256, request.seed // 256 % 256, page))
         yield Picture(page=page, png=png, width=IMAGE_PX, height=IMAGE_PX, seed=request.seed, denoise_steps=steps)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,14 +27,9 @@ START_TIMEOUT_S = 240
 END_TIMEOUT_S = 60
 JOBS_TIMEOUT_S = 150
 
-HEAD = """
-import ray, sys
-port = int(sys.argv[1])
-ray.init(address="local", num_cpus=4, dashboard_port=port, log_to_driver=False, object_store_memory=2**28)
-print("up", flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
+ACTIVE = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+"""The environment after `. .venv/bin/activate`."""
+SUBMIT = ("ray", "job", "submit", "--working-dir", ".", "--", "python")
 
 
 @dataclass
@@ -84,7 +80,7 @@ def running_server(folder: Path) -> Iterator[Server]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
             yield Server(process, log, port, client)
     finally:
         if process.poll() is None:
@@ -94,29 +90,17 @@ def running_server(folder: Path) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster with token authentication."""
+    """A Ray cluster with token authentication, and the environment of its clients."""
 
     address: str
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For its clients: Ray's own clusters ask for the token that they wrote."""
-        environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-        environment.pop("RAY_ADDRESS", None)
-        return environment
+    environment: Mapping[str, str]
 
     def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit -- python COMMAND`, from the repository's root."""
-        submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", self.address]
-        runtime_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+        """`ray job submit --working-dir . -- python COMMAND`, from the repository's root."""
         deadline = time.monotonic() + JOBS_TIMEOUT_S
         while True:
             job = subprocess.run(
-                [*submit, "--runtime-env-json", runtime_env, "--", sys.executable, *command],
-                cwd=ROOT,
-                env=self.environment,
-                capture_output=True,
-                text=True,
+                [*SUBMIT, *command], cwd=ROOT, env=self.environment, capture_output=True, text=True, errors="replace"
             )
             # A cluster takes jobs some seconds after it is up, on a busy machine a minute.
             if "No available agent" not in job.stderr or time.monotonic() > deadline:
@@ -125,16 +109,36 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """Its port is named: two clusters that look for a free one at the same time may both take the same."""
-    port = find_free_port()
-    head = subprocess.Popen(
-        [sys.executable, "-c", HEAD, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
-    )
-    assert head.stdin and head.stdout
+def running_cluster(folder: Path) -> Iterator[Cluster]:
+    """Start `ray start --head` with ports and a token of its own, beside any other Ray of this machine."""
+    port, log = find_free_port(), folder / "log"
+    environment = {**ACTIVE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment.pop("RAY_ADDRESS", None)
+    command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--object-store-memory={2**28}"]
+    command += ["--port=0", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={find_free_port()}"]
+    command += [f"--ray-client-server-port={find_free_port()}", "--disable-usage-stats"]
+    # Ray's sockets lie in the folder, and a socket's path has at most 107 bytes: pytest's folders are too deep.
+    with tempfile.TemporaryDirectory(prefix="ray-") as state, log.open("wb") as output:
+        head = subprocess.Popen(
+            [*command, f"--temp-dir={state}"], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+        )
+        address = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not answers(address):
+                assert head.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            yield Cluster(address, {**environment, "RAY_API_SERVER_ADDRESS": address})
+        finally:
+            head.terminate()
+            head.wait(END_TIMEOUT_S)
+
+
+def answers(address: str) -> bool:
+    """Say whether an HTTP server is there, whatever it answers."""
     try:
-        assert head.stdout.readline().strip() == "up"
-        yield Cluster(f"http://127.0.0.1:{port}")
-    finally:
-        head.stdin.close()
-        head.wait(timeout=60)
+        httpx.get(address, trust_env=False)
+    except httpx.TransportError:
+        return False
+    return True

@@ -6,18 +6,22 @@ import asyncio
 import base64
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import uvicorn
 
+from deployments import sse
 from deployments.api.front import Front, build_front
 from deployments.api.routes import create_api
 from deployments.auth import Keys
 from deployments.stories.ledger import Ledger
-from minigpt5.config import storybook
+from minigpt5.config import ModelConfig, storybook
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.store import StoryStore
 from minigpt5.types import DrawSettings, Vokens
@@ -44,12 +48,14 @@ class Served:
         keys: Keys | None = None,
         ledger: Ledger | None = None,
         text_filter: TextFilter | None = None,
+        config: ModelConfig = CONFIG,
+        example_pictures: Mapping[int, bytes] | None = None,
     ) -> None:
         self.generator, self.decoder = generator or FakeGenerator(), decoder or FakeDecoder()
         self.store = StoryStore(str(storage))
         engines = LocalEngines(self.generator, self.decoder)
         self.front: Front = build_front(
-            CONFIG,
+            config,
             engines,
             self.store,
             max_wait_s=max_wait_s,
@@ -57,6 +63,7 @@ class Served:
             keys=keys,
             text_filter=text_filter,
             ledger=ledger,
+            example_pictures=example_pictures,
         )
 
     def run(self, use: Use) -> None:
@@ -80,15 +87,25 @@ class Served:
         return self.request("POST", path, json=body)
 
 
+class Listening:
+    """A front on a socket, which may be cut off and come back."""
+
+    def __init__(self, served: Served, port: int) -> None:
+        config = uvicorn.Config(create_api(served.front), port=port, log_level="error", timeout_graceful_shutdown=0)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(10)
+
+
 def read_events(text: str) -> list[tuple[str, str, dict[str, Any]]]:
     """(id, event, data) of each server-sent event."""
-    found = []
-    for block in text.strip().split("\n\n"):
-        if not block.startswith(":"):
-            fields = dict(line.split(": ", 1) for line in block.split("\n"))
-            assert list(fields) == ["id", "event", "data"]
-            found.append((fields["id"], fields["event"], json.loads(fields["data"])))
-    return found
+    return [(event.id, event.name, json.loads(event.data)) for event in sse.read_events([text.encode()])]
 
 
 def assert_error(reply: httpx.Response, status: int, *, param: str | None = None, says: tuple[str, ...] = ()) -> None:

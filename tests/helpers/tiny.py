@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from minigpt5.config import ModelConfig, VisionConfig, storybook
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, new_storybook_scheduler
+from minigpt5.model.diffusion import Diffusion, new_storybook_noise_schedule
 from minigpt5.model.folder import load_module
 from minigpt5.model.language import LanguageModel, load_tokenizer
 from minigpt5.model.mapper import Mapper
@@ -102,7 +102,7 @@ def tiny_diffusion(config: ModelConfig, *, is_distilled: bool = False) -> Diffus
         )
         for _ in range(2)
     )
-    return Diffusion(vae, unet, new_storybook_scheduler(), distilled if is_distilled else None).eval()
+    return Diffusion(vae, unet, new_storybook_noise_schedule(), distilled if is_distilled else None).eval()
 
 
 def save_tiny(folder: Path) -> ModelConfig:

@@ -58,16 +58,18 @@ def test_what_the_stages_of_the_diffusion_model_move_lies_where_it_belongs(monke
     """Whole steps of them take this device minutes: what had not come along, by itself."""
     objective = DistillObjective(
         tiny_diffusion(tiny_config(), is_distilled=True),
-        SomeStates(),
-        STORYBOOK["distill"],  # type: ignore[arg-type]
+        SomeStates(),  # type: ignore[arg-type]
+        STORYBOOK["distill"],
+        guidance_scale=3.0,
+        guidance_rescale=0.7,
     )
-    numbers_B = torch.tensor([0, 3])
-    expected = [level.tolist() for level in objective._levels(numbers_B)]
+    index_B = torch.tensor([0, 3])
+    expected = [level.tolist() for level in objective._signal_and_noise(index_B)]
     device = lazy_device(monkeypatch)
     objective.to(device)
-    scheduler = objective.diffusion.scheduler
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)  # as adding noise leaves them
-    levels = objective._levels(numbers_B)
+    noise_schedule = objective.diffusion.noise_schedule
+    noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(device)  # as adding noise leaves them
+    levels = objective._signal_and_noise(index_B)
     assert [level.device.type for level in levels] == [device.type] * 2
     assert [level.tolist() for level in levels] == expected
     pixels = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8).to(device)

@@ -235,14 +235,14 @@ def _turns(segments: list[dict[str, Any]]) -> list[Turn]:
 
 
 def _read(segment: dict[str, Any], px: int) -> np.ndarray:
-    """For the language model: the short side to `px`, the middle cut out, as published; or its stored features."""
+    """Fit a picture for the language model, or take its stored features."""
     if segment["features"] is not None:
         return load_array(segment["features"])
     return fit_read(segment["picture"], px)
 
 
 def _drawn(segment: dict[str, Any], px: int) -> np.ndarray:
-    """For the VAE: padded to a white square and resized, as published; or its stored moments."""
+    """Fit a picture for the VAE, or take its stored moments."""
     if segment["moments"] is not None:
         return load_array(segment["moments"])
     return fit_drawn(segment["picture"], px)

@@ -20,15 +20,15 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.diffusion import (
     Diffusion,
     load_distilled,
-    load_scheduler,
+    load_noise_schedule,
     load_unet,
     load_vae,
-    new_storybook_scheduler,
+    new_storybook_noise_schedule,
 )
 from minigpt5.model.language import LanguageModel, load_tokenizer, pad
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
-from minigpt5.model.prompt import caption_segments
+from minigpt5.model.prompt import text_segment
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.losses import Objective
 from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
@@ -86,8 +86,8 @@ class ModelStage:
         vae_of, unet_of = (sources.find(part) or resolve(self.config.diffusion) for part in ("vae", "unet"))
         vae, unet = load_vae(vae_of), load_unet(unet_of)
         has_schedule = (unet_of / "scheduler").is_dir()
-        schedule = load_scheduler(unet_of) if has_schedule else new_storybook_scheduler()
-        self.diffusion = Diffusion(vae, unet, schedule, load_distilled(unet_of))
+        noise_schedule = load_noise_schedule(unet_of) if has_schedule else new_storybook_noise_schedule()
+        self.diffusion = Diffusion(vae, unet, noise_schedule, load_distilled(unet_of))
         self.config = model_folder.draws_with(self.config, self.diffusion)
         prepare_unet(unet, preset)
         self.model = Objective(
@@ -119,7 +119,7 @@ class ModelStage:
         captions = [write_caption(fact, rng) for fact in facts]
         model = self.model
         mapper = model.settle()
-        encoded = [model.encode(caption_segments(caption)[:1])[0] for caption in captions]
+        encoded = [model.encode([text_segment(caption)])[0] for caption in captions]
         ids_BS, mask_BS = (one.to(model.device) for one in pad(encoded, model.tokenizer.eos_token_id))
         with self.autocast():
             states_BVH = self.language.voken_states(ids_BS, mask_BS)

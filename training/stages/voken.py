@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt5.model.language import pad
-from minigpt5.model.prompt import caption_segments
+from minigpt5.model.prompt import text_segment
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from minigpt5.storybook.captions import Facts, canonical_caption, write_caption
@@ -78,7 +78,7 @@ class VokenStage(ModelStage):
         """Voken states of some captions, and the text encoder's states of what they say."""
         rng = np.random.default_rng(0)
         facts = [Facts.of(scene_at(i, seed=0)) for i in range(NUM_WHITENED)]
-        encoded = [self.model.encode(caption_segments(write_caption(fact, rng))[:1])[0] for fact in facts]
+        encoded = [self.model.encode([text_segment(write_caption(fact, rng))])[0] for fact in facts]
         states, targets = [], []
         for start in range(0, len(facts), 32):
             batch = slice(start, start + 32)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt5.config import storybook
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
 from minigpt5.model.diffusion import Diffusion, normal_like
@@ -64,26 +63,26 @@ class DecoderObjective(nn.Module):
         latents_BCYX = self.diffusion.to_latents(pixels_BCYX)
         noise_BCYX = normal_like(latents_BCYX)
         timesteps_B = (torch.rand(len(kind_B)).square() * self.preset.last_timestep).long()
-        timesteps_B[kind_B == 2] = last_level(self.diffusion.scheduler)
+        timesteps_B[kind_B == 2] = last_level(self.diffusion.noise_schedule)
         cleaned_BCYX = latents_BCYX + LATENT_NOISE * noise_BCYX
-        for scheduler, of_kind_B in (("ddim", kind_B == 1), (DISTILLED, kind_B == 2)):
+        for sampler, of_kind_B in (("ddim", kind_B == 1), (DISTILLED, kind_B == 2)):
             if of_kind_B.any():
                 cleaned_BCYX[of_kind_B] = self.diffusion.predict_x0(
                     latents_BCYX[of_kind_B],
                     condition_BQD[of_kind_B],
                     noise=noise_BCYX[of_kind_B],
                     timesteps=timesteps_B[of_kind_B].to(latents_BCYX.device),
-                    scheduler=scheduler,
+                    sampler=sampler,
                 ).to(cleaned_BCYX.dtype)
         return cleaned_BCYX
 
 
 class DecoderStage:
     def __init__(self, preset: DecoderPreset, sources: WeightSources, examples: ExampleSource) -> None:
-        config = storybook()
+        config = sources.config()
         self.diffusion = sources.diffusion(stage="decoder")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
-        self.preset = preset
+        self.config, self.preset = config, preset
         self.objective = DecoderObjective(self.diffusion, text_encoder, preset)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -91,7 +90,7 @@ class DecoderStage:
         return [{"params": trained, "lr": self.preset.optimizer.learning_rate}]
 
     def draw_sheet(self, path: Path) -> None:
-        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, self.config, self.config.draw)
 
     def save(self, folder: Path) -> None:
         model_folder.save_diffusion(self.diffusion, folder)

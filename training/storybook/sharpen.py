@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt5.config import storybook
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
@@ -56,7 +55,7 @@ class SharpenObjective(nn.Module):
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.requires_grad_(False)
         self.before = Diffusion(
-            copy.deepcopy(diffusion.vae), diffusion.unet, diffusion.scheduler, copy.deepcopy(diffusion.distilled)
+            copy.deepcopy(diffusion.vae), diffusion.unet, diffusion.noise_schedule, copy.deepcopy(diffusion.distilled)
         )
         for part in (diffusion.unet_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
@@ -74,13 +73,13 @@ class SharpenObjective(nn.Module):
         pixels_BCYX = to_tensor(pixels)
 
         num_composed = math.ceil(len(noisy_BCYX) / 4)
-        first, last = diffusion.scheduler.config.num_train_timesteps - 1, last_level(diffusion.scheduler)
+        first, last = diffusion.noise_schedule.config.num_train_timesteps - 1, last_level(diffusion.noise_schedule)
         timesteps_B = torch.tensor([last] * len(noisy_BCYX) + [first] * num_composed, device=device)
         began_BCYX = torch.cat([noisy_BCYX, noise_BCYX[:num_composed]])
         predicted_BCYX = diffusion.unet_for(DISTILLED)(
             began_BCYX, timesteps_B, encoder_hidden_states=torch.cat([condition_BQD, condition_BQD[:num_composed]])
         ).sample
-        clean_BCYX = predict_x0(diffusion.scheduler, began_BCYX, predicted_BCYX.float(), timesteps_B)
+        clean_BCYX = predict_x0(diffusion.noise_schedule, began_BCYX, predicted_BCYX.float(), timesteps_B)
         painted_BCYX, again_BCYX = clean_BCYX.split([len(noisy_BCYX), num_composed])
 
         with torch.no_grad():
@@ -165,11 +164,11 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
 
 class SharpenStage:
     def __init__(self, preset: SharpenPreset, sources: WeightSources, examples: ExampleSource) -> None:
-        config = storybook()
+        config = sources.config()
         self.diffusion = sources.diffusion(stage="sharpen")
         prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
-        self.preset = preset
+        self.config, self.preset = config, preset
         self.objective = SharpenObjective(self.diffusion, text_encoder, preset)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -183,7 +182,7 @@ class SharpenStage:
         ]
 
     def draw_sheet(self, path: Path) -> None:
-        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, DISTILLED_DRAW)
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, self.config, DISTILLED_DRAW)
 
     def save(self, folder: Path) -> None:
         model_folder.save_diffusion(self.diffusion, folder)

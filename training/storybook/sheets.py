@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minigpt5.config import storybook
+from minigpt5.config import ModelConfig
 from minigpt5.engine.denoising import denoise
 from minigpt5.model.diffusion import Diffusion
 from minigpt5.model.pixels import to_pixels, to_tensor
@@ -28,9 +28,9 @@ def save_sheet(path: Path, rows: list[Tensor]) -> None:
 
 @torch.no_grad()
 def save_captioned_sheet(
-    path: Path, diffusion: Diffusion, text_encoder: nn.Module, draw: DrawSettings | None = None
+    path: Path, diffusion: Diffusion, text_encoder: nn.Module, config: ModelConfig, draw: DrawSettings
 ) -> None:
-    """Held-out pairs: the asked scenes above what is drawn from their captions."""
+    """Draw held-out pairs: the asked scenes above what is drawn from their captions."""
     scenes = [scene_at(i, seed=0, split="validation", held_out_pairs=True) for i in range(16)]
     rng = np.random.default_rng(0)
     captions = [write_caption(draw_facts(scene, rng, complete=1.0), rng) for scene in scenes]
@@ -39,8 +39,8 @@ def save_captioned_sheet(
         text_encoder(captions),
         text_encoder([""]),
         seeds=list(range(16)),
-        draw=draw or storybook().draw,
-        guidance_rescale=storybook().guidance_rescale,
+        draw=draw,
+        guidance_rescale=config.guidance_rescale,
     )
     true_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
     save_sheet(path, [true_BCYX[:8], drawn_BCYX[:8], true_BCYX[8:], drawn_BCYX[8:]])

@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt5.config import storybook
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybook_scheduler, new_storybook_unet
+from minigpt5.model.diffusion import Diffusion, load_unet, load_vae, new_storybook_noise_schedule, new_storybook_unet
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from training.data.batches import Batch, ExampleSource
@@ -43,27 +42,27 @@ class UnetObjective(nn.Module):
         captions = ["" if null else caption for null, caption in zip(is_null.tolist(), captions, strict=True)]
         condition_BQD = self.text_encoder(captions)
         first = self.preset.first_timestep if learns_placement else 0
-        return {"loss": self.diffusion.random_loss(latents_BCYX, condition_BQD, first_timestep=first)}
+        return {"loss": self.diffusion.training_loss(latents_BCYX, condition_BQD, first_timestep=first)}
 
 
 class UnetStage:
     def __init__(self, preset: UnetPreset, sources: WeightSources, examples: ExampleSource) -> None:
         torch.manual_seed(preset.seed)
-        config = storybook()
+        config = sources.config()
         continues = sources.start or sources.decoder
         folder = sources.find("unet", stage="unet") if continues else None
         unet = load_unet(folder) if folder else new_storybook_unet(config.condition_width)
-        self.diffusion = Diffusion(load_vae(sources.need("vae", stage="unet")), unet, new_storybook_scheduler())
+        self.diffusion = Diffusion(load_vae(sources.need("vae", stage="unet")), unet, new_storybook_noise_schedule())
         prepare_unet(self.diffusion.unet, preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
-        self.preset = preset
+        self.config, self.preset = config, preset
         self.objective = UnetObjective(self.diffusion, text_encoder, preset)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.diffusion.unet.parameters()), "lr": self.preset.optimizer.learning_rate}]
 
     def draw_sheet(self, path: Path) -> None:
-        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder)
+        save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, self.config, self.config.draw)
 
     def save(self, folder: Path) -> None:
         """Without a UNet that was distilled from what this one was before."""

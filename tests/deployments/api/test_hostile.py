@@ -97,12 +97,15 @@ def test_hostile_input_is_refused_and_memory_is_bounded(server: Server) -> None:
     # Pictures that are bombs, or something else as well.
     large = io.BytesIO()
     Image.new("1", (60_000, 60_000)).save(large, "PNG")
+    at_the_limit = io.BytesIO()
+    Image.new("RGB", (8192, 4096)).save(at_the_limit, "PNG")
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("x.html", "<script>alert(1)</script>")
     page = b"<script>alert(1)</script>"
     for picture, status in (
         (large.getvalue(), 422),
+        *[(at_the_limit.getvalue(), 201)] * 3,
         (b"GIF89a" + page, 422),
         (page, 422),
         (make_png() + archive.getvalue(), 201),  # a picture all the same: the server shows only its own drawing of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import shutil
 import socket
 import threading
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import uvicorn
+from PIL import Image
 
 from deployments.api.routes import create_api
 from deployments.auth import Keys, add_key, load_keys
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
-from tests.helpers.served import Served
+from tests.helpers.served import CONFIG, Served
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,6 +27,15 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here"),
     pytest.mark.timeout(180),
 ]
+
+
+def _make_webp() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 80, 40)).save(file, "WEBP")
+    return file.getvalue()
+
+
+WEBP = _make_webp()
 
 
 class Studio:
@@ -40,7 +51,13 @@ class Studio:
 
     def start(self, **decoder: Any) -> None:
         generator = FakeGenerator(delay_s=0.03)
-        self.served = Served(self.storage, generator=generator, decoder=FakeDecoder(**decoder), keys=self.keys)
+        self.served = Served(
+            self.storage,
+            generator=generator,
+            decoder=FakeDecoder(**decoder),
+            keys=self.keys,
+            example_pictures={1: WEBP},
+        )
         config = uvicorn.Config(create_api(self.served.front), port=self.port, log_level="error", lifespan="on")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
@@ -88,6 +105,8 @@ def log_in(page: Any, key: str) -> None:
 def tell(page: Any, pages: int = 2, prompt: str = "A fox") -> None:
     page.fill("#prompt", prompt)
     page.fill("#pages", str(pages))
+    if not page.is_visible("#seed"):
+        page.click("#show-settings")
     page.fill("#seed", "7")
     page.click("#begin")
 
@@ -106,6 +125,36 @@ def texts(page: Any) -> list[str]:
 
 def wait_until_finished(page: Any) -> None:
     page.wait_for_selector("#after:not([hidden])", timeout=30_000)
+
+
+def test_the_first_screen_greets_with_examples_and_the_latest_stories(page: Any) -> None:
+    page.wait_for_selector("#examples .card")
+    assert "MiniGPT-5 on Ray" in page.inner_text(".brand")
+    assert page.inner_text("#model") == CONFIG.name and page.inner_text("#summary") == CONFIG.summary
+    assert not page.is_visible("#about") and not page.is_visible("#latest")
+    page.click("#more-about > summary")
+    assert page.inner_text("#about") == CONFIG.about.partition("\n")[2]
+    assert [card.inner_text() for card in page.query_selector_all("#examples .card")] == list(CONFIG.examples)
+    until(page, "document.querySelector('#examples img').naturalWidth === 8")
+    assert len(page.query_selector_all("#examples img")) == 1
+    page.click("#examples li:nth-child(2) button")
+    wait_until_finished(page)
+    assert page.inner_text("#title") == CONFIG.examples[1] and len(texts(page)) == 4
+    assert not page.is_visible("#greeting") and not page.is_visible("#examples")
+    page.click(".brand")
+    page.wait_for_selector("#latest .card img")
+    assert page.inner_text("#latest .card") == CONFIG.examples[1]
+    page.click("#latest .card")
+    wait_until_finished(page)
+    page.go_back()
+    page.wait_for_selector("#greeting:not([hidden])")
+
+
+def test_the_address_of_a_deleted_story_greets_and_says_so(page: Any, studio: Studio) -> None:
+    page.goto("about:blank")
+    page.goto(f"{studio.url}/#story_gone")
+    page.wait_for_selector("#greeting:not([hidden])")
+    until(page, "document.querySelector('#status.error')?.textContent.includes('story_gone')")
 
 
 def test_a_story_is_told_and_can_be_read_as_a_book(page: Any) -> None:
@@ -127,17 +176,41 @@ def test_a_page_is_edited_drawn_again_and_its_pictures_compared(page: Any) -> No
     tell(page)
     wait_until_finished(page)
     first = page.get_attribute(".page img", "src")
-    page.click("button[aria-label='Redraw page 1']")
-    page.fill(".again input[name=seed]", "5")
-    page.keyboard.press("Enter")
+    page.click("button[aria-label='Draw page 1 again']")
     page.wait_for_selector(".variants button:nth-child(2)[aria-pressed=true]")
     assert page.get_attribute(".page img", "src") != first
+    page.click("button[aria-label='Settings of page 1']")
+    page.fill(".again input[name=seed]", "5")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".variants button:nth-child(3)[aria-pressed=true][title^='seed 5, ']")
     page.click(".variants button:nth-child(1)")
     page.wait_for_selector(".variants button:nth-child(1)[aria-pressed=true]")
     page.click("button[aria-label='Edit page 2']")
     page.fill(".page:nth-of-type(2) textarea", "A dragon comes.")
     page.click(".page:nth-of-type(2) .change .main")
     until(page, "document.querySelectorAll('.page .text')[1].textContent === 'A dragon comes.'")
+
+
+def test_pages_are_drawn_again_one_after_the_other_when_the_story_is_finished(page: Any) -> None:
+    tell(page, pages=4)
+    page.click("button[aria-label='Draw page 1 again']")
+    page.click("button[aria-label='Draw page 2 again']")
+    assert not page.is_visible("#after")
+    for number in (1, 2):
+        page.wait_for_selector(f".page:nth-of-type({number}) .variants button:nth-child(2)[aria-pressed=true]")
+    assert "error" not in (page.get_attribute("#status", "class") or "")
+
+
+def test_a_page_without_a_picture_is_drawn_with_one_click(page: Any, studio: Studio) -> None:
+    studio.stop()
+    studio.start(fails_on_page=1)
+    tell(page, pages=1)
+    wait_until_finished(page)
+    assert "the decoder broke" in page.inner_text(".missing")
+    studio.served.decoder.fails_on_page = None
+    page.click("button[aria-label='Draw page 1 again']")
+    until(page, "document.querySelector('figure > img').naturalWidth > 0")
+    assert not page.is_visible(".missing")
 
 
 def test_a_story_goes_on(page: Any) -> None:
@@ -179,7 +252,7 @@ def test_earlier_stories_are_found_again(page: Any) -> None:
     wait_until_finished(page)
     page.click("#show-history")
     page.wait_for_selector("#stories li:nth-child(2)")
-    page.click("#stories li:nth-child(2) .open")
+    page.click("#stories li:nth-child(2) .card")
     until(page, "document.querySelector('#title').textContent === 'A fox'")
     page.reload()
     until(page, "document.querySelector('#title').textContent === 'A fox'")
@@ -219,15 +292,77 @@ def test_a_story_is_taken_home_and_shared(page: Any, studio: Studio) -> None:
     assert html.ok and "Page 2 of 7." in html.text()
 
 
-def test_it_fits_a_phone_and_needs_no_mouse(page: Any) -> None:
+NARROW = "document.documentElement.scrollWidth > innerWidth"
+UNNAMED = """[...document.querySelectorAll('button, input, textarea, select, summary')].filter(e => e.offsetParent
+    && !(e.innerText || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)"""
+SMALL = """[...document.querySelectorAll('button, input, textarea, select, summary, .brand, #after a')].filter(e => {
+    const {width, height} = e.getBoundingClientRect(), isTyped = e.matches('input, textarea, select');
+    return e.offsetParent && (Math.min(width, height) < 44 || isTyped && parseFloat(getComputedStyle(e).fontSize) < 16);
+}).map(e => e.outerHTML)"""
+
+
+def test_a_phone_shows_all_of_it_with_names_and_large_enough_to_hit(page: Any) -> None:
+    def check() -> None:
+        assert not page.evaluate(NARROW)
+        assert page.evaluate(UNNAMED) == [] and page.evaluate(SMALL) == []
+
     page.set_viewport_size({"width": 360, "height": 740})
-    page.focus("#prompt")
-    page.keyboard.type("A fox")
-    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#examples .card")
+    page.click("#show-settings")
+    check()
+    tell(page, prompt="Donaudampfschifffahrtsgesellschaftskapitaensmuetzenabzeichen" * 2)
     wait_until_finished(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    unnamed = page.evaluate(
-        "[...document.querySelectorAll('button, input, textarea, select')].filter(e => e.offsetParent && "
-        "!(e.innerText || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)"
-    )
-    assert unnamed == []
+    page.click("button[aria-label='Settings of page 1']")
+    page.click("button[aria-label='Edit page 2']")
+    check()
+    page.click("#show-history")
+    page.wait_for_selector("#stories .card")
+    check()
+
+
+def test_it_needs_no_mouse(page: Any) -> None:
+    def press(*keys: str) -> None:
+        for key in keys:
+            page.keyboard.press(key)
+
+    def focused() -> str:
+        return page.evaluate("(e => e.id || e.getAttribute('aria-label') || e.className)(document.activeElement)")
+
+    page.wait_for_selector("#examples .card")
+    until(page, "document.activeElement.id === 'prompt'")
+    page.keyboard.type("A fox")
+    press("Shift+Enter")
+    page.keyboard.type("and a bear")
+    assert page.input_value("#prompt") == "A fox\nand a bear" and not page.is_visible("#story")
+    press("Enter")
+    wait_until_finished(page)
+    page.focus("#show-history")
+    press("Enter")
+    page.wait_for_selector("#stories .card")
+    press("Escape")
+    assert not page.is_visible("#history") and focused() == "show-history"
+    page.focus("button[aria-label='Draw page 1 again']")
+    press("Tab")
+    assert focused() == "Settings of page 1"
+    press("Enter")
+    assert page.is_visible(".again") and page.evaluate("document.activeElement.name") == "seed"
+    press("Escape")
+    assert not page.is_visible(".again") and focused() == "Settings of page 1"
+    press("Shift+Tab", "Enter")
+    page.wait_for_selector(".variants button:nth-child(2)[aria-pressed=true]")
+    until(page, "document.activeElement.className === 'redraw'")
+    page.focus("#begin")
+    press("Space")
+    until(page, "document.activeElement.id === 'stop'")
+    press("Space")
+    until(page, "document.querySelector('#status').textContent === 'Stopped.'")
+    assert focused() == "begin"
+
+
+def test_the_skip_link_reaches_the_story(page: Any) -> None:
+    tell(page)
+    wait_until_finished(page)
+    address = page.url
+    page.focus("#skip")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "story" and page.url == address

@@ -84,7 +84,7 @@ def test_a_stream_is_the_same_at_the_other_front(tmp_path: Path) -> None:
                     begun.append(line)
                     if len(begun) > 20 and not line:
                         break
-            before = read_events("\n".join(begun))
+            before = read_events("\n".join([*begun, ""]))
             rest = read_events((await there.get(path, headers={"Last-Event-ID": before[-1][0]})).text)
             whole = read_events((await there.get(path)).text)
             assert told([*before, *rest]) == told(whole)

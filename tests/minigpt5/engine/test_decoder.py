@@ -138,6 +138,13 @@ def test_saved_by_training_loaded_by_the_decoder(tmp_path: Path) -> None:
     assert np.abs(pixels(loaded.draw([request])[0]) - expected).max() <= 1
 
 
+def test_a_byte_order_mark_in_a_config_does_not_matter(tmp_path: Path) -> None:
+    config = save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text("\ufeff" + path.read_text())
+    assert model_folder.load_config(tmp_path) == config
+
+
 def test_a_damaged_folder_says_so(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     path = tmp_path / "mapper.safetensors"
@@ -332,27 +339,31 @@ def test_the_least_recently_used_go_when_the_bytes_run_out() -> None:
     assert cache.get("whale") is None and cache.num_bytes == 10
 
 
-def test_previews_come_where_they_are_asked_for(decoder: DiffusionDecoder) -> None:
-    settings = DrawSettings(steps=12, guidance_scale=2.0)
-    request = DrawRequest(vokens=vokens(), seed=41, settings=settings, previews=True)
+@pytest.mark.parametrize(
+    ("num_previews", "steps", "shown_at"),
+    [(0, 12, []), (1, 12, [6]), (2, 12, [4, 8]), (3, 12, [3, 6, 9]), (3, 4, [1, 2, 3]), (3, 2, [1]), (3, 1, [])],
+)
+def test_as_many_previews_come_as_are_asked_for_and_as_there_are_steps(
+    decoder: DiffusionDecoder, num_previews: int, steps: int, shown_at: list[int]
+) -> None:
+    settings = DrawSettings(steps=steps, guidance_scale=2.0)
+    request = DrawRequest(vokens=vokens(), seed=50 + num_previews, settings=settings, num_previews=num_previews)
     events = run(decoder, [request])[0]
     previews = {event.step: event.preview for event in events if isinstance(event, Progress) and event.preview}
-    assert list(previews) == [3, 6, 9]
+    assert list(previews) == shown_at
     for preview in previews.values():
         shown = Image.open(io.BytesIO(preview))
         assert shown.format == "JPEG" and 0 < max(shown.size) <= 64
-    quiet = run(decoder, [dataclasses.replace(request, seed=42, previews=False)])[0]
-    assert not any(event.preview for event in quiet if isinstance(event, Progress))
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 def test_a_preview_shows_what_the_prediction_makes_of_the_noise(prediction_type: str) -> None:
     decoder = new_decoder()
-    decoder.diffusion.scheduler.register_to_config(prediction_type=prediction_type, rescale_betas_zero_snr=False)
+    decoder.diffusion.noise_schedule.register_to_config(prediction_type=prediction_type, rescale_betas_zero_snr=False)
     picture = start(decoder, DrawRequest(vokens=vokens(), seed=1, settings=DrawSettings(steps=4, guidance_scale=1.0)))
     for seed in range(4):
         predicted = torch.randn(picture.latents_1CYX.shape, generator=torch.Generator().manual_seed(seed))
-        expected = picture.scheduler.step(predicted, picture.timestep, picture.latents_1CYX).pred_original_sample
+        expected = picture.sampler.step(predicted, picture.timestep, picture.latents_1CYX).pred_original_sample
         picture.take(predicted, None)
         torch.testing.assert_close(picture.pred_x0_1CYX, expected)
 

@@ -201,6 +201,18 @@ def test_a_reply_ends_at_end_of_text_or_at_its_limit(generator: VokenGenerator) 
     assert isinstance(usage, Usage) and usage.completion_tokens - 8 * num_pictures == 25
 
 
+@pytest.mark.parametrize("pages", [1, 3])
+def test_a_reply_that_may_be_longer_than_the_window_ends_with_the_window(generator: VokenGenerator, pages: int) -> None:
+    bias(generator, first_voken=-100, end=-100)
+    request = reply(pages=pages, sampling=Sampling(max_page_tokens=100_000))
+    usage = run(generator, request)[0][-1]
+    assert isinstance(usage, Usage)
+    window = generator.config.context_tokens
+    assert usage.prompt_tokens + usage.completion_tokens == window - pages * generator.config.num_vokens
+    with pytest.raises(InvalidRequest, match="context window"):
+        generator.validate_request(dataclasses.replace(request, prompt=("word " * window,)))
+
+
 def test_a_picture_and_the_trained_question_are_read_as_in_training(generator: VokenGenerator) -> None:
     def ids(segments: object) -> list[int]:
         rows = generator.language.voken_embeddings

@@ -35,7 +35,7 @@ def test_who_loads_an_engine_has_no_team(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (seen, torch.get_num_threads()) == ([1], 2)
     finally:
         torch.set_num_threads(before)
-    assert decoder._team.most == 3
+    assert decoder._team.max_threads == 3
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from minigpt5.engine.denoising import denoise
 from minigpt5.model.diffusion import (
     MIN_VELOCITY_WEIGHT,
-    SCHEDULERS,
+    SAMPLERS,
     Diffusion,
     min_snr_weight,
-    new_storybook_scheduler,
+    new_storybook_noise_schedule,
 )
 from minigpt5.types import DISTILLED, SDE_DPM_SOLVER, DrawSettings
 from tests.helpers.tiny import tiny_config, tiny_diffusion
@@ -30,9 +30,9 @@ def test_weights_of_noise_prediction_are_the_published_ones() -> None:
 
 
 def test_weights_of_velocity_prediction_have_a_floor() -> None:
-    scheduler = new_storybook_scheduler()
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weight = min_snr_weight(scheduler, torch.arange(1000))
+    noise_schedule = new_storybook_noise_schedule()
+    snr = noise_schedule.alphas_cumprod / (1 - noise_schedule.alphas_cumprod)
+    weight = min_snr_weight(noise_schedule, torch.arange(1000))
     assert snr[-1] == 0 and weight[-1].item() == pytest.approx(MIN_VELOCITY_WEIGHT)
     torch.testing.assert_close(weight, (snr.clamp(max=5) / (snr + 1)).clamp(min=MIN_VELOCITY_WEIGHT))
 
@@ -40,7 +40,7 @@ def test_weights_of_velocity_prediction_have_a_floor() -> None:
 def test_a_first_timestep_bounds_the_noise_and_drops_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     diffusion, seen = tiny_diffusion(config), dict[str, list[int]]()
-    for name in ("loss", "error"):
+    for name in ("weighted_loss", "unweighted_loss"):
 
         def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, name: str = name, **__: object) -> object:
             seen.setdefault(name, []).extend(timesteps.tolist())
@@ -48,22 +48,22 @@ def test_a_first_timestep_bounds_the_noise_and_drops_the_weights(monkeypatch: py
 
         monkeypatch.setattr(diffusion, name, note)
     many = torch.zeros(500, 1)
-    diffusion.random_loss(many, many)
-    diffusion.random_loss(many, many, first_timestep=600)
-    assert min(seen["loss"]) < 50 and max(seen["loss"]) > 950
-    assert 600 <= min(seen["error"]) < 650 and max(seen["error"]) > 950
+    diffusion.training_loss(many, many)
+    diffusion.training_loss(many, many, first_timestep=600)
+    assert min(seen["weighted_loss"]) < 50 and max(seen["weighted_loss"]) > 950
+    assert 600 <= min(seen["unweighted_loss"]) < 650 and max(seen["unweighted_loss"]) > 950
 
 
 def test_no_signal_is_no_nan_for_either_prediction() -> None:
     timesteps = torch.arange(1000)
     for prediction in ("epsilon", "v_prediction"):
-        scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=True)
-        weight = min_snr_weight(scheduler, timesteps)
+        noise_schedule = DDIMScheduler(**BETAS, prediction_type=prediction, rescale_betas_zero_snr=True)
+        weight = min_snr_weight(noise_schedule, timesteps)
         assert weight.isfinite().all() and (weight > 0).all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", sorted(SCHEDULERS.keys() - {DISTILLED}))
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - {DISTILLED}))
 def test_a_stable_diffusion_folder_is_read_and_drawn(tmp_path: Path, prediction: str, sampler: str) -> None:
     config = tiny_config()
     tiny = tiny_diffusion(config)
@@ -73,13 +73,13 @@ def test_a_stable_diffusion_folder_is_read_and_drawn(tmp_path: Path, prediction:
         tmp_path / "scheduler"
     )
     diffusion = Diffusion.from_pretrained(tmp_path).eval()
-    assert diffusion.scheduler.config.prediction_type == prediction
+    assert diffusion.noise_schedule.config.prediction_type == prediction
     condition_BQD = torch.randn(2, config.condition_length, config.condition_width)
     draw = DrawSettings(steps=3, guidance_scale=2.0, scheduler=sampler)
     pixels_BCYX = denoise(diffusion, condition_BQD, condition_BQD[:1] * 0, seeds=[1, 2], draw=draw)
     assert pixels_BCYX.shape == (2, 3, 32, 32) and pixels_BCYX.isfinite().all()
     latents_BCYX = diffusion.to_latents(pixels_BCYX)
-    loss_B = diffusion.loss(
+    loss_B = diffusion.weighted_loss(
         latents_BCYX, condition_BQD, noise=torch.randn_like(latents_BCYX), timesteps=torch.tensor([0, 999])
     )
     assert loss_B.shape == (2,) and loss_B.isfinite().all()

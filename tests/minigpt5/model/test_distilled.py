@@ -150,8 +150,8 @@ def test_steps_beyond_the_levels_begin_at_the_last_one_again() -> None:
     short, long = latents(2, 1), latents(4, 1)
     assert len(long) == 4
     assert torch.equal(short[0], long[0]), "what stands where is decided once"
-    scheduler = diffusion.scheduler
-    signal = scheduler.alphas_cumprod[499].sqrt()
+    noise_schedule = diffusion.noise_schedule
+    signal = noise_schedule.alphas_cumprod[499].sqrt()
     noise = (long[1] - signal * short[1]) / (1 - signal**2).sqrt()
     assert abs(noise.mean().item()) < 0.3 and abs(noise.std().item() - 1) < 0.2, "clean latents under new noise"
     assert torch.equal(long[3], latents(4, 1)[3]), "a picture is its seed's"

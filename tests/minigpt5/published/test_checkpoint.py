@@ -15,7 +15,7 @@ from minigpt5.config import minigpt5_7b
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import sizes
 from minigpt5.model.folder import load_config
-from minigpt5.model.prompt import DRAW_TARGET, IGNORED, encode, text
+from minigpt5.model.prompt import DRAW_TARGET, IGNORED, encode, text_segment
 from minigpt5.model.text_encoder import ClipTextEncoder
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.published import checkpoint as published
@@ -142,7 +142,7 @@ def test_every_published_key_has_exactly_one_home() -> None:
 def test_the_label_of_the_last_voken_is_a_published_quirk() -> None:
     config = tiny_config()
     rows = VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden)
-    segments = [text("A fox."), DRAW_TARGET, text(" It ran.", is_target=True), DRAW_TARGET]
+    segments = [text_segment("A fox."), DRAW_TARGET, text_segment(" It ran.", is_target=True), DRAW_TARGET]
     vokens = {}
     for quirks in (False, True):
         tokens = encode(segments, tiny_tokenizer(config), rows, num_image_embeddings=1, published_quirks=quirks)

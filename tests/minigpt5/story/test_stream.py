@@ -11,6 +11,7 @@ import pytest
 from minigpt5.story.state import StoryBuilder
 from minigpt5.story.stream import Generate, page_seed, stream_story, write_story
 from minigpt5.types import (
+    NUM_PREVIEWS,
     DecoderEvent,
     DrawRequest,
     GeneratorEvent,
@@ -180,6 +181,6 @@ def test_pictures_are_asked_for_in_the_name_of_the_story() -> None:
 
     request = StoryRequest(prompt=("x",), pages=2, key="ada", previews=True)
     asyncio.run(write_story(request, generate, listen))
-    assert [(one.key, one.previews, one.seed) for one in asked] == [
-        ("ada", True, page_seed(0, page)) for page in (1, 2)
+    assert [(one.key, one.num_previews, one.seed) for one in asked] == [
+        ("ada", NUM_PREVIEWS, page_seed(0, page)) for page in (1, 2)
     ]

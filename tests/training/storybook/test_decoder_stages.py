@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from minigpt5.config import storybook
+from minigpt5.codec import to_json
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.errors import TrainingError
 from minigpt5.model.diffusion import Diffusion
@@ -20,7 +21,7 @@ from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_
 from training.data.batches import batch_at
 from training.presets import STORYBOOK, override
 from training.storybook.decoder import DecoderObjective, DecoderStage
-from training.storybook.distill import DistillObjective
+from training.storybook.distill import DistillObjective, DistillStage
 from training.storybook.examples import StorybookExamples
 from training.storybook.vae import LATENT_NOISE
 from training.weight_sources import WeightSources
@@ -75,9 +76,9 @@ def test_a_third_of_the_pictures_each_is_left_cleaned_and_ended(monkeypatch: pyt
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     seen: dict[str, list[int]] = {}
 
-    def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, scheduler: str, **__: object) -> torch.Tensor:
-        seen[scheduler] = timesteps.tolist()
-        return latents + (2 if scheduler == DISTILLED else 1)
+    def note(latents: torch.Tensor, *_: object, timesteps: torch.Tensor, sampler: str, **__: object) -> torch.Tensor:
+        seen[sampler] = timesteps.tolist()
+        return latents + (2 if sampler == DISTILLED else 1)
 
     monkeypatch.setattr(diffusion, "predict_x0", note)
     pixels_BCYX = torch.rand(7, 3, 32, 32)
@@ -114,35 +115,50 @@ def new_distill(teacher_steps: int) -> tuple[Diffusion, DistillObjective]:
     settings = ["batch_size=3", f"teacher_steps={teacher_steps}", "replay.steps=3", "replay.min_size=6"]
     preset = override(STORYBOOK["distill"], settings)
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
-    return diffusion, DistillObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
+    objective = DistillObjective(diffusion, SomeStates(), preset, guidance_scale=2.0, guidance_rescale=0.7)  # type: ignore[arg-type]
+    return diffusion, objective
 
 
 @pytest.mark.parametrize("teacher_steps", [1, 2, 5])
 def test_a_step_that_meets_its_target_ends_where_the_teachers_steps_do(teacher_steps: int) -> None:
     """Against the samplers that serve: guided steps of the UNet on one side, one unguided step on the other."""
     diffusion, objective = new_distill(teacher_steps)
-    config, encode = storybook(), SomeStates()
+    encode = SomeStates()
     condition_QD, null_1QD = encode(["a fox"])[0], encode([""])
-    guided = DrawSettings(steps=NUM_LEVELS * teacher_steps, guidance_scale=config.draw.guidance_scale, scheduler="ddim")
-    teacher = Denoising(diffusion, condition_QD, seed=1, draw=guided, guidance_rescale=config.guidance_rescale)
+    guided = DrawSettings(steps=NUM_LEVELS * teacher_steps, guidance_scale=objective.guidance_scale, scheduler="ddim")
+    teacher = Denoising(diffusion, condition_QD, seed=1, draw=guided, guidance_rescale=objective.guidance_rescale)
     unguided = dataclasses.replace(DISTILLED_DRAW, steps=NUM_LEVELS)
     student = Denoising(diffusion, condition_QD, seed=1, draw=unguided, guidance_rescale=0.0)
     for number in range(NUM_LEVELS):
-        first_B = torch.tensor([number * teacher_steps])
+        index_B = torch.tensor([number * teacher_steps])
         with torch.no_grad():
-            end_BCYX = objective._teach(student.latents_1CYX, condition_QD[None], first_B)
-            velocity_BCYX = objective._velocity(student.latents_1CYX, end_BCYX, first_B)
+            end_BCYX = objective._run_teacher(student.latents_1CYX, condition_QD[None], index_B)
+            velocity_BCYX = objective._velocity(student.latents_1CYX, end_BCYX, index_B)
         student.take(velocity_BCYX, None)
         for _ in range(teacher_steps):
             advance(diffusion, [teacher], null_1QD)
         assert torch.allclose(student.latents_1CYX, teacher.latents_1CYX, atol=1e-3), number
 
 
+def test_the_teacher_is_guided_as_the_start_folder_says(tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config(), guidance_rescale=0.1, draw=DrawSettings(guidance_scale=1.5))
+    save_diffusion(tiny_diffusion(config), tmp_path / "decoder")
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    stage = DistillStage(STORYBOOK["distill"], WeightSources(runs=tmp_path / "runs", start=tmp_path), NO_EXAMPLES)
+    assert (stage.objective.guidance_scale, stage.objective.guidance_rescale) == (1.5, 0.1)
+
+
+def test_the_teachers_timesteps_leave_the_shared_noise_schedule_alone() -> None:
+    diffusion, objective = new_distill(5)
+    assert objective.timesteps.tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
+    assert len(diffusion.noise_schedule.timesteps) == 1000
+
+
 def test_steps_between_fresh_ones_learn_from_what_the_teacher_did(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusion, objective = new_distill(2)
     asked: list[int] = []
-    ask = objective._ask_teacher
-    monkeypatch.setattr(objective, "_ask_teacher", lambda batch: asked.append(batch.step) or ask(batch))
+    new_samples = objective._new_samples
+    monkeypatch.setattr(objective, "_new_samples", lambda batch: asked.append(batch.step) or new_samples(batch))
     losses = []
     for step in range(9):
         torch.manual_seed(step)

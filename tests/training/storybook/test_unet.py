@@ -24,12 +24,12 @@ def test_it_learns_where_things_stand_first(monkeypatch: pytest.MonkeyPatch) -> 
         read.append(set(captions) - {""})
         return torch.zeros(len(captions), 1, 1)
 
-    def random_loss(latents: torch.Tensor, condition: torch.Tensor, *, first_timestep: int) -> torch.Tensor:
+    def training_loss(latents: torch.Tensor, condition: torch.Tensor, *, first_timestep: int) -> torch.Tensor:
         assert len(latents) == len(condition)
         firsts.append(first_timestep)
         return torch.zeros(())
 
-    monkeypatch.setattr(diffusion, "random_loss", random_loss)
+    monkeypatch.setattr(diffusion, "training_loss", training_loss)
     objective = UnetObjective(diffusion, encode, preset)  # type: ignore[arg-type]
     batch = batch_at(StorybookExamples(preset), 0, 16)
     for progress in (0.0, 0.49, 0.5, 1.0):

@@ -1,0 +1,84 @@
+"""The model folder: what it says to people is kept, and neither changes its fingerprint nor harms a reader."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minigpt5.codec import to_json
+from minigpt5.config import default_model_folder, storybook
+from minigpt5.errors import ModelFolderError
+from minigpt5.model.folder import (
+    MAX_EXAMPLE_PICTURE_BYTES,
+    check_folder,
+    compute_fingerprint,
+    load_config,
+    load_example_pictures,
+)
+from tests.helpers.tiny import save_tiny, tiny_config
+
+WEBP = b"RIFF\x1a\x00\x00\x00WEBPVP8L"
+
+
+def write_config(folder: Path, **values: object) -> None:
+    (folder / "config.json").write_text(json.dumps(to_json(storybook()) | values))
+
+
+def put(folder: Path, number: int, data: bytes) -> None:
+    (folder / "examples").mkdir(exist_ok=True)
+    (folder / "examples" / f"{number}.webp").write_bytes(data)
+
+
+def test_a_saved_folder_says_what_the_config_said(tmp_path: Path) -> None:
+    saved = save_tiny(tmp_path)
+    assert saved.about and (saved.about, saved.examples) == (tiny_config().about, tiny_config().examples)
+    assert load_config(tmp_path) == saved and load_example_pictures(tmp_path, saved) == {}
+    again = replace(saved, about="Another text.", examples=())
+    (tmp_path / "config.json").write_text(json.dumps(to_json(again)))
+    put(tmp_path, 1, WEBP)
+    assert check_folder(tmp_path) == again and compute_fingerprint(tmp_path) == saved.fingerprint
+
+
+def test_a_folder_of_before_says_nothing(tmp_path: Path) -> None:
+    values = to_json(storybook())
+    del values["about"], values["examples"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_config(tmp_path)
+    assert (config.about, config.summary, config.examples) == ("", "", ())
+
+
+def test_an_about_of_1001_characters_is_refused_with_its_file(tmp_path: Path) -> None:
+    write_config(tmp_path, about="x" * 1001)
+    with pytest.raises(ModelFolderError, match=r"config.json is damaged \(about has 1001 characters"):
+        load_config(tmp_path)
+
+
+def test_pictures_belong_to_examples_by_their_number(tmp_path: Path) -> None:
+    write_config(tmp_path, examples=["A fox", "A bear"])
+    for number in (0, 2, 3):
+        put(tmp_path, number, WEBP + bytes([number]))
+    assert load_example_pictures(tmp_path, load_config(tmp_path)) == {2: WEBP + b"\x02"}
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (WEBP.ljust(MAX_EXAMPLE_PICTURE_BYTES + 1, b"\x00"), "1.webp has over 32768 bytes"),
+        (b"\x89PNG\r\n\x1a\n", "1.webp begins with .*PNG.* and is no WebP picture"),
+        (b"<svg onload='alert(1)'/>", "is no WebP picture"),
+        (b"", "is no WebP picture"),
+    ],
+)
+def test_a_picture_that_is_too_large_or_no_webp_is_named(tmp_path: Path, data: bytes, complaint: str) -> None:
+    put(tmp_path, 1, data)
+    with pytest.raises(ModelFolderError, match=complaint):
+        load_example_pictures(tmp_path, storybook())
+
+
+def test_the_shipped_pictures_are_small_and_one_for_each_example() -> None:
+    config = load_config(default_model_folder())
+    pictures = load_example_pictures(default_model_folder(), config)
+    assert len(pictures) == len(config.examples) and sum(map(len, pictures.values())) < 30_000
