@@ -71,7 +71,7 @@ ol { list-style: none; padding: 0; text-align: center; }
 figure { margin: 0 0 1em; text-align: center; }
 img { width: 100%; max-width: 24em; height: auto; image-rendering: pixelated; }
 .missing { border: 1px dashed; padding: 2em; }
-.text { white-space: pre-line; unicode-bidi: plaintext; }
+.text { white-space: pre-line; }
 """
 
 

@@ -113,6 +113,7 @@ def test_the_book_says_its_language_and_direction(text: str, language: str, dire
         assert (document.get("lang"), document.get(XML_LANG)) == (language, language)
         node = document.find(place, NAMESPACES)
         assert node is not None and node.get("dir") == "auto"
+    assert b"bidi" not in book.read("EPUB/style.css")  # the standard leaves direction to attributes
 
 
 @pytest.mark.skipif(not shutil.which("epubcheck"), reason="epubcheck is not installed")
