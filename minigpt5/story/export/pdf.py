@@ -18,8 +18,6 @@ TITLE_PT, TEXT_PT, NOTE_PT, FOOT_PT = 24, 16, 10, 9
 INK, FAINT = (46, 42, 37), (138, 129, 120)
 MAX_NAMED = 12
 """Characters without a typeface that the book names; it counts the others."""
-_SIGNS = "".join(map(chr, range(33, 127)))
-"""What the book's own words are made of."""
 _NO_TEXT = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 
 
@@ -49,7 +47,7 @@ class _Book:
         language = language_of(story)
         self.pdf.set_lang(language)
         texts = [self.title, story.model, *(text for page in story.pages for text in (page.text, page.error or ""))]
-        self.typesetter = Typesetter(self.pdf, "\n".join([*texts, NO_GLYPH, _SIGNS]), language=language)
+        self.typesetter = Typesetter(self.pdf, "\n".join(texts), language=language)
 
     def draw_title(self) -> None:
         foot = f"{self.story.model}, seed {self.story.seed}"

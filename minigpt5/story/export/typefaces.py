@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import regex
 from fontTools.ttLib import TTFont
 
 from minigpt5.errors import BaseModelNotFound
@@ -30,6 +30,8 @@ _FILES = (
 _COLLECTION = ("noto_cjk_sans_otc", "NotoSansCJK-Regular.ttc")
 _NUMBERS = {"ja": 0, "ko": 1}
 """Where in the collection the forms of a language are; 2 for any other: those of Chinese in its simplified script."""
+
+_INVISIBLE = regex.compile(r"[\s\p{Default_Ignorable_Code_Point}]")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,4 @@ def _folder(package: str) -> Path:
 
 def is_invisible(letter: str) -> bool:
     """Tell whether a character has no glyph by its nature: spaces, joiners, direction marks, variation selectors."""
-    return (
-        letter.isspace() or unicodedata.category(letter) == "Cf" or "VARIATION SELECTOR" in unicodedata.name(letter, "")
-    )
+    return bool(_INVISIBLE.match(letter))

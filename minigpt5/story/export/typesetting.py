@@ -191,17 +191,20 @@ class Typesetter:
 
     def _parts(self, text: str, typeface: Typeface) -> list[tuple[str, Typeface]]:
         """Split text into the longest parts that one typeface has: `typeface`, or else another."""
-        parts: list[tuple[str, Typeface]] = []
+        parts = [("", typeface)]
         for cluster in _CLUSTER.findall(text):
-            points = {ord(letter) for letter in cluster if not is_invisible(letter)}
-            last = parts[-1][1] if parts else typeface
-            candidates = (typeface, *self._typefaces) if points else (last,)
-            face = next((one for one in candidates if points <= one.characters), typeface)
-            if parts and face == last:
-                parts[-1] = (parts[-1][0] + cluster, face)
-            else:
-                parts.append((cluster, face))
-        return parts
+            face = self._find(cluster, parts[-1][1], typeface)
+            for letter in (cluster,) if face else cluster:
+                last, last_face = parts[-1]
+                face = self._find(letter, last_face, typeface) or typeface
+                parts[-1:] = [(last + letter, face)] if face == last_face else [(last, last_face), (letter, face)]
+        return [part for part in parts if part[0]]
+
+    def _find(self, letters: str, last: Typeface, typeface: Typeface) -> Typeface | None:
+        """Find what has all of these letters. Spaces and the like stay with the last one."""
+        points = {ord(letter) for letter in letters if not is_invisible(letter)}
+        candidates = (typeface, *self._typefaces) if points else (last,)
+        return next((one for one in candidates if points <= one.characters), None)
 
     def _lines(self, paragraph: _Paragraph, size_pt: float) -> Iterator[str]:
         """Put as many pieces on each line as it has room for. A piece longer than a line breaks anywhere between two

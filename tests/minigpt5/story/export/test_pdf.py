@@ -68,14 +68,18 @@ SCRIPTS = {
     "thai": ("NotoSansThai", "สุนัขจิ้งจอกพบลูกโป่งสีแดง"),
     "emoji": ("NotoEmoji", "The fox 🦊 and the balloon 🎈"),
     "decomposed": ("NotoSans", "Der Fu\u0308chse Cafe\u0301"),
+    "a mark that the letter's font lacks": ("NotoSansCJKSC", "狐\u0335, ש\u0308"),
+    "joiners, selectors, fillers": ("NotoEmoji", "❤\ufe0f x\u034f\u3164\u200d\u00ady"),
     "hebrew and arabic in english": ("NotoSansHebrew", 'The fox said "שלום 3 חברים" and "مرحبا 12 صديق" to all.'),
 }
 """A font that the text needs, and the text."""
+UNSEEN = dict.fromkeys((0, 0xAD, 0x34F, 0x200D, 0x2060, 0x3164, 0xFE0F))
+"""What pypdf adds, as it reads codes of two bytes as two letters, and what has no glyph."""
 
 
 def letters(text: str) -> str:
-    """The text without spaces, which pypdf guesses, and without what it adds: it reads codes of two bytes as two."""
-    return "".join(unicodedata.normalize("NFC", text).replace("\0", "").replace("\u2060", "").split())
+    """The text without UNSEEN, and without spaces, which pypdf guesses."""
+    return "".join(unicodedata.normalize("NFC", text).translate(UNSEEN).split())
 
 
 def fonts(book: bytes) -> dict[str, TTFont | None]:
