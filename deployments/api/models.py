@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from deployments.api.errors import ApiError, document
 from deployments.api.front import Front, FrontOf, refuse_unknown_query
-from deployments.api.images import check_model
+from deployments.api.openai_body import check_model
 from deployments.schemas import CreateStory, Defaults, ExampleReply, ModelList, ModelReply, Scheduler, shown
 from minigpt5.types import DISTILLED
 
