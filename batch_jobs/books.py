@@ -44,16 +44,15 @@ def write_books(sink: RowSink, *, model: str) -> str:
         name = hashlib.sha256(row["id"].encode()).hexdigest()[:32]
         error = f' <span class="error">{escape(row["error"])}</span>' if row["error"] else ""
         if not row["pages"]:
-            entries.append(f"<li>{escape(row['prompt'] or row['id'])}{error}</li>")
+            entries.append(f'<li dir="auto">{escape(row["prompt"] or row["id"])}{error}</li>')
             continue
         path = f"{base}.books/{name}"
         if not files.get_file_info(f"{path}.html").is_file:  # the last of the two
             story = to_story(row, sink, model=model)
             write_whole(files, f"{path}.epub", to_epub(story))
             write_whole(files, f"{path}.html", to_html(story).encode())
-        entries.append(
-            f'<li><a href="{name}.html">{escape(row["prompt"])}</a> <a href="{name}.epub">EPUB</a>{error}</li>'
-        )
+        links = f'<a href="{name}.html">{escape(row["prompt"])}</a> <a href="{name}.epub">EPUB</a>'
+        entries.append(f'<li dir="auto">{links}{error}</li>')
     title = f"{len(entries)} stories"
     write_whole(files, f"{base}.books/index.html", INDEX.format(title=title, entries="\n".join(entries)).encode())
     return f"{sink.uri.rstrip('/')}.books/index.html"

@@ -400,7 +400,9 @@ def test_books_show_every_story_and_the_index_names_them_all(tmp_path: Path) -> 
     illustrate_here(check(*PROMPTS), output)
     index = Path(books.write_books(output.sink, model="fake"))
     links = re.findall(r'href="(\w+\.html)"', index.read_text())
-    assert len(links) == 5 and index.read_text().count("<li>") == 7 and "prompt is empty" in index.read_text()
+    assert (
+        len(links) == 5 and index.read_text().count('<li dir="auto">') == 7 and "prompt is empty" in index.read_text()
+    )
     assert all("<img" in (index.parent / link).read_text() for link in links)
     books_there = [zipfile.ZipFile((index.parent / link).with_suffix(".epub")) for link in links]
     assert all("EPUB/picture-1.png" in book.namelist() for book in books_there)

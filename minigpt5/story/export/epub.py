@@ -8,6 +8,7 @@ import zipfile
 from datetime import UTC, datetime
 from html import escape
 
+from minigpt5.story.export.language import is_right_to_left, language_of
 from minigpt5.types import Page, Story
 
 MIMETYPE = "application/epub+zip"
@@ -22,11 +23,12 @@ _CONTAINER = """<?xml version="1.0" encoding="utf-8"?>
 """
 
 _PACKAGE = """<?xml version="1.0" encoding="utf-8"?>
-<package xmlns="http://www.idpf.org/2007/opf" version="3.0" unique-identifier="id" xml:lang="en">
+<package xmlns="http://www.idpf.org/2007/opf" version="3.0" unique-identifier="id"
+  xml:lang="{language}" dir="{direction}">
 <metadata xmlns:dc="http://purl.org/dc/elements/1.1/">
 <dc:identifier id="id">urn:minigpt5:{id}</dc:identifier>
 <dc:title>{title}</dc:title>
-<dc:language>en</dc:language>
+<dc:language>{language}</dc:language>
 <dc:creator>{model}</dc:creator>
 <dc:description>seed {seed}</dc:description>
 <meta property="dcterms:modified">{modified}</meta>
@@ -42,7 +44,7 @@ _PACKAGE = """<?xml version="1.0" encoding="utf-8"?>
 <item id="style" href="style.css" media-type="text/css"/>
 {items}
 </manifest>
-<spine>
+<spine page-progression-direction="{direction}">
 <itemref idref="nav"/>
 {spine}
 </spine>
@@ -51,7 +53,8 @@ _PACKAGE = """<?xml version="1.0" encoding="utf-8"?>
 
 _DOCUMENT = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
-<html xmlns="http://www.w3.org/1999/xhtml" xmlns:epub="http://www.idpf.org/2007/ops" lang="en" xml:lang="en">
+<html xmlns="http://www.w3.org/1999/xhtml" xmlns:epub="http://www.idpf.org/2007/ops"
+  lang="{language}" xml:lang="{language}">
 <head>
 <title>{title}</title>
 <link rel="stylesheet" type="text/css" href="style.css"/>
@@ -76,6 +79,7 @@ def to_epub(story: Story, *, modified: datetime | None = None) -> bytes:
     """The book as one file. `modified` (default: now) is the only thing in it that is not the story's."""
     title = _text(story.prompt) or "A story"
     moment = (modified or datetime.now(UTC)).astimezone(UTC)
+    language = language_of(story)
     items, spine, links = [], [], []
     files: dict[str, str | bytes] = {"META-INF/container.xml": _CONTAINER, "EPUB/style.css": _STYLE}
     cover = next((page.index for page in story.pages if page.picture), None)
@@ -84,16 +88,18 @@ def to_epub(story: Story, *, modified: datetime | None = None) -> bytes:
         items.append(f'<item id="{name}" href="{name}.xhtml" media-type="application/xhtml+xml"/>')
         spine.append(f'<itemref idref="{name}"/>')
         links.append(f'<li><a href="{name}.xhtml">Page {page.index}</a></li>')
-        files[f"EPUB/{name}.xhtml"] = _DOCUMENT.format(title=f"Page {page.index}", body=_page(page))
+        files[f"EPUB/{name}.xhtml"] = _DOCUMENT.format(language=language, title=f"Page {page.index}", body=_page(page))
         if page.picture:
             is_cover = ' properties="cover-image"' if page.index == cover else ""
             picture = f"picture-{page.index}"
             items.append(f'<item id="{picture}" href="{picture}.png" media-type="image/png"{is_cover}/>')
             files[f"EPUB/{picture}.png"] = page.picture.png
-    contents = f'<h1>{title}</h1>\n<nav epub:type="toc"><ol>\n' + "\n".join(links) + "\n</ol></nav>"
-    files["EPUB/nav.xhtml"] = _DOCUMENT.format(title=title, body=contents)
+    contents = f'<h1 dir="auto">{title}</h1>\n<nav epub:type="toc"><ol>\n' + "\n".join(links) + "\n</ol></nav>"
+    files["EPUB/nav.xhtml"] = _DOCUMENT.format(language=language, title=title, body=contents)
     files["EPUB/package.opf"] = _PACKAGE.format(
         id=_text(story.id),
+        language=language,
+        direction="rtl" if is_right_to_left(language) else "ltr",
         title=title,
         model=_text(story.model),
         seed=story.seed,
@@ -108,7 +114,8 @@ def describe_picture(page: Page) -> str:
     """What stands for a page's picture where it cannot be seen."""
     words = " ".join(page.text.split())
     if len(words) > _MAX_ALT:
-        words = words[:_MAX_ALT].rpartition(" ")[0] + " ..."
+        start = words[:_MAX_ALT]
+        words = (start.rpartition(" ")[0] or start) + " ..."
     return f"Picture of page {page.index}: {words}" if words else f"Picture of page {page.index}"
 
 
@@ -117,9 +124,9 @@ def _page(page: Page) -> str:
         alt = _text(describe_picture(page))
         picture = f'<img src="picture-{page.index}.png" alt="{alt}"/>'
     else:
-        reason = f": {_text(page.error)}" if page.error else ""
+        reason = f": <bdi>{_text(page.error)}</bdi>" if page.error else ""
         picture = f'<p class="missing">This page has no picture{reason}</p>'
-    return f'<section>\n<figure>{picture}</figure>\n<p class="text">{_text(page.text)}</p>\n</section>'
+    return f'<section>\n<figure>{picture}</figure>\n<p class="text" dir="auto">{_text(page.text)}</p>\n</section>'
 
 
 def _text(words: str) -> str:

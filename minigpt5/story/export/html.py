@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minigpt5.errors import StorageError
 from minigpt5.story.export.epub import describe_picture, to_epub
+from minigpt5.story.export.language import language_of
 from minigpt5.types import Page, Story
 
 STYLE = """
@@ -23,12 +24,13 @@ STYLE = """
 .storybook .page:nth-of-type(even) { flex-direction: row-reverse; }
 .storybook .picture { flex: 0 0 46%; min-width: 0; }
 .storybook img { display: block; width: 100%; height: auto; border-radius: 8px; image-rendering: pixelated; }
-.storybook .text { flex: 1; min-width: 0; margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
+.storybook .text { flex: 1; min-width: 0; margin: 0; overflow-wrap: anywhere; white-space: pre-line;
+  unicode-bidi: plaintext; }
 .storybook .missing { box-sizing: border-box; aspect-ratio: 1; display: flex; flex-direction: column;
   justify-content: center; padding: 1rem; border: 1px dashed var(--faint); border-radius: 8px; color: var(--faint);
   font-size: .9rem; line-height: 1.4; text-align: center; overflow-wrap: anywhere; }
 .storybook .number, .storybook footer { color: var(--faint); font-size: .85rem; text-align: center; }
-.storybook .number { display: block; margin-top: .75rem; text-align: left; }
+.storybook .number { display: block; margin-top: .75rem; text-align: start; }
 @media (max-width: 34rem) { .storybook .page, .storybook .page:nth-of-type(even) { flex-direction: column; }
   .storybook .picture { flex-basis: auto; width: 100%; } }
 @media (prefers-color-scheme: dark) { .storybook { --paper: #26231f; --ink: #ece5d8; --faint: #a0968a;
@@ -37,7 +39,7 @@ STYLE = """
 """
 
 DOCUMENT = """<!doctype html>
-<html lang="en" class="storybook-page">
+<html lang="{language}" class="storybook-page">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -57,14 +59,17 @@ def to_html_fragment(story: Story) -> str:
     pages = "\n".join(_page(page) for page in story.pages)
     return (
         f"<style>{STYLE}</style>\n"
-        f'<article class="storybook">\n<header><h1>{escape(story.prompt)}</h1></header>\n{pages}\n'
+        f'<article class="storybook" lang="{language_of(story)}">\n'
+        f'<header><h1 dir="auto">{escape(story.prompt)}</h1></header>\n{pages}\n'
         f"<footer>{escape(story.model)} &middot; seed {story.seed}</footer>\n</article>"
     )
 
 
 def to_html(story: Story) -> str:
     """The story as a page of its own, with everything in it."""
-    return DOCUMENT.format(title=escape(story.prompt) or "A story", story=to_html_fragment(story))
+    return DOCUMENT.format(
+        language=language_of(story), title=escape(story.prompt) or "A story", story=to_html_fragment(story)
+    )
 
 
 def to_book(story: Story, suffix: str) -> bytes:
@@ -104,9 +109,9 @@ def _page(page: Page) -> str:
             f'alt="{escape(describe_picture(page))}">'
         )
     else:
-        reason = f": {escape(page.error)}" if page.error else ""
+        reason = f": <bdi>{escape(page.error)}</bdi>" if page.error else ""
         picture = f'<div class="missing">This page has no picture{reason}</div>'
     return (
         f'<section class="page">\n<div class="picture">{picture}</div>\n'
-        f'<div class="text">{escape(page.text)}<span class="number">{page.index}</span></div>\n</section>'
+        f'<div class="text" dir="auto">{escape(page.text)}<span class="number">{page.index}</span></div>\n</section>'
     )

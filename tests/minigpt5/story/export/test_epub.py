@@ -18,6 +18,7 @@ from minigpt5.types import Page, Picture, Story, Usage
 
 HOSTILE = '</p><script>alert("x")</script> & \x00\x0b\ud800 "quoted" ]]> \U0001f98a'
 NAMESPACES = {"opf": "http://www.idpf.org/2007/opf", "x": "http://www.w3.org/1999/xhtml"}
+XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 MODIFIED = datetime(2026, 1, 2, 3, 4, 6, tzinfo=UTC)
 
 
@@ -81,6 +82,38 @@ def test_text_stays_text_and_pictures_say_what_they_show() -> None:
 def test_a_long_text_is_a_short_description() -> None:
     words = describe_picture(Page(index=1, text="fox " * 200))
     assert words.endswith("fox ...") and len(words) < 300
+
+
+def test_a_long_text_without_spaces_is_cut_too() -> None:
+    words = describe_picture(Page(index=1, text="狐が走る。" * 200))
+    assert words.startswith("Picture of page 1: 狐が走る。") and words.endswith(" ...") and len(words) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "direction"),
+    [
+        ("The fox and the balloon.", "en", "ltr"),
+        ("狐は風船を見つけました。", "ja", "ltr"),
+        ("השועל מצא בלון", "he", "rtl"),
+        ("وجد الثعلب بالونًا", "und-Arab", "rtl"),
+    ],
+)
+def test_the_book_says_its_language_and_direction(text: str, language: str, direction: str) -> None:
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    pages = (Page(index=1, text=text),)
+    story = Story(id="story_1", prompt=text, seed=7, model="storybook", pages=pages, usage=usage)
+    book = zipfile.ZipFile(io.BytesIO(to_epub(story)))
+    package = ElementTree.fromstring(book.read("EPUB/package.opf"))
+    assert [node.text for node in package.iter() if node.tag.endswith("}language")] == [language]
+    assert (package.get(XML_LANG), package.get("dir")) == (language, direction)
+    spine = package.find("opf:spine", NAMESPACES)
+    assert spine is not None and spine.get("page-progression-direction") == direction
+    for name, place in (("nav", ".//x:h1"), ("page-1", ".//x:p[@class='text']")):
+        document = ElementTree.fromstring(book.read(f"EPUB/{name}.xhtml"))
+        assert (document.get("lang"), document.get(XML_LANG)) == (language, language)
+        node = document.find(place, NAMESPACES)
+        assert node is not None and node.get("dir") == "auto"
+    assert b"bidi" not in book.read("EPUB/style.css")  # the standard leaves direction to attributes
 
 
 @pytest.mark.skipif(not shutil.which("epubcheck"), reason="epubcheck is not installed")

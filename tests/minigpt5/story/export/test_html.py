@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minigpt5.errors import StorageError
-from minigpt5.story.export.html import save, to_html_fragment
+from minigpt5.story.export.html import save, to_html, to_html_fragment
 from minigpt5.types import Page, Picture, Story, Usage
 
 PNG = b"\x89PNG\r\n\x1a\n and its pixels"
@@ -73,6 +73,19 @@ def test_text_of_any_language_survives(tmp_path: Path) -> None:
     text = "\u72d0\u72f8 \u0644\u064a\u0644 \U0001f98a"
     path = save(make_story(drawn(1, text)), str(tmp_path / "story.html"))
     assert text in Path(path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "language"), [("The fox and the owl.", "en"), ("狐は風船を見つけました。", "ja"), ("השועל מצא בלון", "he")]
+)
+def test_each_text_has_its_own_direction_and_the_book_its_language(text: str, language: str) -> None:
+    failed = Page(index=2, text=text, error=text)
+    reader = Reader(to_html(make_story(drawn(1, text), failed, prompt=text)))
+    tags = {tag: attributes for tag, attributes in reader.tags}
+    assert tags["html"]["lang"] == tags["article"]["lang"] == language
+    texts = [attributes for tag, attributes in reader.tags if tag == "h1" or attributes.get("class") == "text"]
+    assert [attributes["dir"] for attributes in texts] == ["auto"] * 3
+    assert "bdi" in tags  # the reason of a missing picture stands in an English sentence
 
 
 def test_a_notebook_shows_the_same_story() -> None:
