@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    T5Config,
+)
 
 from examples.own_model.tiny_bases import NUM_PADDING_ROWS, make_bases
 from minigpt5 import new
@@ -114,6 +121,18 @@ def test_another_base_than_it_was_made_with_is_refused(made: Path, bases: dict[s
     model_folder.write_config(tmp_path / "folder", bound)
     with pytest.raises(ModelFolderError, match="but .* was made with"):
         model_folder.load_generator_model(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [(Phi3Config, ("qkv_proj",)), (LlamaConfig, ("q_proj", "v_proj")), (GPTNeoXConfig, ("query_key_value",))],
+)
+def test_lora_finds_the_attention_of_every_family(
+    config: type[PretrainedConfig], targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config(vocab_size=99, pad_token_id=0, **sizes).save_pretrained(tmp_path)
+    assert new.find_lora_targets(tmp_path) == targets
 
 
 def change_json(path: Path, **values: object) -> None:
