@@ -121,7 +121,7 @@ class Objective(nn.Module):
 
         `start_there`: a fresh mapper's last norm begins at the features' mean and spread.
         """
-        states_ND = self.text_encoder(captions).flatten(0, 1)
+        states_ND = self.text_encoder(captions).flatten(0, 1).float()
         spread_D = states_ND.std(dim=0)
         self.caption_scale_D = spread_D.clamp(min=0.1 * float(spread_D.median()))  # a feature may be constant
         if start_there:

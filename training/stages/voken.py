@@ -74,7 +74,8 @@ class VokenStage(ModelStage):
         captions = self._some_captions(NUM_WHITENED if preset.whitens else NUM_STANDARDISED * preset.standardises)
         if preset.standardises:
             targets = [target for _, target in captions[:NUM_STANDARDISED]]
-            self.model.standardise_captions(targets, start_there=preset.stage == "align" and self.mapper.is_fresh)
+            with self.autocast():
+                self.model.standardise_captions(targets, start_there=preset.stage == "align" and self.mapper.is_fresh)
         if preset.whitens:
             if len(captions) * self.config.num_vokens < MIN_STATES * self.config.hidden:
                 print(f"whitens is true, but {len(captions)} captions are too few for it: it is off", flush=True)
