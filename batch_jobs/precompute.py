@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def precompute(
     """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
     import ray
 
-    from minigpt5.model.folder import load_config, locate
+    from minigpt5.model.folder import load_config, locate, shared_name
 
     check_kept(output, option="--output")
     check_default_model(model)
@@ -113,9 +114,9 @@ def precompute(
     done = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names)).map(
         Encode,
         fn_constructor_kwargs={
-            "model": model,
-            "source": source,
-            "output": output,
+            "model": shared_name(model),  # actors have another working folder
+            "source": absolute(source),
+            "output": absolute(output),
             "keeps_pictures": keeps_pictures,
             "num_threads": num_threads,
         },
@@ -126,6 +127,11 @@ def precompute(
     manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}
     write_whole(target, f"{place}/manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def absolute(uri: str) -> str:
+    """A path that means the same in every process; URIs are that already."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -68,7 +68,16 @@ def make_folder(
     out = Path(out).expanduser().absolute()
     if out.exists():
         raise ModelFolderError(f"{out} exists: name a new folder with --out")
-    parts = combine(language=language, diffusion=diffusion, vision=vision, context_tokens=context_tokens, name=out.name)
+    try:
+        parts = combine(
+            language=language, diffusion=diffusion, vision=vision, context_tokens=context_tokens, name=out.name
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFolderError(
+            f"a base model cannot be read ({type(error).__name__}: {reason}): name folders in the layouts of "
+            "transformers and diffusers"
+        ) from error
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         model_folder.save(partial, parts.config, language=parts.language, mapper=parts.mapper, vision=parts.vision)
@@ -93,7 +102,7 @@ def combine(
     torch.manual_seed(SEED)
     bases = {base: resolve(base) for base in (language, diffusion, vision) if base != "none"}
     ids = {base: pin(base, folder) for base, folder in bases.items()}
-    sizes = _language_sizes(bases[language], context_tokens)
+    sizes = _language_sizes(bases[language], context_tokens) | _diffusion_sizes(bases[diffusion])
     tower = TowerEncoder(bases[vision]) if vision != "none" else None
     config = ModelConfig(
         name=name,
@@ -105,7 +114,6 @@ def combine(
         draw=DrawSettings(steps=50, guidance_scale=7.5, scheduler="ddim"),
         bases=tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items()),
         **sizes,
-        **_diffusion_sizes(bases[diffusion]),
     )
     parts = Parts(
         config=config,
@@ -213,7 +221,8 @@ def _load_language(folder: Path, config: ModelConfig) -> LanguageModel:
     from minigpt5.model.language import LanguageModel, load_tokenizer
 
     load_tokenizer(folder, config)
-    causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    causal.eval().requires_grad_(False)
     ids_1S = torch.randint(config.vocabulary, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
         expected_1ST = causal(input_ids=ids_1S, use_cache=False).logits[..., : config.vocabulary]

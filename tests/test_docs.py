@@ -153,7 +153,7 @@ def test_training_settings_parse() -> None:
     asked = [words for words in commands() if words[0] == "training.train"]
     assert len(asked) > 5
     for words in asked:
-        presets = PUBLISHED if "published" in words else STORYBOOK
+        presets = STORYBOOK if "storybook" in words else PUBLISHED
         override(presets[words[1]], [word for word in words if re.fullmatch(r"[\w.]+=\S+", word)])
 
 

@@ -181,6 +181,8 @@ _PUBLISHED = VokenPreset(
     standardises=False,
     whitens=False,
     validation_batches=8,
+    checkpoint_every_s=900.0,
+    sheet_every_s=3_600.0,
 )
 PUBLISHED: dict[str, Preset] = {
     # A Q-Former of one's own, as BLIP-2 trains its one (arXiv 2301.12597, 4.1); the published system has none to train.
@@ -193,6 +195,8 @@ PUBLISHED: dict[str, Preset] = {
         seed=42,
         bf16=True,
         validation_batches=8,
+        checkpoint_every_s=900.0,
+        sheet_every_s=3_600.0,
     ),
     "align": _PUBLISHED,
     "learn": dataclasses.replace(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from minigpt5.errors import TrainingError
+from minigpt5.model.language import evaluating
 from training.checkpoint import Position, check_owner, save_checkpoint
 from training.data.batches import Batch
 from training.devices import autocast
@@ -109,19 +110,15 @@ class RunRecorder:
 
     def _validate(self, position: Position) -> None:
         objective, sums = self.stage.objective, dict[str, list[float]]()
-        is_training = [module for module in objective.modules() if module.training]
-        objective.eval()
         progress = progress_of(self.preset, position)
         random_state = torch.get_rng_state()
-        with torch.no_grad(), Averaged(self.strategy.trained, self.average):
+        with torch.no_grad(), Averaged(self.strategy.trained, self.average), evaluating(objective):
             for number, batch in enumerate(self.validation):
                 torch.manual_seed(number)
                 with autocast(self.preset, next(objective.parameters()).device):
                     for name, loss in self.strategy.losses(batch, min(progress, 1.0)).items():
                         sums.setdefault(f"validation_{name}", []).append(loss.item())
         torch.set_rng_state(random_state)
-        for module in is_training:
-            module.training = True
         metrics = {name: sum(values) / len(values) for name, values in sums.items()}
         metrics["validation_loss"] = agree(metrics["validation_loss"])
         self._log({"step": position.step, **metrics})
@@ -157,7 +154,11 @@ class RunRecorder:
             return
         name = f"-{suffix}" if suffix else ""
         random_state = torch.get_rng_state()
-        with tempfile.TemporaryDirectory() as scratch, Averaged(self.strategy.trained, self.average):
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            Averaged(self.strategy.trained, self.average),
+            evaluating(self.stage.objective),
+        ):
             try:
                 path = Path(scratch) / "sheet.png"
                 self.stage.draw_sheet(path)

@@ -55,15 +55,10 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
         fingerprint="",
         put=events.append,
     )
-    is_training = model.training
-    model.eval()
-    try:
-        run_script(writer.script(), model)
-        builder = StoryBuilder(request, model=config.name)
-        for event in events:
-            builder.add(draw_picture(model, event, request) if isinstance(event, Vokens) else event)
-    finally:
-        model.train(is_training)
+    run_script(writer.script(), model)
+    builder = StoryBuilder(request, model=config.name)
+    for event in events:
+        builder.add(draw_picture(model, event, request) if isinstance(event, Vokens) else event)
     return to_html(builder.story()).encode()
 
 

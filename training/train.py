@@ -39,6 +39,8 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
     """The stored examples of a data set, and the preset with its steps where it counts epochs. Raises TrainingError."""
     assert isinstance(preset, VokenPreset | VisionPreset)
     config = model_folder.load_config(sources.need_model(preset.stage))
+    if preset.stage == "vision" and config.vision.family == "none":
+        raise TrainingError("this model reads no pictures: make one with python -m minigpt5.new --vision")
     share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
     open_data = partial(StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=share)
     stored = open_data()
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        start = model_folder.locate(options.start) if options.start else None
+        start = model_folder.shared_name(options.start) if options.start else None
         sources = WeightSources(
             runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute()
         )

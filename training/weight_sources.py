@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
 from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_noise_schedule
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder import load_config, locate
 from training.devices import own_device
 from training.presets import Preset
 
@@ -33,14 +33,19 @@ class WeightSources:
     """Folders of weights: `decoder` comes before `start`, and `start` before what earlier stages left under `runs`."""
 
     runs: Path
-    start: Path | None = None
-    """A model folder."""
+    start: str | Path | None = None
+    """A model folder by its path, URI or hub id. Every worker locates it for itself."""
     decoder: Path | None = None
     """A folder in diffusers' layout that replaces the whole decoder of `start`, or a part of it."""
 
+    @property
+    def start_folder(self) -> Path | None:
+        """The start as a folder of this machine. Raises ModelFolderError."""
+        return locate(self.start) if self.start else None
+
     def need_model(self, stage: str) -> Path:
         """The model folder that `stage` starts from. Raises TrainingError where there is none."""
-        folder = self.start or self.runs / PREVIOUS[stage] / "model"
+        folder = self.start_folder or self.runs / PREVIOUS[stage] / "model"
         if not (folder / "config.json").is_file():
             raise TrainingError(
                 f"there is no model in {folder} to start from: name a model folder with --start, such as one that "
@@ -53,7 +58,7 @@ class WeightSources:
         none."""
         stages = DIFFUSION_STAGES.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
         trained = (self.runs / earlier / "model" for earlier in stages)
-        folders = [self.decoder, self.start / "decoder"] if self.start else [self.decoder, *trained]
+        folders = [self.decoder, self.start_folder / "decoder"] if self.start_folder else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)
 
     def need(self, part: str, *, stage: str) -> Path:
@@ -74,7 +79,7 @@ class WeightSources:
 
     def config(self) -> ModelConfig:
         """The config of `start`, else the built-in one of the picture world. Raises ModelFolderError."""
-        return load_config(self.start) if self.start else storybook()
+        return load_config(self.start_folder) if self.start_folder else storybook()
 
 
 def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:

@@ -176,7 +176,8 @@ class VokenGenerator:
         A reply may ask for more text than the window holds: it gets what is left there.
         """
         check_request(request)
-        if self.config.vision.family == "none" and pictures_read(request):
+        reads_back = request.mode == "story" and request.feedback == "pictures"
+        if self.config.vision.family == "none" and (reads_back or pictures_read(request)):
             raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
         num_queries = self.config.vision.num_queries
         voken_embeddings = self.language.voken_embeddings

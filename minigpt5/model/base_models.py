@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+UNUSED_WEIGHTS = ("*.fp16.safetensors", "*pruned*.safetensors")
+"""Second copies of weights in repositories of the hub."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -189,7 +191,11 @@ def hash_weights(folder: Path) -> str:
     """SHA-256 over the safetensors files of a base model, in order of path. A file is read once: its hash is kept in
     the cache beside its size and time of change."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    skipped = {path for pattern in UNUSED_WEIGHTS for path in folder.rglob(pattern)}
+    paths = sorted(set(folder.rglob("*.safetensors")) - skipped)
+    if not paths:
+        raise ModelFolderError(f"{folder} has no safetensors weights: convert it, other formats are not read")
+    for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(_hash_file(path).encode())
     return digest.hexdigest()
@@ -269,8 +275,8 @@ def _from_hub(base_id: str) -> tuple[Path | None, str]:
             local_files_only=only_cached,
             # Safe formats only, never a pickle. Tokenizers need txt (merges), model (sentencepiece)
             # and jinja (chat template).
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
-            ignore_patterns=["*.fp16.safetensors", "*pruned*.safetensors"],
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "examples/*.webp"],
+            ignore_patterns=list(UNUSED_WEIGHTS),
         )
         return Path(folder)
 
@@ -291,6 +297,10 @@ def _from_hub(base_id: str) -> tuple[Path | None, str]:
 
 def _is_complete(snapshot: Path) -> bool:
     """Whether there are weights, and every shard that an index lists: a download may have been cut short."""
+    if (snapshot / "model_index.json").is_file() and not all(
+        any((snapshot / part).rglob("*.safetensors")) for part in ("unet", "vae", "text_encoder")
+    ):
+        return False
     shards = [
         index.with_name(shard)
         for index in snapshot.rglob("*.safetensors.index.json")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 from minigpt5.codec import from_json, to_json
 from minigpt5.config import BaseHash, ModelConfig
 from minigpt5.errors import BaseModelNotFound, ModelFolderError
-from minigpt5.model.base_models import hash_weights, is_hub_id, keep_in_cache, resolve
+from minigpt5.model.base_models import hash_weights, is_hub_id, keep_in_cache, pin, resolve
 from minigpt5.model.weights import load_module, save_module
 from minigpt5.types import DISTILLED, DrawSettings, Precision
 
@@ -49,6 +49,8 @@ COPIED_BYTES = 2**24
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 MAX_EXAMPLE_PICTURE_BYTES = 32 * 1024
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+NOT_COPIED = (*(f"*{suffix}" for suffix in sorted(PICKLES)), "*.fp16.*")
+"""Files beside the weights of a decoder that a model folder must not or need not have."""
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -94,8 +96,8 @@ def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> s
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    for base in bases:
-        digest.update(f"{base.id}\n{base.sha256}\n".encode())
+    for base in bases:  # without their ids: a base may lie elsewhere on another machine
+        digest.update(f"{base.sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -140,9 +142,12 @@ def locate(model: str | Path) -> Path:
 
 
 def shared_name(model: str | Path) -> str:
-    """The name by which every machine of a cluster can `locate` a model: a path is made absolute."""
+    """The name by which every machine of a cluster can `locate` the same model: a path is made absolute, and a hub id
+    gets its revision. Raises ModelFolderError."""
     path = Path(model).expanduser().absolute()
-    return str(path) if path.is_dir() else str(model)
+    if path.is_dir():
+        return str(path)
+    return pin(str(model), locate(model)) if is_hub_id(str(model)) else str(model)
 
 
 def fetch_folder(uri: str) -> Path:
@@ -155,7 +160,8 @@ def fetch_folder(uri: str) -> Path:
         if files.type_name == "local":
             return Path(path)
         with files.open_input_stream(f"{path}/config.json", compression=None) as stream:
-            config = from_json(ModelConfig, json.loads(stream.read()))
+            raw = stream.read()
+        config = from_json(ModelConfig, json.loads(raw))
         if not FINGERPRINT.fullmatch(config.fingerprint):
             raise ValueError(f"its fingerprint is {config.fingerprint[:80]!r}")
 
@@ -167,8 +173,10 @@ def fetch_folder(uri: str) -> Path:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with files.open_input_stream(info.path, compression=None) as stream, place.open("wb") as file:
                     shutil.copyfileobj(stream, file, COPIED_BYTES)
+            check_folder(target)  # it may be written at this moment
 
-        return keep_in_cache(f"models/{config.fingerprint}", fill)
+        # A changed config, which the fingerprint does not hold, is another folder.
+        return keep_in_cache(f"models/{config.fingerprint}-{hashlib.sha256(raw).hexdigest()[:12]}", fill)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ModelFolderError(f"{uri} cannot be read as a model folder: {error}") from error
 
@@ -187,6 +195,8 @@ def find_part(folder: str | Path, config: ModelConfig, name: str) -> Path:
     if contains(folder, name):
         return Path(folder) / name
     found = resolve(name)
+    if config.bases and name not in {base.id for base in config.bases}:
+        raise ModelFolderError(f"{name} is not among the bases of {folder}/config.json: correct its id there too")
     for base in config.bases:
         if base.id == name and (digest := hash_weights(found)) != base.sha256:
             raise ModelFolderError(
@@ -226,7 +236,8 @@ def load_generator_model(
     is_on_cpu = torch.device(device).type == "cpu"
     language = load_language(folder, config)
     if (precision or ("float32" if is_on_cpu else "bfloat16")) == "bfloat16":
-        language.to(torch.bfloat16)
+        for parameter in language.parameters():  # and no buffer: rotary frequencies need float32
+            parameter.data = parameter.data.to(torch.bfloat16)
     language.to(device).pack()
     return config, load_tokenizer(find_part(folder, config, config.language_model), config), language, vision.to(device)
 
@@ -325,16 +336,17 @@ def save(
     if start and (start / VOCABULARY).is_file():
         shutil.copyfile(start / VOCABULARY, folder / VOCABULARY)
     if start and contains(start, config.vision.encoder):
-        is_trained = shutil.ignore_patterns(Path(QFORMER).name)
+        ignored = shutil.ignore_patterns(*NOT_COPIED, Path(QFORMER).name)
         shutil.copytree(
-            start / config.vision.encoder, folder / config.vision.encoder, ignore=is_trained, dirs_exist_ok=True
+            start / config.vision.encoder, folder / config.vision.encoder, ignore=ignored, dirs_exist_ok=True
         )
     if decoder:
         config = dataclasses.replace(config, diffusion=DECODER)
         for part, source in decoder.items():
-            shutil.copytree(source / part, folder / DECODER / part)
+            shutil.copytree(source / part, folder / DECODER / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
     elif start and contains(start, config.diffusion):
-        shutil.copytree(start / config.diffusion, folder / config.diffusion)
+        ignored = shutil.ignore_patterns(*NOT_COPIED)
+        shutil.copytree(start / config.diffusion, folder / config.diffusion, ignore=ignored)
     return write_config(folder, config)
 
 

@@ -69,7 +69,11 @@ class LanguageModel(nn.Module):
 
         Raises ModelFolderError where the base model does not have the sizes of `config`.
         """
-        causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        causal = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            .eval()
+            .requires_grad_(False)
+        )
         return cls.from_causal(causal, config, folder)
 
     @classmethod
@@ -175,7 +179,7 @@ class LanguageModel(nn.Module):
         lengths_B = mask_BS.sum(dim=1)
         offsets_V = torch.arange(self.voken_embeddings.num_vokens - 1, device=mask_BS.device)
         voken_ids_BV = torch.tensor(self.voken_embeddings.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
-        with _evaluating(self.body):
+        with evaluating(self.body):
             with torch.no_grad():
                 text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
             at_vokens_BVH = self.states(
@@ -201,7 +205,7 @@ def scale_logits(logits_BST: Tensor, config: Any) -> Tensor:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode, and back each of its parts that was in training mode."""
     training = [part for part in module.modules() if part.training]
     for part in training:

@@ -119,7 +119,7 @@ class TowerEncoder(nn.Module):
         super().__init__()
         kind = AutoConfig.from_pretrained(folder).model_type
         tower = TOWERS.get(kind, AutoModel)
-        self.network = tower.from_pretrained(folder, dtype=torch.float32)
+        self.network = tower.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         if not hasattr(self.network.config, "image_size"):
             raise ModelFolderError(f"{folder} is a {kind} and no vision tower: name a CLIP, SigLIP or DINOv2 model")
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision is not needed

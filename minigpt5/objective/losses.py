@@ -103,6 +103,9 @@ class Objective(nn.Module):
         self.diffusion.requires_grad_(False)
         self.calls_alike = False
         """Every batch calls the same parts in the same order, as workers must that share out weights (ZeRO 3)."""
+        self.blanks: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+        """With `calls_alike`: pictures in the form in which the data has those that are read and drawn. Stored features
+        and moments do not call the encoders, and what is added must not either."""
         self.keeps_replay = keeps_replay
         self._replay_buffer: list[Replayable] = []
         self._num_replayable_ever = 0
@@ -141,7 +144,7 @@ class Objective(nn.Module):
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
         if len(vokens_PVH):
-            pictures = self._picture_losses(examples, vokens_PVH, weights)
+            pictures = self._picture_losses(examples, vokens_PVH, weights, is_kept=has_pictures)
             losses |= pictures if has_pictures else {name: 0 * loss for name, loss in pictures.items()}
         else:  # what is trained takes part in every step, or those who share its gradients would wait for ever
             losses["text"] = losses["text"] + 0 * self.mapper.null_condition().sum()
@@ -155,10 +158,12 @@ class Objective(nn.Module):
             return examples, has_pictures
         px = self.config.vision.image_px, self.config.image_px
         black = [np.zeros((side, side, 3), np.uint8) for side in px]
+        black = [own if own is not None else other for own, other in zip(self.blanks, black, strict=True)]
         reads = Example(segments=[prompt.text_segment("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
         draws = Example(segments=[prompt.text_segment("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
         completed = list(examples)
-        completed += [] if any(example.read for example in examples) else [reads]
+        needs_read = self.config.vision.family != "none" and not any(example.read for example in examples)
+        completed += [reads] if needs_read else []
         completed += [] if has_pictures else [draws]
         return completed, has_pictures
 
@@ -259,7 +264,10 @@ class Objective(nn.Module):
         is_learnt_BS = next_BS != IGNORED
         return F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
 
-    def _picture_losses(self, examples: list[Example], vokens_PVH: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+    def _picture_losses(
+        self, examples: list[Example], vokens_PVH: Tensor, weights: LossWeights, *, is_kept: bool
+    ) -> dict[str, Tensor]:
+        """`is_kept`: for the replay buffer, where there is one."""
         captions = [caption for example in examples for caption in example.captions]
         is_null_P = (torch.rand(len(captions)) < (GUIDANCE_DROPOUT if self.training else 0.0)).to(self.device)
         condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
@@ -275,7 +283,7 @@ class Objective(nn.Module):
             has_contrasts = weights.contrast and all(example.contrasts for example in examples if example.drawn)
             others_PKQD = self._encode_contrasts(examples) if has_contrasts else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
-            if self.training and self.keeps_replay:
+            if self.training and self.keeps_replay and is_kept:
                 self._store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
 

@@ -88,6 +88,8 @@ def test_it_writes_reads_and_draws(made: Path) -> None:
 def test_the_language_model_writes_in_bfloat16_as_on_a_gpu(made: Path) -> None:
     generator = VokenGenerator.from_pretrained(made, precision="bfloat16")
     assert generator.language.embedding.dtype == torch.bfloat16
+    rotary = [value for name, value in generator.language.named_buffers() if name.endswith("inv_freq")]
+    assert rotary and all(value.dtype == torch.float32 for value in rotary), "angles of far positions need it"
 
     async def write() -> list[object]:
         request = StoryRequest(prompt=("A fox",), pages=1, seed=3, sampling=Sampling(max_page_tokens=8))
@@ -101,8 +103,10 @@ def test_a_model_without_vision_says_that_it_reads_no_pictures(bases: dict[str, 
     new.make_folder(tmp_path / "blind", language=str(bases["language"]), diffusion=str(bases["diffusion"]))
     generator = VokenGenerator.from_pretrained(tmp_path / "blind")
     request = StoryRequest(prompt=(InputImage(data=b"\x89PNG"), "What is this?"), pages=1, seed=1)
-    with pytest.raises(InvalidRequest, match="reads no pictures"):
-        generator.validate_request(request)
+    back = StoryRequest(prompt=("A fox",), pages=2, seed=1, feedback="pictures")
+    for asked in (request, back):
+        with pytest.raises(InvalidRequest, match="reads no pictures"):
+            generator.validate_request(asked)
 
 
 def test_another_base_than_it_was_made_with_is_refused(made: Path, bases: dict[str, Path], tmp_path: Path) -> None:
@@ -121,6 +125,25 @@ def test_another_base_than_it_was_made_with_is_refused(made: Path, bases: dict[s
     model_folder.write_config(tmp_path / "folder", bound)
     with pytest.raises(ModelFolderError, match="but .* was made with"):
         model_folder.load_generator_model(tmp_path / "folder")
+    config["bases"] = [base for base in config["bases"] if base["id"] != config["language_model"]]
+    model_folder.write_config(tmp_path / "folder", model_folder.from_json(model_folder.ModelConfig, config))
+    with pytest.raises(ModelFolderError, match="is not among the bases"):
+        model_folder.load_generator_model(tmp_path / "folder")
+
+
+def test_a_folder_whose_bases_moved_is_the_same_model(made: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["language"], tmp_path / "moved")
+    shutil.copytree(made, tmp_path / "folder")
+    path = tmp_path / "folder" / "config.json"
+    path.write_text(path.read_text().replace(str(bases["language"]), str(tmp_path / "moved")))
+    assert model_folder.load_generator_model(tmp_path / "folder")[0].language_model == str(tmp_path / "moved")
+
+
+def test_a_base_without_safetensors_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(bases["language"], tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ModelFolderError, match="no safetensors weights"):
+        new.make_folder(tmp_path / "out", language=str(tmp_path / "pickled"), diffusion=str(bases["diffusion"]))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +175,7 @@ def test_what_does_not_fit_is_one_line(
     shutil.copytree(places["language"], tmp_path / "vl")
     change_json(tmp_path / "vl" / "config.json", model_type="qwen2_5_vl", vision_config={})
     for option, place, words in (
+        ("language", "empty", "a base model cannot be read"),
         ("language", "t5", "is an encoder-decoder (t5): name a causal language model"),
         ("language", "vl", "is a vision-language model"),
         ("diffusion", "empty", "has no unet/: name a Stable Diffusion 1.x or 2.x"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -74,6 +73,8 @@ class StoredExamples:
             places += self._index(path)
         self._places = np.array(places, np.int64).reshape(-1, 2)
         self._cache: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+        self._orders: dict[int, np.ndarray] = {}
+        """The order of the present epoch."""
         if not len(self._places):
             raise TrainingError(f"{uri} has no rows for {'validation' if is_validation else 'training'}: prepare more")
 
@@ -83,7 +84,9 @@ class StoredExamples:
     def index_at(self, position: int) -> int:
         """Which row comes at `position`, counted over epochs."""
         epoch, place = divmod(position, len(self))
-        return int(_order(tuple(self._places[:, 0].tolist()), self.seed, epoch)[place])
+        if epoch not in self._orders:
+            self._orders = {epoch: _order(self._places[:, 0], self.seed, epoch)}
+        return int(self._orders[epoch][place])
 
     def stored(self, index: int) -> dict[str, Any]:
         """A row as it is stored."""
@@ -121,12 +124,14 @@ class StoredExamples:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process without what is cached."""
-        return _unpickle, ({key: value for key, value in vars(self).items() if key not in ("_files", "_cache")},)
+        return _unpickle, (
+            {key: value for key, value in vars(self).items() if key not in ("_files", "_cache", "_orders")},
+        )
 
 
 def _unpickle(state: dict[str, Any]) -> StoredExamples:
     examples = StoredExamples.__new__(StoredExamples)
-    vars(examples).update(state, _files=_open(state["uri"])[0], _cache=OrderedDict())
+    vars(examples).update(state, _files=_open(state["uri"])[0], _cache=OrderedDict(), _orders={})
     return examples
 
 
@@ -141,11 +146,9 @@ def _is_validation(row_id: str) -> bool:
     return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:4], "big") % VALIDATION_SHARE == 0
 
 
-@lru_cache(maxsize=2)
-def _order(groups: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+def _order(group_of: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """A permutation of the rows, whose groups are given."""
     rng = np.random.default_rng([seed, epoch])
-    group_of = np.array(groups)
     rank = rng.permutation(group_of.max() + 1)
     by_group = np.argsort(rank[group_of], kind="stable")
     windows = rank[group_of][by_group] // WINDOW_GROUPS

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -105,6 +106,13 @@ class ModelStage:
             for part in (self.language.body, self.language.head, self.vision.encoder, self.diffusion, text_encoder):
                 halve_frozen(part)
         self.model.calls_alike = preset.optimizer.zero_stage == 3
+        if self.model.calls_alike:
+            seen = [data.training.example_at(position)[1] for position in range(NUM_SHEET_EXAMPLES)]
+            read = (picture for example in seen for picture in example.read)
+            drawn = (picture for example in seen for picture in example.drawn)
+            self.model.blanks = tuple(  # type: ignore[assignment]
+                None if one is None else np.zeros_like(one) for one in (next(read, None), next(drawn, None))
+            )
 
     def freeze(self) -> None:
         """Set requires_grad of what the stage trains, and of nothing else."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minigpt5.errors import TrainingError
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from training.data.batches import Batch, StageData
@@ -35,10 +34,7 @@ class VisionStage(ModelStage):
     """See this file's first line."""
 
     def __init__(self, preset: VisionPreset, sources: WeightSources, data: StageData) -> None:
-        """Raises TrainingError where the model has no Q-Former to train."""
         super().__init__(preset, sources, data)
-        if self.config.vision.family == "none":
-            raise TrainingError(f"{self.start} reads no pictures: make a model with python -m minigpt5.new --vision")
         self.learning_rate = preset.optimizer.learning_rate
         self.objective = VisionObjective(self.model, preset)
 

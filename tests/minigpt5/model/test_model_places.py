@@ -30,10 +30,16 @@ def test_a_model_by_uri_is_fetched_once(store: Path) -> None:
     saved = save_tiny(store / "runs" / "model")
     (store / "runs" / "model" / "weights.pkl").write_bytes(b"")
     found = model_folder.locate("bucket://runs/model")
-    assert found.name == saved.fingerprint and not (found / "weights.pkl").exists()
+    assert found.name.startswith(saved.fingerprint) and not (found / "weights.pkl").exists()
     assert model_folder.check_folder(found) == saved
     (store / "runs" / "model" / "mapper.safetensors").unlink()
     assert model_folder.locate("bucket://runs/model") == found
+    half = (
+        (store / "runs" / "model" / "config.json").read_text().replace('"context_tokens": 600', '"context_tokens": 500')
+    )
+    (store / "runs" / "model" / "config.json").write_text(half)
+    with pytest.raises(ModelFolderError, match="have fingerprint"):  # the changed folder, which is not whole
+        model_folder.locate("bucket://runs/model")
 
 
 def test_a_uri_that_holds_no_model_says_so(store: Path) -> None:
