@@ -54,7 +54,18 @@ RUN += ["checkpoint_every_s=1", "sheet_every_s=100000", "log_examples=true"]
 
 
 def command(out: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "training.train", *options, "--out", str(out), "--runs", str(out.parent)]
+    return [
+        sys.executable,
+        "-m",
+        "training.train",
+        "--preset",
+        "storybook",
+        *options,
+        "--out",
+        str(out),
+        "--runs",
+        str(out.parent),
+    ]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -187,7 +187,18 @@ def test_no_example_says_a_pair_that_is_held_out_not_even_as_what_is_not_there()
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_two_workers_of_a_local_ray_train_a_stage(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training.train", "vae", "--workers", "2", "--runs", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "training.train",
+        "vae",
+        "--preset",
+        "storybook",
+        "--workers",
+        "2",
+        "--runs",
+        str(tmp_path),
+    ]
     settings = ["steps=4", "batch_size=4", "num_threads=1", "log_every=2", "warmup_steps=1"]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -121,7 +121,8 @@ def test_hostile_input_is_refused_and_memory_is_bounded(server: Server) -> None:
 
     # Ids that are paths.
     for path in ("..%2f..%2fetc/pages/1.png", "%00/pages/1.png", "....//events", "%2e%2e%2frunning", "x" * 5000):
-        assert b" 404 " in send(server, b"GET /v1/stories/" + path.encode() + b" HTTP/1.1\r\nHost: x\r\n\r\n"), path
+        reply = send(server, b"GET /v1/stories/" + path.encode() + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 404 " in reply or b" 414 " in reply, path
     assert sorted(path.name for path in (server.log.parent / "storage").iterdir()) == ["running", "stories"]
 
     time.sleep(0.5)
