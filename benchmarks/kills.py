@@ -305,7 +305,7 @@ def kill_at(point: str, *, work: Path, reference: dict[str, list[dict[str, Any]]
     environment[VARIABLE] = f"{point}:{marker}"
     trial.finish(None)
     assert marker.exists(), f"no process reached {point}"
-    trial.kills.append({"victim": f"whoever reached {point}"})
+    trial.kills.append({"victim": f"the process that reached {point}"})
     return {"kind": "point", "point": point, **trial.verdict(reference), "victims": trial.kills}
 
 

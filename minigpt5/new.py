@@ -64,6 +64,7 @@ def make_folder(
     does not fit or `out` is taken, BaseModelNotFound where it is not there.
     """
     from minigpt5.model import folder as model_folder
+    from minigpt5.story.stream import describe
 
     out = Path(out).expanduser().absolute()
     if out.exists():
@@ -73,9 +74,8 @@ def make_folder(
             language=language, diffusion=diffusion, vision=vision, context_tokens=context_tokens, name=out.name
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ModelFolderError(
-            f"a base model cannot be read ({type(error).__name__}: {reason}): name folders in the layouts of "
+            f"a base model cannot be read ({type(error).__name__}: {describe(error)}): name folders in the layouts of "
             "transformers and diffusers"
         ) from error
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
@@ -275,28 +275,28 @@ def _check_denoiser(parts: Parts, folder: Path) -> None:
 def report(parts: Parts) -> str:
     """Parameters, what each stage trains, and memory, as lines of text."""
     config = parts.config
-    count = _count
     sizes = {
-        "language model": count(parts.language.body) + _head_size(parts.language),
-        "vision encoder": count(parts.vision.encoder),
-        "Q-Former": count(parts.vision.qformer),
-        "voken embeddings": count(parts.language.voken_embeddings),
-        "mapper": count(parts.mapper),
-        "UNet": count(parts.diffusion.unet),
-        "VAE": count(parts.diffusion.vae),
-        "text encoder": count(parts.text_encoder),
+        "language model": _count(parts.language.body) + _head_size(parts.language),
+        "vision encoder": _count(parts.vision.encoder),
+        "Q-Former": _count(parts.vision.qformer),
+        "voken embeddings": _count(parts.language.voken_embeddings),
+        "mapper": _count(parts.mapper),
+        "UNet": _count(parts.diffusion.unet),
+        "VAE": _count(parts.diffusion.vae),
+        "text encoder": _count(parts.text_encoder),
     }
     lora = _lora_size(parts.language, config)
     trained = {
         "vision": sizes["Q-Former"],
         "align": sizes["voken embeddings"] + sizes["mapper"],
-        "learn": sizes["voken embeddings"] + sizes["mapper"] + lora,
+        # As published, learn leaves `fc` and the queries as align made them.
+        "learn": sizes["voken embeddings"] + _count(parts.mapper.transformer) + lora,
     }
     lines = ["parameters", *(f"  {name:18}{number:>16,}" for name, number in sizes.items() if number)]
     lines += [f"  {'LoRA':18}{lora:>16,}", "trained by stage"]
     lines += [f"  {stage:18}{number:>16,}" for stage, number in trained.items() if number]
     lines += ["memory in GB, without activations"]
-    for name, gigabytes in memory_gb(parts, sizes, trained).items():
+    for name, gigabytes in memory_gb(parts, sizes | {"LoRA": lora}, trained).items():
         lines.append(f"  {name:38}{gigabytes:8.2f}")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ A learning rate of 0 freezes the part that it belongs to.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def halve_frozen(module: nn.Module) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-class ModelStage:
+class ModelStage(ABC):
     """A stage that trains parts of a model folder; subclasses say which."""
 
     objective: nn.Module
@@ -114,9 +115,9 @@ class ModelStage:
                 None if one is None else np.zeros_like(one) for one in (next(read, None), next(drawn, None))
             )
 
+    @abstractmethod
     def freeze(self) -> None:
         """Set requires_grad of what the stage trains, and of nothing else."""
-        raise NotImplementedError
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.bf16)
