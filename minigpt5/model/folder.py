@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Literal
 from minigpt5.codec import from_json, to_json
 from minigpt5.config import BaseHash, ModelConfig
 from minigpt5.errors import BaseModelNotFound, ModelFolderError
-from minigpt5.model.base_models import hash_weights, is_hub_id, keep_in_cache, pin, resolve
+from minigpt5.model.base_models import is_hub_id, pin, resolve
+from minigpt5.model.cache import hash_weights, keep_in_cache
 from minigpt5.model.weights import load_module, save_module
 from minigpt5.types import DISTILLED, DrawSettings, Precision
 

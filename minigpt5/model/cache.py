@@ -1,0 +1,110 @@
+"""The user's cache: folders that are filled once, and the hashes of weight files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minigpt5.errors import MiniGPT5Error, ModelFolderError
+
+UNUSED_WEIGHTS = ("*.fp16.safetensors", "*pruned*.safetensors")
+"""Second copies of weights in repositories of the hub."""
+
+
+def keep_in_cache(name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of the user's cache, filled now if it is not there: whole or absent, by one process at a time.
+
+    `fill` is called with an empty folder. Raises MiniGPT5Error where the cache cannot be written.
+    """
+    target = cache_folder() / name
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(f"{target.name}.lock")):
+            if not target.is_dir():  # another process may have done it while this one waited
+                _fill(target, fill)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MiniGPT5Error(
+            f"cannot keep {target.name} in {target.parent}: {error}. "
+            "Set XDG_CACHE_HOME to a folder that is writable and has room"
+        ) from error
+    return target
+
+
+def _fill(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside the target and rename it there: the target is whole or absent. Needs the lock."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    try:
+        partial.mkdir()
+        fill(partial)
+        for path in [partial, *partial.rglob("*")]:
+            if path.is_file():
+                path.chmod(0o644)  # safetensors makes its files private; a cache in an image has other readers
+            _sync(path)
+        os.replace(partial, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a base model, in order of path. A file is read once: its hash is kept in
+    the cache beside its size and time of change."""
+    digest = hashlib.sha256()
+    skipped = {path for pattern in UNUSED_WEIGHTS for path in folder.rglob(pattern)}
+    paths = sorted(set(folder.rglob("*.safetensors")) - skipped)
+    if not paths:
+        raise ModelFolderError(f"{folder} has no safetensors weights: convert it, other formats are not read")
+    for path in paths:
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(_hash_file(path).encode())
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    found = path.resolve().stat()
+    key = hashlib.sha256(f"{path.resolve()}\n{found.st_size}\n{found.st_mtime_ns}".encode()).hexdigest()
+    known = cache_folder() / "hashes" / key
+    with contextlib.suppress(OSError):
+        return known.read_text()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+        known.parent.mkdir(parents=True, exist_ok=True)
+        partial = known.with_name(f"{key}.{os.getpid()}.tmp")
+        partial.write_text(digest)
+        os.replace(partial, known)
+    return digest
+
+
+def _sync(path: Path) -> None:
+    file_descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file_descriptor)
+    finally:
+        os.close(file_descriptor)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system releases by itself when its process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """Return $XDG_CACHE_HOME/minigpt5, else ~/.cache/minigpt5."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "minigpt5"
