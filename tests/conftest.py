@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.helpers.processes import Cluster, Server, running_cluster, running_server
 
 torch.set_num_threads(1)
+# A shell that starts us in the background has us ignore Ctrl-C, and with us all processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STARTS_RAY_MARK = "pytest.mark.cluster"
 STARTS_RAY = ("cluster", "server")
