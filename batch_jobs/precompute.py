@@ -37,14 +37,14 @@ class Encode:
     def __init__(self, *, model: str, source: str, output: str, keeps_pictures: bool, num_threads: int) -> None:
         import torch
 
-        from minigpt5.model.diffusion import load_vae
+        from minigpt5.model.decoders.load import load_diffusion
         from minigpt5.model.folder import find_part, load_config, load_vision, locate
 
         torch.set_num_threads(num_threads)
         folder = locate(model)
         self.config = load_config(folder)
         self.vision = load_vision(folder, self.config).eval()
-        self.vae = load_vae(find_part(folder, self.config, self.config.diffusion)).eval()
+        self.diffusion = load_diffusion(find_part(folder, self.config, self.config.diffusion)).eval()
         self.keeps_pictures = keeps_pictures
         self._source, self._output = source, output
 
@@ -69,7 +69,7 @@ class Encode:
 
         drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
         with torch.no_grad():
-            moments_BMYX = self.vae.encode(to_tensor(drawn)).latent_dist.parameters.half().numpy()
+            moments_BMYX = self.diffusion.to_moments(to_tensor(drawn)).half().numpy()
         for segment, moments_MYX in zip(segments, moments_BMYX, strict=True):
             segment["moments"] = _save(moments_MYX)
         if self.config.vision.family != "none":

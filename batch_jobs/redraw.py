@@ -33,7 +33,7 @@ from batch_jobs.pipeline import (
 from batch_jobs.report import Report
 from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, ErrorKind, Row
 from minigpt5.errors import MiniGPT5Error, StorageError
-from minigpt5.model.diffusion import SAMPLERS
+from minigpt5.model.decoders.noise import SAMPLERS
 from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import DrawSettings

@@ -39,7 +39,6 @@ from minigpt5.engine.decoder import DiffusionDecoder, encode
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.sampling import sample_token
 from minigpt5.engine.threads import share, single_thread
-from minigpt5.model.diffusion import new_sampler
 from minigpt5.model.folder import load_decoder_model, load_generator_model
 from minigpt5.model.prompt import encode as encode_prompt
 from minigpt5.model.prompt import request_segments
@@ -218,8 +217,8 @@ def baseline_pipeline(decoder: DiffusionDecoder, request: StoryRequest) -> Stabl
     # An offset, which the pipeline insists on, plays no part with timesteps that are spaced from the end.
     pipeline = StableDiffusionPipeline(
         vae=decoder.diffusion.vae,
-        unet=decoder.diffusion.unet,
-        scheduler=new_sampler(request.draw.scheduler, decoder.diffusion.noise_schedule, steps_offset=1),
+        unet=decoder.diffusion.denoiser,
+        scheduler=decoder.diffusion.noise.new_sampler(request.draw.scheduler, steps_offset=1),
         text_encoder=None,
         tokenizer=None,
         safety_checker=None,
@@ -267,10 +266,10 @@ def text_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int) -
 def picture_in_lockstep(engines: Engines, request: StoryRequest, batch_size: int) -> float:
     """Seconds a picture."""
     decoder, draw = engines.decoder, request.draw
-    unet = decoder.diffusion.unet
+    unet = decoder.diffusion.denoiser
     began = time.perf_counter()
     states_BVH = torch.randn(batch_size, engines.config.num_vokens, engines.config.hidden)
-    sampler = new_sampler(draw.scheduler, decoder.diffusion.noise_schedule)
+    sampler = decoder.diffusion.noise.new_sampler(draw.scheduler)
     sampler.set_timesteps(draw.steps)
     null_BQD = decoder.mapper.null_condition().expand(batch_size, -1, -1)
     condition_BQD = torch.cat([null_BQD, decoder.mapper(states_BVH)])

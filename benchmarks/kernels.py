@@ -46,7 +46,7 @@ def measure_one(predict: Predict, inputs: tuple[Tensor, Tensor, Tensor]) -> floa
 def measure(folder: Path, *, is_compiled: bool) -> dict[str, dict[str, float]]:
     """By way, then by batch size."""
     config, _, diffusion = load_decoder_model(folder)
-    plain = diffusion.unet
+    plain = diffusion.denoiser
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)
     fused.fuse_qkv_projections()

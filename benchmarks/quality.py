@@ -39,7 +39,7 @@ from benchmarks.stories import save_books, summary, tell
 from minigpt5.config import default_model_folder
 from minigpt5.engine.denoising import denoise
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.pixels import to_pixels, to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.pipeline import MiniGPT5

@@ -109,11 +109,20 @@ class ModelConfig:
     """Folder of VAE, UNet and scheduler: relative to the model folder, or a base-model id."""
     num_vokens: int = 8
     condition_length: int
+    """Positions of states that the denoiser attends to."""
     condition_width: int
+    condition_pooled: int = 0
+    """Width of the one vector of a caption that the denoiser reads beside them; 0: none."""
+    mapper_width: int = 0
+    """Width of the mapper's transformer where it is not `condition_width`."""
     mapper_layers: int = 4
     mapper_heads: int = 8
     image_px: int
     """Side of a drawn picture."""
+    max_pixels: int = 0
+    """Largest picture that is drawn at the width and height that a request names; 0: none is, and it is resampled."""
+    schedulers: tuple[str, ...] = ("ddim", "pndm", "dpm-solver++", SDE_DPM_SOLVER, DISTILLED)
+    """Samplers of the diffusion model; DISTILLED needs a distilled UNet."""
     guidance_rescale: float = 0.0
     """How far the guided prediction is scaled back to the spread of the unguided one (arXiv 2305.08891, 3.4)."""
     lora: LoraConfig
@@ -143,6 +152,11 @@ class ModelConfig:
             _check_shown(f"examples[{index}]", prompt, most=MAX_EXAMPLE_CHARACTERS)
             if not prompt.strip():
                 raise ValueError(f"examples[{index}] is {prompt!r} but must be a prompt: remove it or write one")
+
+    @property
+    def condition_positions(self) -> int:
+        """Positions of the condition; the last one holds the one vector, where there is one."""
+        return self.condition_length + bool(self.condition_pooled)
 
     @property
     def summary(self) -> str:

@@ -282,7 +282,7 @@ def report(parts: Parts) -> str:
         "Q-Former": _count(parts.vision.qformer),
         "voken embeddings": _count(parts.language.voken_embeddings),
         "mapper": _count(parts.mapper),
-        "UNet": _count(parts.diffusion.unet),
+        "UNet": _count(parts.diffusion.denoiser),
         "VAE": _count(parts.diffusion.vae),
         "text encoder": _count(parts.text_encoder),
     }

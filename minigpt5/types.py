@@ -20,10 +20,10 @@ DISTILLED = "distilled"
 NUM_PREVIEWS = 3
 """Previews of each picture of a story, where they are asked for."""
 MAX_DISTILLED_STEPS = 8
-Precision = Literal["float32", "bfloat16"]
-"""Precision of an engine's large model. In bfloat16 a picture depends a little on its batch
-(benchmarks/results/company.json)."""
 """Largest number that was measured (benchmarks/results/steps.json); more steps use the original UNet."""
+Precision = Literal["float32", "bfloat16", "float16"]
+"""What an engine holds its large model in. In less than float32 a picture depends a little on its batch
+(benchmarks/results/company.json)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,11 @@ class DrawSettings:
     guidance_scale: float = 3.0
     """Classifier-free guidance; 1 is none."""
     scheduler: str = "ddim"
-    """A key of diffusion.SAMPLERS. SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier errors.
-    DISTILLED draws with the distilled UNet, which includes guidance and needs few steps."""
+    """One of the model's samplers (noise.py). SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier
+    errors. DISTILLED draws with the distilled UNet, which includes guidance and needs few steps."""
+    width: int = 0
+    """Pixels; 0: as the model was trained to draw."""
+    height: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
-from minigpt5.model.diffusion import Diffusion, load_distilled, load_unet, load_vae, new_storybook_noise_schedule
+from minigpt5.model.decoders.diffusion import load_distilled, load_part
+from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.folder import load_config, locate
 from training.devices import own_device
 from training.presets import Preset
@@ -67,15 +68,15 @@ class WeightSources:
             return folder
         raise TrainingError(f"no {part} to start from: train one first, or name a model folder with --start")
 
-    def diffusion(self, *, stage: str, is_distilled: bool = True) -> Diffusion:
+    def diffusion(self, *, stage: str, is_distilled: bool = True) -> StableDiffusion:
         """The latent diffusion model that `stage` starts from, with the distilled UNet beside its UNet. Raises
         TrainingError where there is none, unless `is_distilled` is False."""
         unet_of = self.need("unet", stage=stage)
         distilled = load_distilled(unet_of)
         if distilled is None and is_distilled:
             raise TrainingError(f"no distilled UNet beside the one in {unet_of}: run stage distill first")
-        vae = load_vae(self.need("vae", stage=stage))
-        return Diffusion(vae, load_unet(unet_of), new_storybook_noise_schedule(), distilled)
+        vae = load_part(self.need("vae", stage=stage), "vae")
+        return StableDiffusion(vae, load_part(unet_of, "unet"), StableDiffusion.load_noise(unet_of), distilled)
 
     def config(self) -> ModelConfig:
         """The config of `start`, else the built-in one of the picture world. Raises ModelFolderError."""

@@ -1,7 +1,7 @@
 """DiffusionDecoder: vokens -> pictures.
 
 Continuous batching: pictures join and leave between denoising steps, each with its own settings and seed;
-`denoising.py` is how they share a UNet call. Finished latents go through the VAE together.
+`denoising.py` is how they share a call of the denoiser. Finished latents go through the VAE together.
 
 Shape letters: B pictures, V vokens, H language-model width, C latent channels, Y X rows and columns, Q condition
 positions, D condition width.
@@ -27,7 +27,7 @@ from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.threads import Team, single_thread
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
-from minigpt5.model.diffusion import SAMPLERS, Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
@@ -40,15 +40,15 @@ PICTURE_BYTES = 64 * 2**20
 class _Job(Job[DecoderEvent]):
     """A picture that is asked for; `denoising` from its first step on."""
 
-    def __init__(self, request: DrawRequest) -> None:
-        self.num_samples = 1 if request.settings.guidance_scale == 1 else 2
+    def __init__(self, request: DrawRequest, *, is_guided: bool) -> None:
+        self.num_samples = 2 if is_guided else 1
         super().__init__(key=request.key, cost=request.settings.steps * self.num_samples)
         self.request = request
         self.denoising: Denoising | None = None
 
 
 class DiffusionDecoder:
-    """The engine that draws: the mapper, the UNet and the VAE behind one thread."""
+    """The engine that draws: the mapper, the denoiser and the VAE behind one thread."""
 
     def __init__(
         self,
@@ -56,7 +56,6 @@ class DiffusionDecoder:
         mapper: Mapper,
         diffusion: Diffusion,
         *,
-        precision: Precision = "float32",
         max_batch: int = 8,
         max_jobs: int = 512,
         num_threads: int | None = None,
@@ -66,7 +65,7 @@ class DiffusionDecoder:
         self.config = config
         self.fingerprint = config.fingerprint
         self.mapper, self.diffusion = mapper.eval(), diffusion.eval()
-        self.precision, self.max_batch = precision, max_batch
+        self.max_batch = max_batch
         with torch.no_grad(), single_thread():
             self.null_1QD = mapper.null_condition()
             """The condition that guidance leads away from."""
@@ -88,15 +87,16 @@ class DiffusionDecoder:
         *,
         num_threads: int | None = None,
         device: str | None = None,
-        precision: Precision = "float32",
+        precision: Precision | None = None,
     ) -> DiffusionDecoder:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
-        that this process sees where there is one, else the CPU."""
+        that this process sees where there is one, else the CPU. `precision` of the weights: by default float32 on a
+        CPU, and bfloat16 on a GPU, in half the memory."""
         from minigpt5.model.folder import default_device, load_decoder_model
 
         with single_thread():
-            parts = load_decoder_model(folder, device=device or default_device())
-        return cls(*parts, precision=precision, num_threads=num_threads)
+            parts = load_decoder_model(folder, device=device or default_device(), precision=precision)
+        return cls(*parts, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:
@@ -128,13 +128,15 @@ class DiffusionDecoder:
         expected = (self.config.num_vokens, self.config.hidden)
         if vokens.hidden_VH.shape != expected:
             raise InvalidRequest("vokens", f"vokens have shape {vokens.hidden_VH.shape} but must have {expected}")
-        if settings.scheduler not in SAMPLERS:
+        check_distilled(settings, has_distilled=self.diffusion.distilled is not None)
+        if settings.scheduler not in self.diffusion.samplers:
             raise InvalidRequest(
-                "scheduler", f"scheduler is {settings.scheduler!r} but must be one of {', '.join(SAMPLERS)}"
+                "scheduler",
+                f"scheduler is {settings.scheduler!r} but must be one of {', '.join(self.diffusion.samplers)}",
             )
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
-        check_distilled(settings, has_distilled=self.diffusion.distilled is not None)
+        self.diffusion.latent_shape(settings)
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
@@ -146,7 +148,9 @@ class DiffusionDecoder:
         if known := self._pictures.get(content_key(request)):
             yield dataclasses.replace(known, page=request.vokens.page)
             return
-        async with contextlib.aclosing(self._loop.run(_Job(request))) as events:
+        async with contextlib.aclosing(
+            self._loop.run(_Job(request, is_guided=self.diffusion.is_guided(request.settings)))
+        ) as events:
             async for event in events:
                 yield event
 
@@ -155,7 +159,7 @@ class DiffusionDecoder:
         """Draw pictures in one batch, in this thread."""
         pictures = self._begin(requests)
         while running := [picture for picture in pictures if picture.num_calls_left]:
-            advance(self.diffusion, running, self.null_1QD, precision=self.precision)
+            advance(self.diffusion, running, self.null_1QD)
         return self._finish(requests, pictures)
 
     def _choose(self, jobs: list[_Job]) -> list[_Job]:
@@ -169,7 +173,7 @@ class DiffusionDecoder:
             job.denoising, job.is_started = denoising, True
         running = [(job, job.denoising) for job in jobs if job.denoising is not None]
         with self._team.working():
-            advance(self.diffusion, [denoising for _, denoising in running], self.null_1QD, precision=self.precision)
+            advance(self.diffusion, [denoising for _, denoising in running], self.null_1QD)
         for job, denoising in running:
             job.cost = denoising.num_calls_left * job.num_samples
             self._tell(job, denoising)
@@ -202,24 +206,39 @@ class DiffusionDecoder:
         step, steps = denoising.step, job.request.settings.steps
         preview = None
         if denoising.num_calls_left and is_shown(step, steps, job.request.num_previews):
-            preview = encode(self.diffusion.to_pixels(denoising.pred_x0_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
+            preview = encode(self._preview(denoising.pred_x0_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
         job.put(Progress(page=job.request.vokens.page, step=step, steps=steps, preview=preview))
+
+    def _preview(self, latents_1CYX: Tensor) -> Tensor:
+        """By the VAE where the latents are fewer than the preview's pixels, so that it costs little."""
+        is_small = max(latents_1CYX.shape[2:]) < PREVIEW_PX // 2
+        return self.diffusion.to_pixels(latents_1CYX) if is_small else self.diffusion.to_preview(latents_1CYX)
 
     def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Picture]:
         if not pictures:
             return []
-        pixels_BCYX = self.diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in pictures]))
         return [
             Picture(
                 page=request.vokens.page,
                 png=png,
-                width=pixels_BCYX.shape[3],
-                height=pixels_BCYX.shape[2],
+                width=pixels_CYX.shape[2],
+                height=pixels_CYX.shape[1],
                 seed=request.seed,
                 denoise_steps=request.settings.steps,
             )
-            for request, png in zip(requests, encode(pixels_BCYX, "PNG"), strict=True)
+            for request, (pixels_CYX, png) in zip(requests, self._develop(pictures), strict=True)
         ]
+
+    def _develop(self, pictures: Sequence[Denoising]) -> list[tuple[Tensor, bytes]]:
+        """Latents -> pixels and files: those of one size go through the VAE together."""
+        shapes = dict.fromkeys(picture.latents_1CYX.shape for picture in pictures)
+        developed: dict[int, tuple[Tensor, bytes]] = {}
+        for shape in shapes:
+            alike = [picture for picture in pictures if picture.latents_1CYX.shape == shape]
+            pixels_BCYX = self.diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in alike]))
+            files = zip(pixels_BCYX, encode(pixels_BCYX, "PNG"), strict=True)
+            developed |= dict(zip(map(id, alike), files, strict=True))
+        return [developed[id(picture)] for picture in pictures]
 
 
 def content_key(request: DrawRequest) -> Hashable:

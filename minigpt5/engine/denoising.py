@@ -1,4 +1,4 @@
-"""Conditions -> latents, step by step: pictures at different steps, of different settings, in one call of their UNet.
+"""Conditions -> latents, step by step: pictures at different steps, of different settings, in one call of their denoiser.
 
 A picture depends on its own condition, seed and settings only, not on its batch. Guidance follows arXiv 2207.12598,
 rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.
@@ -8,15 +8,14 @@ Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q con
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from minigpt5.model.diffusion import ADDS_NOISE, Diffusion, new_sampler, predict_x0
-from minigpt5.types import DrawSettings, Precision
+from minigpt5.model.decoders.diffusion import Diffusion
+from minigpt5.types import DrawSettings
 
 
 class Denoising:
@@ -34,23 +33,18 @@ class Denoising:
     ) -> None:
         """`noise_1CYX`: what the picture begins as, instead of what `seed` gives."""
         self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
-        self.sampler = new_sampler(draw.scheduler, diffusion.noise_schedule)
-        self.sampler.set_timesteps(draw.steps)
+        self.is_guided = diffusion.is_guided(draw)
+        self.sampler = diffusion.new_sampler(draw)
         self.generator = torch.Generator().manual_seed(seed)
         """Source of all noise: the first latents, and noise that the sampler adds."""
+        self._noise = diffusion.noise
         if noise_1CYX is None:
-            config = diffusion.unet.config
-            shape = (1, config.in_channels, config.sample_size, config.sample_size)
-            noise_1CYX = torch.randn(shape, generator=self.generator)
-        self.latents_1CYX = noise_1CYX.to(condition_QD) * self.sampler.init_noise_sigma
+            noise_1CYX = torch.randn((1, *diffusion.latent_shape(draw)), generator=self.generator)
+        self.latents_1CYX = noise_1CYX.to(condition_QD) * getattr(self.sampler, "init_noise_sigma", 1.0)
         self.pred_x0_1CYX = self.latents_1CYX
         """What the last prediction makes of the latents without their noise."""
         self.num_calls = 0
-        """UNet calls so far."""
-
-    @property
-    def is_guided(self) -> bool:
-        return self.draw.guidance_scale != 1
+        """Calls of the denoiser so far."""
 
     @property
     def num_calls_left(self) -> int:
@@ -66,10 +60,12 @@ class Denoising:
         return self.sampler.timesteps[self.num_calls]
 
     def latents_in(self) -> Tensor:
+        if not hasattr(self.sampler, "scale_model_input"):
+            return self.latents_1CYX
         return self.sampler.scale_model_input(self.latents_1CYX, self.timestep)
 
     def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:
-        """Go a step on, as the UNet predicts."""
+        """Go a step on, as the denoiser predicts."""
         predicted = conditional_1CYX
         if unconditional_1CYX is not None:
             predicted = guide(
@@ -78,10 +74,12 @@ class Denoising:
                 scale=self.draw.guidance_scale,
                 rescale=self.guidance_rescale,
             )
-        timestep = self.timestep
-        self.pred_x0_1CYX = predict_x0(self.sampler, self.latents_1CYX, predicted, timestep)
-        noise = {"generator": self.generator} if self.draw.scheduler in ADDS_NOISE else {}
-        self.latents_1CYX = self.sampler.step(predicted, timestep, self.latents_1CYX, **noise).prev_sample
+        self.pred_x0_1CYX = self._noise.clean_sample(
+            self.draw.scheduler, self.sampler, self.latents_1CYX, predicted, self.num_calls
+        )
+        adds_noise = self._noise.samplers[self.draw.scheduler].adds_noise
+        options = {"generator": self.generator} if adds_noise else {}
+        self.latents_1CYX = self.sampler.step(predicted, self.timestep, self.latents_1CYX, **options).prev_sample
         self.num_calls += 1
 
 
@@ -95,33 +93,29 @@ def guide(conditional_BCYX: Tensor, unconditional_BCYX: Tensor, *, scale: float,
 
 
 @torch.no_grad()
-def advance(
-    diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor, *, precision: Precision = "float32"
-) -> None:
-    """A step of all pictures, whichever each is at: one call of each UNet that draws any of them."""
-    by_unet: dict[int, tuple[UNet2DConditionModel, list[Denoising]]] = {}
+def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:
+    """A step of all pictures, whichever each is at: one call for all of one denoiser and one size."""
+    alike: dict[tuple[int, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
-        unet = diffusion.unet_for(picture.draw.scheduler)
-        by_unet.setdefault(id(unet), (unet, []))[1].append(picture)
-    for unet, together in by_unet.values():
-        _advance_together(unet, together, null_1QD, precision)
+        denoiser = diffusion.denoiser_for(picture.draw.scheduler)
+        alike.setdefault((id(denoiser), picture.latents_1CYX.shape), (denoiser, []))[1].append(picture)
+    for denoiser, together in alike.values():
+        _advance_together(diffusion, denoiser, together, null_1QD)
 
 
-def _advance_together(
-    unet: UNet2DConditionModel, pictures: Sequence[Denoising], null_1QD: Tensor, precision: Precision
-) -> None:
-    """One UNet call; everything around it is float32."""
+def _advance_together(diffusion: Diffusion, denoiser: Any, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:
+    """One call of the denoiser; everything around it is float32."""
     guided = [picture for picture in pictures if picture.is_guided]
     calls = [*guided, *pictures]
     conditions = [*[null_1QD[0]] * len(guided), *(picture.condition_QD for picture in pictures)]
-    device = null_1QD.device
-    is_rough = precision == "bfloat16"
-    with torch.autocast(device.type, dtype=torch.bfloat16) if is_rough else contextlib.nullcontext():
-        predicted_BCYX = unet(
-            torch.cat([picture.latents_in() for picture in calls]),
-            torch.stack([picture.timestep for picture in calls]).to(device),
-            encoder_hidden_states=torch.stack(conditions),
-        ).sample
+    device, dtype = null_1QD.device, diffusion.dtype
+    predicted_BCYX = diffusion.predict(
+        denoiser,
+        torch.cat([picture.latents_in() for picture in calls]).to(dtype),
+        torch.stack([picture.timestep for picture in calls]).to(device),
+        torch.stack(conditions).to(dtype),
+        guidance_B=torch.tensor([picture.draw.guidance_scale for picture in calls], device=device),
+    )
     predicted = predicted_BCYX.float().split(1)
     unconditional = dict(zip(map(id, guided), predicted, strict=False))
     for picture, conditional in zip(pictures, predicted[len(guided) :], strict=True):

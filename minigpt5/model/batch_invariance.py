@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt5.model.diffusion import Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion
 
 TILE_ROWS = 16
 """Rows of a matrix product that every kernel divides."""
@@ -49,7 +49,7 @@ def make_batch_invariant(diffusion: Diffusion) -> None:
 
     An unguided picture that is alone in a UNet call still has its own bits: there is nothing that would multiply them.
     """
-    unets = [unet for unet in (diffusion.unet, diffusion.distilled) if unet is not None]
+    unets = [unet for unet in (diffusion.denoiser, diffusion.distilled) if unet is not None]
     for unet in unets:
         for name, layer in list(unet.named_modules()):
             if isinstance(layer, nn.Linear) and ("time_emb_proj" in name or name.startswith("time_embedding.")):

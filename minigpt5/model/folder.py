@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
     from transformers import PreTrainedTokenizerBase
 
-    from minigpt5.model.diffusion import Diffusion
+    from minigpt5.model.decoders.diffusion import Diffusion
     from minigpt5.model.language import LanguageModel
     from minigpt5.model.mapper import Mapper
     from minigpt5.model.vision import Vision
@@ -243,19 +243,26 @@ def load_generator_model(
     return config, load_tokenizer(find_part(folder, config, config.language_model), config), language, vision.to(device)
 
 
-def load_decoder_model(folder: str | Path, *, device: str = "cpu") -> tuple[ModelConfig, Mapper, Diffusion]:
-    """What draws, ready to: config, mapper, diffusion model. On a CPU its pictures are the same in any batch."""
+def load_decoder_model(
+    folder: str | Path, *, device: str = "cpu", precision: Precision | None = None
+) -> tuple[ModelConfig, Mapper, Diffusion]:
+    """What draws, ready to: config, mapper, diffusion model. On a CPU its pictures are the same in any batch.
+
+    `precision` of the diffusion model: by default float32 on a CPU, and bfloat16 on a GPU, in half the memory.
+    """
     import torch
 
     from minigpt5.model.batch_invariance import make_batch_invariant
-    from minigpt5.model.diffusion import Diffusion
+    from minigpt5.model.decoders.load import load_diffusion
 
     folder = locate(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
-    diffusion = Diffusion.from_pretrained(find_part(folder, config, config.diffusion))
-    if torch.device(device).type == "cpu":  # what is mended there is oneDNN's
+    diffusion = load_diffusion(find_part(folder, config, config.diffusion))
+    is_on_cpu = torch.device(device).type == "cpu"
+    if is_on_cpu:  # what is mended there is oneDNN's
         make_batch_invariant(diffusion)
+    diffusion.hold_in(getattr(torch, precision or ("float32" if is_on_cpu else "bfloat16")))
     return config, mapper.to(device), diffusion.to(device)
 
 
@@ -366,10 +373,10 @@ def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
     """Write VAE, UNet, noise schedule and a distilled UNet, where there is one, in diffusers' layout."""
-    from minigpt5.model.diffusion import DISTILLED_FOLDER
+    from minigpt5.model.decoders.diffusion import DISTILLED_FOLDER
 
     save_part(diffusion.vae, folder / "vae")
-    save_part(diffusion.unet, folder / "unet")
+    save_part(diffusion.denoiser, folder / diffusion.DENOISER)
     if diffusion.distilled is not None:
         save_part(diffusion.distilled, folder / DISTILLED_FOLDER)
     diffusion.noise_schedule.save_pretrained(folder / "scheduler")

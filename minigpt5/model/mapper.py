@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt5.config import ModelConfig
+from minigpt5.model.decoders.diffusion import join_pooled
 
 
 class Mapper(nn.Module):
@@ -17,10 +18,10 @@ class Mapper(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.condition_width
+        width = config.mapper_width or config.condition_width
         self.num_vokens, self.hidden = config.num_vokens, config.hidden
         self.fc = nn.Sequential(nn.Linear(config.hidden, width), nn.GELU(), nn.Linear(width, width))
-        self.queries = nn.Parameter(torch.randn(1, config.condition_length, width))
+        self.queries = nn.Parameter(torch.randn(1, config.condition_positions, width))
         layer = nn.TransformerEncoderLayer(
             width, config.mapper_heads, 4 * width, dropout=0.0, norm_first=True, batch_first=True
         )
@@ -36,10 +37,17 @@ class Mapper(nn.Module):
             norm_first=True,
             batch_first=True,
         )
+        self.out: nn.Module = nn.Linear(width, config.condition_width) if config.mapper_width else nn.Identity()
+        """Not published: a wide condition comes from a narrower transformer."""
+        self.pooled: nn.Module | None = nn.Linear(width, config.condition_pooled) if config.condition_pooled else None
+        """Not published: the last query gives the one vector that some families read."""
 
     def forward(self, vokens_BVH: Tensor) -> Tensor:
-        queries_BQD = self.queries.expand(len(vokens_BVH), -1, -1)
-        return self.transformer(self.fc(vokens_BVH), queries_BQD)
+        queries_BQW = self.queries.expand(len(vokens_BVH), -1, -1)
+        found_BQW = self.transformer(self.fc(vokens_BVH), queries_BQW)
+        if self.pooled is None:
+            return self.out(found_BQW)
+        return join_pooled(self.out(found_BQW[:, :-1]), self.pooled(found_BQW[:, -1]))
 
     @property
     def is_fresh(self) -> bool:

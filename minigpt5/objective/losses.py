@@ -17,12 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt5.config import ModelConfig
 from minigpt5.model import prompt
-from minigpt5.model.diffusion import Diffusion, normal_like
+from minigpt5.model.decoders.diffusion import Diffusion, normal_like
 from minigpt5.model.language import LanguageModel, pad, padding_id
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.prompt import IGNORED, Segment
-from minigpt5.model.text_encoder import ClipTextEncoder, TextEncoder
 from minigpt5.model.vision import Vision
 from minigpt5.model.vokens import align
 from minigpt5.objective.example import Example
@@ -85,7 +84,7 @@ class Objective(nn.Module):
         vision: Vision,
         mapper: Mapper,
         diffusion: Diffusion,
-        text_encoder: TextEncoder | ClipTextEncoder,
+        text_encoder: nn.Module,
         *,
         first_timestep: int = 0,
         samples_latents: bool = False,
@@ -294,8 +293,8 @@ class Objective(nn.Module):
             self.device
         )
         if drawn.dtype == torch.uint8:
-            drawn = self.diffusion.vae.encode(to_tensor(drawn)).latent_dist.parameters
-        noise = normal_like(drawn.chunk(2, dim=1)[0].float()) if self.samples_latents else None
+            drawn = self.diffusion.to_moments(to_tensor(drawn))
+        noise = self.diffusion.noise_like_latents(drawn) if self.samples_latents else None
         return self.diffusion.from_moments(drawn, noise=noise)
 
     def words(self, examples: list[Example]) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(stories_bench, "NUM_TRAINING_STORIES", 20)
     config = replace(tiny_config(), image_px=128, draw=DrawSettings(steps=2))
     diffusion = tiny_diffusion(config)
-    diffusion.unet.register_to_config(sample_size=32)
+    diffusion.denoiser.register_to_config(sample_size=32)
     model = MiniGPT5(
         VokenGenerator(config, tiny_tokenizer(config), tiny_language(config), tiny_vision(config)),
         DiffusionDecoder(config, tiny_mapper(config), diffusion),

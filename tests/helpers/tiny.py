@@ -12,12 +12,14 @@ from transformers import LlamaConfig, LlamaModel
 
 from minigpt5.config import ModelConfig, VisionConfig, storybook
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, new_storybook_noise_schedule
+from minigpt5.model.decoders.noise import VariancePreserving
+from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.language import LanguageModel, load_tokenizer
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.model.weights import load_module
+from training.storybook.new_decoder import new_storybook_noise_schedule
 
 HIDDEN = 48
 
@@ -77,7 +79,7 @@ def tiny_mapper(config: ModelConfig) -> Mapper:
     return Mapper(config)
 
 
-def tiny_diffusion(config: ModelConfig, *, is_distilled: bool = False) -> Diffusion:
+def tiny_diffusion(config: ModelConfig, *, is_distilled: bool = False) -> StableDiffusion:
     """`is_distilled`: with a second UNet."""
     torch.manual_seed(3)
     vae = AutoencoderKL(
@@ -105,7 +107,8 @@ def tiny_diffusion(config: ModelConfig, *, is_distilled: bool = False) -> Diffus
         )
         for _ in range(2)
     )
-    return Diffusion(vae, unet, new_storybook_noise_schedule(), distilled if is_distilled else None).eval()
+    noise = VariancePreserving(new_storybook_noise_schedule())
+    return StableDiffusion(vae, unet, noise, distilled if is_distilled else None).eval()
 
 
 def save_tiny(folder: Path) -> ModelConfig:
@@ -135,7 +138,7 @@ class SomeStates:
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def trained_parts(diffusion: Diffusion) -> set[str]:
+def trained_parts(diffusion: StableDiffusion) -> set[str]:
     """First and second part of the names of what has a gradient."""
     names = (name.split(".")[:2] for name, p in diffusion.named_parameters() if p.grad is not None and p.grad.any())
     return {".".join(parts) for parts in names}

@@ -17,14 +17,8 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.denoising import denoise
 from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
-from minigpt5.model.diffusion import (
-    DISTILLED_FOLDER,
-    Diffusion,
-    load_distilled,
-    load_noise_schedule,
-    load_unet,
-    load_vae,
-)
+from minigpt5.model.decoders.diffusion import DISTILLED_FOLDER
+from minigpt5.model.decoders.load import find_family
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.example import Example
@@ -77,12 +71,8 @@ class ModelStage(ABC):
         self.mapper = model_folder.load_mapper(start, self.config)
         parts, self._is_own_decoder = find_decoder(start, self.config, sources)
         self._decoder = parts
-        self.diffusion = Diffusion(
-            load_vae(parts["vae"]),
-            load_unet(parts["unet"]),
-            load_noise_schedule(parts["scheduler"]),
-            load_distilled(parts["unet"]),
-        )
+        family = find_family(parts["scheduler"])
+        self.diffusion = family.from_folders(vae=parts["vae"], denoiser=parts[family.DENOISER])
         self.config = model_folder.draws_with(self.config, self.diffusion)
         text_encoder = load_text_encoder(
             model_folder.find_part(start, self.config, self.config.text_encoder), self.config
@@ -90,7 +80,7 @@ class ModelStage(ABC):
         self.freeze()
         if preset.checkpoint_activations:
             self.language.checkpoint_activations()
-        prepare_unet(self.diffusion.unet, preset)
+        prepare_unet(self.diffusion.denoiser, preset)
         self.model = Objective(
             self.config,
             load_tokenizer(model_folder.find_part(start, self.config, self.config.language_model), self.config),
@@ -176,22 +166,23 @@ def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> tu
     """The folder of each part of the latent diffusion model, and whether any comes from elsewhere than the folder that
     `config` names: from `sources.decoder`, or from stages of the shipped model's own decoder.
 
-    Raises TrainingError where a UNet comes without its noise schedule.
+    Raises TrainingError where a denoiser comes without its noise schedule.
     """
     is_trained_here = config.diffusion == model_folder.DECODER and not sources.start
     found: dict[str, Path] = {}
     is_own = False
-    for part in ("vae", "unet"):
+    denoiser = find_family(model_folder.find_part(start, config, config.diffusion)).DENOISER
+    for part in ("vae", denoiser):
         folder = sources.find(part) if is_trained_here else None
         if sources.decoder and (sources.decoder / part).is_dir():
             folder = sources.decoder
         is_own = is_own or folder is not None
         found[part] = folder or model_folder.find_part(start, config, config.diffusion)
-    unet_of = found["scheduler"] = found["unet"]
-    if not (unet_of / "scheduler").is_dir():
-        raise TrainingError(f"{unet_of} has a UNet and no scheduler/, so that its noise schedule is not known: add it")
-    if (unet_of / DISTILLED_FOLDER).is_dir():
-        found[DISTILLED_FOLDER] = unet_of
+    place = found["scheduler"] = found[denoiser]
+    if not (place / "scheduler").is_dir():
+        raise TrainingError(f"{place} has a {denoiser} and no scheduler/: add it, the noise schedule is not known")
+    if (place / DISTILLED_FOLDER).is_dir():
+        found[DISTILLED_FOLDER] = place
     return found, is_own
 
 

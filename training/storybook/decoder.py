@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, normal_like
-from minigpt5.model.multistep_scheduler import last_level
+from minigpt5.model.decoders.diffusion import Diffusion, normal_like
+from minigpt5.model.decoders.multistep_scheduler import last_level
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
@@ -40,7 +40,7 @@ class DecoderObjective(nn.Module):
             part.requires_grad_(True)
 
     def forward(self, batch: Batch[CaptionedCrops], progress: float) -> dict[str, Tensor]:
-        scenes, device = batch.examples, self.diffusion.unet.device
+        scenes, device = batch.examples, self.diffusion.denoiser.device
         pixels_BCYX = to_tensor(np.stack([scene.pixels for scene in scenes])).to(device)
         first = batch.step * len(pixels_BCYX)
         kind_B = torch.arange(first, first + len(pixels_BCYX)) % 3  # a third each, however small a share

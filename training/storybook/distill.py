@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from minigpt5.engine.denoising import guide
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, new_sampler, normal_like
+from minigpt5.model.decoders.diffusion import Diffusion, normal_like
+from minigpt5.model.decoders.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.folder import DISTILLED_DRAW
-from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from training.data.batches import Batch, StageData
@@ -52,7 +52,7 @@ class DistillObjective(nn.Module):
         assert diffusion.distilled is not None
         self.student = diffusion.distilled.requires_grad_(True)
         # Trailing spacing: every teacher_steps-th timestep is one that MultistepScheduler draws at.
-        sampler = new_sampler("ddim", diffusion.noise_schedule)
+        sampler = diffusion.noise.new_sampler("ddim")
         sampler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([sampler.timesteps, torch.tensor([-1])])
         """The teacher's timesteps, and -1 for latents without noise."""
@@ -74,7 +74,7 @@ class DistillObjective(nn.Module):
         """Make one training sample a picture: noisy latents, timestep, condition, target velocity."""
         diffusion = self.diffusion
         clean_BCYX = diffusion.to_latents(
-            to_tensor(np.stack([scene.pixels for scene in batch.examples])).to(diffusion.unet.device)
+            to_tensor(np.stack([scene.pixels for scene in batch.examples])).to(diffusion.denoiser.device)
         )
         condition_BQD = self.text_encoder([scene.caption for scene in batch.examples])
         index_B = torch.randint(NUM_LEVELS, (len(clean_BCYX),)) * self.preset.teacher_steps
@@ -90,7 +90,7 @@ class DistillObjective(nn.Module):
         null_BQD = self.text_encoder([""]).expand_as(condition_BQD)
         for number in range(self.preset.teacher_steps):
             timesteps_B = self.timesteps[index_B + number].to(latents_BCYX.device)
-            predicted = self.diffusion.unet(
+            predicted = self.diffusion.denoiser(
                 torch.cat([latents_BCYX] * 2),
                 torch.cat([timesteps_B] * 2),
                 encoder_hidden_states=torch.cat([condition_BQD, null_BQD]),
@@ -119,7 +119,7 @@ class DistillObjective(nn.Module):
         """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar) at indices into `self.timesteps`: (B, 1, 1, 1) each."""
         # The last entry of alpha_bar is that of timestep -1.
         alpha_bar = torch.cat([self.diffusion.noise_schedule.alphas_cumprod.cpu(), torch.ones(1)])
-        alpha_bar_B111 = alpha_bar[self.timesteps[index_B]].view(-1, 1, 1, 1).to(self.diffusion.unet.device)
+        alpha_bar_B111 = alpha_bar[self.timesteps[index_B]].view(-1, 1, 1, 1).to(self.diffusion.denoiser.device)
         return alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()
 
 
@@ -128,7 +128,7 @@ class DistillStage:
         config = sources.config()
         self.diffusion = sources.diffusion(stage="distill", is_distilled=False)
         if self.diffusion.distilled is None:
-            self.diffusion.distilled = copy.deepcopy(self.diffusion.unet)
+            self.diffusion.distilled = copy.deepcopy(self.diffusion.denoiser)
         prepare_unet(self.diffusion.distilled, preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.config, self.preset = config, preset

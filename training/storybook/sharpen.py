@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
-from minigpt5.model.diffusion import Diffusion, normal_like, predict_x0
+from minigpt5.model.decoders.diffusion import Diffusion, normal_like
+from minigpt5.model.decoders.multistep_scheduler import last_level
+from minigpt5.model.decoders.noise import predict_x0
+from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.folder import DISTILLED_DRAW
-from minigpt5.model.multistep_scheduler import last_level
 from minigpt5.model.pixels import to_pixels, to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.losses import exactly
@@ -54,15 +56,15 @@ class SharpenObjective(nn.Module):
         super().__init__()
         self.diffusion, self.text_encoder, self.preset = diffusion, text_encoder, preset
         diffusion.requires_grad_(False)
-        self.before = Diffusion(
-            copy.deepcopy(diffusion.vae), diffusion.unet, diffusion.noise_schedule, copy.deepcopy(diffusion.distilled)
+        self.before = StableDiffusion(
+            copy.deepcopy(diffusion.vae), diffusion.denoiser, diffusion.noise, copy.deepcopy(diffusion.distilled)
         )
-        for part in (diffusion.unet_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
+        for part in (diffusion.denoiser_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
         self._replay_buffer = ReplayBuffer(maxlen=REPLAY_CAPACITY)
 
     def forward(self, batch: Batch[WeightedScene], progress: float) -> dict[str, Tensor]:
-        diffusion, device = self.diffusion, self.diffusion.unet.device
+        diffusion, device = self.diffusion, self.diffusion.denoiser.device
         size, step = len(batch.examples), batch.step
         num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)
         true = [
@@ -76,7 +78,7 @@ class SharpenObjective(nn.Module):
         first, last = diffusion.noise_schedule.config.num_train_timesteps - 1, last_level(diffusion.noise_schedule)
         timesteps_B = torch.tensor([last] * len(noisy_BCYX) + [first] * num_composed, device=device)
         began_BCYX = torch.cat([noisy_BCYX, noise_BCYX[:num_composed]])
-        predicted_BCYX = diffusion.unet_for(DISTILLED)(
+        predicted_BCYX = diffusion.denoiser_for(DISTILLED)(
             began_BCYX, timesteps_B, encoder_hidden_states=torch.cat([condition_BQD, condition_BQD[:num_composed]])
         ).sample
         clean_BCYX = predict_x0(diffusion.noise_schedule, began_BCYX, predicted_BCYX.float(), timesteps_B)
@@ -166,7 +168,7 @@ class SharpenStage:
     def __init__(self, preset: SharpenPreset, sources: WeightSources, data: StageData) -> None:
         config = sources.config()
         self.diffusion = sources.diffusion(stage="sharpen")
-        prepare_unet(self.diffusion.unet_for(DISTILLED), preset)
+        prepare_unet(self.diffusion.denoiser_for(DISTILLED), preset)
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.config, self.preset = config, preset
         self.objective = SharpenObjective(self.diffusion, text_encoder, preset)
@@ -175,7 +177,7 @@ class SharpenStage:
         vae = [parameter for parameter in self.diffusion.vae.parameters() if parameter.requires_grad]
         return [
             {
-                "params": list(self.diffusion.unet_for(DISTILLED).parameters()),
+                "params": list(self.diffusion.denoiser_for(DISTILLED).parameters()),
                 "lr": self.preset.optimizer.learning_rate,
             },
             {"params": vae, "lr": self.preset.decoder_learning_rate},

@@ -10,7 +10,7 @@ from torch import nn
 
 from minigpt5.config import ModelConfig
 from minigpt5.engine.denoising import denoise
-from minigpt5.model.diffusion import Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.captions import draw_facts, write_caption
 from minigpt5.storybook.scenes import draw_scene, scene_at

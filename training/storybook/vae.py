@@ -12,12 +12,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from minigpt5.model import folder as model_folder
-from minigpt5.model.diffusion import load_vae, new_storybook_vae, normal_like
+from minigpt5.model.decoders.diffusion import load_part, normal_like
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.data.batches import Batch, StageData
 from training.samples import save_sheet
 from training.storybook.examples import Crop
+from training.storybook.new_decoder import new_storybook_vae
 from training.storybook.presets import VaePreset
 from training.weight_sources import WeightSources
 
@@ -60,7 +61,7 @@ class VaeStage:
         torch.manual_seed(preset.seed)
         self.preset = preset
         continues = sources.start or sources.decoder
-        self.vae = load_vae(sources.need("vae", stage="vae")) if continues else new_storybook_vae()
+        self.vae = load_part(sources.need("vae", stage="vae"), "vae") if continues else new_storybook_vae()
         self.objective = VaeObjective(self.vae)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

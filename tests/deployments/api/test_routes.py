@@ -748,7 +748,7 @@ def test_health_readiness_docs_and_the_page(served: Served) -> None:
 
 
 def test_the_schedulers_are_those_that_the_decoder_knows() -> None:
-    from minigpt5.model.diffusion import SAMPLERS  # loads torch
+    from minigpt5.model.decoders.noise import SAMPLERS  # loads torch
 
     annotation = CreateStory.model_fields["scheduler"].annotation
     names = {name for member in get_args(annotation) for name in get_args(member)}

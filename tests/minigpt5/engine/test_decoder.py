@@ -121,7 +121,7 @@ def test_vokens_of_another_shape_are_refused(decoder: DiffusionDecoder) -> None:
 def test_saved_by_training_loaded_by_the_decoder(tmp_path: Path) -> None:
     config = save_tiny(tmp_path)
     mapper, diffusion = tiny_mapper(config), tiny_diffusion(config)
-    for module in (mapper, diffusion.vae, diffusion.unet):  # what is stored is float16
+    for module in (mapper, diffusion.vae, diffusion.denoiser):  # what is stored is float16
         module.half().float()
     request = DrawRequest(vokens=vokens(fingerprint=config.fingerprint), seed=3, settings=FAST)
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_picture_joins_those_under_way_and_leaves_before_them(decoder: Diffusi
 
 def test_a_scale_of_one_has_one_place_in_a_call_and_guidance_two(decoder: DiffusionDecoder) -> None:
     sizes: list[int] = []
-    handle = decoder.diffusion.unet.register_forward_pre_hook(lambda unet, inputs: sizes.append(len(inputs[0])))
+    handle = decoder.diffusion.denoiser.register_forward_pre_hook(lambda unet, inputs: sizes.append(len(inputs[0])))
     requests = [
         DrawRequest(vokens=vokens(), seed=1, settings=DrawSettings(steps=2, guidance_scale=scale))
         for scale in (1.0, 3.0, 1.0)
@@ -253,7 +253,7 @@ def test_a_scale_of_one_has_one_place_in_a_call_and_guidance_two(decoder: Diffus
 def test_a_picture_of_another_client_is_drawn_at_half_speed_at_worst(decoder: DiffusionDecoder) -> None:
     decoder = new_decoder()
     sizes: list[int] = []
-    decoder.diffusion.unet.register_forward_pre_hook(lambda unet, inputs: sizes.append(len(inputs[0])))
+    decoder.diffusion.denoiser.register_forward_pre_hook(lambda unet, inputs: sizes.append(len(inputs[0])))
 
     async def together() -> int:
         async def draw(key: str, seed: int) -> None:
@@ -282,7 +282,7 @@ def test_after_random_cancels_nothing_is_in_flight_and_work_stops_within_a_step(
         nonlocal num_calls
         num_calls += 1
 
-    decoder.diffusion.unet.register_forward_pre_hook(count)
+    decoder.diffusion.denoiser.register_forward_pre_hook(count)
 
     async def cancel(seed: int) -> None:
         rng = random.Random(seed)

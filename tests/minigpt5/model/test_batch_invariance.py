@@ -39,7 +39,7 @@ def test_a_convolution_of_one_pixel_is_a_linear_layer() -> None:
 @torch.no_grad()
 def test_no_layer_of_the_decoder_sees_how_few_pictures_are_drawn() -> None:
     _, _, diffusion = load_decoder_model(default_model_folder())
-    unet, vae = diffusion.unet, diffusion.vae
+    unet, vae = diffusion.denoiser, diffusion.vae
     noise = torch.Generator().manual_seed(0)
     steps_BT = torch.randn(TILE_ROWS, unet.config.block_out_channels[0], generator=noise)
     latents_BCYX = torch.randn(2, unet.config.in_channels, 16, 16, generator=noise)

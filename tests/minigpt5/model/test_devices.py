@@ -8,7 +8,7 @@ import torch
 
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.model.diffusion import SAMPLERS
+from minigpt5.model.decoders.noise import VariancePreserving
 from minigpt5.types import DrawSettings
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper
 
@@ -24,7 +24,7 @@ def test_a_step_of_the_language_model_stays_on_its_device() -> None:
         assert language.logits(states_TH).device.type == "meta"
 
 
-@pytest.mark.parametrize("scheduler", sorted(SAMPLERS))
+@pytest.mark.parametrize("scheduler", sorted(VariancePreserving.samplers))
 def test_a_denoising_step_stays_on_its_device(scheduler: str) -> None:
     config = tiny_config()
     mapper, diffusion = tiny_mapper(config).to("meta"), tiny_diffusion(config, is_distilled=True).to("meta")

@@ -18,9 +18,9 @@ from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.batch_invariance import make_batch_invariant
-from minigpt5.model.diffusion import Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion
+from minigpt5.model.decoders.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.folder import DISTILLED_DRAW, save_diffusion
-from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Picture, Vokens
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
 
@@ -129,7 +129,7 @@ def test_both_unets_are_stored(tmp_path: Path) -> None:
     save_diffusion(copy.deepcopy(diffusion), tmp_path)
     again = Diffusion.from_pretrained(tmp_path)
     assert again.distilled is not None and diffusion.distilled is not None
-    for stored, was in ((again.unet, diffusion.unet), (again.distilled, diffusion.distilled)):
+    for stored, was in ((again.denoiser, diffusion.denoiser), (again.distilled, diffusion.distilled)):
         for name, value in was.state_dict().items():
             assert torch.equal(stored.state_dict()[name], value.half().float()), name
 

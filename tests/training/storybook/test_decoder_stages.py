@@ -13,9 +13,9 @@ import torch
 from minigpt5.codec import to_json
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.errors import TrainingError
-from minigpt5.model.diffusion import Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion
+from minigpt5.model.decoders.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.folder import DISTILLED_DRAW, save_diffusion
-from minigpt5.model.multistep_scheduler import NUM_LEVELS
 from minigpt5.types import DISTILLED, DrawSettings
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
 from training.data.batches import StageData, batch_at
@@ -47,7 +47,7 @@ def test_a_stage_starts_from_the_stages_before_it(tmp_path: Path) -> None:
 def test_the_decoder_alone_learns_from_latents_that_the_unet_cleaned() -> None:
     preset = dataclasses.replace(STORYBOOK["decoder"], batch_size=2)
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
-    diffusion.unet.requires_grad_(True)  # as it is loaded
+    diffusion.denoiser.requires_grad_(True)  # as it is loaded
     objective = DecoderObjective(diffusion, SomeStates(), preset)  # type: ignore[arg-type]
     torch.manual_seed(0)
     losses = objective(dataclasses.replace(batch_at(StorybookExamples(preset), 0, 2), step=0), 0.0)

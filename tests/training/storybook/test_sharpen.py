@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from minigpt5.errors import TrainingError
-from minigpt5.model.diffusion import Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.folder import save_diffusion
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene
@@ -30,7 +30,7 @@ PRESET = override(STORYBOOK["sharpen"], ["batch_size=3", "replay.steps=2", "repl
 
 def new_sharpen() -> tuple[Diffusion, SharpenObjective]:
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
-    for unet in (diffusion.unet, diffusion.distilled):
+    for unet in (diffusion.denoiser, diffusion.distilled):
         unet.register_to_config(sample_size=32)  # pictures of the storybook's size
     return diffusion, SharpenObjective(diffusion, SomeStates(), PRESET)  # type: ignore[arg-type]
 
@@ -75,7 +75,7 @@ def test_the_distilled_unet_and_the_way_back_learn_and_nothing_else() -> None:
     losses = objective(batch_of(0), 0.0)
     assert set(losses) >= {"loss", "detail", "composition"}
     (losses["loss"] - losses["composition"]).backward()
-    through_pixels = [p.grad.abs().max() for p in diffusion.unet_for(DISTILLED).parameters() if p.grad is not None]
+    through_pixels = [p.grad.abs().max() for p in diffusion.denoiser_for(DISTILLED).parameters() if p.grad is not None]
     assert max(through_pixels) > 1e-6
     parts = trained_parts(diffusion)
     assert {name.split(".")[0] for name in parts} == {"distilled", "vae"}

@@ -9,15 +9,11 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from minigpt5.engine.denoising import denoise
-from minigpt5.model.diffusion import (
-    MIN_VELOCITY_WEIGHT,
-    SAMPLERS,
-    Diffusion,
-    min_snr_weight,
-    new_storybook_noise_schedule,
-)
+from minigpt5.model.decoders.noise import MIN_VELOCITY_WEIGHT, VariancePreserving, min_snr_weight
+from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.types import DISTILLED, SDE_DPM_SOLVER, DrawSettings
 from tests.helpers.tiny import tiny_config, tiny_diffusion
+from training.storybook.new_decoder import new_storybook_noise_schedule
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -63,7 +59,7 @@ def test_no_signal_is_no_nan_for_either_prediction() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - {DISTILLED}))
+@pytest.mark.parametrize("sampler", sorted(VariancePreserving.samplers.keys() - {DISTILLED}))
 def test_a_stable_diffusion_folder_is_read_and_drawn(tmp_path: Path, prediction: str, sampler: str) -> None:
     config = tiny_config()
     tiny = tiny_diffusion(config)
@@ -72,7 +68,7 @@ def test_a_stable_diffusion_folder_is_read_and_drawn(tmp_path: Path, prediction:
     PNDMScheduler(**BETAS, prediction_type=prediction, skip_prk_steps=True, steps_offset=1).save_pretrained(
         tmp_path / "scheduler"
     )
-    diffusion = Diffusion.from_pretrained(tmp_path).eval()
+    diffusion = StableDiffusion.from_pretrained(tmp_path).eval()
     assert diffusion.noise_schedule.config.prediction_type == prediction
     condition_BQD = torch.randn(2, config.condition_length, config.condition_width)
     draw = DrawSettings(steps=3, guidance_scale=2.0, scheduler=sampler)

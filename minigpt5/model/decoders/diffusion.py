@@ -1,0 +1,341 @@
+"""The one face of latent diffusion models: condition in, noise to latents, latents <-> pictures.
+
+A family is a subclass in a file of its own; `load.py` chooses it by the folder's `model_index.json`. Models, samplers
+and VAEs are diffusers' own, in its folder layout.
+
+The condition is one tensor (B, Q, D): the states that the denoiser attends to. Where a family also reads one vector of
+the whole caption, the last position holds it, with zeros up to D. A position of zeros is padding where a family masks.
+
+Shape letters: B pictures, C latent channels, M moments of the VAE, Y X latent rows and columns, Q condition positions,
+D condition width, P width of the vector; of pictures, C = 3 and Y X are pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from minigpt5.errors import InvalidRequest, ModelFolderError
+from minigpt5.model.decoders.noise import NoiseProcess
+from minigpt5.types import DISTILLED, DrawSettings
+
+DISTILLED_FOLDER = "unet_distilled"
+LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
+DECODED_PIXELS = 2**21
+"""Pixels that the VAE decodes in one call; a larger picture is decoded in tiles."""
+PREVIEWED_LATENTS = 4
+"""Smooth random latents that say how a latent's channels look, each PREVIEW_SIDE x PREVIEW_SIDE."""
+PREVIEW_SIDE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """What a model folder must know of its diffusion model."""
+
+    condition_length: int
+    condition_width: int
+    condition_pooled: int = 0
+    """Width of the caption's one vector; 0: the family reads none."""
+    image_px: int
+    draw: DrawSettings
+    """As the family draws best."""
+
+
+class Diffusion(nn.Module, ABC):
+    """A latent diffusion model. All parameters are trainable as loaded; callers freeze what they do not train."""
+
+    PIPELINES: ClassVar[tuple[str, ...]]
+    """diffusers' pipelines of this family, as `model_index.json` names them."""
+    DENOISER: ClassVar[str] = "transformer"
+    """Folder of the denoiser."""
+    PATCH: ClassVar[int] = 1
+    """Sides of a picture's latents are multiples of this."""
+
+    def __init__(
+        self, vae: nn.Module, denoiser: nn.Module, noise: NoiseProcess, distilled: nn.Module | None = None
+    ) -> None:
+        """`distilled`: a second denoiser, which includes guidance and needs few steps."""
+        super().__init__()
+        self.vae: Any = vae
+        self.denoiser: Any = denoiser
+        self.distilled: Any = distilled
+        self.noise = noise
+        self.dtype = torch.float32
+        """What the denoiser takes; see `hold_in`."""
+        self._to_rgb: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Diffusion:
+        """Read the VAE, the denoiser, the schedule and, where there is one, the distilled denoiser as float32."""
+        return cls.from_folders(vae=folder, denoiser=folder)
+
+    @classmethod
+    def from_folders(cls, *, vae: str | Path, denoiser: str | Path) -> Diffusion:
+        """Read the VAE from one folder and all else from another, as float32."""
+        return cls(
+            load_part(vae, "vae"), load_part(denoiser, cls.DENOISER), cls.load_noise(denoiser), load_distilled(denoiser)
+        )
+
+    @classmethod
+    @abstractmethod
+    def load_noise(cls, folder: str | Path) -> NoiseProcess:
+        """Read the noise process in `scheduler/`, whichever sampler it was made for."""
+
+    @classmethod
+    @abstractmethod
+    def read_sizes(cls, folder: Path) -> DecoderSizes:
+        """Sizes from config files alone. Raises ModelFolderError where the folder's kind does not fit."""
+
+    @classmethod
+    @abstractmethod
+    def load_text_encoder(cls, folder: str | Path, *, num_positions: int) -> nn.Module:
+        """The base's own text encoders: a list of captions -> the condition (B, Q, D)."""
+
+    @abstractmethod
+    def predict(
+        self,
+        denoiser: Any,
+        latents_BCYX: Tensor,
+        timesteps_B: Tensor,
+        condition_BQD: Tensor,
+        *,
+        guidance_B: Tensor | None = None,
+    ) -> Tensor:
+        """Call the denoiser. `guidance_B`: the guidance scales, for a denoiser that takes them as an input."""
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers that draw."""
+        return tuple(name for name in self.noise.samplers if name != DISTILLED or self.distilled is not None)
+
+    @property
+    def noise_schedule(self) -> Any:
+        return self.noise.schedule
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of the square of pixels that one latent stands for."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def multiple(self) -> int:
+        """Widths and heights are multiples of this many pixels."""
+        return self.PATCH * self.pixels_per_latent
+
+    @property
+    def native_px(self) -> int:
+        """Side of the square picture that the model was trained to draw."""
+        return int(self.denoiser.config.sample_size * self.pixels_per_latent)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.denoiser.config.in_channels)
+
+    def latent_shape(self, draw: DrawSettings) -> tuple[int, int, int]:
+        """(C, Y, X) of a picture's latents. Raises InvalidRequest where a side is no multiple."""
+        width, height = draw.width or self.native_px, draw.height or self.native_px
+        for name, side in (("width", width), ("height", height)):
+            if side % self.multiple:
+                raise InvalidRequest(
+                    name, f"{name} is {side} but must be a multiple of {self.multiple} with this model"
+                )
+        return self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent
+
+    def is_guided(self, draw: DrawSettings) -> bool:
+        """Whether a step needs a second prediction, without the condition."""
+        return draw.guidance_scale != 1
+
+    def new_sampler(self, draw: DrawSettings) -> Any:
+        """A sampler of one picture, with its timesteps."""
+        sampler = self.noise.new_sampler(draw.scheduler)
+        self.set_timesteps(sampler, draw)
+        return sampler
+
+    def set_timesteps(self, sampler: Any, draw: DrawSettings) -> None:
+        sampler.set_timesteps(draw.steps)
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Keep the weights in a smaller type, for inference. A VAE that its config says to overflow stays float32."""
+        self.dtype = dtype
+        self.denoiser.to(dtype)
+        if self.distilled is not None:
+            self.distilled.to(dtype)
+        if not self.vae.config.get("force_upcast"):
+            self.vae.to(dtype)
+
+    def denoiser_for(self, sampler: str) -> Any:
+        """Return the denoiser that a sampler draws with. Raises ModelFolderError."""
+        if sampler != DISTILLED:
+            return self.denoiser
+        if self.distilled is None:
+            raise ModelFolderError(
+                f"there is no distilled UNet in this model: draw with another scheduler than {sampler}"
+            )
+        return self.distilled
+
+    def to_moments(self, pixels_BCYX: Tensor) -> Tensor:
+        """Pictures in [-1, 1] -> the posterior's mean and log variance, as the VAE gives them: (B, M, Y, X)."""
+        return self.vae.encode(pixels_BCYX).latent_dist.parameters
+
+    def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""
+        return self.from_moments(self.to_moments(pixels_BCYX), noise=noise)
+
+    def from_moments(self, moments_BMYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        """What `to_moments` gives -> normalised latents; see `to_latents`."""
+        posterior = DiagonalGaussianDistribution(moments_BMYX.float())
+        latents_BCYX = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
+        return self.normalise(latents_BCYX)
+
+    def noise_like_latents(self, moments_BMYX: Tensor) -> Tensor:
+        """Noise for `from_moments`."""
+        return normal_like(moments_BMYX.chunk(2, dim=1)[0].float())
+
+    def normalise(self, latents_BCYX: Tensor) -> Tensor:
+        """To the denoiser's scale."""
+        mean, std = self._statistics(latents_BCYX)
+        return (latents_BCYX - mean) / std
+
+    def denormalise(self, latents_BCYX: Tensor) -> Tensor:
+        mean, std = self._statistics(latents_BCYX)
+        return latents_BCYX * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Per channel where the VAE's config has statistics, else its shift and scaling factor."""
+        config = self.vae.config
+        if config.get("latents_mean") is None:
+            zero = torch.zeros(1, dtype=like.dtype, device=like.device)
+            return zero + (config.get("shift_factor") or 0.0), zero + 1 / config.scaling_factor
+        mean, std = (
+            torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+    def to_pixels(self, latents_BCYX: Tensor) -> Tensor:
+        """Normalised latents -> pictures in [-1, 1], some at a time."""
+        _, _, rows, columns = latents_BCYX.shape
+        num_pixels = rows * columns * self.pixels_per_latent**2
+        tiled = num_pixels > DECODED_PIXELS
+        if tiled:
+            self.vae.enable_tiling()
+        parts = latents_BCYX.split(max(1, DECODED_PIXELS // num_pixels))
+        pixels_BCYX = torch.cat([self.to_raw_pixels(part).clamp(-1, 1) for part in parts])
+        if tiled:
+            self.vae.disable_tiling()
+        return pixels_BCYX
+
+    def to_raw_pixels(self, latents_BCYX: Tensor) -> Tensor:
+        """Decode as `to_pixels` does, without cutting values outside of [-1, 1] off: a loss needs them."""
+        latents_BCYX = self.denormalise(latents_BCYX)
+        return self.vae.decode(latents_BCYX.to(self.vae.dtype)).sample.to(latents_BCYX.dtype)
+
+    @torch.no_grad()
+    def to_preview(self, latents_BCYX: Tensor) -> Tensor:
+        """Normalised latents -> small pictures in [-1, 1], one pixel a latent, without the VAE: the linear map from
+        channels to colours that fits what the VAE makes of smooth random latents."""
+        if self._to_rgb is None:
+            self._to_rgb = self._fit_colours(latents_BCYX)
+        with_one_BYXC = F.pad(latents_BCYX.float().permute(0, 2, 3, 1), (0, 1), value=1.0)
+        return (with_one_BYXC @ self._to_rgb).permute(0, 3, 1, 2).clamp(-1, 1)
+
+    def _fit_colours(self, like: Tensor) -> Tensor:
+        """(C + 1, 3): the last row is the colour of no latent."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (PREVIEWED_LATENTS, self.latent_channels)
+        latents_BCYX = torch.zeros(*shape, PREVIEW_SIDE, PREVIEW_SIDE)
+        for side in (1, 2, 4, 8):  # as pictures are: more of the coarse than of the fine
+            coarse = torch.randn(*shape, side, side, generator=generator) / 2
+            latents_BCYX += F.interpolate(coarse, (PREVIEW_SIDE, PREVIEW_SIDE), mode="bilinear")
+        pixels_BCYX = self.to_pixels(latents_BCYX.to(like)).float()
+        colours_BCYX = F.interpolate(pixels_BCYX, (PREVIEW_SIDE, PREVIEW_SIDE), mode="area").cpu()
+        latents_NC = F.pad(latents_BCYX.permute(0, 2, 3, 1), (0, 1), value=1.0).flatten(0, 2)
+        fitted = torch.linalg.lstsq(latents_NC, colours_BCYX.permute(0, 2, 3, 1).flatten(0, 2)).solution
+        return fitted.to(like.device)
+
+    def training_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, first_timestep: int = 0) -> Tensor:
+        """Sample noise and timesteps and return the mean denoising loss.
+
+        With `first_timestep` above 0, sample timesteps from there on and leave out the weights of the loss. What a
+        picture shows, and where, is decided while there is much noise.
+        """
+        timesteps = self.noise.sample_timesteps(len(latents_BCYX), first=first_timestep)
+        measure = self.unweighted_loss if first_timestep else self.weighted_loss
+        noise = normal_like(latents_BCYX)
+        return measure(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps.to(latents_BCYX.device)).mean()
+
+    def weighted_loss(self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the denoising loss with the noise process's weights, one value a picture: (B,)."""
+        loss_B = self.unweighted_loss(latents_BCYX, condition_BQD, noise=noise, timesteps=timesteps)
+        return loss_B * self.noise.loss_weight(timesteps)
+
+    def unweighted_loss(
+        self, latents_BCYX: Tensor, condition_BQD: Tensor, *, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """Compute the mean squared error of the prediction, one value a picture: (B,)."""
+        noisy_BCYX = self.noise.add_noise(latents_BCYX, noise, timesteps)
+        predicted_BCYX = self.predict(self.denoiser, noisy_BCYX, timesteps, condition_BQD)
+        target_BCYX = self.noise.target(latents_BCYX, noise, timesteps)
+        return F.mse_loss(predicted_BCYX.float(), target_BCYX.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    def predict_x0(
+        self,
+        latents_BCYX: Tensor,
+        condition_BQD: Tensor,
+        *,
+        noise: Tensor,
+        timesteps: Tensor,
+        sampler: str = "ddim",
+    ) -> Tensor:
+        """Add noise to the latents and return the estimate of the clean latents (x0): (B, C, Y, X). The denoiser is
+        the one that `sampler` draws with."""
+        noisy_BCYX = self.noise.add_noise(latents_BCYX, noise, timesteps)
+        predicted_BCYX = self.predict(self.denoiser_for(sampler), noisy_BCYX, timesteps, condition_BQD)
+        return self.noise.predict_x0(noisy_BCYX, predicted_BCYX, timesteps)
+
+
+def split_pooled(condition_BQD: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """A condition -> the states (B, Q - 1, D) and the caption's one vector (B, P)."""
+    return condition_BQD[:, :-1], condition_BQD[:, -1, :width]
+
+
+def join_pooled(states_BQD: Tensor, pooled_BP: Tensor) -> Tensor:
+    """States and the caption's one vector -> a condition, one position longer."""
+    missing = states_BQD.shape[2] - pooled_BP.shape[1]
+    return torch.cat([states_BQD, F.pad(pooled_BP, (0, missing))[:, None].to(states_BQD)], dim=1)
+
+
+def load_part(folder: str | Path, name: str) -> Any:
+    """A model of diffusers in a folder, of the class that its config names, as float32. Raises ModelFolderError."""
+    path = Path(folder) / name
+    model = getattr(diffusers, str(read_config(path)["_class_name"]), None)
+    if model is None or not hasattr(model, "from_pretrained"):
+        raise ModelFolderError(f"{path} is a {read_config(path)['_class_name']}, which diffusers does not have")
+    return model.from_pretrained(path, **LOADING)
+
+
+def load_distilled(folder: str | Path) -> Any | None:
+    """The distilled denoiser in `unet_distilled/`, as float32; None where there is none."""
+    return load_part(folder, DISTILLED_FOLDER) if (Path(folder) / DISTILLED_FOLDER).is_dir() else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A part's config. Raises ModelFolderError where there is none."""
+    file = path / ("scheduler_config.json" if path.name == "scheduler" else "config.json")
+    if not file.is_file():
+        raise ModelFolderError(f"{path.parent} has no {path.name}/: name a model in the layout of diffusers")
+    return json.loads(file.read_text())
+
+
+def normal_like(values: Tensor) -> Tensor:
+    """Noise from the CPU's generator: the same numbers on whichever device `values` lie."""
+    return torch.randn(values.shape, dtype=values.dtype).to(values.device)
