@@ -21,10 +21,11 @@ from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.types import DrawSettings, Sampling
 
 if TYPE_CHECKING:
-    from minigpt5.model.diffusion import Diffusion
+    from torch import nn
+
+    from minigpt5.model.decoders.diffusion import Diffusion
     from minigpt5.model.language import LanguageModel
     from minigpt5.model.mapper import Mapper
-    from minigpt5.model.text_encoder import ClipTextEncoder, TextEncoder
     from minigpt5.model.vision import Vision
 
 DEFAULT_CONTEXT = 2048
@@ -47,7 +48,7 @@ class Parts:
     vision: Vision
     mapper: Mapper
     diffusion: Diffusion
-    text_encoder: TextEncoder | ClipTextEncoder
+    text_encoder: nn.Module
 
 
 def make_folder(
@@ -95,7 +96,7 @@ def combine(
 
     from minigpt5.model.base_models import pin, resolve
     from minigpt5.model.cache import hash_weights
-    from minigpt5.model.diffusion import Diffusion
+    from minigpt5.model.decoders.load import load_diffusion
     from minigpt5.model.mapper import Mapper
     from minigpt5.model.text_encoder import load_text_encoder
     from minigpt5.model.vision import TowerEncoder, Vision
@@ -121,7 +122,7 @@ def combine(
         language=_load_language(bases[language], config),
         vision=Vision(config, tower),
         mapper=Mapper(config),
-        diffusion=Diffusion.from_pretrained(bases[diffusion]),
+        diffusion=load_diffusion(bases[diffusion]),
         text_encoder=load_text_encoder(bases[diffusion], config),
     )
     _check_denoiser(parts, bases[diffusion])

@@ -1,4 +1,4 @@
-"""Conditions -> latents, step by step: pictures at different steps, of different settings, in one call of their denoiser.
+"""Conditions -> latents, step by step: pictures at different steps and of different settings share a call.
 
 A picture depends on its own condition, seed and settings only, not on its batch. Guidance follows arXiv 2207.12598,
 rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.

@@ -20,7 +20,11 @@ def families() -> dict[str, type[Diffusion]]:
     """The families by the pipelines that diffusers draws their folders with."""
     for module in pkgutil.iter_modules(decoders.__path__):
         importlib.import_module(f"{decoders.__name__}.{module.name}")
-    return {pipeline: family for family in _subclasses(Diffusion) for pipeline in getattr(family, "PIPELINES", ())}
+    return {
+        pipeline: family
+        for family in _subclasses(Diffusion)  # type: ignore[type-abstract]
+        for pipeline in getattr(family, "PIPELINES", ())
+    }
 
 
 def _subclasses(family: type[Diffusion]) -> list[type[Diffusion]]:
