@@ -150,6 +150,10 @@ class Diffusion(nn.Module, ABC):
                 )
         return self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent
 
+    def unpack(self, latents: Tensor, draw: DrawSettings) -> Tensor:
+        """Latents as the family's pipeline returns them -> (B, C, Y, X)."""
+        return latents
+
     def is_guided(self, draw: DrawSettings) -> bool:
         """Whether a step needs a second prediction, without the condition."""
         return draw.guidance_scale != 1

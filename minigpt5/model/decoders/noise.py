@@ -58,9 +58,10 @@ class NoiseProcess(ABC):
     def new_sampler(self, name: str, **options: object) -> Any:
         """Make a sampler, a key of `samplers`, over the schedule. It shares no state with the schedule."""
         sampler = self.samplers[name]
-        return sampler.scheduler.from_config(self.schedule.config, **self._options(sampler), **options)
+        return sampler.scheduler.from_config(self.schedule.config, **self.options(sampler), **options)
 
-    def _options(self, sampler: Sampler) -> dict[str, Any]:
+    def options(self, sampler: Sampler) -> dict[str, Any]:
+        """What the sampler needs beside the schedule's config."""
         return sampler.options
 
     @abstractmethod
@@ -158,7 +159,7 @@ class RectifiedFlow(NoiseProcess):
     def is_shifted_by_size(self) -> bool:
         return bool(self.schedule.config.get("use_dynamic_shifting"))
 
-    def _options(self, sampler: Sampler) -> dict[str, Any]:
+    def options(self, sampler: Sampler) -> dict[str, Any]:
         named = "flow_shift" if sampler.scheduler is DPMSolverMultistepScheduler else "shift"
         return {**sampler.options, named: self.shift}
 

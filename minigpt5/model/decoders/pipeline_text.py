@@ -1,0 +1,39 @@
+"""Captions -> the condition, by the text half of diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PipelineTextEncoder(nn.Module):
+    """The frozen text encoders of a pipeline, called as it calls them; "" is what it is guided away from.
+
+    `encode(pipeline, captions)` and `encode_none(pipeline)` give conditions, (B, Q, D) and (1, Q, D).
+    """
+
+    def __init__(
+        self, pipeline: Any, *, encode: Callable[[Any, list[str]], Tensor], encode_none: Callable[[Any], Tensor]
+    ) -> None:
+        super().__init__()
+        self._pipeline, self._encode, self._encode_none = pipeline, encode, encode_none
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part.eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> Tensor:
+        """Captions -> (B, Q, D); longer captions are cut."""
+        none_1QD = self._encode_none(self._pipeline) if "" in captions else None
+        encoded = [none_1QD if caption == "" else self._encode(self._pipeline, [caption]) for caption in captions]
+        return torch.cat([one_1QD for one_1QD in encoded if one_1QD is not None])
+
+
+def load_text_half(pipeline: type[Any], folder: str | Path, *, denoiser: str) -> Any:
+    """A pipeline without its VAE and its denoiser, as float32."""
+    options = {"vae": None, denoiser: None, "dtype": torch.float32, "use_safetensors": True}
+    return pipeline.from_pretrained(folder, **options)
