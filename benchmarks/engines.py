@@ -66,7 +66,10 @@ class Engines:
         queries = self.config.vision.num_queries
         rows = self.generator.language.voken_embeddings
         return encode_prompt(
-            request_segments(request), self.generator.tokenizer, rows, num_image_embeddings=queries
+            request_segments(request, self.generator.template),
+            self.generator.tokenizer,
+            rows,
+            num_image_embeddings=queries,
         ).ids
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from deployments.api.chat import MAX_STOPS, CreateChat, Reply
 from deployments.api.images import CreateImages
 from deployments.api.routes import create_api
-from minigpt5.types import InputImage, Sampling, StoryRequest, Usage
+from minigpt5.types import InputImage, Role, Sampling, StoryRequest, Usage
 from tests.helpers.fakes import FakeDecoder, FakeGenerator, make_png
 from tests.helpers.served import CONFIG, Served, assert_error, data_url
 
@@ -100,12 +100,14 @@ def test_pictures_and_earlier_turns_are_read(served: Served) -> None:
     prompt = served.generator.requests[1].prompt
     kinds = ["image" if isinstance(part, InputImage) else part for part in prompt]
     assert kinds == [
+        Role(name="system"),
         "You tell stories.",
+        Role(name="user"),
         "Draw a fox",
-        "###Assistant:",
+        Role(name="assistant"),
         "Page 1 of 7.",
         "image",
-        "###Human:",
+        Role(name="user"),
         "And this?",
         "image",
     ]
