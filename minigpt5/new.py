@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from minigpt5.config import NO_VISION, BaseHash, LoraConfig, ModelConfig, VisionConfig
+from minigpt5.config import NO_VISION, BaseHash, LoraConfig, ModelConfig, TemplateName, VisionConfig
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.types import DrawSettings, Sampling
 
@@ -57,11 +57,13 @@ def make_folder(
     diffusion: str,
     vision: str = "none",
     context_tokens: int | None = None,
+    template: TemplateName | None = None,
 ) -> Parts:
     """Write a model folder that names its base models, and return the model.
 
-    The language model, the denoiser and the vision tower are each run once. Raises ModelFolderError where a base model
-    does not fit or `out` is taken, BaseModelNotFound where it is not there.
+    `template`: by default "chat" where the tokenizer has a chat template. The language model, the denoiser and the
+    vision tower are each run once. Raises ModelFolderError where a base model does not fit or `out` is taken,
+    BaseModelNotFound where it is not there.
     """
     from minigpt5.model import folder as model_folder
     from minigpt5.story.stream import describe
@@ -71,7 +73,12 @@ def make_folder(
         raise ModelFolderError(f"{out} exists: name a new folder with --out")
     try:
         parts = combine(
-            language=language, diffusion=diffusion, vision=vision, context_tokens=context_tokens, name=out.name
+            language=language,
+            diffusion=diffusion,
+            vision=vision,
+            context_tokens=context_tokens,
+            template=template,
+            name=out.name,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelFolderError(
@@ -88,7 +95,13 @@ def make_folder(
 
 
 def combine(
-    *, language: str, diffusion: str, vision: str, context_tokens: int | None = None, name: str = "own"
+    *,
+    language: str,
+    diffusion: str,
+    vision: str,
+    context_tokens: int | None = None,
+    template: TemplateName | None = None,
+    name: str = "own",
 ) -> Parts:
     """Load base models, infer every size from them, and put fresh parts between them. Raises as `make_folder` does."""
     import torch
@@ -103,7 +116,7 @@ def combine(
     torch.manual_seed(SEED)
     bases = {base: resolve(base) for base in (language, diffusion, vision) if base != "none"}
     ids = {base: pin(base, folder) for base, folder in bases.items()}
-    sizes = _language_sizes(bases[language], context_tokens) | _diffusion_sizes(bases[diffusion])
+    sizes = _language_sizes(bases[language], context_tokens, template) | _diffusion_sizes(bases[diffusion])
     tower = TowerEncoder(bases[vision]) if vision != "none" else None
     config = ModelConfig(
         name=name,
@@ -128,7 +141,7 @@ def combine(
     return parts
 
 
-def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
+def _language_sizes(folder: Path, context_tokens: int | None, template: TemplateName | None) -> dict[str, Any]:
     """The fields of ModelConfig that a language model decides."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -141,9 +154,11 @@ def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
     longest = min((tokens for tokens in sees if tokens), default=DEFAULT_CONTEXT)
     if context_tokens and context_tokens > longest:
         raise ModelFolderError(f"context is {context_tokens} but {folder} sees {longest} tokens: name at most that")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return {
         "hidden": config.hidden_size,
-        "vocabulary": len(AutoTokenizer.from_pretrained(folder)),
+        "vocabulary": len(tokenizer),
+        "template": template or ("chat" if tokenizer.chat_template else "published"),
         "context_tokens": context_tokens or min(DEFAULT_CONTEXT, longest),
         "lora": LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA, dropout=LORA_DROPOUT, targets=find_lora_targets(folder)),
     }
@@ -220,8 +235,9 @@ def _load_language(folder: Path, config: ModelConfig) -> LanguageModel:
 
     from minigpt5.engine.kv_cache import SlotCache
     from minigpt5.model.language import LanguageModel, load_tokenizer
+    from minigpt5.model.template import make_template
 
-    load_tokenizer(folder, config)
+    make_template(config, load_tokenizer(folder, config))
     causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     causal.eval().requires_grad_(False)
     ids_1S = torch.randint(config.vocabulary, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(SEED))
@@ -296,7 +312,7 @@ def report(parts: Parts) -> str:
     lines = ["parameters", *(f"  {name:18}{number:>16,}" for name, number in sizes.items() if number)]
     lines += [f"  {'LoRA':18}{lora:>16,}", "trained by stage"]
     lines += [f"  {stage:18}{number:>16,}" for stage, number in trained.items() if number]
-    lines += ["memory in GB, without activations"]
+    lines += [f"template {config.template}", "memory in GB, without activations"]
     for name, gigabytes in memory_gb(parts, sizes | {"LoRA": lora}, trained).items():
         lines.append(f"  {name:38}{gigabytes:8.2f}")
     return "\n".join(lines)
@@ -354,6 +370,11 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         help="reads pictures: CLIP, SigLIP, DINOv2 (default none)",
     )
     parser.add_argument("--context", type=int, help=f"tokens of a story with its prompt (default {DEFAULT_CONTEXT})")
+    parser.add_argument(
+        "--template",
+        choices=get_args(TemplateName),
+        help="of prompts: the paper's, or the language model's own (default \"chat\" where its tokenizer has one)",
+    )
     parser.add_argument("--out", required=True, help="the new model folder")
     options = parser.parse_args(arguments)
     try:
@@ -363,6 +384,7 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
             diffusion=options.diffusion,
             vision=options.vision,
             context_tokens=options.context,
+            template=options.template,
         )
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)

@@ -37,6 +37,7 @@ FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{TODAY}{{%- endmacro -%}}"
 SYSTEM, FIRST, ANSWER, SECOND, REPLY, THIRD = (f"Qmark{number}Q" for number in range(6))
 """Contents that no template changes: without white space, and no tag."""
 TURNS = (FIRST, ANSWER, SECOND, REPLY, THIRD)
+INSTEAD = "make the model folder with --template published"
 PICTURE = [text_segment("<Img>"), READ, text_segment("</Img>")]
 
 
@@ -173,10 +174,10 @@ def _strip(turn: Sequence[Segment]) -> list[Segment]:
 
 def protect_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make every added token that the chat template names a special one: what a user writes never becomes such a token
-    (some tokenizers have their turns' tokens as plain added ones)."""
+    (some tokenizers have their turns' tokens as plain added ones). Raises as `read_chat_template` does."""
     from tokenizers import AddedToken
 
-    written = tokenizer.get_chat_template()
+    written = _source(tokenizer)
     named = [
         token
         for token in tokenizer.added_tokens_decoder.values()
@@ -193,14 +194,20 @@ def read_chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """Cut the tokenizer's chat template. Raises ModelFolderError where it has none, or one that cannot be cut."""
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        raise ModelFolderError('the tokenizer has no chat template: use template "published"')
+    _source(tokenizer)
     try:
         return _read(tokenizer)
     except (TemplateError, ValueError, TypeError) as error:
         raise ModelFolderError(
-            f'the chat template of the tokenizer cannot be split into turns ({error}): use template "published"'
+            f"the chat template of {tokenizer.name_or_path} cannot be split into turns ({error}): {INSTEAD}"
         ) from error
+
+
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:  # none, or several and no default
+        raise ModelFolderError(f"{tokenizer.name_or_path} has no chat template: {INSTEAD}") from None
 
 
 def _read(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -256,7 +263,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, *turns: str, system: str = "") -
         messages,
         tokenize=False,
         add_generation_prompt=bool(len(turns) % 2),
-        chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+        chat_template=FIXED_DATE + _source(tokenizer),
         enable_thinking=False,
         thinking=False,
         date_string=TODAY,

@@ -123,13 +123,18 @@ def encode(
     `published_quirks`: repeat the published label bug. In the first picture [IMG7] is learnt too, in later pictures
     every voken.
     """
-    is_framed = bool(segments) and bool(segments[0].frames)
-    ids = [] if is_framed or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    is_chat = bool(segments) and bool(segments[0].frames)
+    ids = [] if is_chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORED] * len(ids)
     num_drawn = 0
-    for segment in segments:
+    for at, segment in enumerate(segments):
         if segment.kind == "text":
-            new = framed_ids(segment, tokenizer) if segment.frames else text_ids(segment.text, tokenizer)
+            follows_picture = at > 0 and segments[at - 1].kind == "read"
+            if segment.frames or (is_chat and follows_picture):
+                placeholder = voken_embeddings.placeholder if follows_picture else None
+                new = framed_ids(segment, tokenizer, after=placeholder)
+            else:
+                new = text_ids(segment.text, tokenizer)
             learnt = new if segment.is_target else [IGNORED] * len(new)
         elif segment.kind == "read":
             new = [voken_embeddings.placeholder] * num_image_embeddings
@@ -156,17 +161,21 @@ def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def framed_ids(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenize text with frames, as the tokenizer's library tokenizes a rendered chat template.
+def framed_ids(segment: Segment, tokenizer: PreTrainedTokenizerBase, *, after: int | None = None) -> list[int]:
+    """Tokenize text of a chat, as the tokenizer's library tokenizes a rendered chat template. `after`: the token before
+    it, where there is one; some tokenizers treat the very first word otherwise.
 
     Where a string such as "<|im_end|>" stands outside the frames, the texts between control tokens are tokenized alone.
     """
     text = segment.text
-    names = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
-    found = list(re.finditer("|".join(map(re.escape, reversed(names))), text)) if names else []
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    found = list(re.finditer("|".join(longest_first), text)) if names else []
     own = [match for match in found if any(a <= match.start() and match.end() <= b for a, b in segment.frames)]
     if len(own) == len(found):
-        return tokenizer.encode(text, add_special_tokens=False)
+        if after is None:
+            return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(f"{tokenizer.convert_ids_to_tokens(after)}{text}", add_special_tokens=False)[1:]
     ids, start = [], 0
     for match in own:
         ids += text_ids(text[start : match.start()], tokenizer)
