@@ -53,6 +53,7 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
         tokenizer=tokenizer,
         template=template,
         voken_embeddings=language.voken_embeddings,
+        end_ids=template.end_ids(tokenizer),
         fingerprint="",
         put=events.append,
     )

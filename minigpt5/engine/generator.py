@@ -90,6 +90,7 @@ class VokenGenerator:
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
         self.template = make_template(config, tokenizer)
+        self.end_ids = self.template.end_ids(tokenizer)
         self.num_close_choices = 0
         """Tokens of finished requests whose choice another batch could have changed."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
@@ -160,6 +161,7 @@ class VokenGenerator:
             tokenizer=self.tokenizer,
             template=self.template,
             voken_embeddings=self.language.voken_embeddings,
+            end_ids=self.end_ids,
             fingerprint=self.fingerprint,
             put=job.put,
             published_quirks=self.config.published_quirks,

@@ -67,6 +67,7 @@ class Writer:
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
         voken_embeddings: VokenEmbeddings,
+        end_ids: frozenset[int],
         fingerprint: str,
         put: Callable[[GeneratorEvent], None],
         published_quirks: bool = False,
@@ -74,11 +75,7 @@ class Writer:
         self.request, self.prompt_ids, self.published_quirks = request, prompt_ids, published_quirks
         self.num_close = 0
         """Choices whose margin was below CLOSE."""
-        self._tokenizer, self._voken_embeddings, self._end_ids = (
-            tokenizer,
-            voken_embeddings,
-            template.end_ids(tokenizer),
-        )
+        self._tokenizer, self._voken_embeddings, self._end_ids = tokenizer, voken_embeddings, end_ids
         self._given_ids = given_ids(request, template, tokenizer)
         self._stop = (*template.stop, *request.stop)
         self._fingerprint, self._put = fingerprint, put
