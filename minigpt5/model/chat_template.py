@@ -205,9 +205,12 @@ def read_chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
 
 def _source(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
-        return tokenizer.get_chat_template()
+        written = tokenizer.get_chat_template()
     except ValueError:  # none, or several and no default
-        raise ModelFolderError(f"{tokenizer.name_or_path} has no chat template: {INSTEAD}") from None
+        written = ""
+    if not written.strip():
+        raise ModelFolderError(f"{tokenizer.name_or_path} has no chat template: {INSTEAD}")
+    return written
 
 
 def _read(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
