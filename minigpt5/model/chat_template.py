@@ -22,6 +22,7 @@ from minigpt5.model.prompt import (
     Segment,
     Task,
     ask_for,
+    control_tokens,
     join_texts,
     merge_text_parts,
     text_segment,
@@ -221,9 +222,8 @@ def _read(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     if last_opens.startswith(asked):  # an answer may begin with more than it is asked with: " ", or a control token
         more = last_opens.removeprefix(asked)
         opens, lead = asked + more.rstrip(" "), more[len(more.rstrip(" ")) :]
-    names = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = re.match(rf"\s*(?:{'|'.join(sorted(names, key=len, reverse=True))})", end)
-    if not (names and ends):
+    ends = re.match(rf"\s*(?:{control_tokens(tokenizer)})", end)
+    if not ends:
         raise ValueError(f"an answer ends with {end[:40]!r}, which is no token of its own")
     template = ChatTemplate(
         begin=begin,

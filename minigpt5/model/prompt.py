@@ -168,9 +168,7 @@ def framed_ids(segment: Segment, tokenizer: PreTrainedTokenizerBase, *, after: i
     Where a string such as "<|im_end|>" stands outside the frames, the texts between control tokens are tokenized alone.
     """
     text = segment.text
-    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    found = list(re.finditer("|".join(longest_first), text)) if names else []
+    found = list(re.finditer(control_tokens(tokenizer), text))
     own = [match for match in found if any(a <= match.start() and match.end() <= b for a, b in segment.frames)]
     if len(own) == len(found):
         if after is None:
@@ -182,6 +180,12 @@ def framed_ids(segment: Segment, tokenizer: PreTrainedTokenizerBase, *, after: i
         ids.append(tokenizer.convert_tokens_to_ids(match.group()))
         start = match.end()
     return ids + text_ids(text[start:], tokenizer)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A regular expression of the special tokens, the longest first; without any it fits nothing."""
+    names = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return "|".join(sorted(names, key=len, reverse=True)) or "(?!)"
 
 
 def merge_text_parts(prompt: Sequence[str | InputImage]) -> list[str | InputImage]:
