@@ -6,7 +6,6 @@ outgrow; classes, files and tokenizer are real.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,8 +52,9 @@ from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel, pad
 from minigpt5.model.prompt import caption_segments, encode, request_segments, story_segments
 from minigpt5.objective.example import Example
+from minigpt5.parity.text import deviation, run, text_of
 from minigpt5.pipeline import MiniGPT5
-from minigpt5.types import DrawSettings, GeneratorEvent, Sampling, StoryRequest, TextDelta, Usage, Vokens
+from minigpt5.types import DrawSettings, GeneratorEvent, Sampling, StoryRequest, Usage, Vokens
 from training.data.batches import Batch, StageData
 from training.presets import PUBLISHED, VokenPreset, override
 from training.stages.voken import VokenStage
@@ -255,27 +255,10 @@ def some_ids(num_tokens: int, *, seed: int) -> Tensor:
     return torch.randint(VOCABULARY, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
 def ask(words: str, **fields: Any) -> StoryRequest:
     """A greedy request."""
     sampling = Sampling(temperature=0.0, max_page_tokens=fields.pop("max_page_tokens", 16))
     return StoryRequest(prompt=(words,), sampling=sampling, seed=1, **fields)
-
-
-def run(generator: VokenGenerator, *requests: StoryRequest) -> list[list[GeneratorEvent]]:
-    """All at once."""
-
-    async def collect(request: StoryRequest) -> list[GeneratorEvent]:
-        return [event async for event in generator.generate(request)]
-
-    async def together() -> list[list[GeneratorEvent]]:
-        return await asyncio.gather(*map(collect, requests))
-
-    return asyncio.run(together())
 
 
 def check_equal(found: list[GeneratorEvent], expected: list[GeneratorEvent]) -> None:
@@ -285,10 +268,6 @@ def check_equal(found: list[GeneratorEvent], expected: list[GeneratorEvent]) -> 
     assert len(vokens[0]) == len(vokens[1]) > 0
     for one_VH, other_VH in zip(*vokens, strict=True):
         assert deviation(torch.from_numpy(one_VH), torch.from_numpy(other_VH)) < CLOSE
-
-
-def text_of(events: list[GeneratorEvent]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 PROMPTS = [
