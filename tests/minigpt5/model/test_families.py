@@ -92,7 +92,6 @@ LONGROPE = {
     "rope_theta": 10_000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 4.0, 6.0, 8.0],
-    "original_max_position_embeddings": 1024,
 }
 
 
@@ -136,7 +135,9 @@ FAMILIES = {
     ),
     "Phi 3 and 4": Family(
         ways="fused queries, keys and values; LongRoPE to its original length",
-        config=functools.partial(Phi3Config, rope_parameters=LONGROPE, sliding_window=None),
+        config=functools.partial(
+            Phi3Config, rope_parameters=LONGROPE, original_max_position_embeddings=1024, sliding_window=None
+        ),
     ),
     "SmolLM3": Family(
         ways="layers without positions; tied head",
