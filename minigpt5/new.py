@@ -231,13 +231,11 @@ def _load_language(folder: Path, config: ModelConfig) -> LanguageModel:
     """The language model with fresh vokens, after its logits and its KV store were compared with its own library's."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from minigpt5.engine.kv_cache import SlotCache
     from minigpt5.model.language import LanguageModel, load_tokenizer
 
     load_tokenizer(folder, config)
-    logging.disable_progress_bar()  # an error is one line
     causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     causal.eval().requires_grad_(False)
     ids_1S = torch.randint(config.vocabulary, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(SEED))
