@@ -225,7 +225,7 @@ def kernels(found: Results) -> str:
 
 def continuous_batching(found: Results) -> str:
     """Tokens a second of concurrent requests."""
-    ways = found["continuous_batching"]["figures"]["ways"]
+    ways = found["continuous_batching"]["ways"]
     rows = (
         (name, f"{way['tokens_per_s']:.0f}", f"{min(way['seconds']):.2f} to {max(way['seconds']):.2f}")
         for name, way in ways.items()
