@@ -33,8 +33,8 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 {%- endif %}"""
 
 
-def make_qwen3(folder: Path) -> None:
-    """A Qwen3 with a byte-level tokenizer of 259 tokens and the chat template of Qwen3-Instruct, without its tools."""
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens, with the chat template of Qwen3-Instruct, without its tools."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {token: number for number, token in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
@@ -48,6 +48,12 @@ def make_qwen3(folder: Path) -> None:
     )
     own.chat_template = CHAT_TEMPLATE
     own.save_pretrained(folder)
+    return own
+
+
+def make_qwen3(folder: Path) -> None:
+    """A Qwen3 with a byte-level tokenizer."""
+    own = make_tokenizer(folder)
     torch.manual_seed(SEED)
     config = Qwen3Config(
         vocab_size=len(own) + NUM_PADDING_ROWS,
