@@ -59,6 +59,8 @@ class _Job(Job[GeneratorEvent]):
         """What it reads first, by content: token ids, and the hash of a picture at its placeholders."""
         self.image_PH: Tensor | None = None
         """Embeddings of the prompt's pictures, placeholder by placeholder."""
+        self.positions_3S: Tensor | None = None
+        """Positions of the whole context, where the language model counts pictures by rows and columns."""
         self.script: Script
         self.writer: Writer
         self.slot = -1
@@ -166,6 +168,7 @@ class VokenGenerator:
         job.script = job.writer.script()
         if pictures := pictures_read(request):
             await asyncio.to_thread(self._see, job, pictures)
+        self._place(job)
         async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:
                 yield event
@@ -179,9 +182,12 @@ class VokenGenerator:
         reads_back = request.mode == "story" and request.feedback == "pictures"
         if self.config.vision.family == "none" and (reads_back or pictures_read(request)):
             raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
-        num_queries = self.config.vision.num_queries
-        voken_embeddings = self.language.voken_embeddings
-        ids = encode(request_segments(request), self.tokenizer, voken_embeddings, num_image_embeddings=num_queries).ids
+        ids = encode(
+            request_segments(request),
+            self.tokenizer,
+            self.language.voken_embeddings,
+            picture_tokens=self.config.vision.picture_tokens,
+        ).ids
         if request.mode == "reply":
             room = max(1, self.config.context_tokens - len(ids) - request.pages * self.config.num_vokens)
             sampling = request.sampling
@@ -193,7 +199,7 @@ class VokenGenerator:
         num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
         if request.feedback == "pictures":  # the last page reads all the others' pictures
-            num_new += (request.pages + request.num_later - 1) * (self.config.vision.num_queries + READ_BACK_TOKENS)
+            num_new += (request.pages + request.num_later - 1) * (self.config.vision.num_picture_tokens + READ_BACK_TOKENS)
             num_new += request.num_later * limit
         if len(ids) + num_new > self.config.context_tokens:
             raise InvalidRequest(
@@ -260,7 +266,7 @@ class VokenGenerator:
         images = [image_PH for job, num_tokens in parts if (image_PH := self._images(job, num_tokens)) is not None]
         embeds_1TH = self.language.embed(ids_1T, torch.cat(images)[None] if images else None)
         counts = [(job.slot, num_tokens) for job, num_tokens in parts]
-        states_TH = self._cache.forward(self.language.body, embeds_1TH[0], counts)
+        states_TH = self._cache.forward(self.language.body, embeds_1TH[0], counts, positions_3T=self._positions(parts))
         ready = []
         for (job, num_tokens), states_NH in zip(parts, states_TH.split([num for _, num in counts]), strict=True):
             job.left = job.left[num_tokens:]
@@ -292,6 +298,19 @@ class VokenGenerator:
             (job.prompt[part] < 0).sum() for part in (slice(start), slice(start, start + num_tokens))
         )
         return job.image_PH[num_before : num_before + num_placeholders]
+
+    def _place(self, job: _Job) -> None:
+        """Give the tokens of a request their positions: what is written later has no pictures."""
+        is_picture_1S = torch.zeros(1, self.config.context_tokens, dtype=torch.bool)
+        is_picture_1S[0, : len(job.prompt)] = torch.from_numpy(job.prompt < 0)
+        positions_31S = self.language.positions(is_picture_1S)
+        job.positions_3S = None if positions_31S is None else positions_31S[:, 0]
+
+    def _positions(self, parts: list[tuple[_Job, int]]) -> Tensor | None:
+        """Positions of the next tokens, where they are not those in the cache: (3, T)."""
+        starts = [(job.positions_3S, self._cache.lengths[job.slot], num_tokens) for job, num_tokens in parts]
+        found = [positions_3S[:, start : start + num] for positions_3S, start, num in starts if positions_3S is not None]
+        return torch.cat(found, dim=1) if found else None
 
     def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
         """Answer scripts until each asks for something to be read, or has ended."""

@@ -122,16 +122,25 @@ class SlotCache(Cache):
             device=next(body.parameters()).device,
         )
 
-    def forward(self, body: nn.Module, embeds_TH: Tensor, counts: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(
+        self,
+        body: nn.Module,
+        embeds_TH: Tensor,
+        counts: Sequence[tuple[int, int]],
+        *,
+        positions_3T: Tensor | None = None,
+    ) -> Tensor:
         """Append tokens to slots and return their last hidden states: (T, H).
 
-        `counts`: (slot, number of its tokens), in the order of the tokens.
+        `counts`: (slot, number of its tokens), in the order of the tokens. `positions_3T`: what the model reads as
+        their positions, where that is not their place in the slot.
         """
         self._pass = self._plan(counts)
+        positions = self._pass.positions_1T if positions_3T is None else positions_3T[:, None]
         try:
             states_1TH = body(
                 inputs_embeds=embeds_TH[None],
-                position_ids=self._pass.positions_1T.to(embeds_TH.device),
+                position_ids=positions.to(embeds_TH.device),
                 past_key_values=self,
                 use_cache=True,
                 slots=self._pass,

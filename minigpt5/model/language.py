@@ -16,11 +16,20 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
+from minigpt5.model.positions import grid_positions
+from minigpt5.model.vision_language import is_vision_language
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 
 
@@ -42,6 +51,12 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
     return tokenizer
 
 
+def load_base(folder: str | Path) -> Any:
+    """transformers' own model, frozen, in float32: a causal language model or a vision-language model."""
+    auto = AutoModelForImageTextToText if is_vision_language(folder) else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to fill masked positions with."""
     return next((one for one in (tokenizer.eos_token_id, tokenizer.pad_token_id) if one is not None), 0)
@@ -54,8 +69,12 @@ class LanguageModel(nn.Module):
     Rows that pad the base's matrices beyond its tokenizer are never read or written: the vokens take their ids.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, voken_embeddings: VokenEmbeddings) -> None:
+    def __init__(
+        self, body: nn.Module, head: nn.Module, voken_embeddings: VokenEmbeddings, *, grid_side: int = 0
+    ) -> None:
+        """`grid_side`: as in VisionConfig."""
         super().__init__()
+        self.grid_side = grid_side
         self.body: Any = body
         """The transformer, with or without an adapter around it."""
         self.head: Any = head
@@ -69,16 +88,14 @@ class LanguageModel(nn.Module):
 
         Raises ModelFolderError where the base model does not have the sizes of `config`.
         """
-        causal = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-            .eval()
-            .requires_grad_(False)
-        )
-        return cls.from_causal(causal, config, folder)
+        return cls.from_causal(load_base(folder), config, folder)
 
     @classmethod
     def from_causal(cls, causal: Any, config: ModelConfig, folder: str | Path) -> LanguageModel:
-        """Widen transformers' own model, which was read from `folder`. Raises as `from_base` does."""
+        """Widen transformers' own model, which was read from `folder`; of a vision-language model, its text half.
+
+        Raises as `from_base` does.
+        """
         rows, hidden = causal.get_input_embeddings().weight.shape
         if rows < config.vocabulary or hidden != config.hidden:
             raise ModelFolderError(
@@ -86,7 +103,8 @@ class LanguageModel(nn.Module):
                 f"{config.vocabulary} of width {config.hidden}: use the base model that config.json names"
             )
         voken_embeddings = VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden)
-        return cls(causal.base_model, causal.get_output_embeddings(), voken_embeddings)
+        body = causal.get_decoder() if hasattr(causal.config, "vision_config") else causal.base_model
+        return cls(body, causal.get_output_embeddings(), voken_embeddings, grid_side=config.vision.grid_side)
 
     @torch.no_grad()
     def initialise_vokens(self, *, seed: int) -> None:
@@ -146,20 +164,27 @@ class LanguageModel(nn.Module):
         is_placeholder_BS = ids_BS == self.voken_embeddings.placeholder
         return embeds_BSH.masked_scatter(is_placeholder_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
 
+    def positions(self, is_picture_BS: Tensor) -> Tensor | None:
+        """Where embeddings of pictures are -> positions as `states` takes them; None: they need not be given."""
+        return grid_positions(is_picture_BS, self.grid_side) if self.grid_side else None
+
     def states(
         self,
         embeds_BSH: Tensor,
         *,
         mask_BS: Tensor | None = None,
         cache: Cache | None = None,
-        positions_BS: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states, after the final norm. A cache is read and extended: `mask_BS` then covers it too."""
+        """Last hidden states, after the final norm. A cache is read and extended: `mask_BS` then covers it too.
+
+        `positions`: (B, S), or (3, B, S) from `self.positions`; without them, each token has the next position.
+        """
         return self.body(
             inputs_embeds=embeds_BSH,
             attention_mask=mask_BS,
             past_key_values=cache,
-            position_ids=positions_BS,
+            position_ids=positions,
             use_cache=cache is not None,
         ).last_hidden_state
 
@@ -186,7 +211,7 @@ class LanguageModel(nn.Module):
                 self.embed(voken_ids_BV),
                 mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
                 cache=cache,
-                positions_BS=lengths_B[:, None] + offsets_V,
+                positions=lengths_B[:, None] + offsets_V,
             )
         before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
         return torch.cat([before_B1H, at_vokens_BVH], dim=1)

@@ -216,7 +216,7 @@ def test_a_reply_that_may_be_longer_than_the_window_ends_with_the_window(generat
 def test_a_picture_and_the_trained_question_are_read_as_in_training(generator: VokenGenerator) -> None:
     def ids(segments: object) -> list[int]:
         rows = generator.language.voken_embeddings
-        return encode(segments, generator.tokenizer, rows, num_image_embeddings=4).ids  # type: ignore[arg-type]
+        return encode(segments, generator.tokenizer, rows, picture_tokens=(-4,)).ids  # type: ignore[arg-type]
 
     request = reply(prompt=(png("red"), "Describe this image."))
     assert ids(request_segments(request)) == ids(describe_segments("x")[:-1])
@@ -261,7 +261,7 @@ def test_a_picture_after_a_stop_string_is_of_the_text_that_was_shown(generator: 
     usage = events[-1]
     assert isinstance(usage, Usage)
 
-    prompt = encode(request_segments(story(pages=1)), tokenizer, language.voken_embeddings, num_image_embeddings=4).ids
+    prompt = encode(request_segments(story(pages=1)), tokenizer, language.voken_embeddings, picture_tokens=(-4,)).ids
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + usage.completion_tokens - 8:
