@@ -63,8 +63,9 @@ def make_folder(
     """Write a model folder that names its base models, and return the model.
 
     `vision`: a tower, "own" for that of a vision-language model, or "none"; without it, "own" where there is one.
-    `image_px`: side of the pictures that "own" reads. The language model, the denoiser and the vision tower are each run once. Raises ModelFolderError where a base model
-    does not fit or `out` is taken, BaseModelNotFound where it is not there.
+    `image_px`: side of the pictures that "own" reads. The language model, the denoiser and the vision tower are each
+    run once. Raises ModelFolderError where a base model does not fit or `out` is taken, BaseModelNotFound where it is
+    not there.
     """
     from minigpt5.model import folder as model_folder
     from minigpt5.story.stream import describe
@@ -114,7 +115,7 @@ def combine(
     from minigpt5.model.mapper import Mapper
     from minigpt5.model.text_encoder import load_text_encoder
     from minigpt5.model.vision import TowerEncoder, Vision
-    from minigpt5.model.vision_language import OwnEncoder, is_vision_language
+    from minigpt5.model.vision_language import OwnEncoder, find_family, is_vision_language
 
     torch.manual_seed(SEED)
     bases = {base: resolve(base) for base in (language, diffusion, vision) if base not in (None, "none", "own")}
@@ -125,7 +126,10 @@ def combine(
         raise ModelFolderError(f"{language} has no vision tower of its own: name one with --vision, or none")
     if image_px and vision != "own":
         raise ModelFolderError(f"image_px is {image_px} but vision is {vision}: only own takes a size; leave it out")
+    if vision == "own":
+        find_family(bases[language])
     sizes = _language_sizes(bases[language], context_tokens) | _diffusion_sizes(bases[diffusion])
+    hashes = tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items())
     base = load_base(bases[language])
     if vision == "own":
         encoder: Any = OwnEncoder(base, bases[language], image_px=image_px)
@@ -143,7 +147,7 @@ def combine(
         diffusion=ids[diffusion],
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=128),
         draw=DrawSettings(steps=50, guidance_scale=7.5, scheduler="ddim"),
-        bases=tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items()),
+        bases=hashes,
         **sizes,
     )
     parts = Parts(

@@ -199,7 +199,9 @@ class VokenGenerator:
         num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
         if request.feedback == "pictures":  # the last page reads all the others' pictures
-            num_new += (request.pages + request.num_later - 1) * (self.config.vision.num_picture_tokens + READ_BACK_TOKENS)
+            num_new += (request.pages + request.num_later - 1) * (
+                self.config.vision.num_picture_tokens + READ_BACK_TOKENS
+            )
             num_new += request.num_later * limit
         if len(ids) + num_new > self.config.context_tokens:
             raise InvalidRequest(
@@ -309,7 +311,9 @@ class VokenGenerator:
     def _positions(self, parts: list[tuple[_Job, int]]) -> Tensor | None:
         """Positions of the next tokens, where they are not those in the cache: (3, T)."""
         starts = [(job.positions_3S, self._cache.lengths[job.slot], num_tokens) for job, num_tokens in parts]
-        found = [positions_3S[:, start : start + num] for positions_3S, start, num in starts if positions_3S is not None]
+        found = [
+            positions_3S[:, start : start + num] for positions_3S, start, num in starts if positions_3S is not None
+        ]
         return torch.cat(found, dim=1) if found else None
 
     def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:

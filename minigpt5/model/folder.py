@@ -277,9 +277,7 @@ def load_language_and_vision(
     return language, Vision.from_base(config, base, found)
 
 
-def load_language(
-    folder: Path, config: ModelConfig, *, adapter: Adapter = "merged", base: Any = None
-) -> LanguageModel:
+def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merged", base: Any = None) -> LanguageModel:
     """The language model with its rows and its adapter, where it has one. `base`: transformers' own model, where it has
     been read already."""
     from safetensors.torch import load_file

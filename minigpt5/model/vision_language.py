@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 
 from minigpt5.errors import ModelFolderError
 
-
 UNREAD = ("num_crops", "rows", "cols")
 """What image processors tell the text processors alone."""
 
@@ -86,6 +85,17 @@ def is_vision_language(folder: str | Path) -> bool:
     return hasattr(AutoConfig.from_pretrained(folder), "vision_config")
 
 
+def find_family(folder: str | Path) -> str:
+    """The key of FAMILIES that a base model has. Raises ModelFolderError where it has none."""
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind not in FAMILIES:
+        raise ModelFolderError(
+            f"{folder} is a vision-language model of type {kind}, whose way to read pictures is not known here: name "
+            f"one of type {', '.join(FAMILIES)}, or leave its tower out with --vision none"
+        )
+    return kind
+
+
 class OwnEncoder(nn.Module):
     """A vision-language model's tower and projector with its image processor, frozen.
 
@@ -98,15 +108,9 @@ class OwnEncoder(nn.Module):
         Raises ModelFolderError where its family is none of FAMILIES, or cannot read pictures of `image_px`.
         """
         super().__init__()
-        kind = model.config.model_type
-        if kind not in FAMILIES:
-            raise ModelFolderError(
-                f"{folder} is a vision-language model of type {kind}, whose own way to read pictures is not known "
-                f"here: name one of type {', '.join(FAMILIES)}, or leave its tower out with --vision none"
-            )
         self.network: Any = model.base_model
         self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision is not needed
-        self.family: Family = FAMILIES[kind](model.config, self.processor)
+        self.family: Family = FAMILIES[find_family(folder)](model.config, self.processor)
         self.image_px = image_px or self.family.default_px
         num_units, rest = divmod(self.image_px, self.family.unit_px)
         if rest or num_units > (self.family.max_units or num_units):
@@ -168,7 +172,7 @@ class OwnEncoder(nn.Module):
         runs = [(token, len(list(run))) for token, run in itertools.groupby(ids)]
         if sum(num for token, num in runs if token == image_id) != num_embeddings:
             raise ModelFolderError(
-                f"the tokenizer does not know the image token {image_id} of its model: use the tokenizer that came with it"
+                f"the tokenizer does not know its model's image token {image_id}: use the tokenizer that came with it"
             )
         return tuple(
             itertools.chain.from_iterable([-num] if token == image_id else [token] * num for token, num in runs)

@@ -173,11 +173,11 @@ def test_what_does_not_fit_is_one_line(
     shutil.copytree(places["diffusion"], tmp_path / "narrow")
     change_json(tmp_path / "narrow" / "text_encoder" / "config.json", hidden_size=64)
     shutil.copytree(places["language"], tmp_path / "vl")
-    change_json(tmp_path / "vl" / "config.json", model_type="qwen2_5_vl", vision_config={})
+    change_json(tmp_path / "vl" / "config.json", model_type="paligemma", vision_config={})
     for option, place, words in (
         ("language", "empty", "a base model cannot be read"),
         ("language", "t5", "is an encoder-decoder (t5): name a causal language model"),
-        ("language", "vl", "is a vision-language model"),
+        ("language", "vl", "is a vision-language model of type paligemma"),
         ("diffusion", "empty", "has no unet/: name a Stable Diffusion 1.x or 2.x"),
         ("diffusion", "xl", "is no Stable Diffusion 1.x or 2.x (its UNet has text_time)"),
         ("diffusion", "narrow", "has width 64 but its UNet reads 32"),

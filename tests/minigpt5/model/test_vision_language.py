@@ -1,0 +1,280 @@
+"""Vision-language models of the real classes at tiny size: what is read and written equals their own library's."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from examples.own_model.tiny_bases import make_stable_diffusion
+from minigpt5 import new
+from minigpt5.engine.generator import VokenGenerator
+from minigpt5.model import folder as model_folder
+from minigpt5.model.image_transforms import fit_read
+from minigpt5.model.language import load_base, load_tokenizer
+from minigpt5.model.positions import grid_positions
+from minigpt5.model.prompt import (
+    DRAW_TARGET,
+    encode,
+    page_ids,
+    page_text,
+    pictures_read,
+    request_segments,
+    text_segment,
+)
+from minigpt5.model.text_encoder import load_text_encoder
+from minigpt5.model.vision_language import FAMILIES, OwnEncoder
+from minigpt5.objective.example import Example
+from minigpt5.objective.losses import Objective
+from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Vokens
+from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, make_vision_language
+
+CONTEXT = 768
+TOLERANCE = 1e-5
+"""Of the largest value."""
+NUM_TOKENS = 24
+GREEDY = Sampling(temperature=0, max_page_tokens=NUM_TOKENS)
+families = pytest.mark.parametrize("made", sorted(MAKERS), indirect=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A model folder of a tiny vision-language model, and transformers' own model beside it."""
+
+    base: Path
+    folder: Path
+    generator: VokenGenerator
+    own: Any
+    own_encoder: OwnEncoder
+
+    def inputs(self, request: StoryRequest, *, after: str = "") -> dict[str, Tensor]:
+        """What transformers' own model takes for what a request reads, and a page's text after it."""
+        ids = self.ids(request) + (page_ids(after, self.generator.tokenizer) if after else [])
+        pictures = [fit_read(data, self.own_encoder.image_px) for data in pictures_read(request)]
+        placeholder = self.generator.language.voken_embeddings.placeholder
+        return self.own_encoder.own_inputs(torch.tensor([ids]), pictures, placeholder=placeholder)
+
+    def ids(self, request: StoryRequest) -> list[int]:
+        return encode(
+            request_segments(request),
+            self.generator.tokenizer,
+            self.generator.language.voken_embeddings,
+            picture_tokens=self.generator.config.vision.picture_tokens,
+        ).ids
+
+    @torch.no_grad()
+    def own_state(self, request: StoryRequest, *, after: str = "") -> np.ndarray:
+        """The state of the last token: (H,)."""
+        return self.own.base_model(**self.inputs(request, after=after)).last_hidden_state[0, -1].numpy()
+
+
+@functools.cache
+def make(kind: str, root: Path) -> Made:
+    base, diffusion, folder = root / "base", root / "stable-diffusion", root / "made"
+    make_vision_language(kind, base)
+    make_stable_diffusion(diffusion)
+    options = ["--language", str(base), "--diffusion", str(diffusion), "--image-px", str(IMAGE_PX[kind])]
+    assert new.main([*options, "--context", str(CONTEXT), "--out", str(folder)], show=lambda text: None) == 0
+    own = load_base(base)
+    encoder = OwnEncoder(own, base, image_px=IMAGE_PX[kind])
+    return Made(
+        base=base,
+        folder=folder,
+        generator=VokenGenerator.from_pretrained(folder),
+        own=own,
+        own_encoder=encoder,
+    )
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def made(request: pytest.FixtureRequest, root: Path) -> Made:
+    return make(request.param, root / request.param)
+
+
+@functools.cache
+def picture(seed: int, *, width: int = 60, height: int = 48) -> InputImage:
+    """A PNG file of large random blocks, larger than what any tiny model reads."""
+    blocks = np.random.default_rng(seed).integers(256, size=(4, 5, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST).save(file, "PNG")
+    return InputImage(data=file.getvalue())
+
+
+def chat(*parts: str | InputImage, **changes: object) -> StoryRequest:
+    values: dict[str, Any] = {"mode": "reply", "pictures": "none", "pages": 1, "seed": 1, "sampling": GREEDY}
+    return StoryRequest(prompt=parts, **{**values, **changes})
+
+
+def story(*parts: str | InputImage, **changes: object) -> StoryRequest:
+    """Of one page with a text that is given."""
+    return StoryRequest(prompt=parts, **{"pages": 1, "seed": 1, "given": ("It is so.",), **changes})  # type: ignore[arg-type]
+
+
+def run(generator: VokenGenerator, *requests: StoryRequest) -> list[list[GeneratorEvent]]:
+    """All at once."""
+
+    async def collect(request: StoryRequest) -> list[GeneratorEvent]:
+        return [event async for event in generator.generate(request)]
+
+    async def together() -> list[list[GeneratorEvent]]:
+        return await asyncio.gather(*map(collect, requests))
+
+    return asyncio.run(together())
+
+
+def text(events: list[GeneratorEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def vokens(events: list[GeneratorEvent]) -> np.ndarray:
+    """States of the first picture: (V, H)."""
+    return next(event.hidden_VH for event in events if isinstance(event, Vokens))
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def make_objective(folder: Path) -> Objective:
+    config, mapper, diffusion = model_folder.load_decoder_model(folder)
+    language, vision = model_folder.load_language_and_vision(folder, config)
+    base = model_folder.find_part(folder, config, config.language_model)
+    text_encoder = load_text_encoder(model_folder.find_part(folder, config, config.text_encoder), config)
+    tokenizer = load_tokenizer(base, config)
+    return Objective(config, tokenizer, language, vision, mapper, diffusion, text_encoder).eval()
+
+
+TELLS = ("What is this?", picture(1), "And this?", picture(2), "Say it.")
+
+
+@families
+def test_text_with_pictures_in_the_prompt_is_what_its_own_library_generates(made: Made) -> None:
+    request = chat(*TELLS)
+    inputs = made.inputs(request)
+    rows = made.own.get_input_embeddings().weight.shape[0]
+    padding = list(range(made.generator.config.vocabulary, rows)) or None
+    ids_1S = made.own.generate(
+        **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0, suppress_tokens=padding
+    )
+    expected = made.generator.tokenizer.decode(ids_1S[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    found = text(run(made.generator, request)[0])
+    assert found.strip() == expected.strip() and len(set(expected)) > 3
+    others = chat(TELLS[0], picture(3), *TELLS[2:])
+    assert text(run(made.generator, others)[0]) != found, "the pictures decide what is written"
+
+
+@families
+def test_states_after_pictures_are_those_of_its_own_library(made: Made) -> None:
+    request = story(*TELLS)
+    assert_close(vokens(run(made.generator, request)[0])[0], made.own_state(request, after="It is so."))
+
+
+@families
+def test_a_batch_writes_what_each_writes_alone(made: Made) -> None:
+    """The prompts are longer than what is read at once, and are read in parts beside those who write."""
+    told = "of a fox and a very long way through the snow, " * 2
+    requests = [chat("Hello?"), *(chat(told[: 30 * n], picture(n), "Who?", picture(n + 1)) for n in range(1, 4))]
+    requests += [story(told, picture(4), given=("So.",)), story("Fields.", given=("They are green.",))]
+    alone = [run(VokenGenerator.from_pretrained(made.folder), request)[0] for request in requests]
+    together = run(VokenGenerator.from_pretrained(made.folder), *requests)
+    for found, expected in zip(together, alone, strict=True):
+        assert text(found) == text(expected)
+    for found, expected in zip(together[-2:], alone[-2:], strict=True):
+        assert_close(vokens(found), vokens(expected))
+
+
+@families
+def test_a_prompt_that_begins_as_another_is_read_from_there(made: Made) -> None:
+    generator = VokenGenerator.from_pretrained(made.folder)
+    run(generator, chat(*TELLS))
+    before = generator.num_reused_tokens
+    longer = story("What is this?", picture(1), "And this?", picture(2), "Say more.")
+    same = chat("What is this?", picture(1), "And this?", picture(3), "Say it.")
+    found = run(generator, same, longer)
+    assert generator.num_reused_tokens - before > generator.config.vision.num_picture_tokens
+    assert text(found[0]) == text(run(VokenGenerator.from_pretrained(made.folder), same)[0])
+    assert_close(vokens(found[1])[0], made.own_state(longer, after="It is so."))
+
+
+@families
+def test_pictures_of_earlier_pages_are_read_back(made: Made) -> None:
+    drawn = [
+        Page(
+            index=number,
+            text=f"Page {number}.",
+            picture=Picture(page=number, png=picture(number).data, width=60, height=48, seed=1, denoise_steps=1),
+        )
+        for number in (1, 2)
+    ]
+    request = story("A fox", picture(7), previous=tuple(drawn), feedback="pictures")
+    assert len(pictures_read(request)) == 3
+    assert_close(vokens(run(made.generator, request)[0])[0], made.own_state(request, after="It is so."))
+
+
+@families
+def test_training_reads_a_padded_batch_as_serving_reads_each(made: Made) -> None:
+    requests = [story(*TELLS), story("Fields.", picture(3))]
+    objective = make_objective(made.folder)
+    px = made.own_encoder.image_px
+    examples = [
+        Example(
+            segments=[*request_segments(request), text_segment(page_text("It is so.")), DRAW_TARGET],
+            read=[fit_read(data, px) for data in pictures_read(request)],
+            drawn=[],
+            captions=[],
+        )
+        for request in requests
+    ]
+    with torch.no_grad():
+        vokens_PVH, _ = objective.read(examples)
+        stored = [
+            replace(example, read=list(objective.vision.encode(example.read).half().numpy())) for example in examples
+        ]
+        from_stored_PVH, _ = objective.read(stored)
+    for found, request in zip(vokens_PVH, requests, strict=True):
+        assert_close(found.numpy(), vokens(run(made.generator, request)[0]))
+    assert (from_stored_PVH - vokens_PVH).abs().max() < 0.02 * vokens_PVH.abs().max(), "stored in float16"
+
+
+@families
+def test_the_folder_names_the_base_and_holds_nothing_of_it(made: Made) -> None:
+    config = model_folder.check_folder(made.folder)
+    assert config.vision.encoder == config.language_model == str(made.base)
+    names = {path.name for path in made.folder.iterdir()}
+    assert names == {"config.json", "vokens.safetensors", "mapper.safetensors"}
+
+
+def test_every_family_is_tested() -> None:
+    assert set(MAKERS) == set(FAMILIES)
+
+
+def test_positions_of_pictures_are_those_of_transformers() -> None:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    config = Qwen2_5_VLConfig(text_config={"num_hidden_layers": 0}, vision_config={"depth": 0})
+    with torch.device("meta"):
+        model = Qwen2_5_VLModel(config)
+    is_picture_BS = torch.zeros(2, 30, dtype=torch.bool)
+    for row, start in ((0, 2), (0, 15), (1, 0), (1, 21)):
+        is_picture_BS[row, start : start + 9] = True
+    expected, _ = model.get_rope_index(
+        is_picture_BS.long(), is_picture_BS.int(), image_grid_thw=torch.tensor([[1, 6, 6]] * 4)
+    )
+    assert torch.equal(grid_positions(is_picture_BS, 3), expected)
