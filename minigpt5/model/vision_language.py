@@ -73,9 +73,59 @@ class QwenVL:
         return model.get_image_features(pixels.flatten(0, 1), image_grid_thw=grid_N3).pooler_output
 
 
+class Idefics3:
+    """Idefics3 and SmolVLM: one tile, or several row by row and the whole picture after them, as one tile too."""
+
+    has_grid, max_units, marked_by = False, None, ""
+
+    def __init__(self, config: Any, processor: Any) -> None:
+        self.unit_px = self.default_px = processor.max_image_size["longest_edge"]
+
+    def options(self, px: int) -> dict[str, Any]:
+        return {"do_image_splitting": px > self.unit_px, "size": {"longest_edge": px}}
+
+    def text(self, px: int, image_token: str, num_embeddings: int) -> str:
+        side = px // self.unit_px if px > self.unit_px else 0
+        fake, tile = "<fake_token_around_image>", image_token * (num_embeddings // (side * side + 1))
+        rows = [
+            "".join(f"{fake}<row_{row}_col_{column}>{tile}" for column in range(1, side + 1)) + "\n"
+            for row in range(1, side + 1)
+        ]
+        return "".join([*rows, "\n" if side else "", f"{fake}<global-img>{tile}{fake}"])
+
+    def embed(self, model: Any, pixels: Tensor, facts: dict[str, Tensor]) -> Any:
+        return model.get_image_features(pixels.flatten(0, 1)).pooler_output
+
+
+class LlavaOnevision:
+    """LLaVA-OneVision: one tile and a newline, as it reads each of several pictures; a picture that is alone is no
+    exception here."""
+
+    has_grid, max_units, marked_by = False, 1, ""
+
+    def __init__(self, config: Any, processor: Any) -> None:
+        self.unit_px = self.default_px = config.vision_config.image_size
+
+    def options(self, px: int) -> dict[str, Any]:
+        return {"image_grid_pinpoints": [[px, px]]}
+
+    def text(self, px: int, image_token: str, num_embeddings: int) -> str:
+        return image_token * num_embeddings
+
+    def embed(self, model: Any, pixels: Tensor, facts: dict[str, Tensor]) -> Any:
+        first_tiles = pixels[:, 0, :1]  # of a picture that is alone, the processor makes others after it
+        sizes_N2 = facts["image_sizes"].expand(len(pixels), -1)
+        is_one_of_many = torch.tensor([len(pixels) + 1])
+        found = model.get_image_features(first_tiles, image_sizes=sizes_N2, batch_num_images=is_one_of_many)
+        return found.pooler_output
+
+
 FAMILIES: dict[str, type] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
+    "idefics3": Idefics3,
+    "smolvlm": Idefics3,
+    "llava_onevision": LlavaOnevision,
 }
 """By the `model_type` of the base's config."""
 

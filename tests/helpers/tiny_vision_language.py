@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 HIDDEN = 32
 SPREAD = 0.3
@@ -27,6 +36,14 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
+    "initializer_range": SPREAD,
+}
+
+TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "initializer_range": SPREAD,
 }
 
@@ -75,11 +92,67 @@ def _qwen(folder: Path) -> dict[str, Any]:
     return {"text_config": {**TEXT, **text}, **ids}
 
 
-IMAGE_PX = {"qwen2_vl": 16, "qwen2_5_vl": 24}
+def make_idefics3(folder: Path) -> None:
+    """Tiles of 8 x 8 pixels and 4 embeddings."""
+    config = Idefics3Config(**_idefics3(folder))
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    Idefics3ImageProcessorPil(size={"longest_edge": 16}, max_image_size={"longest_edge": 8}).save_pretrained(folder)
+
+
+def make_smolvlm(folder: Path) -> None:
+    """Tiles of 8 x 8 pixels and 4 embeddings."""
+    config = SmolVLMConfig(**_idefics3(folder))
+    SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    SmolVLMImageProcessorPil(size={"longest_edge": 16}, max_image_size={"longest_edge": 8}).save_pretrained(folder)
+
+
+def _idefics3(folder: Path) -> dict[str, Any]:
+    """Write an Idefics3's tokenizer; its config."""
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    own = make_tokenizer(folder, ["<fake_token_around_image>", "<image>", "<global-img>", *tiles], bos="<|im_start|>")
+    text = {"model_type": "llama", "vocab_size": len(own), "eos_token_id": own.eos_token_id}
+    text |= {"bos_token_id": own.bos_token_id, "pad_token_id": own.pad_token_id}
+    return {
+        "text_config": {**TEXT, **text},
+        "vision_config": {**TOWER, "image_size": 8, "patch_size": 2},
+        "scale_factor": 2,
+        "image_token_id": own.convert_tokens_to_ids("<image>"),
+        "pad_token_id": own.pad_token_id,
+    }
+
+
+def make_llava_onevision(folder: Path) -> None:
+    """Tiles of 12 x 12 pixels and 9 embeddings."""
+    own = make_tokenizer(folder, ["<image>", "<video>"])
+    text = {"model_type": "qwen2", "vocab_size": len(own), "eos_token_id": own.eos_token_id, "bos_token_id": None}
+    pinpoints = [[12, 12], [12, 24], [24, 12], [24, 24]]
+    config = LlavaOnevisionConfig(
+        text_config={**TEXT, **text},
+        vision_config={
+            **TOWER,
+            "model_type": "siglip_vision_model",
+            "image_size": 12,
+            "patch_size": 4,
+            "vision_use_head": False,
+        },
+        image_token_index=own.convert_tokens_to_ids("<image>"),
+        video_token_index=own.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+    )
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
+    LlavaOnevisionImageProcessorPil(size={"height": 12, "width": 12}, image_grid_pinpoints=pinpoints).save_pretrained(
+        folder
+    )
+
+
+IMAGE_PX = {"qwen2_vl": 16, "qwen2_5_vl": 24, "idefics3": 8, "smolvlm": 16, "llava_onevision": 12}
 """Side of the pictures that they read in tests."""
 MAKERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": make_qwen2_vl,
     "qwen2_5_vl": make_qwen2_5_vl,
+    "idefics3": make_idefics3,
+    "smolvlm": make_smolvlm,
+    "llava_onevision": make_llava_onevision,
 }
 
 

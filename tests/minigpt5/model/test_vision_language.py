@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import io
+import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from examples.own_model.tiny_bases import make_stable_diffusion
 from minigpt5 import new
@@ -45,6 +52,13 @@ TOLERANCE = 1e-5
 """Of the largest value."""
 NUM_TOKENS = 24
 GREEDY = Sampling(temperature=0, max_page_tokens=NUM_TOKENS)
+PROCESSORS: dict[str, Any] = {
+    "qwen2_vl": Qwen2VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "idefics3": Idefics3Processor,
+    "smolvlm": SmolVLMProcessor,
+    "llava_onevision": LlavaOnevisionProcessor,
+}
 families = pytest.mark.parametrize("made", sorted(MAKERS), indirect=True)
 
 
@@ -72,6 +86,10 @@ class Made:
             self.generator.language.voken_embeddings,
             picture_tokens=self.generator.config.vision.picture_tokens,
         ).ids
+
+    @property
+    def image_id(self) -> int:
+        return self.own.config.image_token_id
 
     @torch.no_grad()
     def own_state(self, request: StoryRequest, *, after: str = "") -> np.ndarray:
@@ -173,7 +191,8 @@ def test_text_with_pictures_in_the_prompt_is_what_its_own_library_generates(made
     ids_1S = made.own.generate(
         **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0, suppress_tokens=padding
     )
-    expected = made.generator.tokenizer.decode(ids_1S[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    written = [int(token) for token in ids_1S[0, inputs["input_ids"].shape[1] :]]
+    expected = made.generator.tokenizer.decode([token for token in written if token not in made.generator.end_ids])
     found = text(run(made.generator, request)[0])
     assert found.strip() == expected.strip() and len(set(expected)) > 3
     others = chat(TELLS[0], picture(3), *TELLS[2:])
@@ -263,6 +282,32 @@ def test_the_folder_names_the_base_and_holds_nothing_of_it(made: Made) -> None:
 
 def test_every_family_is_tested() -> None:
     assert set(MAKERS) == set(FAMILIES)
+
+
+@families
+def test_a_picture_is_the_text_that_its_own_processor_writes(made: Made) -> None:
+    tokenizer, vision = made.generator.tokenizer, made.generator.config.vision
+    ids = itertools.chain.from_iterable([made.image_id] * -one if one < 0 else [one] for one in vision.picture)
+    assert tokenizer.decode(list(ids)) == processor_text(made)
+
+
+def processor_text(made: Made) -> str:
+    """What the processor of the family writes for a picture, without its video half, which needs torchvision."""
+    kind, encoder = made.own.config.model_type, made.own_encoder
+    image_token = made.generator.tokenizer.convert_ids_to_tokens(made.image_id)
+    pictures = [np.zeros((encoder.image_px, encoder.image_px, 3), np.uint8)] * 2
+    options = encoder.family.options(encoder.image_px)
+    own: dict[str, Any] = {"image_token": image_token, "image_processor": encoder.processor}
+    if kind in ("idefics3", "smolvlm"):
+        options["return_row_col_info"] = True
+        own |= {"fake_image_token": "<fake_token_around_image>", "image_seq_len": 4}
+        own |= {"global_image_tag": "<global-img>", "global_image_token": "<global-img>"}
+    if kind == "llava_onevision":
+        own |= {"num_image_tokens": 9, "vision_feature_select_strategy": "full"}
+    replace_image_token = PROCESSORS[kind].replace_image_token
+    read = encoder.processor(images=[pictures], return_tensors="pt", **options)
+    text = replace_image_token(SimpleNamespace(**own), read, 0)
+    return f"<|vision_start|>{text}<|vision_end|>" if kind.startswith("qwen") else text  # as its chat template has it
 
 
 def test_positions_of_pictures_are_those_of_transformers() -> None:
