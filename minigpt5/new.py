@@ -172,8 +172,7 @@ def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder).get_text_config()
     if config.is_encoder_decoder:
         raise ModelFolderError(f"{folder} is an encoder-decoder ({config.model_type}): name a causal language model")
-    sees = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
-    longest = min((tokens for tokens in sees if tokens), default=DEFAULT_CONTEXT)
+    longest = longest_context(config)
     if context_tokens and context_tokens > longest:
         raise ModelFolderError(f"context is {context_tokens} but {folder} sees {longest} tokens: name at most that")
     return {
@@ -182,6 +181,21 @@ def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
         "context_tokens": context_tokens or min(DEFAULT_CONTEXT, longest),
         "lora": LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA, dropout=LORA_DROPOUT, targets=find_lora_targets(folder)),
     }
+
+
+def longest_context(config: Any) -> int:
+    """Tokens that a language model reads with one set of positions.
+
+    Past its original length, "longrope" turns every position by other angles. Keys that are in the KV store by then
+    would have the wrong ones, and so would shorter stories of the same step.
+    """
+    longest: int = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_kind = [one for one in rope.values() if isinstance(one, dict)]
+    originals = [
+        one["original_max_position_embeddings"] for one in by_layer_kind or [rope] if one.get("rope_type") == "longrope"
+    ]
+    return min(longest, *originals) if originals else longest
 
 
 def find_lora_targets(folder: Path) -> tuple[str, ...]:
@@ -315,10 +329,11 @@ def _load_language(causal: Any, folder: Path, config: ModelConfig) -> LanguageMo
         try:
             cache = SlotCache.for_model(language.body, num_slots=1, num_positions=2 * CHECKED_TOKENS)
             cached_SH = cache.forward(language.body, language.embed(ids_1S)[0], [(0, CHECKED_TOKENS)])
-        except (AttributeError, TypeError, RuntimeError, AssertionError) as error:
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
             kind = causal.config.model_type
             raise ModelFolderError(
-                f"{folder} is a {kind}, which the KV store does not fit ({error}): Llama, Qwen and Mistral models do"
+                f"{folder} is a {kind}, which the KV store cannot serve ({error}): name a model whose layers attend "
+                "through transformers' attention interface"
             ) from error
         _check_close(cached_SH[None], states_1SH, f"the states of {folder} from the KV store")
         language.body.set_attn_implementation(attention)
@@ -328,10 +343,10 @@ def _load_language(causal: Any, folder: Path, config: ModelConfig) -> LanguageMo
 
 def _check_close(found: Any, expected: Any, name: str) -> None:
     deviation = float((found - expected).abs().max() / expected.abs().max())
-    if deviation > TOLERANCE:
+    if not deviation <= TOLERANCE:
         raise ModelFolderError(
-            f"{name} deviate by {deviation:.1e} of the largest from its own library's: this family does not fit; "
-            "Llama, Qwen and Mistral models do"
+            f"{name} deviate by {deviation:.1e} of the largest from its own library's, and at most {TOLERANCE:.0e} is "
+            "allowed: name another language model"
         )
 
 
@@ -396,7 +411,7 @@ def memory_gb(parts: Parts, sizes: dict[str, int], trained: dict[str, int]) -> d
     everything = sum(sizes.values())
     found = {}
     for place, width in (("CPU", 4), ("GPU", 2)):
-        store = stored * bytes_per_token(parts.language.body.config, width)
+        store = stored * bytes_per_token(parts.language.body, width)
         found[f"VokenGenerator on a {place}, weights"] = (width * writes + 4 * sees) / 1e9
         found[f"VokenGenerator on a {place}, KV store"] = store / 1e9
     found["DiffusionDecoder, weights"] = 4 * draws / 1e9
@@ -427,7 +442,10 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         prog="python -m minigpt5.new", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--language", required=True, metavar="BASE", help="causal language model, or a vision-language model"
+        "--language",
+        required=True,
+        metavar="BASE",
+        help="causal language model of transformers, or a vision-language model",
     )
     parser.add_argument("--diffusion", required=True, metavar="BASE", help="Stable Diffusion 1.x or 2.x")
     parser.add_argument(

@@ -27,8 +27,8 @@ SEED = 0
 NUM_PADDING_ROWS = 53
 
 
-def make_qwen3(folder: Path) -> None:
-    """A Qwen3 with a byte-level tokenizer of 259 tokens."""
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {token: number for number, token in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
@@ -41,6 +41,12 @@ def make_qwen3(folder: Path) -> None:
         additional_special_tokens=["<|im_start|>"],
     )
     own.save_pretrained(folder)
+    return own
+
+
+def make_qwen3(folder: Path) -> None:
+    """A Qwen3 with a byte-level tokenizer."""
+    own = make_tokenizer(folder)
     torch.manual_seed(SEED)
     config = Qwen3Config(
         vocab_size=len(own) + NUM_PADDING_ROWS,

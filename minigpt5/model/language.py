@@ -202,19 +202,26 @@ class LanguageModel(nn.Module):
         """
         cache = DynamicCache()
         lengths_B = mask_BS.sum(dim=1)
+        num_positions = ids_BS.shape[1]
+        # Padding comes first, so that the vokens follow their text: a sliding window counts padding too.
+        places_S = torch.arange(num_positions, device=mask_BS.device)
+        positions_BS = places_S - (num_positions - lengths_B)[:, None]
+        mask_BS = (positions_BS >= 0).long()
+        ids_BS = ids_BS.gather(1, positions_BS % num_positions)
         offsets_V = torch.arange(self.voken_embeddings.num_vokens - 1, device=mask_BS.device)
         voken_ids_BV = torch.tensor(self.voken_embeddings.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
         with evaluating(self.body):
             with torch.no_grad():
-                text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
+                text_BSH = self.states(
+                    self.embed(ids_BS), mask_BS=mask_BS, cache=cache, positions=positions_BS.clamp(min=0)
+                )
             at_vokens_BVH = self.states(
                 self.embed(voken_ids_BV),
                 mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
                 cache=cache,
                 positions=lengths_B[:, None] + offsets_V,
             )
-        before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
-        return torch.cat([before_B1H, at_vokens_BVH], dim=1)
+        return torch.cat([text_BSH[:, -1:], at_vokens_BVH], dim=1)
 
 
 def scale_logits(logits_BST: Tensor, config: Any) -> Tensor:

@@ -309,7 +309,7 @@ class Objective(nn.Module):
         said = [self.tokenizer.encode(text, add_special_tokens=False) for example in examples for text in example.shown]
         ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said], device=self.device)
         seen_W, target_NQ = ids_NQ.unique(return_inverse=True)
-        words_WH = self.language.embedding[seen_W].detach().float()
+        words_WH = self.language.embed(seen_W[None])[0].detach().float()
         distance_NQW = (image_NQH[:, :, None] - words_WH).square().sum(-1) / words_WH.square().sum(-1).mean()
         chosen = F.cross_entropy(-WORD_SHARPNESS * distance_NQW.flatten(0, 1), target_NQ.flatten())
         near = distance_NQW.gather(2, target_NQ[..., None]).mean()
