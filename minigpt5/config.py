@@ -69,6 +69,8 @@ class VisionConfig:
     grid_side: int = 0
     """Side of the square of a picture's embeddings, where the language model counts positions by it (M-RoPE); 0: each
     token has the next position."""
+    sees_whole_pictures: bool = False
+    """Whether each embedding of a picture attends to all of it, as in Gemma 3, and not only to those before it."""
     eva: EvaConfig | None = None
 
     @property

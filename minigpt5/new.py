@@ -282,6 +282,7 @@ def _own_vision_config(encoder: Any, base_id: str, folder: Path) -> VisionConfig
         num_queries=num_embeddings,
         picture=encoder.picture_tokens(AutoTokenizer.from_pretrained(folder), num_embeddings),
         grid_side=math.isqrt(num_embeddings) if encoder.family.has_grid else 0,
+        sees_whole_pictures=encoder.family.sees_whole_pictures,
     )
 
 
@@ -307,7 +308,7 @@ def _check_pictures(base: Any, parts: Parts, folder: Path) -> None:
     with torch.no_grad():
         expected_1SH = parts.vision.encoder.own_states(base, ids_1S, pictures, placeholder=placeholder)
         embeds_1SH = language.embed(ids_1S, parts.vision(pictures))
-        states_1SH = language.states(embeds_1SH, positions=language.positions(ids_1S == placeholder))
+        states_1SH = language.states(embeds_1SH, is_picture_BS=ids_1S == placeholder)
     _check_close(states_1SH, expected_1SH, f"the states of {folder} after pictures")
 
 

@@ -61,6 +61,8 @@ class _Job(Job[GeneratorEvent]):
         """Embeddings of the prompt's pictures, placeholder by placeholder."""
         self.positions_3S: Tensor | None = None
         """Positions of the whole context, where the language model counts pictures by rows and columns."""
+        self.last_seen_S: Tensor | None = None
+        """The last place that each token of the context sees, where the language model sees whole pictures."""
         self.script: Script
         self.writer: Writer
         self.slot = -1
@@ -168,7 +170,7 @@ class VokenGenerator:
         job.script = job.writer.script()
         if pictures := pictures_read(request):
             await asyncio.to_thread(self._see, job, pictures)
-        self._place(job)
+        self._lay_out(job)
         async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:
                 yield event
@@ -268,7 +270,15 @@ class VokenGenerator:
         images = [image_PH for job, num_tokens in parts if (image_PH := self._images(job, num_tokens)) is not None]
         embeds_1TH = self.language.embed(ids_1T, torch.cat(images)[None] if images else None)
         counts = [(job.slot, num_tokens) for job, num_tokens in parts]
-        states_TH = self._cache.forward(self.language.body, embeds_1TH[0], counts, positions_3T=self._positions(parts))
+        positions = [one for job, num in parts for one in self._slice(job, job.positions_3S, num)]
+        last_seen = [one for job, num in parts for one in self._slice(job, job.last_seen_S, num)]
+        states_TH = self._cache.forward(
+            self.language.body,
+            embeds_1TH[0],
+            counts,
+            positions_3T=torch.cat(positions, dim=1) if positions else None,
+            last_seen_T=torch.cat(last_seen) if last_seen else None,
+        )
         ready = []
         for (job, num_tokens), states_NH in zip(parts, states_TH.split([num for _, num in counts]), strict=True):
             job.left = job.left[num_tokens:]
@@ -288,7 +298,7 @@ class VokenGenerator:
             num_tokens = len(job.left) if len(job.left) <= SHORT_READ else min(len(job.left), budget)
             budget -= num_tokens if len(job.left) > SHORT_READ else 0
             if num_tokens:
-                parts.append((job, num_tokens))
+                parts.append((job, self._complete(job, num_tokens)))
         return parts
 
     def _images(self, job: _Job, num_tokens: int) -> Tensor | None:
@@ -301,20 +311,26 @@ class VokenGenerator:
         )
         return job.image_PH[num_before : num_before + num_placeholders]
 
-    def _place(self, job: _Job) -> None:
-        """Give the tokens of a request their positions: what is written later has no pictures."""
+    def _lay_out(self, job: _Job) -> None:
+        """Lay out the whole context of a request: what is written later has no pictures."""
         is_picture_1S = torch.zeros(1, self.config.context_tokens, dtype=torch.bool)
         is_picture_1S[0, : len(job.prompt)] = torch.from_numpy(job.prompt < 0)
         positions_31S = self.language.positions(is_picture_1S)
+        last_seen_1S = self.language.last_seen(is_picture_1S)
         job.positions_3S = None if positions_31S is None else positions_31S[:, 0]
+        job.last_seen_S = None if last_seen_1S is None else last_seen_1S[0]
 
-    def _positions(self, parts: list[tuple[_Job, int]]) -> Tensor | None:
-        """Positions of the next tokens, where they are not those in the cache: (3, T)."""
-        starts = [(job.positions_3S, self._cache.lengths[job.slot], num_tokens) for job, num_tokens in parts]
-        found = [
-            positions_3S[:, start : start + num] for positions_3S, start, num in starts if positions_3S is not None
-        ]
-        return torch.cat(found, dim=1) if found else None
+    def _complete(self, job: _Job, num_tokens: int) -> int:
+        """As many of the next tokens, and the rest of a picture that must be read at once."""
+        if job.last_seen_S is None:
+            return num_tokens
+        start = self._cache.lengths[job.slot]
+        return int(job.last_seen_S[start + num_tokens - 1]) + 1 - start
+
+    def _slice(self, job: _Job, laid_out: Tensor | None, num_tokens: int) -> list[Tensor]:
+        """Of the layout of a context (..., S), what concerns the next tokens; nothing where there is none."""
+        start = self._cache.lengths[job.slot]
+        return [] if laid_out is None else [laid_out[..., start : start + num_tokens]]
 
     def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
         """Answer scripts until each asks for something to be read, or has ended."""

@@ -88,6 +88,8 @@ class Pass:
     together: Together | None
     num_positions: int
     """Length of the longest slot."""
+    last_seen_T: Tensor | None
+    """The last position of its slot that each token sees; None: its own."""
     _views: dict[int, tuple[Tensor, list[View], View | None]] = field(default_factory=dict)
 
     def views(self, mask_11TS: Tensor, like: Tensor) -> tuple[list[View], View | None]:
@@ -171,13 +173,15 @@ class SlotCache(Cache):
         counts: Sequence[tuple[int, int]],
         *,
         positions_3T: Tensor | None = None,
+        last_seen_T: Tensor | None = None,
     ) -> Tensor:
         """Append tokens to slots and return their last hidden states: (T, H).
 
         `counts`: (slot, number of its tokens), in the order of the tokens. `positions_3T`: what the model reads as
-        their positions, where that is not their place in the slot.
+        their positions, where that is not their place in the slot. `last_seen_T`: the last place in its slot that each
+        token sees, where that is not its own; it is among the tokens of this pass.
         """
-        self._pass = self._plan(counts)
+        self._pass = self._plan(counts, last_seen_T)
         positions = self._pass.positions_1T if positions_3T is None else positions_3T[:, None]
         try:
             states_1TH = body(
@@ -199,7 +203,7 @@ class SlotCache(Cache):
             stored_RGSD[target, :, :length] = stored_RGSD[source, :, :length]
         self.lengths[target] = length
 
-    def _plan(self, counts: Sequence[tuple[int, int]]) -> Pass:
+    def _plan(self, counts: Sequence[tuple[int, int]], last_seen_T: Tensor | None) -> Pass:
         slots: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -220,6 +224,7 @@ class SlotCache(Cache):
             spans=[span for span in spans if span not in joined],
             together=_join(joined) if joined else None,
             num_positions=max(span.length for span in spans),
+            last_seen_T=last_seen_T,
         )
 
     def update(
@@ -278,7 +283,11 @@ def make_mask(*, q_offset: int | Pass = 0, device: Any = "cpu", **options: Any) 
         positions_T = q_offset.positions_1T[0]
         offsets_T = positions_T - torch.arange(len(positions_T))
         options |= {"q_offset": offsets_T, "device": "cpu", "allow_is_causal_skip": False}
-        return sdpa_mask(**options)
+        mask_11TS = sdpa_mask(**options)
+        if q_offset.last_seen_T is not None:
+            places_S = torch.arange(mask_11TS.shape[-1])
+            mask_11TS |= (places_S > positions_T[:, None]) & (places_S <= q_offset.last_seen_T[:, None])
+        return mask_11TS
     return sdpa_mask(q_offset=q_offset, device=device, **options)
 
 

@@ -24,11 +24,15 @@ from transformers import (
     DynamicCache,
     PreTrainedTokenizerBase,
 )
+from transformers.models.gemma3.modeling_gemma3 import (
+    create_masks_for_vision_model,
+    get_block_sequence_ids_for_mask,
+)
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
-from minigpt5.model.positions import grid_positions
+from minigpt5.model.positions import grid_positions, last_seen
 from minigpt5.model.vision_language import is_vision_language
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 
@@ -70,11 +74,17 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, head: nn.Module, voken_embeddings: VokenEmbeddings, *, grid_side: int = 0
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        voken_embeddings: VokenEmbeddings,
+        *,
+        grid_side: int = 0,
+        sees_whole_pictures: bool = False,
     ) -> None:
-        """`grid_side`: as in VisionConfig."""
+        """`grid_side` and `sees_whole_pictures`: as in VisionConfig."""
         super().__init__()
-        self.grid_side = grid_side
+        self.grid_side, self.sees_whole_pictures = grid_side, sees_whole_pictures
         self.body: Any = body
         """The transformer, with or without an adapter around it."""
         self.head: Any = head
@@ -104,7 +114,13 @@ class LanguageModel(nn.Module):
             )
         voken_embeddings = VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden)
         body = causal.get_decoder() if hasattr(causal.config, "vision_config") else causal.base_model
-        return cls(body, causal.get_output_embeddings(), voken_embeddings, grid_side=config.vision.grid_side)
+        return cls(
+            body,
+            causal.get_output_embeddings(),
+            voken_embeddings,
+            grid_side=config.vision.grid_side,
+            sees_whole_pictures=config.vision.sees_whole_pictures,
+        )
 
     @torch.no_grad()
     def initialise_vokens(self, *, seed: int) -> None:
@@ -165,8 +181,12 @@ class LanguageModel(nn.Module):
         return embeds_BSH.masked_scatter(is_placeholder_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
 
     def positions(self, is_picture_BS: Tensor) -> Tensor | None:
-        """Where embeddings of pictures are -> positions as `states` takes them; None: they need not be given."""
+        """Where embeddings of pictures are -> positions as the body takes them, (3, B, S); None: it counts itself."""
         return grid_positions(is_picture_BS, self.grid_side) if self.grid_side else None
+
+    def last_seen(self, is_picture_BS: Tensor) -> Tensor | None:
+        """Where embeddings of pictures are -> the last place that each token sees, (B, S); None: its own."""
+        return last_seen(is_picture_BS) if self.sees_whole_pictures else None
 
     def states(
         self,
@@ -174,19 +194,36 @@ class LanguageModel(nn.Module):
         *,
         mask_BS: Tensor | None = None,
         cache: Cache | None = None,
-        positions: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        is_picture_BS: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states, after the final norm. A cache is read and extended: `mask_BS` then covers it too.
 
-        `positions`: (B, S), or (3, B, S) from `self.positions`; without them, each token has the next position.
+        `is_picture_BS`: where embeddings of pictures are, in sequences that are read whole.
         """
+        mask: Any = mask_BS
+        positions = positions_BS
+        if is_picture_BS is not None:
+            positions = self.positions(is_picture_BS)
+            mask = self._mask(embeds_BSH, mask_BS, is_picture_BS) if self.sees_whole_pictures else mask_BS
         return self.body(
             inputs_embeds=embeds_BSH,
-            attention_mask=mask_BS,
+            attention_mask=mask,
             past_key_values=cache,
             position_ids=positions,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    def _mask(self, embeds_BSH: Tensor, mask_BS: Tensor | None, is_picture_BS: Tensor) -> dict[str, Tensor]:
+        """The masks of each kind of layer, by transformers' own function: a picture's embeddings see all of it."""
+        return create_masks_for_vision_model(
+            self.body.config,
+            embeds_BSH,
+            mask_BS,
+            past_key_values=None,
+            position_ids=None,
+            block_sequence_ids=get_block_sequence_ids_for_mask(is_picture_BS.long(), device=embeds_BSH.device),
+        )
 
     def logits(self, states_BSH: Tensor) -> Tensor:
         """States -> logits of the base's tokens and, after them, of the new ones, as the base model scales them."""
@@ -213,13 +250,13 @@ class LanguageModel(nn.Module):
         with evaluating(self.body):
             with torch.no_grad():
                 text_BSH = self.states(
-                    self.embed(ids_BS), mask_BS=mask_BS, cache=cache, positions=positions_BS.clamp(min=0)
+                    self.embed(ids_BS), mask_BS=mask_BS, cache=cache, positions_BS=positions_BS.clamp(min=0)
                 )
             at_vokens_BVH = self.states(
                 self.embed(voken_ids_BV),
                 mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
                 cache=cache,
-                positions=lengths_B[:, None] + offsets_V,
+                positions_BS=lengths_B[:, None] + offsets_V,
             )
         return torch.cat([text_BSH[:, -1:], at_vokens_BVH], dim=1)
 

@@ -1,4 +1,4 @@
-"""Positions of tokens where a language model counts a picture's embeddings by rows and columns (M-RoPE).
+"""What the place of pictures in a sequence decides: positions by rows and columns (M-RoPE), and what tokens see.
 
 Shape letters: B sequences, S positions of a sequence.
 """
@@ -22,3 +22,14 @@ def grid_positions(is_picture_BS: Tensor, side: int) -> Tensor:
     at_S = torch.arange(is_picture_BS.shape[1], device=is_picture_BS.device)
     start_BS = at_S - place_BS - num_whole_BS * (area - side)
     return torch.stack([start_BS, start_BS + place_BS // side, start_BS + place_BS % side])
+
+
+def last_seen(is_picture_BS: Tensor) -> Tensor:
+    """Where embeddings of pictures are -> the last place that each token attends to: (B, S).
+
+    It is a token's own place, or the end of its picture. Pictures are apart from each other.
+    """
+    length = is_picture_BS.shape[1]
+    at_S = torch.arange(length, device=is_picture_BS.device)
+    next_text_BS = at_S.where(~is_picture_BS, length).flip(1).cummin(dim=1).values.flip(1)
+    return next_text_BS - is_picture_BS.long()

@@ -36,6 +36,8 @@ class Family(Protocol):
     default_px: int
     has_grid: bool
     """Whether the language model counts positions by rows and columns of a picture."""
+    sees_whole_pictures: bool
+    """Whether embeddings of a picture attend to all of it."""
 
     marked_by: str
     """Argument of transformers' own model that marks embeddings of pictures, or none."""
@@ -56,7 +58,7 @@ class Family(Protocol):
 class QwenVL:
     """Qwen2-VL and Qwen2.5-VL: pictures of any size, one embedding for each square of 28 pixels."""
 
-    has_grid, max_units, marked_by = True, None, "mm_token_type_ids"
+    has_grid, sees_whole_pictures, max_units, marked_by = True, False, None, "mm_token_type_ids"
 
     def __init__(self, config: Any, processor: Any) -> None:
         self.unit_px = processor.patch_size * processor.merge_size
@@ -76,7 +78,7 @@ class QwenVL:
 class Idefics3:
     """Idefics3 and SmolVLM: one tile, or several row by row and the whole picture after them, as one tile too."""
 
-    has_grid, max_units, marked_by = False, None, ""
+    has_grid, sees_whole_pictures, max_units, marked_by = False, False, None, ""
 
     def __init__(self, config: Any, processor: Any) -> None:
         self.unit_px = self.default_px = processor.max_image_size["longest_edge"]
@@ -101,7 +103,7 @@ class LlavaOnevision:
     """LLaVA-OneVision: one tile and a newline, as it reads each of several pictures; a picture that is alone is no
     exception here."""
 
-    has_grid, max_units, marked_by = False, 1, ""
+    has_grid, sees_whole_pictures, max_units, marked_by = False, False, 1, ""
 
     def __init__(self, config: Any, processor: Any) -> None:
         self.unit_px = self.default_px = config.vision_config.image_size
@@ -120,12 +122,31 @@ class LlavaOnevision:
         return found.pooler_output
 
 
+class Gemma3:
+    """Gemma 3: pictures of one size, whose embeddings attend to each other in both directions."""
+
+    has_grid, sees_whole_pictures, max_units, marked_by = False, True, 1, "token_type_ids"
+
+    def __init__(self, config: Any, processor: Any) -> None:
+        self.unit_px = self.default_px = config.vision_config.image_size
+
+    def options(self, px: int) -> dict[str, Any]:
+        return {"do_pan_and_scan": False}
+
+    def text(self, px: int, image_token: str, num_embeddings: int) -> str:
+        return f"\n\n<start_of_image>{image_token * num_embeddings}<end_of_image>\n\n"
+
+    def embed(self, model: Any, pixels: Tensor, facts: dict[str, Tensor]) -> Any:
+        return model.get_image_features(pixels.flatten(0, 1)).pooler_output
+
+
 FAMILIES: dict[str, type] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
     "idefics3": Idefics3,
     "smolvlm": Idefics3,
     "llava_onevision": LlavaOnevision,
+    "gemma3": Gemma3,
 }
 """By the `model_type` of the base's config."""
 

@@ -245,8 +245,10 @@ class Objective(nn.Module):
         pictures = [picture for example in examples for picture in example.read]
         image_NQH = self._see(pictures) if pictures else None
         embeds_BSH = self.language.embed(ids_BS, image_NQH)
-        positions_3BS = self.language.positions(ids_BS == self.language.voken_embeddings.placeholder)
-        states_BSH = self.language.states(embeds_BSH, mask_BS=mask_BS, positions=positions_3BS)
+        is_picture_BS = ids_BS == self.language.voken_embeddings.placeholder
+        states_BSH = self.language.states(
+            embeds_BSH, mask_BS=mask_BS, is_picture_BS=None if image_NQH is None else is_picture_BS
+        )
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.voken_embeddings)
         return vokens_PVH, self.text_loss(states_BSH, labels_BS)
 

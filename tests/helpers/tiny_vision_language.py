@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -21,6 +23,7 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -48,8 +51,10 @@ TOWER: dict[str, Any] = {
 }
 
 
-def make_tokenizer(folder: Path, markers: list[str], *, bos: str | None = None) -> PreTrainedTokenizerFast:
-    """Write a byte-level tokenizer with a model's markers as special tokens."""
+def make_tokenizer(
+    folder: Path, markers: list[str], *, bos: str | None = None, **named: str
+) -> PreTrainedTokenizerFast:
+    """Write a byte-level tokenizer with a model's markers as special tokens, or with those that have a name."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,7 +64,7 @@ def make_tokenizer(folder: Path, markers: list[str], *, bos: str | None = None) 
         bos_token=bos,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=markers,
+        extra_special_tokens=named or markers,
     )
     own.save_pretrained(folder)
     return own
@@ -145,7 +150,26 @@ def make_llava_onevision(folder: Path) -> None:
     )
 
 
-IMAGE_PX = {"qwen2_vl": 16, "qwen2_5_vl": 24, "idefics3": 8, "smolvlm": 16, "llava_onevision": 12}
+def make_gemma3(folder: Path) -> None:
+    """Pictures of 16 x 16 pixels and 16 embeddings, in layers that see 10 tokens back and layers that see all."""
+    names = {"boi": "<start_of_image>", "image": "<image_soft_token>", "eoi": "<end_of_image>"}
+    own = make_tokenizer(folder, [], bos="<bos>", **{f"{name}_token": token for name, token in names.items()})
+    text = {"vocab_size": len(own) + 3, "head_dim": 8, "sliding_window": 10, "eos_token_id": own.eos_token_id}
+    text |= {"bos_token_id": own.bos_token_id, "pad_token_id": own.pad_token_id}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3Config(
+        text_config={**TEXT, **text, "num_hidden_layers": 3, "layer_types": kinds},
+        vision_config={**TOWER, "image_size": 16, "patch_size": 2, "vision_use_head": False},
+        mm_tokens_per_image=16,
+        **{f"{name}_token_index": own.convert_tokens_to_ids(token) for name, token in names.items()},
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    model.get_input_embeddings().weight.data *= 0.02  # it is the head too, and would say each token again
+    model.save_pretrained(folder)
+    Gemma3ImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
+IMAGE_PX = {"gemma3": 16, "qwen2_vl": 16, "qwen2_5_vl": 24, "idefics3": 8, "smolvlm": 16, "llava_onevision": 12}
 """Side of the pictures that they read in tests."""
 MAKERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": make_qwen2_vl,
@@ -153,6 +177,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "idefics3": make_idefics3,
     "smolvlm": make_smolvlm,
     "llava_onevision": make_llava_onevision,
+    "gemma3": make_gemma3,
 }
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -58,6 +59,7 @@ PROCESSORS: dict[str, Any] = {
     "idefics3": Idefics3Processor,
     "smolvlm": SmolVLMProcessor,
     "llava_onevision": LlavaOnevisionProcessor,
+    "gemma3": Gemma3Processor,
 }
 families = pytest.mark.parametrize("made", sorted(MAKERS), indirect=True)
 
@@ -194,7 +196,7 @@ def test_text_with_pictures_in_the_prompt_is_what_its_own_library_generates(made
     written = [int(token) for token in ids_1S[0, inputs["input_ids"].shape[1] :]]
     expected = made.generator.tokenizer.decode([token for token in written if token not in made.generator.end_ids])
     found = text(run(made.generator, request)[0])
-    assert found.strip() == expected.strip() and len(set(expected)) > 3
+    assert found.strip() == expected.strip() and len(set(written)) > 3
     others = chat(TELLS[0], picture(3), *TELLS[2:])
     assert text(run(made.generator, others)[0]) != found, "the pictures decide what is written"
 
@@ -304,6 +306,8 @@ def processor_text(made: Made) -> str:
         own |= {"global_image_tag": "<global-img>", "global_image_token": "<global-img>"}
     if kind == "llava_onevision":
         own |= {"num_image_tokens": 9, "vision_feature_select_strategy": "full"}
+    if kind == "gemma3":
+        return Gemma3Processor(encoder.processor, made.generator.tokenizer, image_seq_length=16).full_image_sequence
     replace_image_token = PROCESSORS[kind].replace_image_token
     read = encoder.processor(images=[pictures], return_tensors="pt", **options)
     text = replace_image_token(SimpleNamespace(**own), read, 0)
