@@ -164,7 +164,8 @@ def make_gemma3(folder: Path) -> None:
         **{f"{name}_token_index": own.convert_tokens_to_ids(token) for name, token in names.items()},
     )
     model = Gemma3ForConditionalGeneration(config)
-    model.get_input_embeddings().weight.data *= 0.02  # it is the head too, and would say each token again
+    model.get_input_embeddings().weight.data *= 0.1  # it is the head too, and would say each token again
+    model.model.multi_modal_projector.mm_input_projection_weight.data.normal_(std=SPREAD)  # it is made of zeros
     model.save_pretrained(folder)
     Gemma3ImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
 
