@@ -32,6 +32,8 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from minigpt5.model.language import body_inputs
+
 ATTENTION = "minigpt5_slots"
 WASTE = 2
 """Slots attend in one call while it looks at no more than so many times the slots and positions that it needs."""
@@ -185,7 +187,7 @@ class SlotCache(Cache):
         positions = self._pass.positions_1T if positions_3T is None else positions_3T[:, None]
         try:
             states_1TH = body(
-                inputs_embeds=embeds_TH[None],
+                **body_inputs(body, embeds_TH[None]),
                 position_ids=positions.to(embeds_TH.device),
                 past_key_values=self,
                 use_cache=True,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -172,12 +173,16 @@ class LanguageModel(nn.Module):
             self._packed_head = PackedLinear(self.head.weight[rows], bias)
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
-        """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""
+        """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H).
+
+        Where those have features for later layers too, the answer is as wide as they are; see `body_inputs`.
+        """
         ids_BS = ids_BS.to(self.embedding.device)
         embeds_BSH = self.voken_embeddings.embed(ids_BS, self.body.get_input_embeddings())
         if image_NQH is None:
             return embeds_BSH
         is_placeholder_BS = ids_BS == self.voken_embeddings.placeholder
+        embeds_BSH = F.pad(embeds_BSH, (0, image_NQH.shape[-1] - embeds_BSH.shape[-1]))
         return embeds_BSH.masked_scatter(is_placeholder_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
 
     def positions(self, is_picture_BS: Tensor) -> Tensor | None:
@@ -207,7 +212,7 @@ class LanguageModel(nn.Module):
             positions = self.positions(is_picture_BS)
             mask = self._mask(embeds_BSH, mask_BS, is_picture_BS) if self.sees_whole_pictures else mask_BS
         return self.body(
-            inputs_embeds=embeds_BSH,
+            **body_inputs(self.body, embeds_BSH),
             attention_mask=mask,
             past_key_values=cache,
             position_ids=positions,
@@ -259,6 +264,22 @@ class LanguageModel(nn.Module):
                 positions_BS=lengths_B[:, None] + offsets_V,
             )
         return torch.cat([text_BSH[:, -1:], at_vokens_BVH], dim=1)
+
+
+def body_inputs(body: Any, embeds_BSH: Tensor) -> dict[str, Any]:
+    """Embeddings as a transformer takes them.
+
+    What is wider than its states is added to them after its first layers, H features for each layer (DeepStack, arXiv
+    2406.04334). Tokens without such features have zeros there.
+    """
+    embeds_BSH, *for_layers = embeds_BSH.split(body.config.hidden_size, dim=-1)
+    if not for_layers:
+        return {"inputs_embeds": embeds_BSH}
+    return {
+        "inputs_embeds": embeds_BSH,
+        "visual_pos_masks": torch.ones(embeds_BSH.shape[:2], dtype=torch.bool, device=embeds_BSH.device),
+        "deepstack_visual_embeds": [features_BSH.flatten(0, 1) for features_BSH in for_layers],
+    }
 
 
 def scale_logits(logits_BST: Tensor, config: Any) -> Tensor:

@@ -75,6 +75,19 @@ class QwenVL:
         return model.get_image_features(pixels.flatten(0, 1), image_grid_thw=grid_N3).pooler_output
 
 
+class Qwen3VL(QwenVL):
+    """Qwen3-VL: beside the embeddings, features of earlier layers of the tower for the first layers of the language
+    model (DeepStack, arXiv 2406.04334). They lie after each embedding: a picture is (Q, H and H more for each layer).
+    """
+
+    def embed(self, model: Any, pixels: Tensor, facts: dict[str, Tensor]) -> Any:
+        grid_N3 = facts["image_grid_thw"].expand(len(pixels), -1)
+        found = model.get_image_features(pixels.flatten(0, 1), image_grid_thw=grid_N3)
+        return [
+            torch.cat(layers, dim=-1) for layers in zip(found.pooler_output, *found.deepstack_features, strict=True)
+        ]
+
+
 class Idefics3:
     """Idefics3 and SmolVLM: one tile, or several row by row and the whole picture after them, as one tile too."""
 
@@ -143,6 +156,7 @@ class Gemma3:
 FAMILIES: dict[str, type] = {
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
+    "qwen3_vl": Qwen3VL,
     "idefics3": Idefics3,
     "smolvlm": Idefics3,
     "llava_onevision": LlavaOnevision,

@@ -20,6 +20,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -84,6 +86,18 @@ def make_qwen2_5_vl(folder: Path) -> None:
     vision = {**sizes, **windows, "out_hidden_size": HIDDEN, "initializer_range": SPREAD}
     config = Qwen2_5_VLConfig(**_qwen(folder), vision_config=vision)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+
+
+def make_qwen3_vl(folder: Path) -> None:
+    """One embedding for 4 x 4 pixels; the first two layers of three take features of the tower's."""
+    base = _qwen(folder)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = {"num_hidden_layers": 3, "head_dim": 8, "rope_parameters": rope}
+    sizes = {"depth": 3, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 2}
+    stack = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    vision = {**sizes, **stack, "out_hidden_size": HIDDEN, "initializer_range": SPREAD}
+    config = Qwen3VLConfig(**{**base, "text_config": {**base["text_config"], **text}}, vision_config=vision)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
 
 
 def _qwen(folder: Path) -> dict[str, Any]:
@@ -170,11 +184,20 @@ def make_gemma3(folder: Path) -> None:
     Gemma3ImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
-IMAGE_PX = {"gemma3": 16, "qwen2_vl": 16, "qwen2_5_vl": 24, "idefics3": 8, "smolvlm": 16, "llava_onevision": 12}
+IMAGE_PX = {
+    "gemma3": 16,
+    "qwen2_vl": 16,
+    "qwen2_5_vl": 24,
+    "qwen3_vl": 20,
+    "idefics3": 8,
+    "smolvlm": 16,
+    "llava_onevision": 12,
+}
 """Side of the pictures that they read in tests."""
 MAKERS: dict[str, Callable[[Path], None]] = {
     "qwen2_vl": make_qwen2_vl,
     "qwen2_5_vl": make_qwen2_5_vl,
+    "qwen3_vl": make_qwen3_vl,
     "idefics3": make_idefics3,
     "smolvlm": make_smolvlm,
     "llava_onevision": make_llava_onevision,

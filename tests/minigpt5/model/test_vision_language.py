@@ -23,6 +23,7 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from examples.own_model.tiny_bases import make_stable_diffusion
@@ -56,6 +57,7 @@ GREEDY = Sampling(temperature=0, max_page_tokens=NUM_TOKENS)
 PROCESSORS: dict[str, Any] = {
     "qwen2_vl": Qwen2VLProcessor,
     "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "qwen3_vl": Qwen3VLProcessor,
     "idefics3": Idefics3Processor,
     "smolvlm": SmolVLMProcessor,
     "llava_onevision": LlavaOnevisionProcessor,
