@@ -20,49 +20,60 @@ from minigpt5 import MiniGPT5, new
 from minigpt5.model import folder as model_folder
 from minigpt5.story.stream import write_story
 from minigpt5.types import DrawSettings, InputImage, StoryRequest
-from tests.helpers.tiny_vision_language import HIDDEN, make_vision_language
+from tests.helpers.tiny_vision_language import HIDDEN, IMAGE_PX, MAKERS, make_vision_language
 from training.train import main
 
+QUICKLY_TRAINED = ("gemma3", "qwen2_5_vl")
+"""Families that are trained in every run of the tests; the others are marked as slow."""
 ONE_STEP = DrawSettings(steps=1)
 QUICK = ["--workers", "0", "steps=2", "batch_size=2", "num_threads=1", "warmup_steps=1", "validation_batches=0"]
 QUICK += ["draws_samples=false", "log_every=1"]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("own")
-    make_vision_language("qwen2_5_vl", root / "base")
-    make_stable_diffusion(root / "stable-diffusion")
-    options = ["--language", str(root / "base"), "--diffusion", str(root / "stable-diffusion"), "--image-px", "16"]
-    assert new.main([*options, "--context", "2048", "--out", str(root / "made")], show=lambda text: None) == 0
-    return root / "made"
+families = pytest.mark.parametrize(
+    "made",
+    [kind if kind in QUICKLY_TRAINED else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(MAKERS)],
+    indirect=True,
+)
 
 
-@pytest.fixture(scope="module")
-def encoded(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    kind = getattr(request, "param", "qwen2_5_vl")
+    make_vision_language(kind, tmp_path / "base")
+    make_stable_diffusion(tmp_path / "stable-diffusion")
+    options = ["--language", str(tmp_path / "base"), "--diffusion", str(tmp_path / "stable-diffusion")]
+    options += ["--image-px", str(IMAGE_PX[kind]), "--context", "2048", "--out", str(tmp_path / "made")]
+    assert new.main(options, show=lambda text: None) == 0
+    return tmp_path / "made"
+
+
+@pytest.fixture
+def encoded(made: Path, tmp_path: Path) -> Path:
     """Captions and stories, with what the encoders make of their pictures."""
-    folder = tmp_path_factory.mktemp("rows")
     for number, kind in enumerate(("caption", "story")):
         part = Part(number=number, file="", start=0, count=8)
-        write_part(part, layout=f"storybook:{kind}", uri="", output=str(folder / "plain"), seed=3)
+        write_part(part, layout=f"storybook:{kind}", uri="", output=str(tmp_path / "plain"), seed=3)
     encode = precompute.Encode(
         model=str(made),
-        source=str(folder / "plain"),
-        output=str(folder / "encoded"),
+        source=str(tmp_path / "plain"),
+        output=str(tmp_path / "encoded"),
         keeps_pictures=False,
         num_threads=1,
     )
-    for path in sorted((folder / "plain" / "rows").iterdir()):
+    for path in sorted((tmp_path / "plain" / "rows").iterdir()):
         assert encode({"file": str(path)})["files"] == 1
-    return folder / "encoded"
+    return tmp_path / "encoded"
 
 
 def test_rows_store_the_embeddings_that_the_language_model_reads(encoded: Path) -> None:
+    num_embeddings = (IMAGE_PX["qwen2_5_vl"] // 4) ** 2
     rows = [row for path in sorted((encoded / "rows").iterdir()) for row in parquet.read_table(path).to_pylist()]
     stored = [one["features"] for row in rows for one in row["segments"] if one["text"] is None]
-    assert {np.load(io.BytesIO(data)).shape for data in stored} == {(16, HIDDEN)}
+    assert {np.load(io.BytesIO(data)).shape for data in stored} == {(num_embeddings, HIDDEN)}
 
 
+@families
 def test_both_stages_train_it_and_it_writes_reads_and_draws(made: Path, encoded: Path, tmp_path: Path) -> None:
     data = ["--data", str(encoded)]
     align, learn = tmp_path / "align", tmp_path / "learn"

@@ -48,6 +48,7 @@ from minigpt5.objective.example import Example
 from minigpt5.objective.losses import Objective
 from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Vokens
 from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, make_vision_language
+from tests.training import test_vision_language_run
 
 CONTEXT = 768
 TOLERANCE = 1e-5
@@ -80,6 +81,8 @@ class Made:
         """What transformers' own model takes for what a request reads, and a page's text after it."""
         ids = self.ids(request) + (page_ids(after, self.generator.tokenizer) if after else [])
         pictures = [fit_read(data, self.own_encoder.image_px) for data in pictures_read(request)]
+        if not pictures:
+            return {"input_ids": torch.tensor([ids])}
         placeholder = self.generator.language.voken_embeddings.placeholder
         return self.own_encoder.own_inputs(torch.tensor([ids]), pictures, placeholder=placeholder)
 
@@ -284,8 +287,66 @@ def test_the_folder_names_the_base_and_holds_nothing_of_it(made: Made) -> None:
     assert names == {"config.json", "vokens.safetensors", "mapper.safetensors"}
 
 
-def test_every_family_is_tested() -> None:
+def test_the_docs_list_every_family_with_its_tests() -> None:
     assert set(MAKERS) == set(FAMILIES)
+    lines = Path("docs/own-models.md").read_text().partition("| type | models |")[2].splitlines()
+    columns = [cell.strip() for cell in lines[0].strip(" |").split("|")]
+    rows = [[cell.strip() for cell in line.strip(" |").split("|")] for line in lines[2 : 2 + len(FAMILIES)]]
+    assert {row[0].strip("`") for row in rows} == set(FAMILIES)
+    assert all(row[3:] == ["yes"] * (len(columns) - 1) for row in rows)
+    tests = {name for name, test in globals().items() if families.mark in getattr(test, "pytestmark", [])}
+    assert columns[1:] == list(TESTS) and tests | {RUN} == set(TESTS.values())
+    assert any(mark.args[0] == "made" for mark in getattr(test_vision_language_run, RUN).pytestmark)
+
+
+RUN = "test_both_stages_train_it_and_it_writes_reads_and_draws"
+TESTS = {
+    "text": "test_text_with_pictures_in_the_prompt_is_what_its_own_library_generates",
+    "states": "test_states_after_pictures_are_those_of_its_own_library",
+    "tokens": "test_a_picture_is_the_text_that_its_own_processor_writes",
+    "batch": "test_a_batch_writes_what_each_writes_alone",
+    "prefix": "test_a_prompt_that_begins_as_another_is_read_from_there",
+    "read back": "test_pictures_of_earlier_pages_are_read_back",
+    "padding": "test_training_reads_a_padded_batch_as_serving_reads_each",
+    "folder": "test_the_folder_names_the_base_and_holds_nothing_of_it",
+    "train, serve": RUN,
+}
+"""Column of the table in docs/own-models.md -> the test of each family."""
+
+
+def test_small_pictures_are_enlarged_as_its_own_processor_scales(root: Path) -> None:
+    made = make("qwen2_5_vl", root / "qwen2_5_vl")
+    small = fit_read(picture(1, width=9, height=12).data, IMAGE_PX["qwen2_5_vl"])
+    assert small.shape == (9, 9, 3)
+    side = (IMAGE_PX["qwen2_5_vl"],) * 2
+    enlarged = np.asarray(Image.fromarray(small).resize(side, Image.Resampling.BICUBIC))
+    vision = made.generator.vision
+    assert torch.equal(vision([small]), vision([enlarged]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "px", "words"),
+    [("qwen2_5_vl", "22", "a multiple of 4 pixels"), ("gemma3", "32", "reads pictures of 16 pixels")],
+)
+def test_a_size_that_a_family_does_not_read_is_refused(
+    kind: str, px: str, words: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, diffusion = make(kind, root / kind).base, root / kind / "stable-diffusion"
+    options = ["--language", str(base), "--diffusion", str(diffusion), "--out", str(tmp_path / "out")]
+    assert new.main([*options, "--image-px", px]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_without_its_tower_it_writes_as_its_own_library(root: Path, tmp_path: Path) -> None:
+    made = make("qwen2_5_vl", root / "qwen2_5_vl")
+    options = ["--language", str(made.base), "--diffusion", str(root / "qwen2_5_vl" / "stable-diffusion")]
+    options += ["--vision", "none", "--context", str(CONTEXT), "--out", str(tmp_path / "out")]
+    assert new.main(options, show=lambda text: None) == 0
+    generator = VokenGenerator.from_pretrained(tmp_path / "out")
+    assert not list(generator.vision.parameters())
+    request = story("A fox")
+    assert_close(vokens(run(generator, request)[0])[0], made.own_state(request, after="It is so."))
 
 
 @families
