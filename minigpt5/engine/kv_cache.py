@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +106,16 @@ class Pass:
         return self._views[id(mask_11TS)][1:]
 
 
+_PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
+"""The pass that this thread's `SlotCache.forward` is in. Not every model hands arguments on to its attention."""
+
+
+def current_pass() -> Pass:
+    found = _PASS.get()
+    assert found, "a SlotCache is read and written by SlotCache.forward"
+    return found
+
+
 def _view(span: Span, mask_TS: Tensor, like: Tensor) -> View:
     mask_TS = mask_TS[span.start : span.end, : span.length]
     first = int(mask_TS.any(dim=0).int().argmax())
@@ -149,7 +160,6 @@ class SlotCache(Cache):
         """Layer by layer, in the shape and type of the first key that a layer gives."""
         self.values_RGSD: list[Tensor] = []
         self.lengths = [0] * num_slots
-        self._pass: Pass | None = None
 
     @classmethod
     @torch.no_grad()
@@ -166,6 +176,8 @@ class SlotCache(Cache):
         cache = cls(num_slots=num_slots, num_positions=num_positions)
         cache.forward(body, _first_embedding(body)[0], [(0, 1)])
         cache.lengths[0] = 0
+        if not cache.keys_RGSD:
+            raise ValueError("none of its layers keeps keys and values")
         return cache
 
     def forward(
@@ -183,18 +195,18 @@ class SlotCache(Cache):
         their positions, where that is not their place in the slot. `last_seen_T`: the last place in its slot that each
         token sees, where that is not its own; it is among the tokens of this pass.
         """
-        self._pass = self._plan(counts, last_seen_T)
-        positions = self._pass.positions_1T if positions_3T is None else positions_3T[:, None]
+        planned = self._plan(counts, last_seen_T)
+        positions = planned.positions_1T if positions_3T is None else positions_3T[:, None]
+        token = _PASS.set(planned)
         try:
             states_1TH = body(
                 **body_inputs(body, embeds_TH[None]),
                 position_ids=positions.to(embeds_TH.device),
                 past_key_values=self,
                 use_cache=True,
-                slots=self._pass,
             ).last_hidden_state
         finally:
-            self._pass = None
+            _PASS.reset(token)
         for slot, num_tokens in counts:
             self.lengths[slot] += num_tokens
         return states_1TH[0]
@@ -233,12 +245,12 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store a pass's keys and values (1, G, T, D); the layer's whole store is what its attention reads."""
-        assert self._pass is not None, "a SlotCache is read and written by SlotCache.forward"
+        planned = current_pass()
         if layer_idx == len(self.keys_RGSD):
             for stored, new in ((self.keys_RGSD, key_states), (self.values_RGSD, value_states)):
                 shape = (self.num_slots, new.shape[1], self.num_positions, new.shape[3])
                 stored.append(reserve(shape, new.dtype, new.device))
-        where = (self._pass.slots_T, slice(None), self._pass.positions_1T[0])
+        where = (planned.slots_T, slice(None), planned.positions_1T[0])
         self.keys_RGSD[layer_idx][where] = key_states[0].transpose(0, 1)
         self.values_RGSD[layer_idx][where] = value_states[0].transpose(0, 1)
         return self.keys_RGSD[layer_idx], self.values_RGSD[layer_idx]
@@ -249,13 +261,17 @@ class SlotCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> Pass:
         """The pass, in place of the number that transformers passes on to `make_mask`: tokens have an offset each."""
-        assert self._pass is not None
-        return self._pass
+        return current_pass()
+
+    def refuse_state(self, *args: object, **kwargs: object) -> Any:
+        """Refuse layers of linear attention, convolution or recurrence, by what they ask a cache for first."""
+        raise ValueError("some of its layers keep a state that is neither keys nor values")
+
+    has_previous_state = get_conv_state = get_recurrent_state = update_conv_state = update_indexer = refuse_state
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Masks have a column for each position of the longest slot."""
-        assert self._pass is not None
-        return self._pass.num_positions, 0
+        return current_pass().num_positions, 0
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -299,8 +315,6 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    slots: Pass | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a pass: query (1, A, T, D) over key and value (R, G, S, D) -> (1, T, A, D).
@@ -311,6 +325,7 @@ def attend(
     if asked:
         raise ValueError(f"its attention needs {', '.join(sorted(asked))}")
     options = {name: options[name] for name in HONOURED & options.keys()}
+    slots = _PASS.get()
     if slots is None:
         return _attend(module, query, key, value, attention_mask, **options), None
     _, num_heads, num_tokens, width = query.shape

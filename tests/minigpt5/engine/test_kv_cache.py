@@ -32,6 +32,10 @@ from transformers import (
     Qwen2Model,
     Qwen2MoeConfig,
     Qwen2MoeModel,
+    Qwen3NextConfig,
+    Qwen3NextModel,
+    StableLmConfig,
+    StableLmModel,
 )
 
 from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
@@ -90,6 +94,7 @@ def body_of(kind: str) -> torch.nn.Module:
         "sinks": lambda: GptOssModel(
             GptOssConfig(**SHAPE, head_dim=8, sliding_window=13, layer_types=MIXED, num_local_experts=4)
         ),
+        "arguments that do not reach the attention": lambda: StableLmModel(StableLmConfig(**SHAPE)),
         "chunks": lambda: Llama4TextModel(
             Llama4TextConfig(
                 **SHAPE,
@@ -101,6 +106,7 @@ def body_of(kind: str) -> torch.nn.Module:
             )
         ),
         "keys kept as latents": lambda: DeepseekV3Model(DeepseekV3Config(**{**SHAPE, **LATENT})),
+        "linear attention": lambda: Qwen3NextModel(Qwen3NextConfig(**SHAPE, num_experts=4, moe_intermediate_size=16)),
         "bloom": lambda: BloomModel(BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4)),
     }
     body = models[kind]().eval().requires_grad_(False)
@@ -127,6 +133,7 @@ def embeds(num_tokens: int, seed: int) -> Tensor:
         "local and global layers",
         "capped scores",
         "sinks",
+        "arguments that do not reach the attention",
         "chunks",
         "keys kept as latents",
     ],
@@ -235,6 +242,11 @@ def test_what_the_attention_does_not_do_is_refused_by_its_name() -> None:
     SlotCache.for_model(body, num_slots=1, num_positions=8)
     with pytest.raises(ValueError, match="its attention needs block_indices, position_bias"):
         body(inputs_embeds=embeds(3, 0)[None], position_bias=torch.zeros(1), block_indices=torch.zeros(1))
+
+
+def test_layers_that_keep_another_state_than_keys_and_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="neither keys nor values"):
+        SlotCache.for_model(body_of("linear attention"), num_slots=1, num_positions=8)
 
 
 def test_a_model_that_does_not_attend_through_transformers_interface_is_refused() -> None:
