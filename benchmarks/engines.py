@@ -66,7 +66,10 @@ class Engines:
         picture_tokens = self.config.vision.picture_tokens
         rows = self.generator.language.voken_embeddings
         return encode_prompt(
-            request_segments(request), self.generator.tokenizer, rows, picture_tokens=picture_tokens
+            request_segments(request, self.generator.template),
+            self.generator.tokenizer,
+            rows,
+            picture_tokens=picture_tokens,
         ).ids
 
 

@@ -19,6 +19,7 @@ from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, SDE_DPM_SOLVER, DrawS
 MAX_ABOUT_CHARACTERS = 1000
 MAX_EXAMPLES = 12
 MAX_EXAMPLE_CHARACTERS = 200
+TemplateName = Literal["published", "chat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,11 @@ class ModelConfig:
     """Side of a drawn picture."""
     guidance_rescale: float = 0.0
     """How far the guided prediction is scaled back to the spread of the unguided one (arXiv 2305.08891, 3.4)."""
+    template: TemplateName = "published"
+    """"published": the strings of the paper's code. "chat": the chat template of the language model's tokenizer.
+
+    The fingerprint does not depend on it, but a model writes well only with the one that it was trained with.
+    """
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)

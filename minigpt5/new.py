@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from minigpt5.config import NO_VISION, BaseHash, LoraConfig, ModelConfig, VisionConfig
+from minigpt5.config import NO_VISION, BaseHash, LoraConfig, ModelConfig, TemplateName, VisionConfig
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.types import DrawSettings, Sampling
 
@@ -59,13 +59,14 @@ def make_folder(
     vision: str | None = None,
     image_px: int | None = None,
     context_tokens: int | None = None,
+    template: TemplateName | None = None,
 ) -> Parts:
     """Write a model folder that names its base models, and return the model.
 
     `vision`: a tower, "own" for that of a vision-language model, or "none"; without it, "own" where there is one.
-    `image_px`: side of the pictures that "own" reads. The language model, the denoiser and the vision tower are each
-    run once. Raises ModelFolderError where a base model does not fit or `out` is taken, BaseModelNotFound where it is
-    not there.
+    `image_px`: side of the pictures that "own" reads. `template`: by default "chat" where the tokenizer has a chat
+    template. The language model, the denoiser and the vision tower are each run once. Raises ModelFolderError where a
+    base model does not fit or `out` is taken, BaseModelNotFound where it is not there.
     """
     from minigpt5.model import folder as model_folder
     from minigpt5.story.stream import describe
@@ -80,6 +81,7 @@ def make_folder(
             vision=vision,
             image_px=image_px,
             context_tokens=context_tokens,
+            template=template,
             name=out.name,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -103,6 +105,7 @@ def combine(
     vision: str | None = None,
     image_px: int | None = None,
     context_tokens: int | None = None,
+    template: TemplateName | None = None,
     name: str = "own",
 ) -> Parts:
     """Load base models, infer every size from them, and put fresh parts between them. Raises as `make_folder` does."""
@@ -128,7 +131,7 @@ def combine(
         raise ModelFolderError(f"image_px is {image_px} but vision is {vision}: only own takes a size; leave it out")
     if vision == "own":
         find_family(bases[language])
-    sizes = _language_sizes(bases[language], context_tokens) | _diffusion_sizes(bases[diffusion])
+    sizes = _language_sizes(bases[language], context_tokens, template) | _diffusion_sizes(bases[diffusion])
     hashes = tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items())
     base = load_base(bases[language])
     if vision == "own":
@@ -165,7 +168,7 @@ def combine(
     return parts
 
 
-def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
+def _language_sizes(folder: Path, context_tokens: int | None, template: TemplateName | None) -> dict[str, Any]:
     """The fields of ModelConfig that a language model decides."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -175,9 +178,11 @@ def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
     longest = longest_context(config)
     if context_tokens and context_tokens > longest:
         raise ModelFolderError(f"context is {context_tokens} but {folder} sees {longest} tokens: name at most that")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return {
         "hidden": config.hidden_size,
-        "vocabulary": len(AutoTokenizer.from_pretrained(folder)),
+        "vocabulary": len(tokenizer),
+        "template": template or ("chat" if tokenizer.chat_template else "published"),
         "context_tokens": context_tokens or min(DEFAULT_CONTEXT, longest),
         "lora": LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA, dropout=LORA_DROPOUT, targets=find_lora_targets(folder)),
     }
@@ -318,8 +323,9 @@ def _load_language(causal: Any, folder: Path, config: ModelConfig) -> LanguageMo
 
     from minigpt5.engine.kv_cache import SlotCache
     from minigpt5.model.language import LanguageModel, load_tokenizer
+    from minigpt5.model.template import make_template
 
-    load_tokenizer(folder, config)
+    make_template(config, load_tokenizer(folder, config))
     ids_1S = torch.randint(config.vocabulary, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
         expected_1ST = causal(input_ids=ids_1S, use_cache=False).logits[..., : config.vocabulary]
@@ -393,7 +399,7 @@ def report(parts: Parts) -> str:
     lines = ["parameters", *(f"  {name:18}{number:>16,}" for name, number in sizes.items() if number)]
     lines += [f"  {'LoRA':18}{lora:>16,}", "trained by stage"]
     lines += [f"  {stage:18}{number:>16,}" for stage, number in trained.items() if number]
-    lines += ["memory in GB, without activations"]
+    lines += [f"template {config.template}", "memory in GB, without activations"]
     for name, gigabytes in memory_gb(parts, sizes | {"LoRA": lora}, trained).items():
         lines.append(f"  {name:38}{gigabytes:8.2f}")
     return "\n".join(lines)
@@ -457,6 +463,11 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
     )
     parser.add_argument("--image-px", type=int, help="side of a picture that own reads: more pixels take more tokens")
     parser.add_argument("--context", type=int, help=f"tokens of a story with its prompt (default {DEFAULT_CONTEXT})")
+    parser.add_argument(
+        "--template",
+        choices=get_args(TemplateName),
+        help="of prompts: the paper's, or the language model's own (default \"chat\" where its tokenizer has one)",
+    )
     parser.add_argument("--out", required=True, help="the new model folder")
     options = parser.parse_args(arguments)
     try:
@@ -467,6 +478,7 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
             vision=options.vision,
             image_px=options.image_px,
             context_tokens=options.context,
+            template=options.template,
         )
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ import torch
 from minigpt5.commands import check_kept
 from minigpt5.errors import MiniGPT5Error, TrainingError
 from minigpt5.model import folder as model_folder
+from minigpt5.model.published_template import PUBLISHED
 from training import checkpoint, devices, loop, presets
 from training.data import batches as data
 from training.data.batches import StageData
@@ -44,7 +45,10 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
     if preset.stage == "vision" and config.vision.family == "own":
         raise TrainingError("this model reads pictures as its base model does: begin with the stage align")
     share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
-    open_data = partial(StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=share)
+    template = model_folder.load_template(sources.need_model(preset.stage))
+    open_data = partial(
+        StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=share, template=template
+    )
     stored = open_data()
     if preset.epochs:
         steps = max(1, round(preset.epochs * len(stored) / data.examples_per_step(preset)))
@@ -69,8 +73,10 @@ def picture_world(preset: Preset, sources: WeightSources) -> StageData:
     if preset.epochs:
         raise TrainingError("epochs are of stored examples: name some with --data, or set epochs=0 steps=")
     make_start(sources)
+    has_prompts = isinstance(preset, VokenPreset | VisionPreset)
+    template = model_folder.load_template(sources.need_model(preset.stage)) if has_prompts else PUBLISHED
     held_out = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
-    return StageData(training=StorybookExamples(preset), validation=StorybookExamples(held_out))
+    return StageData(training=StorybookExamples(preset, template), validation=StorybookExamples(held_out, template))
 
 
 def make_parser() -> argparse.ArgumentParser:

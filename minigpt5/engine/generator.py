@@ -28,13 +28,14 @@ from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.engine.script import STOP, Read, Score, Script, Writer
+from minigpt5.engine.script import Read, Score, Script, Writer
 from minigpt5.engine.threads import single_thread
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.language import LanguageModel
-from minigpt5.model.prompt import encode, page_ids, pictures_read, request_segments
+from minigpt5.model.prompt import encode, given_ids, pictures_read, request_segments
+from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, StoryRequest
+from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, Role, StoryRequest
 
 SHORT_READ = 64
 """Tokens that are read at once: a written token, a picture's vokens, most prompts."""
@@ -92,7 +93,8 @@ class VokenGenerator:
         self.config = config
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
-        self.end_ids = find_end_ids(tokenizer)
+        self.template = make_template(config, tokenizer)
+        self.end_ids = self.template.end_ids(tokenizer)
         self.num_close_choices = 0
         """Tokens of finished requests whose choice another batch could have changed."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
@@ -161,6 +163,7 @@ class VokenGenerator:
             request,
             prompt_ids,
             tokenizer=self.tokenizer,
+            template=self.template,
             voken_embeddings=self.language.voken_embeddings,
             end_ids=self.end_ids,
             fingerprint=self.fingerprint,
@@ -185,7 +188,7 @@ class VokenGenerator:
         if self.config.vision.family == "none" and (reads_back or pictures_read(request)):
             raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
         ids = encode(
-            request_segments(request),
+            request_segments(request, self.template),
             self.tokenizer,
             self.language.voken_embeddings,
             picture_tokens=self.config.vision.picture_tokens,
@@ -196,7 +199,7 @@ class VokenGenerator:
             sampling = dataclasses.replace(sampling, max_page_tokens=min(sampling.max_page_tokens, room))
             request = dataclasses.replace(request, sampling=sampling)
         limit = request.sampling.max_page_tokens
-        num_given = sum(len(page_ids(words, self.tokenizer)) for words in request.given)
+        num_given = sum(map(len, given_ids(request, self.template, self.tokenizer)))
         num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
         num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
@@ -366,15 +369,10 @@ class VokenGenerator:
             self._free_slots.append(job.slot)
 
 
-def find_end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a text: the tokenizer's own, and those that hold the template's end."""
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return frozenset([*own, *(token for name, token in tokenizer.get_vocab().items() if STOP in name)])
-
-
 def check_request(request: StoryRequest) -> None:
     """Raise InvalidRequest where a request makes no sense to any model."""
-    if not any(isinstance(part, InputImage) or part.strip() for part in request.prompt):
+    said = [part for part in request.prompt if not isinstance(part, Role)]
+    if not any(isinstance(part, InputImage) or part.strip() for part in said):
         raise InvalidRequest("prompt", "prompt is empty: say what the story or the picture is about")
     if not 1 <= request.pages <= MAX_PAGES:
         raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {MAX_PAGES}")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from minigpt5.model.diffusion import Diffusion
     from minigpt5.model.language import LanguageModel
     from minigpt5.model.mapper import Mapper
+    from minigpt5.model.prompt import Template
     from minigpt5.model.vision import Vision
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
@@ -297,6 +298,18 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
         if adapter == "merged":
             language.merge_adapter()
     return language
+
+
+def load_template(folder: str | Path) -> Template:
+    """The template of a model folder, without its weights. Raises as `find_part` does."""
+    from minigpt5.model.language import load_tokenizer
+    from minigpt5.model.published_template import PUBLISHED
+    from minigpt5.model.template import make_template
+
+    config = load_config(folder)
+    if config.template == "published":
+        return PUBLISHED
+    return make_template(config, load_tokenizer(find_part(folder, config, config.language_model), config))
 
 
 def load_mapper(folder: Path, config: ModelConfig) -> Mapper:

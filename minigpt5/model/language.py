@@ -32,6 +32,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.errors import ModelFolderError
+from minigpt5.model.chat_template import protect_control_tokens
 from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
 from minigpt5.model.positions import grid_positions, last_seen
 from minigpt5.model.vision_language import is_vision_language
@@ -46,6 +47,8 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
             f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model was made for {config.vocabulary}: "
             "use the base model that config.json names"
         )
+    if config.template == "chat":
+        protect_control_tokens(tokenizer)
     tokenizer.add_tokens([*voken_names(config.num_vokens), PLACEHOLDER], special_tokens=True)
     first = tokenizer.convert_tokens_to_ids(voken_names(1)[0])
     if first != config.vocabulary:

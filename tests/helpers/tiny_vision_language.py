@@ -54,7 +54,7 @@ TOWER: dict[str, Any] = {
 
 
 def make_tokenizer(
-    folder: Path, markers: list[str], *, bos: str | None = None, **named: str
+    folder: Path, markers: list[str], *, bos: str | None = None, chat: str | None = None, **named: str
 ) -> PreTrainedTokenizerFast:
     """Write a byte-level tokenizer with a model's markers as special tokens, or with those that have a name."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -68,6 +68,7 @@ def make_tokenizer(
         pad_token="<|endoftext|>",
         extra_special_tokens=named or markers,
     )
+    own.chat_template = chat
     own.save_pretrained(folder)
     return own
 

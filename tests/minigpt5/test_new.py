@@ -62,6 +62,35 @@ def test_sizes_are_those_of_the_bases(made: Path, bases: dict[str, Path]) -> Non
     assert not (made / "decoder").exists() and not (made / "vision" / "model.safetensors").exists()
 
 
+def test_the_template_is_the_tokenizers_own_unless_another_is_named(
+    made: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    own = VokenGenerator.from_pretrained(made)
+    assert own.config.template == "chat" and own.template.stop == ()
+    parts = {name: str(bases[name]) for name in ("language", "diffusion")}
+    published = new.make_folder(tmp_path / "published", **parts, template="published").config
+    assert published.template == model_folder.load_config(tmp_path / "published").template == "published"
+    plain = shutil.copytree(bases["language"], tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    assert new.make_folder(tmp_path / "unframed", **{**parts, "language": str(plain)}).config.template == "published"
+
+
+@pytest.mark.parametrize(
+    ("written", "error"),
+    [("", "has no chat template"), ("{{ messages[-1].content }}", "cannot be split into turns")],
+)
+def test_a_chat_template_that_does_not_serve_is_one_line(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], written: str, error: str
+) -> None:
+    language = shutil.copytree(bases["language"], tmp_path / "language")
+    (language / "chat_template.jinja").write_text(written)
+    options = ["--language", str(language), "--diffusion", str(bases["diffusion"]), "--out", str(tmp_path / "out")]
+    assert new.main([*options, "--template", "chat"]) == 1
+    said = capsys.readouterr().err
+    assert error in said and "--template published" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_padded_vocabulary_without_bos_keeps_its_logits(made: Path, bases: dict[str, Path]) -> None:
     config, tokenizer, language, _ = model_folder.load_generator_model(made)
     causal = AutoModelForCausalLM.from_pretrained(bases["language"])

@@ -36,8 +36,7 @@ from minigpt5.model.positions import grid_positions
 from minigpt5.model.prompt import (
     DRAW_TARGET,
     encode,
-    page_ids,
-    page_text,
+    given_ids,
     pictures_read,
     request_segments,
     text_segment,
@@ -77,9 +76,10 @@ class Made:
     own: Any
     own_encoder: OwnEncoder
 
-    def inputs(self, request: StoryRequest, *, after: str = "") -> dict[str, Tensor]:
-        """What transformers' own model takes for what a request reads, and a page's text after it."""
-        ids = self.ids(request) + (page_ids(after, self.generator.tokenizer) if after else [])
+    def inputs(self, request: StoryRequest) -> dict[str, Tensor]:
+        """What transformers' own model takes for what a request reads, and for the text that it gives."""
+        given = given_ids(request, self.generator.template, self.generator.tokenizer)
+        ids = [*self.ids(request), *itertools.chain.from_iterable(given)]
         pictures = [fit_read(data, self.own_encoder.image_px) for data in pictures_read(request)]
         if not pictures:
             return {"input_ids": torch.tensor([ids])}
@@ -88,7 +88,7 @@ class Made:
 
     def ids(self, request: StoryRequest) -> list[int]:
         return encode(
-            request_segments(request),
+            request_segments(request, self.generator.template),
             self.generator.tokenizer,
             self.generator.language.voken_embeddings,
             picture_tokens=self.generator.config.vision.picture_tokens,
@@ -99,9 +99,9 @@ class Made:
         return self.own.config.image_token_id
 
     @torch.no_grad()
-    def own_state(self, request: StoryRequest, *, after: str = "") -> np.ndarray:
+    def own_state(self, request: StoryRequest) -> np.ndarray:
         """The state of the last token: (H,)."""
-        return self.own.base_model(**self.inputs(request, after=after)).last_hidden_state[0, -1].numpy()
+        return self.own.base_model(**self.inputs(request)).last_hidden_state[0, -1].numpy()
 
 
 @functools.cache
@@ -209,7 +209,7 @@ def test_text_with_pictures_in_the_prompt_is_what_its_own_library_generates(made
 @families
 def test_states_after_pictures_are_those_of_its_own_library(made: Made) -> None:
     request = story(*TELLS)
-    assert_close(vokens(run(made.generator, request)[0])[0], made.own_state(request, after="It is so."))
+    assert_close(vokens(run(made.generator, request)[0])[0], made.own_state(request))
 
 
 @families
@@ -236,7 +236,7 @@ def test_a_prompt_that_begins_as_another_is_read_from_there(made: Made) -> None:
     found = run(generator, same, longer)
     assert generator.num_reused_tokens - before > generator.config.vision.num_picture_tokens
     assert text(found[0]) == text(run(VokenGenerator.from_pretrained(made.folder), same)[0])
-    assert_close(vokens(found[1])[0], made.own_state(longer, after="It is so."))
+    assert_close(vokens(found[1])[0], made.own_state(longer))
 
 
 @families
@@ -251,17 +251,18 @@ def test_pictures_of_earlier_pages_are_read_back(made: Made) -> None:
     ]
     request = story("A fox", picture(7), previous=tuple(drawn), feedback="pictures")
     assert len(pictures_read(request)) == 3
-    assert_close(vokens(run(made.generator, request)[0])[0], made.own_state(request, after="It is so."))
+    assert_close(vokens(run(made.generator, request)[0])[0], made.own_state(request))
 
 
 @families
 def test_training_reads_a_padded_batch_as_serving_reads_each(made: Made) -> None:
     requests = [story(*TELLS), story("Fields.", picture(3))]
     objective = make_objective(made.folder)
-    px = made.own_encoder.image_px
+    px, template = made.own_encoder.image_px, made.generator.template
+    said = template.page("It is so.", begins_answer=True)
     examples = [
         Example(
-            segments=[*request_segments(request), text_segment(page_text("It is so.")), DRAW_TARGET],
+            segments=[*request_segments(request, template), text_segment(said), DRAW_TARGET],
             read=[fit_read(data, px) for data in pictures_read(request)],
             drawn=[],
             captions=[],
@@ -346,7 +347,7 @@ def test_without_its_tower_it_writes_as_its_own_library(root: Path, tmp_path: Pa
     generator = VokenGenerator.from_pretrained(tmp_path / "out")
     assert not list(generator.vision.parameters())
     request = story("A fox")
-    assert_close(vokens(run(generator, request)[0])[0], made.own_state(request, after="It is so."))
+    assert_close(vokens(run(generator, request)[0])[0], made.own_state(request))
 
 
 @families
