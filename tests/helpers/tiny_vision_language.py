@@ -30,6 +30,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 HIDDEN = 32
 SPREAD = 0.3
@@ -44,6 +45,15 @@ TEXT: dict[str, Any] = {
     "initializer_range": SPREAD,
 }
 
+QWEN_CHAT = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Of Qwen2.5-VL-Instruct, without videos. A content is a text, or parts."""
 TOWER: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -104,7 +114,8 @@ def make_qwen3_vl(folder: Path) -> None:
 def _qwen(folder: Path) -> dict[str, Any]:
     """Write a Qwen-VL's tokenizer and image processor; the rest of its config."""
     names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    own = make_tokenizer(folder, [f"<|{name}|>" for name in names.values()])
+    markers = [f"<|{name}|>" for name in ("im_start", *names.values())]
+    own = make_tokenizer(folder, markers, chat=QWEN_CHAT)
     Qwen2VLImageProcessorPil(patch_size=2, size={"shortest_edge": 64, "longest_edge": 4096}).save_pretrained(folder)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     text = {"vocab_size": len(own) + 5, "rope_parameters": rope, "eos_token_id": own.eos_token_id, "bos_token_id": None}
@@ -129,7 +140,8 @@ def make_smolvlm(folder: Path) -> None:
 def _idefics3(folder: Path) -> dict[str, Any]:
     """Write an Idefics3's tokenizer; its config."""
     tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
-    own = make_tokenizer(folder, ["<fake_token_around_image>", "<image>", "<global-img>", *tiles], bos="<|im_start|>")
+    markers = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *tiles]
+    own = make_tokenizer(folder, markers, bos="<|im_start|>", chat=DEFAULT_CHAT_TEMPLATE)
     text = {"model_type": "llama", "vocab_size": len(own), "eos_token_id": own.eos_token_id}
     text |= {"bos_token_id": own.bos_token_id, "pad_token_id": own.pad_token_id}
     return {

@@ -46,7 +46,7 @@ from minigpt5.model.vision_language import FAMILIES, OwnEncoder
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import Objective
 from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Vokens
-from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, make_vision_language
+from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, QWEN_CHAT, make_vision_language
 from tests.training import test_vision_language_run
 
 CONTEXT = 768
@@ -355,6 +355,22 @@ def test_a_picture_is_the_text_that_its_own_processor_writes(made: Made) -> None
     tokenizer, vision = made.generator.tokenizer, made.generator.config.vision
     ids = itertools.chain.from_iterable([made.image_id] * -one if one < 0 else [one] for one in vision.picture)
     assert tokenizer.decode(list(ids)) == processor_text(made)
+
+
+@pytest.mark.parametrize("made", ["qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"], indirect=True)
+def test_a_chat_with_pictures_is_what_its_own_template_and_processor_write(made: Made) -> None:
+    tokenizer = made.generator.tokenizer
+    asked = [{"type": "text", "text": "This: "}, {"type": "image"}, {"type": "text", "text": " And this: "}]
+    asked += [{"type": "image"}, {"type": "text", "text": " Tell."}]
+    said = tokenizer.apply_chat_template(
+        [{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True
+    )
+    ours = made.ids(chat("This:", picture(1), "And this:", picture(2), "Tell."))
+    image_token = tokenizer.convert_ids_to_tokens(made.image_id)
+    alone = f"<|vision_start|>{image_token}<|vision_end|>" if image_token in QWEN_CHAT else image_token
+    expected = tokenizer.encode(said.replace(alone, processor_text(made)), add_special_tokens=False)
+    placeholder = made.generator.language.voken_embeddings.placeholder
+    assert [made.image_id if token == placeholder else token for token in ours] == expected
 
 
 def processor_text(made: Made) -> str:
