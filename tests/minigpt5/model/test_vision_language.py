@@ -288,6 +288,23 @@ def test_the_folder_names_the_base_and_holds_nothing_of_it(made: Made) -> None:
     assert names == {"config.json", "vokens.safetensors", "mapper.safetensors"}
 
 
+@families
+def test_language_model_and_vision_are_the_halves_of_one_model(made: Made) -> None:
+    language, vision = model_folder.load_language_and_vision(made.folder, made.generator.config)
+    halves = [*language.body.parameters(), *language.head.parameters(), *vision.parameters()]
+    num_values = sum(one.numel() for one in {id(one): one for one in halves}.values())
+    assert num_values == sum(one.numel() for one in made.own.parameters())
+    assert not list(vision.qformer.parameters())
+
+
+@families
+def test_pictures_are_read_beside_a_language_model_in_bfloat16(made: Made) -> None:
+    generator = VokenGenerator.from_pretrained(made.folder, precision="bfloat16")
+    assert next(generator.vision.parameters()).dtype == torch.float32
+    found, expected = (vokens(run(one, story(*TELLS))[0]) for one in (generator, made.generator))
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
 def test_the_docs_list_every_family_with_its_tests() -> None:
     assert set(MAKERS) == set(FAMILIES)
     lines = Path("docs/own-models.md").read_text().partition("| type | models |")[2].splitlines()
@@ -309,6 +326,8 @@ TESTS = {
     "prefix": "test_a_prompt_that_begins_as_another_is_read_from_there",
     "read back": "test_pictures_of_earlier_pages_are_read_back",
     "padding": "test_training_reads_a_padded_batch_as_serving_reads_each",
+    "bfloat16": "test_pictures_are_read_beside_a_language_model_in_bfloat16",
+    "halves": "test_language_model_and_vision_are_the_halves_of_one_model",
     "folder": "test_the_folder_names_the_base_and_holds_nothing_of_it",
     "train, serve": RUN,
 }
