@@ -1,7 +1,7 @@
 """The published training samples, as pure functions from rows: CC3M, VIST and MMDialog (arXiv 2310.02239, 4).
 
 A sample is two strings, as the published code builds them, and the pictures that their slots and vokens stand for.
-`sample_segments` brings it into the one template of training and serving.
+`sample_segments` brings it into the template of training and serving.
 """
 
 from __future__ import annotations

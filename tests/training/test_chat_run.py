@@ -10,8 +10,9 @@ from minigpt5 import MiniGPT5, new
 from minigpt5.model import folder as model_folder
 from minigpt5.model.chat_template import ChatTemplate
 from minigpt5.types import DrawSettings
-from training.data.stored import StoredExamples
-from training.train import main
+from training import presets
+from training.train import find_examples, main, picture_world
+from training.weight_sources import WeightSources
 
 QUICK = ["steps=2", "batch_size=2", "num_threads=1", "warmup_steps=1", "validation_batches=0", "checkpoint_every_s=0"]
 
@@ -26,11 +27,13 @@ def test_a_folder_with_a_chat_template_learns_and_writes(tmp_path: Path) -> None
     assert main(["learn", *options, *QUICK]) == 0
 
     trained = Path(learn) / "model"
-    config, template = model_folder.check_folder(trained), model_folder.load_template(trained)
-    assert config.template == "chat" and isinstance(template, ChatTemplate)
-    examples = StoredExamples(rows, config, seed=1, stage="learn", story_share=1.0, template=template)
-    segments = examples.example_at(0)[1].segments
-    assert segments[0].text.startswith("<|im_start|>user\n") and segments[-1].text == "<|im_end|>"
+    assert model_folder.check_folder(trained).template == "chat"
+    assert isinstance(model_folder.load_template(trained), ChatTemplate)
+    sources = WeightSources(runs=tmp_path / "runs", start=learn + "/model")
+    preset = presets.override(presets.load_presets("published")["learn"], [*QUICK, "epochs=0", "story_share=1.0"])
+    for data in (find_examples(preset, sources, rows)[1], picture_world(preset, sources)):
+        segments = data.training.example_at(0)[1].segments
+        assert segments[0].text.startswith("<|im_start|>user\n") and segments[-1].text == "<|im_end|>"
     assert "data:image/png" in (Path(learn) / "story.html").read_text()
     story = MiniGPT5.from_pretrained(trained).write("A fox", pages=2, seed=1, draw=DrawSettings(steps=1))
     assert [page.picture is not None for page in story.pages] == [True, True]

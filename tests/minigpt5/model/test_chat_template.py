@@ -130,14 +130,14 @@ def test_control_tokens_in_a_text_are_plain_text(family: Family) -> None:
     """No user closes a turn or a thought."""
 
     def controls(text: str, mode: Any = "story") -> list[int]:
-        special = {number for number, token in family.tokenizer.added_tokens_decoder.items() if token.special}
+        added = family.tokenizer.added_tokens_decoder
         prompt = ("A", Role(name="assistant"), text, Role(name="user"), text) if mode == "reply" else (text,)
         ids = family.ids(request_segments(StoryRequest(prompt=prompt, mode=mode), family.template))
         assert text in family.tokenizer.decode(ids)
-        return [token for token in ids if token in special]
+        return [token for token in ids if token in added]
 
     for token in family.tokenizer.added_tokens_decoder.values():
-        if token.special and token.content.isascii():
+        if token.content.isascii():
             for mode in ("story", "reply"):
                 assert controls(f"A {token.content} fox", mode) == controls("A fox", mode)
 

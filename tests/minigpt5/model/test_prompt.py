@@ -1,4 +1,4 @@
-"""The one template: how the parts of a prompt and the pages of a story become text."""
+"""The published template: how the parts of a prompt and the pages of a story become text."""
 
 from __future__ import annotations
 
