@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import secrets
 import shutil
 import sys
@@ -110,6 +109,7 @@ def combine(
 ) -> Parts:
     """Load base models, infer every size from them, and put fresh parts between them. Raises as `make_folder` does."""
     import torch
+    from transformers import AutoTokenizer
 
     from minigpt5.model.base_models import pin, resolve
     from minigpt5.model.cache import hash_weights
@@ -136,7 +136,7 @@ def combine(
     base = load_base(bases[language])
     if vision == "own":
         encoder: Any = OwnEncoder(base, bases[language], image_px=image_px)
-        vision_config = _own_vision_config(encoder, ids[language], bases[language])
+        vision_config = encoder.vision_config(ids[language], AutoTokenizer.from_pretrained(bases[language]))
     elif vision == "none":
         encoder, vision_config = None, NO_VISION
     else:
@@ -265,29 +265,6 @@ def _vision_config(tower: Any, base_id: str) -> VisionConfig:
         hidden=hidden - hidden % heads,
         num_layers=QFORMER_LAYERS,
         num_heads=heads,
-    )
-
-
-def _own_vision_config(encoder: Any, base_id: str, folder: Path) -> VisionConfig:
-    """Sizes of what a vision-language model reads with, and the tokens of a picture, from one look at a black one."""
-    import torch
-    from transformers import AutoTokenizer
-
-    prepared = encoder.prepare(torch.zeros(1, 3, 64, 64))
-    _, num_embeddings, hidden = encoder(prepared).shape
-    return VisionConfig(
-        family="own",
-        encoder=base_id,
-        image_px=encoder.image_px,
-        encoder_width=hidden,
-        num_features=num_embeddings,
-        hidden=0,
-        num_layers=0,
-        num_heads=0,
-        num_queries=num_embeddings,
-        picture=encoder.picture_tokens(AutoTokenizer.from_pretrained(folder), num_embeddings),
-        grid_side=math.isqrt(num_embeddings) if encoder.family.has_grid else 0,
-        sees_whole_pictures=encoder.family.sees_whole_pictures,
     )
 
 

@@ -10,6 +10,7 @@ Shape letters: N pictures, Q embeddings of one picture, H language-model width.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
 
+from minigpt5.config import VisionConfig
 from minigpt5.errors import ModelFolderError
 
 UNREAD = ("num_crops", "rows", "cols")
@@ -38,7 +40,6 @@ class Family(Protocol):
     """Whether the language model counts positions by rows and columns of a picture."""
     sees_whole_pictures: bool
     """Whether embeddings of a picture attend to all of it."""
-
     marked_by: str
     """Argument of transformers' own model that marks embeddings of pictures, or none."""
 
@@ -249,8 +250,26 @@ class OwnEncoder(nn.Module):
             inputs[self.family.marked_by] = is_picture_1S.int()
         return {name: value for name, value in inputs.items() if name not in UNREAD}
 
-    def picture_tokens(self, tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> tuple[int, ...]:
-        """`VisionConfig.picture` of this model. Raises ModelFolderError where the tokenizer lacks its markers."""
+    def vision_config(self, base_id: str, tokenizer: PreTrainedTokenizerBase) -> VisionConfig:
+        """Sizes and the tokens of a picture, from one look at a black one. Raises ModelFolderError where the tokenizer
+        lacks the model's image token."""
+        _, num_embeddings, width = self(self.prepare(torch.zeros(1, 3, self.image_px, self.image_px))).shape
+        return VisionConfig(
+            family="own",
+            encoder=base_id,
+            image_px=self.image_px,
+            encoder_width=width,
+            num_features=num_embeddings,
+            hidden=0,
+            num_layers=0,
+            num_heads=0,
+            num_queries=num_embeddings,
+            picture=self._picture_tokens(tokenizer, num_embeddings),
+            grid_side=math.isqrt(num_embeddings) if self.family.has_grid else 0,
+            sees_whole_pictures=self.family.sees_whole_pictures,
+        )
+
+    def _picture_tokens(self, tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> tuple[int, ...]:
         image_id = self.network.config.image_token_id
         text = self.family.text(self.image_px, tokenizer.convert_ids_to_tokens(image_id), num_embeddings)
         ids = tokenizer.encode(text, add_special_tokens=False)
