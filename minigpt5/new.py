@@ -55,15 +55,17 @@ def make_folder(
     *,
     language: str,
     diffusion: str,
-    vision: str = "none",
+    vision: str | None = None,
+    image_px: int | None = None,
     context_tokens: int | None = None,
     template: TemplateName | None = None,
 ) -> Parts:
     """Write a model folder that names its base models, and return the model.
 
-    `template`: by default "chat" where the tokenizer has a chat template. The language model, the denoiser and the
-    vision tower are each run once. Raises ModelFolderError where a base model does not fit or `out` is taken,
-    BaseModelNotFound where it is not there.
+    `vision`: a tower, "own" for that of a vision-language model, or "none"; without it, "own" where there is one.
+    `image_px`: side of the pictures that "own" reads. `template`: by default "chat" where the tokenizer has a chat
+    template. The language model, the denoiser and the vision tower are each run once. Raises ModelFolderError where a
+    base model does not fit or `out` is taken, BaseModelNotFound where it is not there.
     """
     from minigpt5.model import folder as model_folder
     from minigpt5.story.stream import describe
@@ -76,6 +78,7 @@ def make_folder(
             language=language,
             diffusion=diffusion,
             vision=vision,
+            image_px=image_px,
             context_tokens=context_tokens,
             template=template,
             name=out.name,
@@ -98,45 +101,69 @@ def combine(
     *,
     language: str,
     diffusion: str,
-    vision: str,
+    vision: str | None = None,
+    image_px: int | None = None,
     context_tokens: int | None = None,
     template: TemplateName | None = None,
     name: str = "own",
 ) -> Parts:
     """Load base models, infer every size from them, and put fresh parts between them. Raises as `make_folder` does."""
     import torch
+    from transformers import AutoTokenizer
 
     from minigpt5.model.base_models import pin, resolve
     from minigpt5.model.cache import hash_weights
     from minigpt5.model.diffusion import Diffusion
+    from minigpt5.model.language import load_base
     from minigpt5.model.mapper import Mapper
     from minigpt5.model.text_encoder import load_text_encoder
     from minigpt5.model.vision import TowerEncoder, Vision
+    from minigpt5.model.vision_language import OwnEncoder, find_family, is_vision_language
 
     torch.manual_seed(SEED)
-    bases = {base: resolve(base) for base in (language, diffusion, vision) if base != "none"}
+    bases = {base: resolve(base) for base in (language, diffusion, vision) if base not in (None, "none", "own")}
     ids = {base: pin(base, folder) for base, folder in bases.items()}
+    has_own = is_vision_language(bases[language])
+    vision = vision or ("own" if has_own else "none")
+    if vision == "own" and not has_own:
+        raise ModelFolderError(f"{language} has no vision tower of its own: name one with --vision, or none")
+    if image_px and vision != "own":
+        raise ModelFolderError(f"image_px is {image_px} but vision is {vision}: only own takes a size; leave it out")
+    if vision == "own":
+        find_family(bases[language])
     sizes = _language_sizes(bases[language], context_tokens, template) | _diffusion_sizes(bases[diffusion])
-    tower = TowerEncoder(bases[vision]) if vision != "none" else None
+    hashes = tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items())
+    base = load_base(bases[language])
+    if vision == "own":
+        encoder: Any = OwnEncoder(base, bases[language], image_px=image_px)
+        vision_config = encoder.vision_config(ids[language], AutoTokenizer.from_pretrained(bases[language]))
+    elif vision == "none":
+        encoder, vision_config = None, NO_VISION
+    else:
+        encoder = TowerEncoder(bases[vision])
+        vision_config = _vision_config(encoder, ids[vision])
     config = ModelConfig(
         name=name,
         language_model=ids[language],
-        vision=_vision_config(tower, ids[vision]) if tower else NO_VISION,
+        vision=vision_config,
         text_encoder=ids[diffusion],
         diffusion=ids[diffusion],
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=128),
         draw=DrawSettings(steps=50, guidance_scale=7.5, scheduler="ddim"),
-        bases=tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items()),
+        bases=hashes,
         **sizes,
     )
     parts = Parts(
         config=config,
-        language=_load_language(bases[language], config),
-        vision=Vision(config, tower),
+        language=_load_language(base, bases[language], config),
+        vision=Vision(config, encoder),
         mapper=Mapper(config),
         diffusion=Diffusion.from_pretrained(bases[diffusion]),
         text_encoder=load_text_encoder(bases[diffusion], config),
     )
+    if vision == "own":
+        _check_pictures(base, parts, bases[language])
+        encoder.drop_text_half()
     _check_denoiser(parts, bases[diffusion])
     return parts
 
@@ -145,9 +172,7 @@ def _language_sizes(folder: Path, context_tokens: int | None, template: Template
     """The fields of ModelConfig that a language model decides."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "vision_config"):
-        raise ModelFolderError(f"{folder} is a vision-language model ({config.model_type}): name its text-only sibling")
+    config = AutoConfig.from_pretrained(folder).get_text_config()
     if config.is_encoder_decoder:
         raise ModelFolderError(f"{folder} is an encoder-decoder ({config.model_type}): name a causal language model")
     longest = longest_context(config)
@@ -185,7 +210,8 @@ def find_lora_targets(folder: Path) -> tuple[str, ...]:
     from transformers import AutoConfig, AutoModel
 
     with torch.device("meta"):
-        body = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        body = AutoModel.from_config(config := AutoConfig.from_pretrained(folder))
+    body = body.get_decoder() if hasattr(config, "vision_config") else body
     linears = {name.rpartition(".")[2] for name, module in body.named_modules() if isinstance(module, nn.Linear)}
     fused = sorted(name for name in linears if "qkv" in name.lower() or name in ("query_key_value", "c_attn"))
     if {"q_proj", "v_proj"} <= linears:
@@ -242,25 +268,48 @@ def _vision_config(tower: Any, base_id: str) -> VisionConfig:
     )
 
 
-def _load_language(folder: Path, config: ModelConfig) -> LanguageModel:
+def _check_pictures(base: Any, parts: Parts, folder: Path) -> None:
+    """Compare the states of a text with two pictures with those of its own library."""
+    import numpy as np
+    import torch
+
+    from minigpt5.model.language import load_tokenizer
+    from minigpt5.model.prompt import READ, encode, text_segment
+
+    config, language = parts.config, parts.language
+    segments = [text_segment("1"), READ, text_segment("2"), READ, text_segment("3")]
+    tokens = encode(
+        segments,
+        load_tokenizer(folder, config),
+        language.voken_embeddings,
+        picture_tokens=config.vision.picture_tokens,
+    )
+    ids_1S, placeholder = torch.tensor([tokens.ids]), language.voken_embeddings.placeholder
+    shape = (config.vision.image_px, config.vision.image_px, 3)
+    pictures = [np.random.default_rng(SEED + number).integers(256, size=shape, dtype=np.uint8) for number in range(2)]
+    with torch.no_grad():
+        expected_1SH = parts.vision.encoder.own_states(base, ids_1S, pictures, placeholder=placeholder)
+        embeds_1SH = language.embed(ids_1S, parts.vision(pictures))
+        states_1SH = language.states(embeds_1SH, is_picture_BS=ids_1S == placeholder)
+    _check_close(states_1SH, expected_1SH, f"the states of {folder} after pictures")
+
+
+def _load_language(causal: Any, folder: Path, config: ModelConfig) -> LanguageModel:
     """The language model with fresh vokens, after its logits and its KV store were compared with its own library's."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from minigpt5.engine.kv_cache import SlotCache
     from minigpt5.model.language import LanguageModel, load_tokenizer
     from minigpt5.model.template import make_template
 
     make_template(config, load_tokenizer(folder, config))
-    causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    causal.eval().requires_grad_(False)
     ids_1S = torch.randint(config.vocabulary, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
         expected_1ST = causal(input_ids=ids_1S, use_cache=False).logits[..., : config.vocabulary]
         language = LanguageModel.from_causal(causal, config, folder)
         states_1SH = language.states(language.embed(ids_1S))
         _check_close(language.logits(states_1SH)[..., : config.vocabulary], expected_1ST, f"the logits of {folder}")
-        attention = causal.config._attn_implementation
+        attention = language.body.config._attn_implementation
         try:
             cache = SlotCache.for_model(language.body, num_slots=1, num_positions=2 * CHECKED_TOKENS)
             cached_SH = cache.forward(language.body, language.embed(ids_1S)[0], [(0, CHECKED_TOKENS)])
@@ -376,14 +425,20 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
     parser = argparse.ArgumentParser(
         prog="python -m minigpt5.new", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--language", required=True, metavar="BASE", help="causal language model of transformers")
+    parser.add_argument(
+        "--language",
+        required=True,
+        metavar="BASE",
+        help="causal language model of transformers, or a vision-language model",
+    )
     parser.add_argument("--diffusion", required=True, metavar="BASE", help="Stable Diffusion 1.x or 2.x")
     parser.add_argument(
         "--vision",
-        default="none",
         metavar="BASE",
-        help="reads pictures: CLIP, SigLIP, DINOv2 (default none)",
+        help="reads pictures: own (the vision-language model's, the default where there is one), none, or a tower: "
+        "CLIP, SigLIP, DINOv2",
     )
+    parser.add_argument("--image-px", type=int, help="side of a picture that own reads: more pixels take more tokens")
     parser.add_argument("--context", type=int, help=f"tokens of a story with its prompt (default {DEFAULT_CONTEXT})")
     parser.add_argument(
         "--template",
@@ -398,6 +453,7 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
             language=options.language,
             diffusion=options.diffusion,
             vision=options.vision,
+            image_px=options.image_px,
             context_tokens=options.context,
             template=options.template,
         )

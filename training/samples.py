@@ -41,10 +41,12 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
     request = StoryRequest(
         prompt=(prompt,), pages=NUM_PAGES, seed=seed, sampling=config.sampling, draw=config.default_draw
     )
-    queries = config.vision.num_queries
     template = make_template(config, tokenizer)
     prompt_ids = encode_prompt(
-        request_segments(request, template), tokenizer, language.voken_embeddings, num_image_embeddings=queries
+        request_segments(request, template),
+        tokenizer,
+        language.voken_embeddings,
+        picture_tokens=config.vision.picture_tokens,
     ).ids
     events: list[GeneratorEvent] = []
     writer = Writer(

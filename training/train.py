@@ -42,6 +42,8 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
     config = model_folder.load_config(sources.need_model(preset.stage))
     if preset.stage == "vision" and config.vision.family == "none":
         raise TrainingError("this model reads no pictures: make one with python -m minigpt5.new --vision")
+    if preset.stage == "vision" and config.vision.family == "own":
+        raise TrainingError("this model reads pictures as its base model does: begin with the stage align")
     share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
     template = model_folder.load_template(sources.need_model(preset.stage))
     open_data = partial(

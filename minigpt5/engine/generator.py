@@ -60,6 +60,10 @@ class _Job(Job[GeneratorEvent]):
         """What it reads first, by content: token ids, and the hash of a picture at its placeholders."""
         self.image_PH: Tensor | None = None
         """Embeddings of the prompt's pictures, placeholder by placeholder."""
+        self.positions_3S: Tensor | None = None
+        """Positions of the whole context, where the language model counts pictures by rows and columns."""
+        self.last_seen_S: Tensor | None = None
+        """The last place that each token of the context sees, where the language model sees whole pictures."""
         self.script: Script
         self.writer: Writer
         self.slot = -1
@@ -169,6 +173,7 @@ class VokenGenerator:
         job.script = job.writer.script()
         if pictures := pictures_read(request):
             await asyncio.to_thread(self._see, job, pictures)
+        self._lay_out(job)
         async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:
                 yield event
@@ -182,10 +187,12 @@ class VokenGenerator:
         reads_back = request.mode == "story" and request.feedback == "pictures"
         if self.config.vision.family == "none" and (reads_back or pictures_read(request)):
             raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
-        num_queries = self.config.vision.num_queries
-        voken_embeddings = self.language.voken_embeddings
-        segments = request_segments(request, self.template)
-        ids = encode(segments, self.tokenizer, voken_embeddings, num_image_embeddings=num_queries).ids
+        ids = encode(
+            request_segments(request, self.template),
+            self.tokenizer,
+            self.language.voken_embeddings,
+            picture_tokens=self.config.vision.picture_tokens,
+        ).ids
         if request.mode == "reply":
             room = max(1, self.config.context_tokens - len(ids) - request.pages * self.config.num_vokens)
             sampling = request.sampling
@@ -197,7 +204,9 @@ class VokenGenerator:
         num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
         if request.feedback == "pictures":  # the last page reads all the others' pictures
-            num_new += (request.pages + request.num_later - 1) * (self.config.vision.num_queries + READ_BACK_TOKENS)
+            num_new += (request.pages + request.num_later - 1) * (
+                self.config.vision.num_picture_tokens + READ_BACK_TOKENS
+            )
             num_new += request.num_later * limit
         if len(ids) + num_new > self.config.context_tokens:
             raise InvalidRequest(
@@ -264,7 +273,15 @@ class VokenGenerator:
         images = [image_PH for job, num_tokens in parts if (image_PH := self._images(job, num_tokens)) is not None]
         embeds_1TH = self.language.embed(ids_1T, torch.cat(images)[None] if images else None)
         counts = [(job.slot, num_tokens) for job, num_tokens in parts]
-        states_TH = self._cache.forward(self.language.body, embeds_1TH[0], counts)
+        positions = [one for job, num in parts for one in self._slice(job, job.positions_3S, num)]
+        last_seen = [one for job, num in parts for one in self._slice(job, job.last_seen_S, num)]
+        states_TH = self._cache.forward(
+            self.language.body,
+            embeds_1TH[0],
+            counts,
+            positions_3T=torch.cat(positions, dim=1) if positions else None,
+            last_seen_T=torch.cat(last_seen) if last_seen else None,
+        )
         ready = []
         for (job, num_tokens), states_NH in zip(parts, states_TH.split([num for _, num in counts]), strict=True):
             job.left = job.left[num_tokens:]
@@ -284,7 +301,7 @@ class VokenGenerator:
             num_tokens = len(job.left) if len(job.left) <= SHORT_READ else min(len(job.left), budget)
             budget -= num_tokens if len(job.left) > SHORT_READ else 0
             if num_tokens:
-                parts.append((job, num_tokens))
+                parts.append((job, self._complete(job, num_tokens)))
         return parts
 
     def _images(self, job: _Job, num_tokens: int) -> Tensor | None:
@@ -296,6 +313,27 @@ class VokenGenerator:
             (job.prompt[part] < 0).sum() for part in (slice(start), slice(start, start + num_tokens))
         )
         return job.image_PH[num_before : num_before + num_placeholders]
+
+    def _lay_out(self, job: _Job) -> None:
+        """Lay out the whole context of a request: what is written later has no pictures."""
+        is_picture_1S = torch.zeros(1, self.config.context_tokens, dtype=torch.bool)
+        is_picture_1S[0, : len(job.prompt)] = torch.from_numpy(job.prompt < 0)
+        positions_31S = self.language.positions(is_picture_1S)
+        last_seen_1S = self.language.last_seen(is_picture_1S)
+        job.positions_3S = None if positions_31S is None else positions_31S[:, 0]
+        job.last_seen_S = None if last_seen_1S is None else last_seen_1S[0]
+
+    def _complete(self, job: _Job, num_tokens: int) -> int:
+        """As many of the next tokens, and the rest of a picture that must be read at once."""
+        if job.last_seen_S is None:
+            return num_tokens
+        start = self._cache.lengths[job.slot]
+        return int(job.last_seen_S[start + num_tokens - 1]) + 1 - start
+
+    def _slice(self, job: _Job, laid_out: Tensor | None, num_tokens: int) -> list[Tensor]:
+        """Of the layout of a context (..., S), what concerns the next tokens; nothing where there is none."""
+        start = self._cache.lengths[job.slot]
+        return [] if laid_out is None else [laid_out[..., start : start + num_tokens]]
 
     def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
         """Answer scripts until each asks for something to be read, or has ended."""

@@ -33,6 +33,8 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from minigpt5.model.language import body_inputs
+
 ATTENTION = "minigpt5_slots"
 WASTE = 2
 """Slots attend in one call while it looks at no more than so many times the slots and positions that it needs."""
@@ -89,6 +91,8 @@ class Pass:
     together: Together | None
     num_positions: int
     """Length of the longest slot."""
+    last_seen_T: Tensor | None
+    """The last position of its slot that each token sees; None: its own."""
     _views: dict[int, tuple[Tensor, list[View], View | None]] = field(default_factory=dict)
 
     def views(self, mask_11TS: Tensor, like: Tensor) -> tuple[list[View], View | None]:
@@ -176,17 +180,28 @@ class SlotCache(Cache):
             raise ValueError("none of its layers keeps keys and values")
         return cache
 
-    def forward(self, body: nn.Module, embeds_TH: Tensor, counts: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(
+        self,
+        body: nn.Module,
+        embeds_TH: Tensor,
+        counts: Sequence[tuple[int, int]],
+        *,
+        positions_3T: Tensor | None = None,
+        last_seen_T: Tensor | None = None,
+    ) -> Tensor:
         """Append tokens to slots and return their last hidden states: (T, H).
 
-        `counts`: (slot, number of its tokens), in the order of the tokens.
+        `counts`: (slot, number of its tokens), in the order of the tokens. `positions_3T`: what the model reads as
+        their positions, where that is not their place in the slot. `last_seen_T`: the last place in its slot that each
+        token sees, where that is not its own; it is among the tokens of this pass.
         """
-        planned = self._plan(counts)
+        planned = self._plan(counts, last_seen_T)
+        positions = planned.positions_1T if positions_3T is None else positions_3T[:, None]
         token = _PASS.set(planned)
         try:
             states_1TH = body(
-                inputs_embeds=embeds_TH[None],
-                position_ids=planned.positions_1T.to(embeds_TH.device),
+                **body_inputs(body, embeds_TH[None]),
+                position_ids=positions.to(embeds_TH.device),
                 past_key_values=self,
                 use_cache=True,
             ).last_hidden_state
@@ -202,7 +217,7 @@ class SlotCache(Cache):
             stored_RGSD[target, :, :length] = stored_RGSD[source, :, :length]
         self.lengths[target] = length
 
-    def _plan(self, counts: Sequence[tuple[int, int]]) -> Pass:
+    def _plan(self, counts: Sequence[tuple[int, int]], last_seen_T: Tensor | None) -> Pass:
         slots: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -223,6 +238,7 @@ class SlotCache(Cache):
             spans=[span for span in spans if span not in joined],
             together=_join(joined) if joined else None,
             num_positions=max(span.length for span in spans),
+            last_seen_T=last_seen_T,
         )
 
     def update(
@@ -285,7 +301,11 @@ def make_mask(*, q_offset: int | Pass = 0, device: Any = "cpu", **options: Any) 
         positions_T = q_offset.positions_1T[0]
         offsets_T = positions_T - torch.arange(len(positions_T))
         options |= {"q_offset": offsets_T, "device": "cpu", "allow_is_causal_skip": False}
-        return sdpa_mask(**options)
+        mask_11TS = sdpa_mask(**options)
+        if q_offset.last_seen_T is not None:
+            places_S = torch.arange(mask_11TS.shape[-1])
+            mask_11TS |= (places_S > positions_T[:, None]) & (places_S <= q_offset.last_seen_T[:, None])
+        return mask_11TS
     return sdpa_mask(q_offset=q_offset, device=device, **options)
 
 

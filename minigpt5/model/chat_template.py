@@ -7,10 +7,11 @@ tasks are the published ones.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.prompt import (
@@ -39,7 +40,7 @@ SYSTEM, FIRST, ANSWER, SECOND, REPLY, THIRD = (f"Qmark{number}Q" for number in r
 """Contents that no template changes: without white space, and no tag."""
 TURNS = (FIRST, ANSWER, SECOND, REPLY, THIRD)
 INSTEAD = "make the model folder with --template published"
-PICTURE = [text_segment("<Img>"), READ, text_segment("</Img>")]
+PICTURE = (text_segment("<Img>"), READ, text_segment("</Img>"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class ChatTemplate:
     end: str
     """What ends an answer: white space, if any, and a control token."""
     stop: tuple[str, ...] = ()
+    picture: tuple[Segment, ...] = PICTURE
+    """A picture that is read, in its frame. A vision-language model has markers of its own and needs no frame."""
 
     def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """The tokenizer's own end, and the control token that ends an answer."""
@@ -76,11 +79,11 @@ class ChatTemplate:
         return [text_segment(caption), DRAW_TARGET, frame(self.end, is_target=True)]
 
     def describe(self, description: str) -> list[Segment]:
-        return [*self.turns([[*PICTURE, text_segment(" Describe this image.")]]), *self.answer(description)]
+        return [*self.turns([[*self.picture, text_segment(" Describe this image.")]]), *self.answer(description)]
 
     def story(self, prompt: Sequence[PromptPart], num_pages: int, pages: Sequence[str]) -> list[Segment]:
         asked = text_segment(f" Tell it in {num_pages} pages with pictures.")
-        segments = self.turns([[*_content(prompt), asked]])
+        segments = self.turns([[*self._content(prompt), asked]])
         for at, page in enumerate(pages):
             segments += [text_segment(self.page(page, begins_answer=not at), is_target=True), DRAW_TARGET]
         return [*segments, frame(self.end, is_target=True)] if len(pages) == num_pages else segments
@@ -90,11 +93,11 @@ class ChatTemplate:
         system: list[Segment] = []
         for role, parts in _by_role(prompt):
             if role == "system" and not turns:
-                system += _content(parts)
+                system += self._content(parts)
                 continue
             if (role == "assistant") != len(turns) % 2:  # a side that says nothing has an empty turn
                 turns.append([])
-            turns.append(_content(parts))
+            turns.append(self._content(parts))
         segments = self.turns(turns if len(turns) % 2 else [*turns, []], system=system)
         for at, page in enumerate(pages):
             segments.append(text_segment(self.page(page.text, begins_answer=not at)))
@@ -104,18 +107,17 @@ class ChatTemplate:
     def next_page(self, history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
         question = [text_segment(READ_AND_TELL)]
         for past in history:
-            question += [text_segment(f" {past.strip()}"), *PICTURE]
+            question += [text_segment(f" {past.strip()}"), *self.picture]
         question.append(text_segment(f"\n{ask_for(task, variant).strip()}"))
-        question += {"text": [text_segment(" "), *PICTURE], "picture": [text_segment(f" {page.strip()}")], "both": []}[
-            task
-        ]
+        picture, text = [text_segment(" "), *self.picture], [text_segment(f" {page.strip()}")]
+        question += {"text": picture, "picture": text, "both": []}[task]
         said = "" if task == "picture" else page
         return [*self.turns([question]), *self.answer(said, draws=task != "text")]
 
     def read_back(self, prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
-        question = [text_segment(f"{READ_AND_TELL} "), *_content(prompt)]
+        question = [text_segment(f"{READ_AND_TELL} "), *self._content(prompt)]
         for page in pages:
-            question += [text_segment(f" {page.text.strip()}"), *(PICTURE if page.picture else [])]
+            question += [text_segment(f" {page.text.strip()}"), *(self.picture if page.picture else [])]
         return self.turns([[*question, text_segment(f"\n{ASKS_FOR_BOTH[0].strip()}")]])
 
     def turns(self, turns: Sequence[list[Segment]], *, system: Sequence[Segment] = ()) -> list[Segment]:
@@ -137,6 +139,14 @@ class ChatTemplate:
         said = [text_segment(self.page(text, begins_answer=True), is_target=True)] if text.strip() else []
         return [*said, *([DRAW_TARGET] if draws else []), frame(self.end, is_target=True)]
 
+    def _content(self, prompt: Sequence[PromptPart]) -> list[Segment]:
+        """Texts and pictures of one side, with a space between them."""
+        segments: list[Segment] = []
+        for part in merge_text_parts([part for part in prompt if not isinstance(part, Role)]):
+            segments += [text_segment(" ")] if segments else []
+            segments += self.picture if isinstance(part, InputImage) else [text_segment(part.strip())]
+        return segments
+
 
 def frame(text: str, *, is_target: bool = False) -> Segment:
     """Text of the template itself."""
@@ -152,15 +162,6 @@ def _by_role(prompt: Sequence[PromptPart]) -> list[tuple[str, list[PromptPart]]]
             said = said or [("user", [])]
             said[-1][1].append(part)
     return said
-
-
-def _content(prompt: Sequence[PromptPart]) -> list[Segment]:
-    """Texts and pictures of one side, with a space between them."""
-    segments: list[Segment] = []
-    for part in merge_text_parts([part for part in prompt if not isinstance(part, Role)]):
-        segments += [text_segment(" ")] if segments else []
-        segments += PICTURE if isinstance(part, InputImage) else [text_segment(part.strip())]
-    return segments
 
 
 def _strip(turn: Sequence[Segment]) -> list[Segment]:
@@ -258,14 +259,25 @@ def _spell(template: ChatTemplate, begin: str, asked: str) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, *turns: str, system: str = "") -> str:
-    """A conversation as the template writes it, without thoughts; up to its answer where the user has the last turn."""
-    messages = [{"role": ("user", "assistant")[at % 2], "content": turn} for at, turn in enumerate(turns)]
+    """A conversation as the template writes it, without thoughts; up to its answer where the user has the last turn.
+
+    Templates of vision-language models may want contents as lists of parts.
+    """
+    roles = itertools.cycle(("user", "assistant"))
+    messages: list[dict[str, Any]] = [{"role": next(roles), "content": turn} for turn in turns]
     if system:
         messages.insert(0, {"role": "system", "content": system})
+    written = _apply(tokenizer, messages)
+    if all(turn in written for turn in turns):
+        return written
+    return _apply(tokenizer, [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages])
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
     return tokenizer.apply_chat_template(
         messages,
         tokenize=False,
-        add_generation_prompt=bool(len(turns) % 2),
+        add_generation_prompt=messages[-1]["role"] == "user",
         chat_template=FIXED_DATE + _source(tokenizer),
         enable_thinking=False,
         thinking=False,

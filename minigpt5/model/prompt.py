@@ -8,6 +8,7 @@ published_template.py and chat_template.py. The wordings here are the published 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -115,11 +116,12 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     voken_embeddings: VokenEmbeddings,
     *,
-    num_image_embeddings: int,
+    picture_tokens: Sequence[int],
     published_quirks: bool = False,
 ) -> Tokens:
     """Segments -> ids and labels, BOS first where the tokenizer has one and no chat template has written its own.
 
+    `picture_tokens`: what a picture that is read becomes, as in VisionConfig: ids, and -n for n embeddings.
     `published_quirks`: repeat the published label bug. In the first picture [IMG7] is learnt too, in later pictures
     every voken.
     """
@@ -137,7 +139,8 @@ def encode(
                 new = text_ids(segment.text, tokenizer)
             learnt = new if segment.is_target else [IGNORED] * len(new)
         elif segment.kind == "read":
-            new = [voken_embeddings.placeholder] * num_image_embeddings
+            runs = ([token] if token >= 0 else [voken_embeddings.placeholder] * -token for token in picture_tokens)
+            new = list(itertools.chain.from_iterable(runs))
             learnt = [IGNORED] * len(new)
         else:
             if not ids:

@@ -217,12 +217,11 @@ class Objective(nn.Module):
         return not any(parameter.requires_grad for parameter in self.language.body.parameters())
 
     def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
-        queries = self.config.vision.num_queries
         tokens = prompt.encode(
             segments,
             self.tokenizer,
             self.language.voken_embeddings,
-            num_image_embeddings=queries,
+            picture_tokens=self.config.vision.picture_tokens,
             published_quirks=self.config.published_quirks,
         )
         return tokens.ids, tokens.labels
@@ -245,7 +244,11 @@ class Objective(nn.Module):
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
         pictures = [picture for example in examples for picture in example.read]
         image_NQH = self._see(pictures) if pictures else None
-        states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
+        embeds_BSH = self.language.embed(ids_BS, image_NQH)
+        is_picture_BS = ids_BS == self.language.voken_embeddings.placeholder
+        states_BSH = self.language.states(
+            embeds_BSH, mask_BS=mask_BS, is_picture_BS=None if image_NQH is None else is_picture_BS
+        )
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.voken_embeddings)
         return vokens_PVH, self.text_loss(states_BSH, labels_BS)
 

@@ -227,28 +227,34 @@ def test_what_does_not_fit_is_one_line(
     shutil.copytree(places["diffusion"], tmp_path / "narrow")
     change_json(tmp_path / "narrow" / "text_encoder" / "config.json", hidden_size=64)
     shutil.copytree(places["language"], tmp_path / "vl")
-    change_json(tmp_path / "vl" / "config.json", model_type="qwen2_5_vl", vision_config={})
+    change_json(tmp_path / "vl" / "config.json", model_type="paligemma", vision_config={})
     capsys.readouterr()
     for option, place, words in (
         ("language", "empty", "a base model cannot be read"),
         ("language", "linear", "is a qwen3_next, which the KV store cannot serve (some of its layers keep a state"),
         ("language", "t5", "is an encoder-decoder (t5): name a causal language model"),
-        ("language", "vl", "is a vision-language model"),
+        ("vision", "own", "has no vision tower of its own: name one with --vision, or none"),
         ("diffusion", "empty", "has no unet/: name a Stable Diffusion 1.x or 2.x"),
         ("diffusion", "xl", "is no Stable Diffusion 1.x or 2.x (its UNet has text_time)"),
         ("diffusion", "narrow", "has width 64 but its UNet reads 32"),
     ):
-        arguments = {**{name: str(base) for name, base in places.items()}, option: str(tmp_path / place)}
+        value = place if place == "own" else str(tmp_path / place)
+        arguments = {**{name: str(base) for name, base in places.items()}, option: value}
         words_of = [word for name, value in arguments.items() for word in (f"--{name}", value)]
         assert new.main([*words_of, "--out", str(tmp_path / "out")]) == 1
         error = capsys.readouterr().err.rpartition("\r")[2].rpartition("it/s]\n")[2]  # after transformers' bars
         assert words in error and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+    own = ["--language", str(tmp_path / "vl"), "--diffusion", str(places["diffusion"])]
+    assert new.main([*own, "--out", str(tmp_path / "out")]) == 1
+    assert "is a vision-language model of type paligemma, whose way to read" in capsys.readouterr().err
     same = [word for name, value in places.items() for word in (f"--{name}", str(value))]
     assert new.main([*same, "--out", str(tmp_path / "empty")]) == 1
     assert "exists: name a new folder with --out" in capsys.readouterr().err
     assert new.main([*same, "--out", str(tmp_path / "out"), "--context", "4096"]) == 1
     assert "context is 4096 but" in capsys.readouterr().err
+    assert new.main([*same, "--out", str(tmp_path / "out"), "--image-px", "448"]) == 1
+    assert "only own takes a size" in capsys.readouterr().err
 
 
 def test_the_command_prints_sizes_and_memory(

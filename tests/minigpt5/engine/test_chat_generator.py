@@ -64,8 +64,8 @@ def run(generator: VokenGenerator, request: StoryRequest) -> list[GeneratorEvent
 
 
 def tokens(generator: VokenGenerator, segments: list[Segment]) -> tuple[list[int], list[int]]:
-    queries = generator.config.vision.num_queries
-    found = encode(segments, generator.tokenizer, generator.language.voken_embeddings, num_image_embeddings=queries)
+    picture_tokens = generator.config.vision.picture_tokens
+    found = encode(segments, generator.tokenizer, generator.language.voken_embeddings, picture_tokens=picture_tokens)
     return found.ids, [label for label in found.labels if label != IGNORED]
 
 

@@ -217,7 +217,7 @@ def test_a_reply_that_may_be_longer_than_the_window_ends_with_the_window(generat
 def test_a_picture_and_the_trained_question_are_read_as_in_training(generator: VokenGenerator) -> None:
     def ids(segments: object) -> list[int]:
         rows = generator.language.voken_embeddings
-        return encode(segments, generator.tokenizer, rows, num_image_embeddings=4).ids  # type: ignore[arg-type]
+        return encode(segments, generator.tokenizer, rows, picture_tokens=(-4,)).ids  # type: ignore[arg-type]
 
     request = reply(prompt=(png("red"), "Describe this image."))
     assert ids(request_segments(request, PUBLISHED)) == ids(PUBLISHED.describe("x")[:-1])
@@ -263,7 +263,7 @@ def test_a_picture_after_a_stop_string_is_of_the_text_that_was_shown(generator: 
     assert isinstance(usage, Usage)
 
     prompt = encode(
-        request_segments(story(pages=1), PUBLISHED), tokenizer, language.voken_embeddings, num_image_embeddings=4
+        request_segments(story(pages=1), PUBLISHED), tokenizer, language.voken_embeddings, picture_tokens=(-4,)
     ).ids
     ids = list(prompt)
     with torch.no_grad():

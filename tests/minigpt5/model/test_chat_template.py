@@ -40,10 +40,10 @@ class Family:
         self.vokens = VokenEmbeddings(vocabulary, 8, 1)
 
     def ids(self, segments: list[Segment]) -> list[int]:
-        return encode(segments, self.tokenizer, self.vokens, num_image_embeddings=1).ids
+        return encode(segments, self.tokenizer, self.vokens, picture_tokens=(-1,)).ids
 
     def labels(self, segments: list[Segment]) -> list[int]:
-        tokens = encode(segments, self.tokenizer, self.vokens, num_image_embeddings=1)
+        tokens = encode(segments, self.tokenizer, self.vokens, picture_tokens=(-1,))
         assert all(label in (IGNORED, token) for label, token in zip(tokens.labels, tokens.ids, strict=True))
         return [label for label in tokens.labels if label != IGNORED]
 

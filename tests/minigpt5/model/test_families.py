@@ -47,10 +47,11 @@ from minigpt5 import new
 from minigpt5.config import ModelConfig
 from minigpt5.engine.generator import SHORT_READ, VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.engine.script import STOP
 from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel, pad
-from minigpt5.model.prompt import caption_segments, encode, request_segments, story_segments
+from minigpt5.model.prompt import encode, request_segments
+from minigpt5.model.published_template import END
+from minigpt5.model.published_template import PUBLISHED as TEMPLATE
 from minigpt5.objective.example import Example
 from minigpt5.parity.text import deviation, run, text_of
 from minigpt5.pipeline import MiniGPT5
@@ -305,7 +306,12 @@ def test_greedy_text_is_that_of_generate(made: Made) -> None:
     for words in PROMPTS[1], PROMPTS[3]:
         request = ask(words, mode="reply", pictures="none", max_page_tokens=32)
         events = run(generator, request)[0]
-        read = encode(request_segments(request), made.tokenizer, made.language.voken_embeddings, num_image_embeddings=0)
+        read = encode(
+            request_segments(request, made.generator().template),
+            made.tokenizer,
+            made.language.voken_embeddings,
+            picture_tokens=(),
+        )
         written = made.causal.generate(
             torch.tensor([read.ids]),
             attention_mask=torch.ones(1, len(read.ids), dtype=torch.long),
@@ -314,7 +320,7 @@ def test_greedy_text_is_that_of_generate(made: Made) -> None:
             suppress_tokens=list(range(VOCABULARY, SIZES["vocab_size"])),
         )[0, len(read.ids) :]
         written = written[written != made.tokenizer.eos_token_id]
-        text, stop, _ = made.tokenizer.decode(written).lstrip().partition(STOP)
+        text, stop, _ = made.tokenizer.decode(written).lstrip().partition(END.strip())
         assert text_of(events) == text
         usage = events[-1]
         assert isinstance(usage, Usage) and (stop or usage.completion_tokens == len(written))
@@ -336,9 +342,9 @@ def test_a_prompt_that_is_read_in_parts_is_read_as_a_whole(made: Made) -> None:
     sizes: list[list[tuple[int, int]]] = []
     forward = generator._cache.forward
 
-    def note(body: nn.Module, embeds_TH: Tensor, counts: list[tuple[int, int]]) -> Tensor:
+    def note(body: nn.Module, embeds_TH: Tensor, counts: list[tuple[int, int]], **options: Any) -> Tensor:
         sizes.append(counts)
-        return forward(body, embeds_TH, counts)
+        return forward(body, embeds_TH, counts, **options)
 
     generator._cache.forward = note  # type: ignore[method-assign, assignment]
     whole = run(generator, long)[0]
@@ -375,11 +381,11 @@ class Examples:
         if position % 2:
             pages = ["It woke up early and went down to the water.", "It saw a boat."]
             return position, Example(
-                segments=story_segments(["A fox"], 2, pages), read=[], drawn=[picture] * 2, captions=pages
+                segments=TEMPLATE.story(["A fox"], 2, pages), read=[], drawn=[picture] * 2, captions=pages
             )
         caption = "a fox beside a tent"
         return position, Example(
-            segments=caption_segments(caption), read=[], drawn=[picture], captions=[caption], is_caption=True
+            segments=TEMPLATE.caption(caption), read=[], drawn=[picture], captions=[caption], is_caption=True
         )
 
 

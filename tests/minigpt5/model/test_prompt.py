@@ -52,7 +52,7 @@ def test_a_given_page_has_the_same_ids_when_it_is_resumed(text: str) -> None:
     tokenizer, rows = tiny_tokenizer(config), VokenEmbeddings(config.vocabulary, config.num_vokens, 1)
 
     def ids(request: StoryRequest) -> list[int]:
-        return encode(request_segments(request, PUBLISHED), tokenizer, rows, num_image_embeddings=4).ids
+        return encode(request_segments(request, PUBLISHED), tokenizer, rows, picture_tokens=(-4,)).ids
 
     first = StoryRequest(prompt=("A fox",), pages=2, given=(text,))
     resumed = StoryRequest(prompt=("A fox",), pages=1, previous=(Page(index=1, text=text),))
