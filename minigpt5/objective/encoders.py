@@ -1,4 +1,4 @@
-"""What encoded the pictures of stored rows: batch_jobs/precompute.py notes it, and training compares it with its own."""
+"""The encoders of stored rows: batch_jobs/precompute.py notes them, and training compares them with its own."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *
             continue  # the run encodes the pictures itself
         stored = load_encoders(examples.uri)
         if stored is None:
-            print(f"the rows in {examples.uri} do not say which {name} encoded them: it must be the model's", flush=True)
+            print(
+                f"the rows in {examples.uri} do not say which {name} encoded them: it must be the model's", flush=True
+            )
             continue
         theirs, own = getattr(stored, part), getattr(find_own(), part)
         if theirs != own:
