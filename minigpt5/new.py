@@ -1,7 +1,8 @@
 """A model folder from base models: `python -m minigpt5.new --language BASE --diffusion BASE --out FOLDER`.
 
 A BASE is a folder or a hub id, which may name a revision (owner/name@revision). Base models are read and never written:
-the new folder names them, with the hashes of their weights, and holds what training will change.
+the new folder names them, with the hashes of their weights, and holds what training will change. With --dry-run only
+their config files are read, and nothing is written: sizes and memory are known before any weights are downloaded.
 """
 
 from __future__ import annotations
@@ -11,21 +12,18 @@ import json
 import secrets
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt5.config import NO_VISION, BaseHash, LoraConfig, ModelConfig, VisionConfig
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
+from minigpt5.footprint import Parts, read_parts, report
 from minigpt5.types import DrawSettings, Sampling
 
 if TYPE_CHECKING:
-    from minigpt5.model.diffusion import Diffusion
     from minigpt5.model.language import LanguageModel
-    from minigpt5.model.mapper import Mapper
-    from minigpt5.model.text_encoder import ClipTextEncoder, TextEncoder
-    from minigpt5.model.vision import Vision
 
 DEFAULT_CONTEXT = 2048
 """Tokens. More costs memory in every slot of the KV store, whether it is used or not."""
@@ -36,18 +34,6 @@ CHECKED_TOKENS = 16
 TOLERANCE = 1e-4
 """Largest deviation of logits, as a share of the largest one."""
 SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """All of a new model: base models, and fresh parts between them."""
-
-    config: ModelConfig
-    language: LanguageModel
-    vision: Vision
-    mapper: Mapper
-    diffusion: Diffusion
-    text_encoder: TextEncoder | ClipTextEncoder
 
 
 def make_folder(
@@ -64,20 +50,14 @@ def make_folder(
     does not fit or `out` is taken, BaseModelNotFound where it is not there.
     """
     from minigpt5.model import folder as model_folder
-    from minigpt5.story.stream import describe
 
     out = Path(out).expanduser().absolute()
     if out.exists():
         raise ModelFolderError(f"{out} exists: name a new folder with --out")
-    try:
+    with _readable():
         parts = combine(
             language=language, diffusion=diffusion, vision=vision, context_tokens=context_tokens, name=out.name
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelFolderError(
-            f"a base model cannot be read ({type(error).__name__}: {describe(error)}): name folders in the layouts of "
-            "transformers and diffusers"
-        ) from error
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         model_folder.save(partial, parts.config, language=parts.language, mapper=parts.mapper, vision=parts.vision)
@@ -87,11 +67,53 @@ def make_folder(
     return parts
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Say which error of transformers or diffusers a base gave. Raises ModelFolderError."""
+    from minigpt5.story.stream import describe
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFolderError(
+            f"a base model cannot be read ({type(error).__name__}: {describe(error)}): name folders in the layouts of "
+            "transformers and diffusers"
+        ) from error
+
+
+def sketch(*, language: str, diffusion: str, vision: str = "none", context_tokens: int | None = None) -> Parts:
+    """The model that `make_folder` would make, without weights: the config files of the bases are all that is read.
+
+    No part is run, and nothing is written. Raises as `make_folder` does.
+    """
+    from transformers import AutoConfig
+
+    from minigpt5.model.base_models import resolve
+    from minigpt5.model.vision import TowerEncoder
+
+    with _readable():
+        bases = {base: resolve(base, has_weights=False) for base in (language, diffusion, vision) if base != "none"}
+        language_config = AutoConfig.from_pretrained(bases[language])
+        sizes = _language_sizes(bases[language], language_config, context_tokens) | _diffusion_sizes(bases[diffusion])
+        tower = TowerEncoder(bases[vision], has_weights=False) if vision != "none" else None
+        config = ModelConfig(
+            name="sketch",
+            language_model=language,
+            vision=_vision_config(tower, vision) if tower else NO_VISION,
+            text_encoder=diffusion,
+            diffusion=diffusion,
+            vocabulary=language_config.vocab_size,  # the tokenizer may have fewer
+            **sizes,
+        )
+        return read_parts(config, language=bases[language], diffusion=bases[diffusion], tower=tower)
+
+
 def combine(
     *, language: str, diffusion: str, vision: str, context_tokens: int | None = None, name: str = "own"
 ) -> Parts:
     """Load base models, infer every size from them, and put fresh parts between them. Raises as `make_folder` does."""
     import torch
+    from transformers import AutoConfig, AutoTokenizer
 
     from minigpt5.model.base_models import pin, resolve
     from minigpt5.model.cache import hash_weights
@@ -103,7 +125,8 @@ def combine(
     torch.manual_seed(SEED)
     bases = {base: resolve(base) for base in (language, diffusion, vision) if base != "none"}
     ids = {base: pin(base, folder) for base, folder in bases.items()}
-    sizes = _language_sizes(bases[language], context_tokens) | _diffusion_sizes(bases[diffusion])
+    sizes = _language_sizes(bases[language], AutoConfig.from_pretrained(bases[language]), context_tokens)
+    sizes |= _diffusion_sizes(bases[diffusion])
     tower = TowerEncoder(bases[vision]) if vision != "none" else None
     config = ModelConfig(
         name=name,
@@ -111,6 +134,7 @@ def combine(
         vision=_vision_config(tower, ids[vision]) if tower else NO_VISION,
         text_encoder=ids[diffusion],
         diffusion=ids[diffusion],
+        vocabulary=len(AutoTokenizer.from_pretrained(bases[language])),
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=128),
         draw=DrawSettings(steps=50, guidance_scale=7.5, scheduler="ddim"),
         bases=tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items()),
@@ -128,11 +152,8 @@ def combine(
     return parts
 
 
-def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
-    """The fields of ModelConfig that a language model decides."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(folder)
+def _language_sizes(folder: Path, config: Any, context_tokens: int | None) -> dict[str, Any]:
+    """The fields of ModelConfig that a language model's own config decides."""
     if hasattr(config, "vision_config"):
         raise ModelFolderError(f"{folder} is a vision-language model ({config.model_type}): name its text-only sibling")
     if config.is_encoder_decoder:
@@ -143,7 +164,6 @@ def _language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
         raise ModelFolderError(f"context is {context_tokens} but {folder} sees {longest} tokens: name at most that")
     return {
         "hidden": config.hidden_size,
-        "vocabulary": len(AutoTokenizer.from_pretrained(folder)),
         "context_tokens": context_tokens or min(DEFAULT_CONTEXT, longest),
         "lora": LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA, dropout=LORA_DROPOUT, targets=find_lora_targets(folder)),
     }
@@ -198,7 +218,7 @@ def _vision_config(tower: Any, base_id: str) -> VisionConfig:
     import torch
 
     prepared_1CYX = tower.prepare(torch.zeros(1, 3, 64, 64))
-    features_1FE = tower(prepared_1CYX)
+    features_1FE = tower(prepared_1CYX.to(tower.network.device))
     hidden = min(QFORMER_WIDTH, features_1FE.shape[2])
     heads = max(1, hidden // HEAD_WIDTH)
     return VisionConfig(
@@ -273,74 +293,6 @@ def _check_denoiser(parts: Parts, folder: Path) -> None:
         raise ModelFolderError(f"{folder} draws {tuple(pixels_1CYX.shape[2:])} pixels, not {config.image_px}")
 
 
-def report(parts: Parts) -> str:
-    """Parameters, what each stage trains, and memory, as lines of text."""
-    config = parts.config
-    sizes = {
-        "language model": _count(parts.language.body) + _head_size(parts.language),
-        "vision encoder": _count(parts.vision.encoder),
-        "Q-Former": _count(parts.vision.qformer),
-        "voken embeddings": _count(parts.language.voken_embeddings),
-        "mapper": _count(parts.mapper),
-        "UNet": _count(parts.diffusion.unet),
-        "VAE": _count(parts.diffusion.vae),
-        "text encoder": _count(parts.text_encoder),
-    }
-    lora = _lora_size(parts.language, config)
-    trained = {
-        "vision": sizes["Q-Former"],
-        "align": sizes["voken embeddings"] + sizes["mapper"],
-        # As published, learn leaves `fc` and the queries as align made them.
-        "learn": sizes["voken embeddings"] + _count(parts.mapper.transformer) + lora,
-    }
-    lines = ["parameters", *(f"  {name:18}{number:>16,}" for name, number in sizes.items() if number)]
-    lines += [f"  {'LoRA':18}{lora:>16,}", "trained by stage"]
-    lines += [f"  {stage:18}{number:>16,}" for stage, number in trained.items() if number]
-    lines += ["memory in GB, without activations"]
-    for name, gigabytes in memory_gb(parts, sizes | {"LoRA": lora}, trained).items():
-        lines.append(f"  {name:38}{gigabytes:8.2f}")
-    return "\n".join(lines)
-
-
-def memory_gb(parts: Parts, sizes: dict[str, int], trained: dict[str, int]) -> dict[str, float]:
-    """Memory of weights, the KV store and optimizer states, on a CPU (float32) and on a GPU (the language model in
-    bfloat16, and all that is frozen while training)."""
-    from minigpt5.engine.generator import DEFAULT_SLOTS
-    from minigpt5.engine.kv_cache import bytes_per_token
-
-    writes = sizes["language model"] + sizes["voken embeddings"]
-    sees = sizes["vision encoder"] + sizes["Q-Former"]
-    draws = sum(sizes[name] for name in ("mapper", "UNet", "VAE"))
-    stored = DEFAULT_SLOTS * parts.config.context_tokens
-    everything = sum(sizes.values())
-    found = {}
-    for place, width in (("CPU", 4), ("GPU", 2)):
-        store = stored * bytes_per_token(parts.language.body.config, width)
-        found[f"VokenGenerator on a {place}, weights"] = (width * writes + 4 * sees) / 1e9
-        found[f"VokenGenerator on a {place}, KV store"] = store / 1e9
-    found["DiffusionDecoder, weights"] = 4 * draws / 1e9
-    for stage, number in trained.items():
-        if number:
-            found[f"{stage} on a GPU, one worker"] = (2 * (everything - number) + 16 * number) / 1e9
-    return found
-
-
-def _count(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _head_size(language: LanguageModel) -> int:
-    return 0 if language.head.weight is language.embedding else _count(language.head)
-
-
-def _lora_size(language: LanguageModel, config: ModelConfig) -> int:
-    """Rank times both sides of every adapted matrix."""
-    adapted = [
-        module for name, module in language.body.named_modules() if name.rpartition(".")[2] in config.lora.targets
-    ]
-    return sum(config.lora.rank * sum(module.weight.shape) for module in adapted)
-
-
 def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = print) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m minigpt5.new", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -354,16 +306,16 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         help="reads pictures: CLIP, SigLIP, DINOv2 (default none)",
     )
     parser.add_argument("--context", type=int, help=f"tokens of a story with its prompt (default {DEFAULT_CONTEXT})")
-    parser.add_argument("--out", required=True, help="the new model folder")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", help="the new model folder")
+    goal.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config files alone")
     options = parser.parse_args(arguments)
+    bases = {"language": options.language, "diffusion": options.diffusion, "vision": options.vision}
     try:
-        parts = make_folder(
-            options.out,
-            language=options.language,
-            diffusion=options.diffusion,
-            vision=options.vision,
-            context_tokens=options.context,
-        )
+        if options.dry_run:
+            show(report(sketch(**bases, context_tokens=options.context)))
+            return 0
+        parts = make_folder(options.out, **bases, context_tokens=options.context)
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
