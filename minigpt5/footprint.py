@@ -119,7 +119,7 @@ def memory_gb(parts: Parts) -> dict[str, float]:
         if number:  # beside the weights: gradients and AdamW's two moments, in float32
             lora = 4 * count_lora(parts) if stage == "learn" else 0
             found[f"{stage} on a GPU, one worker"] = (held + lora + 12 * number) / 1e9
-    found["training, the host while it loads"] = 4 * sum(sizes.values()) / 1e9
+    found["training, on the host while it loads"] = 4 * sum(sizes.values()) / 1e9
     return found
 
 

@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     Phi3Config,
     PretrainedConfig,
+    SiglipConfig,
+    SiglipVisionModel,
     T5Config,
 )
 
@@ -25,10 +27,13 @@ from examples.own_model.tiny_bases import NUM_PADDING_ROWS, make_bases
 from minigpt5 import new
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.errors import InvalidRequest, ModelFolderError
+from minigpt5.footprint import count_parts
 from minigpt5.model import folder as model_folder
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.types import DrawSettings, InputImage, Sampling, StoryRequest
+from tests.helpers.recipe_configs import write_recipe
 
+ROOT = Path(__file__).parent.parent.parent
 CONTEXT = 512
 
 
@@ -203,3 +208,64 @@ def test_the_command_prints_sizes_and_memory(
     said = capsys.readouterr().out
     for words in ("language model", "trained by stage", "align", "learn", "KV store", "DiffusionDecoder"):
         assert words in said
+
+
+def keep_configs(base: Path, place: Path) -> Path:
+    """A copy of a base as it is before its weights are downloaded."""
+    configs = ("config.json", "preprocessor_config.json", "scheduler_config.json")
+    for path in base.rglob("*.json"):
+        if path.name in configs:
+            target = place / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return place
+
+
+def options_of(places: dict[str, Path]) -> list[str]:
+    return [word for name, place in places.items() for word in (f"--{name}", str(place))]
+
+
+@pytest.mark.parametrize("names", [("language", "diffusion", "vision"), ("language", "diffusion")])
+def test_a_dry_run_prints_what_the_bases_give(
+    names: tuple[str, ...], bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = {name: keep_configs(bases[name], tmp_path / name) for name in names}
+    before = hash_files(tmp_path)
+    assert new.main([*options_of(configs), "--context", "512", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert hash_files(tmp_path) == before, "it writes nothing"
+    assert (
+        new.main([*options_of({name: bases[name] for name in names}), "--context", "512", "--out", f"{tmp_path}/o"])
+        == 0
+    )
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_a_dry_run_counts_the_vision_half_of_a_whole_siglip(tmp_path: Path, bases: dict[str, Path]) -> None:
+    tower = SiglipVisionModel.from_pretrained(bases["vision"])
+    SiglipConfig(vision_config=tower.config.to_dict()).save_pretrained(tmp_path / "siglip")
+    shutil.copy(bases["vision"] / "preprocessor_config.json", tmp_path / "siglip")
+    places = {name: str(bases[name]) for name in ("language", "diffusion")}
+    parts = new.sketch(**places, vision=str(tmp_path / "siglip"))
+    assert count_parts(parts)["vision encoder"] == sum(one.numel() for one in tower.parameters())
+    assert {one.device.type for one in parts.language.parameters()} == {"meta"}
+
+
+def test_a_dry_run_of_what_does_not_fit_is_one_line(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    T5Config().save_pretrained(tmp_path / "t5")
+    assert new.main([*options_of({**bases, "language": tmp_path / "t5"}), "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    assert "is an encoder-decoder" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        new.main([*options_of(bases), "--dry-run", "--out", str(tmp_path / "out")])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_figures_of_the_recipe_are_those_of_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/own-models.md shows what its bases print, from their public sizes."""
+    assert new.main([*options_of(write_recipe(tmp_path)), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"```text\n{said}```" in (ROOT / "docs" / "own-models.md").read_text(), said
+    assert "language model       4,022,468,096" in said, "Qwen3-4B is published with 4.0 B parameters"
