@@ -35,7 +35,6 @@ from transformers import (
 from benchmarks.quality import machine
 from minigpt5.config import NO_VISION, ModelConfig, storybook
 from minigpt5.engine.generator import VokenGenerator
-from minigpt5.engine.script import STOP
 from minigpt5.model.base_models import resolve
 from minigpt5.model.language import LanguageModel, load_tokenizer
 from minigpt5.model.packed_linear import pack_linears
@@ -65,7 +64,7 @@ def requests(round_number: int) -> list[StoryRequest]:
 
 
 class Ours:
-    """VokenGenerator, whose texts have a fixed number of tokens, unless they have the template's stop string."""
+    """VokenGenerator, whose texts have a fixed number of tokens, unless they have a stop string of the template."""
 
     def __init__(
         self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, causal: Any, *, is_packed: bool
@@ -137,10 +136,11 @@ def measure(num_rounds: int) -> dict[str, Any]:
         name: Ours(config, tokenizer, copy.deepcopy(causal), is_packed=is_packed)
         for name, is_packed in (("ours", True), ("ours, not packed", False))
     }
-    voken_embeddings = ours["ours"].generator.language.voken_embeddings
+    generator = ours["ours"].generator
+    template, voken_embeddings = generator.template, generator.language.voken_embeddings
 
     def read(request: StoryRequest) -> list[int]:
-        return encode(request_segments(request), tokenizer, voken_embeddings, num_image_embeddings=0).ids
+        return encode(request_segments(request, template), tokenizer, voken_embeddings, picture_tokens=()).ids
 
     theirs = {
         name: Theirs(tokenizer, copy.deepcopy(causal), read, is_packed=is_packed)
@@ -154,7 +154,7 @@ def measure(num_rounds: int) -> dict[str, Any]:
         while len(seconds["ours"]) < num_rounds:
             number += 1
             found, texts = _one_round(ways, number)
-            if any(STOP in text for text in texts["transformers"]):
+            if any(stop in text for text in texts["transformers"] for stop in template.stop):
                 continue  # our engine ends a text there, and has fewer tokens to write
             num_equal += sum(len(set(alike)) == 1 for alike in zip(*texts.values(), strict=True))
             for name in ways:

@@ -18,6 +18,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -59,10 +60,16 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_base(folder: str | Path) -> Any:
-    """transformers' own model, frozen, in float32: a causal language model or a vision-language model."""
+def load_base(folder: str | Path, *, has_weights: bool = True) -> Any:
+    """transformers' own model, frozen, in float32: a causal language model or a vision-language model. Without
+    `has_weights` it lies on the meta device, from its config file alone."""
     auto = AutoModelForImageTextToText if is_vision_language(folder) else AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval().requires_grad_(False)
+    if has_weights:
+        base = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    else:
+        with torch.device("meta"):
+            base = auto.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    return base.eval().requires_grad_(False)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

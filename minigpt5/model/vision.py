@@ -116,12 +116,18 @@ class TowerEncoder(nn.Module):
     `forward` gives the last hidden states of the tower, without pooling.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read the tower and its processor from a base model's folder. Raises ModelFolderError."""
+    def __init__(self, folder: str | Path, *, has_weights: bool = True) -> None:
+        """Read the tower and its processor from a base model's folder; without `has_weights` the tower lies on the
+        meta device. Raises ModelFolderError."""
         super().__init__()
-        kind = AutoConfig.from_pretrained(folder).model_type
-        tower = TOWERS.get(kind, AutoModel)
-        self.network = tower.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        config = AutoConfig.from_pretrained(folder)
+        kind = config.model_type
+        if has_weights:
+            tower = TOWERS.get(kind, AutoModel)
+            self.network = tower.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        else:
+            with torch.device("meta"):
+                self.network = AutoModel.from_config(getattr(config, "vision_config", config))
         if not hasattr(self.network.config, "image_size"):
             raise ModelFolderError(f"{folder} is a {kind} and no vision tower: name a CLIP, SigLIP or DINOv2 model")
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision is not needed

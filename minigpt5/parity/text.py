@@ -10,25 +10,22 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minigpt5.config import NO_VISION, ModelConfig, storybook
-from minigpt5.engine.generator import VokenGenerator, find_end_ids
+from minigpt5.config import NO_VISION, storybook
+from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.engine.script import STOP
 from minigpt5.errors import ModelFolderError
-from minigpt5.model.language import LanguageModel, load_tokenizer
-from minigpt5.model.prompt import encode, request_segments, story_segments
+from minigpt5.model.language import LanguageModel, load_base, load_tokenizer
+from minigpt5.model.prompt import encode, request_segments
+from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
 from minigpt5.model.vokens import align
 from minigpt5.story.stream import describe
 from minigpt5.types import GeneratorEvent, Sampling, StoryRequest, TextDelta, Vokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TOLERANCE = 1e-4
 """Largest deviation, as a share of the largest value."""
@@ -46,21 +43,20 @@ PARTS = (7, 1, 1)
 def compare_base(folder: Path) -> bool:
     """Print how far a language model's states and logits deviate from transformers', and whether greedy text is equal.
     Raises ModelFolderError where it cannot be read or run."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        causal: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        causal = load_base(folder)
         vocabulary = len(AutoTokenizer.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ModelFolderError(f"{folder} is no causal language model of transformers ({describe(error)})") from error
-    causal.eval().requires_grad_(False)
     config = dataclasses.replace(
         storybook(),
         language_model=str(folder),
         vision=NO_VISION,
-        hidden=causal.config.hidden_size,
+        hidden=causal.config.get_text_config().hidden_size,
         vocabulary=vocabulary,
         context_tokens=CONTEXT,
     )
@@ -69,13 +65,17 @@ def compare_base(folder: Path) -> bool:
     language.initialise_vokens(seed=0)
     print(f"language model {folder} ({causal.config.model_type})")
     # transformers comes first: our engine sets the attention of the same model.
-    prompts = [_read_ids(prompt, tokenizer, language) for prompt in PROMPTS]
+    template = make_template(config, tokenizer)
+    prompts = [
+        encode(request_segments(_reply(prompt), template), tokenizer, language.voken_embeddings, picture_tokens=()).ids
+        for prompt in PROMPTS
+    ]
     expected = [_Expected.of(causal, ids, vocabulary) for ids in prompts]
     deviations = [_deviations(language, one) for one in expected]
     is_close = [report(name, max(one[name] for one in deviations)) for name in deviations[0]]
     generator = VokenGenerator(config, tokenizer, language, Vision(config), num_slots=len(PROMPTS))
     texts = [text_of(events) for events in run(generator, *map(_reply, PROMPTS))]
-    is_equal = [_report_text(text, one, tokenizer) for text, one in zip(texts, expected, strict=True)]
+    is_equal = [_report_text(text, one, generator) for text, one in zip(texts, expected, strict=True)]
     return all([*is_close, *is_equal])
 
 
@@ -96,21 +96,16 @@ def compare_vokens(folder: Path) -> bool:
         # The text is given, since a text that was written may have other tokens than the same text when it is read.
         given = run(generator, dataclasses.replace(story, given=tuple(texts)))[0]
         vokens_PVH = torch.stack([torch.from_numpy(e.hidden_VH) for e in given if isinstance(e, Vokens)])
-        deviations.append(deviation(vokens_PVH, _forced(story, texts, config, tokenizer, language)))
+        deviations.append(deviation(vokens_PVH, _forced(story, texts, generator)))
     return report("teacher-forced", max(deviations))
 
 
 @torch.no_grad()
-def _forced(
-    story: StoryRequest,
-    texts: list[str],
-    config: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    language: LanguageModel,
-) -> Tensor:
+def _forced(story: StoryRequest, texts: list[str], generator: VokenGenerator) -> Tensor:
     """The states of a story's vokens from one pass over all of it: (P, V, H)."""
-    segments = story_segments(story.prompt, story.pages, texts)
-    read = encode(segments, tokenizer, language.voken_embeddings, num_image_embeddings=config.vision.num_queries)
+    segments = generator.template.story(story.prompt, story.pages, texts)
+    language, picture_tokens = generator.language, generator.config.vision.picture_tokens
+    read = encode(segments, generator.tokenizer, language.voken_embeddings, picture_tokens=picture_tokens)
     ids_1S = torch.tensor([read.ids])
     return align(language.states(language.embed(ids_1S)), ids_1S, language.voken_embeddings)[0]
 
@@ -167,16 +162,13 @@ def _reply(prompt: str) -> StoryRequest:
     return StoryRequest(prompt=(prompt,), mode="reply", pictures="none", sampling=sampling)
 
 
-def _read_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, language: LanguageModel) -> list[int]:
-    segments = request_segments(_reply(prompt))
-    return encode(segments, tokenizer, language.voken_embeddings, num_image_embeddings=0).ids
-
-
-def _report_text(text: str, expected: _Expected, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether our text is transformers'. Ours ends before the tokens and the string that end a text."""
-    ends = [place for place, token in enumerate(expected.written) if token in find_end_ids(tokenizer)]
+def _report_text(text: str, expected: _Expected, generator: VokenGenerator) -> bool:
+    """Say whether our text is transformers'. Ours ends before the tokens and the strings that end a text."""
+    ends = [place for place, token in enumerate(expected.written) if token in generator.end_ids]
     tokens = expected.written[: min(ends, default=NUM_NEW)]
-    own = str(tokenizer.decode(tokens)).lstrip().partition(STOP)[0]
+    own = str(generator.tokenizer.decode(tokens)).lstrip()
+    for stop in generator.template.stop:
+        own = own.partition(stop)[0]
     is_equal = text == own
     print(f"  {'greedy text':18}{'equal' if is_equal else f'{text!r} is not {own!r}'} ({len(tokens)} tokens)")
     return is_equal

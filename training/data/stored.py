@@ -62,7 +62,7 @@ class StoredExamples:
         self.uri, self.seed, self.is_validation = uri, seed, is_validation
         self.read_px = None if config.vision.family == "none" else config.vision.image_px
         self.draw_px = config.image_px
-        self._files, folder = _open(uri)
+        self._files, folder = open_place(uri)
         infos = self._files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
         self._paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
         if not self._paths:
@@ -139,11 +139,12 @@ class StoredExamples:
 
 def _unpickle(state: dict[str, Any]) -> StoredExamples:
     examples = StoredExamples.__new__(StoredExamples)
-    vars(examples).update(state, _files=_open(state["uri"])[0], _cache=OrderedDict(), _orders={})
+    vars(examples).update(state, _files=open_place(state["uri"])[0], _cache=OrderedDict(), _orders={})
     return examples
 
 
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
+def open_place(uri: str) -> tuple[fs.FileSystem, str]:
+    """A path or a URI as a file system and the path there. Raises TrainingError."""
     try:
         return fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
     except (OSError, pa.ArrowException) as error:
