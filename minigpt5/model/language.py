@@ -67,8 +67,9 @@ def load_base(folder: str | Path, *, has_weights: bool = True) -> Any:
     if has_weights:
         base = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     else:
-        with torch.device("meta"):
-            base = auto.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):  # where no other way to run a mixture of experts gives shapes
+            base = auto.from_config(config, dtype=torch.float32, experts_implementation="batched_mm")
     return base.eval().requires_grad_(False)
 
 
