@@ -23,6 +23,7 @@ from batch_jobs.inputs import open_uri
 from batch_jobs.pipeline import ENGINE_CPUS, check_capacity, connect
 from batch_jobs.prepare import to_parquet
 from batch_jobs.state import read_json, write_whole
+from minigpt5.codec import to_json
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.image_transforms import fit_drawn, fit_read
@@ -93,7 +94,7 @@ def precompute(
     """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
     import ray
 
-    from minigpt5.model.folder import load_config, locate, shared_name
+    from minigpt5.model.folder import shared_name
 
     check_kept(output, option="--output")
     check_default_model(model)
@@ -104,13 +105,7 @@ def precompute(
     names = sorted(info.path for info in infos if info.path.endswith(".parquet"))
     if not names:
         raise InvalidRequest("source", f"no rows under {source}/rows: make them with python -m batch_jobs.prepare")
-    target, place = open_uri(output)
-    fingerprint = load_config(locate(model)).fingerprint
-    asked = {"source": source, "model": fingerprint, "keeps_pictures": keeps_pictures}
-    begun = read_json(target, f"{place}/plan.json")
-    if begun not in (None, asked):
-        raise InvalidRequest("output", f"{output} was begun from another source or model: name another")
-    write_whole(target, f"{place}/plan.json", json.dumps(asked).encode())
+    asked = begin(source, output, model=model, keeps_pictures=keeps_pictures)
     done = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names)).map(
         Encode,
         fn_constructor_kwargs={
@@ -125,8 +120,29 @@ def precompute(
     )
     counts = done.take_all()
     manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}
+    target, place = open_uri(output)
     write_whole(target, f"{place}/manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def begin(source: str, output: str, *, model: str, keeps_pictures: bool) -> dict[str, Any]:
+    """Write OUTPUT/plan.json, which says what the rows are encoded from and by, and return it. Raises InvalidRequest
+    where OUTPUT was begun otherwise."""
+    from minigpt5.model.folder import load_config, locate
+    from minigpt5.objective.encoders import find_encoders
+
+    folder = locate(model)
+    config = load_config(folder)
+    encoders = to_json(find_encoders(folder, config))
+    asked = {"source": source, "model": config.fingerprint, "encoders": encoders, "keeps_pictures": keeps_pictures}
+    files, place = open_uri(output)
+    begun = read_json(files, f"{place}/plan.json")
+    if begun is None and files.get_file_info(f"{place}/rows").type != fs.FileType.NotFound:
+        raise InvalidRequest("output", f"{output} has rows and no plan.json, which says what made them: name another")
+    if begun is not None and {**asked, **begun} != asked:  # an earlier version noted no encoders
+        raise InvalidRequest("output", f"{output} was begun from another source or model: name another")
+    write_whole(files, f"{place}/plan.json", json.dumps(asked).encode())
+    return asked
 
 
 def absolute(uri: str) -> str:

@@ -62,10 +62,13 @@ class Engines:
         return [load.story(index, self.config, steps=steps) for index in range(first, first + num)]
 
     def prompt_ids(self, request: StoryRequest) -> list[int]:
-        queries = self.config.vision.num_queries
+        picture_tokens = self.config.vision.picture_tokens
         rows = self.generator.language.voken_embeddings
         return encode_prompt(
-            request_segments(request), self.generator.tokenizer, rows, num_image_embeddings=queries
+            request_segments(request, self.generator.template),
+            self.generator.tokenizer,
+            rows,
+            picture_tokens=picture_tokens,
         ).ids
 
 

@@ -223,6 +223,16 @@ def kernels(found: Results) -> str:
     return table(("threads", "kernel", "batch of 2", "4", "8", "16"), rows)
 
 
+def continuous_batching(found: Results) -> str:
+    """Tokens a second of concurrent requests."""
+    ways = found["continuous_batching"]["ways"]
+    rows = (
+        (name, f"{way['tokens_per_s']:.0f}", f"{min(way['seconds']):.2f} to {max(way['seconds']):.2f}")
+        for name, way in ways.items()
+    )
+    return table(("way", "tokens a second", "seconds of a round"), rows)
+
+
 def engines_load(found: Results) -> str:
     """Stories a second of the engines, of the server and of what they are compared with."""
     rows: list[tuple[object, ...]] = []
@@ -469,6 +479,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "probe": probe,
     "steps": steps,
     "kernels": kernels,
+    "continuous-batching": continuous_batching,
     "engines-load": engines_load,
     "engines-ratios": engines_ratios,
     "engines-more": engines_more,

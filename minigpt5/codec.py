@@ -44,9 +44,9 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     if origin is Literal and value in options:
         return value
     if origin in (typing.Union, types.UnionType):
-        for option in options:
-            if _fits(option, value):
-                return _read(option, value, path)
+        fitting = [option for option in options if _fits(option, value)]
+        for option in sorted(fitting, key=lambda option: not _has_keys(option, value)):
+            return _read(option, value, path)
     if origin is tuple and isinstance(value, list):
         return tuple(_read(options[0], item, f"{path}[{index}]") for index, item in enumerate(value))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -86,6 +86,13 @@ def _fits(kind: Any, value: Any) -> bool:
     if dataclasses.is_dataclass(kind):
         return isinstance(value, Mapping)
     return value is not None and not isinstance(value, Mapping)
+
+
+def _has_keys(kind: Any, value: Any) -> bool:
+    """Whether all keys of a value are those of one option of a union: there may be two dataclasses."""
+    return not (isinstance(kind, type) and dataclasses.is_dataclass(kind)) or value.keys() <= {
+        _key(field) for field, _ in _fields(kind)
+    }
 
 
 @cache

@@ -27,6 +27,7 @@ from minigpt5.types import (
 MAX_ABOUT_CHARACTERS = 1000
 MAX_EXAMPLES = 12
 MAX_EXAMPLE_CHARACTERS = 200
+TemplateName = Literal["published", "chat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,9 @@ class EvaConfig:
 class VisionConfig:
     """Picture -> embeddings that the language model reads."""
 
-    family: Literal["efficientnet", "eva-clip", "tower", "none"] = "efficientnet"
-    """"tower" is any vision tower of transformers; a model of "none" reads no pictures."""
+    family: Literal["efficientnet", "eva-clip", "tower", "own", "none"] = "efficientnet"
+    """"tower" is any vision tower of transformers, "own" that of a vision-language model that is the language model; a
+    model of "none" reads no pictures."""
     encoder: str
     """Folder of the frozen picture encoder: relative to the model folder, or a base-model id."""
     image_px: int = 224
@@ -69,7 +71,30 @@ class VisionConfig:
     num_layers: int
     num_heads: int
     num_queries: int = 32
+    """Embeddings of one picture."""
+    picture: tuple[int, ...] = ()
+    """Tokens of one picture in a prompt: ids of the language model's own tokens, and -n for n embeddings. Where it is
+    empty, there are only the embeddings."""
+    grid_side: int = 0
+    """Side of the square of a picture's embeddings, where the language model counts positions by it (M-RoPE); 0: each
+    token has the next position."""
+    sees_whole_pictures: bool = False
+    """Whether each embedding of a picture attends to all of it, as in Gemma 3, and not only to those before it."""
     eva: EvaConfig | None = None
+
+    @property
+    def picture_tokens(self) -> tuple[int, ...]:
+        """`picture` of any family."""
+        return self.picture or (-self.num_queries,)
+
+    @property
+    def num_picture_tokens(self) -> int:
+        return sum(max(1, -token) for token in self.picture_tokens)
+
+    @property
+    def has_qformer(self) -> bool:
+        """Whether there are weights between the encoder and the language model, for the stage "vision" to train."""
+        return self.family not in ("none", "own")
 
 
 NO_VISION = VisionConfig(
@@ -135,6 +160,11 @@ class ModelConfig:
     """Samplers of the diffusion model; DISTILLED needs a distilled UNet."""
     guidance_rescale: float = 0.0
     """How far the guided prediction is scaled back to the spread of the unguided one (arXiv 2305.08891, 3.4)."""
+    template: TemplateName = "published"
+    """"published": the strings of the paper's code. "chat": the chat template of the language model's tokenizer.
+
+    The fingerprint does not depend on it, but a model writes well only with the one that it was trained with.
+    """
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)

@@ -36,7 +36,14 @@ class InputImage:
     data: bytes = field(metadata={"json": "image"})
 
 
-PromptPart = str | InputImage
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """Who says the parts of a reply's prompt after it. What comes before any role, the user says."""
+
+    name: Literal["system", "user", "assistant"] = field(metadata={"json": "role"})
+
+
+PromptPart = str | InputImage | Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,8 +60,7 @@ class Stage:
             like=told_sizes(json.loads((folder / "config.json").read_text())),
         )
         _, self.mapper, self.diffusion = model_folder.load_decoder_model(scratch)
-        self.language = model_folder.load_language(scratch, self.config)
-        self.vision = model_folder.load_vision(scratch, self.config)
+        self.language, self.vision = model_folder.load_language_and_vision(scratch, self.config)
         self.objective = Objective(
             self.config,
             None,  # type: ignore[arg-type]  # ids are given

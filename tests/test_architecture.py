@@ -37,7 +37,7 @@ STAR = ("engine", "objective", "published", "story", "storybook")
 """Sub-packages of minigpt5 that import its root's files and `model`, and never each other."""
 BELOW = ("types", "errors", "config", "codec", "commands", "blocking", "progress", "pictures")
 """The root's files that everything may import."""
-ABOVE = ("evaluation", "pipeline", "__main__")
+ABOVE = ("combine", "evaluation", "footprint", "new", "parity", "pipeline", "__main__")
 """What may import all of them."""
 
 

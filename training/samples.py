@@ -12,11 +12,11 @@ from transformers import DynamicCache
 
 from minigpt5.engine.decoder import encode
 from minigpt5.engine.denoising import denoise
-from minigpt5.engine.generator import find_end_ids
 from minigpt5.engine.script import Read, Script, Writer
 from minigpt5.model.pixels import to_pixels
 from minigpt5.model.prompt import encode as encode_prompt
 from minigpt5.model.prompt import request_segments
+from minigpt5.model.template import make_template
 from minigpt5.objective.losses import Objective
 from minigpt5.story.export.html import to_html
 from minigpt5.story.state import StoryBuilder
@@ -41,17 +41,21 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
     request = StoryRequest(
         prompt=(prompt,), pages=NUM_PAGES, seed=seed, sampling=config.sampling, draw=config.default_draw
     )
-    queries = config.vision.num_queries
+    template = make_template(config, tokenizer)
     prompt_ids = encode_prompt(
-        request_segments(request), tokenizer, language.voken_embeddings, num_image_embeddings=queries
+        request_segments(request, template),
+        tokenizer,
+        language.voken_embeddings,
+        picture_tokens=config.vision.picture_tokens,
     ).ids
     events: list[GeneratorEvent] = []
     writer = Writer(
         request,
         prompt_ids,
         tokenizer=tokenizer,
+        template=template,
         voken_embeddings=language.voken_embeddings,
-        end_ids=find_end_ids(tokenizer),
+        end_ids=template.end_ids(tokenizer),
         fingerprint="",
         put=events.append,
     )

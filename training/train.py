@@ -20,11 +20,15 @@ from pathlib import Path
 import torch
 
 from minigpt5.commands import check_kept
+from minigpt5.config import ModelConfig
 from minigpt5.errors import MiniGPT5Error, TrainingError
 from minigpt5.model import folder as model_folder
+from minigpt5.model.published_template import PUBLISHED
+from minigpt5.objective.encoders import find_encoders
 from training import checkpoint, devices, loop, presets
 from training.data import batches as data
 from training.data.batches import StageData
+from training.data.encoded import check_encoders
 from training.data.stored import StoredExamples
 from training.presets import Preset, VisionPreset, VokenPreset
 from training.run_folder import RunFolder
@@ -38,12 +42,19 @@ VALIDATION_SEED = 1_000_003
 def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Preset, StageData]:
     """The stored examples of a data set, and the preset with its steps where it counts epochs. Raises TrainingError."""
     assert isinstance(preset, VokenPreset | VisionPreset)
-    config = model_folder.load_config(sources.need_model(preset.stage))
+    start = sources.need_model(preset.stage)
+    config = model_folder.load_config(start)
     if preset.stage == "vision" and config.vision.family == "none":
         raise TrainingError("this model reads no pictures: make one with python -m minigpt5.new --vision")
+    if preset.stage == "vision" and config.vision.family == "own":
+        raise TrainingError("this model reads pictures as its base model does: begin with the stage align")
     share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
-    open_data = partial(StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=share)
+    template = model_folder.load_template(sources.need_model(preset.stage))
+    open_data = partial(
+        StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=share, template=template
+    )
     stored = open_data()
+    check_rows(stored, start, config, sources)
     if preset.epochs:
         steps = max(1, round(preset.epochs * len(stored) / data.examples_per_step(preset)))
         preset = dataclasses.replace(preset, steps=steps, epochs=0.0)
@@ -54,6 +65,18 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
             raise TrainingError(f"{error}, or set validation_batches=0") from None
         held_out = None
     return preset, StageData(training=stored, validation=held_out)
+
+
+def check_rows(stored: StoredExamples, start: Path, config: ModelConfig, sources: WeightSources) -> None:
+    """Check that encoded rows fit the model that the run starts from. Raises TrainingError."""
+    from training.stages.model import find_decoder
+
+    vae_of = find_decoder(start, config, sources)[0]["vae"]
+    is_own_vae = vae_of == model_folder.find_part(start, config, config.diffusion)
+    remedy = f"encode them again with python -m batch_jobs.precompute --model {sources.start or start}"
+    if not is_own_vae and stored.stage != "vision":
+        remedy = f"name the rows as they were before precompute, since the VAE of this run is that in {vae_of}"
+    check_encoders(stored, lambda: find_encoders(start, config, vae_of=vae_of), remedy=remedy)
 
 
 def picture_world(preset: Preset, sources: WeightSources) -> StageData:
@@ -67,8 +90,10 @@ def picture_world(preset: Preset, sources: WeightSources) -> StageData:
     if preset.epochs:
         raise TrainingError("epochs are of stored examples: name some with --data, or set epochs=0 steps=")
     make_start(sources)
+    has_prompts = isinstance(preset, VokenPreset | VisionPreset)
+    template = model_folder.load_template(sources.need_model(preset.stage)) if has_prompts else PUBLISHED
     held_out = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
-    return StageData(training=StorybookExamples(preset), validation=StorybookExamples(held_out))
+    return StageData(training=StorybookExamples(preset, template), validation=StorybookExamples(held_out, template))
 
 
 def make_parser() -> argparse.ArgumentParser:

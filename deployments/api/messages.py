@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from deployments.schemas import MAX_PROMPT_PARTS, check_prompt_text, decode_data_url
 from minigpt5.errors import InvalidRequest
-from minigpt5.types import PromptPart
+from minigpt5.types import InputImage, PromptPart, Role
 
 MAX_MESSAGES = 2048
+Side = Literal["system", "user", "assistant"]
 MAX_NAMED = 32
 """Parts that were passed over and that a reply names; it counts the others."""
 TextType = Literal["text", "input_text", "output_text"]
@@ -106,28 +107,35 @@ class Message(Lenient):
 def read_messages(messages: list[Message]) -> tuple[tuple[PromptPart, ...], list[str]]:
     """The prompt of all turns, and the places of parts that were passed over.
 
-    The template has one question, so earlier turns stand in it as it writes them. Neighbours on one side make one
-    turn. Raises InvalidRequest.
+    A role stands where the side changes: neighbours on one side make one turn. Only the first messages can be the
+    system's; what a system or developer says later, the user says. Raises InvalidRequest.
     """
     _check_num_pictures(messages)
     parts: list[PromptPart] = []
     unread: list[str] = []
     texts: list[str] = []
-    is_answer = False
+    side: Side = "user"
     for index, message in enumerate(messages):
         read = _read_message(message, f"messages[{index}]", unread)
-        if read and is_answer != (message.role == "assistant"):
-            is_answer = not is_answer
-            parts.append("###Assistant:" if is_answer else "###Human:")
+        own = _side(message, is_start=not parts or side == "system")
+        if read and own != side:
+            side = own
+            parts.append(Role(name=side))
         parts += read
         texts += [part for part in read if isinstance(part, str)]
     try:
-        check_prompt_text(texts or [""], has_image=any(not isinstance(part, str) for part in parts))
+        check_prompt_text(texts or [""], has_image=any(isinstance(part, InputImage) for part in parts))
     except ValueError as error:
         raise InvalidRequest("messages", str(error)) from error
     if num_more := max(0, len(unread) - MAX_NAMED):
         unread = [*unread[:MAX_NAMED], f"messages: {num_more} more parts"]
     return tuple(parts), unread
+
+
+def _side(message: Message, *, is_start: bool) -> Side:
+    if message.role == "assistant":
+        return "assistant"
+    return "system" if is_start and message.role in ("system", "developer") else "user"
 
 
 def _check_num_pictures(messages: list[Message]) -> None:

@@ -25,10 +25,16 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 SEED = 0
 NUM_PADDING_ROWS = 53
+CHAT_TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
 
 
-def make_qwen3(folder: Path) -> None:
-    """A Qwen3 with a byte-level tokenizer of 259 tokens."""
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens, with the chat template of Qwen3-Instruct, without its tools."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {token: number for number, token in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
@@ -40,7 +46,14 @@ def make_qwen3(folder: Path) -> None:
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
     )
+    own.chat_template = CHAT_TEMPLATE
     own.save_pretrained(folder)
+    return own
+
+
+def make_qwen3(folder: Path) -> None:
+    """A Qwen3 with a byte-level tokenizer."""
+    own = make_tokenizer(folder)
     torch.manual_seed(SEED)
     config = Qwen3Config(
         vocab_size=len(own) + NUM_PADDING_ROWS,

@@ -28,13 +28,14 @@ from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.engine.script import STOP, Read, Score, Script, Writer
+from minigpt5.engine.script import Read, Score, Script, Writer
 from minigpt5.engine.threads import single_thread
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.language import LanguageModel
-from minigpt5.model.prompt import encode, page_ids, pictures_read, request_segments
+from minigpt5.model.prompt import encode, given_ids, pictures_read, request_segments
+from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, StoryRequest
+from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, Role, StoryRequest
 
 SHORT_READ = 64
 """Tokens that are read at once: a written token, a picture's vokens, most prompts."""
@@ -59,6 +60,10 @@ class _Job(Job[GeneratorEvent]):
         """What it reads first, by content: token ids, and the hash of a picture at its placeholders."""
         self.image_PH: Tensor | None = None
         """Embeddings of the prompt's pictures, placeholder by placeholder."""
+        self.positions_3S: Tensor | None = None
+        """Positions of the whole context, where the language model counts pictures by rows and columns."""
+        self.last_seen_S: Tensor | None = None
+        """The last place that each token of the context sees, where the language model sees whole pictures."""
         self.script: Script
         self.writer: Writer
         self.slot = -1
@@ -88,7 +93,8 @@ class VokenGenerator:
         self.config = config
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
-        self.end_ids = find_end_ids(tokenizer)
+        self.template = make_template(config, tokenizer)
+        self.end_ids = self.template.end_ids(tokenizer)
         self.num_close_choices = 0
         """Tokens of finished requests whose choice another batch could have changed."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
@@ -157,6 +163,7 @@ class VokenGenerator:
             request,
             prompt_ids,
             tokenizer=self.tokenizer,
+            template=self.template,
             voken_embeddings=self.language.voken_embeddings,
             end_ids=self.end_ids,
             fingerprint=self.fingerprint,
@@ -166,6 +173,7 @@ class VokenGenerator:
         job.script = job.writer.script()
         if pictures := pictures_read(request):
             await asyncio.to_thread(self._see, job, pictures)
+        self._lay_out(job)
         async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:
                 yield event
@@ -179,21 +187,26 @@ class VokenGenerator:
         reads_back = request.mode == "story" and request.feedback == "pictures"
         if self.config.vision.family == "none" and (reads_back or pictures_read(request)):
             raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
-        num_queries = self.config.vision.num_queries
-        voken_embeddings = self.language.voken_embeddings
-        ids = encode(request_segments(request), self.tokenizer, voken_embeddings, num_image_embeddings=num_queries).ids
+        ids = encode(
+            request_segments(request, self.template),
+            self.tokenizer,
+            self.language.voken_embeddings,
+            picture_tokens=self.config.vision.picture_tokens,
+        ).ids
         if request.mode == "reply":
             room = max(1, self.config.context_tokens - len(ids) - request.pages * self.config.num_vokens)
             sampling = request.sampling
             sampling = dataclasses.replace(sampling, max_page_tokens=min(sampling.max_page_tokens, room))
             request = dataclasses.replace(request, sampling=sampling)
         limit = request.sampling.max_page_tokens
-        num_given = sum(len(page_ids(words, self.tokenizer)) for words in request.given)
+        num_given = sum(map(len, given_ids(request, self.template, self.tokenizer)))
         num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
         num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
         if request.feedback == "pictures":  # the last page reads all the others' pictures
-            num_new += (request.pages + request.num_later - 1) * (self.config.vision.num_queries + READ_BACK_TOKENS)
+            num_new += (request.pages + request.num_later - 1) * (
+                self.config.vision.num_picture_tokens + READ_BACK_TOKENS
+            )
             num_new += request.num_later * limit
         if len(ids) + num_new > self.config.context_tokens:
             raise InvalidRequest(
@@ -260,7 +273,15 @@ class VokenGenerator:
         images = [image_PH for job, num_tokens in parts if (image_PH := self._images(job, num_tokens)) is not None]
         embeds_1TH = self.language.embed(ids_1T, torch.cat(images)[None] if images else None)
         counts = [(job.slot, num_tokens) for job, num_tokens in parts]
-        states_TH = self._cache.forward(self.language.body, embeds_1TH[0], counts)
+        positions = [one for job, num in parts for one in self._slice(job, job.positions_3S, num)]
+        last_seen = [one for job, num in parts for one in self._slice(job, job.last_seen_S, num)]
+        states_TH = self._cache.forward(
+            self.language.body,
+            embeds_1TH[0],
+            counts,
+            positions_3T=torch.cat(positions, dim=1) if positions else None,
+            last_seen_T=torch.cat(last_seen) if last_seen else None,
+        )
         ready = []
         for (job, num_tokens), states_NH in zip(parts, states_TH.split([num for _, num in counts]), strict=True):
             job.left = job.left[num_tokens:]
@@ -280,7 +301,7 @@ class VokenGenerator:
             num_tokens = len(job.left) if len(job.left) <= SHORT_READ else min(len(job.left), budget)
             budget -= num_tokens if len(job.left) > SHORT_READ else 0
             if num_tokens:
-                parts.append((job, num_tokens))
+                parts.append((job, self._complete(job, num_tokens)))
         return parts
 
     def _images(self, job: _Job, num_tokens: int) -> Tensor | None:
@@ -292,6 +313,27 @@ class VokenGenerator:
             (job.prompt[part] < 0).sum() for part in (slice(start), slice(start, start + num_tokens))
         )
         return job.image_PH[num_before : num_before + num_placeholders]
+
+    def _lay_out(self, job: _Job) -> None:
+        """Lay out the whole context of a request: what is written later has no pictures."""
+        is_picture_1S = torch.zeros(1, self.config.context_tokens, dtype=torch.bool)
+        is_picture_1S[0, : len(job.prompt)] = torch.from_numpy(job.prompt < 0)
+        positions_31S = self.language.positions(is_picture_1S)
+        last_seen_1S = self.language.last_seen(is_picture_1S)
+        job.positions_3S = None if positions_31S is None else positions_31S[:, 0]
+        job.last_seen_S = None if last_seen_1S is None else last_seen_1S[0]
+
+    def _complete(self, job: _Job, num_tokens: int) -> int:
+        """As many of the next tokens, and the rest of a picture that must be read at once."""
+        if job.last_seen_S is None:
+            return num_tokens
+        start = self._cache.lengths[job.slot]
+        return int(job.last_seen_S[start + num_tokens - 1]) + 1 - start
+
+    def _slice(self, job: _Job, laid_out: Tensor | None, num_tokens: int) -> list[Tensor]:
+        """Of the layout of a context (..., S), what concerns the next tokens; nothing where there is none."""
+        start = self._cache.lengths[job.slot]
+        return [] if laid_out is None else [laid_out[..., start : start + num_tokens]]
 
     def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
         """Answer scripts until each asks for something to be read, or has ended."""
@@ -327,15 +369,10 @@ class VokenGenerator:
             self._free_slots.append(job.slot)
 
 
-def find_end_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a text: the tokenizer's own, and those that hold the template's end."""
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return frozenset([*own, *(token for name, token in tokenizer.get_vocab().items() if STOP in name)])
-
-
 def check_request(request: StoryRequest) -> None:
     """Raise InvalidRequest where a request makes no sense to any model."""
-    if not any(isinstance(part, InputImage) or part.strip() for part in request.prompt):
+    said = [part for part in request.prompt if not isinstance(part, Role)]
+    if not any(isinstance(part, InputImage) or part.strip() for part in said):
         raise InvalidRequest("prompt", "prompt is empty: say what the story or the picture is about")
     if not 1 <= request.pages <= MAX_PAGES:
         raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {MAX_PAGES}")

@@ -33,8 +33,10 @@ def sample_token(
         values = logits_T[ids]
         logits_T[ids] = np.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
     if sampling.temperature == 0:
-        second, best = np.partition(logits_T, -2)[-2:]
-        return Choice(token=int(logits_T.argmax()), margin=float(best - second))
+        token = int(logits_T.argmax())
+        others = logits_T[:token], logits_T[token + 1 :]
+        second = max(other.max(initial=-np.inf) for other in others)
+        return Choice(token=token, margin=float(logits_T[token] - second))
     scaled = (logits_T.astype(np.float64) - logits_T.max()) / sampling.temperature
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()

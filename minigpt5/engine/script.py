@@ -20,13 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt5.engine.sampling import sample_token
 from minigpt5.engine.text_stream import TextStream
-from minigpt5.model.prompt import END, page_ids
+from minigpt5.model.prompt import Template, given_ids
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
 
 CLOSE = 1e-4
 """A choice with a smaller margin may fall otherwise when the batch has another shape."""
-STOP = END.strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,7 @@ class Writer:
         prompt_ids: list[int],
         *,
         tokenizer: PreTrainedTokenizerBase,
+        template: Template,
         voken_embeddings: VokenEmbeddings,
         end_ids: frozenset[int],
         fingerprint: str,
@@ -76,6 +76,8 @@ class Writer:
         self.num_close = 0
         """Choices whose margin was below CLOSE."""
         self._tokenizer, self._voken_embeddings, self._end_ids = tokenizer, voken_embeddings, end_ids
+        self._given_ids = given_ids(request, template, tokenizer)
+        self._stop = (*template.stop, *request.stop)
         self._fingerprint, self._put = fingerprint, put
         self._length = len(prompt_ids)
         self._num_given = self._num_written = 0
@@ -94,10 +96,10 @@ class Writer:
 
     def _story(self) -> Script:
         state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
-        sampling, given, first = self.request.sampling, self.request.given, len(self.request.previous) + 1
+        sampling, num_given, first = self.request.sampling, len(self._given_ids), len(self.request.previous) + 1
         for page in range(first, first + self.request.pages):
-            if page - first < len(given):
-                state_H = yield from self._given(page, given[page - first])
+            if page - first < num_given:
+                state_H = yield from self._given(page, page - first)
             else:
                 text = yield from self._text(
                     page, state_H, limit=sampling.max_page_tokens, min_tokens=sampling.min_page_tokens
@@ -131,10 +133,10 @@ class Writer:
                 return
             page, num_pictures = page + 1, num_pictures + 1
 
-    def _given(self, page: int, words: str) -> Generator[Read | Score, Any, Tensor]:
+    def _given(self, page: int, number: int) -> Generator[Read | Score, Any, Tensor]:
         """Read a page's text as if it had been written; returns the state after it."""
-        ids = page_ids(words, self._tokenizer)
-        self._show(page, words)
+        ids = self._given_ids[number]
+        self._show(page, self.request.given[number])
         states_1H = yield Read(ids=ids, start=self._length)
         self._length += len(ids)
         self._num_given += len(ids)
@@ -156,10 +158,10 @@ class Writer:
         `is_rushed`: the published way to force a picture (D11), by ten times the best logit at every token.
         """
         request, voken_embeddings = self.request, self._voken_embeddings
-        stream = TextStream(self._tokenizer, (STOP, *request.stop))
+        stream = TextStream(self._tokenizer, self._stop)
         start = self._length
         # A stop string may reach back over some tokens, at most four for each of its characters.
-        states = deque([state_H], maxlen=4 * max(map(len, (STOP, *request.stop))) + 1)
+        states = deque([state_H], maxlen=4 * max(map(len, self._stop), default=0) + 1)
         opens_picture = False
         while len(stream.tokens) < limit:
             logits_T = yield Score(state_H=states[-1])

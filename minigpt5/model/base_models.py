@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "examples/*.webp"]
+"""Safe formats only, never a pickle. Tokenizers need txt (merges), model (sentencepiece) and jinja (chat template)."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -52,8 +54,9 @@ class WeightPackage:
     """Called with that folder and an empty one to fill."""
 
 
-def resolve(base_id: str) -> Path:
-    """The folder that holds a base model; raises BaseModelNotFound naming every place looked at."""
+def resolve(base_id: str, *, has_weights: bool = True) -> Path:
+    """The folder that holds a base model; raises BaseModelNotFound naming every place looked at. Without `has_weights`
+    the hub is asked for config files alone."""
     if not base_id:
         raise BaseModelNotFound("the base-model id is empty; give a folder, a known id or a hub id")
     looked_at = []
@@ -80,7 +83,7 @@ def resolve(base_id: str) -> Path:
     else:
         looked_at.append(f"weight packages: none carries it; they carry {', '.join(WEIGHT_PACKAGES)}")
 
-    snapshot, why_not = _from_hub(base_id)
+    snapshot, why_not = _from_hub(base_id, has_weights=has_weights)
     if snapshot:
         return snapshot
     looked_at.append(f"hub: {why_not}")
@@ -164,8 +167,9 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name))
 
 
-def _from_hub(base_id: str) -> tuple[Path | None, str]:
+def _from_hub(base_id: str, *, has_weights: bool) -> tuple[Path | None, str]:
     """(snapshot folder, "") or (None, why not). A complete cached snapshot needs no network."""
+    is_complete = _is_complete if has_weights else _has_config
     if not is_hub_id(base_id):
         return None, f"{base_id!r} is not a hub id (owner/name or owner/name@revision)"
     name, _, revision = base_id.partition("@")
@@ -178,9 +182,7 @@ def _from_hub(base_id: str) -> tuple[Path | None, str]:
             revision=revision or None,
             cache_dir=os.environ.get("HF_HUB_CACHE"),
             local_files_only=only_cached,
-            # Safe formats only, never a pickle. Tokenizers need txt (merges), model (sentencepiece)
-            # and jinja (chat template).
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "examples/*.webp"],
+            allow_patterns=HUB_FILES if has_weights else ["*config.json", "model_index.json"],
             ignore_patterns=list(UNUSED_WEIGHTS),
         )
         return Path(folder)
@@ -188,16 +190,21 @@ def _from_hub(base_id: str) -> tuple[Path | None, str]:
     try:
         with contextlib.suppress(LocalEntryNotFoundError):
             snapshot = fetch(only_cached=True)
-            if _is_complete(snapshot):
+            if is_complete(snapshot):
                 return snapshot, ""
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
             return None, "not in its cache, and HF_HUB_OFFLINE forbids a download"
         snapshot = fetch(only_cached=False)
     except (OSError, ValueError) as error:  # no network, no such model, no access, a malformed id
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    if not _is_complete(snapshot):
-        return None, f"{snapshot} has no complete safetensors weights; other formats are not read"
+    if not is_complete(snapshot):
+        lacks = "complete safetensors weights; other formats are not read" if has_weights else "config files"
+        return None, f"{snapshot} has no {lacks}"
     return snapshot, ""
+
+
+def _has_config(snapshot: Path) -> bool:
+    return any(snapshot.rglob("config.json"))
 
 
 def _is_complete(snapshot: Path) -> bool:

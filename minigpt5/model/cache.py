@@ -58,11 +58,11 @@ def _fill(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def hash_weights(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a base model, in order of path. A file is read once: its hash is kept in
-    the cache beside its size and time of change."""
+def hash_weights(folder: Path, *, without: str = "") -> str:
+    """SHA-256 over the safetensors files of a base model, in order of path, but for a file named `without`. A file is
+    read once: its hash is kept in the cache beside its size and time of change."""
     digest = hashlib.sha256()
-    skipped = {path for pattern in UNUSED_WEIGHTS for path in folder.rglob(pattern)}
+    skipped = {path for pattern in (*UNUSED_WEIGHTS, without) if pattern for path in folder.rglob(pattern)}
     paths = sorted(set(folder.rglob("*.safetensors")) - skipped)
     if not paths:
         raise ModelFolderError(f"{folder} has no safetensors weights: convert it, other formats are not read")

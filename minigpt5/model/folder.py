@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from minigpt5.codec import from_json, to_json
 from minigpt5.config import BaseHash, ModelConfig
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from minigpt5.model.decoders.diffusion import Diffusion
     from minigpt5.model.language import LanguageModel
     from minigpt5.model.mapper import Mapper
+    from minigpt5.model.prompt import Template
     from minigpt5.model.vision import Vision
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
@@ -233,9 +234,8 @@ def load_generator_model(
 
     folder = locate(folder)
     config = check_folder(folder)
-    vision = load_vision(folder, config)
+    language, vision = load_language_and_vision(folder, config)
     is_on_cpu = torch.device(device).type == "cpu"
-    language = load_language(folder, config)
     if (precision or ("float32" if is_on_cpu else "bfloat16")) == "bfloat16":
         for parameter in language.parameters():  # and no buffer: rotary frequencies need float32
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -266,18 +266,36 @@ def load_decoder_model(
     return config, mapper.to(device), diffusion.to(device)
 
 
-def load_language(
-    folder: Path, config: ModelConfig, *, adapter: Literal["merged", "frozen", "trained"] = "merged"
-) -> LanguageModel:
-    """The language model with its rows and its adapter, where it has one: merged into the weights, beside them, or
-    beside them to be trained on."""
+Adapter = Literal["merged", "frozen", "trained"]
+"""Where an adapter goes: into the weights, beside them, or beside them to be trained on."""
+
+
+def load_language_and_vision(
+    folder: Path, config: ModelConfig, *, adapter: Adapter = "merged"
+) -> tuple[LanguageModel, Vision]:
+    """All that reads and writes. A vision-language model, which is both, is read once."""
+    if config.vision.family != "own":
+        return load_language(folder, config, adapter=adapter), load_vision(folder, config)
+    from minigpt5.model.language import load_base
+    from minigpt5.model.vision import Vision
+
+    found = find_part(folder, config, config.language_model)
+    base = load_base(found)
+    language = load_language(folder, config, adapter=adapter, base=base)
+    return language, Vision.from_base(config, base, found)
+
+
+def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merged", base: Any = None) -> LanguageModel:
+    """The language model with its rows and its adapter, where it has one. `base`: transformers' own model, where it has
+    been read already."""
     from safetensors.torch import load_file
     from transformers.utils import logging
 
-    from minigpt5.model.language import LanguageModel
+    from minigpt5.model.language import LanguageModel, load_base
 
     logging.disable_progress_bar()  # loading takes a moment; a bar in every server log says nothing
-    language = LanguageModel.from_base(find_part(folder, config, config.language_model), config)
+    found = find_part(folder, config, config.language_model)
+    language = LanguageModel.from_causal(base or load_base(found), config, found)
     if (vocabulary := folder / VOCABULARY).is_file():
         rows = load_file(vocabulary)
         language.replace_vocabulary(rows["embedding"], rows["head"])
@@ -287,6 +305,18 @@ def load_language(
         if adapter == "merged":
             language.merge_adapter()
     return language
+
+
+def load_template(folder: str | Path) -> Template:
+    """The template of a model folder, without its weights. Raises as `find_part` does."""
+    from minigpt5.model.language import load_tokenizer
+    from minigpt5.model.published_template import PUBLISHED
+    from minigpt5.model.template import make_template
+
+    config = load_config(folder)
+    if config.template == "published":
+        return PUBLISHED
+    return make_template(config, load_tokenizer(find_part(folder, config, config.language_model), config))
 
 
 def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
@@ -300,7 +330,7 @@ def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
 def load_vision(folder: Path, config: ModelConfig) -> Vision:
     """The vision path of a model folder: its frozen encoder, from the folder or a base model, and its Q-Former."""
     vision = new_vision(config, folder=folder)
-    if config.vision.family != "none":
+    if config.vision.has_qformer:
         load_module(vision.qformer, folder / QFORMER)
     return vision
 
@@ -334,7 +364,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     save_module(language.voken_embeddings, folder / "vokens.safetensors")
     save_module(mapper, folder / "mapper.safetensors")
-    if config.vision.family != "none":
+    if config.vision.has_qformer:
         save_module(vision.qformer, folder / QFORMER)
     if hasattr(language.body, "peft_config"):
         language.body.save_pretrained(str(folder / "adapter"))

@@ -13,14 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.gemma3.modeling_gemma3 import (
+    create_masks_for_vision_model,
+    get_block_sequence_ids_for_mask,
+)
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.errors import ModelFolderError
+from minigpt5.model.chat_template import protect_control_tokens
 from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
+from minigpt5.model.positions import grid_positions, last_seen
+from minigpt5.model.vision_language import is_vision_language
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 
 
@@ -32,6 +48,8 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
             f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model was made for {config.vocabulary}: "
             "use the base model that config.json names"
         )
+    if config.template == "chat":
+        protect_control_tokens(tokenizer)
     tokenizer.add_tokens([*voken_names(config.num_vokens), PLACEHOLDER], special_tokens=True)
     first = tokenizer.convert_tokens_to_ids(voken_names(1)[0])
     if first != config.vocabulary:
@@ -40,6 +58,19 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
             "its ids have gaps, or it has a token of this name"
         )
     return tokenizer
+
+
+def load_base(folder: str | Path, *, has_weights: bool = True) -> Any:
+    """transformers' own model, frozen, in float32: a causal language model or a vision-language model. Without
+    `has_weights` it lies on the meta device, from its config file alone."""
+    auto = AutoModelForImageTextToText if is_vision_language(folder) else AutoModelForCausalLM
+    if has_weights:
+        base = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):  # where no other way to run a mixture of experts gives shapes
+            base = auto.from_config(config, dtype=torch.float32, experts_implementation="batched_mm")
+    return base.eval().requires_grad_(False)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -54,8 +85,18 @@ class LanguageModel(nn.Module):
     Rows that pad the base's matrices beyond its tokenizer are never read or written: the vokens take their ids.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, voken_embeddings: VokenEmbeddings) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        voken_embeddings: VokenEmbeddings,
+        *,
+        grid_side: int = 0,
+        sees_whole_pictures: bool = False,
+    ) -> None:
+        """`grid_side` and `sees_whole_pictures`: as in VisionConfig."""
         super().__init__()
+        self.grid_side, self.sees_whole_pictures = grid_side, sees_whole_pictures
         self.body: Any = body
         """The transformer, with or without an adapter around it."""
         self.head: Any = head
@@ -69,16 +110,14 @@ class LanguageModel(nn.Module):
 
         Raises ModelFolderError where the base model does not have the sizes of `config`.
         """
-        causal = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-            .eval()
-            .requires_grad_(False)
-        )
-        return cls.from_causal(causal, config, folder)
+        return cls.from_causal(load_base(folder), config, folder)
 
     @classmethod
     def from_causal(cls, causal: Any, config: ModelConfig, folder: str | Path) -> LanguageModel:
-        """Widen transformers' own model, which was read from `folder`. Raises as `from_base` does."""
+        """Widen transformers' own model, which was read from `folder`; of a vision-language model, its text half.
+
+        Raises as `from_base` does.
+        """
         rows, hidden = causal.get_input_embeddings().weight.shape
         if rows < config.vocabulary or hidden != config.hidden:
             raise ModelFolderError(
@@ -86,7 +125,14 @@ class LanguageModel(nn.Module):
                 f"{config.vocabulary} of width {config.hidden}: use the base model that config.json names"
             )
         voken_embeddings = VokenEmbeddings(config.vocabulary, config.num_vokens, config.hidden)
-        return cls(causal.base_model, causal.get_output_embeddings(), voken_embeddings)
+        body = causal.get_decoder() if hasattr(causal.config, "vision_config") else causal.base_model
+        return cls(
+            body,
+            causal.get_output_embeddings(),
+            voken_embeddings,
+            grid_side=config.vision.grid_side,
+            sees_whole_pictures=config.vision.sees_whole_pictures,
+        )
 
     @torch.no_grad()
     def initialise_vokens(self, *, seed: int) -> None:
@@ -138,13 +184,25 @@ class LanguageModel(nn.Module):
             self._packed_head = PackedLinear(self.head.weight[rows], bias)
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
-        """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H)."""
+        """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H).
+
+        Where those have features for later layers too, the answer is as wide as they are; see `body_inputs`.
+        """
         ids_BS = ids_BS.to(self.embedding.device)
         embeds_BSH = self.voken_embeddings.embed(ids_BS, self.body.get_input_embeddings())
         if image_NQH is None:
             return embeds_BSH
         is_placeholder_BS = ids_BS == self.voken_embeddings.placeholder
+        embeds_BSH = F.pad(embeds_BSH, (0, image_NQH.shape[-1] - embeds_BSH.shape[-1]))
         return embeds_BSH.masked_scatter(is_placeholder_BS[..., None], image_NQH.flatten(0, 1).to(embeds_BSH))
+
+    def positions(self, is_picture_BS: Tensor) -> Tensor | None:
+        """Where embeddings of pictures are -> positions as the body takes them, (3, B, S); None: it counts itself."""
+        return grid_positions(is_picture_BS, self.grid_side) if self.grid_side else None
+
+    def last_seen(self, is_picture_BS: Tensor) -> Tensor | None:
+        """Where embeddings of pictures are -> the last place that each token sees, (B, S); None: its own."""
+        return last_seen(is_picture_BS) if self.sees_whole_pictures else None
 
     def states(
         self,
@@ -153,15 +211,35 @@ class LanguageModel(nn.Module):
         mask_BS: Tensor | None = None,
         cache: Cache | None = None,
         positions_BS: Tensor | None = None,
+        is_picture_BS: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states, after the final norm. A cache is read and extended: `mask_BS` then covers it too."""
+        """Last hidden states, after the final norm. A cache is read and extended: `mask_BS` then covers it too.
+
+        `is_picture_BS`: where embeddings of pictures are, in sequences that are read whole.
+        """
+        mask: Any = mask_BS
+        positions = positions_BS
+        if is_picture_BS is not None:
+            positions = self.positions(is_picture_BS)
+            mask = self._mask(embeds_BSH, mask_BS, is_picture_BS) if self.sees_whole_pictures else mask_BS
         return self.body(
-            inputs_embeds=embeds_BSH,
-            attention_mask=mask_BS,
+            **body_inputs(self.body, embeds_BSH),
+            attention_mask=mask,
             past_key_values=cache,
-            position_ids=positions_BS,
+            position_ids=positions,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    def _mask(self, embeds_BSH: Tensor, mask_BS: Tensor | None, is_picture_BS: Tensor) -> dict[str, Tensor]:
+        """The masks of each kind of layer, by transformers' own function: a picture's embeddings see all of it."""
+        return create_masks_for_vision_model(
+            self.body.config,
+            embeds_BSH,
+            mask_BS,
+            past_key_values=None,
+            position_ids=None,
+            block_sequence_ids=get_block_sequence_ids_for_mask(is_picture_BS.long(), device=embeds_BSH.device),
+        )
 
     def logits(self, states_BSH: Tensor) -> Tensor:
         """States -> logits of the base's tokens and, after them, of the new ones, as the base model scales them."""
@@ -177,19 +255,42 @@ class LanguageModel(nn.Module):
         """
         cache = DynamicCache()
         lengths_B = mask_BS.sum(dim=1)
+        num_positions = ids_BS.shape[1]
+        # Padding comes first, so that the vokens follow their text: a sliding window counts padding too.
+        places_S = torch.arange(num_positions, device=mask_BS.device)
+        positions_BS = places_S - (num_positions - lengths_B)[:, None]
+        mask_BS = (positions_BS >= 0).long()
+        ids_BS = ids_BS.gather(1, positions_BS % num_positions)
         offsets_V = torch.arange(self.voken_embeddings.num_vokens - 1, device=mask_BS.device)
         voken_ids_BV = torch.tensor(self.voken_embeddings.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
         with evaluating(self.body):
             with torch.no_grad():
-                text_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS, cache=cache)
+                text_BSH = self.states(
+                    self.embed(ids_BS), mask_BS=mask_BS, cache=cache, positions_BS=positions_BS.clamp(min=0)
+                )
             at_vokens_BVH = self.states(
                 self.embed(voken_ids_BV),
                 mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
                 cache=cache,
                 positions_BS=lengths_B[:, None] + offsets_V,
             )
-        before_B1H = text_BSH[torch.arange(len(ids_BS), device=mask_BS.device), lengths_B - 1][:, None]
-        return torch.cat([before_B1H, at_vokens_BVH], dim=1)
+        return torch.cat([text_BSH[:, -1:], at_vokens_BVH], dim=1)
+
+
+def body_inputs(body: Any, embeds_BSH: Tensor) -> dict[str, Any]:
+    """Embeddings as a transformer takes them.
+
+    What is wider than its states is added to them after its first layers, H features for each layer (DeepStack, arXiv
+    2406.04334). Tokens without such features have zeros there.
+    """
+    embeds_BSH, *for_layers = embeds_BSH.split(body.config.hidden_size, dim=-1)
+    if not for_layers:
+        return {"inputs_embeds": embeds_BSH}
+    return {
+        "inputs_embeds": embeds_BSH,
+        "visual_pos_masks": torch.ones(embeds_BSH.shape[:2], dtype=torch.bool, device=embeds_BSH.device),
+        "deepstack_visual_embeds": [features_BSH.flatten(0, 1) for features_BSH in for_layers],
+    }
 
 
 def scale_logits(logits_BST: Tensor, config: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt5.config import ModelConfig
-from minigpt5.model.decoders.diffusion import join_pooled
+from minigpt5.model.decoders.diffusion import join_pooled, split_pooled
 
 
 class Mapper(nn.Module):
@@ -39,7 +39,7 @@ class Mapper(nn.Module):
         )
         self.out: nn.Module = nn.Linear(width, config.condition_width) if config.mapper_width else nn.Identity()
         """Not published: a wide condition comes from a narrower transformer."""
-        self.pooled: nn.Module | None = nn.Linear(width, config.condition_pooled) if config.condition_pooled else None
+        self.pooled: nn.Linear | None = nn.Linear(width, config.condition_pooled) if config.condition_pooled else None
         """Not published: the last query gives the one vector that some families read."""
 
     def forward(self, vokens_BVH: Tensor) -> Tensor:
@@ -48,6 +48,22 @@ class Mapper(nn.Module):
         if self.pooled is None:
             return self.out(found_BQW)
         return join_pooled(self.out(found_BQW[:, :-1]), self.pooled(found_BQW[:, -1]))
+
+    @torch.no_grad()
+    def begin_at(self, conditions_BQD: Tensor) -> None:
+        """Let a fresh mapper write states of the mean and the spread that each feature of `conditions_BQD` has."""
+        states_BQD, pooled_BP = conditions_BQD, None
+        if self.pooled is not None:
+            states_BQD, pooled_BP = split_pooled(conditions_BQD, self.pooled.out_features)
+        states_ND = states_BQD.flatten(0, 1)
+        norm = self.transformer.decoder.norm
+        if isinstance(self.out, nn.Linear):
+            _spread(self.out, states_ND)
+        else:
+            norm.weight.copy_(states_ND.std(dim=0))
+            norm.bias.copy_(states_ND.mean(dim=0))
+        if self.pooled is not None and pooled_BP is not None:
+            _spread(self.pooled, pooled_BP)
 
     @property
     def is_fresh(self) -> bool:
@@ -58,3 +74,10 @@ class Mapper(nn.Module):
     def null_condition(self) -> Tensor:
         """The condition of no picture in particular: zero states before `fc`. A constant: (1, Q, D)."""
         return self(torch.zeros(1, self.num_vokens, self.hidden, device=self.queries.device))
+
+
+def _spread(layer: nn.Linear, values_ND: Tensor) -> None:
+    """Set a fresh linear layer on normalised inputs to give outputs of the values' mean and spread."""
+    gain_D1 = values_ND.std(dim=0, keepdim=True).T / layer.weight.norm(dim=1, keepdim=True)
+    layer.weight.mul_(gain_D1)
+    layer.bias.copy_(values_ND.mean(dim=0))

@@ -1,14 +1,18 @@
-"""Request or training row -> token ids, picture slots and labels: the one template of training and serving.
+"""Request or training row -> token ids, picture slots and labels: one way for training and serving.
 
 A sequence is BOS and segments. A segment is text, a picture that is read (its slot is widened to one placeholder
-for each embedding), or a picture that is drawn (the vokens). The published strings are kept (arXiv 2310.02239's code).
+for each embedding), or a picture that is drawn (the vokens). A `Template` makes the segments of each task: see
+published_template.py and chat_template.py. The wordings here are the published ones (arXiv 2310.02239's code).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from minigpt5.types import InputImage, Page, PromptPart, StoryRequest
 
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 Task = Literal["text", "picture", "both"]
 """A page's text from its picture, its picture from its text, or both."""
-END = " ###"
 READ_AND_TELL = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide "
     "it to you. Please understanding images and generate story."
@@ -47,6 +50,8 @@ class Segment:
     kind: Literal["text", "read", "draw"]
     text: str = ""
     is_target: bool = False
+    frames: tuple[tuple[int, int], ...] = ()
+    """Start and end, in characters, of what a chat template wrote. Control tokens are tokens there alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +75,72 @@ DRAW = Segment(kind="draw")
 DRAW_TARGET = Segment(kind="draw", is_target=True)
 
 
+class Template(Protocol):
+    """What stands around the texts and pictures of each task."""
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a text, beside the end tokens."""
+
+    def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """Tokens that end a text."""
+
+    def page(self, text: str, *, begins_answer: bool) -> str:
+        """A page's text with the white space that it is written with."""
+
+    def caption(self, caption: str) -> list[Segment]:
+        """Stage 1: the bare caption, then its picture. Caption mode reads the same."""
+
+    def describe(self, description: str) -> list[Segment]:
+        """Vision: a picture, then what is on it."""
+
+    def story(self, prompt: Sequence[PromptPart], num_pages: int, pages: Sequence[str]) -> list[Segment]:
+        """A prompt and a page count, then the pages so far, each text followed by its picture."""
+
+    def reply(self, prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
+        """A prompt as `describe` asks, then what was already answered."""
+
+    def next_page(self, history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
+        """The published stage-2 tasks on a page that follows others: its text from its picture, its picture from its
+        text, or both.
+
+        `variant` chooses the published wording: any integer; it is taken modulo the number of wordings (2 or 3).
+        """
+
+    def read_back(self, prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
+        """A prompt and the pages so far with their pictures, as `next_page` asks for the next one with both."""
+
+
 def encode(
     segments: Sequence[Segment],
     tokenizer: PreTrainedTokenizerBase,
     voken_embeddings: VokenEmbeddings,
     *,
-    num_image_embeddings: int,
+    picture_tokens: Sequence[int],
     published_quirks: bool = False,
 ) -> Tokens:
-    """Segments -> ids and labels, BOS first where the tokenizer has one.
+    """Segments -> ids and labels, BOS first where the tokenizer has one and no chat template has written its own.
 
+    `picture_tokens`: what a picture that is read becomes, as in VisionConfig: ids, and -n for n embeddings.
     `published_quirks`: repeat the published label bug. In the first picture [IMG7] is learnt too, in later pictures
     every voken.
     """
-    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    is_chat = bool(segments) and bool(segments[0].frames)
+    ids = [] if is_chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORED] * len(ids)
     num_drawn = 0
-    for segment in segments:
+    for at, segment in enumerate(segments):
         if segment.kind == "text":
-            new = text_ids(segment.text, tokenizer)
+            follows_picture = at > 0 and segments[at - 1].kind == "read"
+            if segment.frames or (is_chat and follows_picture):
+                placeholder = voken_embeddings.placeholder if follows_picture else None
+                new = framed_ids(segment, tokenizer, after=placeholder)
+            else:
+                new = text_ids(segment.text, tokenizer)
             learnt = new if segment.is_target else [IGNORED] * len(new)
         elif segment.kind == "read":
-            new = [voken_embeddings.placeholder] * num_image_embeddings
+            runs = ([token] if token >= 0 else [voken_embeddings.placeholder] * -token for token in picture_tokens)
+            new = list(itertools.chain.from_iterable(runs))
             learnt = [IGNORED] * len(new)
         else:
             if not ids:
@@ -115,19 +164,36 @@ def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def page_text(page: str) -> str:
-    """A page's text as every prompt has it: one space before it, none after it."""
-    return f" {page.strip()}"
+def framed_ids(segment: Segment, tokenizer: PreTrainedTokenizerBase, *, after: int | None = None) -> list[int]:
+    """Tokenize text of a chat, as the tokenizer's library tokenizes a rendered chat template. `after`: the token before
+    it, where there is one; some tokenizers treat the very first word otherwise.
+
+    Where a string such as "<|im_end|>" stands outside the frames, the texts between control tokens are tokenized alone.
+    """
+    text = segment.text
+    found = list(re.finditer(control_tokens(tokenizer), text))
+    own = [match for match in found if any(a <= match.start() and match.end() <= b for a, b in segment.frames)]
+    if len(own) == len(found):
+        if after is None:
+            return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(f"{tokenizer.convert_ids_to_tokens(after)}{text}", add_special_tokens=False)[1:]
+    ids, start = [], 0
+    for match in own:
+        ids += text_ids(text[start : match.start()], tokenizer)
+        ids.append(tokenizer.convert_tokens_to_ids(match.group()))
+        start = match.end()
+    return ids + text_ids(text[start:], tokenizer)
 
 
-def page_ids(page: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenize a page's text as `story_segments` has it."""
-    return text_ids(page_text(page), tokenizer)
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A regular expression of the special tokens, the longest first; without any it fits nothing."""
+    names = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return "|".join(sorted(names, key=len, reverse=True)) or "(?!)"
 
 
-def merge_text_parts(prompt: Sequence[PromptPart]) -> list[PromptPart]:
+def merge_text_parts(prompt: Sequence[str | InputImage]) -> list[str | InputImage]:
     """Join neighbouring texts with one space."""
-    merged: list[PromptPart] = []
+    merged: list[str | InputImage] = []
     for part in prompt:
         if merged and isinstance(part, str) and isinstance(last := merged[-1], str):
             merged[-1] = f"{last.strip()} {part.strip()}".strip()
@@ -136,51 +202,10 @@ def merge_text_parts(prompt: Sequence[PromptPart]) -> list[PromptPart]:
     return merged
 
 
-def caption_segments(caption: str) -> list[Segment]:
-    """Stage 1 and caption mode: the bare caption, then its picture."""
-    return [text_segment(caption), DRAW_TARGET, text_segment(END, is_target=True)]
-
-
-def describe_segments(description: str) -> list[Segment]:
-    """Vision: a picture, then what is on it."""
-    return [
-        text_segment("###Human: <Img>"),
-        READ,
-        text_segment("</Img> Describe this image. ###Assistant:"),
-        text_segment(f" {description}{END}", is_target=True),
-    ]
-
-
-def story_segments(prompt: Sequence[PromptPart], num_pages: int, pages: Sequence[str]) -> list[Segment]:
-    """A prompt and a page count, then the pages so far, each text followed by its picture."""
-    # Not joined: the shipped model was trained on separately tokenized parts.
-    segments = [text_segment("###Human: ")]
-    for part in merge_text_parts(prompt):
-        if isinstance(part, InputImage):
-            segments += [text_segment("<Img>"), READ, text_segment("</Img> ")]
-        else:
-            segments.append(text_segment(part.strip()))
-    segments.append(text_segment(f" Tell it in {num_pages} pages with pictures. ###Assistant:"))
-    for page in pages:
-        segments += [text_segment(page_text(page), is_target=True), DRAW_TARGET]
-    if len(pages) == num_pages:
-        segments.append(text_segment(END, is_target=True))
-    return segments
-
-
-def reply_segments(prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
-    """A prompt as `describe_segments` asks, then what was already answered."""
-    segments = [text_segment("###Human:")]
-    for part in merge_text_parts(prompt):
-        if isinstance(part, InputImage):
-            segments += [text_segment(" <Img>"), READ, text_segment("</Img>")]
-        else:
-            segments.append(text_segment(f" {part.strip()}"))
-    segments.append(text_segment(" ###Assistant:"))
-    for page in pages:
-        segments.append(text_segment(page_text(page.text)))
-        segments += [DRAW] if page.picture else []
-    return join_texts(segments)
+def ask_for(task: Task, variant: int) -> str:
+    """The published wording of a task."""
+    wordings = {"text": ASKS_FOR_TEXT, "picture": ASKS_FOR_PICTURE, "both": ASKS_FOR_BOTH}[task]
+    return wordings[variant % len(wordings)]
 
 
 def join_texts(segments: Sequence[Segment]) -> list[Segment]:
@@ -189,59 +214,12 @@ def join_texts(segments: Sequence[Segment]) -> list[Segment]:
     for segment in segments:
         last = joined[-1] if joined else None
         if last and last.kind == segment.kind == "text" and last.is_target == segment.is_target:
-            joined[-1] = text_segment(last.text + segment.text, is_target=segment.is_target)
+            shift = len(last.text)
+            frames = (*last.frames, *((start + shift, end + shift) for start, end in segment.frames))
+            joined[-1] = dataclasses.replace(last, text=last.text + segment.text, frames=frames)
         else:
             joined.append(segment)
     return joined
-
-
-def next_page_segments(history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
-    """The published stage-2 tasks on a page that follows others: its text from its picture, its picture from its
-    text, or both.
-
-    `variant` chooses the published wording: any integer; it is taken modulo the number of wordings (2 or 3).
-    """
-    segments = [text_segment(f"{READ_AND_TELL}###Human:")]
-    for past in history:
-        segments += [text_segment(f"{past}<Img>"), READ, text_segment("</Img>")]
-    if history:
-        segments.append(text_segment("\n"))
-    tasks = {"text": _text_task, "picture": _picture_task, "both": _both_task}
-    return [*segments, *tasks[task](page, variant), text_segment(END, is_target=True)]
-
-
-def _picture_task(page: str, variant: int) -> list[Segment]:
-    ask = ASKS_FOR_PICTURE[variant % len(ASKS_FOR_PICTURE)]
-    return [text_segment(f"{ask}{page} ###Assistant:"), DRAW_TARGET]
-
-
-def _both_task(page: str, variant: int) -> list[Segment]:
-    ask = ASKS_FOR_BOTH[variant % len(ASKS_FOR_BOTH)]
-    return [text_segment(f"{ask} ###Assistant:"), text_segment(page_text(page), is_target=True), DRAW_TARGET]
-
-
-def _text_task(page: str, variant: int) -> list[Segment]:
-    ask = ASKS_FOR_TEXT[variant % len(ASKS_FOR_TEXT)]
-    return [
-        text_segment(f"{ask}<Img>"),
-        READ,
-        text_segment("</Img> ###Assistant:"),
-        text_segment(page_text(page), is_target=True),
-    ]
-
-
-def read_back_segments(prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
-    """A prompt and the pages so far with their pictures, as the published stage 2 asks for the next one with both."""
-    segments = [text_segment(f"{READ_AND_TELL}###Human:")]
-    for part in merge_text_parts(prompt):
-        if isinstance(part, InputImage):
-            segments += [text_segment("<Img>"), READ, text_segment("</Img> ")]
-        else:
-            segments.append(text_segment(part.strip()))
-    for page in pages:
-        segments.append(text_segment(page_text(page.text)))
-        segments += [text_segment("<Img>"), READ, text_segment("</Img>")] if page.picture else []
-    return join_texts([*segments, text_segment(f"\n{ASKS_FOR_BOTH[0]} ###Assistant:")])
 
 
 def pictures_read(request: StoryRequest) -> list[bytes]:
@@ -259,14 +237,21 @@ def _reads_back(request: StoryRequest) -> bool:
     return request.mode == "story" and request.feedback == "pictures" and bool(request.previous)
 
 
-def request_segments(request: StoryRequest) -> list[Segment]:
+def request_segments(request: StoryRequest, template: Template) -> list[Segment]:
     """What the generator reads before it writes."""
     if request.mode == "caption":
         texts = merge_text_parts([part for part in request.prompt if isinstance(part, str)])
         return [text_segment(caption) for caption in texts if isinstance(caption, str)]
     if request.mode == "reply":
-        return reply_segments(request.prompt, request.previous)
+        return template.reply(request.prompt, request.previous)
     if _reads_back(request):
-        return read_back_segments(request.prompt, request.previous)
+        return template.read_back(request.prompt, request.previous)
     written = [page.text for page in request.previous]
-    return story_segments(request.prompt, len(written) + request.pages + request.num_later, written)
+    return template.story(request.prompt, len(written) + request.pages + request.num_later, written)
+
+
+def given_ids(request: StoryRequest, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize each given page as training has it."""
+    is_start = not request.previous or _reads_back(request)
+    texts = [template.page(text, begins_answer=is_start and not at) for at, text in enumerate(request.given)]
+    return [text_ids(text, tokenizer) for text in texts]

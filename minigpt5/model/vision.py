@@ -1,8 +1,8 @@
 """Picture -> embeddings that the language model reads: a frozen encoder, a Q-Former and a projection.
 
 Families, chosen by `VisionConfig.family`: "eva-clip", the published one (EVA-CLIP ViT-g and BLIP-2's Q-Former, by
-transformers' own classes); "tower", any vision tower of transformers with a small Q-Former; "efficientnet", small
-enough for a laptop; "none".
+transformers' own classes); "tower", any vision tower of transformers with a small Q-Former; "own", what a
+vision-language model reads with (vision_language.py); "efficientnet", small enough for a laptop; "none".
 
 Shape letters: N pictures, F encoder features, E encoder width, Q queries, H language-model width.
 """
@@ -32,6 +32,8 @@ from transformers import (
 from minigpt5.config import ModelConfig, VisionConfig
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.image_transforms import fit_read
+from minigpt5.model.language import load_base
+from minigpt5.model.vision_language import OwnEncoder
 from minigpt5.model.weights import load_module
 
 TOWERS: dict[str, Any] = {
@@ -114,12 +116,18 @@ class TowerEncoder(nn.Module):
     `forward` gives the last hidden states of the tower, without pooling.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read the tower and its processor from a base model's folder. Raises ModelFolderError."""
+    def __init__(self, folder: str | Path, *, has_weights: bool = True) -> None:
+        """Read the tower and its processor from a base model's folder; without `has_weights` the tower lies on the
+        meta device. Raises ModelFolderError."""
         super().__init__()
-        kind = AutoConfig.from_pretrained(folder).model_type
-        tower = TOWERS.get(kind, AutoModel)
-        self.network = tower.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        config = AutoConfig.from_pretrained(folder)
+        kind = config.model_type
+        if has_weights:
+            tower = TOWERS.get(kind, AutoModel)
+            self.network = tower.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        else:
+            with torch.device("meta"):
+                self.network = AutoModel.from_config(getattr(config, "vision_config", config))
         if not hasattr(self.network.config, "image_size"):
             raise ModelFolderError(f"{folder} is a {kind} and no vision tower: name a CLIP, SigLIP or DINOv2 model")
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision is not needed
@@ -149,8 +157,8 @@ class NoEncoder(nn.Module):
         raise InvalidRequest("prompt", "this model reads no pictures: leave them out, or make one with --vision")
 
 
-class NoQFormer(nn.Module):
-    """The Q-Former of a model that reads no pictures; it has no weights."""
+class NoQFormer(nn.Identity):
+    """The Q-Former of a model that reads no pictures, or whose encoder gives embeddings; it has no weights."""
 
 
 class SmallQFormer(nn.Module):
@@ -216,6 +224,7 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "efficientnet": (EfficientNetEncoder, SmallQFormer),
     "eva-clip": (EvaClipEncoder, Blip2QFormer),
     "tower": (None, SmallQFormer),
+    "own": (None, lambda config: NoQFormer()),
     "none": (lambda vision: NoEncoder(), lambda config: NoQFormer()),
 }
 
@@ -235,9 +244,23 @@ class Vision(nn.Module):
         """Read the frozen encoder from `folder`; the Q-Former is fresh. Raises ModelFolderError."""
         if config.vision.family == "tower":
             return cls(config, TowerEncoder(folder))
+        if config.vision.family == "own":
+            return cls.from_base(config, load_base(folder), folder)
         vision = cls(config)
         load_module(vision.encoder.network, folder / "model.safetensors")
         return vision
+
+    @classmethod
+    def from_base(cls, config: ModelConfig, base: Any, folder: Path) -> Vision:
+        """Take a vision-language model's tower and projector out of transformers' own model, which `load_base` has
+        read from `folder`, and leave the text half to others. Raises ModelFolderError."""
+        encoder = OwnEncoder(base, folder, image_px=config.vision.image_px)
+        encoder.drop_text_half()
+        return cls(config, encoder)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def forward(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Squares of pixels, uint8 (side, side, 3), each of any size -> (N, Q, H)."""
@@ -246,14 +269,14 @@ class Vision(nn.Module):
     def encode(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Squares of pixels, uint8 (side, side, 3), each of any size -> the frozen encoder's features: (N, F, E)."""
         squares = [torch.tensor(one).permute(2, 0, 1)[None].float() for one in pictures]
-        prepared_NCYX = torch.cat([self.encoder.prepare(one_1CYX) for one_1CYX in squares])
-        if len(pictures) > 1:  # a batch is faster in this layout, which gives other last bits
-            prepared_NCYX = prepared_NCYX.contiguous(memory_format=torch.channels_last)
-        return self.encoder(prepared_NCYX.to(self.qformer.queries.device))
+        prepared = torch.cat([self.encoder.prepare(one_1CYX) for one_1CYX in squares])
+        if len(pictures) > 1 and prepared.dim() == 4:  # a batch is faster in this layout, which gives other last bits
+            prepared = prepared.contiguous(memory_format=torch.channels_last)
+        return self.encoder(prepared.to(self.device))
 
     def embed_features(self, features_NFE: np.ndarray) -> Tensor:
         """What the encoder made of pictures -> (N, Q, H)."""
-        return self.qformer(torch.as_tensor(features_NFE).float().to(self.qformer.queries.device))
+        return self.qformer(torch.as_tensor(features_NFE).float().to(self.device))
 
     @torch.no_grad()
     def read(self, pictures: Sequence[bytes]) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt5.errors import ModelFolderError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def load_module(module: nn.Module, path: Path) -> None:
@@ -34,3 +35,10 @@ def save_module(module: nn.Module, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().half().contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as they are."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)

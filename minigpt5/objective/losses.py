@@ -121,15 +121,13 @@ class Objective(nn.Module):
     def standardise_captions(self, captions: list[str], *, start_there: bool = False) -> None:
         """Take the spread of each feature from `captions`: unscaled, predicting the mean is already a small loss.
 
-        `start_there`: a fresh mapper's last norm begins at the features' mean and spread.
+        `start_there`: what a fresh mapper writes begins at the features' mean and spread.
         """
-        states_ND = self.text_encoder(captions).flatten(0, 1).float()
-        spread_D = states_ND.std(dim=0)
+        states_BQD = self.text_encoder(captions).float()
+        spread_D = states_BQD.flatten(0, 1).std(dim=0)
         self.caption_scale_D = spread_D.clamp(min=0.1 * float(spread_D.median()))  # a feature may be constant
         if start_there:
-            last = self.mapper.transformer.decoder.norm
-            last.weight.copy_(spread_D)
-            last.bias.copy_(states_ND.mean(dim=0))
+            self.mapper.begin_at(states_BQD)
 
     def forward(self, examples: list[Example], weights: LossWeights) -> dict[str, Tensor]:
         """Losses by name; "loss" is their weighted sum."""
@@ -216,12 +214,11 @@ class Objective(nn.Module):
         return not any(parameter.requires_grad for parameter in self.language.body.parameters())
 
     def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
-        queries = self.config.vision.num_queries
         tokens = prompt.encode(
             segments,
             self.tokenizer,
             self.language.voken_embeddings,
-            num_image_embeddings=queries,
+            picture_tokens=self.config.vision.picture_tokens,
             published_quirks=self.config.published_quirks,
         )
         return tokens.ids, tokens.labels
@@ -244,7 +241,11 @@ class Objective(nn.Module):
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
         pictures = [picture for example in examples for picture in example.read]
         image_NQH = self._see(pictures) if pictures else None
-        states_BSH = self.language.states(self.language.embed(ids_BS, image_NQH), mask_BS=mask_BS)
+        embeds_BSH = self.language.embed(ids_BS, image_NQH)
+        is_picture_BS = ids_BS == self.language.voken_embeddings.placeholder
+        states_BSH = self.language.states(
+            embeds_BSH, mask_BS=mask_BS, is_picture_BS=None if image_NQH is None else is_picture_BS
+        )
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.voken_embeddings)
         return vokens_PVH, self.text_loss(states_BSH, labels_BS)
 
@@ -307,7 +308,7 @@ class Objective(nn.Module):
         said = [self.tokenizer.encode(text, add_special_tokens=False) for example in examples for text in example.shown]
         ids_NQ = torch.tensor([(ids + filler)[: image_NQH.shape[1]] for ids in said], device=self.device)
         seen_W, target_NQ = ids_NQ.unique(return_inverse=True)
-        words_WH = self.language.embedding[seen_W].detach().float()
+        words_WH = self.language.embed(seen_W[None])[0].detach().float()
         distance_NQW = (image_NQH[:, :, None] - words_WH).square().sum(-1) / words_WH.square().sum(-1).mean()
         chosen = F.cross_entropy(-WORD_SHARPNESS * distance_NQW.flatten(0, 1), target_NQ.flatten())
         near = distance_NQW.gather(2, target_NQ[..., None]).mean()

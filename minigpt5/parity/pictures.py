@@ -14,6 +14,7 @@ from torch import Tensor
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.decoders.load import load_diffusion
+from minigpt5.model.weights import save_tensors
 from minigpt5.types import DISTILLED, DrawSettings
 
 CAPTION = "A red fox finds a balloon in the snow."
@@ -133,15 +134,9 @@ def compare(folder: str | Path, *, steps: int = 6, seed: int = 5, save: Path | N
         )
         are_close = are_close and case.is_close
         if save and not number:
-            _save(case.latents_1CYX, save)
+            save_tensors({"latents": case.latents_1CYX}, save)
     return are_close
 
 
 def _compared(pair: Pair, *, steps: int, seed: int) -> Iterator[Case]:
     return (pair.compare(draw, seed=seed) for draw in pair.cases(steps=steps))
-
-
-def _save(latents_1CYX: Tensor, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"latents": latents_1CYX.contiguous()}, path)

@@ -1,7 +1,7 @@
 """The published training samples, as pure functions from rows: CC3M, VIST and MMDialog (arXiv 2310.02239, 4).
 
 A sample is two strings, as the published code builds them, and the pictures that their slots and vokens stand for.
-`sample_segments` brings it into the one template of training and serving.
+`sample_segments` brings it into the template of training and serving.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from minigpt5.model.chat_template import ChatTemplate
 from minigpt5.model.prompt import (
     ASKS_FOR_BOTH,
     ASKS_FOR_PICTURE,
     ASKS_FOR_TEXT,
     DRAW_TARGET,
-    END,
     READ,
     READ_AND_TELL,
     Segment,
+    Template,
     text_segment,
 )
+from minigpt5.model.published_template import END, PUBLISHED
 
 SLOT = "<Img><ImageHere></Img>"
 DRAWN = "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7]"
@@ -49,6 +51,8 @@ class Sample:
 
     source: str
     target: str
+    turns: tuple[str, ...] = ()
+    """What the source says without the published frame: user and assistant in turn, the user first and last."""
     read: tuple[str, ...] = ()
     """Pictures of the source's slots, in order: ids or paths."""
     drawn: str | None = None
@@ -80,7 +84,8 @@ def cc3m_samples(rows: Sequence[tuple[str, str]], *, is_training: bool = True) -
         if is_training and index % COMMAND_EVERY == 0:
             command = COMMANDS[index // COMMAND_EVERY % len(COMMANDS)]
             source = f"{DRAW_ON_COMMAND}###Human: {command} {caption} ###Assistant:"
-            yield Sample(source=source, target=target, drawn=picture, caption=caption, task="command")
+            turns = (f"{DRAW_ON_COMMAND} {command} {caption}",)
+            yield Sample(source=source, target=target, turns=turns, drawn=picture, caption=caption, task="command")
 
 
 def vist_samples(
@@ -94,17 +99,20 @@ def vist_samples(
         history = "".join(f"{past}{SLOT}" for past, _ in steps[:index]) + ("\n" if index else "")
         read = tuple(past for _, past in steps[:index])
         prompt = f"{READ_AND_TELL}###Human:{history}"
+        said = READ_AND_TELL + "".join(f" {past.strip()}{SLOT}" for past, _ in steps[:index])
         ask = ASKS_FOR_PICTURE[variant(len(ASKS_FOR_PICTURE))]
         source = f"{prompt}{ask}{words} ###Assistant:"
-        yield Sample(source=source, target=f"{DRAWN}{END}", read=read, drawn=picture, task="picture")
+        turns = (f"{said}\n{ask.strip()} {words.strip()}",)
+        yield Sample(source=source, target=f"{DRAWN}{END}", turns=turns, read=read, drawn=picture, task="picture")
         if not (is_training and index):
             continue
         ask = ASKS_FOR_BOTH[variant(len(ASKS_FOR_BOTH))]
-        target = f"{words} {DRAWN}{END}"
-        yield Sample(source=f"{prompt}{ask} ###Assistant:", target=target, read=read, drawn=picture, task="both")
+        source, target, turns = f"{prompt}{ask} ###Assistant:", f"{words} {DRAWN}{END}", (f"{said}\n{ask.strip()}",)
+        yield Sample(source=source, target=target, turns=turns, read=read, drawn=picture, task="both")
         ask = ASKS_FOR_TEXT[variant(len(ASKS_FOR_TEXT))]
         source = f"{prompt}{ask}{SLOT} ###Assistant:"
-        yield Sample(source=source, target=f"{words}{END}", read=(*read, picture), task="text")
+        turns = (f"{said}\n{ask.strip()} {SLOT}",)
+        yield Sample(source=source, target=f"{words}{END}", turns=turns, read=(*read, picture), task="text")
 
 
 def mmdialog_samples(
@@ -114,7 +122,8 @@ def mmdialog_samples(
     has_picture: Callable[[str], bool] = lambda picture: True,
     count_tokens: Callable[[str], int] = lambda words: len(words.split()),
 ) -> Iterator[Sample]:
-    """One dialogue -> a sample for each turn but the first; Human turns are predicted too.
+    """One dialogue -> a sample for each turn but the first; Human turns are predicted too. Among a sample's `turns` the
+    one that is predicted is the assistant's.
 
     The dialogue ends before the first turn without text, with a file name for a text, with a picture that is not
     there, or, in training, with more than 50 tokens.
@@ -131,8 +140,10 @@ def mmdialog_samples(
     for index in range(1, len(usable)):
         start = first_turn(index)
         said = [_say(number, usable[number]) for number in range(start, index)]
-        turn = usable[index]
+        turn, history = usable[index], [_words(past) for past in usable[start:index]]
+        is_asked = len(history) % 2  # the first turn is the user's, with the instruction
         yield Sample(
+            turns=(f"{READ_AND_TALK} {history[0]}", *history[1:]) if is_asked else (READ_AND_TALK, *history),
             source=" ".join([READ_AND_TALK, *said, _role(index)]),
             target=f"{turn.text} {DRAWN}{END}" if turn.picture else f"{turn.text}{END}",
             read=tuple(past.picture for past in usable[start:index] if past.picture),
@@ -152,16 +163,36 @@ def _role(index: int) -> str:
 
 
 def _say(index: int, turn: Turn) -> str:
-    return " ".join([_role(index), turn.text, *([SLOT] if turn.picture else [])])
+    return f"{_role(index)} {_words(turn)}"
 
 
-def sample_segments(sample: Sample) -> list[Segment]:
+def _words(turn: Turn) -> str:
+    return f"{turn.text} {SLOT}" if turn.picture else turn.text
+
+
+def sample_segments(sample: Sample, template: Template = PUBLISHED) -> list[Segment]:
     """A sample in the template's terms: texts, pictures that are read, vokens."""
-    segments: list[Segment] = []
-    for number, words in enumerate(sample.source.split("<ImageHere>")):
-        segments += [READ] if number else []
-        segments += [text_segment(words)] if words else []
+    if isinstance(template, ChatTemplate):
+        return _chat_segments(sample, template)
+    segments = _read_slots(sample.source)
     for number, words in enumerate(sample.target.split(DRAWN)):
         segments += [DRAW_TARGET] if number else []
         segments += [text_segment(words, is_target=True)] if words else []
+    return segments
+
+
+def _chat_segments(sample: Sample, template: ChatTemplate) -> list[Segment]:
+    if not sample.turns:
+        return template.caption(sample.source)
+    said = sample.target.removesuffix(END).removesuffix(DRAWN)
+    asked = template.turns([_read_slots(turn) for turn in sample.turns])
+    return [*asked, *template.answer(said, draws=sample.drawn is not None)]
+
+
+def _read_slots(source: str) -> list[Segment]:
+    """Text with slots -> texts and pictures that are read."""
+    segments: list[Segment] = []
+    for number, words in enumerate(source.split("<ImageHere>")):
+        segments += [READ] if number else []
+        segments += [text_segment(words)] if words else []
     return segments

@@ -83,7 +83,8 @@ def test_own_bases_become_a_model_that_is_trained_and_illustrates(tmp_path: Path
     assert (tmp_path / "learn" / "story.html").read_text().count("data:image/png") == 2
     assert (tmp_path / "story.html").read_text().count("data:image/png") == 2
     assert list((tmp_path / "books").rglob("*.parquet"))
-    assert model_folder.check_folder(tmp_path / "learn" / "model").bases
+    config = model_folder.check_folder(tmp_path / "learn" / "model")
+    assert config.bases and config.template == "chat", "the tokenizer of the language model has a chat template"
 
 
 @pytest.mark.slow

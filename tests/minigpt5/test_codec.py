@@ -11,7 +11,7 @@ import pytest
 
 from minigpt5.codec import from_json, to_json
 from minigpt5.config import ModelConfig, minigpt5_7b, storybook
-from minigpt5.types import InputImage, StoryRequest
+from minigpt5.types import InputImage, Role, StoryRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,10 @@ def test_a_value_survives_json(value: object) -> None:
 
 
 def test_a_request_survives_json_with_its_pictures_as_they_were_always_stored() -> None:
-    request = StoryRequest(prompt=("A fox", InputImage(data=b"png")), stop=("END",), given=("One.",))
+    prompt = (Role(name="system"), "Rhyme.", Role(name="user"), "A fox", InputImage(data=b"png"))
+    request = StoryRequest(prompt=prompt, stop=("END",), given=("One.",))
     values = json.loads(json.dumps(to_json(request)))
-    assert values["prompt"] == ["A fox", {"image": "cG5n"}]
+    assert values["prompt"] == [{"role": "system"}, "Rhyme.", {"role": "user"}, "A fox", {"image": "cG5n"}]
     assert from_json(StoryRequest, values) == request
 
 

@@ -14,21 +14,32 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     Phi3Config,
     PretrainedConfig,
+    Qwen3NextConfig,
+    SiglipConfig,
+    SiglipVisionModel,
     T5Config,
 )
 
-from examples.own_model.tiny_bases import NUM_PADDING_ROWS, make_bases
+from examples.own_model.tiny_bases import NUM_PADDING_ROWS, make_bases, make_tokenizer
 from minigpt5 import new
+from minigpt5.combine import sketch
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.errors import InvalidRequest, ModelFolderError
+from minigpt5.footprint import count_parts
 from minigpt5.model import folder as model_folder
+from minigpt5.model.base_sizes import find_lora_targets, longest_context
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.types import DrawSettings, InputImage, Sampling, StoryRequest
+from tests.helpers.recipe_configs import write_recipe
 
+ROOT = Path(__file__).parent.parent.parent
 CONTEXT = 512
 
 
@@ -60,6 +71,35 @@ def test_sizes_are_those_of_the_bases(made: Path, bases: dict[str, Path]) -> Non
     assert config.lora.targets == ("q_proj", "v_proj")
     assert {base.id for base in config.bases} == {str(base) for base in bases.values()}
     assert not (made / "decoder").exists() and not (made / "vision" / "model.safetensors").exists()
+
+
+def test_the_template_is_the_tokenizers_own_unless_another_is_named(
+    made: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    own = VokenGenerator.from_pretrained(made)
+    assert own.config.template == "chat" and own.template.stop == ()
+    parts = {name: str(bases[name]) for name in ("language", "diffusion")}
+    published = new.make_folder(tmp_path / "published", **parts, template="published").config
+    assert published.template == model_folder.load_config(tmp_path / "published").template == "published"
+    plain = shutil.copytree(bases["language"], tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    assert new.make_folder(tmp_path / "unframed", **{**parts, "language": str(plain)}).config.template == "published"
+
+
+@pytest.mark.parametrize(
+    ("written", "error"),
+    [("", "has no chat template"), ("{{ messages[-1].content }}", "cannot be split into turns")],
+)
+def test_a_chat_template_that_does_not_serve_is_one_line(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], written: str, error: str
+) -> None:
+    language = shutil.copytree(bases["language"], tmp_path / "language")
+    (language / "chat_template.jinja").write_text(written)
+    options = ["--language", str(language), "--diffusion", str(bases["diffusion"]), "--out", str(tmp_path / "out")]
+    assert new.main([*options, "--template", "chat"]) == 1
+    said = capsys.readouterr().err
+    assert error in said and "--template published" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_padded_vocabulary_without_bos_keeps_its_logits(made: Path, bases: dict[str, Path]) -> None:
@@ -155,7 +195,17 @@ def test_lora_finds_the_attention_of_every_family(
 ) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config(vocab_size=99, pad_token_id=0, **sizes).save_pretrained(tmp_path)
-    assert new.find_lora_targets(tmp_path) == targets
+    assert find_lora_targets(tmp_path) == targets
+
+
+def test_a_window_does_not_limit_the_context_and_longropes_original_length_does() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 4096, "pad_token_id": 0}
+    longrope = Phi3Config(**sizes, rope_parameters=rope, original_max_position_embeddings=1024)
+    assert longest_context(longrope) == 1024
+    assert longest_context(MistralConfig(**sizes, sliding_window=24)) == 4096
+    assert longest_context(Gemma3TextConfig(**sizes, sliding_window=24)) == 4096
+    assert longest_context(GPT2Config()) == 1024
 
 
 def change_json(path: Path, **values: object) -> None:
@@ -167,32 +217,51 @@ def test_what_does_not_fit_is_one_line(
 ) -> None:
     places = {name: shutil.copytree(base, tmp_path / name) for name, base in bases.items()}
     T5Config().save_pretrained(tmp_path / "t5")
+    make_tokenizer(tmp_path / "linear")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    AutoModelForCausalLM.from_config(Qwen3NextConfig(vocab_size=259, **sizes, **experts)).save_pretrained(
+        tmp_path / "linear"
+    )
     (tmp_path / "empty").mkdir()
     shutil.copytree(places["diffusion"], tmp_path / "xl")
     change_json(tmp_path / "xl" / "unet" / "config.json", addition_embed_type="text_time")
     shutil.copytree(places["diffusion"], tmp_path / "narrow")
     change_json(tmp_path / "narrow" / "text_encoder" / "config.json", hidden_size=64)
     shutil.copytree(places["language"], tmp_path / "vl")
-    change_json(tmp_path / "vl" / "config.json", model_type="qwen2_5_vl", vision_config={})
+    change_json(tmp_path / "vl" / "config.json", model_type="paligemma", vision_config={})
+    capsys.readouterr()
     for option, place, words in (
         ("language", "empty", "a base model cannot be read"),
+        ("language", "linear", "is a qwen3_next, which the KV store cannot serve (some of its layers keep a state"),
         ("language", "t5", "is an encoder-decoder (t5): name a causal language model"),
-        ("language", "vl", "is a vision-language model"),
-        ("diffusion", "empty", "has no unet/: name a Stable Diffusion 1.x or 2.x"),
+        ("vision", "own", "has no vision tower of its own: name one with --vision, or none"),
+        ("diffusion", "empty", "has no unet/: name a model in the layout of diffusers"),
         ("diffusion", "xl", "is no Stable Diffusion 1.x or 2.x (its UNet has text_time)"),
         ("diffusion", "narrow", "has width 64 but its UNet reads 32"),
     ):
-        arguments = {**{name: str(base) for name, base in places.items()}, option: str(tmp_path / place)}
+        value = place if place == "own" else str(tmp_path / place)
+        arguments = {**{name: str(base) for name, base in places.items()}, option: value}
         words_of = [word for name, value in arguments.items() for word in (f"--{name}", value)]
         assert new.main([*words_of, "--out", str(tmp_path / "out")]) == 1
-        error = capsys.readouterr().err
+        error = capsys.readouterr().err.rpartition("\r")[2].rpartition("it/s]\n")[2]  # after transformers' bars
         assert words in error and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+    own = ["--language", str(tmp_path / "vl"), "--diffusion", str(places["diffusion"])]
+    assert new.main([*own, "--out", str(tmp_path / "out")]) == 1
+    assert "is a vision-language model of type paligemma, whose way to read" in capsys.readouterr().err
     same = [word for name, value in places.items() for word in (f"--{name}", str(value))]
     assert new.main([*same, "--out", str(tmp_path / "empty")]) == 1
     assert "exists: name a new folder with --out" in capsys.readouterr().err
     assert new.main([*same, "--out", str(tmp_path / "out"), "--context", "4096"]) == 1
     assert "context is 4096 but" in capsys.readouterr().err
+    assert new.main([*same, "--out", str(tmp_path / "out"), "--image-px", "448"]) == 1
+    assert "only own takes a size" in capsys.readouterr().err
 
 
 def test_the_command_prints_sizes_and_memory(
@@ -203,3 +272,64 @@ def test_the_command_prints_sizes_and_memory(
     said = capsys.readouterr().out
     for words in ("language model", "trained by stage", "align", "learn", "KV store", "DiffusionDecoder"):
         assert words in said
+
+
+def keep_configs(base: Path, place: Path) -> Path:
+    """A copy of a base as it is before its weights are downloaded."""
+    configs = ("config.json", "preprocessor_config.json", "scheduler_config.json")
+    for path in base.rglob("*.json"):
+        if path.name in configs:
+            target = place / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return place
+
+
+def options_of(places: dict[str, Path]) -> list[str]:
+    return [word for name, place in places.items() for word in (f"--{name}", str(place))]
+
+
+@pytest.mark.parametrize("names", [("language", "diffusion", "vision"), ("language", "diffusion")])
+def test_a_dry_run_prints_what_the_bases_give(
+    names: tuple[str, ...], bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = {name: keep_configs(bases[name], tmp_path / name) for name in names}
+    before = hash_files(tmp_path)
+    assert new.main([*options_of(configs), "--context", "512", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert hash_files(tmp_path) == before, "it writes nothing"
+    assert (
+        new.main([*options_of({name: bases[name] for name in names}), "--context", "512", "--out", f"{tmp_path}/o"])
+        == 0
+    )
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_a_dry_run_counts_the_vision_half_of_a_whole_siglip(tmp_path: Path, bases: dict[str, Path]) -> None:
+    tower = SiglipVisionModel.from_pretrained(bases["vision"])
+    SiglipConfig(vision_config=tower.config.to_dict()).save_pretrained(tmp_path / "siglip")
+    shutil.copy(bases["vision"] / "preprocessor_config.json", tmp_path / "siglip")
+    places = {name: str(bases[name]) for name in ("language", "diffusion")}
+    parts = sketch(**places, vision=str(tmp_path / "siglip"))
+    assert count_parts(parts)["vision encoder"] == sum(one.numel() for one in tower.parameters())
+    assert {one.device.type for one in parts.language.parameters()} == {"meta"}
+
+
+def test_a_dry_run_of_what_does_not_fit_is_one_line(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    T5Config().save_pretrained(tmp_path / "t5")
+    assert new.main([*options_of({**bases, "language": tmp_path / "t5"}), "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    assert "is an encoder-decoder" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        new.main([*options_of(bases), "--dry-run", "--out", str(tmp_path / "out")])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_figures_of_the_recipe_are_those_of_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/own-models.md shows what its bases print, from their public sizes."""
+    assert new.main([*options_of(write_recipe(tmp_path)), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"```text\n{said}```" in (ROOT / "docs" / "own-models.md").read_text(), said
+    assert "language model       4,022,468,096" in said, "Qwen3-4B is published with 4.0 B parameters"

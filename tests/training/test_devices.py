@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minigpt5.model.pixels import to_pixels, to_tensor
-from minigpt5.model.prompt import next_page_segments
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_language
@@ -30,7 +30,7 @@ def rows() -> list[Example]:
     """Bare captions, and whole sequences with pictures that are drawn and pictures that are read."""
     contrasts = [["a cat", "a dog"], ["a house", "a tree"]]
     pictures = [np.full((32, 32, 3), shade, np.uint8) for shade in (30, 200)]
-    segments = next_page_segments(["One."], "Two.", "text", variant=0)
+    segments = PUBLISHED.next_page(["One."], "Two.", "text", variant=0)
     reads = Example(segments=segments, read=pictures, drawn=[], captions=[])
     captions = [dataclasses.replace(caption(words), contrasts=contrasts[:1]) for words in ("a fox", "an owl")]
     return [*captions, reads, dataclasses.replace(story(), contrasts=contrasts)]

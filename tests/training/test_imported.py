@@ -13,6 +13,7 @@ from batch_jobs import precompute
 from batch_jobs.prepare import Part, write_part
 from minigpt5 import MiniGPT5
 from minigpt5.model import folder as model_folder
+from minigpt5.objective.encoders import find_encoders
 from minigpt5.published.checkpoint import export_checkpoint, import_checkpoint, read_state_dict
 from minigpt5.types import DrawSettings
 from tests.reference import told_sizes
@@ -36,6 +37,16 @@ def imported(tmp_path: Path) -> Path:
         like=told_sizes(json.loads((REFERENCE / "config.json").read_text())),
     )
     return folder
+
+
+def test_a_trained_q_former_beside_the_vision_encoder_leaves_its_hash(imported: Path) -> None:
+    config = model_folder.load_config(imported)
+    before = find_encoders(imported, config)
+    assert before.vision and (imported / "vision" / "model.safetensors").is_file()
+    vision = model_folder.load_vision(imported, config)
+    vision.qformer.queries.data.add_(1)
+    model_folder.save_module(vision.qformer, imported / model_folder.QFORMER)
+    assert find_encoders(imported, config) == before
 
 
 def test_an_imported_model_is_trained_saved_and_exported(imported: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed
-from minigpt5.model.prompt import next_page_segments
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
 from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import loop
@@ -87,7 +87,7 @@ class Stage:
 model.calls_alike = True  # in all stages, so that they draw the same random numbers
 px = model.config.vision.image_px
 only_text = Example(
-    segments=next_page_segments(["One."], "Two.", "text", variant=0),
+    segments=PUBLISHED.next_page(["One."], "Two.", "text", variant=0),
     read=[np.zeros((px, px, 3), np.uint8)] * 2, drawn=[], captions=[],
 )
 

@@ -18,7 +18,8 @@ from pyarrow import fs, parquet
 from minigpt5.config import ModelConfig
 from minigpt5.errors import TrainingError
 from minigpt5.model.image_transforms import fit_drawn, fit_read
-from minigpt5.model.prompt import caption_segments, describe_segments, story_segments
+from minigpt5.model.prompt import Template
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
 from minigpt5.objective.stored_example import ROW_SCHEMA
 from minigpt5.published.data import (
@@ -53,14 +54,15 @@ class StoredExamples:
         stage: str,
         story_share: float = 0.0,
         is_validation: bool = False,
+        template: Template = PUBLISHED,
     ) -> None:
         """`story_share`: of whole stories among the examples of rows whose prompt is known. Raises TrainingError where
         there are no rows of the schema."""
-        self.stage, self.story_share = stage, story_share
+        self.stage, self.story_share, self.template = stage, story_share, template
         self.uri, self.seed, self.is_validation = uri, seed, is_validation
         self.read_px = None if config.vision.family == "none" else config.vision.image_px
         self.draw_px = config.image_px
-        self._files, folder = _open(uri)
+        self._files, folder = open_place(uri)
         infos = self._files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
         self._paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
         if not self._paths:
@@ -105,7 +107,13 @@ class StoredExamples:
         stored = self.stored(self.index_at(position))
         rng = np.random.default_rng([self.seed, position])
         example = to_example(
-            stored, rng, stage=self.stage, story_share=self.story_share, read_px=self.read_px, draw_px=self.draw_px
+            stored,
+            rng,
+            stage=self.stage,
+            story_share=self.story_share,
+            read_px=self.read_px,
+            draw_px=self.draw_px,
+            template=self.template,
         )
         return stored["id"], example
 
@@ -131,11 +139,12 @@ class StoredExamples:
 
 def _unpickle(state: dict[str, Any]) -> StoredExamples:
     examples = StoredExamples.__new__(StoredExamples)
-    vars(examples).update(state, _files=_open(state["uri"])[0], _cache=OrderedDict(), _orders={})
+    vars(examples).update(state, _files=open_place(state["uri"])[0], _cache=OrderedDict(), _orders={})
     return examples
 
 
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
+def open_place(uri: str) -> tuple[fs.FileSystem, str]:
+    """A path or a URI as a file system and the path there. Raises TrainingError."""
     try:
         return fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
     except (OSError, pa.ArrowException) as error:
@@ -164,6 +173,7 @@ def to_example(
     story_share: float,
     read_px: int | None,
     draw_px: int,
+    template: Template = PUBLISHED,
 ) -> Example:
     """One of a stored row's examples, chosen by chance; the published code makes examples of all of them.
 
@@ -176,27 +186,27 @@ def to_example(
         words, at = _caption(stored, rng)
         assert read_px is not None
         read = [_read(segments[at], read_px)]
-        return Example(segments=describe_segments(words), read=read, shown=[words], drawn=[], captions=[])
+        return Example(segments=template.describe(words), read=read, shown=[words], drawn=[], captions=[])
     if stage == "align":
-        return _aligned(stored, rng, draw_px)
+        return _aligned(stored, rng, draw_px, template)
     if stored["kind"] == "dialogue":
         samples = [one for one in mmdialog_samples(_turns(segments)) if read_px or not one.read]
         if not samples:
-            return _aligned(stored, rng, draw_px)
-        return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px)
+            return _aligned(stored, rng, draw_px, template)
+        return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
     steps = _steps(segments)
     knows_prompt = stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share
     if knows_prompt or (stored["kind"] == "story" and not read_px):
         prompt = stored["prompt"] or steps[0][0]
         return Example(
-            segments=story_segments([prompt], len(steps), [words for words, _ in steps]),
+            segments=template.story([prompt], len(steps), [words for words, _ in steps]),
             prompt=prompt,
             read=[],
             drawn=[_drawn(segments[int(at)], draw_px) for _, at in steps],
             captions=[segments[int(at)]["caption"] or words for words, at in steps],
         )
     samples = list(vist_samples(steps, variant=lambda count: int(rng.integers(count))))
-    return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px)
+    return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
 
 
 def _caption(stored: dict[str, Any], rng: np.random.Generator) -> tuple[str, int]:
@@ -209,16 +219,16 @@ def _caption(stored: dict[str, Any], rng: np.random.Generator) -> tuple[str, int
     return words, at
 
 
-def _aligned(stored: dict[str, Any], rng: np.random.Generator, draw_px: int) -> Example:
+def _aligned(stored: dict[str, Any], rng: np.random.Generator, draw_px: int, template: Template) -> Example:
     """A caption with its picture, or the published command to draw it."""
     segments = stored["segments"]
     words, at = _caption(stored, rng)
     if rng.integers(COMMAND_EVERY + 1) == 0:
         index = int(rng.integers(len(COMMANDS))) * COMMAND_EVERY
         sample = list(cc3m_samples([("", "")] * index + [(words, str(at))]))[-1]
-        return _example(sample, segments, None, draw_px)
+        return _example(sample, segments, None, draw_px, template)
     return Example(
-        segments=caption_segments(words),
+        segments=template.caption(words),
         read=[],
         drawn=[_drawn(segments[at], draw_px)],
         captions=[segments[at]["caption"] or words],
@@ -226,11 +236,13 @@ def _aligned(stored: dict[str, Any], rng: np.random.Generator, draw_px: int) -> 
     )
 
 
-def _example(sample: Sample, segments: list[dict[str, Any]], read_px: int | None, draw_px: int) -> Example:
+def _example(
+    sample: Sample, segments: list[dict[str, Any]], read_px: int | None, draw_px: int, template: Template
+) -> Example:
     """A published sample, whose pictures are named by their places among `segments`."""
     drawn = [segments[int(sample.drawn)]] if sample.drawn is not None else []
     return Example(
-        segments=sample_segments(sample),
+        segments=sample_segments(sample, template),
         read=[_read(segments[int(at)], read_px) for at in sample.read] if read_px else [],
         drawn=[_drawn(one, draw_px) for one in drawn],
         captions=[one["caption"] or sample.caption or _said_before(segments, int(str(sample.drawn))) for one in drawn],

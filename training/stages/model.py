@@ -62,12 +62,11 @@ class ModelStage(ABC):
         self.bf16, self.data = preset.bf16, data
         self.start = start = sources.need_model(preset.stage)
         self.config = model_folder.load_config(start)
-        self.language = model_folder.load_language(
+        self.language, self.vision = model_folder.load_language_and_vision(
             start, self.config, adapter="trained" if trains_adapter else "frozen"
         )
         if trains_adapter and not (start / "adapter").is_dir():
             self.language.add_adapter(self.config.lora)
-        self.vision = model_folder.load_vision(start, self.config)
         self.mapper = model_folder.load_mapper(start, self.config)
         parts, self._is_own_decoder = find_decoder(start, self.config, sources)
         self._decoder = parts

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5.model.prompt import Task, caption_segments, describe_segments, next_page_segments, story_segments
+from minigpt5.model.prompt import Task, Template
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.scenes import (
@@ -86,12 +87,15 @@ class StorybookExamples:
     """The picture world, endlessly: every position has an example of its own."""
 
     preset: Preset
+    template: Template = PUBLISHED
 
     def example_at(self, position: int) -> tuple[int, Any]:
-        return position, example_at(self.preset, position)
+        return position, example_at(self.preset, position, self.template)
 
 
-def example_at(preset: Preset, position: int) -> Crop | CaptionedScene | CaptionedCrops | WeightedScene | Example:
+def example_at(
+    preset: Preset, position: int, template: Template = PUBLISHED
+) -> Crop | CaptionedScene | CaptionedCrops | WeightedScene | Example:
     """The example of a preset's stage at a position."""
     seed, rng = preset.seed, np.random.default_rng([preset.seed, position])
     match preset:
@@ -104,14 +108,14 @@ def example_at(preset: Preset, position: int) -> Crop | CaptionedScene | Caption
         case UnetPreset() | DistillPreset():
             return _captioned_scene(seed, position, preset.canonical_share, rng)
         case VisionPreset():
-            return _description(seed, position, rng)
+            return _description(seed, position, rng, template)
         case VokenPreset():
             choice = rng.random()
             if preset.stage == "align" or choice < preset.caption_share:
-                return _caption(seed, position, rng)
+                return _caption(seed, position, rng, template)
             if choice < preset.caption_share + preset.story_share:
-                return _story(seed, position, rng)
-            return _page(seed, position, rng)
+                return _story(seed, position, rng, template)
+            return _page(seed, position, rng, template)
     raise ValueError(f"stage {preset.stage} has no examples of the picture world: name a data set with --data")
 
 
@@ -171,11 +175,11 @@ def _captioned_scene(seed: int, position: int, canonical_share: float, rng: np.r
     return CaptionedScene(pixels=draw_scene(scene), caption=caption, canonical=canonical)
 
 
-def _description(seed: int, position: int, rng: np.random.Generator) -> Example:
+def _description(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
     scene = scene_at(position, seed=seed)
     facts = Facts.of(scene)
     return Example(
-        segments=describe_segments(write_caption(facts, rng)),
+        segments=template.describe(write_caption(facts, rng)),
         read=[draw_scene(scene)],
         shown=[canonical_caption(facts)],
         drawn=[],
@@ -183,11 +187,11 @@ def _description(seed: int, position: int, rng: np.random.Generator) -> Example:
     )
 
 
-def _caption(seed: int, position: int, rng: np.random.Generator) -> Example:
+def _caption(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
     scene = scene_at(position, seed=seed)
     facts = draw_facts(scene, rng)
     return Example(
-        segments=caption_segments(write_caption(facts, rng)),
+        segments=template.caption(write_caption(facts, rng)),
         read=[],
         drawn=[draw_scene(scene)],
         captions=[canonical_caption(facts)],
@@ -196,10 +200,10 @@ def _caption(seed: int, position: int, rng: np.random.Generator) -> Example:
     )
 
 
-def _story(seed: int, position: int, rng: np.random.Generator) -> Example:
+def _story(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
     story = story_at(position, seed=seed)
     return Example(
-        segments=story_segments([story.prompt], len(story.pages), [page.text for page in story.pages]),
+        segments=template.story([story.prompt], len(story.pages), [page.text for page in story.pages]),
         prompt=story.prompt,
         read=[],
         drawn=[draw_scene(page.scene) for page in story.pages],
@@ -218,7 +222,7 @@ def _contrasts(facts: Facts, rng: np.random.Generator) -> list[str]:
     return captions
 
 
-def _page(seed: int, position: int, rng: np.random.Generator) -> Example:
+def _page(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
     """One of the published tasks on one of a story's first three pages."""
     story = story_at(position, seed=seed)
     index = int(rng.integers(min(3, len(story.pages))))
@@ -226,7 +230,7 @@ def _page(seed: int, position: int, rng: np.random.Generator) -> Example:
     tasks: tuple[Task, ...] = ("text", "picture", "both") if index else ("picture",)
     task = tasks[rng.integers(len(tasks))]
     picture, read = draw_scene(page.scene), [draw_scene(past.scene) for past in history]
-    segments = next_page_segments([past.text for past in history], page.text, task, variant=int(rng.integers(6)))
+    segments = template.next_page([past.text for past in history], page.text, task, variant=int(rng.integers(6)))
     if task == "text":
         return Example(segments=segments, read=[*read, picture], drawn=[], captions=[])
     return Example(

@@ -53,7 +53,7 @@ class DecoderSizes:
 class Diffusion(nn.Module, ABC):
     """A latent diffusion model. All parameters are trainable as loaded; callers freeze what they do not train."""
 
-    PIPELINES: ClassVar[tuple[str, ...]]
+    PIPELINES: ClassVar[tuple[str, ...]] = ()
     """diffusers' pipelines of this family, as `model_index.json` names them."""
     DENOISER: ClassVar[str] = "transformer"
     """Folder of the denoiser."""

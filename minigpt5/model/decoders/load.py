@@ -9,10 +9,16 @@ import importlib
 import json
 import pkgutil
 from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import decoders
-from minigpt5.model.decoders.diffusion import Diffusion
+from minigpt5.model.decoders.diffusion import Diffusion, read_config
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 
 
@@ -46,3 +52,26 @@ def find_family(folder: str | Path) -> type[Diffusion]:
 def load_diffusion(folder: str | Path) -> Diffusion:
     """Read a folder in diffusers' layout as float32. Raises ModelFolderError."""
     return find_family(folder).from_pretrained(folder)
+
+
+def sketch_diffusion(folder: Path) -> Diffusion:
+    """The model that `load_diffusion` would read, on the meta device, from config files alone."""
+    family = find_family(folder)
+    return family(_sketch(folder / "vae"), _sketch(folder / family.DENOISER), family.load_noise(folder))
+
+
+def sketch_text_encoder(folder: Path) -> nn.Module:
+    """The text encoders of a folder on the meta device, from config files alone."""
+    parts = []
+    for path in sorted(folder.glob("text_encoder*")):
+        config = transformers.AutoConfig.from_pretrained(path)
+        model = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            parts.append(model(config) if model else transformers.AutoModel.from_config(config))
+    return nn.ModuleList(parts)
+
+
+def _sketch(path: Path) -> Any:
+    model: Any = getattr(diffusers, str(read_config(path)["_class_name"]))
+    with torch.device("meta"):
+        return model.from_config(model.load_config(path))

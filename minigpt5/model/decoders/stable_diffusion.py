@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler
@@ -19,7 +19,7 @@ from minigpt5.types import DrawSettings
 class StableDiffusion(Diffusion):
     """The family of the published system, and of the model that ships with this project."""
 
-    PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     DENOISER = "unet"
 
     @classmethod

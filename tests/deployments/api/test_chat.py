@@ -21,7 +21,7 @@ from PIL import Image
 from deployments.api.chat import MAX_STOPS, CreateChat, Reply
 from deployments.api.images import CreateImages
 from deployments.api.routes import create_api
-from minigpt5.types import InputImage, Sampling, StoryRequest, Usage
+from minigpt5.types import InputImage, Role, Sampling, StoryRequest, Usage
 from tests.helpers.fakes import FakeDecoder, FakeGenerator, make_png
 from tests.helpers.served import CONFIG, Served, assert_error, data_url
 
@@ -100,12 +100,14 @@ def test_pictures_and_earlier_turns_are_read(served: Served) -> None:
     prompt = served.generator.requests[1].prompt
     kinds = ["image" if isinstance(part, InputImage) else part for part in prompt]
     assert kinds == [
+        Role(name="system"),
         "You tell stories.",
+        Role(name="user"),
         "Draw a fox",
-        "###Assistant:",
+        Role(name="assistant"),
         "Page 1 of 7.",
         "image",
-        "###Human:",
+        Role(name="user"),
         "And this?",
         "image",
     ]
@@ -172,10 +174,11 @@ def test_what_would_mislead_is_refused(
 
 
 def read(served: Served, *messages: dict[str, Any]) -> list[str]:
-    """What the model reads of a history, a picture as "(picture)"; and that it answers."""
+    """What the model reads of a history, a picture as "(picture)" and a role as "user:"; and that it answers."""
     reply = served.post({"messages": messages}, "/v1/chat/completions")
     assert reply.status_code == 200, reply.text
-    return [part if isinstance(part, str) else "(picture)" for part in served.generator.requests[-1].prompt]
+    prompt = served.generator.requests[-1].prompt
+    return [f"{one.name}:" if isinstance(one, Role) else one if isinstance(one, str) else "(picture)" for one in prompt]
 
 
 WEATHER = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bergen"}'}}
@@ -184,7 +187,7 @@ PICTURE = data_url(make_png())
 HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "content null with tool_calls, role tool": (
         [ASK, {"role": "assistant", "content": None, "tool_calls": [WEATHER]}, {**RESULT, "content": "It rains."}],
-        ["Is it raining?", "###Assistant:", 'weather({"city": "Bergen"})', "###Human:", "It rains."],
+        ["Is it raining?", "assistant:", 'weather({"city": "Bergen"})', "user:", "It rains."],
     ),
     "several tool calls, a text, and what is asked then": (
         [
@@ -196,11 +199,11 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         ],
         [
             "Is it raining?",
-            "###Assistant:",
+            "assistant:",
             "Let me look.",
             'weather({"city": "Bergen"})',
             'weather({"city": "Bergen"})',
-            "###Human:",
+            "user:",
             "It rains.",
             "4 degrees",
             "Draw it",
@@ -208,11 +211,11 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     ),
     "arguments as an object": (
         [ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "rain", "arguments": {"at": 7}}}]}, ASK],
-        ["Is it raining?", "###Assistant:", 'rain({"at": 7})', "###Human:", "Is it raining?"],
+        ["Is it raining?", "assistant:", 'rain({"at": 7})', "user:", "Is it raining?"],
     ),
     "a custom tool": (
         [ASK, {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "sh", "input": "ls"}}]}, ASK],
-        ["Is it raining?", "###Assistant:", "sh(ls)", "###Human:", "Is it raining?"],
+        ["Is it raining?", "assistant:", "sh(ls)", "user:", "Is it raining?"],
     ),
     "function_call and role function": (
         [
@@ -220,11 +223,11 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
             {"role": "assistant", "content": None, "function_call": {"name": "rain", "arguments": "{}"}},
             {"role": "function", "name": "rain", "content": "yes"},
         ],
-        ["Is it raining?", "###Assistant:", "rain({})", "###Human:", "yes"],
+        ["Is it raining?", "assistant:", "rain({})", "user:", "yes"],
     ),
     "developer and system": (
         [{"role": "system", "content": "Rhyme."}, {"role": "developer", "content": "Be short."}, ASK],
-        ["Rhyme.", "Be short.", "Is it raining?"],
+        ["system:", "Rhyme.", "Be short.", "user:", "Is it raining?"],
     ),
     "cache_control on a part": (
         [{"role": "user", "content": [{"type": "text", "text": "A fox", "cache_control": {"type": "ephemeral"}}]}],
@@ -232,7 +235,7 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     ),
     "name, audio and annotations of a message": (
         [{**ASK, "name": "Ada"}, {"role": "assistant", "content": "No.", "audio": {"id": "a"}, "annotations": []}, ASK],
-        ["Is it raining?", "###Assistant:", "No.", "###Human:", "Is it raining?"],
+        ["Is it raining?", "assistant:", "No.", "user:", "Is it raining?"],
     ),
     "image_url as a string": (
         [{"role": "user", "content": [{"type": "image_url", "image_url": PICTURE}]}],
@@ -257,13 +260,13 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         ],
         [
             "Is it raining?",
-            "###Assistant:",
+            "assistant:",
             "I cannot.",
-            "###Human:",
+            "user:",
             "Is it raining?",
-            "###Assistant:",
+            "assistant:",
             "I will not.",
-            "###Human:",
+            "user:",
             "Is it raining?",
         ],
     ),
@@ -273,15 +276,15 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     ),
     "two answers one after the other": (
         [ASK, {"role": "assistant", "content": "No."}, {"role": "assistant", "content": "Yes."}, ASK],
-        ["Is it raining?", "###Assistant:", "No.", "Yes.", "###Human:", "Is it raining?"],
+        ["Is it raining?", "assistant:", "No.", "Yes.", "user:", "Is it raining?"],
     ),
     "the assistant first": (
         [{"role": "assistant", "content": "Hello!"}, ASK],
-        ["###Assistant:", "Hello!", "###Human:", "Is it raining?"],
+        ["assistant:", "Hello!", "user:", "Is it raining?"],
     ),
     "the assistant last": (
         [ASK, {"role": "assistant", "content": "No."}],
-        ["Is it raining?", "###Assistant:", "No."],
+        ["Is it raining?", "assistant:", "No."],
     ),
     "two hundred messages": ([{"role": "user", "content": "a"}] * 200, ["a"] * 200),
 }

@@ -20,7 +20,8 @@ from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.script import CLOSE
 from minigpt5.errors import EngineFull, InvalidRequest
 from minigpt5.model.language import LanguageModel
-from minigpt5.model.prompt import describe_segments, encode, request_segments
+from minigpt5.model.prompt import encode, request_segments
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.vision import Vision
 from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Usage, Vokens
 from tests.helpers.tiny import tiny_config, tiny_language, tiny_tokenizer, tiny_vision
@@ -216,16 +217,16 @@ def test_a_reply_that_may_be_longer_than_the_window_ends_with_the_window(generat
 def test_a_picture_and_the_trained_question_are_read_as_in_training(generator: VokenGenerator) -> None:
     def ids(segments: object) -> list[int]:
         rows = generator.language.voken_embeddings
-        return encode(segments, generator.tokenizer, rows, num_image_embeddings=4).ids  # type: ignore[arg-type]
+        return encode(segments, generator.tokenizer, rows, picture_tokens=(-4,)).ids  # type: ignore[arg-type]
 
     request = reply(prompt=(png("red"), "Describe this image."))
-    assert ids(request_segments(request)) == ids(describe_segments("x")[:-1])
+    assert ids(request_segments(request, PUBLISHED)) == ids(PUBLISHED.describe("x")[:-1])
 
 
 def test_a_reply_goes_on_after_what_was_said_before(generator: VokenGenerator) -> None:
     picture = Picture(page=1, png=b"", width=1, height=1, seed=1, denoise_steps=1)
     request = reply(previous=(Page(index=1, text="Mice.", picture=picture), Page(index=2, text="And eggs.")))
-    kinds = [(segment.kind, segment.text) for segment in request_segments(request)]
+    kinds = [(segment.kind, segment.text) for segment in request_segments(request, PUBLISHED)]
     assert kinds[-3:] == [
         ("text", "###Human: What do foxes eat? ###Assistant: Mice."),
         ("draw", ""),
@@ -261,7 +262,9 @@ def test_a_picture_after_a_stop_string_is_of_the_text_that_was_shown(generator: 
     usage = events[-1]
     assert isinstance(usage, Usage)
 
-    prompt = encode(request_segments(story(pages=1)), tokenizer, language.voken_embeddings, num_image_embeddings=4).ids
+    prompt = encode(
+        request_segments(story(pages=1), PUBLISHED), tokenizer, language.voken_embeddings, picture_tokens=(-4,)
+    ).ids
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + usage.completion_tokens - 8:

@@ -10,9 +10,35 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2Config, Qwen2Model
+from transformers import (
+    BloomConfig,
+    BloomModel,
+    DeepseekV3Config,
+    DeepseekV3Model,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2Model,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GptOssConfig,
+    GptOssModel,
+    Llama4TextConfig,
+    Llama4TextModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen2MoeConfig,
+    Qwen2MoeModel,
+    Qwen3NextConfig,
+    Qwen3NextModel,
+    StableLmConfig,
+    StableLmModel,
+)
 
-from minigpt5.engine.kv_cache import SlotCache
+from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
 
 SHAPE = {
     "vocab_size": 100,
@@ -28,7 +54,26 @@ SHAPE = {
 ADAPTER = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
 
 
+MIXED = ["sliding_attention", "full_attention"]
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "shared_expert_intermediate_size": 16}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+
+
 def body_of(kind: str) -> torch.nn.Module:
+    """A random transformer whose attention is the eager one: the reference of all ways to attend."""
     torch.manual_seed(0)
     models = {
         "llama": lambda: LlamaModel(LlamaConfig(**SHAPE)),
@@ -36,15 +81,63 @@ def body_of(kind: str) -> torch.nn.Module:
         "llama with an adapter": lambda: get_peft_model(LlamaModel(LlamaConfig(**SHAPE)), ADAPTER),
         "qwen2": lambda: Qwen2Model(Qwen2Config(**SHAPE)),
         "mistral": lambda: MistralModel(MistralConfig(**SHAPE, sliding_window=None)),
+        "a window": lambda: MistralModel(MistralConfig(**SHAPE, sliding_window=13)),
+        "a window that the attention is not told": lambda: Qwen2MoeModel(
+            Qwen2MoeConfig(**SHAPE, **EXPERTS, use_sliding_window=True, sliding_window=13, layer_types=MIXED)
+        ),
+        "local and global layers": lambda: Gemma3TextModel(
+            Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=13, layer_types=MIXED)
+        ),
+        "capped scores": lambda: Gemma2Model(
+            Gemma2Config(**SHAPE, head_dim=8, sliding_window=13, layer_types=MIXED, attn_logit_softcapping=0.5)
+        ),
+        "sinks": lambda: GptOssModel(
+            GptOssConfig(**SHAPE, head_dim=8, sliding_window=13, layer_types=MIXED, num_local_experts=4)
+        ),
+        "arguments that do not reach the attention": lambda: StableLmModel(StableLmConfig(**SHAPE)),
+        "chunks": lambda: Llama4TextModel(
+            Llama4TextConfig(
+                **SHAPE,
+                head_dim=8,
+                attention_chunk_size=13,
+                num_local_experts=2,
+                intermediate_size_mlp=48,
+                pad_token_id=0,
+            )
+        ),
+        "keys kept as latents": lambda: DeepseekV3Model(DeepseekV3Config(**{**SHAPE, **LATENT})),
+        "linear attention": lambda: Qwen3NextModel(Qwen3NextConfig(**SHAPE, num_experts=4, moe_intermediate_size=16)),
+        "bloom": lambda: BloomModel(BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4)),
     }
-    return models[kind]().eval().requires_grad_(False)
+    body = models[kind]().eval().requires_grad_(False)
+    for parameter in body.parameters():  # fresh biases and sinks are zero
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    body.set_attn_implementation("eager")
+    return body
 
 
 def embeds(num_tokens: int, seed: int) -> Tensor:
     return torch.randn(num_tokens, 32, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama without shared heads", "llama with an adapter", "qwen2", "mistral"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "llama without shared heads",
+        "llama with an adapter",
+        "qwen2",
+        "mistral",
+        "a window",
+        "a window that the attention is not told",
+        "local and global layers",
+        "capped scores",
+        "sinks",
+        "arguments that do not reach the attention",
+        "chunks",
+        "keys kept as latents",
+    ],
+)
 def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str) -> None:
     body = body_of(kind)
     sequences = [embeds(length, seed) for seed, length in enumerate((20, 35, 7, 150, 60, 1))]
@@ -103,7 +196,7 @@ def test_a_row_that_is_cut_forgets_what_came_after() -> None:
 def test_rows_take_memory_only_as_they_are_filled() -> None:
     body = body_of("llama")
     cache = SlotCache.for_model(body, num_slots=64, num_positions=32768)
-    reserved = cache.keys_LRGSD.nbytes + cache.values_LRGSD.nbytes
+    reserved = sum(stored.nbytes for stored in (*cache.keys_RGSD, *cache.values_RGSD))
     before = psutil.Process().memory_info().rss
     for slot in range(64):
         cache.forward(body, embeds(100, slot), [(slot, 100)])
@@ -114,6 +207,7 @@ def test_rows_take_memory_only_as_they_are_filled() -> None:
 def test_padded_batches_are_read_as_before() -> None:
     """The attention is one for both ways: training and captions with a mask use the same model."""
     body = body_of("llama")
+    body.set_attn_implementation("sdpa")
     tokens = torch.randn(2, 9, 32)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, 5:] = 0
@@ -123,7 +217,38 @@ def test_padded_batches_are_read_as_before() -> None:
     assert torch.equal(found, expected)
 
 
-def test_a_base_that_sees_less_than_the_context_is_refused() -> None:
-    body = MistralModel(MistralConfig(**SHAPE, sliding_window=32))
-    with pytest.raises(ValueError, match=r"sliding_window.*64"):
-        SlotCache.for_model(body, num_slots=1, num_positions=64)
+@pytest.mark.parametrize("kind", ["capped scores", "sinks"])
+def test_padded_batches_are_read_by_the_attention_that_slots_have(kind: str) -> None:
+    body = body_of(kind)
+    tokens = torch.randn(2, 40, 32)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 25:] = 0
+    expected = body(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
+    alone = body(inputs_embeds=tokens[:1]).last_hidden_state
+    SlotCache.for_model(body, num_slots=1, num_positions=8)
+    found = body(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(body(inputs_embeds=tokens[:1]).last_hidden_state, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_memory_of_a_token_is_counted_in_every_layer() -> None:
+    assert bytes_per_token(body_of("llama"), 4) == 2 * 2 * 2 * 8 * 4
+    assert bytes_per_token(body_of("local and global layers"), 2) == 2 * 2 * 2 * 8 * 2
+    assert bytes_per_token(body_of("keys kept as latents"), 2) == 2 * (8 + 8) * 2
+
+
+def test_what_the_attention_does_not_do_is_refused_by_its_name() -> None:
+    body = body_of("llama")
+    SlotCache.for_model(body, num_slots=1, num_positions=8)
+    with pytest.raises(ValueError, match="its attention needs block_indices, position_bias"):
+        body(inputs_embeds=embeds(3, 0)[None], position_bias=torch.zeros(1), block_indices=torch.zeros(1))
+
+
+def test_layers_that_keep_another_state_than_keys_and_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="neither keys nor values"):
+        SlotCache.for_model(body_of("linear attention"), num_slots=1, num_positions=8)
+
+
+def test_a_model_that_does_not_attend_through_transformers_interface_is_refused() -> None:
+    with pytest.raises(ValueError, match="bloom does not attend through"):
+        SlotCache.for_model(body_of("bloom"), num_slots=1, num_positions=8)

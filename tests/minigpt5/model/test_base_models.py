@@ -63,6 +63,13 @@ def test_a_hub_id_is_served_from_the_hubs_cache(tmp_path: Path) -> None:
     assert resolve("someone/something") == snapshot
 
 
+def test_config_files_of_a_hub_id_are_enough_to_count_it(tmp_path: Path) -> None:
+    snapshot = hub_snapshot(tmp_path / "hub", files={"config.json": "{}"})
+    assert resolve("someone/something", has_weights=False) == snapshot
+    with pytest.raises(BaseModelNotFound, match="not in its cache"):
+        resolve("someone/something")
+
+
 def test_a_cut_short_hub_download_does_not_count(tmp_path: Path) -> None:
     index = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
     files = {"model.safetensors.index.json": index, "model-1.safetensors": "weights"}

@@ -17,7 +17,7 @@ def test_a_step_of_the_language_model_stays_on_its_device() -> None:
     config = tiny_config()
     language = tiny_language(config).to("meta")
     cache = SlotCache.for_model(language.body, num_slots=4, num_positions=64)
-    assert cache.keys_LRGSD.device.type == "meta"
+    assert cache.keys_RGSD[0].device.type == "meta"
     for counts in ([(0, 5), (1, 3)], [(0, 1), (1, 1), (2, 4)]):
         ids_1T = torch.zeros(1, sum(num for _, num in counts), dtype=torch.long)
         states_TH = cache.forward(language.body, language.embed(ids_1T)[0], counts)

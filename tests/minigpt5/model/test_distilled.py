@@ -18,8 +18,8 @@ from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.batch_invariance import make_batch_invariant
-from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.decoders.multistep_scheduler import NUM_LEVELS
+from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.folder import DISTILLED_DRAW, save_diffusion
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Picture, Vokens
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
@@ -84,7 +84,7 @@ def test_a_model_without_a_distilled_unet_is_as_it_was() -> None:
     assert BASE.draw_settings({"steps": 2}) == dataclasses.replace(GUIDED, steps=2)
 
 
-def new_decoder(diffusion: Diffusion) -> DiffusionDecoder:
+def new_decoder(diffusion: StableDiffusion) -> DiffusionDecoder:
     make_batch_invariant(diffusion)
     config = tiny_config()
     return DiffusionDecoder(config, tiny_mapper(config), diffusion)
@@ -108,7 +108,7 @@ def test_each_picture_of_a_batch_is_drawn_by_its_own_unet() -> None:
     asked = [request(1, distilled), request(2, guided), request(3, distilled), request(4, guided)]
     drawn = [pixels(picture) for picture in both.draw(asked)]
     swapped = tiny_diffusion(tiny_config(), is_distilled=True)
-    swapped.unet, swapped.distilled = swapped.distilled, None
+    swapped.denoiser, swapped.distilled = swapped.distilled, None
     alone = new_decoder(swapped)
     for index in (0, 2):
         by_itself = alone.draw([request(index + 1, dataclasses.replace(distilled, scheduler="ddim"))])[0]
@@ -127,7 +127,7 @@ def test_each_picture_of_a_batch_is_drawn_by_its_own_unet() -> None:
 def test_both_unets_are_stored(tmp_path: Path) -> None:
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
     save_diffusion(copy.deepcopy(diffusion), tmp_path)
-    again = Diffusion.from_pretrained(tmp_path)
+    again = StableDiffusion.from_pretrained(tmp_path)
     assert again.distilled is not None and diffusion.distilled is not None
     for stored, was in ((again.denoiser, diffusion.denoiser), (again.distilled, diffusion.distilled)):
         for name, value in was.state_dict().items():

@@ -78,7 +78,7 @@ def test_a_base_diffusion_model_is_never_written(tmp_path: Path) -> None:
         )
         assert not (folder / "decoder").exists()
     assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
-    assert model_folder.load_decoder_model(tmp_path / "two")[2].unet.config.sample_size == 8
+    assert model_folder.load_decoder_model(tmp_path / "two")[2].denoiser.config.sample_size == 8
 
 
 def test_a_decoder_inside_the_start_is_copied_as_it_is(tmp_path: Path) -> None:

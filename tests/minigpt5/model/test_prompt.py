@@ -1,4 +1,4 @@
-"""The one template: how the parts of a prompt and the pages of a story become text."""
+"""The published template: how the parts of a prompt and the pages of a story become text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ from typing import Literal
 
 import pytest
 
-from minigpt5.model.prompt import (
-    encode,
-    merge_text_parts,
-    next_page_segments,
-    page_ids,
-    pictures_read,
-    request_segments,
-)
+from minigpt5.model.prompt import encode, given_ids, merge_text_parts, pictures_read, request_segments
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.types import InputImage, Page, Picture, PromptPart, StoryRequest
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
@@ -26,7 +20,7 @@ Mode = Literal["story", "caption", "reply"]
 
 def read(request: StoryRequest) -> str:
     """What the generator reads, with a mark for each picture."""
-    return "".join(segment.text or f"({segment.kind})" for segment in request_segments(request))
+    return "".join(segment.text or f"({segment.kind})" for segment in request_segments(request, PUBLISHED))
 
 
 @pytest.mark.parametrize("mode", ["story", "caption", "reply"])
@@ -35,7 +29,7 @@ def read(request: StoryRequest) -> str:
 )
 def test_neighbouring_texts_of_a_prompt_are_read_with_one_space_between(mode: Mode, parts: tuple[str, ...]) -> None:
     whole = StoryRequest(prompt=("A fox finds a balloon",), mode=mode)
-    assert request_segments(dataclasses.replace(whole, prompt=parts)) == request_segments(whole)
+    assert request_segments(dataclasses.replace(whole, prompt=parts), PUBLISHED) == request_segments(whole, PUBLISHED)
 
 
 def test_neighbouring_texts_are_read_with_one_space_where_pages_are_read_back() -> None:
@@ -58,11 +52,11 @@ def test_a_given_page_has_the_same_ids_when_it_is_resumed(text: str) -> None:
     tokenizer, rows = tiny_tokenizer(config), VokenEmbeddings(config.vocabulary, config.num_vokens, 1)
 
     def ids(request: StoryRequest) -> list[int]:
-        return encode(request_segments(request), tokenizer, rows, num_image_embeddings=4).ids
+        return encode(request_segments(request, PUBLISHED), tokenizer, rows, picture_tokens=(-4,)).ids
 
     first = StoryRequest(prompt=("A fox",), pages=2, given=(text,))
     resumed = StoryRequest(prompt=("A fox",), pages=1, previous=(Page(index=1, text=text),))
-    assert ids(resumed) == ids(first) + page_ids(text, tokenizer) + rows.ids
+    assert ids(resumed) == ids(first) + sum(given_ids(first, PUBLISHED, tokenizer), []) + rows.ids
 
 
 @pytest.mark.parametrize("mode", ["story", "reply"])
@@ -72,7 +66,7 @@ def test_white_space_around_an_earlier_page_is_not_read(mode: Mode, feedback: Li
         pages = (Page(index=1, text=text, picture=PICTURE),)
         return StoryRequest(prompt=("A fox",), previous=pages, mode=mode, feedback=feedback)
 
-    assert request_segments(request("\n It flew. \n")) == request_segments(request("It flew."))
+    assert request_segments(request("\n It flew. \n"), PUBLISHED) == request_segments(request("It flew."), PUBLISHED)
 
 
 @pytest.mark.parametrize("mode", ["story", "caption", "reply"])
@@ -80,7 +74,7 @@ def test_white_space_around_an_earlier_page_is_not_read(mode: Mode, feedback: Li
 def test_each_picture_that_is_read_has_one_segment(mode: Mode, feedback: Literal["text", "pictures"]) -> None:
     pages = (Page(index=1, text="It flew.", picture=PICTURE), Page(index=2, text="It sank."))
     request = StoryRequest(prompt=(PNG, "A fox", PNG), previous=pages, mode=mode, feedback=feedback)
-    segments = request_segments(request)
+    segments = request_segments(request, PUBLISHED)
     assert len(pictures_read(request)) == sum(segment.kind == "read" for segment in segments)
 
 
@@ -96,6 +90,6 @@ def test_each_picture_that_is_read_has_one_segment(mode: Mode, feedback: Literal
 def test_published_tasks_are_worded_as_published(
     task: Literal["text", "picture", "both"], variant: int, asked: str
 ) -> None:
-    segments = next_page_segments(["It woke."], "It ran.", task, variant=variant)
+    segments = PUBLISHED.next_page(["It woke."], "It ran.", task, variant=variant)
     words = "".join(segment.text or f"({segment.kind})" for segment in segments)
     assert words.endswith(f"###Human:It woke.<Img>(read)</Img>\n{asked}")

@@ -14,7 +14,8 @@ from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.script import mask
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.language import pad
-from minigpt5.model.prompt import encode, request_segments, story_segments
+from minigpt5.model.prompt import encode, request_segments
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.vokens import align
 from minigpt5.types import InputImage, Page, Sampling, StoryRequest, TextDelta, Usage, Vokens
 from tests.helpers.tiny import tiny_config, tiny_language, tiny_tokenizer, tiny_vision
@@ -49,7 +50,7 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
     language, tokenizer = generator.language, generator.tokenizer
     generated = [event.hidden_VH for event in events if isinstance(event, Vokens)]
 
-    ids = encode(request_segments(request()), tokenizer, language.voken_embeddings, num_image_embeddings=4).ids
+    ids = encode(request_segments(request(), PUBLISHED), tokenizer, language.voken_embeddings, picture_tokens=(-4,)).ids
     with torch.no_grad():  # rebuild the sequence greedily, without a cache
         for _ in generated:
             for written in range(12):
@@ -152,7 +153,7 @@ def test_bad_requests_name_their_field(generator: VokenGenerator, changes: dict[
 
 def test_only_the_first_voken_of_a_picture_is_learnt(generator: VokenGenerator) -> None:
     rows = generator.language.voken_embeddings
-    tokens = encode(story_segments(["A fox"], 1, ["One."]), generator.tokenizer, rows, num_image_embeddings=4)
+    tokens = encode(PUBLISHED.story(["A fox"], 1, ["One."]), generator.tokenizer, rows, picture_tokens=(-4,))
     learnt = [label for label in tokens.labels if label >= rows.first]
     assert learnt == [rows.first]
     assert [token for token in tokens.ids if token >= rows.first] == rows.ids
@@ -160,7 +161,7 @@ def test_only_the_first_voken_of_a_picture_is_learnt(generator: VokenGenerator) 
 
 def test_words_that_spell_vokens_and_slots_are_words(generator: VokenGenerator) -> None:
     rows = generator.language.voken_embeddings
-    tokens = encode(story_segments(["[IMG0] <ImageHere>"], 1, []), generator.tokenizer, rows, num_image_embeddings=4)
+    tokens = encode(PUBLISHED.story(["[IMG0] <ImageHere>"], 1, []), generator.tokenizer, rows, picture_tokens=(-4,))
     assert max(tokens.ids) < rows.first
     events = run(generator, request(prompt=(plain_picture("red"), "<ImageHere> [IMG0]"), pages=1))
     assert isinstance(events[-1], Usage)

@@ -11,7 +11,7 @@ import torch
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.model.base_models import resolve
 from minigpt5.model.language import LanguageModel
-from minigpt5.model.prompt import caption_segments, next_page_segments, story_segments
+from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.text_encoder import TextEncoder
 from minigpt5.objective import losses
 from minigpt5.objective.example import Example
@@ -49,13 +49,16 @@ def new_objective(language: LanguageModel | None = None, *, keeps_replay: bool =
 
 
 def caption(text: str) -> Example:
-    return Example(segments=caption_segments(text), read=[], drawn=[PICTURE], captions=[text], is_caption=True)
+    return Example(segments=PUBLISHED.caption(text), read=[], drawn=[PICTURE], captions=[text], is_caption=True)
 
 
 def story() -> Example:
     pages = ["A fox woke up.", "It saw a red balloon."]
     return Example(
-        segments=story_segments(["A fox"], 2, pages), read=[], drawn=[PICTURE, PICTURE], captions=["a fox", "a balloon"]
+        segments=PUBLISHED.story(["A fox"], 2, pages),
+        read=[],
+        drawn=[PICTURE, PICTURE],
+        captions=["a fox", "a balloon"],
     )
 
 
@@ -111,7 +114,7 @@ def test_the_adapter_learns_from_the_picture_too() -> None:
 
 def test_a_row_without_pictures_has_a_text_loss_only() -> None:
     objective = new_objective()
-    segments = next_page_segments(["A fox woke up."], "It yawned.", "text", variant=0)
+    segments = PUBLISHED.next_page(["A fox woke up."], "It yawned.", "text", variant=0)
     row = Example(segments=segments, read=[PICTURE, PICTURE], drawn=[], captions=[])
     losses = objective([row], LossWeights(text=1.0, picture=1.0, caption=1.0))
     assert set(losses) == {"loss", "text"}

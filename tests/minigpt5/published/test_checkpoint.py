@@ -145,7 +145,7 @@ def test_the_label_of_the_last_voken_is_a_published_quirk() -> None:
     segments = [text_segment("A fox."), DRAW_TARGET, text_segment(" It ran.", is_target=True), DRAW_TARGET]
     vokens = {}
     for quirks in (False, True):
-        tokens = encode(segments, tiny_tokenizer(config), rows, num_image_embeddings=1, published_quirks=quirks)
+        tokens = encode(segments, tiny_tokenizer(config), rows, picture_tokens=(-1,), published_quirks=quirks)
         vokens[quirks] = [label - rows.first for label in tokens.labels if label >= rows.first]
         assert tokens.labels[0] == IGNORED
     assert vokens == {False: [0, 0], True: [0, 7, *range(8)]}

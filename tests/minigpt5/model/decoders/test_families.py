@@ -148,7 +148,9 @@ def test_the_mapper_feeds_it_and_a_cancelled_picture_leaves_the_others_alone(pai
 
     def request(number: int) -> DrawRequest:
         states = np.random.default_rng(number).standard_normal((config.num_vokens, config.hidden), np.float32)
-        return DrawRequest(vokens=Vokens(page=number, hidden_VH=states, fingerprint=""), seed=number, settings=draw)
+        return DrawRequest(
+            vokens=Vokens(page=number, hidden_VH=states, fingerprint=config.fingerprint), seed=number, settings=draw
+        )
 
     async def draw_two() -> list[Any]:
         async def cancelled() -> None:

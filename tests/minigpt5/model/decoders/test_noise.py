@@ -64,7 +64,7 @@ def test_a_stable_diffusion_folder_is_read_and_drawn(tmp_path: Path, prediction:
     config = tiny_config()
     tiny = tiny_diffusion(config)
     tiny.vae.save_pretrained(tmp_path / "vae")
-    tiny.unet.save_pretrained(tmp_path / "unet")
+    tiny.denoiser.save_pretrained(tmp_path / "unet")
     PNDMScheduler(**BETAS, prediction_type=prediction, skip_prk_steps=True, steps_offset=1).save_pretrained(
         tmp_path / "scheduler"
     )

@@ -1,0 +1,116 @@
+"""What the config files of base models decide of a new model's config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minigpt5.config import LoraConfig, VisionConfig
+from minigpt5.errors import ModelFolderError
+from minigpt5.types import DISTILLED
+
+DEFAULT_CONTEXT = 2048
+"""Tokens. More costs memory in every slot of the KV store, whether it is used or not."""
+LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05
+QFORMER_WIDTH, QFORMER_LAYERS, HEAD_WIDTH = 768, 6, 64
+"""Widest Q-Former of a new folder, its layers, and the width of an attention head of new parts."""
+MAPPER_WIDTH = 1024
+"""Widest transformer of a new mapper, as for Stable Diffusion 2.1. A last linear layer writes wider conditions."""
+MAX_SIZE_RATIO = 2
+"""Largest picture of a new folder, in pixels of the size that its diffusion model was trained to draw."""
+
+
+def language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
+    """The fields of ModelConfig that a language model decides. Raises ModelFolderError where its kind does not fit.
+
+    `vocabulary` is that of its matrices; its tokenizer may have fewer tokens.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    if config.is_encoder_decoder:
+        raise ModelFolderError(f"{folder} is an encoder-decoder ({config.model_type}): name a causal language model")
+    longest = longest_context(config)
+    if context_tokens and context_tokens > longest:
+        raise ModelFolderError(f"context is {context_tokens} but {folder} sees {longest} tokens: name at most that")
+    return {
+        "hidden": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "context_tokens": context_tokens or min(DEFAULT_CONTEXT, longest),
+        "lora": LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA, dropout=LORA_DROPOUT, targets=find_lora_targets(folder)),
+    }
+
+
+def longest_context(config: Any) -> int:
+    """Tokens that a language model reads with one set of positions.
+
+    Past its original length, "longrope" turns every position by other angles. Keys that are in the KV store by then
+    would have the wrong ones, and so would shorter stories of the same step.
+    """
+    longest: int = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_kind = [one for one in rope.values() if isinstance(one, dict)]
+    originals = [
+        one["original_max_position_embeddings"] for one in by_layer_kind or [rope] if one.get("rope_type") == "longrope"
+    ]
+    return min(longest, *originals) if originals else longest
+
+
+def find_lora_targets(folder: Path) -> tuple[str, ...]:
+    """The attention's query and value layers, as published, or the layer that holds both, as in Phi-3."""
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        body = AutoModel.from_config(config := AutoConfig.from_pretrained(folder))
+    body = body.get_decoder() if hasattr(config, "vision_config") else body
+    linears = {name.rpartition(".")[2] for name, module in body.named_modules() if isinstance(module, nn.Linear)}
+    fused = sorted(name for name in linears if "qkv" in name.lower() or name in ("query_key_value", "c_attn"))
+    if {"q_proj", "v_proj"} <= linears:
+        return ("q_proj", "v_proj")
+    if not fused:
+        raise ModelFolderError(
+            f"{folder} has no attention layers that LoRA knows: it has {', '.join(sorted(linears)) or 'no linear ones'}"
+        )
+    return tuple(fused)
+
+
+def diffusion_sizes(folder: Path) -> dict[str, Any]:
+    """The fields of ModelConfig that a diffusion model decides. Raises ModelFolderError where no family fits."""
+    from minigpt5.model.decoders.load import find_family
+
+    family = find_family(folder)
+    sizes = family.read_sizes(folder)
+    width = min(sizes.condition_width, MAPPER_WIDTH)
+    return {
+        "condition_length": sizes.condition_length,
+        "condition_width": sizes.condition_width,
+        "condition_pooled": sizes.condition_pooled,
+        "mapper_width": width if width < sizes.condition_width else 0,
+        "mapper_heads": max(1, width // max(HEAD_WIDTH, width // 8)),
+        "image_px": sizes.image_px,
+        "max_pixels": MAX_SIZE_RATIO * sizes.image_px**2,
+        "schedulers": tuple(name for name in family.load_noise(folder).samplers if name != DISTILLED),
+        "draw": sizes.draw,
+    }
+
+
+def tower_config(tower: Any, base_id: str) -> VisionConfig:
+    """Sizes of a tower, from one look at a black picture, and of the Q-Former that reads it."""
+    import torch
+
+    prepared_1CYX = tower.prepare(torch.zeros(1, 3, 64, 64))
+    features_1FE = tower(prepared_1CYX.to(tower.network.device))
+    hidden = min(QFORMER_WIDTH, features_1FE.shape[2])
+    heads = max(1, hidden // HEAD_WIDTH)
+    return VisionConfig(
+        family="tower",
+        encoder=base_id,
+        image_px=prepared_1CYX.shape[-1],
+        encoder_width=features_1FE.shape[2],
+        num_features=features_1FE.shape[1],
+        hidden=hidden - hidden % heads,
+        num_layers=QFORMER_LAYERS,
+        num_heads=heads,
+    )

@@ -1,0 +1,42 @@
+"""The encoders of stored rows: batch_jobs/precompute.py notes them, and training compares them with its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minigpt5.config import ModelConfig
+from minigpt5.model.cache import hash_weights
+from minigpt5.model.folder import QFORMER, find_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A frozen encoder by its weights, and the side of the pictures that it was given."""
+
+    sha256: str
+    image_px: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """Both encoders of a model. They are the same ones wherever their files lie."""
+
+    vae: Encoder
+    vision: Encoder | None
+    """None for a model that reads no pictures."""
+
+
+def find_encoders(folder: Path, config: ModelConfig, *, vae_of: Path | None = None) -> Encoders:
+    """The encoders of a model folder; `vae_of` is the folder whose `vae/` replaces its own.
+
+    Weight files are read once, and never loaded. The encoder of a vision-language model is told by the weights of the
+    whole model. Raises BaseModelNotFound and ModelFolderError as `find_part` does.
+    """
+    vae_of = vae_of or find_part(folder, config, config.diffusion)
+    vision = None
+    if config.vision.family != "none":
+        # Inside a model folder the encoder lies beside the Q-Former, which training changes.
+        sha256 = hash_weights(find_part(folder, config, config.vision.encoder), without=Path(QFORMER).name)
+        vision = Encoder(sha256=sha256, image_px=config.vision.image_px)
+    return Encoders(vae=Encoder(sha256=hash_weights(vae_of / "vae"), image_px=config.image_px), vision=vision)

@@ -1,0 +1,69 @@
+"""Rows that precompute.py encoded are learnt from only with the encoders that made them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from minigpt5.codec import from_json
+from minigpt5.errors import TrainingError
+from minigpt5.objective.encoders import Encoders
+from training.data.stored import StoredExamples, open_place
+
+ENCODED = {"moments": ("vae", "VAE"), "features": ("vision", "vision encoder")}
+"""A field of stored pictures: the encoder that fills it, and its name."""
+
+
+def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *, remedy: str) -> None:
+    """Check that this run's encoders would make of the pictures what is stored of them, as far as its stage reads it.
+
+    Rows of an earlier version do not say what encoded them; one printed line says so. Raises TrainingError, which ends
+    with `remedy`.
+    """
+    picture = next(one for one in examples.stored(0)["segments"] if one["text"] is None)
+    for field in fields_read(examples):
+        part, name = ENCODED[field]
+        if picture[field] is None:
+            if picture["picture"] is None:
+                raise TrainingError(
+                    f"the rows in {examples.uri} have neither pictures nor what a {name} makes of them, which stage "
+                    f"{examples.stage} learns from: {remedy}"
+                )
+            continue  # the run encodes the pictures itself
+        stored = load_encoders(examples.uri)
+        if stored is None:
+            print(
+                f"the rows in {examples.uri} do not say which {name} encoded them: it must be the model's", flush=True
+            )
+            continue
+        theirs, own = getattr(stored, part), getattr(find_own(), part)
+        if theirs != own:
+            seen = "none" if theirs is None else f"{theirs.sha256[:12]} at {theirs.image_px} px"
+            raise TrainingError(
+                f"the rows in {examples.uri} were encoded by another {name} ({seen}) than this run's "
+                f"({own.sha256[:12]} at {own.image_px} px): {remedy}"
+            )
+
+
+def fields_read(examples: StoredExamples) -> tuple[str, ...]:
+    """What a stage reads of pictures: see `training.data.stored.to_example`."""
+    if examples.stage == "vision":
+        return ("features",)
+    return ("moments",) if examples.stage == "align" or examples.read_px is None else ("moments", "features")
+
+
+def load_encoders(uri: str) -> Encoders | None:
+    """The encoders that a data set names: in its manifest, or in its plan while the job that writes it is not done.
+    None where it names none. Raises TrainingError where they cannot be read."""
+    files, folder = open_place(uri)
+    for name in ("manifest.json", "plan.json"):
+        path = f"{folder}/{name}"
+        try:
+            with files.open_input_stream(path, compression=None) as file:
+                values = json.loads(file.read())
+            return from_json(Encoders, values["encoders"]) if "encoders" in values else None
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            raise TrainingError(f"{uri}/{name} is damaged ({error}): encode the rows again") from error
+    return None
