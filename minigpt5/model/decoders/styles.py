@@ -85,6 +85,7 @@ class Styles:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+                warnings.filterwarnings("ignore", message="Adapter .* was active")  # of a load that fails
                 self.denoiser.load_lora_adapter(
                     tensors,
                     prefix=self._prefix,
@@ -182,5 +183,5 @@ def _adapter(name: str) -> str:
 
 def _foreign(path: Path, why: str) -> ModelFolderError:
     return ModelFolderError(
-        f"{path} does not fit the model's denoiser ({why[:300]}): train it on this one or remove it"
+        f"{path} does not fit the model's denoiser ({why[:300]}): train it on this or remove it"
     )
