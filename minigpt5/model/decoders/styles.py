@@ -182,6 +182,4 @@ def _adapter(name: str) -> str:
 
 
 def _foreign(path: Path, why: str) -> ModelFolderError:
-    return ModelFolderError(
-        f"{path} does not fit the model's denoiser ({why[:300]}): train it on this or remove it"
-    )
+    return ModelFolderError(f"{path} does not fit the model's denoiser ({why[:300]}): train it on this or remove it")
