@@ -32,7 +32,7 @@ def test_a_story_has_its_style_and_a_redrawn_picture_keeps_it_or_gets_its_own(se
     story = served.post({**CREATE, "style": "ink"}).json()
     redraw = f"/v1/stories/{story['id']}/pages/1/redraw"
     for fields in ({}, {"style": "oil"}, {"style": ""}):
-        assert served.post(fields, redraw).status_code == 200
+        assert served.post(fields, redraw).status_code == 201
     assert drawn(served) == ["ink", "ink", "oil", ""]
     [page] = served.request("GET", f"/v1/stories/{story['id']}").json()["pages"]
     assert [variant.get("style") for variant in page["variants"]] == ["ink", "ink", "oil", None]
@@ -47,12 +47,14 @@ def test_pictures_of_openais_route_have_a_style(served: Served) -> None:
 
 
 @pytest.mark.parametrize("style", ["pen", "../ink", "Ink"])
-@pytest.mark.parametrize(("path", "body"), [("/v1/stories", CREATE), ("/v1/images/generations", {"prompt": "A fox"})])
+@pytest.mark.parametrize(
+    ("path", "body", "status"), [("/v1/stories", CREATE, 422), ("/v1/images/generations", {"prompt": "A fox"}, 400)]
+)
 def test_another_style_is_refused_before_anything_is_written(
-    served: Served, path: str, body: dict[str, Any], style: str
+    served: Served, path: str, body: dict[str, Any], status: int, style: str
 ) -> None:
     reply = served.post({**body, "style": style}, path)
-    assert reply.status_code == 400
+    assert reply.status_code == status
     error = reply.json()["error"]
     assert (error["param"], error["message"]) == (
         "style",
@@ -63,5 +65,5 @@ def test_another_style_is_refused_before_anything_is_written(
 
 def test_a_model_without_styles_says_so(tmp_path: Path) -> None:
     reply = Served(tmp_path).post({**CREATE, "style": "ink"})
-    assert reply.status_code == 400
+    assert reply.status_code == 422
     assert "but this model has no styles" in reply.json()["error"]["message"]
