@@ -2,8 +2,8 @@
 
 JSON lines, CSV and parquet, the first two also gzipped, or a folder of them. A story has a `prompt`, or the
 `pages_text` of a finished one (a list; in CSV a JSON list), or both, and if wanted `id`, `pages`, `seed`, `images`
-(that the prompt shows), `steps`, `guidance_scale`, `width`, `height`, `style`. A picture to describe has an `image` and, if
-wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes in parquet.
+(that the prompt shows), `steps`, `guidance_scale`, `width`, `height`, `style`. A picture to describe has an
+`image` and, if wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes in parquet.
 """
 
 from __future__ import annotations
