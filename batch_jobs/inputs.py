@@ -2,8 +2,8 @@
 
 JSON lines, CSV and parquet, the first two also gzipped, or a folder of them. A story has a `prompt`, or the
 `pages_text` of a finished one (a list; in CSV a JSON list), or both, and if wanted `id`, `pages`, `seed`, `images`
-(that the prompt shows), `steps`, `guidance_scale`. A picture to describe has an `image` and, if wanted, `id` and
-`question`. A picture is a path, a URI, a data URL, or bytes in parquet.
+(that the prompt shows), `steps`, `guidance_scale`, `width`, `height`. A picture to describe has an `image` and, if
+wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes in parquet.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
-from minigpt5.types import MAX_PAGES
+from minigpt5.types import MAX_PAGES, MAX_SIDE
 
-COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale")
+COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale", "width", "height")
 DESCRIBE_COLUMNS = ("id", "image", "question")
 MAX_IMAGES = 8
 DEFAULT_PAGES = 4
@@ -56,6 +56,8 @@ class StoryJob:
     steps: int
     guidance_scale: float
     scheduler: str
+    width: int = 0
+    height: int = 0
     texts: tuple[str, ...] = ()
     """Texts of a finished story's pages, which stay as they are."""
     images: tuple[str | bytes, ...] = ()
@@ -215,6 +217,9 @@ def _draw_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         sent["steps"] = _whole("steps", values["steps"], 0, low=1, high=100)
     if values["guidance_scale"] is not None:
         sent["guidance_scale"] = _number("guidance_scale", values["guidance_scale"], 0, low=1, high=20)
+    for name in ("width", "height"):
+        if values[name] is not None:
+            sent[name] = _whole(name, values[name], 0, low=1, high=MAX_SIDE)
     return sent
 
 

@@ -7,6 +7,7 @@ given here; the language model is not asked.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from batch_jobs.pipeline import (
     map_with_pool,
 )
 from batch_jobs.report import Report
-from batch_jobs.stages import CLOSING_PAGE, PAGE_SCHEMA, Draw, ErrorKind, Row
+from batch_jobs.stages import CLOSING_PAGE, DRAW_COLUMNS, PAGE_SCHEMA, Draw, ErrorKind, Row
 from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.model.decoders.noise import SAMPLERS
 from minigpt5.story.stream import page_seed
@@ -70,7 +71,7 @@ class Fetch:
                         yield from (pa.Table.from_pylist([row], schema=PAGE_SCHEMA) for row in self.pages(story))
 
     def pages(self, story: Row) -> Iterator[Row]:
-        drawn = {name: getattr(self.settings, name) for name in ("steps", "guidance_scale", "scheduler")}
+        drawn = dataclasses.asdict(self.settings)
         for page in story["pages"]:
             seed = page["seed"] if self.seed is None else page_seed(self.seed, page["index"])
             texts = {"text": page["text"], "vokens": page["vokens"]}
@@ -176,13 +177,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 100 (default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="1 to 20 (default: the model's)")
     parser.add_argument("--scheduler", choices=tuple(SAMPLERS), help="(default: the model's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     return parser
 
 
 def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     """Check all that can be checked at once, then work."""
     model, config = check_model(options.model)
-    asked = {name: getattr(options, name) for name in ("steps", "guidance_scale", "scheduler")}
+    asked = {name: getattr(options, name) for name in DRAW_COLUMNS}
     chosen = config.draw_settings({name: value for name, value in asked.items() if value is not None})
     if not (1 <= chosen.steps <= 100 and 1 <= chosen.guidance_scale <= 20):
         raise MiniGPT5Error(
@@ -199,6 +202,10 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         "scheduler": chosen.scheduler,
         "seed": options.seed,
     }
+    if chosen.width or chosen.height:  # a job of version 0.2 names no size
+        plan |= {"width": chosen.width, "height": chosen.height}
+    if config.is_resampled(chosen):
+        print(f"pictures are drawn in the model's own size, {config.image_px}x{config.image_px}, and resampled")
     keeps = options.pictures == "files"
     output = Output.at(
         options.output, STORY_SCHEMA, plan, keeps_pictures=keeps, flush_s=options.flush_seconds, failpoint=failpoint

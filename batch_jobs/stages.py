@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Generator as Generates
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
@@ -92,12 +92,16 @@ PAGE_SCHEMA = pa.schema(
         "steps": pa.int32(),
         "guidance_scale": pa.float64(),
         "scheduler": pa.string(),
+        "width": pa.int32(),  # as in DrawSettings
+        "height": pa.int32(),
         "num_pages": pa.int32(),  # of the story that is closed: pages that were written
         "error": pa.string(),
         "kind": pa.string(),  # of the error
         "seconds": pa.float64(),  # what an engine worked on this row
     }
 )
+DRAW_COLUMNS = tuple(field.name for field in fields(DrawSettings))
+"""Columns of a page that say how its picture is drawn."""
 CAPTION_SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -151,7 +155,7 @@ class Write:
 
     def write(self, job: StoryJob) -> Iterator[Row]:
         """The pages of one story and its closing row. A story that fails keeps the pages that it has."""
-        common = {"id": job.id, "steps": job.steps, "guidance_scale": job.guidance_scale, "scheduler": job.scheduler}
+        common = {"id": job.id, **{name: getattr(job, name) for name in DRAW_COLUMNS}}
         stored = self.store.load_texts(job.id)
         num_stored = len(stored)
         for page, known in enumerate(stored, start=1):
@@ -265,7 +269,7 @@ class Draw:
         return {**page, "has_picture": error is None, "error": error, "kind": kind, "seconds": seconds}
 
     def _draw(self, page: Row) -> bytes:
-        settings = DrawSettings(steps=page["steps"], guidance_scale=page["guidance_scale"], scheduler=page["scheduler"])
+        settings = DrawSettings(**{name: page[name] for name in DRAW_COLUMNS})
         vokens = unpack(page["vokens"], page=page["page"])
         png = b""
         for event in drain(self.seat.engine.decode(DrawRequest(vokens=vokens, seed=page["seed"], settings=settings))):

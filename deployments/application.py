@@ -1,7 +1,6 @@
 """The builder: arguments -> Serve application. Every `.bind()` of the project is here."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
@@ -16,6 +15,7 @@ from deployments.stories.ledger import LocalLedger
 from minigpt5.config import default_model_folder
 from minigpt5.model.folder import load_config, locate, shared_name
 from minigpt5.story.store import default_storage
+from minigpt5.types import Precision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
@@ -63,8 +63,9 @@ class AppArgs(BaseModel):
     decoder_max_replicas: int = Field(default=2, ge=1)
     decoder_num_cpus: float = Field(default=1, gt=0)
     decoder_num_gpus: float = Field(default=0, ge=0)
-    decoder_precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the UNet: bfloat16 is faster, and a picture then depends a little on its batch."""
+    decoder_precision: Precision | None = None
+    """Precision of the denoiser and the VAE; none: float32 on a CPU, and bfloat16 on a GPU. Below float32 a replica is
+    smaller and faster, and a picture depends a little on its batch."""
     decoder_num_threads: int = Field(default=2, ge=1)
     log_level: str = "INFO"
 

@@ -291,6 +291,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     create.add_argument("--seed", type=int)
     create.add_argument("--steps", type=int)
     create.add_argument("--guidance-scale", type=float)
+    create.add_argument("--width", type=int)
+    create.add_argument("--height", type=int)
     create.add_argument("--feedback", choices=("text", "pictures"), default="text")
     create.add_argument("--out", type=Path, help="book to write at the end: .html, .epub or .pdf")
     commands.add_parser("list", help="stories, newest first")
@@ -309,6 +311,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     one["continue"].add_argument("--count", type=int, default=1)
     one["redraw"].add_argument("page", type=int)
     one["redraw"].add_argument("--seed", type=int)
+    one["redraw"].add_argument("--width", type=int)
+    one["redraw"].add_argument("--height", type=int)
     one["export"].add_argument("out", type=Path, help=".html, .epub or .pdf")
     return parser.parse_args(arguments)
 
@@ -321,7 +325,7 @@ def run(client: Client, options: argparse.Namespace) -> None:
     if options.command == "create":
         if options.out and options.out.suffix not in BOOKS:
             raise ClientError(f"{options.out} must end in one of {', '.join(BOOKS)}")
-        settings = chosen("pages", "seed", "steps", "guidance_scale", "feedback")
+        settings = chosen("pages", "seed", "steps", "guidance_scale", "width", "height", "feedback")
         story = client.submit(options.prompt, **settings)
         story = show_progress(client.follow(story["id"]), options.pages)
         print(client.export(story["id"], options.out) if options.out else story["id"])
@@ -332,7 +336,7 @@ def run(client: Client, options: argparse.Namespace) -> None:
         pages = len(client.story(options.id)["pages"]) + options.count
         show_progress(client.add_pages(options.id, options.count), pages)
     elif options.command == "redraw":
-        print(client.url + client.redraw(options.id, options.page, **chosen("seed"))["image"]["url"])
+        print(client.url + client.redraw(options.id, options.page, **chosen("seed", "width", "height"))["image"]["url"])
     elif options.command == "export":
         print(client.export(options.id, options.out))
     elif options.command == "list":

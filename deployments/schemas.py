@@ -16,7 +16,16 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.pictures import ACCEPTED, open_picture
 from minigpt5.story.state import ImageState, PageState, StoryState
 from minigpt5.story.voken_file import unpack
-from minigpt5.types import MAX_PAGES, DrawRequest, DrawSettings, InputImage, PromptPart, Sampling, StoryRequest
+from minigpt5.types import (
+    MAX_PAGES,
+    MAX_SIDE,
+    DrawRequest,
+    DrawSettings,
+    InputImage,
+    PromptPart,
+    Sampling,
+    StoryRequest,
+)
 
 MAX_PROMPT_CHARACTERS = 16_000
 MAX_PROMPT_PARTS = 32
@@ -70,7 +79,10 @@ Prompt = Annotated[
 ]
 
 
-Scheduler = Literal["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "distilled"]
+Scheduler = Literal["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "euler", "euler-ancestral", "lcm", "distilled"]
+"""Every family's; a request for one that the model does not draw with is refused (ModelConfig.check_draw)."""
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+"""Pixels; the lower bound depends on the model (ModelConfig.side_bounds)."""
 
 
 class CreateStory(Body):
@@ -83,6 +95,8 @@ class CreateStory(Body):
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
     scheduler: Scheduler | None = None
+    width: Side | None = None
+    height: Side | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_page_tokens: Annotated[int, Field(ge=0, le=512)] | None = None
@@ -108,6 +122,8 @@ class Redraw(Body):
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
     scheduler: Scheduler | None = None
+    width: Side | None = None
+    height: Side | None = None
 
 
 class CreatePicture(Redraw):
@@ -222,6 +238,8 @@ class ImageReply(BaseModel):
     width: int
     height: int
     seed: int
+    resampled: bool | None = None
+    """True where the model drew the picture in its own size, which was then resampled; else left out."""
 
 
 class VariantReply(BaseModel):
@@ -230,6 +248,8 @@ class VariantReply(BaseModel):
     steps: int
     guidance_scale: float
     scheduler: str
+    width: int
+    height: int
 
 
 class PageReply(BaseModel):
@@ -272,7 +292,13 @@ def page_reply(story_id: str, page: PageState) -> PageReply:
     reply = PageReply(index=page.index, text=page.text, error=page.error)
     if page.image:
         url = picture_url(story_id, page.index)
-        image = ImageReply(url=url, width=page.image.width, height=page.image.height, seed=page.image.seed)
+        image = ImageReply(
+            url=url,
+            width=page.image.width,
+            height=page.image.height,
+            seed=page.image.seed,
+            resampled=page.image.is_resampled or None,
+        )
         variants = [
             VariantReply(
                 url=f"{url}?variant={k}",
@@ -280,6 +306,8 @@ def page_reply(story_id: str, page: PageState) -> PageReply:
                 steps=variant.draw.steps,
                 guidance_scale=variant.draw.guidance_scale,
                 scheduler=variant.draw.scheduler,
+                width=variant.width,
+                height=variant.height,
             )
             for k, variant in enumerate(page.variants or (page.image,))
         ]
@@ -369,6 +397,10 @@ class ModelReply(BaseModel):
     image_size: str
     context_tokens: int
     max_pages: int = MAX_PAGES
+    max_pixels: int
+    """Largest picture that is drawn at the width and height of a request; 0: none is, and it is resampled."""
+    size_multiple: int
+    """Such a width or height is a multiple of this many pixels."""
     schedulers: list[str]
     """What pictures can be drawn with."""
     defaults: Defaults

@@ -15,7 +15,7 @@ from minigpt5.commands import check_default_model
 from minigpt5.config import default_model_folder
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
 from minigpt5.model.folder import load_config, locate
-from minigpt5.types import MAX_PAGES, PageDone, StoryEvent, TextDelta
+from minigpt5.types import MAX_PAGES, MAX_SIDE, MIN_SIDE, PageDone, StoryEvent, TextDelta
 
 PROGRAM = "python -m minigpt5"
 
@@ -55,6 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("prompt", nargs="?", help="what the story is about; else $MINIGPT5_PROMPT")
     parser.add_argument("--pages", type=int, default=4, help=f"1 to {MAX_PAGES} (default %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="the same seed, the same story (default %(default)s)")
+    low, high = MIN_SIDE, MAX_SIDE
+    parser.add_argument(
+        "--width", type=int, default=0, help=f"of a picture, {low} to {high} pixels (default: the model's)"
+    )
+    parser.add_argument("--height", type=int, default=0, help="as --width")
     parser.add_argument("--out", default="story.html", help="the storybook (default %(default)s)")
     parser.add_argument(
         "--model", default=str(default_model_folder()), help="model folder, URI or hub id (default %(default)s)"
@@ -64,7 +69,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not prompt.strip():
             print(describe(options.model), file=sys.stderr)
-        print(write(prompt, pages=options.pages, seed=options.seed, out=options.out, model=options.model))
+        print(
+            write(
+                prompt,
+                pages=options.pages,
+                seed=options.seed,
+                out=options.out,
+                model=options.model,
+                width=options.width,
+                height=options.height,
+            )
+        )
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,7 +99,7 @@ def describe(model: str) -> str:
     )
 
 
-def write(prompt: str, *, pages: int, seed: int, out: str, model: str) -> str:
+def write(prompt: str, *, pages: int, seed: int, out: str, model: str, width: int = 0, height: int = 0) -> str:
     """Write the storybook and return its path. What can be refused at once is, before the model is loaded."""
     if not prompt.strip():
         raise InvalidRequest("prompt", "prompt is empty: say what the story is about")
@@ -95,12 +110,19 @@ def write(prompt: str, *, pages: int, seed: int, out: str, model: str) -> str:
     if not Path(out).parent.is_dir():
         raise StorageError(f"{out} cannot be written: there is no folder {Path(out).parent}; create it or name another")
     check_default_model(model)
-    if summary := load_config(locate(model)).summary:
-        print(summary, file=sys.stderr)
+    config = load_config(locate(model))
+    if config.summary:
+        print(config.summary, file=sys.stderr)
+    draw = config.draw_settings({"width": width, "height": height})
+    if config.is_resampled(draw):
+        own = f"{config.image_px}x{config.image_px}"
+        print(f"pictures are drawn in the model's own size, {own}, and resampled", file=sys.stderr)
     from minigpt5 import MiniGPT5
 
     teller = Teller()
-    story = MiniGPT5.from_pretrained(model).write(prompt, pages=pages, seed=seed, on_event=teller.tell, progress=False)
+    story = MiniGPT5.from_pretrained(model).write(
+        prompt, pages=pages, seed=seed, draw=draw, on_event=teller.tell, progress=False
+    )
     teller.end()
     return story.save(out)
 

@@ -14,7 +14,15 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from minigpt5.errors import InvalidRequest
-from minigpt5.types import DISTILLED, MAX_DISTILLED_STEPS, SDE_DPM_SOLVER, DrawSettings, Sampling
+from minigpt5.types import (
+    DISTILLED,
+    MAX_DISTILLED_STEPS,
+    MAX_SIDE,
+    MIN_SIDE,
+    SDE_DPM_SOLVER,
+    DrawSettings,
+    Sampling,
+)
 
 MAX_ABOUT_CHARACTERS = 1000
 MAX_EXAMPLES = 12
@@ -146,6 +154,8 @@ class ModelConfig:
     """Side of a drawn picture."""
     max_pixels: int = 0
     """Largest picture that is drawn at the width and height that a request names; 0: none is, and it is resampled."""
+    size_multiple: int = 8
+    """Such a width or height is a multiple of this many pixels."""
     schedulers: tuple[str, ...] = ("ddim", "pndm", "dpm-solver++", SDE_DPM_SOLVER, DISTILLED)
     """Samplers of the diffusion model; DISTILLED needs a distilled UNet."""
     guidance_rescale: float = 0.0
@@ -199,7 +209,41 @@ class ModelConfig:
 
     def drawable(self, draw: DrawSettings) -> DrawSettings:
         """Settings of a story, perhaps begun with a model that had a distilled UNet where this one has none."""
-        return self.draw if draw.scheduler == DISTILLED and not self.draw_distilled else draw
+        if draw.scheduler != DISTILLED or self.draw_distilled:
+            return draw
+        return dataclasses.replace(self.draw, width=draw.width, height=draw.height)
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers that draw with this model."""
+        return tuple(name for name in self.schedulers if name != DISTILLED or self.draw_distilled)
+
+    @property
+    def side_bounds(self) -> tuple[int, int]:
+        """Smallest and largest side of a picture that a request may ask for."""
+        return min(MIN_SIDE, self.image_px), MAX_SIDE
+
+    def size_of(self, draw: DrawSettings) -> tuple[int, int]:
+        """Width and height of the picture that a request gets."""
+        return draw.width or self.image_px, draw.height or self.image_px
+
+    def native(self, draw: DrawSettings) -> DrawSettings:
+        """Settings as the diffusion model draws them: of a size that it cannot draw, in its own size (0)."""
+        width, height = self.size_of(draw)
+        is_own = width == height == self.image_px
+        fits = width * height <= self.max_pixels and not width % self.size_multiple and not height % self.size_multiple
+        if is_own or not fits:
+            width = height = 0
+        return dataclasses.replace(draw, width=width, height=height)
+
+    def is_resampled(self, draw: DrawSettings) -> bool:
+        """Whether a picture is drawn in the model's own size and then resampled."""
+        return self.size_of(self.native(draw)) != self.size_of(draw)
+
+    def relative_pixels(self, draw: DrawSettings) -> float:
+        """Pixels that the diffusion model draws, by those of its own size: what a step costs."""
+        width, height = self.size_of(self.native(draw))
+        return width * height / self.image_px**2
 
     def draw_settings(self, sent: Mapping[str, Any], *, like: DrawSettings | None = None) -> DrawSettings:
         """The fields of DrawSettings that a request sent, the others as in `like` (default: the model's default).
@@ -209,12 +253,28 @@ class ModelConfig:
         """
         base = self.drawable(like) if like else self.default_draw
         asked = dataclasses.replace(base, **sent)
+        sent = {"width": base.width, "height": base.height, **sent}
         if base.scheduler == DISTILLED and not fits_distilled(asked) and sent.get("scheduler") != DISTILLED:
             asked = dataclasses.replace(self.draw, **sent)
         elif base.scheduler != DISTILLED and asked.scheduler == DISTILLED and self.draw_distilled:
             asked = dataclasses.replace(self.draw_distilled, **sent)
-        check_distilled(asked, has_distilled=self.draw_distilled is not None)
+        self.check_draw(asked)
         return asked
+
+    def check_draw(self, draw: DrawSettings) -> None:
+        """Raises InvalidRequest where this model has no such sampler, or draws no such size."""
+        check_distilled(draw, has_distilled=self.draw_distilled is not None)
+        if draw.scheduler not in self.samplers:
+            names = ", ".join(self.samplers)
+            raise InvalidRequest("scheduler", f"scheduler is {draw.scheduler!r} but must be one of {names}")
+        self.check_size(draw)
+
+    def check_size(self, draw: DrawSettings) -> None:
+        """Raises InvalidRequest."""
+        low, high = self.side_bounds
+        for name, side in (("width", draw.width), ("height", draw.height)):
+            if side and not low <= side <= high:
+                raise InvalidRequest(name, f"{name} is {side} but must be from {low} to {high}")
 
 
 def _check_shown(key: str, text: str, *, most: int, allowed: str = "") -> None:

@@ -42,16 +42,12 @@ def count_parts(parts: Parts) -> dict[str, int]:
 
 def count_trained(parts: Parts) -> dict[str, int]:
     """Parameters that each stage of the published preset trains."""
-    vokens = _count(parts.language.voken_embeddings)
+    vokens, mapper = _count(parts.language.voken_embeddings), parts.mapper
     return {
         "vision": _count(parts.vision.qformer),
-        "align": vokens + _count(parts.mapper),
+        "align": vokens + _count(mapper),
         # As published, learn leaves `fc` and the queries as align made them.
-        "learn": vokens
-        + _count(parts.mapper)
-        - _count(parts.mapper.fc)
-        - parts.mapper.queries.numel()
-        + count_lora(parts),
+        "learn": vokens + _count(mapper) - _count(mapper.fc) - mapper.queries.numel() + count_lora(parts),
     }
 
 

@@ -11,7 +11,7 @@ import re
 import threading
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from minigpt5.errors import BadPicture
 
@@ -89,6 +89,14 @@ def open_picture(data: bytes, *, name: str = "picture") -> Image.Image:
         raise BadPicture(name, f"{fault}: send the whole file") from error
     upright.info = {}  # else a copy that is saved would carry the old colour profile
     return upright
+
+
+def resample(data: bytes, size: tuple[int, int]) -> bytes:
+    """A PNG file that we drew -> one of this width and height. If the shapes differ, it is cropped to its middle."""
+    file = io.BytesIO()
+    with _DECODED_AT_ONCE, Image.open(io.BytesIO(data)) as picture:
+        ImageOps.fit(picture.convert("RGB"), size, Image.Resampling.LANCZOS).save(file, "PNG")
+    return file.getvalue()
 
 
 def _open(data: bytes, name: str) -> Image.Image:

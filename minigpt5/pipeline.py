@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt5.blocking import run_blocking
-from minigpt5.config import ModelConfig, check_distilled
+from minigpt5.config import ModelConfig
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.threads import share
@@ -73,7 +73,7 @@ class MiniGPT5:
 
         `on_event` is called with every event, in order and in this thread; what it raises stops the work. `progress`
         shows a bar; by default on a terminal and in a notebook. Raises InvalidRequest where the prompt is empty or too
-        long.
+        long, or where the model cannot draw as `draw` says.
         """
         request = self._story_request(prompt, pages=pages, seed=seed, draw=draw)
         with shown_progress(progress, request, on_event) as observe:
@@ -105,7 +105,7 @@ class MiniGPT5:
             draw=draw or self.config.default_draw,
         )
         self.generator.validate_request(request)
-        check_distilled(request.draw, has_distilled=self.config.draw_distilled is not None)
+        self.config.check_draw(request.draw)
         return request
 
     async def _write(self, request: StoryRequest, on_event: Callable[[StoryEvent], None]) -> Story:

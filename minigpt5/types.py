@@ -17,6 +17,9 @@ import numpy as np
 MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
+MIN_SIDE = 64
+MAX_SIDE = 4096
+"""Pixels of a requested width or height."""
 NUM_PREVIEWS = 3
 """Previews of each picture of a story, where they are asked for."""
 MAX_DISTILLED_STEPS = 8
@@ -68,7 +71,7 @@ class DrawSettings:
     """One of the model's samplers (noise.py). SDE_DPM_SOLVER draws new noise at every step, which corrects some earlier
     errors. DISTILLED draws with the distilled UNet, which includes guidance and needs few steps."""
     width: int = 0
-    """Pixels; 0: as the model was trained to draw."""
+    """Pixels, 64 to MAX_SIDE; 0: as the model was trained to draw. A size that the model does not draw is resampled."""
     height: int = 0
 
 
@@ -187,6 +190,8 @@ class Picture:
     height: int
     seed: int
     denoise_steps: int
+    is_resampled: bool = False
+    """Whether it was drawn in the model's own size, and then resampled to the size of the request."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -21,16 +22,15 @@ from pydantic import BaseModel, Field, field_validator
 from deployments.api.drawing import draw
 from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
-from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note, refuse_unserved
+from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note
 from deployments.api.replies import EventStream, sign_urls
-from deployments.schemas import check_prompt_text
+from deployments.schemas import check_prompt_text, shown
 from deployments.sse import encode
 from deployments.stories.admission import Reservation
-from minigpt5.types import NUM_PREVIEWS, DrawRequest, Picture, Progress, StoryRequest, Usage, Vokens
+from minigpt5.config import ModelConfig
+from minigpt5.types import NUM_PREVIEWS, DrawRequest, DrawSettings, Picture, Progress, StoryRequest, Usage, Vokens
 
 MAX_PICTURES = 10
-SIZES = ("256x256", "512x512", "1024x1024", "1536x1024", "1024x1536", "1792x1024", "1024x1792")
-"""OpenAI's: pictures are drawn in the model's own size, and resampled."""
 Kind = Literal["png", "jpeg", "webp"]
 FILE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -48,6 +48,7 @@ class CreateImages(OpenAIBody):
     prompt: str
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = None
     size: str | None = None
+    """"auto" or WIDTHxHEIGHT; a size that the model does not draw is resampled from its own."""
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Kind | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
@@ -125,6 +126,9 @@ class ImagesReply(BaseModel):
     background: Literal["opaque"] = "opaque"
     usage: ImagesUsage
     x_native_size: str
+    """The model's own size."""
+    x_resampled: bool = False
+    """Whether pictures were drawn in the model's own size and then resampled to `size`. Left out where not."""
     x_ignored: list[str] = []
     """Names of the request's fields that nothing was done about. Left out where there are none."""
 
@@ -134,6 +138,7 @@ class Output:
     """How pictures are sent."""
 
     native_size: str
+    is_resampled: bool
     width: int
     height: int
     kind: Kind
@@ -141,19 +146,20 @@ class Output:
     """Of a JPEG or WebP file, 0 to 100."""
 
     @classmethod
-    def of(cls, body: CreateImages, native_size: str) -> Output:
-        width, _, height = (native_size if body.size in (None, "auto") else str(body.size)).partition("x")
+    def of(cls, body: CreateImages, config: ModelConfig, draw_settings: DrawSettings) -> Output:
+        width, height = config.size_of(draw_settings)
         quality = 100 if body.output_compression is None else body.output_compression
         return cls(
-            native_size=native_size,
-            width=int(width),
-            height=int(height),
+            native_size=f"{config.image_px}x{config.image_px}",
+            is_resampled=config.is_resampled(draw_settings),
+            width=width,
+            height=height,
             kind=body.output_format or "png",
             quality=quality,
         )
 
     @property
-    def described(self) -> dict[str, str]:
+    def described(self) -> dict[str, str | bool]:
         """Fields of a reply."""
         size = f"{self.width}x{self.height}"
         return {
@@ -161,10 +167,11 @@ class Output:
             "output_format": self.kind,
             "background": "opaque",
             "x_native_size": self.native_size,
+            **({"x_resampled": True} if self.is_resampled else {}),
         }
 
     def convert(self, data: bytes) -> bytes:
-        """A picture file as it is sent. If the shapes differ, the picture is cropped to its middle."""
+        """A picture or preview as it is sent. If the shapes differ, it is cropped to its middle."""
         size = (self.width, self.height)
         with Image.open(io.BytesIO(data)) as picture:
             if picture.size == size and picture.format == "PNG" and self.kind == "png":
@@ -178,17 +185,16 @@ class Output:
 @images.post("/v1/images/generations", response_model=ImagesReply, responses=EVENTS)
 async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) -> Response:
     """Pictures of a caption. A client that goes away stops the work."""
-    native_size = f"{front.config.image_px}x{front.config.image_px}"
     check_model(body.model, front.config.name)
-    refuse_unserved(body, {"size": ("auto", native_size, *SIZES)})
+    size = read_size(body.size, front.config)
     if body.stream and body.response_format == "url":
         message = 'response_format is "url" but the events of a stream carry their pictures: leave it out'
         raise ApiError(400, message, param="response_format", code="unsupported_value")
     check_texts(front, [body.prompt], "prompt")
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    draw_settings = body.draw_settings(front.config)
+    draw_settings = body.draw_settings(front.config, **size)
     request = StoryRequest(prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=draw_settings, key=client)
-    output = Output.of(body, native_size)
+    output = Output.of(body, front.config, draw_settings)
     if body.stream:
         return EventStream(stream_images(front, body, request, output), error_name="error")
     seeds = range(seed, seed + (body.n or 1))
@@ -213,6 +219,22 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
             **note(body.ignored),
         }
     )
+
+
+def read_size(size: str | None, config: ModelConfig) -> dict[str, int]:
+    """Width and height; nothing where the model's own size is asked for. Raises ApiError."""
+    if size in (None, "auto"):
+        return {}
+    low, high = config.side_bounds
+    found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", str(size), re.ASCII)
+    width, height = map(int, found.groups()) if found else (0, 0)
+    if not (low <= width <= high and low <= height <= high):
+        message = (
+            f'size is {shown(size)}, which is not served here: leave it out, or send "auto" or WIDTHxHEIGHT, each from '
+            f"{low} to {high}"
+        )
+        raise ApiError(400, message, param="size", code="unsupported_value")
+    return {"width": width, "height": height}
 
 
 async def stream_images(front: Front, body: CreateImages, request: StoryRequest, output: Output) -> AsyncGenerator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends
@@ -11,8 +10,7 @@ from fastapi.responses import Response
 from deployments.api.errors import ApiError, document
 from deployments.api.front import Front, FrontOf, refuse_unknown_query
 from deployments.api.openai_body import check_model
-from deployments.schemas import CreateStory, Defaults, ExampleReply, ModelList, ModelReply, Scheduler, shown
-from minigpt5.types import DISTILLED
+from deployments.schemas import CreateStory, Defaults, ExampleReply, ModelList, ModelReply, shown
 
 models = APIRouter(dependencies=[Depends(refuse_unknown_query)])
 
@@ -56,7 +54,9 @@ def _model_reply(front: Front) -> ModelReply:
         fingerprint=config.fingerprint,
         image_size=f"{config.image_px}x{config.image_px}",
         context_tokens=config.context_tokens,
-        schedulers=[name for name in get_args(Scheduler) if name != DISTILLED or config.draw_distilled],
+        max_pixels=config.max_pixels,
+        size_multiple=config.size_multiple,
+        schedulers=list(config.samplers),
         defaults=Defaults(
             pages=CreateStory.model_fields["pages"].default,
             steps=config.default_draw.steps,

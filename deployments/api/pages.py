@@ -15,7 +15,7 @@ from deployments.api.front import ClientOf, FrontOf, check_owner, check_texts
 from deployments.api.replies import BEGUN, answer, reply
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
 from minigpt5.errors import InvalidRequest
-from minigpt5.story.state import ImageState, PageState, StoryState
+from minigpt5.story.state import PageState, StoryState, image_state
 from minigpt5.types import MAX_PAGES, DrawRequest
 
 MAX_VARIANTS = 16
@@ -91,7 +91,7 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
         vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
         seed, draw = redrawn(body, old.image, front.config)
         picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
-        image = ImageState(width=picture.width, height=picture.height, seed=seed, draw=draw)
+        image = image_state(picture, draw)
         number = len(variants)
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
 

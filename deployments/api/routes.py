@@ -185,7 +185,8 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
         message = "vokens are of another model than the one that is served: only its own decoder may draw them"
         raise InvalidRequest("vokens", message)
     picture = await draw_alone(front, request)
-    return Response(picture.png, media_type="image/png", headers={"X-Seed": str(picture.seed)})
+    headers = {"X-Seed": str(picture.seed), **({"X-Resampled": "true"} if picture.is_resampled else {})}
+    return Response(picture.png, media_type="image/png", headers=headers)
 
 
 @stories.post("/v1/stories/{story_id}/cancel", response_model=StoryReply, response_model_exclude_none=True)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Literal
 
 from deployments.engines.metrics import watch
 from deployments.engines.throttle import throttle_progress
-from minigpt5.types import DecoderEvent, DrawRequest, Picture
+from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision
 
 
 class DiffusionDecoder:
     """Draws vokens."""
 
     def __init__(
-        self, model: str, num_threads: int, precision: Literal["float32", "bfloat16"], filters: tuple[str, ...] = ()
+        self, model: str, num_threads: int, precision: Precision | None = None, filters: tuple[str, ...] = ()
     ) -> None:
         from minigpt5.engine.decoder import DiffusionDecoder as Engine
         from minigpt5.story.safety import PictureFilter

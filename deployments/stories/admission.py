@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-from minigpt5.types import Picture, Progress, SlotOpened, StoryEvent, StoryRequest, Vokens
+from minigpt5.types import DrawSettings, Picture, Progress, SlotOpened, StoryEvent, StoryRequest, Vokens
 
 Engine = Literal["generator", "decoder"]
 ENGINES: tuple[Engine, ...] = ("generator", "decoder")
@@ -67,10 +67,18 @@ class Load:
 class Admission:
     """The work that has been promised, by engine and client."""
 
-    def __init__(self, *, max_wait_s: float, max_running: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        max_wait_s: float,
+        max_running: int,
+        relative_pixels: Callable[[DrawSettings], float] = lambda draw: 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """A request is refused where it would be done in more than `max_wait_s`, unless it would be on an idle server
-        too; and beyond `max_running`, which bounds memory."""
+        too; and beyond `max_running`, which bounds memory. `relative_pixels`: see ModelConfig."""
         self.max_wait_s, self.max_running = max_wait_s, max_running
+        self.relative_pixels = relative_pixels
         self.num_running = 0
         self.others = Load()
         """Load of the other fronts, as they last reported it."""
@@ -97,7 +105,7 @@ class Admission:
 
     def wait_s(self, request: StoryRequest, *, num_pictures: int = 1) -> float:
         """Seconds until `request` would be done."""
-        costs = predict(request, num_pictures=num_pictures)
+        costs = predict(request, num_pictures=num_pictures, relative_pixels=self.relative_pixels(request.draw))
         return max(self._wait_s(engine, request.key, costs[engine]) for engine in ENGINES)
 
     def reserve(self, request: StoryRequest, *, num_pictures: int = 1) -> Reservation:
@@ -154,9 +162,10 @@ class Reservation:
 
     def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int) -> None:
         self._admission, self._key = admission, request.key
-        self._left = predict(request, num_pictures=num_pictures)
+        self._relative_pixels = admission.relative_pixels(request.draw)
+        self._left = predict(request, num_pictures=num_pictures, relative_pixels=self._relative_pixels)
         self._page_tokens = self._left["generator"] / request.pages
-        self._samples = samples_per_step(request)
+        self._samples = samples_per_step(request) * self._relative_pixels
         self._steps: dict[int, int] = {}
         """Steps done, by page: not every one is told of."""
         self._is_left = False
@@ -171,7 +180,7 @@ class Reservation:
             self._take("decoder", self._samples * max(0, event.step - self._steps.get(event.page, 0)))
             self._steps[event.page] = event.step
         elif isinstance(event, Picture):
-            self._take("decoder", FINISH_SAMPLES)
+            self._take("decoder", FINISH_SAMPLES * self._relative_pixels)
 
     def release(self) -> None:
         """Give the place back; a second time does nothing."""
@@ -196,14 +205,14 @@ class Reservation:
         self.release()
 
 
-def predict(request: StoryRequest, *, num_pictures: int = 1) -> dict[Engine, float]:
-    """The most that a request may cost: tokens and UNet samples."""
+def predict(request: StoryRequest, *, num_pictures: int = 1, relative_pixels: float = 1.0) -> dict[Engine, float]:
+    """The most that a request may cost: tokens, and UNet samples of the model's own size."""
     prompt = sum(len(part) for part in request.prompt if isinstance(part, str)) / CHARACTERS_PER_TOKEN
     num_texts = {"story": request.pages, "reply": 1, "caption": 0}[request.mode]
     num_drawn = 0 if request.pictures == "none" else request.pages * num_pictures
     return {
         "generator": prompt + num_texts * request.sampling.max_page_tokens + 1.0,
-        "decoder": num_drawn * (request.draw.steps * samples_per_step(request) + FINISH_SAMPLES),
+        "decoder": num_drawn * relative_pixels * (request.draw.steps * samples_per_step(request) + FINISH_SAMPLES),
     }
 
 

@@ -9,6 +9,7 @@ positions, D condition width.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -30,6 +31,7 @@ from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
+from minigpt5.pictures import resample
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
 
 PREVIEW_PX = 64
@@ -40,8 +42,9 @@ PICTURE_BYTES = 64 * 2**20
 class _Job(Job[DecoderEvent]):
     """A picture that is asked for; `denoising` from its first step on."""
 
-    def __init__(self, request: DrawRequest, *, is_guided: bool) -> None:
-        self.num_samples = 2 if is_guided else 1
+    def __init__(self, request: DrawRequest, *, is_guided: bool, relative_pixels: float) -> None:
+        self.num_samples = (2 if is_guided else 1) * relative_pixels
+        """Places in a step: one for a prediction of the model's own size."""
         super().__init__(key=request.key, cost=request.settings.steps * self.num_samples)
         self.request = request
         self.denoising: Denoising | None = None
@@ -60,7 +63,8 @@ class DiffusionDecoder:
         max_jobs: int = 512,
         num_threads: int | None = None,
     ) -> None:
-        """At most `max_batch` guided pictures share a step; others wait, and beyond `max_jobs` they are refused.
+        """At most `max_batch` guided pictures of the model's own size share a step, or as many pixels in larger ones;
+        a picture that is larger than that has a step alone. Others wait, and beyond `max_jobs` they are refused.
         `num_threads`: torch threads of a step, at most (default: as many as here)."""
         self.config = config
         self.fingerprint = config.fingerprint
@@ -109,7 +113,8 @@ class DiffusionDecoder:
 
     @property
     def queued_cost(self) -> float:
-        """UNet samples that all pictures here still need: one for each step, two where it is guided."""
+        """UNet samples of the model's own size that all pictures here still need: one for each step, two where it is
+        guided."""
         return self._loop.queued_cost
 
     @property
@@ -136,21 +141,31 @@ class DiffusionDecoder:
             )
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
-        self.diffusion.latent_shape(settings)
+        self.config.check_size(settings)
+        self.diffusion.latent_shape(self.config.native(settings))
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
-        stops the work at the next step.
+        stops the work at the next step. A size that the model does not draw is resampled from its own.
 
         Raises what `validate_request` raises, or EngineFull.
         """
         self.validate_request(request)
+        native = dataclasses.replace(request, settings=self.config.native(request.settings))
+        async with contextlib.aclosing(self._decode_native(native)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield await asyncio.to_thread(self._fit, event, request) if isinstance(event, Picture) else event
+
+    async def _decode_native(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         if known := self._pictures.get(content_key(request)):
             yield dataclasses.replace(known, page=request.vokens.page)
             return
-        async with contextlib.aclosing(
-            self._loop.run(_Job(request, is_guided=self.diffusion.is_guided(request.settings)))
-        ) as events:
+        job = _Job(
+            request,
+            is_guided=self.diffusion.is_guided(request.settings),
+            relative_pixels=self.config.relative_pixels(request.settings),
+        )
+        async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:
                 yield event
 
@@ -160,7 +175,8 @@ class DiffusionDecoder:
         pictures = self._begin(requests)
         while running := [picture for picture in pictures if picture.num_calls_left]:
             advance(self.diffusion, running, self.null_1QD)
-        return self._finish(requests, pictures)
+        drawn = self._finish(requests, pictures)
+        return [self._fit(picture, request) for picture, request in zip(drawn, requests, strict=True)]
 
     def _choose(self, jobs: list[_Job]) -> list[_Job]:
         return self._fair.choose(jobs, key=lambda job: job.key, cost=lambda job: job.num_samples)
@@ -190,11 +206,19 @@ class DiffusionDecoder:
                 self.diffusion,
                 self.condition(request.vokens),
                 seed=request.seed,
-                draw=request.settings,
+                draw=self.config.native(request.settings),
                 guidance_rescale=self.config.guidance_rescale,
             )
             for request in requests
         ]
+
+    def _fit(self, picture: Picture, request: DrawRequest) -> Picture:
+        """Resample a picture of the model's own size to what the request asks for, where the model cannot draw it."""
+        if not self.config.is_resampled(request.settings):
+            return picture
+        width, height = self.config.size_of(request.settings)
+        png = resample(picture.png, (width, height))
+        return dataclasses.replace(picture, png=png, width=width, height=height, is_resampled=True)
 
     @torch.no_grad()
     def condition(self, vokens: Vokens) -> Tensor:

@@ -15,7 +15,7 @@ LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05
 QFORMER_WIDTH, QFORMER_LAYERS, HEAD_WIDTH = 768, 6, 64
 """Widest Q-Former of a new folder, its layers, and the width of an attention head of new parts."""
 MAPPER_WIDTH = 1024
-"""Widest transformer of a new mapper: that of Stable Diffusion 2.1. A wider condition comes from a last linear layer."""
+"""Widest transformer of a new mapper, as for Stable Diffusion 2.1. A last linear layer writes wider conditions."""
 MAX_SIZE_RATIO = 2
 """Largest picture of a new folder, in pixels of the size that its diffusion model was trained to draw."""
 

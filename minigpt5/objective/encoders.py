@@ -30,7 +30,8 @@ class Encoders:
 def find_encoders(folder: Path, config: ModelConfig, *, vae_of: Path | None = None) -> Encoders:
     """The encoders of a model folder; `vae_of` is the folder whose `vae/` replaces its own.
 
-    Weight files are read once, and never loaded. Raises BaseModelNotFound and ModelFolderError as `find_part` does.
+    Weight files are read once, and never loaded. The encoder of a vision-language model is told by the weights of the
+    whole model. Raises BaseModelNotFound and ModelFolderError as `find_part` does.
     """
     vae_of = vae_of or find_part(folder, config, config.diffusion)
     vision = None

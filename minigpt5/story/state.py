@@ -38,6 +38,8 @@ class ImageState:
     height: int
     seed: int
     draw: DrawSettings
+    is_resampled: bool = False
+    """Whether the model drew it in its own size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,7 @@ class StoryBuilder:
         image = None
         if picture:
             draw = dataclasses.replace(self.request.draw, steps=picture.denoise_steps)
-            image = ImageState(width=picture.width, height=picture.height, seed=picture.seed, draw=draw)
+            image = image_state(picture, draw)
         return PageState(
             index=index,
             text=page.text.strip(),
@@ -176,3 +178,14 @@ class StoryBuilder:
 
     def _page(self, index: int) -> Page:
         return self._pages.get(index) or Page(index=index, text="")
+
+
+def image_state(picture: Picture, draw: DrawSettings) -> ImageState:
+    """What is stored of a picture that was drawn with these settings."""
+    return ImageState(
+        width=picture.width,
+        height=picture.height,
+        seed=picture.seed,
+        draw=draw,
+        is_resampled=picture.is_resampled,
+    )

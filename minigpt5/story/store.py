@@ -234,6 +234,7 @@ class StoryStore:
             height=page.image.height,
             seed=page.image.seed,
             denoise_steps=page.image.draw.steps,
+            is_resampled=page.image.is_resampled,
         )
 
     def load_page(self, story_id: str, page: int) -> PageState:

@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_one_line(
         ("language", "linear", "is a qwen3_next, which the KV store cannot serve (some of its layers keep a state"),
         ("language", "t5", "is an encoder-decoder (t5): name a causal language model"),
         ("vision", "own", "has no vision tower of its own: name one with --vision, or none"),
-        ("diffusion", "empty", "has no unet/: name a Stable Diffusion 1.x or 2.x"),
+        ("diffusion", "empty", "has no unet/: name a model in the layout of diffusers"),
         ("diffusion", "xl", "is no Stable Diffusion 1.x or 2.x (its UNet has text_time)"),
         ("diffusion", "narrow", "has width 64 but its UNet reads 32"),
     ):

@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from batch_jobs import precompute
 from batch_jobs.prepare import Part, write_part
 from examples.own_model.tiny_bases import make_stable_diffusion
 from minigpt5 import MiniGPT5, new
 from minigpt5.model import folder as model_folder
+from minigpt5.objective.encoders import find_encoders
 from minigpt5.story.stream import write_story
 from minigpt5.types import DrawSettings, InputImage, StoryRequest
 from tests.helpers.tiny_vision_language import HIDDEN, IMAGE_PX, MAKERS, make_vision_language
@@ -54,12 +56,10 @@ def encoded(made: Path, tmp_path: Path) -> Path:
     for number, kind in enumerate(("caption", "story")):
         part = Part(number=number, file="", start=0, count=8)
         write_part(part, layout=f"storybook:{kind}", uri="", output=str(tmp_path / "plain"), seed=3)
+    options = {"model": str(made), "keeps_pictures": False}
+    precompute.begin(str(tmp_path / "plain"), str(tmp_path / "encoded"), **options)
     encode = precompute.Encode(
-        model=str(made),
-        source=str(tmp_path / "plain"),
-        output=str(tmp_path / "encoded"),
-        keeps_pictures=False,
-        num_threads=1,
+        source=str(tmp_path / "plain"), output=str(tmp_path / "encoded"), num_threads=1, **options
     )
     for path in sorted((tmp_path / "plain" / "rows").iterdir()):
         assert encode({"file": str(path)})["files"] == 1
@@ -74,12 +74,16 @@ def test_rows_store_the_embeddings_that_the_language_model_reads(encoded: Path) 
 
 
 @families
-def test_both_stages_train_it_and_it_writes_reads_and_draws(made: Path, encoded: Path, tmp_path: Path) -> None:
+def test_both_stages_train_it_and_it_writes_reads_and_draws(
+    made: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = ["--data", str(encoded)]
     align, learn = tmp_path / "align", tmp_path / "learn"
+    capsys.readouterr()
     assert main(["align", *data, "--start", str(made), "--out", str(align), *QUICK]) == 0
     start = ["--start", str(align / "model"), "--out", str(learn)]
     assert main(["learn", *data, *start, *QUICK, "story_share=0.5"]) == 0
+    assert "do not say which" not in capsys.readouterr().out, "the rows name their encoders"
     lines = [json.loads(line) for line in (learn / "log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     for stage, names in ((align, set()), (learn, {"adapter"})):
@@ -114,3 +118,27 @@ def test_the_stage_vision_has_nothing_to_train(
     assert main(["vision", "--data", str(encoded), "--start", str(made), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "reads pictures as its base model does" in error and error.count("\n") == 1
+
+
+def test_rows_of_another_vision_language_model_are_refused(
+    made: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of equal shapes, one weight of whose tower differs."""
+    config = model_folder.load_config(made)
+    encoders = find_encoders(made, config)
+    assert encoders.vision and encoders.vision.sha256 == config.bases[0].sha256 != encoders.vae.sha256
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    next(base.model.visual.parameters()).data.add_(1)
+    base.save_pretrained(tmp_path / "base")
+    other = tmp_path / "other"
+    options = ["--language", str(tmp_path / "base"), "--diffusion", str(tmp_path / "stable-diffusion")]
+    options += ["--image-px", str(IMAGE_PX["qwen2_5_vl"]), "--context", "2048", "--out", str(other)]
+    assert new.main(options, show=lambda text: None) == 0
+    assert find_encoders(other, model_folder.load_config(other)).vae == encoders.vae
+    capsys.readouterr()
+    data = ["--data", str(encoded), "--start", str(other)]
+    assert main(["align", *data, "--out", str(tmp_path / "align"), *QUICK]) == 0, "it reads no pictures"
+    capsys.readouterr()
+    assert main(["learn", *data, "--out", str(tmp_path / "learn"), *QUICK]) == 1
+    error = capsys.readouterr().err
+    assert "encoded by another vision encoder" in error and error.count("\n") == 1

@@ -10,6 +10,7 @@ from examples.own_model.tiny_bases import make_qwen3, make_stable_diffusion
 from minigpt5 import new
 from minigpt5.parity.__main__ import main
 from minigpt5.parity.text import TOLERANCE, compare_vokens, report
+from tests.helpers.tiny_vision_language import make_vision_language
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,16 @@ def test_a_language_model_is_compared_with_transformers(
         line = next(line for line in said.splitlines() if line.strip().startswith(words.strip()))
         assert float(line.split("deviate by ")[1].split()[0]) < 1e-5
     assert said.count("equal (32 tokens)") == 2
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_the_text_half_of_a_vision_language_model_is_compared(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_vision_language(kind, tmp_path / "base")
+    assert main([str(tmp_path / "base")]) == 0
+    said = capsys.readouterr().out
+    assert f"({kind})" in said and said.count("greedy text       equal") == 2
 
 
 def test_vokens_of_a_model_folder_are_compared_with_those_of_training(

@@ -1,0 +1,68 @@
+"""What a dry run counts from config files is what the base models have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+
+from examples.own_model.tiny_bases import make_stable_diffusion, make_tokenizer
+from minigpt5 import new
+from minigpt5.combine import combine, sketch
+from minigpt5.footprint import count_parts, report
+from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, make_vision_language
+
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+}
+EXPERTS = {
+    "Qwen 3 MoE": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "Mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "gpt-oss": GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("stable-diffusion")
+    make_stable_diffusion(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", sorted(EXPERTS))
+def test_a_dry_run_counts_experts(name: str, diffusion: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    AutoModelForCausalLM.from_config(EXPERTS[name]).save_pretrained(tmp_path)
+    bases = {"language": str(tmp_path), "diffusion": diffusion}
+    assert report(sketch(**bases)) == report(combine(**bases))
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_a_dry_run_counts_a_vision_language_model(kind: str, diffusion: str, tmp_path: Path) -> None:
+    make_vision_language(kind, tmp_path / "base")
+    bases = {"language": str(tmp_path / "base"), "diffusion": diffusion}
+    drawn = sketch(**bases, image_px=IMAGE_PX[kind])
+    assert report(drawn) == report(combine(**bases, image_px=IMAGE_PX[kind]))
+    assert count_parts(drawn)["vision encoder"] > 0
+    assert drawn.config.vision.image_px == IMAGE_PX[kind]
+    assert count_parts(sketch(**bases, vision="none"))["vision encoder"] == 0
+
+
+def test_a_dry_run_refuses_a_size_that_cannot_be_read(
+    diffusion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_vision_language("qwen2_5_vl", tmp_path / "base")
+    capsys.readouterr()
+    options = ["--language", str(tmp_path / "base"), "--diffusion", diffusion, "--image-px", "7", "--dry-run"]
+    assert new.main(options) == 1
+    error = capsys.readouterr().err
+    assert "image_px is 7 but" in error and error.count("\n") == 1

@@ -1,0 +1,81 @@
+"""Folders made from bases of every decoder family: aligned on own rows for ten steps, then a story is drawn."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import pkgutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from batch_jobs import precompute
+from batch_jobs.prepare import Part, write_part
+from examples.own_model.tiny_bases import make_qwen3
+from minigpt5 import MiniGPT5, new
+from tests.helpers import pipelines
+from training.train import main
+
+QUICKLY_TRAINED = ("stable_diffusion_xl", "stable_diffusion_3")
+"""Families that are trained in every run of the tests; the others are marked as slow."""
+MAKERS = [
+    module.name
+    for module in pkgutil.iter_modules(pipelines.__path__)
+    if hasattr(importlib.import_module(f"{pipelines.__name__}.{module.name}"), "make")
+]
+STEPS = [
+    "--workers",
+    "0",
+    "steps=10",
+    "batch_size=2",
+    "num_threads=1",
+    "warmup_steps=1",
+    "validation_batches=0",
+    "log_every=5",
+]
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICKLY_TRAINED else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
+)
+def test_a_family_is_aligned_and_draws_a_story(family: str, tmp_path: Path) -> None:
+    make_qwen3(tmp_path / "qwen3")
+    maker = importlib.import_module(f"{pipelines.__name__}.{family}")
+    maker.make(tmp_path / "diffusion", **next(iter(maker.VARIANTS.values())))
+    bases = ["--language", str(tmp_path / "qwen3"), "--diffusion", str(tmp_path / "diffusion")]
+    assert new.main([*bases, "--context", "1024", "--out", str(tmp_path / "made")], show=lambda text: None) == 0
+
+    write_part(
+        Part(number=0, file="", start=0, count=8),
+        layout="storybook:caption",
+        uri="",
+        output=str(tmp_path / "rows"),
+        seed=3,
+    )
+    encode = precompute.Encode(
+        model=str(tmp_path / "made"),
+        source=str(tmp_path / "rows"),
+        output=str(tmp_path / "encoded"),
+        keeps_pictures=False,
+        num_threads=1,
+    )
+    (rows,) = (tmp_path / "rows" / "rows").iterdir()
+    assert encode({"file": str(rows)})["files"] == 1
+
+    align = ["align", "--data", str(tmp_path / "encoded"), "--start", str(tmp_path / "made")]
+    assert main([*align, "--out", str(tmp_path / "align"), *STEPS]) == 0
+    losses = [json.loads(line) for line in (tmp_path / "align" / "log.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["picture"]) for line in losses if "picture" in line)
+    before, after = (load_file(tmp_path / name / "mapper.safetensors") for name in ("made", "align/model"))
+    assert {name for name in after if not after[name].equal(before[name])} == set(after), "all of the mapper moves"
+
+    story = MiniGPT5.from_pretrained(tmp_path / "align" / "model").write("Fields.", pages=2, seed=7)
+    assert len(story.pages) == 2
+    for page in story.pages:
+        assert page.picture is not None
+        picture = Image.open(io.BytesIO(page.picture.png))
+        assert picture.size == (page.picture.width, page.picture.height) and np.asarray(picture).std() > 0
