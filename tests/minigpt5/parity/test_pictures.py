@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from examples.own_model.tiny_bases import make_qwen3
+from minigpt5 import new
+from minigpt5.model.folder import save_diffusion
 from minigpt5.parity import __main__ as parity
+from minigpt5.parity import pictures
 from tests.helpers.pipelines import stable_diffusion_xl
+from tests.helpers.tiny import tiny_config, tiny_diffusion
 
 
 def test_a_folder_of_diffusers_is_drawn_in_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
