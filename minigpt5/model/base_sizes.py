@@ -91,6 +91,7 @@ def diffusion_sizes(folder: Path) -> dict[str, Any]:
         "mapper_heads": max(1, width // max(HEAD_WIDTH, width // 8)),
         "image_px": sizes.image_px,
         "max_pixels": MAX_SIZE_RATIO * sizes.image_px**2,
+        "size_multiple": sizes.size_multiple,
         "schedulers": tuple(name for name in family.load_noise(folder).samplers if name != DISTILLED),
         "draw": sizes.draw,
     }
