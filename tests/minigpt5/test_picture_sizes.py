@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -15,13 +17,15 @@ from PIL import Image, ImageOps
 
 from deployments.schemas import Scheduler
 from minigpt5.__main__ import main
+from minigpt5.codec import to_json
 from minigpt5.config import ModelConfig, storybook
-from minigpt5.engine.decoder import DiffusionDecoder, _Job
+from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.decoders.noise import SAMPLERS
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Picture, Vokens
-from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_mapper
+from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
+from tests.minigpt5.engine.test_generator import new_generator
 
 FAST = DrawSettings(steps=3, guidance_scale=2.0)
 OWN, WIDE, TALL = (32, 32), (48, 32), (32, 64)
@@ -85,14 +89,15 @@ def test_a_model_without_max_pixels_draws_its_own_size_alone() -> None:
     assert config.is_resampled(sized((128, 256)))
 
 
-@pytest.mark.parametrize("side", [31, 63, 4097, -64])
-def test_a_side_out_of_bounds_is_refused(side: int) -> None:
-    config = dataclasses.replace(storybook(), image_px=32 if side < 63 else 128)
-    with pytest.raises(InvalidRequest, match=f"width is {side} but must be from (32|64) to 4096"):
-        config.draw_settings({"width": side})
-    with pytest.raises(InvalidRequest, match=f"height is {side} but must be from 32 to 4096" if side != 63 else "x"):
-        new_decoder().validate_request(request(sized((64, side))))
-        raise InvalidRequest("x", "x")  # 63 is in the bounds of a model of 32 pixels
+@pytest.mark.parametrize(("image_px", "side", "low"), [(128, 63, 64), (32, 31, 32), (128, 4097, 64), (32, -64, 32)])
+def test_a_side_out_of_bounds_is_refused(image_px: int, side: int, low: int) -> None:
+    config = dataclasses.replace(storybook(), image_px=image_px)
+    for name in ("width", "height"):
+        with pytest.raises(InvalidRequest, match=f"{name} is {side} but must be from {low} to 4096"):
+            config.draw_settings({name: side})
+    decoder = new_decoder(dataclasses.replace(tiny_config(), image_px=image_px))
+    with pytest.raises(InvalidRequest, match=f"height is {side} but must be from {low} to 4096"):
+        decoder.validate_request(request(sized((64, side))))
 
 
 def test_a_picture_keeps_its_size_where_its_other_settings_change() -> None:
@@ -153,7 +158,6 @@ def test_a_resampled_picture_is_the_models_own_cropped_to_its_middle_and_drawn_o
 
 
 def test_larger_pictures_take_more_places_in_a_step() -> None:
-    assert _Job(request(FAST), is_guided=True, relative_pixels=3.0).num_samples == 6
     decoder = new_decoder(max_batch=2)  # four places of the model's own size
     calls: list[int] = []
     handle = decoder.diffusion.denoiser.register_forward_pre_hook(
@@ -171,14 +175,13 @@ def test_larger_pictures_take_more_places_in_a_step() -> None:
     handle.remove()
 
 
-def test_the_python_api_and_the_command_line(
-    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny(folder)
-    model = MiniGPT5.from_pretrained(folder)
-    drawing = dataclasses.replace(sized(WIDE), scheduler="ddim")
-    story = model.write("A fox", pages=1, seed=1, draw=drawing)
+@pytest.fixture(scope="module")
+def model() -> MiniGPT5:
+    return MiniGPT5(new_generator(), new_decoder())
+
+
+def test_the_python_api_draws_any_size(model: MiniGPT5) -> None:
+    story = model.write("A fox", pages=1, seed=1, draw=sized(WIDE))
     assert story.pages[0].picture and pixels(story.pages[0].picture).shape == (32, 48, 3)
     assert model.draw(model.vokens("A fox"), settings=sized(TOO_LARGE)).is_resampled
     for wrong, match in (
@@ -187,12 +190,37 @@ def test_the_python_api_and_the_command_line(
     ):
         with pytest.raises(InvalidRequest, match=match):
             model.write("A fox", draw=wrong)
-    arguments = ["A fox", "--pages", "1", "--model", str(folder), "--out", str(folder / "story.html")]
-    assert main([*arguments, "--width", "48", "--height", "32"]) == 0
-    assert 'width="48" height="32"' in (folder / "story.html").read_text()
-    assert "resampled" not in capsys.readouterr().err
-    assert main([*arguments, "--width", "96"]) == 0
-    assert 'width="96" height="32"' in (folder / "story.html").read_text()
-    assert "drawn in the model's own size, 32x32, and resampled" in capsys.readouterr().err
-    assert main([*arguments, "--width", "9"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "written", "is_resampled"),
+    [
+        (["--width", "48", "--height", "32"], 'width="48" height="32"', False),
+        (["--height", "104"], 'width="32" height="104"', True),
+        ([], 'width="32" height="32"', False),
+    ],
+)
+def test_the_command_line_draws_any_size_and_says_what_is_resampled(
+    model: MiniGPT5,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    size: list[str],
+    written: str,
+    is_resampled: bool,
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_json(model.config)))
+    monkeypatch.setattr(MiniGPT5, "from_pretrained", lambda folder: model)
+    book = tmp_path / "story.html"
+    assert main(["A fox", "--pages", "1", "--model", str(tmp_path), "--out", str(book), *size]) == 0
+    assert written in book.read_text()
+    said = "pictures are drawn in the model's own size, 32x32, and resampled"
+    assert (said in capsys.readouterr().err) == is_resampled
+
+
+def test_the_command_line_refuses_a_size_before_it_loads_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_json(tiny_config())))
+    assert main(["A fox", "--model", str(tmp_path), "--out", str(tmp_path / "a.html"), "--width", "9"]) == 2
     assert "width is 9 but must be from 32 to 4096" in capsys.readouterr().err
