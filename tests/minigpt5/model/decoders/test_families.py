@@ -28,6 +28,7 @@ from minigpt5.types import DrawRequest, DrawSettings, Picture, Vokens
 from tests.helpers import pipelines
 from tests.helpers.tiny import tiny_config
 
+ROOT = Path(__file__).parents[4]
 MAKERS = {
     module.name: maker
     for module in pkgutil.iter_modules(pipelines.__path__)
@@ -143,7 +144,6 @@ def test_the_mapper_feeds_it_and_a_cancelled_picture_leaves_the_others_alone(pai
     torch.manual_seed(0)
     mapper = Mapper(config)
     assert mapper.null_condition().shape == pair.null_1QD.shape, "the mapper writes what the text encoders write"
-    assert pair.ours.multiple % pair.ours.multiple == 0, "a size that the front takes is one that the model draws"
     decoder = DiffusionDecoder(config, mapper, pair.ours)
     draw = dataclasses.replace(sizes.draw, steps=6)
 
@@ -177,3 +177,12 @@ def _pixels(picture: Picture) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(picture.png)))
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    text = (ROOT / "docs" / "own-models.md").read_text()
+    section = text[text.index("## Families of diffusion models") :]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.split("\n") if line[:1] == "|"]
+    names = {family.__module__.rpartition(".")[2]: family.__name__ for family in families().values()}
+    expected = [[names[name], ", ".join(maker.VARIANTS), *["yes"] * 6] for name, maker in MAKERS.items()]
+    assert rows[2 : 2 + len(expected)] == expected, expected
