@@ -38,13 +38,13 @@ def make(folder: Path, *, timestep_scale: float = 1.0) -> None:
         timestep_scale=timestep_scale,
     )
     SanaPipeline(
-        tokenizer=GemmaTokenizer(vocab={piece: number for number, piece in enumerate(PIECES)}, merges=[]),
+        tokenizer=GemmaTokenizer(
+            vocab={piece: number for number, piece in enumerate(PIECES)}, merges=[], add_bos_token=True
+        ),
         text_encoder=Gemma2Model(text).eval(),
         vae=tiny_autoencoder(),
         transformer=transformer,
-        scheduler=DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     ).save_pretrained(folder)
 
 
