@@ -85,7 +85,7 @@ class ErnieImage(Diffusion):
         return mean, (variance + BATCH_NORM_EPSILON).sqrt()
 
     def set_timesteps(self, sampler: Any, draw: DrawSettings) -> None:
-        sampler.set_timesteps(sigmas=torch.linspace(1.0, 0.0, draw.steps + 1)[:-1])
+        sampler.set_timesteps(sigmas=torch.linspace(1.0, 0.0, draw.steps + 1)[:-1].numpy())
 
     def predict(
         self,

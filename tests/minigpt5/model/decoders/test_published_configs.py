@@ -73,15 +73,29 @@ SANA_1600M = {
     "sample_size": 32,
     "patch_size": 1,
 }
-SD3, FLUX, SANA = "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline"
+ERNIE_IMAGE = {
+    "_class_name": "ErnieImageTransformer2DModel",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_layers": 36,
+    "ffn_hidden_size": 12288,
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "text_in_dim": 3072,
+    "rope_theta": 256,
+    "rope_axes_dim": [32, 48, 48],
+}
+SD3, FLUX, SANA, ERNIE = "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "ErnieImagePipeline"
 VAES = {
     SANA: {
         "_class_name": "AutoencoderDC",
         "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
         "latent_channels": 32,
-    }
+    },
+    ERNIE: {**VAE, "_class_name": "AutoencoderKLFlux2", "latent_channels": 32, "sample_size": 1024},
 }
-"""What is not VAE."""
+"""Of the families whose autoencoder is not `VAE`."""
 
 
 def draw(steps: int, guidance_scale: float) -> DrawSettings:
@@ -115,6 +129,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], float, DecoderSizes]] = {
             draw=DrawSettings(steps=20, guidance_scale=4.5, scheduler="dpm-solver++"),
         ),
     ),
+    "ERNIE-Image": (
+        ERNIE,
+        ERNIE_IMAGE,
+        8.0,
+        DecoderSizes(condition_length=256, condition_width=3072, image_px=1024, draw=draw(50, 4.0)),
+    ),
 }
 
 
@@ -143,6 +163,7 @@ def test_sizes_and_draw_settings_fit_the_published_model(tmp_path: Path, model: 
     [
         (SD3, {"_class_name": "FluxTransformer2DModel"}, "is a FluxTransformer2DModel"),
         (FLUX, {**FLUX_DEV, "in_channels": 384}, "384 channels"),
+        (ERNIE, {**ERNIE_IMAGE, "in_channels": 64}, "64 channels"),
         (SANA, SD3_MEDIUM, "is a SD3Transformer2DModel"),
         (SANA, {**SANA_1600M, "guidance_embeds": True}, "a distilled Sana"),
     ],
