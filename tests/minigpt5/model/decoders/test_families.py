@@ -113,6 +113,7 @@ def test_the_vae_goes_there_and_back_as_its_pipeline_scales_it(pair: Pair) -> No
         latents = pair.ours.to_latents(torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1)
         pixels = pair.ours.to_pixels(latents)
         preview = pair.ours.to_preview(latents)
+        torch.testing.assert_close(pair.ours.normalise(pair.ours.denormalise(latents)), latents)
     assert latents.shape[1:] == pair.ours.latent_shape(DrawSettings())
     assert pixels.shape == (1, 3, side, side) and preview.shape[2:] == latents.shape[2:]
     draw = DrawSettings(steps=2, guidance_scale=1.0, scheduler=pair.ours.samplers[0], width=side, height=side)
