@@ -60,6 +60,7 @@ class Pair:
             self.condition_QD, self.null_1QD = (torch.randn(n, width, generator=generator) for n in (8, 8))
             self.null_1QD = self.null_1QD[None]
             self.asked = {"prompt_embeds": self.condition_QD[None], "negative_prompt_embeds": self.null_1QD}
+        self.asked |= self.ours.PIPELINE_OPTIONS
         self.pipeline.set_progress_bar_config(disable=True)
         self._schedule = self.pipeline.scheduler.config
 

@@ -34,10 +34,10 @@ class PipelineTextEncoder(nn.Module):
         return torch.cat([one_1QD for one_1QD in encoded if one_1QD is not None])
 
 
-def load_text_half(pipeline: type[Any], folder: str | Path, *, denoiser: str) -> Any:
-    """A pipeline without its VAE and its denoiser, as float32."""
-    options = {"vae": None, denoiser: None, "dtype": torch.float32, "use_safetensors": True}
-    return pipeline.from_pretrained(folder, **absent_parts(folder), **options)
+def load_text_half(pipeline: type[Any], folder: str | Path, *, denoiser: str, left_out: tuple[str, ...] = ()) -> Any:
+    """A pipeline without its VAE, its denoiser and the parts `left_out`, as float32."""
+    parts = absent_parts(folder) | dict.fromkeys(("vae", denoiser, *left_out))
+    return pipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **parts)
 
 
 def absent_parts(folder: str | Path) -> dict[str, None]:

@@ -58,7 +58,44 @@ FLUX_DEV = {
     "guidance_embeds": True,
 }
 FLUX_SCHNELL = {**FLUX_DEV, "guidance_embeds": False}
-SD3, FLUX = "StableDiffusion3Pipeline", "FluxPipeline"
+SANA_1600M = {
+    "_class_name": "SanaTransformer2DModel",
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_attention_heads": 70,
+    "attention_head_dim": 32,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "sample_size": 32,
+    "patch_size": 1,
+}
+ERNIE_IMAGE = {
+    "_class_name": "ErnieImageTransformer2DModel",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_layers": 36,
+    "ffn_hidden_size": 12288,
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "text_in_dim": 3072,
+    "rope_theta": 256,
+    "rope_axes_dim": [32, 48, 48],
+}
+SD3, FLUX, SANA, ERNIE = "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "ErnieImagePipeline"
+VAES = {
+    SANA: {
+        "_class_name": "AutoencoderDC",
+        "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+        "latent_channels": 32,
+    },
+    ERNIE: {**VAE, "_class_name": "AutoencoderKLFlux2", "latent_channels": 32, "sample_size": 1024},
+}
+"""Of the families whose autoencoder is not `VAE`."""
 
 
 def draw(steps: int, guidance_scale: float) -> DrawSettings:
@@ -81,12 +118,29 @@ MODELS: dict[str, tuple[str, dict[str, Any], float, DecoderSizes]] = {
     "3.5 large": (SD3, SD35_LARGE, 8.1, sizes(333, 2048, draw(28, 3.5))),
     "dev": (FLUX, FLUX_DEV, 11.9, sizes(512, 768, draw(50, 3.5))),
     "schnell": (FLUX, FLUX_SCHNELL, 11.9, sizes(512, 768, draw(4, 1.0))),
+    "Sana 1.6B": (
+        SANA,
+        SANA_1600M,
+        1.6,
+        DecoderSizes(
+            condition_length=300,
+            condition_width=2304,
+            image_px=1024,
+            draw=DrawSettings(steps=20, guidance_scale=4.5, scheduler="dpm-solver++"),
+        ),
+    ),
+    "ERNIE-Image": (
+        ERNIE,
+        ERNIE_IMAGE,
+        8.0,
+        DecoderSizes(condition_length=256, condition_width=3072, image_px=1024, draw=draw(50, 4.0)),
+    ),
 }
 
 
 def write(folder: Path, *, pipeline: str, transformer: dict[str, Any]) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    parts = {"transformer": transformer, "vae": {**VAE, "sample_size": 1024}, "text_encoder": CLIP}
+    parts = {"transformer": transformer, "vae": VAES.get(pipeline, {**VAE, "sample_size": 1024}), "text_encoder": CLIP}
     for name, config in parts.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -109,6 +163,9 @@ def test_sizes_and_draw_settings_fit_the_published_model(tmp_path: Path, model: 
     [
         (SD3, {"_class_name": "FluxTransformer2DModel"}, "is a FluxTransformer2DModel"),
         (FLUX, {**FLUX_DEV, "in_channels": 384}, "384 channels"),
+        (ERNIE, {**ERNIE_IMAGE, "in_channels": 64}, "64 channels"),
+        (SANA, SD3_MEDIUM, "is a SD3Transformer2DModel"),
+        (SANA, {**SANA_1600M, "guidance_embeds": True}, "a distilled Sana"),
     ],
 )
 def test_a_transformer_of_another_kind_is_refused(
