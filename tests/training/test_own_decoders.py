@@ -27,7 +27,16 @@ MAKERS = [
     for module in pkgutil.iter_modules(pipelines.__path__)
     if hasattr(importlib.import_module(f"{pipelines.__name__}.{module.name}"), "make")
 ]
-STEPS = ["--workers", "0", "steps=10", "batch_size=2", "num_threads=1", "warmup_steps=1", "validation_batches=0"]
+STEPS = [
+    "--workers",
+    "0",
+    "steps=10",
+    "batch_size=2",
+    "num_threads=1",
+    "warmup_steps=1",
+    "validation_batches=0",
+    "log_every=5",
+]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +68,7 @@ def test_a_family_is_aligned_and_draws_a_story(family: str, tmp_path: Path) -> N
 
     align = ["align", "--data", str(tmp_path / "encoded"), "--start", str(tmp_path / "made")]
     assert main([*align, "--out", str(tmp_path / "align"), *STEPS]) == 0
-    losses = [json.loads(line) for line in (tmp_path / "align" / "metrics.jsonl").read_text().splitlines()]
+    losses = [json.loads(line) for line in (tmp_path / "align" / "log.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["picture"]) for line in losses if "picture" in line)
     before, after = (load_file(tmp_path / name / "mapper.safetensors") for name in ("made", "align/model"))
     assert {name for name in after if not after[name].equal(before[name])} == set(after), "all of the mapper moves"

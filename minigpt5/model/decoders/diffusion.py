@@ -46,8 +46,6 @@ class DecoderSizes:
     condition_pooled: int = 0
     """Width of the caption's one vector; 0: the family reads none."""
     image_px: int
-    size_multiple: int = 8
-    """Widths and heights are multiples of this many pixels: `Diffusion.multiple`, or a multiple of it."""
     draw: DrawSettings
     """As the family draws best."""
 

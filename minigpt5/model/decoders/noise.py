@@ -163,6 +163,15 @@ class RectifiedFlow(NoiseProcess):
         named = "flow_shift" if sampler.scheduler is DPMSolverMultistepScheduler else "shift"
         return {**sampler.options, named: self.shift}
 
+    def shift_for(self, num_patches: int) -> dict[str, float]:
+        """What `set_timesteps` needs for a picture of so many patches: the logarithm of its shift, linear in their
+        number, where the schedule is shifted by size."""
+        if not self.is_shifted_by_size:
+            return {}
+        config = self.schedule.config
+        share = (num_patches - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+        return {"mu": config.base_shift + share * (config.max_shift - config.base_shift)}
+
     def sample_timesteps(self, num: int, *, first: int = 0) -> Tensor:
         """Logit-normal, then shifted, as arXiv 2403.03206 trains (3.1, 5.3.2)."""
         share_B = torch.randn(num).sigmoid()

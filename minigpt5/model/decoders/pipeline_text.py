@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,4 +37,10 @@ class PipelineTextEncoder(nn.Module):
 def load_text_half(pipeline: type[Any], folder: str | Path, *, denoiser: str) -> Any:
     """A pipeline without its VAE and its denoiser, as float32."""
     options = {"vae": None, denoiser: None, "dtype": torch.float32, "use_safetensors": True}
-    return pipeline.from_pretrained(folder, **options)
+    return pipeline.from_pretrained(folder, **absent_parts(folder), **options)
+
+
+def absent_parts(folder: str | Path) -> dict[str, None]:
+    """The parts that `model_index.json` says a folder goes without. diffusers wants them named."""
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    return {name: None for name, part in index.items() if part == [None, None]}

@@ -41,7 +41,6 @@ class StableDiffusion(Diffusion):
             condition_length=text.get("max_position_embeddings", 77),
             condition_width=width,
             image_px=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
-            size_multiple=2 ** (len(vae["block_out_channels"]) - 1),
             draw=DrawSettings(steps=50, guidance_scale=7.5, scheduler="ddim"),
         )
 

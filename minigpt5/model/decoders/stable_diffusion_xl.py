@@ -37,7 +37,6 @@ class StableDiffusionXL(StableDiffusion):
             condition_width=unet["cross_attention_dim"],
             condition_pooled=text["projection_dim"],
             image_px=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
-            size_multiple=2 ** (len(vae["block_out_channels"]) - 1),
             draw=DrawSettings(steps=1, guidance_scale=1.0, scheduler="euler-ancestral")
             if is_turbo
             else DrawSettings(steps=50, guidance_scale=5.0, scheduler="euler"),

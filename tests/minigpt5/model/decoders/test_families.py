@@ -143,7 +143,7 @@ def test_the_mapper_feeds_it_and_a_cancelled_picture_leaves_the_others_alone(pai
     torch.manual_seed(0)
     mapper = Mapper(config)
     assert mapper.null_condition().shape == pair.null_1QD.shape, "the mapper writes what the text encoders write"
-    assert sizes.size_multiple % pair.ours.multiple == 0, "a size that the front takes is one that the model draws"
+    assert pair.ours.multiple % pair.ours.multiple == 0, "a size that the front takes is one that the model draws"
     decoder = DiffusionDecoder(config, mapper, pair.ours)
     draw = dataclasses.replace(sizes.draw, steps=6)
 
