@@ -27,7 +27,7 @@ from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
-from minigpt5.types import MAX_PAGES, MAX_SIDE
+from minigpt5.types import MAX_PAGES
 
 COLUMNS = (
     "id",
@@ -217,22 +217,23 @@ def check_row(raw: RawRow, *, row: int, config: ModelConfig) -> StoryJob | BadRo
             texts=texts,
             images=_images(values["images"]),
             seed=_whole("seed", values["seed"], prompt_seed(prompt), low=0, high=MAX_SEED),
-            **dataclasses.asdict(config.draw_settings(_draw_settings(values))),
+            **dataclasses.asdict(config.draw_settings(_draw_settings(values, config))),
         )
     except InvalidRequest as error:
         return replace(bad, error=str(error))
 
 
-def _draw_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def _draw_settings(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Those that a row has."""
     sent: dict[str, Any] = {}
     if values["steps"] is not None:
         sent["steps"] = _whole("steps", values["steps"], 0, low=1, high=100)
     if values["guidance_scale"] is not None:
         sent["guidance_scale"] = _number("guidance_scale", values["guidance_scale"], 0, low=1, high=20)
+    low, high = config.side_bounds
     for name in ("width", "height"):
         if values[name] is not None:
-            sent[name] = _whole(name, values[name], 0, low=1, high=MAX_SIDE)
+            sent[name] = _whole(name, values[name], 0, low=low, high=high)
     if values["style"] is not None:
         if not isinstance(values["style"], str):
             raise InvalidRequest("style", f"style is {values['style']!r:.80} but must be a text")

@@ -99,6 +99,7 @@ def combine(
     else:
         encoder = TowerEncoder(bases[vision])
         vision_config = tower_config(encoder, ids[vision])
+    model = load_diffusion(bases[diffusion])
     config = ModelConfig(
         name=name,
         language_model=ids[language],
@@ -108,6 +109,8 @@ def combine(
         template=template or ("chat" if tokenizer.chat_template else "published"),
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=128),
         bases=hashes,
+        schedulers=model.samplers,
+        size_multiple=model.multiple,
         **sizes,
     )
     parts = Parts(
@@ -115,7 +118,7 @@ def combine(
         language=_load_language(base, bases[language], config),
         vision=Vision(config, encoder),
         mapper=Mapper(config),
-        diffusion=load_diffusion(bases[diffusion]),
+        diffusion=model,
         text_encoder=load_text_encoder(bases[diffusion], config),
     )
     if vision == "own":

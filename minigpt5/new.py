@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         metavar="BASE",
         help="causal language model of transformers, or a vision-language model",
     )
-    parser.add_argument("--diffusion", required=True, metavar="BASE", help="Stable Diffusion 1.x or 2.x")
+    parser.add_argument("--diffusion", required=True, metavar="BASE", help="Stable Diffusion or FLUX.1")
     parser.add_argument(
         "--vision",
         metavar="BASE",

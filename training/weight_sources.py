@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
 
 from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
@@ -83,7 +84,8 @@ class WeightSources:
         return load_config(self.start_folder) if self.start_folder else storybook()
 
 
-def prepare_unet(unet: UNet2DConditionModel, preset: Preset) -> None:
-    """Make a UNet quicker to train: in bfloat16 on a CPU the backward pass of torch's fused attention is slow."""
-    if preset.bf16 and own_device().type == "cpu":
-        unet.set_attn_processor(AttnProcessor())
+def prepare_unet(denoiser: nn.Module, preset: Preset) -> None:
+    """Make a UNet quicker to train: in bfloat16 on a CPU the backward pass of torch's fused attention is slow. A
+    transformer's attention takes other inputs, and stays as it is."""
+    if preset.bf16 and own_device().type == "cpu" and isinstance(denoiser, UNet2DConditionModel):
+        denoiser.set_attn_processor(AttnProcessor())

@@ -7,7 +7,6 @@ from typing import Any
 
 from minigpt5.config import LoraConfig, VisionConfig
 from minigpt5.errors import ModelFolderError
-from minigpt5.types import DISTILLED
 
 DEFAULT_CONTEXT = 2048
 """Tokens. More costs memory in every slot of the KV store, whether it is used or not."""
@@ -80,8 +79,7 @@ def diffusion_sizes(folder: Path) -> dict[str, Any]:
     """The fields of ModelConfig that a diffusion model decides. Raises ModelFolderError where no family fits."""
     from minigpt5.model.decoders.load import find_family
 
-    family = find_family(folder)
-    sizes = family.read_sizes(folder)
+    sizes = find_family(folder).read_sizes(folder)
     width = min(sizes.condition_width, MAPPER_WIDTH)
     return {
         "condition_length": sizes.condition_length,
@@ -91,7 +89,6 @@ def diffusion_sizes(folder: Path) -> dict[str, Any]:
         "mapper_heads": max(1, width // max(HEAD_WIDTH, width // 8)),
         "image_px": sizes.image_px,
         "max_pixels": MAX_SIZE_RATIO * sizes.image_px**2,
-        "schedulers": tuple(name for name in family.load_noise(folder).samplers if name != DISTILLED),
         "draw": sizes.draw,
     }
 

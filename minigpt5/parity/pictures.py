@@ -14,6 +14,7 @@ from torch import Tensor
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.decoders.load import load_diffusion
+from minigpt5.model.decoders.pipeline_text import absent_parts
 from minigpt5.model.weights import save_tensors
 from minigpt5.types import DISTILLED, DrawSettings
 
@@ -45,7 +46,9 @@ class Pair:
         parts = {"vae": self.ours.vae, type(self.ours).DENOISER: self.ours.denoiser}
         has_text = (Path(folder) / "model_index.json").is_file()
         if has_text:
-            self.pipeline: Any = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts)
+            self.pipeline: Any = DiffusionPipeline.from_pretrained(
+                folder, use_safetensors=True, **absent_parts(folder), **parts
+            )
             sizes = self.ours.read_sizes(Path(folder))
             encoder = self.ours.load_text_encoder(folder, num_positions=sizes.condition_length)
             self.condition_QD, self.null_1QD = encoder([CAPTION])[0], encoder([""])
@@ -57,6 +60,7 @@ class Pair:
             self.condition_QD, self.null_1QD = (torch.randn(n, width, generator=generator) for n in (8, 8))
             self.null_1QD = self.null_1QD[None]
             self.asked = {"prompt_embeds": self.condition_QD[None], "negative_prompt_embeds": self.null_1QD}
+        self.asked |= self.ours.PIPELINE_OPTIONS
         self.pipeline.set_progress_bar_config(disable=True)
         self._schedule = self.pipeline.scheduler.config
 

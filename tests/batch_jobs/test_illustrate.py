@@ -130,6 +130,8 @@ def test_ids_and_seeds_of_the_content_do_not_depend_on_the_order() -> None:
         ({"prompt": "a fox", "seed": 2**63}, "seed is 9223372036854775808 but must be from 0"),
         ({"prompt": "a fox", "steps": 101}, "steps is 101 but must be from 1 to 100"),
         ({"prompt": "a fox", "guidance_scale": 0.5}, "guidance_scale is 0.5 but must be from 1 to 20"),
+        ({"prompt": "a fox", "width": 63}, "width is 63 but must be from 64 to 4096"),
+        ({"prompt": "a fox", "height": 4097}, "height is 4097 but must be from 64 to 4096"),
         ({"prompt": "a fox", "id": ["x"]}, r"id is \['x'\] but must be"),
         ({"prompt": "a fox", "id": "x" * 513}, "at most 512 letters"),
     ],

@@ -78,6 +78,10 @@ def test_an_address_that_others_can_reach_needs_keys(tmp_path: Path) -> None:
 def test_arguments_of_the_builder_are_typed() -> None:
     args = AppArgs.model_validate({"model": "x", "decoder_max_replicas": "3", "generator_num_cpus": "0.5"})
     assert (args.decoder_max_replicas, args.generator_num_cpus) == (3, 0.5)
+    assert args.decoder_precision is None, "the engine chooses by its device"
+    assert AppArgs.model_validate({"decoder_precision": "float16"}).decoder_precision == "float16"
+    with pytest.raises(ValueError, match="decoder_precision"):
+        AppArgs.model_validate({"decoder_precision": "int8"})
     with pytest.raises(ValueError, match="colour"):
         AppArgs.model_validate({"colour": "red"})
     with pytest.raises(ValueError, match="decoder_min_replicas is 3"):

@@ -38,6 +38,8 @@ def tiny_config() -> ModelConfig:
         mapper_layers=1,
         mapper_heads=2,
         image_px=32,
+        max_pixels=64 * 48,
+        size_multiple=8,
         context_tokens=600,
         fingerprint="f" * 64,
     )

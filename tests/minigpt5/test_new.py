@@ -67,6 +67,7 @@ def test_sizes_are_those_of_the_bases(made: Path, bases: dict[str, Path]) -> Non
     config = model_folder.check_folder(made)
     assert (config.name, config.hidden, config.context_tokens) == ("mine", 32, CONTEXT)
     assert (config.condition_length, config.condition_width, config.image_px) == (77, 32, 32)
+    assert (config.max_pixels, config.size_multiple) == (2 * 32 * 32, 4)
     assert (config.vision.num_features, config.vision.encoder_width, config.vision.image_px) == (16, 32, 32)
     assert config.lora.targets == ("q_proj", "v_proj")
     assert {base.id for base in config.bases} == {str(base) for base in bases.values()}

@@ -60,6 +60,8 @@ class Diffusion(nn.Module, ABC):
     """Folder of the denoiser."""
     PATCH: ClassVar[int] = 1
     """Sides of a picture's latents are multiples of this."""
+    PIPELINE_OPTIONS: ClassVar[dict[str, Any]] = {}
+    """What the pipeline is asked for beside the caption and the draw settings, to draw as the family does."""
 
     def __init__(
         self, vae: nn.Module, denoiser: nn.Module, noise: NoiseProcess, distilled: nn.Module | None = None

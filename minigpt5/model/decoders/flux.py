@@ -36,7 +36,10 @@ class Flux(Diffusion):
 
     @classmethod
     def load_noise(cls, folder: str | Path) -> RectifiedFlow:
-        return RectifiedFlow(FlowMatchEulerDiscreteScheduler.from_pretrained(Path(folder) / "scheduler"))
+        noise = RectifiedFlow(FlowMatchEulerDiscreteScheduler.from_pretrained(Path(folder) / "scheduler"))
+        if not noise.is_shifted_by_size:  # the pipeline hands a shift to DPM-Solver++, which then refuses it
+            noise.samplers = {"euler": noise.samplers["euler"]}
+        return noise
 
     @classmethod
     def read_sizes(cls, folder: Path) -> DecoderSizes:
@@ -64,11 +67,6 @@ class Flux(Diffusion):
         pipeline = load_text_half(FluxPipeline, folder, denoiser=cls.DENOISER)
         encode = partial(_encode, num_positions=num_positions)
         return PipelineTextEncoder(pipeline, encode=encode, encode_none=lambda pipeline: encode(pipeline, [""]))
-
-    @property
-    def samplers(self) -> tuple[str, ...]:
-        """The pipeline draws with DPM-Solver++ only where the schedule is shifted by size."""
-        return super().samplers if self.noise.is_shifted_by_size else ("euler",)
 
     @property
     def native_px(self) -> int:

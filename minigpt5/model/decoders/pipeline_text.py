@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,13 @@ class PipelineTextEncoder(nn.Module):
         return torch.cat([one_1QD for one_1QD in encoded if one_1QD is not None])
 
 
-def load_text_half(pipeline: type[Any], folder: str | Path, *, denoiser: str) -> Any:
-    """A pipeline without its VAE and its denoiser, as float32."""
-    options = {"vae": None, denoiser: None, "dtype": torch.float32, "use_safetensors": True}
-    return pipeline.from_pretrained(folder, **options)
+def load_text_half(pipeline: type[Any], folder: str | Path, *, denoiser: str, left_out: tuple[str, ...] = ()) -> Any:
+    """A pipeline without its VAE, its denoiser and the parts `left_out`, as float32."""
+    parts = absent_parts(folder) | dict.fromkeys(("vae", denoiser, *left_out))
+    return pipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **parts)
+
+
+def absent_parts(folder: str | Path) -> dict[str, None]:
+    """The parts that `model_index.json` says a folder goes without. diffusers wants them named."""
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    return {name: None for name, part in index.items() if part == [None, None]}

@@ -258,7 +258,12 @@ BAD_STORIES: list[tuple[dict[str, object], str, tuple[str, ...]]] = [
     ({"prompt": "A fox", "seed": 2**53}, "seed", (str(2**53),)),
     ({"prompt": "A fox", "steps": 101}, "steps", ("steps is 101", "100")),
     ({"prompt": "A fox", "guidance_scale": 0.5}, "guidance_scale", ("0.5", "1")),
-    ({"prompt": "A fox", "scheduler": "euler"}, "scheduler", ('"euler"', "ddim")),
+    ({"prompt": "A fox", "scheduler": "eulers"}, "scheduler", ('"eulers"', "ddim")),
+    ({"prompt": "A fox", "scheduler": "euler"}, "scheduler", ("'euler'", "ddim, pndm, dpm-solver++, sde-dpm-solver++")),
+    ({"prompt": "A fox", "width": 15}, "width", ("width is 15", "from 16 to 4096")),
+    ({"prompt": "A fox", "width": 0}, "width", ("width is 0",)),
+    ({"prompt": "A fox", "height": 4097}, "height", ("height is 4097", "4096")),
+    ({"prompt": "A fox", "height": 64.5}, "height", ("height is 64.5", "integer")),
     ({"prompt": "A fox", "temperature": -0.1}, "temperature", ("-0.1",)),
     ({"prompt": "A fox", "top_p": 0}, "top_p", ("top_p is 0",)),
     ({"prompt": "A fox", "max_page_tokens": 0}, "max_page_tokens", ("max_page_tokens is 0",)),
@@ -499,17 +504,19 @@ def test_output_compression_is_a_files_quality(kind: str) -> None:
     noise.save(file, "PNG")
     qualities = (0, 50, 100, None)
     bodies = [body.model_copy(update={"output_compression": quality}) for quality in qualities]
-    sizes = [len(Output.of(one, "16x16").convert(file.getvalue())) for one in bodies]
+    draw = dataclasses.replace(CONFIG.draw, width=256, height=256)
+    sizes = [len(Output.of(one, CONFIG, draw).convert(file.getvalue())) for one in bodies]
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
 
 
-@pytest.mark.parametrize("size", ["1024x1024", "1792x1024", "auto", None])
-def test_a_picture_is_resampled_to_openais_sizes(served: Served, size: str | None) -> None:
+@pytest.mark.parametrize("size", ["1024x1024", "1792x1024", "100x333", "auto", None])
+def test_a_picture_is_resampled_to_any_size(served: Served, size: str | None) -> None:
     reply = served.post({"prompt": "A fox", "size": size}, "/v1/images/generations").json()
     picture = Image.open(io.BytesIO(base64.b64decode(reply["data"][0]["b64_json"])))
     asked = size if size not in ("auto", None) else "16x16"
     assert f"{picture.width}x{picture.height}" == asked == reply["size"]
     assert reply["x_native_size"] == "16x16"
+    assert reply.get("x_resampled", False) == (asked != "16x16")
 
 
 def test_a_picture_is_there_under_its_url_for_an_hour(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,7 +539,13 @@ def test_a_picture_is_there_under_its_url_for_an_hour(served: Served, monkeypatc
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("size", "1000x1000"),
+        ("size", "5000x1000"),
+        ("size", "1000x15"),
+        ("size", "0x0"),
+        ("size", "big"),
+        ("size", "64X64"),
+        ("size", "-64x64"),
+        ("size", "64x64x64"),
         ("response_format", "jpeg"),
         ("output_format", "gif"),
         ("background", "blue"),

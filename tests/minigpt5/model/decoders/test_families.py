@@ -28,6 +28,7 @@ from minigpt5.types import DrawRequest, DrawSettings, Picture, Vokens
 from tests.helpers import pipelines
 from tests.helpers.tiny import tiny_config
 
+ROOT = Path(__file__).parents[4]
 MAKERS = {
     module.name: maker
     for module in pkgutil.iter_modules(pipelines.__path__)
@@ -112,6 +113,7 @@ def test_the_vae_goes_there_and_back_as_its_pipeline_scales_it(pair: Pair) -> No
         latents = pair.ours.to_latents(torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1)
         pixels = pair.ours.to_pixels(latents)
         preview = pair.ours.to_preview(latents)
+        torch.testing.assert_close(pair.ours.normalise(pair.ours.denormalise(latents)), latents)
     assert latents.shape[1:] == pair.ours.latent_shape(DrawSettings())
     assert pixels.shape == (1, 3, side, side) and preview.shape[2:] == latents.shape[2:]
     draw = DrawSettings(steps=2, guidance_scale=1.0, scheduler=pair.ours.samplers[0], width=side, height=side)
@@ -176,3 +178,12 @@ def _pixels(picture: Picture) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(picture.png)))
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    text = (ROOT / "docs" / "own-models.md").read_text()
+    section = text[text.index("## Families of diffusion models") :]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.split("\n") if line[:1] == "|"]
+    names = {family.__module__.rpartition(".")[2]: family.__name__ for family in families().values()}
+    expected = [[names[name], ", ".join(maker.VARIANTS), *["yes"] * 6] for name, maker in MAKERS.items()]
+    assert rows[2 : 2 + len(expected)] == expected, expected
