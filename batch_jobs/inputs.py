@@ -2,8 +2,8 @@
 
 JSON lines, CSV and parquet, the first two also gzipped, or a folder of them. A story has a `prompt`, or the
 `pages_text` of a finished one (a list; in CSV a JSON list), or both, and if wanted `id`, `pages`, `seed`, `images`
-(that the prompt shows), `steps`, `guidance_scale`, `width`, `height`. A picture to describe has an `image` and, if
-wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes in parquet.
+(that the prompt shows), `steps`, `guidance_scale`, `width`, `height`, `style`. A picture to describe has an
+`image` and, if wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes in parquet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,19 @@ from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
 from minigpt5.types import MAX_PAGES
 
-COLUMNS = ("id", "prompt", "pages_text", "pages", "seed", "images", "steps", "guidance_scale", "width", "height")
+COLUMNS = (
+    "id",
+    "prompt",
+    "pages_text",
+    "pages",
+    "seed",
+    "images",
+    "steps",
+    "guidance_scale",
+    "width",
+    "height",
+    "style",
+)
 DESCRIBE_COLUMNS = ("id", "image", "question")
 MAX_IMAGES = 8
 DEFAULT_PAGES = 4
@@ -58,6 +70,7 @@ class StoryJob:
     scheduler: str
     width: int = 0
     height: int = 0
+    style: str = ""
     texts: tuple[str, ...] = ()
     """Texts of a finished story's pages, which stay as they are."""
     images: tuple[str | bytes, ...] = ()
@@ -221,6 +234,10 @@ def _draw_settings(values: Mapping[str, Any], config: ModelConfig) -> dict[str, 
     for name in ("width", "height"):
         if values[name] is not None:
             sent[name] = _whole(name, values[name], 0, low=low, high=high)
+    if values["style"] is not None:
+        if not isinstance(values["style"], str):
+            raise InvalidRequest("style", f"style is {values['style']!r:.80} but must be a text")
+        sent["style"] = values["style"]
     return sent
 
 

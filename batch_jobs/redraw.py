@@ -179,6 +179,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheduler", choices=tuple(SAMPLERS), help="(default: the model's)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--style", help="one of the model's style adapters (default: the model's)")
     return parser
 
 
@@ -204,6 +205,8 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     }
     if chosen.width or chosen.height:  # a job of version 0.2 names no size
         plan |= {"width": chosen.width, "height": chosen.height}
+    if chosen.style:  # nor a style
+        plan |= {"style": chosen.style}
     if config.is_resampled(chosen):
         print(f"pictures are drawn in the model's own size, {config.image_px}x{config.image_px}, and resampled")
     keeps = options.pictures == "files"

@@ -94,6 +94,7 @@ PAGE_SCHEMA = pa.schema(
         "scheduler": pa.string(),
         "width": pa.int32(),  # as in DrawSettings
         "height": pa.int32(),
+        "style": pa.string(),
         "num_pages": pa.int32(),  # of the story that is closed: pages that were written
         "error": pa.string(),
         "kind": pa.string(),  # of the error

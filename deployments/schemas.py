@@ -84,6 +84,9 @@ Scheduler = Literal["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "euler",
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 """Pixels; the lower bound depends on the model (ModelConfig.side_bounds)."""
 
+Style = Annotated[str, Field(max_length=64)]
+"""One of the model's style adapters (ModelConfig.check_style); "": none."""
+
 
 class CreateStory(Body):
     """POST /v1/stories. What is left out takes the model folder's defaults."""
@@ -97,6 +100,7 @@ class CreateStory(Body):
     scheduler: Scheduler | None = None
     width: Side | None = None
     height: Side | None = None
+    style: Style | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_page_tokens: Annotated[int, Field(ge=0, le=512)] | None = None
@@ -124,6 +128,7 @@ class Redraw(Body):
     scheduler: Scheduler | None = None
     width: Side | None = None
     height: Side | None = None
+    style: Style | None = None
 
 
 class CreatePicture(Redraw):
@@ -250,6 +255,8 @@ class VariantReply(BaseModel):
     scheduler: str
     width: int
     height: int
+    style: str | None = None
+    """Left out where the picture has none."""
 
 
 class PageReply(BaseModel):
@@ -308,6 +315,7 @@ def page_reply(story_id: str, page: PageState) -> PageReply:
                 scheduler=variant.draw.scheduler,
                 width=variant.width,
                 height=variant.height,
+                style=variant.draw.style or None,
             )
             for k, variant in enumerate(page.variants or (page.image,))
         ]
@@ -369,6 +377,7 @@ class Defaults(BaseModel):
     steps: int
     guidance_scale: float
     scheduler: str
+    style: str
     temperature: float
     top_p: float
     min_page_tokens: int
@@ -403,6 +412,8 @@ class ModelReply(BaseModel):
     """Such a width or height is a multiple of this many pixels."""
     schedulers: list[str]
     """What pictures can be drawn with."""
+    styles: list[str]
+    """Style adapters that a picture may be drawn in."""
     defaults: Defaults
 
 

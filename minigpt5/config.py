@@ -181,6 +181,8 @@ class ModelConfig:
     """Licences of base models and training sets."""
     bases: tuple[BaseHash, ...] = ()
     """The base models outside the folder. A folder made without `minigpt5.new` names none here."""
+    styles: tuple[str, ...] = ()
+    """Names of the folder's style adapters: read from its `adapters/`, and not written to `config.json`."""
     fingerprint: str = ""
     """Hash of the weights that make vokens and read them; set when the folder is saved."""
 
@@ -249,7 +251,7 @@ class ModelConfig:
         """The fields of DrawSettings that a request sent, the others as in `like` (default: the model's default).
 
         Where that is the distilled UNet and the request asks for what only the UNet itself does (another scheduler,
-        guidance, more than MAX_DISTILLED_STEPS), the others are as in `draw`. Raises InvalidRequest.
+        guidance, a style, more than MAX_DISTILLED_STEPS), the others are as in `draw`. Raises InvalidRequest.
         """
         base = self.drawable(like) if like else self.default_draw
         asked = dataclasses.replace(base, **sent)
@@ -268,6 +270,13 @@ class ModelConfig:
             names = ", ".join(self.samplers)
             raise InvalidRequest("scheduler", f"scheduler is {draw.scheduler!r} but must be one of {names}")
         self.check_size(draw)
+        self.check_style(draw)
+
+    def check_style(self, draw: DrawSettings) -> None:
+        """Raises InvalidRequest."""
+        if draw.style and draw.style not in self.styles:
+            served = f"but must be one of {', '.join(self.styles)}" if self.styles else "but this model has no styles"
+            raise InvalidRequest("style", f"style is {draw.style[:80]!r} {served}, or left out")
 
     def check_size(self, draw: DrawSettings) -> None:
         """Raises InvalidRequest."""
@@ -287,7 +296,8 @@ def _check_shown(key: str, text: str, *, most: int, allowed: str = "") -> None:
 
 
 def fits_distilled(draw: DrawSettings) -> bool:
-    return draw.scheduler == DISTILLED and draw.guidance_scale == 1 and draw.steps <= MAX_DISTILLED_STEPS
+    is_fast = draw.guidance_scale == 1 and draw.steps <= MAX_DISTILLED_STEPS
+    return draw.scheduler == DISTILLED and is_fast and not draw.style
 
 
 def check_distilled(draw: DrawSettings, *, has_distilled: bool) -> None:
@@ -296,6 +306,10 @@ def check_distilled(draw: DrawSettings, *, has_distilled: bool) -> None:
         return
     if not has_distilled:
         raise InvalidRequest("scheduler", f"scheduler is {DISTILLED!r} but this model has no distilled UNet: use ddim")
+    if draw.style:
+        raise InvalidRequest(
+            "style", f"style is {draw.style[:80]!r} but must be none with scheduler {DISTILLED!r}: leave out either"
+        )
     name, limit = ("guidance_scale", "1") if draw.guidance_scale != 1 else ("steps", f"at most {MAX_DISTILLED_STEPS}")
     raise InvalidRequest(
         name, f"{name} is {getattr(draw, name):g} but must be {limit} with scheduler {DISTILLED!r}: leave out either"

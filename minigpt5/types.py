@@ -17,6 +17,8 @@ import numpy as np
 MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
+STYLE_FILE = "pytorch_lora_weights.safetensors"
+"""A style adapter's file, as diffusers names it."""
 MIN_SIDE = 64
 MAX_SIDE = 4096
 """Pixels of a requested width or height."""
@@ -73,6 +75,8 @@ class DrawSettings:
     width: int = 0
     """Pixels, 64 to MAX_SIDE; 0: as the model was trained to draw. A size that the model does not draw is resampled."""
     height: int = 0
+    style: str = ""
+    """One of the model's style adapters (ModelConfig.styles); "": none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,14 @@ from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
 from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note
 from deployments.api.replies import EventStream, sign_urls
-from deployments.schemas import check_prompt_text, shown
+from deployments.schemas import Style, check_prompt_text, shown
 from deployments.sse import encode
 from deployments.stories.admission import Reservation
 from minigpt5.config import ModelConfig
 from minigpt5.types import NUM_PREVIEWS, DrawRequest, DrawSettings, Picture, Progress, StoryRequest, Usage, Vokens
 
 MAX_PICTURES = 10
+OPENAI_STYLES = ("vivid", "natural")
 Kind = Literal["png", "jpeg", "webp"]
 FILE: dict[int | str, dict[str, Any]] = {
     200: {
@@ -50,6 +51,8 @@ class CreateImages(OpenAIBody):
     size: str | None = None
     """"auto" or WIDTHxHEIGHT; a size that the model does not draw is resampled from its own."""
     response_format: Literal["b64_json", "url"] | None = None
+    style: Style | None = None
+    """One of the model's styles. OpenAI's own words, OPENAI_STYLES, are ignored."""
     output_format: Kind | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     """Quality of a JPEG or WebP file; of a PNG it is ignored."""
@@ -64,7 +67,6 @@ class CreateImages(OpenAIBody):
     frame_count: Ignored = None
     frame_duration_ms: Ignored = None
     quality: Ignored = None
-    style: Ignored = None
     svg: Ignored = None
 
     # Other servers' and gateways'.
@@ -83,6 +85,8 @@ class CreateImages(OpenAIBody):
     def ignored(self) -> list[str]:
         """The names of what nothing is done about."""
         found = ignored_fields(self)
+        if self.style in OPENAI_STYLES:
+            found.append("style")
         if self.background == "transparent":
             found.append("background")
         if self.output_compression is not None and self.output_format in (None, "png"):
@@ -90,6 +94,13 @@ class CreateImages(OpenAIBody):
         if self.partial_images and not self.stream:
             found.append("partial_images")
         return sorted(found)
+
+    def drawing(self, config: ModelConfig) -> DrawSettings:
+        """How pictures are drawn. Raises InvalidRequest, or ApiError for the size."""
+        asked: dict[str, int | str] = {**read_size(self.size, config)}
+        if self.style is not None and self.style not in OPENAI_STYLES:
+            asked["style"] = self.style
+        return self.draw_settings(config, **asked)
 
 
 class ImageItem(BaseModel):
@@ -186,13 +197,12 @@ class Output:
 async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) -> Response:
     """Pictures of a caption. A client that goes away stops the work."""
     check_model(body.model, front.config.name)
-    size = read_size(body.size, front.config)
+    draw_settings = body.drawing(front.config)
     if body.stream and body.response_format == "url":
         message = 'response_format is "url" but the events of a stream carry their pictures: leave it out'
         raise ApiError(400, message, param="response_format", code="unsupported_value")
     check_texts(front, [body.prompt], "prompt")
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    draw_settings = body.draw_settings(front.config, **size)
     request = StoryRequest(prompt=(body.prompt,), pages=1, seed=seed, mode="caption", draw=draw_settings, key=client)
     output = Output.of(body, front.config, draw_settings)
     if body.stream:

@@ -57,11 +57,13 @@ def _model_reply(front: Front) -> ModelReply:
         max_pixels=config.max_pixels,
         size_multiple=config.size_multiple,
         schedulers=list(config.samplers),
+        styles=list(config.styles),
         defaults=Defaults(
             pages=CreateStory.model_fields["pages"].default,
             steps=config.default_draw.steps,
             guidance_scale=config.default_draw.guidance_scale,
             scheduler=config.default_draw.scheduler,
+            style=config.default_draw.style,
             temperature=config.sampling.temperature,
             top_p=config.sampling.top_p,
             min_page_tokens=config.sampling.min_page_tokens,

@@ -54,13 +54,13 @@ class OpenAIBody(Body):
             data = {name: value for name, value in data.items() if name != "extra_body"} | extra
         return {name: value for name, value in data.items() if value is not None or name in cls.model_fields}
 
-    def draw_settings(self, config: ModelConfig, **size: int) -> DrawSettings:
-        """How pictures are drawn: as asked, else as the model folder says. `size`: width and height. Raises
-        InvalidRequest."""
+    def draw_settings(self, config: ModelConfig, **others: int | str) -> DrawSettings:
+        """How pictures are drawn: as asked, else as the model folder says. `others`: further fields of DrawSettings.
+        Raises InvalidRequest."""
         if None not in (self.steps, self.num_inference_steps) and self.steps != self.num_inference_steps:
             message = f"num_inference_steps is {self.num_inference_steps} but steps is {self.steps}: send one of them"
             raise InvalidRequest("num_inference_steps", message)
-        sent: dict[str, Any] = {**size}
+        sent: dict[str, Any] = {**others}
         if steps := self.steps or self.num_inference_steps:
             sent["steps"] = steps
         if self.guidance_scale is not None:

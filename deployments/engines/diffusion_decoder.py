@@ -6,9 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from ray import serve
+
 from deployments.engines.metrics import watch
 from deployments.engines.throttle import throttle_progress
 from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision
+
+MAX_STYLES = 16
+"""Styles that routers know of a decoder, the latest ones."""
 
 
 class DiffusionDecoder:
@@ -25,8 +30,16 @@ class DiffusionDecoder:
         self.engine = Engine.from_pretrained(model, num_threads=num_threads, precision=precision)
         watch("decoder", self.engine, {"minigpt5_pictures_reused": lambda: self.engine.num_cache_hits})
 
+    @serve.multiplexed(max_num_models_per_replica=MAX_STYLES)
+    async def note_style(self, name: str) -> str:
+        """Tell Serve's routers that pictures in this style are drawn here. The engine loads it, and lets go of it."""
+        return name
+
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         """Raises Blocked where the picture, or a preview of it, is not to be shown."""
+        if style := request.settings.style:
+            self.engine.validate_request(request)
+            await self.note_style(style)
         async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]
             async for event in throttle_progress(events):
                 seen = event.png if isinstance(event, Picture) else event.preview

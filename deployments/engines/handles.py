@@ -51,7 +51,9 @@ class ServeEngines:
             events.cancel()  # does nothing to a stream that has ended
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
-        events = self._decoder.options(stream=True).decode.remote(request)
+        # Serve prefers a decoder that has the picture's style.
+        decoder = self._decoder.options(stream=True, multiplexed_model_id=request.settings.style)
+        events = decoder.decode.remote(request)
         try:
             with _own_errors():
                 async for event in events:

@@ -133,7 +133,7 @@ function pageOf(number) {
   };
   submit(find(".change"), () => alter(page, "PATCH", "", { text: find(".change textarea").value }));
   submit(find(".again"), () =>
-    alter(page, "POST", "/redraw", values(find(".again"), ["seed", "steps", "guidance_scale", "scheduler"])));
+    alter(page, "POST", "/redraw", values(find(".again"), ["seed", "steps", "guidance_scale", "scheduler", "style"])));
   $("pages-shown").append(element);
   shown.set(number, page);
   return page;
@@ -297,7 +297,8 @@ $("ask").onsubmit = (event) => {
   event.preventDefault();
   attempt(async () => {
     say("Asking ...");
-    const body = values($("ask"), ["prompt", "pages", "seed", "steps", "guidance_scale", "scheduler", "temperature"]);
+    const body = values($("ask"),
+      ["prompt", "pages", "seed", "steps", "guidance_scale", "scheduler", "style", "temperature"]);
     const [file] = $("picture").files;
     const prompt = body.prompt;
     if (file) body.prompt = [{ type: "text", text: prompt }, { type: "image", image: await dataUrl(file) }];
@@ -412,9 +413,11 @@ $("history").onclick = (event) => { if (event.target === $("history")) $("histor
 // The beginning
 
 function describe(model) {
-  for (const name of model.schedulers) {
-    $("scheduler").add(new Option(name));
-    $("page").content.querySelector("[name=scheduler]").add(new Option(name));
+  for (const [field, names] of [["scheduler", model.schedulers], ["style", model.styles]]) {
+    for (const select of [$(field), $("page").content.querySelector(`[name=${field}]`)]) {
+      for (const name of names) select.add(new Option(name));
+      select.parentElement.hidden = !names.length;
+    }
   }
   $("steps").placeholder = model.defaults.steps;
   $("guidance").placeholder = model.defaults.guidance_scale;

@@ -27,7 +27,7 @@ from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.threads import Team, single_thread
-from minigpt5.errors import FingerprintMismatch, InvalidRequest
+from minigpt5.errors import FingerprintMismatch, InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
@@ -142,6 +142,7 @@ class DiffusionDecoder:
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
         self.config.check_size(settings)
+        self.config.check_style(settings)
         self.diffusion.latent_shape(self.config.native(settings))
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
@@ -184,7 +185,7 @@ class DiffusionDecoder:
     @torch.no_grad()
     def _advance(self, jobs: list[_Job]) -> None:
         """One denoising step, and the pictures that are finished with it."""
-        new = [job for job in jobs if job.denoising is None]
+        new = self._with_style([job for job in jobs if job.denoising is None])
         for job, denoising in zip(new, self._begin([job.request for job in new]), strict=True):
             job.denoising, job.is_started = denoising, True
         running = [(job, job.denoising) for job in jobs if job.denoising is not None]
@@ -199,6 +200,15 @@ class DiffusionDecoder:
             self._pictures.put(content_key(job.request), picture)
             job.put(picture)
             job.is_done = True
+
+    def _with_style(self, jobs: list[_Job]) -> list[_Job]:
+        """Those whose style can be loaded, which is done here; the others fail, and no picture beside them."""
+        for job in jobs:
+            try:
+                self.diffusion.use_style(job.request.settings.style)
+            except ModelFolderError as failure:
+                job.fail(failure)
+        return [job for job in jobs if not job.is_done]
 
     def _begin(self, requests: Sequence[DrawRequest]) -> list[Denoising]:
         return [

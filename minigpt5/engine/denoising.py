@@ -94,12 +94,15 @@ def guide(conditional_BCYX: Tensor, unconditional_BCYX: Tensor, *, scale: float,
 
 @torch.no_grad()
 def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:
-    """A step of all pictures, whichever each is at: one call for all of one denoiser and one size."""
-    alike: dict[tuple[int, torch.Size], tuple[Any, list[Denoising]]] = {}
+    """A step of all pictures, whichever each is at: one call for all of one denoiser, style and size."""
+    alike: dict[tuple[int, str, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
         denoiser = diffusion.denoiser_for(picture.draw.scheduler)
-        alike.setdefault((id(denoiser), picture.latents_1CYX.shape), (denoiser, []))[1].append(picture)
-    for denoiser, together in alike.values():
+        key = id(denoiser), picture.draw.style, picture.latents_1CYX.shape
+        alike.setdefault(key, (denoiser, []))[1].append(picture)
+    for (_, style, _), (denoiser, together) in alike.items():
+        if denoiser is diffusion.denoiser:
+            diffusion.use_style(style)
         _advance_together(diffusion, denoiser, together, null_1QD)
 
 

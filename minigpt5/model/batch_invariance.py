@@ -26,41 +26,50 @@ class EvenRows(nn.Module):
         self.layer, self.multiple = layer, multiple
 
     def forward(self, input: Tensor) -> Tensor:
-        num_rows = len(input)
-        if num_missing := -num_rows % self.multiple:
-            input = torch.cat([input, input[-1:].expand(num_missing, *input.shape[1:])])
-        return self.layer(input)[:num_rows]
+        return self.layer(_filled_up(input, self.multiple))[: len(input)]
 
 
-class Pointwise(nn.Module):
-    """A convolution of one pixel, as a linear layer over the channels."""
-
-    def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight_OI = nn.Parameter(layer.weight.detach()[:, :, 0, 0].contiguous(), requires_grad=False)
-        self.bias_O = layer.bias
+class EvenLinear(nn.Linear):
+    """A linear layer with its input filled up to a multiple of TILE_ROWS rows, for inference."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.permute(0, 2, 3, 1), self.weight_OI, self.bias_O).permute(0, 3, 1, 2).contiguous()
+        return super().forward(_filled_up(input, TILE_ROWS))[: len(input)]
+
+
+class Pointwise(nn.Conv2d):
+    """A convolution of one pixel, computed as a linear layer over the channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight_OI = self.weight[:, :, 0, 0]
+        return F.linear(input.permute(0, 2, 3, 1), weight_OI, self.bias).permute(0, 3, 1, 2).contiguous()
+
+
+def _filled_up(input: Tensor, multiple: int) -> Tensor:
+    num_missing = -len(input) % multiple
+    return torch.cat([input, input[-1:].expand(num_missing, *input.shape[1:])]) if num_missing else input
 
 
 def make_batch_invariant(diffusion: Diffusion) -> None:
-    """For inference: the modules have other names afterwards.
+    """For inference. Layers of the denoiser keep their names, so that adapters find them.
 
     An unguided picture that is alone in a UNet call still has its own bits: there is nothing that would multiply them.
     """
-    unets = [unet for unet in (diffusion.denoiser, diffusion.distilled) if unet is not None]
-    for unet in unets:
-        for name, layer in list(unet.named_modules()):
-            if isinstance(layer, nn.Linear) and ("time_emb_proj" in name or name.startswith("time_embedding.")):
-                _replace(unet, name, EvenRows(layer, TILE_ROWS))
-    for module in (*unets, diffusion.vae.decoder):
-        for name, layer in list(module.named_modules()):
-            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-                _replace(module, name, Pointwise(layer))
+    for denoiser in (diffusion.denoiser, diffusion.distilled):
+        if denoiser is not None:
+            mend_denoiser(denoiser)
+    _mend_convolutions(diffusion.vae.decoder)
     diffusion.vae.decoder = EvenRows(diffusion.vae.decoder, 2)
 
 
-def _replace(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(module.get_submodule(parent), last, layer)
+def mend_denoiser(denoiser: nn.Module) -> None:
+    """Do so with the layers that concern it, or those that an adapter has added."""
+    for name, layer in denoiser.named_modules():
+        if type(layer) is nn.Linear and ("time_emb_proj" in name or name.startswith("time_embedding.")):
+            layer.__class__ = EvenLinear
+    _mend_convolutions(denoiser)
+
+
+def _mend_convolutions(module: nn.Module) -> None:
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and layer.kernel_size == (1, 1):
+            layer.__class__ = Pointwise

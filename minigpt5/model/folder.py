@@ -7,6 +7,7 @@ mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
 decoder/              vae/, unet/, scheduler/ in diffusers' layout; unet_distilled/, where there is one; or a base model
+adapters/<name>/      style adapters of the denoiser, in diffusers' format; the fingerprint does not cover them
 examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
 
 Other parts are base models, which `config.json` names by path or hub id. They are read and never written.
@@ -29,7 +30,7 @@ from minigpt5.errors import BaseModelNotFound, ModelFolderError
 from minigpt5.model.base_models import is_hub_id, pin, resolve
 from minigpt5.model.cache import hash_weights, keep_in_cache
 from minigpt5.model.weights import load_module, save_module
-from minigpt5.types import DISTILLED, DrawSettings, Precision
+from minigpt5.types import DISTILLED, STYLE_FILE, DrawSettings, Precision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
 DECODER = "decoder"
+STYLES = "adapters"
+"""Folder of the style adapters, each in a folder of its name."""
+STYLE_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 QFORMER = "vision/qformer.safetensors"
 VOCABULARY = "vocabulary.safetensors"
 COPIED_BYTES = 2**24
@@ -65,9 +69,22 @@ def load_config(folder: str | Path) -> ModelConfig:
             "on a cluster one that every node has"
         )
     try:
-        return from_json(ModelConfig, json.loads(path.read_bytes()))
+        config = from_json(ModelConfig, json.loads(path.read_bytes()))
     except ValueError as error:
         raise ModelFolderError(f"{path} is damaged ({error}): correct it or restore the folder") from error
+    return dataclasses.replace(config, styles=list_styles(folder))
+
+
+def list_styles(folder: str | Path) -> tuple[str, ...]:
+    """Names of the folder's style adapters, sorted. Raises ModelFolderError where a name is not plain."""
+    names = sorted(path.parent.name for path in (Path(folder) / STYLES).glob(f"*/{STYLE_FILE}"))
+    for name in names:
+        if not STYLE_NAME.fullmatch(name):
+            raise ModelFolderError(
+                f"{folder}/{STYLES} has a style {name[:80]!r} but a name must be at most 64 letters, digits, - and _: "
+                "rename the folder"
+            )
+    return tuple(names)
 
 
 def load_example_pictures(folder: str | Path, config: ModelConfig) -> dict[int, bytes]:
@@ -91,10 +108,13 @@ def _read_webp(path: Path) -> bytes:
 
 
 def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> str:
-    """SHA-256 over every weight file's path and content, in order of path, and over the hashes of base models."""
+    """SHA-256 over every weight file's path and content, in order of path, and over the hashes of base models. Style
+    adapters are left out."""
     folder = Path(folder)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
+        if path.is_relative_to(folder / STYLES):  # vokens are the same with and without
+            continue
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -252,8 +272,9 @@ def load_decoder_model(
     """
     import torch
 
-    from minigpt5.model.batch_invariance import make_batch_invariant
+    from minigpt5.model.batch_invariance import make_batch_invariant, mend_denoiser
     from minigpt5.model.decoders.load import load_diffusion
+    from minigpt5.model.decoders.styles import Styles
 
     folder = locate(folder)
     config = check_folder(folder)
@@ -263,6 +284,13 @@ def load_decoder_model(
     if is_on_cpu:  # what is mended there is oneDNN's
         make_batch_invariant(diffusion)
     diffusion.hold_in(getattr(torch, precision or ("float32" if is_on_cpu else "bfloat16")))
+    diffusion.styles = Styles(
+        diffusion.denoiser,
+        folder / STYLES,
+        pipeline=diffusion.PIPELINES[0],
+        prefix=diffusion.DENOISER,
+        mend=mend_denoiser if is_on_cpu else lambda denoiser: None,
+    )
     return config, mapper.to(device), diffusion.to(device)
 
 
@@ -385,14 +413,19 @@ def save(
     elif start and contains(start, config.diffusion):
         ignored = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(start / config.diffusion, folder / config.diffusion, ignore=ignored)
+    if start and not decoder and (start / STYLES).is_dir():  # another decoder has other layers
+        ignored = shutil.ignore_patterns(*NOT_COPIED)
+        shutil.copytree(start / STYLES, folder / STYLES, ignore=ignored, dirs_exist_ok=True)
     return write_config(folder, config)
 
 
 def write_config(folder: Path, config: ModelConfig) -> ModelConfig:
     """Write `config.json` with the fingerprint of what is in the folder, and return the config."""
     config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder, config.bases))
-    (folder / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
-    return config
+    values = to_json(config)
+    del values["styles"]  # the folder's own
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    return dataclasses.replace(config, styles=list_styles(folder))
 
 
 def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:

@@ -28,11 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from minigpt5.codec import to_json
 from minigpt5.config import LoraConfig, ModelConfig, VisionConfig, minigpt5_7b
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
-from minigpt5.model.folder import check_folder, compute_fingerprint
+from minigpt5.model.folder import check_folder, write_config
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
 
@@ -114,9 +113,7 @@ def import_checkpoint(
     (out / "vision").mkdir(exist_ok=True)
     save_file(_contiguous(encoder), out / "vision" / "model.safetensors")
     save_file(_contiguous(qformer), out / "vision" / "qformer.safetensors")
-    config = dataclasses.replace(config, fingerprint=compute_fingerprint(out))
-    (out / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
-    return config
+    return write_config(out, config)
 
 
 def export_checkpoint(folder: Path) -> tuple[Tensors, Tensors | None, Tensors]:

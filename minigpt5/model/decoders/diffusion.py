@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.noise import NoiseProcess
+from minigpt5.model.decoders.styles import Styles
 from minigpt5.types import DISTILLED, DrawSettings
 
 DISTILLED_FOLDER = "unet_distilled"
@@ -73,6 +74,8 @@ class Diffusion(nn.Module, ABC):
         self.noise = noise
         self.dtype = torch.float32
         """What the denoiser takes; see `hold_in`."""
+        self.styles: Styles | None = None
+        """Adapters of `denoiser`, for inference; None: there are none."""
         self._to_rgb: Tensor | None = None
 
     @classmethod
@@ -187,6 +190,13 @@ class Diffusion(nn.Module, ABC):
                 f"there is no distilled UNet in this model: draw with another scheduler than {sampler}"
             )
         return self.distilled
+
+    def use_style(self, name: str) -> None:
+        """Let `denoiser` draw in a style, or in none (""), from now on. Raises ModelFolderError."""
+        if self.styles is not None:
+            self.styles.use(name)
+        elif name:
+            raise ModelFolderError(f"there is no style {name!r} in this model: draw without one")
 
     def to_moments(self, pixels_BCYX: Tensor) -> Tensor:
         """Pictures in [-1, 1] -> the posterior's mean and log variance, as the VAE gives them: (B, M, Y, X)."""
