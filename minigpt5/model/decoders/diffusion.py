@@ -161,7 +161,7 @@ class Diffusion(nn.Module, ABC):
 
     def is_guided(self, draw: DrawSettings) -> bool:
         """Whether a step needs a second prediction, without the condition."""
-        return draw.guidance_scale != 1
+        return draw.guidance_scale > 1
 
     def new_sampler(self, draw: DrawSettings) -> Any:
         """A sampler of one picture, with its timesteps."""
