@@ -143,7 +143,9 @@ class DiffusionDecoder:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
         self.config.check_size(settings)
         self.config.check_style(settings)
-        self.diffusion.latent_shape(self.config.native(settings))
+        native = self.config.native(settings)
+        self.diffusion.latent_shape(native)
+        self.diffusion.new_sampler(native)  # some samplers know fewer steps
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
@@ -185,9 +187,13 @@ class DiffusionDecoder:
     @torch.no_grad()
     def _advance(self, jobs: list[_Job]) -> None:
         """One denoising step, and the pictures that are finished with it."""
-        new = self._with_style([job for job in jobs if job.denoising is None])
-        for job, denoising in zip(new, self._begin([job.request for job in new]), strict=True):
-            job.denoising, job.is_started = denoising, True
+        for job in self._with_style([job for job in jobs if job.denoising is None]):
+            try:
+                (job.denoising,) = self._begin([job.request])
+            except Exception as failure:  # one picture fails, the others go on
+                job.fail(failure)
+            else:
+                job.is_started = True
         running = [(job, job.denoising) for job in jobs if job.denoising is not None]
         with self._team.working():
             advance(self.diffusion, [denoising for _, denoising in running], self.null_1QD)

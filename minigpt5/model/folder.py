@@ -386,7 +386,7 @@ def save(
     """Write what was trained, as float16, and return the config with its fingerprint.
 
     Parts of the model folder `start` that are not trained are copied along: its vocabulary, vision encoder and decoder.
-    `decoder` names folders to copy the decoder's parts from instead. Base models are named and never written.
+    `decoder` names folders to copy the decoder's parts and files from instead. Base models are named and never written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -409,7 +409,10 @@ def save(
     if decoder:
         config = dataclasses.replace(config, diffusion=DECODER)
         for part, source in decoder.items():
-            shutil.copytree(source / part, folder / DECODER / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            if (source / part).is_file():
+                shutil.copyfile(source / part, folder / DECODER / part)
+            else:
+                shutil.copytree(source / part, folder / DECODER / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
     elif start and contains(start, config.diffusion):
         ignored = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(start / config.diffusion, folder / config.diffusion, ignore=ignored)

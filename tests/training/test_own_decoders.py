@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import pkgutil
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,12 @@ from batch_jobs import precompute
 from batch_jobs.prepare import Part, write_part
 from examples.own_model.tiny_bases import make_qwen3
 from minigpt5 import MiniGPT5, new
+from minigpt5.errors import TrainingError
+from minigpt5.model.folder import load_config, load_decoder_model, load_generator_model, load_mapper, save
 from tests.helpers import pipelines
+from training.stages.model import find_decoder
 from training.train import main
+from training.weight_sources import WeightSources
 
 QUICKLY_TRAINED = ("stable_diffusion_xl", "stable_diffusion_3")
 """Families that are trained in every run of the tests; the others are marked as slow."""
@@ -79,3 +84,33 @@ def test_a_family_is_aligned_and_draws_a_story(family: str, tmp_path: Path) -> N
         assert page.picture is not None
         picture = Image.open(io.BytesIO(page.picture.png))
         assert picture.size == (page.picture.width, page.picture.height) and np.asarray(picture).std() > 0
+
+
+def test_a_decoder_of_the_same_family_is_taken_along_whole_and_another_is_refused(tmp_path: Path) -> None:
+    for family in ("stable_diffusion_xl", "flux"):
+        importlib.import_module(f"{pipelines.__name__}.{family}").make(tmp_path / family)
+    make_qwen3(tmp_path / "qwen3")
+    bases = ["--language", str(tmp_path / "qwen3"), "--diffusion", str(tmp_path / "stable_diffusion_xl")]
+    assert new.main([*bases, "--context", "512", "--out", str(tmp_path / "made")], show=lambda text: None) == 0
+    config = load_config(tmp_path / "made")
+    start = tmp_path / "made"
+
+    with pytest.raises(TrainingError, match="is a Flux but .* was made for a StableDiffusionXL"):
+        find_decoder(start, config, WeightSources(runs=tmp_path, start=start, decoder=tmp_path / "flux"))
+
+    shutil.copytree(tmp_path / "stable_diffusion_xl" / "vae", tmp_path / "own" / "vae")
+    sources = WeightSources(runs=tmp_path, start=start, decoder=tmp_path / "own")
+    parts, is_own = find_decoder(start, config, sources)
+    assert is_own and parts["vae"] == tmp_path / "own"
+    _, _, language, vision = load_generator_model(start)
+    saved = save(
+        tmp_path / "saved",
+        config,
+        language=language,
+        mapper=load_mapper(start, config),
+        vision=vision,
+        start=start,
+        decoder=parts,
+    )
+    assert type(load_decoder_model(tmp_path / "saved")[2]).__name__ == "StableDiffusionXL"
+    assert saved.diffusion == "decoder"

@@ -18,7 +18,7 @@ from minigpt5.engine.denoising import denoise
 from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
 from minigpt5.model.decoders.diffusion import DISTILLED_FOLDER
-from minigpt5.model.decoders.load import find_family
+from minigpt5.model.decoders.load import INDEX, find_family
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.example import Example
@@ -70,7 +70,7 @@ class ModelStage(ABC):
         self.mapper = model_folder.load_mapper(start, self.config)
         parts, self._is_own_decoder = find_decoder(start, self.config, sources)
         self._decoder = parts
-        family = find_family(parts["scheduler"])
+        family = find_family(model_folder.find_part(start, self.config, self.config.diffusion))
         self.diffusion = family.from_folders(vae=parts["vae"], denoiser=parts[family.DENOISER])
         self.config = model_folder.draws_with(self.config, self.diffusion)
         text_encoder = load_text_encoder(
@@ -165,23 +165,32 @@ def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> tu
     """The folder of each part of the latent diffusion model, and whether any comes from elsewhere than the folder that
     `config` names: from `sources.decoder`, or from stages of the shipped model's own decoder.
 
-    Raises TrainingError where a denoiser comes without its noise schedule.
+    Raises TrainingError where a denoiser comes without its noise schedule, or is of another family than the start's.
     """
     is_trained_here = config.diffusion == model_folder.DECODER and not sources.start
     found: dict[str, Path] = {}
     is_own = False
-    denoiser = find_family(model_folder.find_part(start, config, config.diffusion)).DENOISER
+    base = model_folder.find_part(start, config, config.diffusion)
+    family = find_family(base)
+    denoiser = family.DENOISER
+    if sources.decoder and (sources.decoder / INDEX).is_file() and find_family(sources.decoder) is not family:
+        raise TrainingError(
+            f"{sources.decoder} is a {find_family(sources.decoder).__name__} but {start} was made for a "
+            f"{family.__name__}: make a folder for it with python -m minigpt5.new --diffusion {sources.decoder}"
+        )
     for part in ("vae", denoiser):
         folder = sources.find(part) if is_trained_here else None
         if sources.decoder and (sources.decoder / part).is_dir():
             folder = sources.decoder
         is_own = is_own or folder is not None
-        found[part] = folder or model_folder.find_part(start, config, config.diffusion)
+        found[part] = folder or base
     place = found["scheduler"] = found[denoiser]
     if not (place / "scheduler").is_dir():
         raise TrainingError(f"{place} has a {denoiser} and no scheduler/: add it, the noise schedule is not known")
     if (place / DISTILLED_FOLDER).is_dir():
         found[DISTILLED_FOLDER] = place
+    if (base / INDEX).is_file():  # it names the family
+        found[INDEX] = base
     return found, is_own
 
 

@@ -32,7 +32,7 @@ from minigpt5.types import DISTILLED, DrawSettings
 DISTILLED_FOLDER = "unet_distilled"
 LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 DECODED_PIXELS = 2**21
-"""Pixels that the VAE decodes in one call; a larger picture is decoded in tiles."""
+"""Pixels that the VAE encodes or decodes in one call; a larger picture is decoded in tiles."""
 PREVIEWED_LATENTS = 4
 """Smooth random latents that say how a latent's channels look, each PREVIEW_SIDE x PREVIEW_SIDE."""
 PREVIEW_SIDE = 16
@@ -49,6 +49,13 @@ class DecoderSizes:
     image_px: int
     draw: DrawSettings
     """As the family draws best."""
+
+    def __post_init__(self) -> None:
+        if self.condition_pooled > self.condition_width:
+            raise ModelFolderError(
+                f"the vector of a caption is {self.condition_pooled} wide but its states are {self.condition_width}: "
+                "this family's folder cannot be used"
+            )
 
 
 class Diffusion(nn.Module, ABC):
@@ -164,9 +171,14 @@ class Diffusion(nn.Module, ABC):
         return draw.guidance_scale > 1
 
     def new_sampler(self, draw: DrawSettings) -> Any:
-        """A sampler of one picture, with its timesteps."""
+        """A sampler of one picture, with its timesteps. Raises InvalidRequest where it has no such number of steps."""
         sampler = self.noise.new_sampler(draw.scheduler)
-        self.set_timesteps(sampler, draw)
+        try:
+            self.set_timesteps(sampler, draw)
+        except ValueError as error:
+            raise InvalidRequest(
+                "steps", f"steps is {draw.steps}, which {draw.scheduler} cannot do: {error}"
+            ) from error
         return sampler
 
     def set_timesteps(self, sampler: Any, draw: DrawSettings) -> None:
@@ -200,7 +212,8 @@ class Diffusion(nn.Module, ABC):
 
     def to_moments(self, pixels_BCYX: Tensor) -> Tensor:
         """Pictures in [-1, 1] -> the posterior's mean and log variance, as the VAE gives them: (B, M, Y, X)."""
-        return self.vae.encode(pixels_BCYX).latent_dist.parameters
+        parts = pixels_BCYX.split(max(1, DECODED_PIXELS // pixels_BCYX[0, 0].numel()))
+        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts])
 
     def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""
@@ -245,10 +258,11 @@ class Diffusion(nn.Module, ABC):
         if tiled:
             self.vae.enable_tiling()
         parts = latents_BCYX.split(max(1, DECODED_PIXELS // num_pixels))
-        pixels_BCYX = torch.cat([self.to_raw_pixels(part).clamp(-1, 1) for part in parts])
-        if tiled:
-            self.vae.disable_tiling()
-        return pixels_BCYX
+        try:
+            return torch.cat([self.to_raw_pixels(part).clamp(-1, 1) for part in parts])
+        finally:
+            if tiled:
+                self.vae.disable_tiling()
 
     def to_raw_pixels(self, latents_BCYX: Tensor) -> Tensor:
         """Decode as `to_pixels` does, without cutting values outside of [-1, 1] off: a loss needs them."""

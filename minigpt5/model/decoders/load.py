@@ -21,6 +21,9 @@ from minigpt5.model import decoders
 from minigpt5.model.decoders.diffusion import Diffusion, read_config
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 
+INDEX = "model_index.json"
+"""The file in which diffusers names a folder's pipeline."""
+
 
 def families() -> dict[str, type[Diffusion]]:
     """The families by the pipelines that diffusers draws their folders with."""
@@ -39,7 +42,7 @@ def _subclasses(family: type[Diffusion]) -> list[type[Diffusion]]:
 
 def find_family(folder: str | Path) -> type[Diffusion]:
     """The family of a folder; one without `model_index.json` is a Stable Diffusion's parts. Raises ModelFolderError."""
-    index = Path(folder) / "model_index.json"
+    index = Path(folder) / INDEX
     if not index.is_file():
         return StableDiffusion
     pipeline = str(json.loads(index.read_text()).get("_class_name"))

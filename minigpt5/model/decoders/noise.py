@@ -30,6 +30,8 @@ from minigpt5.types import DISTILLED, SDE_DPM_SOLVER
 MIN_VELOCITY_WEIGHT = 0.4
 """Lower bound of the min-SNR weight for v-prediction. Without it the steps of least signal, which decide the layout,
 are hardly trained."""
+UNCLIPPED = {"clip_sample": False}
+"""Latents are not bounded as pixels are; a folder of another sampler does not say so."""
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
@@ -93,7 +95,7 @@ class VariancePreserving(NoiseProcess):
     """Noise that replaces signal (arXiv 2006.11239); the denoiser predicts the noise, or the velocity (2202.00512)."""
 
     samplers = {
-        "ddim": Sampler(scheduler=DDIMScheduler),
+        "ddim": Sampler(scheduler=DDIMScheduler, options=UNCLIPPED),
         "pndm": Sampler(scheduler=PNDMScheduler, options={"skip_prk_steps": True}),  # as Stable Diffusion's folder says
         "dpm-solver++": Sampler(scheduler=DPMSolverMultistepScheduler),
         SDE_DPM_SOLVER: Sampler(
@@ -102,7 +104,7 @@ class VariancePreserving(NoiseProcess):
         "euler": Sampler(scheduler=EulerDiscreteScheduler, grows=True),
         "euler-ancestral": Sampler(scheduler=EulerAncestralDiscreteScheduler, adds_noise=True, grows=True),
         "lcm": Sampler(scheduler=LCMScheduler, adds_noise=True),
-        DISTILLED: Sampler(scheduler=MultistepScheduler, adds_noise=True),
+        DISTILLED: Sampler(scheduler=MultistepScheduler, options=UNCLIPPED, adds_noise=True),
     }
 
     schedule: DDIMScheduler

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
-from minigpt5.errors import ModelFolderError
+from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.diffusion import DecoderSizes, Diffusion, join_pooled, read_config, split_pooled
 from minigpt5.model.decoders.noise import RectifiedFlow
 from minigpt5.model.decoders.pipeline_text import PipelineTextEncoder, load_text_half
@@ -63,6 +63,17 @@ class StableDiffusion3(Diffusion):
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**read_config(Path(folder) / cls.DENOISER)))
         encode = partial(_encode, num_positions=num_positions)
         return PipelineTextEncoder(pipeline, encode=encode, encode_none=lambda pipeline: encode(pipeline, [""]))
+
+    def latent_shape(self, draw: DrawSettings) -> tuple[int, int, int]:
+        """Also raises InvalidRequest where a side has more patches than the table of positions."""
+        shape = super().latent_shape(draw)
+        longest = self.denoiser.config.pos_embed_max_size * self.multiple
+        for name, side in (("height", shape[1]), ("width", shape[2])):
+            if side * self.pixels_per_latent > longest:
+                raise InvalidRequest(
+                    name, f"{name} is {side * self.pixels_per_latent} but must be at most {longest} with this model"
+                )
+        return shape
 
     def set_timesteps(self, sampler: Any, draw: DrawSettings) -> None:
         _, rows, columns = self.latent_shape(draw)

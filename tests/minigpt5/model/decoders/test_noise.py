@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
+from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.denoising import denoise
+from minigpt5.errors import InvalidRequest
 from minigpt5.model.decoders.noise import MIN_VELOCITY_WEIGHT, VariancePreserving, min_snr_weight
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
-from minigpt5.types import DISTILLED, SDE_DPM_SOLVER, DrawSettings
-from tests.helpers.tiny import tiny_config, tiny_diffusion
+from minigpt5.types import DISTILLED, SDE_DPM_SOLVER, DrawRequest, DrawSettings, Vokens
+from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
 from training.storybook.new_decoder import new_storybook_noise_schedule
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -94,3 +98,21 @@ def test_the_stochastic_sampler_adds_the_noise_of_its_seed() -> None:
     torch.testing.assert_close(first, drawn(SDE_DPM_SOLVER, [1, 2]))
     assert not torch.allclose(first[0], drawn(SDE_DPM_SOLVER, [3, 2])[0], atol=1e-3)
     assert not torch.allclose(first, drawn("dpm-solver++", [1, 2]), atol=1e-3)
+
+
+def test_a_sampler_that_cannot_do_so_many_steps_is_refused_before_it_joins_others() -> None:
+    config = tiny_config()
+    config = dataclasses.replace(config, schedulers=(*config.schedulers, "lcm"))
+    decoder = DiffusionDecoder(config, tiny_mapper(config), tiny_diffusion(config))
+    states = np.zeros((config.num_vokens, config.hidden), np.float32)
+    vokens = Vokens(page=1, hidden_VH=states, fingerprint=config.fingerprint)
+    settings = DrawSettings(steps=60, guidance_scale=1.0, scheduler="lcm")
+    with pytest.raises(InvalidRequest, match="steps is 60, which lcm cannot do"):
+        decoder.validate_request(DrawRequest(vokens=vokens, seed=1, settings=settings))
+    decoder.validate_request(DrawRequest(vokens=vokens, seed=1, settings=dataclasses.replace(settings, steps=4)))
+
+
+def test_latents_are_not_cut_off_where_a_folder_names_a_sampler_that_says_nothing_of_it(tmp_path: Path) -> None:
+    EulerDiscreteScheduler(**BETAS).save_pretrained(tmp_path / "scheduler")
+    noise = StableDiffusion.load_noise(tmp_path)
+    assert not noise.new_sampler("ddim").config.clip_sample
