@@ -44,13 +44,18 @@ STEPS = [
 ]
 
 
+def make_base(family: str, folder: Path) -> None:
+    """The first variant of a family."""
+    maker = importlib.import_module(f"{pipelines.__name__}.{family}")
+    maker.make(folder, **next(iter(maker.VARIANTS.values())))
+
+
 @pytest.mark.parametrize(
     "family", [name if name in QUICKLY_TRAINED else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
 )
 def test_a_family_is_aligned_and_draws_a_story(family: str, tmp_path: Path) -> None:
     make_qwen3(tmp_path / "qwen3")
-    maker = importlib.import_module(f"{pipelines.__name__}.{family}")
-    maker.make(tmp_path / "diffusion", **next(iter(maker.VARIANTS.values())))
+    make_base(family, tmp_path / "diffusion")
     bases = ["--language", str(tmp_path / "qwen3"), "--diffusion", str(tmp_path / "diffusion")]
     assert new.main([*bases, "--context", "1024", "--out", str(tmp_path / "made")], show=lambda text: None) == 0
 
@@ -88,7 +93,7 @@ def test_a_family_is_aligned_and_draws_a_story(family: str, tmp_path: Path) -> N
 
 def test_a_decoder_of_the_same_family_is_taken_along_whole_and_another_is_refused(tmp_path: Path) -> None:
     for family in ("stable_diffusion_xl", "flux"):
-        importlib.import_module(f"{pipelines.__name__}.{family}").make(tmp_path / family)
+        make_base(family, tmp_path / family)
     make_qwen3(tmp_path / "qwen3")
     bases = ["--language", str(tmp_path / "qwen3"), "--diffusion", str(tmp_path / "stable_diffusion_xl")]
     assert new.main([*bases, "--context", "512", "--out", str(tmp_path / "made")], show=lambda text: None) == 0
