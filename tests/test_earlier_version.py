@@ -46,7 +46,7 @@ def with_sizes(values: Any) -> Any:
         return values
     new: dict[str, object] = {}
     if "scheduler" in values:
-        new = {"width": 0, "height": 0}
+        new = {"width": 0, "height": 0, "style": ""}
     elif {"width", "height", "draw"} <= set(values):
         new = {"is_resampled": False}
     return {name: with_sizes(value) for name, value in values.items()} | new
@@ -58,7 +58,7 @@ def test_a_config_is_read_and_written_as_it_was(name: str) -> None:
     values = json.loads((STORED / "models" / f"{name}.json").read_text())
     config = from_json(ModelConfig, values)
     new: dict[str, object] = {"about": "", "examples": [], "bases": [], "template": "published"}
-    new |= {"condition_pooled": 0, "mapper_width": 0, "max_pixels": 0, "size_multiple": 8}
+    new |= {"condition_pooled": 0, "mapper_width": 0, "max_pixels": 0, "size_multiple": 8, "styles": []}
     new["schedulers"] = ["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "distilled"]
     new["vision"] = values["vision"] | {"picture": [], "grid_side": 0, "sees_whole_pictures": False}
     assert config.name == name and to_json(config) == with_sizes(values) | new
