@@ -6,15 +6,20 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
+from minigpt5.types import DISTILLED_FOLDER
 
-UNUSED_WEIGHTS = ("*.fp16.safetensors", "*pruned*.safetensors")
-"""Second copies of weights in repositories of the hub."""
+UNUSED_WEIGHTS = ("*.fp16[.-]*safetensors", "*.bf16[.-]*safetensors", "*pruned*.safetensors")
+"""Second copies of weights in repositories of the hub, whole or in shards."""
+NOT_MODELS = re.compile("Scheduler|Tokenizer|Processor|FeatureExtractor")
+"""In the class names of a pipeline's parts that have no weights."""
 
 
 def keep_in_cache(name: str, fill: Callable[[Path], None]) -> Path:
@@ -58,12 +63,30 @@ def _fill(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def list_parts(folder: Path) -> tuple[str, ...]:
+    """Folders of the models that diffusers and transformers read for a pipeline, as `model_index.json` lists them.
+    Empty where a folder has no such file."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return ()
+    entries = json.loads(index.read_text())
+    return tuple(
+        name
+        for name, entry in entries.items()
+        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers") and not NOT_MODELS.search(entry[1])
+    )
+
+
 def hash_weights(folder: Path, *, without: str = "") -> str:
     """SHA-256 over the safetensors files of a base model, in order of path, but for a file named `without`. A file is
-    read once: its hash is kept in the cache beside its size and time of change."""
+    read once: its hash is kept in the cache beside its size and time of change.
+
+    Of a pipeline's folder only the parts count: beside them, the hub keeps the same weights as one file."""
     digest = hashlib.sha256()
     skipped = {path for pattern in (*UNUSED_WEIGHTS, without) if pattern for path in folder.rglob(pattern)}
-    paths = sorted(set(folder.rglob("*.safetensors")) - skipped)
+    parts = list_parts(folder)
+    places = [folder / part for part in (*parts, DISTILLED_FOLDER)] if parts else [folder]
+    paths = sorted({path for place in places for path in place.rglob("*.safetensors")} - skipped)
     if not paths:
         raise ModelFolderError(f"{folder} has no safetensors weights: convert it, other formats are not read")
     for path in paths:

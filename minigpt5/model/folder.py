@@ -30,7 +30,7 @@ from minigpt5.errors import BaseModelNotFound, ModelFolderError
 from minigpt5.model.base_models import is_hub_id, pin, resolve
 from minigpt5.model.cache import hash_weights, keep_in_cache
 from minigpt5.model.weights import load_module, save_module
-from minigpt5.types import DISTILLED, STYLE_FILE, DrawSettings, Precision
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, STYLE_FILE, DrawSettings, Precision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -436,8 +436,6 @@ def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
     """Write VAE, UNet, noise schedule and a distilled UNet, where there is one, in diffusers' layout."""
-    from minigpt5.model.decoders.diffusion import DISTILLED_FOLDER
-
     save_part(diffusion.vae, folder / "vae")
     save_part(diffusion.denoiser, folder / diffusion.DENOISER)
     if diffusion.distilled is not None:
