@@ -45,7 +45,8 @@ class Encode:
         folder = locate(model)
         self.config = load_config(folder)
         self.vision = load_vision(folder, self.config).eval()
-        self.diffusion = load_diffusion(find_part(folder, self.config, self.config.diffusion)).eval()
+        base = find_part(folder, self.config, self.config.diffusion)
+        self.diffusion = load_diffusion(base, has_denoiser=False).eval()
         self.keeps_pictures = keeps_pictures
         self._source, self._output = source, output
 

@@ -17,6 +17,7 @@ import numpy as np
 MAX_PAGES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
+DISTILLED_FOLDER = "unet_distilled"
 STYLE_FILE = "pytorch_lora_weights.safetensors"
 """A style adapter's file, as diffusers names it."""
 MIN_SIDE = 64

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import hashlib
 import importlib.util
 import io
@@ -25,15 +26,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from minigpt5.errors import BaseModelNotFound, MiniGPT5Error, ModelFolderError
-from minigpt5.model.cache import UNUSED_WEIGHTS, cache_folder, keep_in_cache
+from minigpt5.model.cache import UNUSED_WEIGHTS, cache_folder, keep_in_cache, list_parts
+from minigpt5.types import DISTILLED_FOLDER
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "examples/*.webp"]
-"""Safe formats only, never a pickle. Tokenizers need txt (merges), model (sentencepiece) and jinja (chat template)."""
+CONFIG_FILES = ["*config.json", "model_index.json"]
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "examples/*.webp"]
+"""Beside weights, safe formats only, never a pickle. Tokenizers need txt (merges), model (sentencepiece) and jinja
+(chat template)."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -176,25 +180,27 @@ def _from_hub(base_id: str, *, has_weights: bool) -> tuple[Path | None, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def fetch(*, only_cached: bool) -> Path:
+    def fetch(patterns: list[str], *, only_cached: bool = False) -> Path:
         folder = snapshot_download(
             name,
             revision=revision or None,
             cache_dir=os.environ.get("HF_HUB_CACHE"),
             local_files_only=only_cached,
-            allow_patterns=HUB_FILES if has_weights else ["*config.json", "model_index.json"],
+            allow_patterns=patterns,
             ignore_patterns=list(UNUSED_WEIGHTS),
         )
         return Path(folder)
 
     try:
         with contextlib.suppress(LocalEntryNotFoundError):
-            snapshot = fetch(only_cached=True)
+            snapshot = fetch(CONFIG_FILES, only_cached=True)
             if is_complete(snapshot):
                 return snapshot, ""
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
             return None, "not in its cache, and HF_HUB_OFFLINE forbids a download"
-        snapshot = fetch(only_cached=False)
+        snapshot = fetch(CONFIG_FILES)
+        if has_weights:
+            snapshot = fetch(weight_patterns(snapshot))
     except (OSError, ValueError) as error:  # no network, no such model, no access, a malformed id
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if not is_complete(snapshot):
@@ -207,16 +213,23 @@ def _has_config(snapshot: Path) -> bool:
     return any(snapshot.rglob("config.json"))
 
 
+def weight_patterns(configs: Path) -> list[str]:
+    """Patterns of the files to download for a snapshot whose config files are there: of a pipeline, its parts. The hub
+    keeps the same weights beside them as one file."""
+    parts = list_parts(configs)
+    weights = [f"{part}/*.safetensors" for part in (*parts, DISTILLED_FOLDER)] if parts else ["*.safetensors"]
+    return [*weights, *HUB_FILES]
+
+
 def _is_complete(snapshot: Path) -> bool:
     """Whether there are weights, and every shard that an index lists: a download may have been cut short."""
-    if (snapshot / "model_index.json").is_file() and not all(
-        any((snapshot / part).rglob("*.safetensors")) for part in ("unet", "vae", "text_encoder")
-    ):
+    if not all(any((snapshot / part).rglob("*.safetensors")) for part in list_parts(snapshot)):
         return False
     shards = [
         index.with_name(shard)
         for index in snapshot.rglob("*.safetensors.index.json")
         for shard in json.loads(index.read_text())["weight_map"].values()
+        if not any(fnmatch.fnmatch(shard, pattern) for pattern in UNUSED_WEIGHTS)
     ]
     return any(snapshot.rglob("*.safetensors")) and all(shard.is_file() for shard in shards)
 

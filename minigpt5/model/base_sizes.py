@@ -86,11 +86,17 @@ def diffusion_sizes(folder: Path) -> dict[str, Any]:
         "condition_width": sizes.condition_width,
         "condition_pooled": sizes.condition_pooled,
         "mapper_width": width if width < sizes.condition_width else 0,
-        "mapper_heads": max(1, width // max(HEAD_WIDTH, width // 8)),
+        "mapper_heads": count_heads(width),
         "image_px": sizes.image_px,
         "max_pixels": MAX_SIZE_RATIO * sizes.image_px**2,
         "draw": sizes.draw,
     }
+
+
+def count_heads(width: int) -> int:
+    """Attention heads of a mapper: as many as divide its width, up to 8 of at least HEAD_WIDTH."""
+    most = max(1, width // max(HEAD_WIDTH, width // 8))
+    return next(heads for heads in range(most, 0, -1) if width % heads == 0)
 
 
 def tower_config(tower: Any, base_id: str) -> VisionConfig:

@@ -6,15 +6,25 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
+from minigpt5.types import DISTILLED_FOLDER
 
-UNUSED_WEIGHTS = ("*.fp16.safetensors", "*pruned*.safetensors")
-"""Second copies of weights in repositories of the hub."""
+UNUSED_WEIGHTS = ("*.fp16[.-]*safetensors", "*.bf16[.-]*safetensors", "*pruned*.safetensors")
+"""Second copies of weights in repositories of the hub, whole or in shards."""
+KEPT_BYTES = 2**24
+"""Smallest file whose hash is kept; a smaller one is read in no time."""
+SETTLED_S = 2.0
+"""Age of a file's last change before its hash is kept: a second change within a clock's tick has the same time."""
+NOT_MODELS = re.compile("Scheduler|Tokenizer|Processor|FeatureExtractor")
+"""In the class names of a pipeline's parts that have no weights."""
 
 
 def keep_in_cache(name: str, fill: Callable[[Path], None]) -> Path:
@@ -58,34 +68,63 @@ def _fill(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def list_parts(folder: Path) -> tuple[str, ...]:
+    """Folders of the models that diffusers and transformers read for a pipeline, as `model_index.json` lists them.
+    Empty where a folder has no such file."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return ()
+    entries = json.loads(index.read_text())
+    return tuple(
+        name
+        for name, entry in entries.items()
+        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers") and not NOT_MODELS.search(entry[1])
+    )
+
+
 def hash_weights(folder: Path, *, without: str = "") -> str:
-    """SHA-256 over the safetensors files of a base model, in order of path, but for a file named `without`. A file is
-    read once: its hash is kept in the cache beside its size and time of change."""
+    """SHA-256 over the safetensors files of a base model, in order of path, but for a file named `without`. A
+    large file is read once: see `hash_file`.
+
+    Of a pipeline's folder only the parts count: beside them, the hub keeps the same weights as one file."""
     digest = hashlib.sha256()
     skipped = {path for pattern in (*UNUSED_WEIGHTS, without) if pattern for path in folder.rglob(pattern)}
-    paths = sorted(set(folder.rglob("*.safetensors")) - skipped)
+    parts = list_parts(folder)
+    places = [folder / part for part in (*parts, DISTILLED_FOLDER)] if parts else [folder]
+    paths = sorted({path for place in places for path in place.rglob("*.safetensors")} - skipped)
     if not paths:
         raise ModelFolderError(f"{folder} has no safetensors weights: convert it, other formats are not read")
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(_hash_file(path).encode())
+        digest.update(hash_file(path).encode())
     return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file. That of a large one is kept in the cache beside what changes with the file: its size, its
+    inode, and its times of change, of which a program can set one back and not the other."""
     found = path.resolve().stat()
-    key = hashlib.sha256(f"{path.resolve()}\n{found.st_size}\n{found.st_mtime_ns}".encode()).hexdigest()
+    if found.st_size < KEPT_BYTES:
+        return _read_hash(path)
+    name = f"{path.resolve()}\n{found.st_size}\n{found.st_ino}\n{found.st_mtime_ns}\n{found.st_ctime_ns}"
+    key = hashlib.sha256(name.encode()).hexdigest()
     known = cache_folder() / "hashes" / key
     with contextlib.suppress(OSError):
         return known.read_text()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-        known.parent.mkdir(parents=True, exist_ok=True)
-        partial = known.with_name(f"{key}.{os.getpid()}.tmp")
-        partial.write_text(digest)
-        os.replace(partial, known)
+    is_settled = time.time() - max(found.st_mtime, found.st_ctime) > SETTLED_S
+    digest = _read_hash(path)
+    if is_settled:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+            known.parent.mkdir(parents=True, exist_ok=True)
+            partial = known.with_name(f"{key}.{os.getpid()}.tmp")
+            partial.write_text(digest)
+            os.replace(partial, known)
     return digest
+
+
+def _read_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

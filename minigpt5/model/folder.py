@@ -28,9 +28,9 @@ from minigpt5.codec import from_json, to_json
 from minigpt5.config import BaseHash, ModelConfig
 from minigpt5.errors import BaseModelNotFound, ModelFolderError
 from minigpt5.model.base_models import is_hub_id, pin, resolve
-from minigpt5.model.cache import hash_weights, keep_in_cache
+from minigpt5.model.cache import hash_file, hash_weights, keep_in_cache
 from minigpt5.model.weights import load_module, save_module
-from minigpt5.types import DISTILLED, STYLE_FILE, DrawSettings, Precision
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, STYLE_FILE, DrawSettings, Precision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -109,15 +109,14 @@ def _read_webp(path: Path) -> bytes:
 
 def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> str:
     """SHA-256 over every weight file's path and content, in order of path, and over the hashes of base models. Style
-    adapters are left out."""
+    adapters are left out. A large file that has not changed is not read again: see `hash_file`."""
     folder = Path(folder)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         if path.is_relative_to(folder / STYLES):  # vokens are the same with and without
             continue
         digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(hash_file(path)))
     for base in bases:  # without their ids: a base may lie elsewhere on another machine
         digest.update(f"{base.sha256}\n".encode())
     return digest.hexdigest()
@@ -439,8 +438,6 @@ def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:
     """Write VAE, UNet, noise schedule and a distilled UNet, where there is one, in diffusers' layout."""
-    from minigpt5.model.decoders.diffusion import DISTILLED_FOLDER
-
     save_part(diffusion.vae, folder / "vae")
     save_part(diffusion.denoiser, folder / diffusion.DENOISER)
     if diffusion.distilled is not None:

@@ -34,7 +34,7 @@ from minigpt5.engine.generator import VokenGenerator
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.footprint import count_parts
 from minigpt5.model import folder as model_folder
-from minigpt5.model.base_sizes import find_lora_targets, longest_context
+from minigpt5.model.base_sizes import count_heads, find_lora_targets, longest_context
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.types import DrawSettings, InputImage, Sampling, StoryRequest
 from tests.helpers.recipe_configs import write_recipe
@@ -197,6 +197,12 @@ def test_lora_finds_the_attention_of_every_family(
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config(vocab_size=99, pad_token_id=0, **sizes).save_pretrained(tmp_path)
     assert find_lora_targets(tmp_path) == targets
+
+
+@pytest.mark.parametrize(("width", "heads"), [(32, 1), (256, 4), (400, 5), (768, 8), (1000, 8), (1024, 8)])
+def test_the_heads_of_a_mapper_divide_its_width(width: int, heads: int) -> None:
+    assert count_heads(width) == heads
+    torch.nn.MultiheadAttention(width, heads)
 
 
 def test_a_window_does_not_limit_the_context_and_longropes_original_length_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from minigpt5.codec import from_json
 from minigpt5.errors import TrainingError
@@ -12,6 +13,8 @@ from training.data.stored import StoredExamples, open_place
 
 ENCODED = {"moments": ("vae", "VAE"), "features": ("vision", "vision encoder")}
 """A field of stored pictures: the encoder that fills it, and its name."""
+PROBED_ROWS = 64
+"""Rows that are looked through for a picture."""
 
 
 def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *, remedy: str) -> None:
@@ -20,7 +23,14 @@ def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *
     Rows of an earlier version do not say what encoded them; one printed line says so. Raises TrainingError, which ends
     with `remedy`.
     """
-    picture = next(one for one in examples.stored(0)["segments"] if one["text"] is None)
+    picture = _first_picture(examples)
+    if picture is None:
+        if examples.stage == "learn":  # text alone is learnt too
+            return
+        raise TrainingError(
+            f"the first {PROBED_ROWS} rows in {examples.uri} have no pictures, which stage {examples.stage} learns "
+            "from: prepare rows with pictures, or leave these out"
+        )
     for field in fields_read(examples):
         part, name = ENCODED[field]
         if picture[field] is None:
@@ -43,6 +53,11 @@ def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *
                 f"the rows in {examples.uri} were encoded by another {name} ({seen}) than this run's "
                 f"({own.sha256[:12]} at {own.image_px} px): {remedy}"
             )
+
+
+def _first_picture(examples: StoredExamples) -> dict[str, Any] | None:
+    rows = (examples.stored(index) for index in range(min(PROBED_ROWS, len(examples))))
+    return next((one for row in rows for one in row["segments"] if one["text"] is None), None)
 
 
 def fields_read(examples: StoredExamples) -> tuple[str, ...]:

@@ -17,12 +17,12 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.denoising import denoise
 from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
-from minigpt5.model.decoders.diffusion import DISTILLED_FOLDER
 from minigpt5.model.decoders.load import INDEX, find_family
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import Objective
+from minigpt5.types import DISTILLED_FOLDER
 from training.data.batches import StageData
 from training.presets import VisionPreset, VokenPreset
 from training.samples import save_sheet

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.noise import NoiseProcess
 from minigpt5.model.decoders.styles import Styles
-from minigpt5.types import DISTILLED, DrawSettings
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings
 
-DISTILLED_FOLDER = "unet_distilled"
 LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 DECODED_PIXELS = 2**21
 """Pixels that the VAE encodes or decodes in one call; a larger picture is decoded in tiles."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import decoders
-from minigpt5.model.decoders.diffusion import Diffusion, read_config
+from minigpt5.model.decoders.diffusion import Diffusion, load_part, read_config
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 
 INDEX = "model_index.json"
@@ -52,9 +52,13 @@ def find_family(folder: str | Path) -> type[Diffusion]:
     return known[pipeline]
 
 
-def load_diffusion(folder: str | Path) -> Diffusion:
-    """Read a folder in diffusers' layout as float32. Raises ModelFolderError."""
-    return find_family(folder).from_pretrained(folder)
+def load_diffusion(folder: str | Path, *, has_denoiser: bool = True) -> Diffusion:
+    """Read a folder in diffusers' layout as float32. Without `has_denoiser`, only the VAE's weights are read, and the
+    denoiser stays on the meta device. Raises ModelFolderError."""
+    family, folder = find_family(folder), Path(folder)
+    if has_denoiser:
+        return family.from_pretrained(folder)
+    return family(load_part(folder, "vae"), _sketch(folder / family.DENOISER), family.load_noise(folder))
 
 
 def sketch_diffusion(folder: Path) -> Diffusion:

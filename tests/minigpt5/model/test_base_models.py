@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from minigpt5.errors import BaseModelNotFound, MiniGPT5Error, ModelFolderError
 from minigpt5.model import base_models
-from minigpt5.model.base_models import WEIGHT_PACKAGES, from_package, load_tensors, resolve
+from minigpt5.model.base_models import WEIGHT_PACKAGES, from_package, load_tensors, resolve, weight_patterns
+from minigpt5.model.cache import UNUSED_WEIGHTS, hash_weights
 
 EFFICIENTNET = WEIGHT_PACKAGES["efficientnet-lite0"]
 
@@ -76,6 +79,49 @@ def test_a_cut_short_hub_download_does_not_count(tmp_path: Path) -> None:
     hub_snapshot(tmp_path / "hub", files=files)
     with pytest.raises(BaseModelNotFound, match="not in its cache"):
         resolve("someone/something")
+
+
+PIPELINE = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": [None, None],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+PARTS = ("text_encoder", "transformer", "vae")
+
+
+def test_a_pipeline_of_the_hub_is_whole_when_its_own_parts_are(tmp_path: Path) -> None:
+    snapshot = hub_snapshot(tmp_path / "hub", files={"model_index.json": json.dumps(PIPELINE)})
+    for part in PARTS:
+        with pytest.raises(BaseModelNotFound, match="not in its cache"):
+            resolve("someone/something")
+        (snapshot / part).mkdir()
+        (snapshot / part / "model.safetensors").write_text("weights")
+    assert resolve("someone/something") == snapshot
+
+
+def test_of_a_pipeline_on_the_hub_each_weight_is_downloaded_and_hashed_once(tmp_path: Path) -> None:
+    wanted = ["model_index.json", *(f"{part}/model-00001-of-00001.safetensors" for part in PARTS)]
+    second = ["model.fp16-00001-of-00002.safetensors", "model.fp16.safetensors", "model.bf16.safetensors"]
+    unused = ["sd3_medium.safetensors", "text_encoders/clip_g.safetensors", *(f"vae/{name}" for name in second)]
+    (tmp_path / "model_index.json").write_text(json.dumps(PIPELINE))
+    patterns = weight_patterns(tmp_path)
+    downloaded = filter_repo_objects([*wanted, *unused], allow_patterns=patterns, ignore_patterns=list(UNUSED_WEIGHTS))
+    assert list(downloaded) == wanted
+
+    hashes = []
+    for names in (wanted[1:], unused):
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(name)
+        hashes.append(hash_weights(tmp_path))
+    (tmp_path / wanted[1]).write_text("other weights")
+    assert hashes[0] == hashes[1] != hash_weights(tmp_path)
 
 
 def test_a_missing_model_is_an_error_that_names_every_place_and_the_remedy(

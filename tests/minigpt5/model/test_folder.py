@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import pytest
 from minigpt5.codec import to_json
 from minigpt5.config import default_model_folder, storybook
 from minigpt5.errors import ModelFolderError
+from minigpt5.model import cache
+from minigpt5.model import folder as model_folder
+from minigpt5.model.cache import KEPT_BYTES
 from minigpt5.model.folder import (
     MAX_EXAMPLE_PICTURE_BYTES,
     check_folder,
@@ -40,6 +45,39 @@ def test_a_saved_folder_says_what_the_config_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(to_json(again)))
     put(tmp_path, 1, WEBP)
     assert check_folder(tmp_path) == again and compute_fingerprint(tmp_path) == saved.fingerprint
+
+
+def test_a_large_file_is_hashed_once_and_its_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_tiny(folder)
+    hashes = tmp_path / "cache" / "minigpt5" / "hashes"
+    large = folder / "decoder" / "large.safetensors"
+    with large.open("wb") as file:
+        file.truncate(KEPT_BYTES)
+    saved = model_folder.write_config(folder, load_config(folder))
+    check_folder(folder)
+    assert not hashes.exists()  # the file may still change within a tick of its clock
+
+    monkeypatch.setattr(cache, "SETTLED_S", -1.0)
+    assert check_folder(folder) == saved
+    (kept,) = hashes.iterdir()
+    kept.write_text("0" * 64)
+    with pytest.raises(ModelFolderError, match="damaged, missing or foreign"):  # it is what is kept that counts
+        check_folder(folder)
+    kept.unlink()
+    check_folder(folder)
+
+    before = large.stat()
+    time.sleep(0.05)
+    with large.open("r+b") as file:
+        file.seek(KEPT_BYTES // 2)
+        file.write(b"x")
+    os.utime(large, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps times has it
+    assert large.stat().st_size == before.st_size and large.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(ModelFolderError, match="damaged, missing or foreign"):
+        check_folder(folder)
 
 
 def test_a_folder_of_before_says_nothing(tmp_path: Path) -> None:

@@ -11,15 +11,17 @@ import pytest
 import ray
 import torch
 from diffusers import AutoencoderKL
+from pyarrow import parquet
 from transformers import SiglipVisionModel
 
 from batch_jobs import precompute
-from batch_jobs.prepare import Part, write_part
+from batch_jobs.prepare import Part, to_parquet, write_part
 from examples.own_model.tiny_bases import make_bases
 from minigpt5 import new
 from minigpt5.errors import InvalidRequest, TrainingError
 from minigpt5.model import folder as model_folder
 from minigpt5.objective.encoders import find_encoders
+from minigpt5.objective.stored_example import ROW_SCHEMA
 from training.presets import PUBLISHED
 from training.train import find_examples, main
 from training.weight_sources import WeightSources
@@ -154,6 +156,26 @@ def test_rows_encoded_without_vision_train_no_stage_that_reads_pictures(
     kept = encode(plain, tmp_path / "kept", models["blind"], keeps_pictures=True)
     for stage in ("vision", "learn"):
         start(stage, kept, models["own"])
+
+
+@pytest.mark.parametrize("num_left", [1, 0])
+def test_first_rows_without_pictures_are_passed_over(
+    num_left: int, encoded: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = shutil.copytree(encoded, tmp_path / "rows")
+    (path,) = (rows / "rows").iterdir()
+    stored = parquet.read_table(path).to_pylist()
+    for row in stored[: len(stored) - num_left]:
+        row["segments"] = [one for one in row["segments"] if one["text"] is not None]
+    path.write_bytes(to_parquet(stored, ROW_SCHEMA))
+    start("learn", rows, models["own"])
+    if num_left:
+        start("align", rows, models["own"])
+        with pytest.raises(TrainingError, match="encoded by another VAE"):
+            start("align", rows, models["other-vae"])
+    else:
+        with pytest.raises(TrainingError, match="have no pictures, which stage align learns from: prepare rows"):
+            start("align", rows, models["own"])
 
 
 def test_pictures_of_another_size_are_refused(encoded: Path, models: dict[str, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from minigpt5.engine.decoder import DiffusionDecoder
-from minigpt5.model.decoders.load import families, find_family
+from minigpt5.model.decoders.load import families, find_family, load_diffusion
 from minigpt5.model.decoders.noise import RectifiedFlow
 from minigpt5.model.mapper import Mapper
 from minigpt5.parity.pictures import TOLERANCE, Pair
@@ -129,6 +129,15 @@ def test_the_vae_goes_there_and_back_as_its_pipeline_scales_it(pair: Pair) -> No
     ).images
     ours = (pair.ours.to_pixels(case.latents_1CYX) + 1) / 2
     torch.testing.assert_close(ours.detach(), theirs, atol=1e-3, rtol=0)
+
+
+def test_without_a_denoiser_the_vae_encodes_the_same(pair: Pair) -> None:
+    encoder = load_diffusion(pair.folder, has_denoiser=False).eval()  # type: ignore[attr-defined]
+    assert {parameter.device.type for parameter in encoder.denoiser.parameters()} == {"meta"}
+    side = pair.ours.native_px
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(encoder.to_moments(pixels), pair.ours.to_moments(pixels))
 
 
 def test_the_mapper_feeds_it_and_a_cancelled_picture_leaves_the_others_alone(pair: Pair) -> None:
