@@ -187,7 +187,7 @@ class Diffusion(nn.Module, ABC):
             return self.denoiser
         if self.distilled is None:
             raise ModelFolderError(
-                f"there is no distilled UNet in this model: draw with another scheduler than {sampler}"
+                f"scheduler is {sampler!r} but this model has no distilled UNet: use one of {', '.join(self.samplers)}"
             )
         return self.distilled
 
