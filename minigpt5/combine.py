@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from minigpt5.config import NO_VISION, BaseHash, ModelConfig, TemplateName
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_sizes import diffusion_sizes, language_sizes, tower_config
-from minigpt5.types import Sampling
+from minigpt5.types import DrawSettings, Sampling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,6 +110,7 @@ def combine(
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=128),
         bases=hashes,
         schedulers=model.samplers,
+        guides_in_one_call=not model.is_guided(DrawSettings(guidance_scale=2.0)),
         size_multiple=model.multiple,
         **sizes,
     )

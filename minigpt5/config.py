@@ -158,6 +158,8 @@ class ModelConfig:
     """Such a width or height is a multiple of this many pixels."""
     schedulers: tuple[str, ...] = ("ddim", "pndm", "dpm-solver++", SDE_DPM_SOLVER, DISTILLED)
     """Samplers of the diffusion model; DISTILLED needs a distilled UNet."""
+    guides_in_one_call: bool = False
+    """Whether the denoiser takes the guidance scale as an input: a guided step then needs no second prediction."""
     guidance_rescale: float = 0.0
     """How far the guided prediction is scaled back to the spread of the unguided one (arXiv 2305.08891, 3.4)."""
     template: TemplateName = "published"
@@ -210,8 +212,8 @@ class ModelConfig:
         return self.draw_distilled if self.prefers_distilled and self.draw_distilled else self.draw
 
     def drawable(self, draw: DrawSettings) -> DrawSettings:
-        """Settings of a story, perhaps begun with a model that had a distilled UNet where this one has none."""
-        if draw.scheduler != DISTILLED or self.draw_distilled:
+        """Settings of a story, perhaps begun with a model that had a sampler which this one lacks."""
+        if draw.scheduler in self.samplers:
             return draw
         return dataclasses.replace(self.draw, width=draw.width, height=draw.height)
 
@@ -265,10 +267,7 @@ class ModelConfig:
 
     def check_draw(self, draw: DrawSettings) -> None:
         """Raises InvalidRequest where this model has no such sampler, or draws no such size."""
-        check_distilled(draw, has_distilled=self.draw_distilled is not None)
-        if draw.scheduler not in self.samplers:
-            names = ", ".join(self.samplers)
-            raise InvalidRequest("scheduler", f"scheduler is {draw.scheduler!r} but must be one of {names}")
+        check_sampler(draw, self.samplers)
         self.check_size(draw)
         self.check_style(draw)
 
@@ -300,12 +299,18 @@ def fits_distilled(draw: DrawSettings) -> bool:
     return draw.scheduler == DISTILLED and is_fast and not draw.style
 
 
-def check_distilled(draw: DrawSettings, *, has_distilled: bool) -> None:
-    """Raises InvalidRequest where the distilled UNet is asked for what it does not do."""
-    if draw.scheduler != DISTILLED or (has_distilled and fits_distilled(draw)):
+def check_sampler(draw: DrawSettings, samplers: tuple[str, ...]) -> None:
+    """Raises InvalidRequest for a sampler that is none of the model's `samplers`, and where the distilled UNet is asked
+    for what it does not do."""
+    names = ", ".join(samplers)
+    if draw.scheduler == DISTILLED and DISTILLED not in samplers:
+        raise InvalidRequest(
+            "scheduler", f"scheduler is {DISTILLED!r} but this model has no distilled UNet: use one of {names}"
+        )
+    if draw.scheduler not in samplers:
+        raise InvalidRequest("scheduler", f"scheduler is {draw.scheduler!r} but must be one of {names}")
+    if draw.scheduler != DISTILLED or fits_distilled(draw):
         return
-    if not has_distilled:
-        raise InvalidRequest("scheduler", f"scheduler is {DISTILLED!r} but this model has no distilled UNet: use ddim")
     if draw.style:
         raise InvalidRequest(
             "style", f"style is {draw.style[:80]!r} but must be none with scheduler {DISTILLED!r}: leave out either"

@@ -59,6 +59,7 @@ def test_a_config_is_read_and_written_as_it_was(name: str) -> None:
     config = from_json(ModelConfig, values)
     new: dict[str, object] = {"about": "", "examples": [], "bases": [], "template": "published"}
     new |= {"condition_pooled": 0, "mapper_width": 0, "max_pixels": 0, "size_multiple": 8, "styles": []}
+    new["guides_in_one_call"] = False
     new["schedulers"] = ["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "distilled"]
     new["vision"] = values["vision"] | {"picture": [], "grid_side": 0, "sees_whole_pictures": False}
     assert config.name == name and to_json(config) == with_sizes(values) | new

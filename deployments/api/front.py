@@ -73,7 +73,12 @@ def build_front(
 ) -> Front:
     """`ledger`: of all fronts; None: this is the only one."""
     ledger = ledger or LocalLedger()
-    admission = Admission(max_wait_s=max_wait_s, max_running=max_running, relative_pixels=config.relative_pixels)
+    admission = Admission(
+        max_wait_s=max_wait_s,
+        max_running=max_running,
+        relative_pixels=config.relative_pixels,
+        guides_in_one_call=config.guides_in_one_call,
+    )
     story_manager = StoryManager(engines, store, admission, ledger, model=config.name, text_filter=text_filter)
     return Front(
         config=config,

@@ -73,12 +73,13 @@ class Admission:
         max_wait_s: float,
         max_running: int,
         relative_pixels: Callable[[DrawSettings], float] = lambda draw: 1.0,
+        guides_in_one_call: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """A request is refused where it would be done in more than `max_wait_s`, unless it would be on an idle server
-        too; and beyond `max_running`, which bounds memory. `relative_pixels`: see ModelConfig."""
+        too; and beyond `max_running`, which bounds memory. `relative_pixels`, `guides_in_one_call`: see ModelConfig."""
         self.max_wait_s, self.max_running = max_wait_s, max_running
-        self.relative_pixels = relative_pixels
+        self.relative_pixels, self.guides_in_one_call = relative_pixels, guides_in_one_call
         self.num_running = 0
         self.others = Load()
         """Load of the other fronts, as they last reported it."""
@@ -105,8 +106,17 @@ class Admission:
 
     def wait_s(self, request: StoryRequest, *, num_pictures: int = 1) -> float:
         """Seconds until `request` would be done."""
-        costs = predict(request, num_pictures=num_pictures, relative_pixels=self.relative_pixels(request.draw))
+        costs = self.predict(request, num_pictures=num_pictures)
         return max(self._wait_s(engine, request.key, costs[engine]) for engine in ENGINES)
+
+    def predict(self, request: StoryRequest, *, num_pictures: int) -> dict[Engine, float]:
+        """What `request` may cost with this model."""
+        return predict(
+            request,
+            num_pictures=num_pictures,
+            relative_pixels=self.relative_pixels(request.draw),
+            guides_in_one_call=self.guides_in_one_call,
+        )
 
     def reserve(self, request: StoryRequest, *, num_pictures: int = 1) -> Reservation:
         """Take a place, which the caller must release; `num_pictures` are drawn of each page. Raises Overloaded."""
@@ -163,9 +173,11 @@ class Reservation:
     def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int) -> None:
         self._admission, self._key = admission, request.key
         self._relative_pixels = admission.relative_pixels(request.draw)
-        self._left = predict(request, num_pictures=num_pictures, relative_pixels=self._relative_pixels)
+        self._left = admission.predict(request, num_pictures=num_pictures)
         self._page_tokens = self._left["generator"] / request.pages
-        self._samples = samples_per_step(request) * self._relative_pixels
+        self._samples = self._relative_pixels * samples_per_step(
+            request.draw, guides_in_one_call=admission.guides_in_one_call
+        )
         self._steps: dict[int, int] = {}
         """Steps done, by page: not every one is told of."""
         self._is_left = False
@@ -205,14 +217,21 @@ class Reservation:
         self.release()
 
 
-def predict(request: StoryRequest, *, num_pictures: int = 1, relative_pixels: float = 1.0) -> dict[Engine, float]:
+def predict(
+    request: StoryRequest,
+    *,
+    num_pictures: int = 1,
+    relative_pixels: float = 1.0,
+    guides_in_one_call: bool = False,
+) -> dict[Engine, float]:
     """The most that a request may cost: tokens, and UNet samples of the model's own size."""
     prompt = sum(len(part) for part in request.prompt if isinstance(part, str)) / CHARACTERS_PER_TOKEN
     num_texts = {"story": request.pages, "reply": 1, "caption": 0}[request.mode]
     num_drawn = 0 if request.pictures == "none" else request.pages * num_pictures
+    samples = request.draw.steps * samples_per_step(request.draw, guides_in_one_call=guides_in_one_call)
     return {
         "generator": prompt + num_texts * request.sampling.max_page_tokens + 1.0,
-        "decoder": num_drawn * relative_pixels * (request.draw.steps * samples_per_step(request) + FINISH_SAMPLES),
+        "decoder": num_drawn * relative_pixels * (samples + FINISH_SAMPLES),
     }
 
 
@@ -220,9 +239,9 @@ def _whole(seconds: float) -> int:
     return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
 
 
-def samples_per_step(request: StoryRequest) -> int:
-    """Guidance needs a second one."""
-    return 1 if request.draw.guidance_scale == 1 else 2
+def samples_per_step(draw: DrawSettings, *, guides_in_one_call: bool) -> int:
+    """Guidance needs a second one, unless the denoiser takes its scale as an input."""
+    return 1 if guides_in_one_call or draw.guidance_scale <= 1 else 2
 
 
 class _Speed:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minigpt5.config import ModelConfig, check_distilled
+from minigpt5.config import ModelConfig, check_sampler
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.engine.engine_loop import EngineLoop, Job
@@ -133,12 +133,7 @@ class DiffusionDecoder:
         expected = (self.config.num_vokens, self.config.hidden)
         if vokens.hidden_VH.shape != expected:
             raise InvalidRequest("vokens", f"vokens have shape {vokens.hidden_VH.shape} but must have {expected}")
-        check_distilled(settings, has_distilled=self.diffusion.distilled is not None)
-        if settings.scheduler not in self.diffusion.samplers:
-            raise InvalidRequest(
-                "scheduler",
-                f"scheduler is {settings.scheduler!r} but must be one of {', '.join(self.diffusion.samplers)}",
-            )
+        check_sampler(settings, self.diffusion.samplers)
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
         self.config.check_size(settings)

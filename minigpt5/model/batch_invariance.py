@@ -4,6 +4,9 @@ On the CPU, oneDNN takes another kernel for a single row than for several, for a
 divide, and for convolutions of one pixel by another number of threads. The last bits differ, and twenty guided steps
 make two hundred times as much of them. Only a few layers of a latent diffusion model are concerned, so that giving
 them enough rows, and doing those convolutions as the linear layers that they are, costs nothing.
+
+These layers are a UNet's. A transformer's matrix products keep their kernels: the last bits of its pictures depend on
+their batch.
 """
 
 from __future__ import annotations
@@ -16,16 +19,21 @@ from minigpt5.model.decoders.diffusion import Diffusion
 
 TILE_ROWS = 16
 """Rows of a matrix product that every kernel divides."""
+MOST_LATENTS = 64 * 64
+"""Of a picture that the VAE decodes beside a copy of itself; a larger one would take too much time and memory."""
 
 
 class EvenRows(nn.Module):
-    """`layer` with its input filled up to a multiple of `multiple` rows, for inference."""
+    """`layer` with its input filled up to a multiple of `multiple` rows, for inference. Rows that are pictures of more
+    than MOST_LATENTS positions stay as many as they are."""
 
     def __init__(self, layer: nn.Module, multiple: int) -> None:
         super().__init__()
         self.layer, self.multiple = layer, multiple
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 4 and input.shape[2] * input.shape[3] > MOST_LATENTS:
+            return self.layer(input)
         return self.layer(_filled_up(input, self.multiple))[: len(input)]
 
 

@@ -265,7 +265,8 @@ def load_generator_model(
 def load_decoder_model(
     folder: str | Path, *, device: str = "cpu", precision: Precision | None = None
 ) -> tuple[ModelConfig, Mapper, Diffusion]:
-    """What draws, ready to: config, mapper, diffusion model. On a CPU its pictures are the same in any batch.
+    """What draws, ready to: config, mapper, diffusion model. docs/batch-invariance.md says how far a picture
+    depends on its batch: on a CPU, layers of a UNet are mended, and those of a transformer are not.
 
     `precision` of the diffusion model: by default float32 on a CPU, and bfloat16 on a GPU, in half the memory.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt5.config import ModelConfig
-from minigpt5.model.decoders.diffusion import join_pooled, split_pooled
+from minigpt5.model.decoders.diffusion import join_pooled
 
 
 class Mapper(nn.Module):
@@ -50,20 +50,17 @@ class Mapper(nn.Module):
         return join_pooled(self.out(found_BQW[:, :-1]), self.pooled(found_BQW[:, -1]))
 
     @torch.no_grad()
-    def begin_at(self, conditions_BQD: Tensor) -> None:
-        """Let a fresh mapper write states of the mean and the spread that each feature of `conditions_BQD` has."""
-        states_BQD, pooled_BP = conditions_BQD, None
-        if self.pooled is not None:
-            states_BQD, pooled_BP = split_pooled(conditions_BQD, self.pooled.out_features)
-        states_ND = states_BQD.flatten(0, 1)
+    def begin_at(self, states_ND: Tensor, pooled_NP: Tensor | None = None) -> None:
+        """Let a fresh mapper write states of the mean and the spread that each feature of `states_ND` has, and one
+        vector of those of `pooled_NP`."""
         norm = self.transformer.decoder.norm
         if isinstance(self.out, nn.Linear):
             _spread(self.out, states_ND)
         else:
             norm.weight.copy_(states_ND.std(dim=0))
             norm.bias.copy_(states_ND.mean(dim=0))
-        if self.pooled is not None and pooled_BP is not None:
-            _spread(self.pooled, pooled_BP)
+        if self.pooled is not None and pooled_NP is not None:
+            _spread(self.pooled, pooled_NP)
 
     @property
     def is_fresh(self) -> bool:

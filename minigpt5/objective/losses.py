@@ -1,6 +1,7 @@
 """A batch -> losses: text, picture and caption, one module for every stage of the model (arXiv 2310.02239, 3.3).
 
-Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, Q condition positions, D condition width.
+Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, Q condition positions, D condition width,
+E width of a caption's one vector.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt5.config import ModelConfig
 from minigpt5.model import prompt
-from minigpt5.model.decoders.diffusion import Diffusion, normal_like
+from minigpt5.model.decoders.diffusion import Diffusion, normal_like, split_pooled
 from minigpt5.model.language import LanguageModel, pad, padding_id
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
@@ -112,6 +113,7 @@ class Objective(nn.Module):
         self._whiten_HH: Tensor
         self._voken_mean_H: Tensor
         self.register_buffer("caption_scale_D", torch.ones(config.condition_width), persistent=False)
+        self.register_buffer("pooled_scale_E", torch.ones(config.condition_pooled), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -121,13 +123,25 @@ class Objective(nn.Module):
     def standardise_captions(self, captions: list[str], *, start_there: bool = False) -> None:
         """Take the spread of each feature from `captions`: unscaled, predicting the mean is already a small loss.
 
+        Positions without a state do not count, and the captions' one vectors have a spread of their own.
         `start_there`: what a fresh mapper writes begins at the features' mean and spread.
         """
-        states_BQD = self.text_encoder(captions).float()
-        spread_D = states_BQD.flatten(0, 1).std(dim=0)
-        self.caption_scale_D = spread_D.clamp(min=0.1 * float(spread_D.median()))  # a feature may be constant
+        states_BQD, pooled_BE = self._split(self.text_encoder(captions).float())
+        states_ND = states_BQD.flatten(0, 1)
+        if self.diffusion.ZERO_IS_EMPTY:
+            states_ND = states_ND[states_ND.any(dim=1)]
+        self.caption_scale_D = _spread(states_ND)
+        if len(captions) == 1:  # one vector has no spread
+            pooled_BE = None
+        if pooled_BE is not None:
+            self.pooled_scale_E = _spread(pooled_BE)
         if start_there:
-            self.mapper.begin_at(states_BQD)
+            self.mapper.begin_at(states_ND, pooled_BE)
+
+    def _split(self, condition_BQD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A condition -> its states, and the caption's one vector where the model has one."""
+        width = self.config.condition_pooled
+        return split_pooled(condition_BQD, width) if width else (condition_BQD, None)
 
     def forward(self, examples: list[Example], weights: LossWeights) -> dict[str, Tensor]:
         """Losses by name; "loss" is their weighted sum."""
@@ -372,7 +386,8 @@ class Objective(nn.Module):
         """Cross-entropy of the nearest caption being the right one: a mean squared error is content with a blend of
         captions that share most of their words, and a single word is what the picture depends on."""
         candidates = torch.cat([target_PQD[:, None], others_PKQD], dim=1)
-        distance_PK = ((condition_PQD[:, None] - candidates) / self.caption_scale_D).square().mean(dim=(2, 3))
+        errors = self._squared_errors(condition_PQD[:, None], candidates)
+        distance_PK = torch.stack([error.mean(dim=tuple(range(2, error.ndim))) for error in errors]).mean(dim=0)
         right_P = torch.zeros(len(distance_PK), dtype=torch.long, device=self.device)
         return F.cross_entropy(-CONTRAST_SHARPNESS * distance_PK, right_P)
 
@@ -393,8 +408,29 @@ class Objective(nn.Module):
             self._num_replayable_ever += 1
 
     def caption_loss(self, condition_PQD: Tensor, target_PQD: Tensor) -> Tensor:
-        """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised."""
-        return ((condition_PQD - target_PQD) / self.caption_scale_D).square().mean()
+        """Mean squared error to the text encoder's states of the caption; plain, as published, until standardised.
+
+        Where the caption has one vector too, the mean of the states' error and the vector's. Positions of zeros count:
+        the mapper learns to write next to nothing there.
+        """
+        return torch.stack([error.mean() for error in self._squared_errors(condition_PQD, target_PQD)]).mean()
+
+    def _squared_errors(self, condition_PQD: Tensor, target_PQD: Tensor) -> list[Tensor]:
+        """Of the states and, where there is one, of the caption's one vector, each in units of its spread."""
+        states_PQD, pooled_PE = self._split(condition_PQD)
+        true_states_PQD, true_pooled_PE = self._split(target_PQD)
+        errors = [((states_PQD - true_states_PQD) / self.caption_scale_D).square()]
+        if pooled_PE is not None and true_pooled_PE is not None:
+            errors.append(((pooled_PE - true_pooled_PE) / self.pooled_scale_E).square())
+        return errors
+
+
+def _spread(values_ND: Tensor) -> Tensor:
+    """The standard deviation of each feature, at least a tenth of the median of those that vary: a feature may be
+    constant, as half of Stable Diffusion 3's are without T5."""
+    spread_D = values_ND.std(dim=0)
+    varying = spread_D[spread_D > 0]
+    return spread_D.clamp(min=0.1 * float(varying.median()) if len(varying) else 1.0)
 
 
 def exactly(device: torch.device) -> AbstractContextManager[None]:

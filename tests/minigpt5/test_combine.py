@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
@@ -11,6 +12,7 @@ from examples.own_model.tiny_bases import make_stable_diffusion, make_tokenizer
 from minigpt5 import new
 from minigpt5.combine import combine, sketch
 from minigpt5.footprint import count_parts, report
+from tests.helpers.pipelines import flux, stable_diffusion_3
 from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, make_vision_language
 
 SIZES = {
@@ -44,6 +46,15 @@ def test_a_dry_run_counts_experts(name: str, diffusion: str, tmp_path: Path) -> 
     AutoModelForCausalLM.from_config(EXPERTS[name]).save_pretrained(tmp_path)
     bases = {"language": str(tmp_path), "diffusion": diffusion}
     assert report(sketch(**bases)) == report(combine(**bases))
+
+
+@pytest.mark.parametrize(("maker", "guides_in_one_call"), [(flux, True), (stable_diffusion_3, False)])
+def test_a_model_says_whether_it_guides_in_one_call(maker: Any, guides_in_one_call: bool, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "language")
+    AutoModelForCausalLM.from_config(EXPERTS["Qwen 3 MoE"]).save_pretrained(tmp_path / "language")
+    maker.make(tmp_path / "diffusion", **next(iter(maker.VARIANTS.values())))
+    config = combine(language=str(tmp_path / "language"), diffusion=str(tmp_path / "diffusion")).config
+    assert config.guides_in_one_call is guides_in_one_call
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))

@@ -66,6 +66,8 @@ class Diffusion(nn.Module, ABC):
     """Folder of the denoiser."""
     PATCH: ClassVar[int] = 1
     """Sides of a picture's latents are multiples of this."""
+    ZERO_IS_EMPTY: ClassVar[bool] = False
+    """Whether a position of zeros holds no state of the caption: padding, or an encoder that the folder lacks."""
     PIPELINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     """What the pipeline is asked for beside the caption and the draw settings, to draw as the family does."""
 
@@ -198,7 +200,7 @@ class Diffusion(nn.Module, ABC):
             return self.denoiser
         if self.distilled is None:
             raise ModelFolderError(
-                f"there is no distilled UNet in this model: draw with another scheduler than {sampler}"
+                f"scheduler is {sampler!r} but this model has no distilled UNet: use one of {', '.join(self.samplers)}"
             )
         return self.distilled
 
@@ -333,8 +335,8 @@ class Diffusion(nn.Module, ABC):
 
 
 def split_pooled(condition_BQD: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A condition -> the states (B, Q - 1, D) and the caption's one vector (B, P)."""
-    return condition_BQD[:, :-1], condition_BQD[:, -1, :width]
+    """A condition -> the states (B, Q - 1, D) and the caption's one vector (B, P); B may be several axes."""
+    return condition_BQD[..., :-1, :], condition_BQD[..., -1, :width]
 
 
 def join_pooled(states_BQD: Tensor, pooled_BP: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class ErnieImage(Diffusion):
     """Latents are patches of the autoencoder's, normalised by its running statistics."""
 
     PIPELINES = ("ErnieImagePipeline",)
+    ZERO_IS_EMPTY = True
     PIPELINE_OPTIONS = {"use_pe": False}
 
     @classmethod

@@ -32,6 +32,7 @@ class Sana(Diffusion):
     """The autoencoder is deterministic: its moments are the latents."""
 
     PIPELINES = ("SanaPipeline",)
+    ZERO_IS_EMPTY = True
     PIPELINE_OPTIONS = {"use_resolution_binning": False}
 
     @classmethod

@@ -28,6 +28,7 @@ class StableDiffusion3(Diffusion):
     """The schedule's shift is fixed or follows the picture's size, as its config says."""
 
     PIPELINES = ("StableDiffusion3Pipeline",)
+    ZERO_IS_EMPTY = True
     PATCH = 2
 
     noise: RectifiedFlow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from deployments.stories.admission import FINISH_SAMPLES, FIRST_SPEEDS, Admission, Overloaded, predict
@@ -40,9 +42,23 @@ def make(max_wait_s: float = 60.0, *, max_running: int = 100, clock: Clock | Non
 def test_work_is_predicted_from_pages_steps_and_guidance() -> None:
     assert predict(story())["decoder"] == 4 * PICTURE_SAMPLES
     assert predict(story(guidance_scale=1.0))["decoder"] == 4 * (20 + FINISH_SAMPLES)
+    assert predict(story(guidance_scale=0.5)) == predict(story(guidance_scale=1.0)), "at most 1 is no guidance"
     assert predict(story(), num_pictures=3)["decoder"] == 3 * 4 * PICTURE_SAMPLES
     assert predict(story())["generator"] >= 4 * 16
     assert make().wait_s(story()) == pytest.approx(STORY_S)
+
+
+def test_a_denoiser_that_takes_the_guidance_scale_makes_one_prediction_a_step() -> None:
+    unguided = predict(story(guidance_scale=1.0))["decoder"]
+    assert predict(story(), guides_in_one_call=True)["decoder"] == unguided
+    admission = Admission(max_wait_s=60.0, max_running=100, guides_in_one_call=True, clock=Clock())
+    idle_s = admission.wait_s(story())
+    assert idle_s == pytest.approx(unguided / FIRST_SPEEDS["decoder"])
+    with admission.reserve(story()) as reservation:
+        for page in range(1, 5):
+            reservation.observe(Progress(page=page, step=20, steps=20))
+            reservation.observe(dataclasses.replace(PICTURE, page=page))
+        assert admission.wait_s(story("b")) == pytest.approx(idle_s), "all that was promised of the decoder is done"
 
 
 def test_what_would_wait_for_too_long_is_refused_with_the_time_to_come_back() -> None:

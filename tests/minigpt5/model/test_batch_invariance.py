@@ -29,6 +29,14 @@ def test_rows_are_filled_up_and_only_the_asked_ones_come_back(num_rows: int, exp
     assert layer.nums == [expected]
 
 
+@pytest.mark.parametrize(("columns", "expected"), [(64, 2), (65, 1)])
+def test_a_large_picture_is_not_decoded_twice(columns: int, expected: int) -> None:
+    layer = Counting()
+    latents = torch.arange(64.0 * columns).view(1, 1, 64, columns)
+    assert torch.equal(EvenRows(layer, 2)(latents), 2 * latents)
+    assert layer.nums == [expected]
+
+
 @torch.no_grad()
 def test_a_convolution_of_one_pixel_is_a_linear_layer() -> None:
     layer = nn.Conv2d(6, 4, 1)

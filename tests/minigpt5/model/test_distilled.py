@@ -27,6 +27,9 @@ from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
 GUIDED = DrawSettings(steps=20, guidance_scale=3.0, scheduler="ddim")
 MODEL = dataclasses.replace(storybook(), draw=GUIDED, draw_distilled=DISTILLED_DRAW, prefers_distilled=True)
 BASE = dataclasses.replace(storybook(), draw=GUIDED)
+FLOW = dataclasses.replace(
+    storybook(), draw=DrawSettings(steps=28, guidance_scale=3.5, scheduler="euler"), schedulers=("euler",)
+)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,8 @@ def test_a_guided_picture_can_be_drawn_again_by_the_distilled_unet() -> None:
     [
         (MODEL, {"scheduler": DISTILLED, "guidance_scale": 5.0}, "guidance_scale", "guidance_scale is 5 but must be 1"),
         (MODEL, {"scheduler": DISTILLED, "steps": 9}, "steps", "steps is 9 but must be at most 8"),
-        (BASE, {"scheduler": DISTILLED}, "scheduler", "no distilled UNet"),
+        (BASE, {"scheduler": DISTILLED}, "scheduler", "no distilled UNet: use one of ddim, pndm,"),
+        (FLOW, {"scheduler": DISTILLED}, "scheduler", "no distilled UNet: use one of euler$"),
     ],
 )
 def test_what_no_unet_does_is_refused(config: ModelConfig, sent: dict[str, Any], field: str, message: str) -> None:
@@ -77,6 +81,16 @@ def test_a_story_goes_on_with_a_model_that_has_no_distilled_unet() -> None:
     assert BASE.drawable(DISTILLED_DRAW) == GUIDED
     assert BASE.draw_settings({"steps": 3}, like=DISTILLED_DRAW) == dataclasses.replace(GUIDED, steps=3)
     assert MODEL.drawable(DISTILLED_DRAW) == DISTILLED_DRAW
+
+
+def test_a_story_goes_on_with_a_model_that_lacks_its_sampler() -> None:
+    begun = dataclasses.replace(GUIDED, width=64, height=96)
+    assert FLOW.drawable(begun) == dataclasses.replace(FLOW.draw, width=64, height=96)
+    assert FLOW.draw_settings({"steps": 3}, like=begun) == dataclasses.replace(FLOW.draw, steps=3, width=64, height=96)
+    assert FLOW.drawable(FLOW.draw) == FLOW.draw
+    assert BASE.drawable(FLOW.draw) == GUIDED, "as it does from a flow model to one with ddim"
+    with pytest.raises(InvalidRequest, match="scheduler is 'ddim' but must be one of euler$"):
+        FLOW.draw_settings({"scheduler": "ddim"}, like=begun)
 
 
 def test_a_model_without_a_distilled_unet_is_as_it_was() -> None:

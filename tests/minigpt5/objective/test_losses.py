@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ import torch
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.model.base_models import resolve
+from minigpt5.model.decoders.load import find_family, load_diffusion
 from minigpt5.model.language import LanguageModel
+from minigpt5.model.mapper import Mapper
 from minigpt5.model.published_template import PUBLISHED
-from minigpt5.model.text_encoder import TextEncoder
+from minigpt5.model.text_encoder import TextEncoder, load_text_encoder
 from minigpt5.objective import losses
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
+from tests.helpers.pipelines import ernie_image, flux, sana, stable_diffusion_3, stable_diffusion_xl
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
 
 CAPTIONS_ONLY = LossWeights(text=0.0, picture=0.0, caption=1.0)
@@ -181,6 +186,81 @@ def test_pictures_learn_to_read_like_words() -> None:
         losses.append(loss["words"].item())
     assert losses[-1] < 0.2 * losses[0]
     assert all(parameter.grad is None for parameter in objective.language.parameters())
+
+
+STANDARDS = ["a fox", "an owl at night in the snow", "a bear who reads"]
+
+
+def objective_of(maker: Any, folder: Path) -> Objective:
+    """With the diffusion model and the text encoder of a tiny pipeline."""
+    maker.make(folder, **next(iter(maker.VARIANTS.values())))
+    sizes = find_family(folder).read_sizes(folder)
+    config = dataclasses.replace(
+        tiny_config(),
+        condition_length=sizes.condition_length,
+        condition_width=sizes.condition_width,
+        condition_pooled=sizes.condition_pooled,
+    )
+    return Objective(
+        config,
+        tiny_tokenizer(config),
+        tiny_language(config),
+        tiny_vision(config),
+        Mapper(config),
+        load_diffusion(folder),
+        load_text_encoder(folder, config),
+    )
+
+
+@pytest.mark.parametrize("maker", [sana, ernie_image, stable_diffusion_3], ids=lambda maker: maker.__name__)
+def test_padding_is_no_part_of_the_captions_statistics(maker: Any, tmp_path: Path) -> None:
+    objective = objective_of(maker, tmp_path)
+    states_BQD, _ = objective._split(objective.text_encoder(STANDARDS))
+    states_ND = torch.stack([state for states in states_BQD for state in states if float(state.abs().sum()) > 0])
+    objective.standardise_captions(STANDARDS, start_there=True)
+    spread_D = states_ND.std(dim=0)
+    varies_D = spread_D > 0.2 * spread_D.median()
+    torch.testing.assert_close(objective.caption_scale_D[varies_D], spread_D[varies_D])
+    norm = objective.mapper.transformer.decoder.norm
+    torch.testing.assert_close(norm.bias, states_ND.mean(dim=0))
+    if maker is not stable_diffusion_3:
+        assert len(states_ND) < states_BQD.shape[0] * states_BQD.shape[1], "some positions are padding"
+        target_BQD = objective.text_encoder(STANDARDS)
+        is_empty_BQ = ~target_BQD.any(dim=-1)
+        wrong_BQD = target_BQD + is_empty_BQ[..., None] * objective.caption_scale_D
+        share = float(is_empty_BQ.float().mean())
+        assert objective.caption_loss(wrong_BQD, target_BQD).item() == pytest.approx(share), "it is learnt to be zero"
+
+
+@pytest.mark.parametrize("maker", [flux, stable_diffusion_xl, stable_diffusion_3], ids=lambda maker: maker.__name__)
+def test_the_captions_one_vector_is_half_of_their_loss(maker: Any, tmp_path: Path) -> None:
+    objective = objective_of(maker, tmp_path)
+    target_BQD = objective.text_encoder(STANDARDS)
+    width = objective.config.condition_pooled
+    states_BQD, pooled_BE = target_BQD[:, :-1], target_BQD[:, -1, :width]
+    objective.standardise_captions(STANDARDS, start_there=True)
+    assert objective.caption_scale_D.median() == pytest.approx(float(states_BQD.flatten(0, 1).std(dim=0).median()))
+    pooled = objective.mapper.pooled
+    assert pooled is not None
+    torch.testing.assert_close(pooled.bias, pooled_BE.mean(dim=0))
+    wrong_BQD = target_BQD.clone()
+    wrong_BQD[:, -1, :width] += objective.pooled_scale_E
+    assert objective.caption_loss(wrong_BQD, target_BQD).item() == pytest.approx(0.5, rel=1e-4)
+    wrong_BQD = target_BQD.clone()
+    wrong_BQD[:, :-1] += objective.caption_scale_D
+    assert objective.caption_loss(wrong_BQD, target_BQD).item() == pytest.approx(0.5, rel=1e-4)
+    others_BKQD = target_BQD.roll(1, dims=0)[:, None].clone()
+    right = objective._contrast_loss(target_BQD, target_BQD, others_BKQD).item()
+    others_BKQD[:, 0, :-1] = target_BQD[:, :-1]
+    by_vector = objective._contrast_loss(target_BQD, target_BQD, others_BKQD).item()
+    assert right <= by_vector < np.log(2), "the vector alone tells captions apart"
+
+
+def test_a_single_caption_leaves_the_one_vector_unscaled(tmp_path: Path) -> None:
+    objective = objective_of(flux, tmp_path)
+    objective.standardise_captions(["a fox"], start_there=True)
+    assert torch.equal(objective.pooled_scale_E, torch.ones(objective.config.condition_pooled))
+    assert objective.mapper.null_condition().isfinite().all()
 
 
 def test_contrasts_teach_the_fact_that_differs() -> None:
