@@ -213,7 +213,8 @@ class Diffusion(nn.Module, ABC):
 
     def to_moments(self, pixels_BCYX: Tensor) -> Tensor:
         """Pictures in [-1, 1] -> the posterior's mean and log variance, as the VAE gives them: (B, M, Y, X)."""
-        parts = pixels_BCYX.split(max(1, DECODED_PIXELS // pixels_BCYX[0, 0].numel()))
+        _, _, rows, columns = pixels_BCYX.shape
+        parts = pixels_BCYX.split(max(1, DECODED_PIXELS // (rows * columns)))
         return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts])
 
     def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
