@@ -175,8 +175,8 @@ def softness(pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, float] | N
     whole = [(picture, sprites) for picture, sprites in found if len(sprites) == 2]
     if len(whole) < 2:
         return None
-    drawn, anew = (to_tensor(np.stack(both)) for both in zip(*((p, redrawn(p, s)) for p, s in whole), strict=True))
-    return mean(Lpips()(drawn, anew).double().numpy())
+    before, after = (to_tensor(np.stack(both)) for both in zip(*((p, redrawn(p, s)) for p, s in whole), strict=True))
+    return mean(Lpips()(before, after).double().numpy())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,11 @@ class Diffusion(nn.Module, ABC):
         """Pictures in [-1, 1] -> the posterior's mean and log variance, as the VAE gives them: (B, M, Y, X)."""
         _, _, rows, columns = pixels_BCYX.shape
         parts = pixels_BCYX.split(max(1, DECODED_PIXELS // (rows * columns)))
-        return torch.cat([self.vae.encode(part).latent_dist.parameters for part in parts])
+        return torch.cat([self.encode(part) for part in parts])
+
+    def encode(self, pixels_BCYX: Tensor) -> Tensor:
+        """`to_moments` in one call of the VAE."""
+        return self.vae.encode(pixels_BCYX).latent_dist.parameters
 
     def to_latents(self, pixels_BCYX: Tensor, *, noise: Tensor | None = None) -> Tensor:
         """Pictures in [-1, 1] -> normalised latents: the posterior's mode, or a sample where `noise` is given."""

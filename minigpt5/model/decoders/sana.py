@@ -67,7 +67,7 @@ class Sana(Diffusion):
     def pixels_per_latent(self) -> int:
         return int(2 ** (len(self.vae.config.encoder_block_out_channels) - 1))
 
-    def to_moments(self, pixels_BCYX: Tensor) -> Tensor:
+    def encode(self, pixels_BCYX: Tensor) -> Tensor:
         """Pictures in [-1, 1] -> the latents that the autoencoder gives: (B, C, Y, X)."""
         return self.vae.encode(pixels_BCYX).latent
 

@@ -140,6 +140,20 @@ def test_without_a_denoiser_the_vae_encodes_the_same(pair: Pair) -> None:
         assert torch.equal(encoder.to_moments(pixels), pair.ours.to_moments(pixels))
 
 
+def test_the_vae_encodes_a_bounded_number_of_pixels_at_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = pair.ours.native_px
+    pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    counts: list[int] = []
+    encode = pair.ours.encode
+    with torch.no_grad():
+        whole = pair.ours.to_moments(pixels)
+        monkeypatch.setattr(pair.ours, "encode", lambda part: counts.append(len(part)) or encode(part))
+        monkeypatch.setattr("minigpt5.model.decoders.diffusion.DECODED_PIXELS", 2 * side**2)
+        parts = pair.ours.to_moments(pixels)
+    assert counts == [2, 1]
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+
+
 def test_the_mapper_feeds_it_and_a_cancelled_picture_leaves_the_others_alone(pair: Pair) -> None:
     folder: Path = pair.folder  # type: ignore[attr-defined]
     sizes = find_family(folder).read_sizes(folder)
