@@ -212,7 +212,8 @@ class ModelConfig:
         return self.draw_distilled if self.prefers_distilled and self.draw_distilled else self.draw
 
     def drawable(self, draw: DrawSettings) -> DrawSettings:
-        """Settings of a story, perhaps begun with a model that had a sampler which this one lacks."""
+        """Settings of a story, perhaps begun with a model that had a sampler or a style which this one lacks."""
+        draw = dataclasses.replace(draw, style=draw.style if draw.style in self.styles else "")
         if draw.scheduler in self.samplers:
             return draw
         return dataclasses.replace(self.draw, width=draw.width, height=draw.height)

@@ -79,7 +79,7 @@ def build_front(
         relative_pixels=config.relative_pixels,
         guides_in_one_call=config.guides_in_one_call,
     )
-    story_manager = StoryManager(engines, store, admission, ledger, model=config.name, text_filter=text_filter)
+    story_manager = StoryManager(engines, store, admission, ledger, config=config, text_filter=text_filter)
     return Front(
         config=config,
         engines=engines,

@@ -26,6 +26,7 @@ from deployments.stories.relay import EventRelay
 from deployments.stories.resume import ResumedEngines
 from deployments.stories.running_story import RunningStory
 from deployments.stories.uninterrupted import uninterrupted
+from minigpt5.config import ModelConfig
 from minigpt5.errors import MiniGPT5Error, StoryNotFound, StoryTaken
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.state import PageState, StoryBuilder, StoryState, new_story_id
@@ -65,10 +66,10 @@ class StoryManager:
         admission: Admission,
         ledger: Ledger,
         *,
-        model: str,
+        config: ModelConfig,
         text_filter: TextFilter | None = None,
     ) -> None:
-        self._engines, self._store, self._admission, self._model = engines, store, admission, model
+        self._engines, self._store, self._admission, self._config = engines, store, admission, config
         self._ledger, self._text_filter = ledger, text_filter
         self._leases = Leases(ledger)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -116,7 +117,7 @@ class StoryManager:
 
     async def start(self, request: StoryRequest, *, story_id: str = "") -> RunningStory:
         """Begin a new story. Raises Overloaded, or InvalidRequest where the generator cannot write it."""
-        builder = StoryBuilder(request, story_id=story_id or new_story_id(), model=self._model)
+        builder = StoryBuilder(request, story_id=story_id or new_story_id(), model=self._config.name)
         async with self._lease(builder.state().id, is_new=True) as number:
             return await self._start(builder, (), number)
 
@@ -178,6 +179,7 @@ class StoryManager:
         if state.status != "drawing":  # only the mark was left
             return await asyncio.to_thread(store.mark, story_id, is_running=False)
         request = await asyncio.to_thread(store.load_request, story_id)
+        request = dataclasses.replace(request, draw=self._config.drawable(request.draw))
         while True:
             try:
                 await self.resume(state, request, store)

@@ -33,6 +33,8 @@ from minigpt5.published.data import (
     vist_samples,
 )
 
+NEEDS_PICTURES = ("vision", "align")
+"""Stages that learn from pictures and their captions alone."""
 WINDOW_GROUPS = 8
 KEPT_GROUPS = 2 * WINDOW_GROUPS
 VALIDATION_SHARE = 50
@@ -104,7 +106,7 @@ class StoredExamples:
 
     def example_at(self, position: int) -> tuple[str, Example]:
         """The id of the stored row at a position, and one of the examples that the row gives."""
-        stored = self.stored(self.index_at(position))
+        stored = self._fitting(position)
         rng = np.random.default_rng([self.seed, position])
         example = to_example(
             stored,
@@ -116,6 +118,17 @@ class StoredExamples:
             template=self.template,
         )
         return stored["id"], example
+
+    def _fitting(self, position: int) -> dict[str, Any]:
+        """The row at a position, or the next one with a picture for a stage that learns from nothing else. Raises
+        TrainingError where no row has one."""
+        for later in range(len(self)):
+            stored = self.stored(self.index_at(position + later))
+            if self.stage not in NEEDS_PICTURES or any(map(_is_picture, stored["segments"])):
+                return stored
+        raise TrainingError(
+            f"no row of {self.uri} has a picture, which {self.stage} learns from: prepare rows with some"
+        )
 
     def _index(self, path: str) -> list[tuple[int, int]]:
         with self._files.open_input_file(path) as file:

@@ -383,3 +383,26 @@ def test_the_same_key_is_the_same_story(tmp_path: Path) -> None:
         assert stranger.json()["id"] != streamed[-1][2]["id"]
 
     served.run(use)
+
+
+def test_a_story_left_to_a_model_without_its_sampler_is_drawn_with_the_model_s_own(tmp_path: Path) -> None:
+    served = Served(tmp_path, generator=FakeGenerator(delay_s=0.01))
+
+    async def begin(client: httpx.AsyncClient) -> None:
+        await client.post("/v1/stories", json={**BODY, "wait": False, "scheduler": "pndm"})
+        await asyncio.sleep(0.1)
+
+    served.run(begin)
+    [story_id] = served.store.running()
+    flow = dataclasses.replace(served.front.config.draw, scheduler="euler")
+    config = dataclasses.replace(
+        served.front.config, schedulers=("euler",), draw=flow, draw_distilled=None, prefers_distilled=False
+    )
+    again = Served(tmp_path, config=config)
+
+    async def recover(client: httpx.AsyncClient) -> None:
+        await again.front.story_manager.recover()
+        assert (await client.get(f"/v1/stories/{story_id}?wait=20")).json()["status"] == "done"
+
+    again.run(recover)
+    assert {request.settings.scheduler for request in again.decoder.requests} == {"euler"}

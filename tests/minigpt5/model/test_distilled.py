@@ -88,6 +88,7 @@ def test_a_story_goes_on_with_a_model_that_lacks_its_sampler() -> None:
     assert FLOW.drawable(begun) == dataclasses.replace(FLOW.draw, width=64, height=96)
     assert FLOW.draw_settings({"steps": 3}, like=begun) == dataclasses.replace(FLOW.draw, steps=3, width=64, height=96)
     assert FLOW.drawable(FLOW.draw) == FLOW.draw
+    assert BASE.drawable(dataclasses.replace(GUIDED, style="gone")) == GUIDED
     assert BASE.drawable(FLOW.draw) == GUIDED, "as it does from a flow model to one with ddim"
     with pytest.raises(InvalidRequest, match="scheduler is 'ddim' but must be one of euler$"):
         FLOW.draw_settings({"scheduler": "ddim"}, like=begun)

@@ -150,3 +150,21 @@ def test_encoded_pictures_train_as_the_pictures_do() -> None:
     torch.manual_seed(0)
     sampled = objective([plain], LossWeights(text=1.0, picture=1.0, caption=0.0))["picture"].item()
     assert sampled != losses[0]["picture"].item()
+
+
+def test_a_stage_of_pictures_passes_over_rows_that_have_none(tmp_path: Path) -> None:
+    """Such as the turns of a dialogue in words alone, which "learn" reads."""
+    rows = [row_of("caption", index) for index in range(12)]
+    bare = [
+        {**row, "segments": [one for one in row["segments"] if one["picture"] is None]} if index % 3 else row
+        for index, row in enumerate(rows)
+    ]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "0.parquet").write_bytes(to_parquet(bare, ROW_SCHEMA))
+    examples = StoredExamples(str(tmp_path), CONFIG, stage="align", seed=1)
+    drawn = {examples.example_at(position)[0] for position in range(2 * len(examples))}
+    assert drawn <= {row["id"] for row in rows[::3]} and len(drawn) > 1
+
+    (tmp_path / "rows" / "0.parquet").write_bytes(to_parquet([bare[1], bare[2], bare[4]], ROW_SCHEMA))
+    with pytest.raises(TrainingError, match="no row of .* has a picture, which align learns from"):
+        StoredExamples(str(tmp_path), CONFIG, stage="align", seed=1).example_at(0)
