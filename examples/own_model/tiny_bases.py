@@ -6,15 +6,15 @@ and there is no BOS token.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTokenizer,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -25,6 +25,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 SEED = 0
 NUM_PADDING_ROWS = 53
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+CLIP_TOKENS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
 CHAT_TEMPLATE = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endfor %}
@@ -35,8 +37,7 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 259 tokens, with the chat template of Qwen3-Instruct, without its tools."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = {token: number for number, token in enumerate(alphabet)}
+    tokens = {token: number for number, token in enumerate(LETTERS)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,19 +83,44 @@ def make_siglip(folder: Path) -> None:
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
-def make_stable_diffusion(folder: Path) -> None:
-    """A Stable Diffusion 2.1 that draws 32 pixels from 8 x 8 latents."""
-    torch.manual_seed(SEED)
-    AutoencoderKL(
+def make_clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with bytes alone and no merges."""
+    vocabulary = {token: number for number, token in enumerate(CLIP_TOKENS)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, pad_token="!")
+
+
+def clip_text_config(*, hidden_size: int = 32, **sizes: int) -> CLIPTextConfig:
+    """Sizes of a text encoder for this tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=len(CLIP_TOKENS),
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=len(CLIP_TOKENS) - 2,
+        eos_token_id=len(CLIP_TOKENS) - 1,
+        **sizes,
+    )
+
+
+def make_vae(*, latent_channels: int = 4, **options: object) -> AutoencoderKL:
+    """32 pixels <-> 8 x 8 latents."""
+    return AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=32,
-    ).save_pretrained(folder / "vae")
-    UNet2DConditionModel(
+        **options,
+    )
+
+
+def make_stable_diffusion(folder: Path, *, prediction_type: str = "epsilon") -> None:
+    """A Stable Diffusion 2.1 that draws 32 pixels from 8 x 8 latents."""
+    torch.manual_seed(SEED)
+    unet = UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(16, 32),
@@ -104,29 +130,25 @@ def make_stable_diffusion(folder: Path) -> None:
         attention_head_dim=(2, 4),
         norm_num_groups=4,
         use_linear_projection=True,
-    ).save_pretrained(folder / "unet")
-    PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    ).save_pretrained(folder / "scheduler")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "!"}
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
     )
-    CLIPTextModel(text_config).save_pretrained(folder / "text_encoder")
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    StableDiffusionPipeline(
+        vae=make_vae(),
+        unet=unet,
+        scheduler=scheduler,
+        text_encoder=CLIPTextModel(clip_text_config()),
+        tokenizer=make_clip_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
 
 
 def make_bases(folder: Path) -> dict[str, Path]:

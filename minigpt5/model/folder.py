@@ -317,11 +317,9 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
     """The language model with its rows and its adapter, where it has one. `base`: transformers' own model, where it has
     been read already."""
     from safetensors.torch import load_file
-    from transformers.utils import logging
 
     from minigpt5.model.language import LanguageModel, load_base
 
-    logging.disable_progress_bar()  # loading takes a moment; a bar in every server log says nothing
     found = find_part(folder, config, config.language_model)
     language = LanguageModel.from_causal(base or load_base(found), config, found)
     if (vocabulary := folder / VOCABULARY).is_file():

@@ -38,6 +38,7 @@ from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
 from minigpt5.model.positions import grid_positions, last_seen
 from minigpt5.model.vision_language import is_vision_language
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
+from minigpt5.model.weights import load_quietly
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -63,6 +64,7 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
 def load_base(folder: str | Path, *, has_weights: bool = True) -> Any:
     """transformers' own model, frozen, in float32: a causal language model or a vision-language model. Without
     `has_weights` it lies on the meta device, from its config file alone."""
+    load_quietly()
     auto = AutoModelForImageTextToText if is_vision_language(folder) else AutoModelForCausalLM
     if has_weights:
         base = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)

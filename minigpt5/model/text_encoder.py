@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from minigpt5.config import ModelConfig
 from minigpt5.model.decoders.load import find_family
+from minigpt5.model.weights import load_quietly
 
 
 class TextEncoder(nn.Module):
@@ -37,6 +38,7 @@ class TextEncoder(nn.Module):
 
 def load_text_encoder(folder: str | Path, config: ModelConfig) -> nn.Module:
     """The text encoder of a base model's folder: a diffusion model's own, or a sentence encoder."""
+    load_quietly()
     if (Path(folder) / "text_encoder").is_dir():
         family = find_family(folder)
         quirks = {"published_quirks": True} if config.published_quirks else {}

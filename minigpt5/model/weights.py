@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,14 @@ from minigpt5.errors import ModelFolderError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+def load_quietly() -> None:
+    """Switch off the progress bars of transformers and diffusers, of those that are imported: loading takes a moment,
+    and a bar in every log says nothing."""
+    for library in ("transformers", "diffusers"):
+        if library in sys.modules:
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 def load_module(module: nn.Module, path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from tests.helpers.pipelines.clip import make_clip_text, make_clip_tokenizer
-from tests.helpers.pipelines.stable_diffusion import tiny_vae
+from examples.own_model.tiny_bases import make_clip_tokenizer, make_vae
+from tests.helpers.pipelines.clip import make_clip_text
 from tests.helpers.pipelines.t5 import make_t5_text, make_t5_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {"dev": {"is_dev": True}, "schnell": {"is_dev": False}}
@@ -35,7 +35,7 @@ def make(folder: Path, *, is_dev: bool) -> None:
         else FlowMatchEulerDiscreteScheduler(shift=1.0)
     )
     FluxPipeline(
-        vae=tiny_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+        vae=make_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
         transformer=transformer,
         scheduler=scheduler,
         text_encoder=make_clip_text(),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from tests.helpers.pipelines.clip import make_clip_text, make_clip_tokenizer
-from tests.helpers.pipelines.stable_diffusion import tiny_vae
+from examples.own_model.tiny_bases import make_clip_tokenizer, make_vae
+from tests.helpers.pipelines.clip import make_clip_text
 from tests.helpers.pipelines.t5 import make_t5_text, make_t5_tokenizer
 
 NEWER = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
@@ -45,7 +45,7 @@ def make(
         **(transformer or {}),
     )
     StableDiffusion3Pipeline(
-        vae=tiny_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
+        vae=make_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
         transformer=denoiser,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **(schedule or {})),
         text_encoder=make_clip_text(hidden=16, projection=24),

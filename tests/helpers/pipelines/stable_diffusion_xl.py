@@ -13,8 +13,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from tests.helpers.pipelines.clip import make_clip_text, make_clip_tokenizer
-from tests.helpers.pipelines.stable_diffusion import tiny_vae
+from examples.own_model.tiny_bases import make_clip_tokenizer, make_vae
+from tests.helpers.pipelines.clip import make_clip_text
 
 VARIANTS: dict[str, dict[str, Any]] = {"base": {}, "turbo": {"is_turbo": True}}
 
@@ -43,7 +43,7 @@ def make(folder: Path, *, is_turbo: bool = False) -> None:
         else EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
     )
     StableDiffusionXLPipeline(
-        vae=tiny_vae(force_upcast=True),
+        vae=make_vae(force_upcast=True),
         unet=unet,
         scheduler=scheduler,
         text_encoder=make_clip_text(),
