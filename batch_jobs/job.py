@@ -30,7 +30,8 @@ from batch_jobs.state import JobState, PageStore
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.errors import MiniGPT5Error, StorageError
-from minigpt5.model.folder import check_bases, check_folder, locate, shared_name
+from minigpt5.model.folder_config import check_folder
+from minigpt5.model.locate import check_bases, locate, shared_name
 from minigpt5.story.stream import describe
 
 REPORT_S = 5.0

@@ -39,7 +39,9 @@ class Encode:
         import torch
 
         from minigpt5.model.decoders.load import load_diffusion
-        from minigpt5.model.folder import find_part, load_config, load_vision, locate
+        from minigpt5.model.folder import load_vision
+        from minigpt5.model.folder_config import load_config
+        from minigpt5.model.locate import find_part, locate
 
         torch.set_num_threads(num_threads)
         folder = locate(model)
@@ -95,7 +97,7 @@ def precompute(
     """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
     import ray
 
-    from minigpt5.model.folder import shared_name
+    from minigpt5.model.locate import shared_name
 
     check_kept(output, option="--output")
     check_default_model(model)
@@ -129,7 +131,8 @@ def precompute(
 def begin(source: str, output: str, *, model: str, keeps_pictures: bool) -> dict[str, Any]:
     """Write OUTPUT/plan.json, which says what the rows are encoded from and by, and return it. Raises InvalidRequest
     where OUTPUT was begun otherwise."""
-    from minigpt5.model.folder import load_config, locate
+    from minigpt5.model.folder_config import load_config
+    from minigpt5.model.locate import locate
     from minigpt5.objective.encoders import find_encoders
 
     folder = locate(model)

@@ -29,7 +29,7 @@ from benchmarks.load import WHAT, WHO
 from minigpt5.config import ModelConfig, default_model_folder, storybook
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator
-from minigpt5.model.folder import check_folder
+from minigpt5.model.folder_config import check_folder
 from minigpt5.story.stream import page_seed
 from minigpt5.types import DrawRequest, DrawSettings, StoryRequest, Vokens
 

@@ -102,7 +102,9 @@ def check_port(host: str, port: int) -> None:
 def check_model(folder: str) -> ModelConfig:
     """Hash the weights and find the base models: an engine that fails to load says so much later and less clearly."""
     from minigpt5.errors import MiniGPT5Error
-    from minigpt5.model.folder import check_bases, check_folder, load_example_pictures, locate
+    from minigpt5.model.folder import load_example_pictures
+    from minigpt5.model.folder_config import check_folder
+    from minigpt5.model.locate import check_bases, locate
 
     try:
         check_default_model(folder)

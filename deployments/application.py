@@ -13,7 +13,8 @@ from deployments.engines.diffusion_decoder import DiffusionDecoder
 from deployments.engines.voken_generator import VokenGenerator
 from deployments.stories.ledger import LocalLedger
 from minigpt5.config import default_model_folder
-from minigpt5.model.folder import load_config, locate, shared_name
+from minigpt5.model.folder_config import load_config
+from minigpt5.model.locate import locate, shared_name
 from minigpt5.story.store import default_storage
 from minigpt5.types import Precision
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from minigpt5.commands import check_default_model
 from minigpt5.config import default_model_folder
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
-from minigpt5.model.folder import load_config, locate
+from minigpt5.model.folder_config import load_config
+from minigpt5.model.locate import locate
 from minigpt5.types import MAX_PAGES, MAX_SIDE, MIN_SIDE, PageDone, StoryEvent, TextDelta
 
 PROGRAM = "python -m minigpt5"

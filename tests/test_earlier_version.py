@@ -21,7 +21,7 @@ from batch_jobs.job import Output
 from batch_jobs.outputs import STORY_SCHEMA
 from minigpt5.codec import from_json, to_json
 from minigpt5.config import ModelConfig, default_model_folder, minigpt5_7b
-from minigpt5.model.folder import check_folder
+from minigpt5.model.folder_config import check_folder
 from minigpt5.story.state import StoryState
 from minigpt5.story.store import StoryStore
 from minigpt5.types import StoryRequest

@@ -23,6 +23,8 @@ from minigpt5.commands import check_kept
 from minigpt5.config import ModelConfig
 from minigpt5.errors import MiniGPT5Error, TrainingError
 from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import load_config
+from minigpt5.model.locate import find_part, shared_name
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.encoders import find_encoders
 from training import checkpoint, devices, loop, presets
@@ -43,7 +45,7 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
     """The stored examples of a data set, and the preset with its steps where it counts epochs. Raises TrainingError."""
     assert isinstance(preset, VokenPreset | VisionPreset)
     start = sources.need_model(preset.stage)
-    config = model_folder.load_config(start)
+    config = load_config(start)
     if preset.stage == "vision" and config.vision.family == "none":
         raise TrainingError("this model reads no pictures: make one with python -m minigpt5.new --vision")
     if preset.stage == "vision" and config.vision.family == "own":
@@ -72,7 +74,7 @@ def check_rows(stored: StoredExamples, start: Path, config: ModelConfig, sources
     from training.stages.model import find_decoder
 
     vae_of = find_decoder(start, config, sources)[0]["vae"]
-    is_own_vae = vae_of == model_folder.find_part(start, config, config.diffusion)
+    is_own_vae = vae_of == find_part(start, config, config.diffusion)
     remedy = f"encode them again with python -m batch_jobs.precompute --model {sources.start or start}"
     if not is_own_vae and stored.stage != "vision":
         remedy = f"name the rows as they were before precompute, since the VAE of this run is that in {vae_of}"
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        start = model_folder.shared_name(options.start) if options.start else None
+        start = shared_name(options.start) if options.start else None
         sources = WeightSources(
             runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute()
         )

@@ -13,7 +13,8 @@ from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
 from minigpt5.model.decoders.diffusion import load_distilled, load_part
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
-from minigpt5.model.folder import load_config, locate
+from minigpt5.model.folder_config import load_config
+from minigpt5.model.locate import locate
 from training.devices import own_device
 from training.presets import Preset
 

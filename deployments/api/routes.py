@@ -59,7 +59,9 @@ from deployments.stories.events import Position, has_ended_for
 from deployments.stories.retention import keep_within
 from deployments.stories.serve_ledger import ServeLedger
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
-from minigpt5.model.folder import load_config, load_example_pictures, locate
+from minigpt5.model.folder import load_example_pictures
+from minigpt5.model.folder_config import load_config
+from minigpt5.model.locate import locate
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.store import StoryStore
 from minigpt5.story.voken_file import pack

@@ -16,25 +16,22 @@ Other parts are base models, which `config.json` names by path or hub id. They a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from minigpt5.codec import from_json, to_json
-from minigpt5.config import BaseHash, ModelConfig
-from minigpt5.errors import BaseModelNotFound, ModelFolderError
-from minigpt5.model.base_models import is_hub_id, pin, resolve
-from minigpt5.model.cache import hash_file, hash_weights, keep_in_cache
+from minigpt5.config import ModelConfig
+from minigpt5.errors import ModelFolderError
+from minigpt5.model.base_models import resolve
+from minigpt5.model.folder_config import PICKLES, STYLES, check_folder, load_config, write_config
+from minigpt5.model.locate import contains, find_part, locate
 from minigpt5.model.weights import load_module, save_module
-from minigpt5.types import DISTILLED, DISTILLED_FOLDER, STYLE_FILE, DrawSettings, Precision
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings, Precision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
-    from pyarrow.fs import FileSystem
     from transformers import PreTrainedTokenizerBase
 
     from minigpt5.model.decoders.diffusion import Diffusion
@@ -45,46 +42,11 @@ if TYPE_CHECKING:
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
 DECODER = "decoder"
-STYLES = "adapters"
-"""Folder of the style adapters, each in a folder of its name."""
-STYLE_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 QFORMER = "vision/qformer.safetensors"
 VOCABULARY = "vocabulary.safetensors"
-COPIED_BYTES = 2**24
-"""Bytes of a fetched file that are held at once."""
-FINGERPRINT = re.compile("[0-9a-f]{64}")
 MAX_EXAMPLE_PICTURE_BYTES = 32 * 1024
-PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 NOT_COPIED = (*(f"*{suffix}" for suffix in sorted(PICKLES)), "*.fp16.*")
 """Files beside the weights of a decoder that a model folder must not or need not have."""
-
-
-def load_config(folder: str | Path) -> ModelConfig:
-    """Read and check `config.json`; the weights are not touched. Raises ModelFolderError."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelFolderError(
-            f"{folder} is not a model folder: it has no config.json; name one that training wrote, "
-            "on a cluster one that every node has"
-        )
-    try:
-        config = from_json(ModelConfig, json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise ModelFolderError(f"{path} is damaged ({error}): correct it or restore the folder") from error
-    return dataclasses.replace(config, styles=list_styles(folder))
-
-
-def list_styles(folder: str | Path) -> tuple[str, ...]:
-    """Names of the folder's style adapters, sorted. Raises ModelFolderError where a name is not plain."""
-    names = sorted(path.parent.name for path in (Path(folder) / STYLES).glob(f"*/{STYLE_FILE}"))
-    for name in names:
-        if not STYLE_NAME.fullmatch(name):
-            raise ModelFolderError(
-                f"{folder}/{STYLES} has a style {name[:80]!r} but a name must be at most 64 letters, digits, - and _: "
-                "rename the folder"
-            )
-    return tuple(names)
 
 
 def load_example_pictures(folder: str | Path, config: ModelConfig) -> dict[int, bytes]:
@@ -107,137 +69,11 @@ def _read_webp(path: Path) -> bytes:
     return data
 
 
-def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> str:
-    """SHA-256 over every weight file's path and content, in order of path, and over the hashes of base models. Style
-    adapters are left out. A large file that has not changed is not read again: see `hash_file`."""
-    folder = Path(folder)
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        if path.is_relative_to(folder / STYLES):  # vokens are the same with and without
-            continue
-        digest.update(path.relative_to(folder).as_posix().encode())
-        digest.update(bytes.fromhex(hash_file(path)))
-    for base in bases:  # without their ids: a base may lie elsewhere on another machine
-        digest.update(f"{base.sha256}\n".encode())
-    return digest.hexdigest()
-
-
-def check_folder(folder: str | Path) -> ModelConfig:
-    """The config of a folder whose weights are those it was saved with. Raises ModelFolderError."""
-    folder = Path(folder)
-    config = load_config(folder)
-    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
-    if pickles:
-        raise ModelFolderError(f"{folder} holds pickled files ({', '.join(pickles)}): convert them to safetensors")
-    found = compute_fingerprint(folder, config.bases)
-    if found != config.fingerprint:
-        raise ModelFolderError(
-            f"the weights in {folder} have fingerprint {found[:12]} but config.json says "
-            f"{config.fingerprint[:12] or '(none)'}: a file is damaged, missing or foreign; restore the folder"
-        )
-    return config
-
-
 def default_device() -> str:
     """The GPU that this process sees, else the CPU."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def locate(model: str | Path) -> Path:
-    """A model folder by its path, its URI or its hub id (owner/name, owner/name@revision), as a folder of this machine.
-
-    What is not here is fetched once, into the user's cache, by one process at a time. Raises ModelFolderError.
-    """
-    name = str(model)
-    if "://" in name:
-        return fetch_folder(name)
-    path = Path(name).expanduser().absolute()
-    if path.is_dir() or not is_hub_id(name):
-        return path
-    try:
-        return resolve(name)
-    except BaseModelNotFound as error:
-        raise ModelFolderError(f"there is no model folder {path}, and no model {name} on the hub: {error}") from None
-
-
-def shared_name(model: str | Path) -> str:
-    """The name by which every machine of a cluster can `locate` the same model: a path is made absolute, and a hub id
-    gets its revision. Raises ModelFolderError."""
-    path = Path(model).expanduser().absolute()
-    if path.is_dir():
-        return str(path)
-    return pin(str(model), locate(model)) if is_hub_id(str(model)) else str(model)
-
-
-def fetch_folder(uri: str) -> Path:
-    """The model folder at a URI, copied into the cache under its fingerprint. Raises ModelFolderError."""
-    import pyarrow as pa
-    from pyarrow import fs
-
-    try:
-        files, path = _open_uri(uri.rstrip("/"))
-        if files.type_name == "local":
-            return Path(path)
-        with files.open_input_stream(f"{path}/config.json", compression=None) as stream:
-            raw = stream.read()
-        config = from_json(ModelConfig, json.loads(raw))
-        if not FINGERPRINT.fullmatch(config.fingerprint):
-            raise ValueError(f"its fingerprint is {config.fingerprint[:80]!r}")
-
-        def fill(target: Path) -> None:
-            for info in files.get_file_info(fs.FileSelector(path, recursive=True)):
-                place = target / info.path[len(path) :].lstrip("/")
-                if not info.is_file or place.suffix in PICKLES:
-                    continue
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with files.open_input_stream(info.path, compression=None) as stream, place.open("wb") as file:
-                    shutil.copyfileobj(stream, file, COPIED_BYTES)
-            check_folder(target)  # it may be written at this moment
-
-        # A changed config, which the fingerprint does not hold, is another folder.
-        return keep_in_cache(f"models/{config.fingerprint}-{hashlib.sha256(raw).hexdigest()[:12]}", fill)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ModelFolderError(f"{uri} cannot be read as a model folder: {error}") from error
-
-
-def _open_uri(uri: str) -> tuple[FileSystem, str]:
-    from pyarrow import fs
-
-    return fs.FileSystem.from_uri(uri)
-
-
-def find_part(folder: str | Path, config: ModelConfig, name: str) -> Path:
-    """The folder of a part that a config names: inside the model folder, else a base model.
-
-    Raises BaseModelNotFound, and ModelFolderError where the base model is not the one that the folder was made with.
-    """
-    if contains(folder, name):
-        return Path(folder) / name
-    found = resolve(name)
-    if config.bases and name not in {base.id for base in config.bases}:
-        raise ModelFolderError(f"{name} is not among the bases of {folder}/config.json: correct its id there too")
-    for base in config.bases:
-        if base.id == name and (digest := hash_weights(found)) != base.sha256:
-            raise ModelFolderError(
-                f"the weights of base model {name} have the hash {digest[:12]} but {folder} was made with "
-                f"{base.sha256[:12]}: name the revision that it was made with, as in owner/name@revision"
-            )
-    return found
-
-
-def contains(folder: str | Path, name: str) -> bool:
-    """Tell whether a part is inside a model folder, and no base model."""
-    local = Path(folder) / name
-    return bool(name) and local.is_dir() and local.resolve().is_relative_to(Path(folder).resolve())
-
-
-def check_bases(folder: str | Path, config: ModelConfig) -> None:
-    """Find all base models that writing and drawing need. Raises as `find_part` does."""
-    for name in (config.language_model, config.vision.encoder, config.diffusion):
-        if name:
-            find_part(folder, config, name)
 
 
 def load_generator_model(
@@ -418,15 +254,6 @@ def save(
         ignored = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(start / STYLES, folder / STYLES, ignore=ignored, dirs_exist_ok=True)
     return write_config(folder, config)
-
-
-def write_config(folder: Path, config: ModelConfig) -> ModelConfig:
-    """Write `config.json` with the fingerprint of what is in the folder, and return the config."""
-    config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder, config.bases))
-    values = to_json(config)
-    del values["styles"]  # the folder's own
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    return dataclasses.replace(config, styles=list_styles(folder))
 
 
 def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from minigpt5.config import ModelConfig
 from minigpt5.model.cache import hash_weights
-from minigpt5.model.folder import QFORMER, find_part
+from minigpt5.model.folder import QFORMER
+from minigpt5.model.locate import find_part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ def compare(name: str, *, steps: int, seed: int, save: str | None) -> bool:
 
 def _compare_model_folder(folder: Path, *, steps: int, seed: int, save: str | None) -> bool:
     """Both bases, and the folder's own vokens."""
-    from minigpt5.model.folder import check_folder, find_part
+    from minigpt5.model.folder_config import check_folder
+    from minigpt5.model.locate import find_part
     from minigpt5.parity.text import compare_base, compare_vokens
 
     config = check_folder(folder)

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from minigpt5.config import LoraConfig, ModelConfig, VisionConfig, minigpt5_7b
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
-from minigpt5.model.folder import check_folder, write_config
+from minigpt5.model.folder_config import check_folder, write_config
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from deployments import sse
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder_config import load_config
 from tests.helpers.processes import END_TIMEOUT_S, MODEL, Server, start_server
 
 pytestmark = [

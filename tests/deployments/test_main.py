@@ -16,7 +16,7 @@ from deployments.application import AppArgs
 from deployments.auth import KeysError, add_key, check_host, load_keys
 from minigpt5.codec import to_json
 from minigpt5.config import storybook
-from minigpt5.model.folder import compute_fingerprint
+from minigpt5.model.folder_config import compute_fingerprint
 
 
 def test_a_taken_port_is_named_with_what_to_do() -> None:

@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import check_folder
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -83,7 +83,7 @@ def test_own_bases_become_a_model_that_is_trained_and_illustrates(tmp_path: Path
     assert (tmp_path / "learn" / "story.html").read_text().count("data:image/png") == 2
     assert (tmp_path / "story.html").read_text().count("data:image/png") == 2
     assert list((tmp_path / "books").rglob("*.parquet"))
-    config = model_folder.check_folder(tmp_path / "learn" / "model")
+    config = check_folder(tmp_path / "learn" / "model")
     assert config.bases and config.template == "chat", "the tokenizer of the language model has a chat template"
 
 

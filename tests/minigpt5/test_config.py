@@ -11,7 +11,7 @@ import pytest
 
 from minigpt5.codec import from_json, to_json
 from minigpt5.config import MAX_ABOUT_CHARACTERS, ModelConfig, minigpt5_7b, storybook
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder_config import load_config
 from minigpt5.storybook.captions import facts_in, name_of
 from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, TIMES
 

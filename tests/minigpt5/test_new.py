@@ -29,12 +29,15 @@ from transformers import (
 
 from examples.own_model.tiny_bases import NUM_PADDING_ROWS, make_bases, make_tokenizer
 from minigpt5 import new
+from minigpt5.codec import from_json
 from minigpt5.combine import sketch
+from minigpt5.config import ModelConfig
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.footprint import count_parts
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_sizes import count_heads, find_lora_targets, longest_context
+from minigpt5.model.folder_config import check_folder, load_config, write_config
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.types import DrawSettings, InputImage, Sampling, StoryRequest
 from tests.helpers.recipe_configs import write_recipe
@@ -64,7 +67,7 @@ def made(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_sizes_are_those_of_the_bases(made: Path, bases: dict[str, Path]) -> None:
-    config = model_folder.check_folder(made)
+    config = check_folder(made)
     assert (config.name, config.hidden, config.context_tokens) == ("mine", 32, CONTEXT)
     assert (config.condition_length, config.condition_width, config.image_px) == (77, 32, 32)
     assert (config.max_pixels, config.size_multiple) == (2 * 32 * 32, 4)
@@ -81,7 +84,7 @@ def test_the_template_is_the_tokenizers_own_unless_another_is_named(
     assert own.config.template == "chat" and own.template.stop == ()
     parts = {name: str(bases[name]) for name in ("language", "diffusion")}
     published = new.make_folder(tmp_path / "published", **parts, template="published").config
-    assert published.template == model_folder.load_config(tmp_path / "published").template == "published"
+    assert published.template == load_config(tmp_path / "published").template == "published"
     plain = shutil.copytree(bases["language"], tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
     assert new.make_folder(tmp_path / "unframed", **{**parts, "language": str(plain)}).config.template == "published"
@@ -162,12 +165,12 @@ def test_another_base_than_it_was_made_with_is_refused(made: Path, bases: dict[s
             base["id"] = str(tmp_path / "other")
     config["language_model"] = str(tmp_path / "other")
     shutil.copytree(made, tmp_path / "folder")
-    bound = model_folder.from_json(model_folder.ModelConfig, config)
-    model_folder.write_config(tmp_path / "folder", bound)
+    bound = from_json(ModelConfig, config)
+    write_config(tmp_path / "folder", bound)
     with pytest.raises(ModelFolderError, match="but .* was made with"):
         model_folder.load_generator_model(tmp_path / "folder")
     config["bases"] = [base for base in config["bases"] if base["id"] != config["language_model"]]
-    model_folder.write_config(tmp_path / "folder", model_folder.from_json(model_folder.ModelConfig, config))
+    write_config(tmp_path / "folder", from_json(ModelConfig, config))
     with pytest.raises(ModelFolderError, match="is not among the bases"):
         model_folder.load_generator_model(tmp_path / "folder")
 

@@ -9,6 +9,7 @@ from examples.own_model.tiny_bases import make_bases
 from minigpt5 import MiniGPT5, new
 from minigpt5.model import folder as model_folder
 from minigpt5.model.chat_template import ChatTemplate
+from minigpt5.model.folder_config import check_folder
 from minigpt5.types import DrawSettings
 from training import presets
 from training.train import find_examples, main, picture_world
@@ -27,7 +28,7 @@ def test_a_folder_with_a_chat_template_learns_and_writes(tmp_path: Path) -> None
     assert main(["learn", *options, *QUICK]) == 0
 
     trained = Path(learn) / "model"
-    assert model_folder.check_folder(trained).template == "chat"
+    assert check_folder(trained).template == "chat"
     assert isinstance(model_folder.load_template(trained), ChatTemplate)
     sources = WeightSources(runs=tmp_path / "runs", start=learn + "/model")
     preset = presets.override(presets.load_presets("published")["learn"], [*QUICK, "epochs=0", "story_share=1.0"])

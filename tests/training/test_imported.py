@@ -13,6 +13,8 @@ from batch_jobs import precompute
 from batch_jobs.prepare import Part, write_part
 from minigpt5 import MiniGPT5
 from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import check_folder, load_config
+from minigpt5.model.locate import check_bases
 from minigpt5.objective.encoders import find_encoders
 from minigpt5.published.checkpoint import export_checkpoint, import_checkpoint, read_state_dict
 from minigpt5.types import DrawSettings
@@ -40,7 +42,7 @@ def imported(tmp_path: Path) -> Path:
 
 
 def test_a_trained_q_former_beside_the_vision_encoder_leaves_its_hash(imported: Path) -> None:
-    config = model_folder.load_config(imported)
+    config = load_config(imported)
     before = find_encoders(imported, config)
     assert before.vision and (imported / "vision" / "model.safetensors").is_file()
     vision = model_folder.load_vision(imported, config)
@@ -73,7 +75,7 @@ def test_an_imported_model_is_trained_saved_and_exported(imported: Path, tmp_pat
     assert all(torch.equal(own[part], kept[part]) for part in own)
     assert (finished / "vision" / "model.safetensors").is_file() and (finished / "adapter").is_dir()
     assert not (finished / "decoder").exists(), "the diffusion model is a base"
-    model_folder.check_bases(finished, model_folder.check_folder(finished))
+    check_bases(finished, check_folder(finished))
     story = MiniGPT5.from_pretrained(finished).write("A fox", pages=1, seed=1, draw=DrawSettings(steps=1))
     assert story.pages[0].picture
 

@@ -19,7 +19,8 @@ from batch_jobs.prepare import Part, write_part
 from examples.own_model.tiny_bases import make_qwen3
 from minigpt5 import MiniGPT5, new
 from minigpt5.errors import TrainingError
-from minigpt5.model.folder import load_config, load_decoder_model, load_generator_model, load_mapper, save
+from minigpt5.model.folder import load_decoder_model, load_generator_model, load_mapper, save
+from minigpt5.model.folder_config import load_config
 from tests.helpers import pipelines
 from training.stages.model import find_decoder
 from training.train import main

@@ -18,7 +18,7 @@ from batch_jobs import precompute
 from batch_jobs.prepare import Part, write_part
 from examples.own_model.tiny_bases import make_stable_diffusion
 from minigpt5 import MiniGPT5, new
-from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import load_config
 from minigpt5.objective.encoders import find_encoders
 from minigpt5.story.stream import write_story
 from minigpt5.types import DrawSettings, InputImage, StoryRequest
@@ -114,7 +114,7 @@ def test_both_stages_train_it_and_it_writes_reads_and_draws(
 def test_the_stage_vision_has_nothing_to_train(
     made: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not model_folder.load_config(made).vision.has_qformer
+    assert not load_config(made).vision.has_qformer
     assert main(["vision", "--data", str(encoded), "--start", str(made), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "reads pictures as its base model does" in error and error.count("\n") == 1
@@ -124,7 +124,7 @@ def test_rows_of_another_vision_language_model_are_refused(
     made: Path, encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model of equal shapes, one weight of whose tower differs."""
-    config = model_folder.load_config(made)
+    config = load_config(made)
     encoders = find_encoders(made, config)
     assert encoders.vision and encoders.vision.sha256 == config.bases[0].sha256 != encoders.vae.sha256
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
@@ -134,7 +134,7 @@ def test_rows_of_another_vision_language_model_are_refused(
     options = ["--language", str(tmp_path / "base"), "--diffusion", str(tmp_path / "stable-diffusion")]
     options += ["--image-px", str(IMAGE_PX["qwen2_5_vl"]), "--context", "2048", "--out", str(other)]
     assert new.main(options, show=lambda text: None) == 0
-    assert find_encoders(other, model_folder.load_config(other)).vae == encoders.vae
+    assert find_encoders(other, load_config(other)).vae == encoders.vae
     capsys.readouterr()
     data = ["--data", str(encoded), "--start", str(other)]
     assert main(["align", *data, "--out", str(tmp_path / "align"), *QUICK]) == 0, "it reads no pictures"

@@ -18,7 +18,9 @@ from minigpt5.engine.denoising import denoise
 from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
 from minigpt5.model.decoders.load import INDEX, find_family
+from minigpt5.model.folder_config import load_config
 from minigpt5.model.language import load_tokenizer
+from minigpt5.model.locate import find_part
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import Objective
@@ -61,7 +63,7 @@ class ModelStage(ABC):
         torch.manual_seed(preset.seed)
         self.bf16, self.data = preset.bf16, data
         self.start = start = sources.need_model(preset.stage)
-        self.config = model_folder.load_config(start)
+        self.config = load_config(start)
         self.language, self.vision = model_folder.load_language_and_vision(
             start, self.config, adapter="trained" if trains_adapter else "frozen"
         )
@@ -70,19 +72,17 @@ class ModelStage(ABC):
         self.mapper = model_folder.load_mapper(start, self.config)
         parts, self._is_own_decoder = find_decoder(start, self.config, sources)
         self._decoder = parts
-        family = find_family(model_folder.find_part(start, self.config, self.config.diffusion))
+        family = find_family(find_part(start, self.config, self.config.diffusion))
         self.diffusion = family.from_folders(vae=parts["vae"], denoiser=parts[family.DENOISER])
         self.config = model_folder.draws_with(self.config, self.diffusion)
-        text_encoder = load_text_encoder(
-            model_folder.find_part(start, self.config, self.config.text_encoder), self.config
-        )
+        text_encoder = load_text_encoder(find_part(start, self.config, self.config.text_encoder), self.config)
         self.freeze()
         if preset.checkpoint_activations:
             self.language.checkpoint_activations()
         prepare_unet(self.diffusion.denoiser, preset)
         self.model = Objective(
             self.config,
-            load_tokenizer(model_folder.find_part(start, self.config, self.config.language_model), self.config),
+            load_tokenizer(find_part(start, self.config, self.config.language_model), self.config),
             self.language,
             self.vision,
             self.mapper,
@@ -170,7 +170,7 @@ def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> tu
     is_trained_here = config.diffusion == model_folder.DECODER and not sources.start
     found: dict[str, Path] = {}
     is_own = False
-    base = model_folder.find_part(start, config, config.diffusion)
+    base = find_part(start, config, config.diffusion)
     family = find_family(base)
     denoiser = family.DENOISER
     if sources.decoder and (sources.decoder / INDEX).is_file() and find_family(sources.decoder) is not family:

@@ -15,7 +15,7 @@ from deployments.engines.diffusion_decoder import DiffusionDecoder
 from deployments.engines.handles import ServeEngines
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.decoders.load import load_diffusion
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder_config import load_config
 from minigpt5.types import DecoderEvent, DrawRequest, DrawSettings, Picture
 from tests.helpers.styles import save_style
 from tests.helpers.tiny import save_tiny

@@ -17,7 +17,7 @@ from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.denoising import Denoising, advance, denoise
 from minigpt5.errors import EngineFull, FingerprintMismatch, InvalidRequest, ModelFolderError
-from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import check_folder, load_config
 from minigpt5.types import DecoderEvent, DrawRequest, DrawSettings, Picture, Progress, Vokens
 from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_mapper
 
@@ -144,7 +144,7 @@ def test_a_byte_order_mark_in_a_config_does_not_matter(tmp_path: Path) -> None:
     config = save_tiny(tmp_path)
     path = tmp_path / "config.json"
     path.write_text("\ufeff" + path.read_text())
-    assert model_folder.load_config(tmp_path) == config
+    assert load_config(tmp_path) == config
 
 
 def test_a_damaged_folder_says_so(tmp_path: Path) -> None:
@@ -155,14 +155,14 @@ def test_a_damaged_folder_says_so(tmp_path: Path) -> None:
         DiffusionDecoder.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelFolderError, match="not a model folder"):
-        model_folder.load_config(tmp_path)
+        load_config(tmp_path)
 
 
 def test_a_pickle_in_the_folder_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     (tmp_path / "weights.ckpt").write_bytes(b"x")
     with pytest.raises(ModelFolderError, match="weights.ckpt"):
-        model_folder.check_folder(tmp_path)
+        check_folder(tmp_path)
 
 
 # Batch invariance

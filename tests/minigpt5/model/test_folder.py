@@ -14,21 +14,15 @@ from minigpt5.codec import to_json
 from minigpt5.config import default_model_folder, storybook
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import cache
-from minigpt5.model import folder as model_folder
 from minigpt5.model.cache import KEPT_BYTES
-from minigpt5.model.folder import (
-    MAX_EXAMPLE_PICTURE_BYTES,
-    check_folder,
-    compute_fingerprint,
-    load_config,
-    load_example_pictures,
-)
+from minigpt5.model.folder import MAX_EXAMPLE_PICTURE_BYTES, load_example_pictures
+from minigpt5.model.folder_config import check_folder, compute_fingerprint, load_config, write_config
 from tests.helpers.tiny import save_tiny, tiny_config
 
 WEBP = b"RIFF\x1a\x00\x00\x00WEBPVP8L"
 
 
-def write_config(folder: Path, **values: object) -> None:
+def change_config(folder: Path, **values: object) -> None:
     (folder / "config.json").write_text(json.dumps(to_json(storybook()) | values))
 
 
@@ -56,7 +50,7 @@ def test_a_large_file_is_hashed_once_and_its_damage_is_found(tmp_path: Path, mon
     large = folder / "decoder" / "large.safetensors"
     with large.open("wb") as file:
         file.truncate(KEPT_BYTES)
-    saved = model_folder.write_config(folder, load_config(folder))
+    saved = write_config(folder, load_config(folder))
     check_folder(folder)
     assert not hashes.exists()  # the file may still change within a tick of its clock
 
@@ -89,13 +83,13 @@ def test_a_folder_of_before_says_nothing(tmp_path: Path) -> None:
 
 
 def test_an_about_of_1001_characters_is_refused_with_its_file(tmp_path: Path) -> None:
-    write_config(tmp_path, about="x" * 1001)
+    change_config(tmp_path, about="x" * 1001)
     with pytest.raises(ModelFolderError, match=r"config.json is damaged \(about has 1001 characters"):
         load_config(tmp_path)
 
 
 def test_pictures_belong_to_examples_by_their_number(tmp_path: Path) -> None:
-    write_config(tmp_path, examples=["A fox", "A bear"])
+    change_config(tmp_path, examples=["A fox", "A bear"])
     for number in (0, 2, 3):
         put(tmp_path, number, WEBP + bytes([number]))
     assert load_example_pictures(tmp_path, load_config(tmp_path)) == {2: WEBP + b"\x02"}

@@ -10,6 +10,8 @@ from pyarrow import fs
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import check_folder, load_config
+from minigpt5.model.locate import locate
 from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_vision
 
 
@@ -21,7 +23,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def from_uri(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.SubTreeFileSystem(str(root), fs.LocalFileSystem()), uri.removeprefix("bucket://")
 
-    monkeypatch.setattr(model_folder, "_open_uri", from_uri)
+    monkeypatch.setattr("minigpt5.model.locate._open_uri", from_uri)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return root
 
@@ -29,37 +31,37 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_model_by_uri_is_fetched_once(store: Path) -> None:
     saved = save_tiny(store / "runs" / "model")
     (store / "runs" / "model" / "weights.pkl").write_bytes(b"")
-    found = model_folder.locate("bucket://runs/model")
+    found = locate("bucket://runs/model")
     assert found.name.startswith(saved.fingerprint) and not (found / "weights.pkl").exists()
-    assert model_folder.check_folder(found) == saved
+    assert check_folder(found) == saved
     (store / "runs" / "model" / "mapper.safetensors").unlink()
-    assert model_folder.locate("bucket://runs/model") == found
+    assert locate("bucket://runs/model") == found
     half = (
         (store / "runs" / "model" / "config.json").read_text().replace('"context_tokens": 600', '"context_tokens": 500')
     )
     (store / "runs" / "model" / "config.json").write_text(half)
     with pytest.raises(ModelFolderError, match="have fingerprint"):  # the changed folder, which is not whole
-        model_folder.locate("bucket://runs/model")
+        locate("bucket://runs/model")
 
 
 def test_a_uri_that_holds_no_model_says_so(store: Path) -> None:
     store.mkdir()
     with pytest.raises(ModelFolderError, match="bucket://none cannot be read as a model folder"):
-        model_folder.locate("bucket://none")
+        locate("bucket://none")
     (store / "evil").mkdir()
     (store / "evil" / "config.json").write_text(Path("models/storybook/config.json").read_text())
     text = (store / "evil" / "config.json").read_text()
-    fingerprint = model_folder.load_config(store / "evil").fingerprint
+    fingerprint = load_config(store / "evil").fingerprint
     (store / "evil" / "config.json").write_text(text.replace(fingerprint, "../../outside"))
     with pytest.raises(ModelFolderError, match="its fingerprint is"):
-        model_folder.locate("bucket://evil")
+        locate("bucket://evil")
 
 
 def test_a_path_is_itself_and_a_missing_one_is_said(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
-    assert model_folder.locate(tmp_path / "model") == tmp_path / "model"
+    assert locate(tmp_path / "model") == tmp_path / "model"
     with pytest.raises(ModelFolderError, match="is not a model folder"):
-        model_folder.check_folder(model_folder.locate(tmp_path / "none"))
+        check_folder(locate(tmp_path / "none"))
 
 
 def test_a_base_diffusion_model_is_never_written(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_a_base_diffusion_model_is_never_written(tmp_path: Path) -> None:
 
 def test_a_decoder_inside_the_start_is_copied_as_it_is(tmp_path: Path) -> None:
     save_tiny(tmp_path / "start")
-    config = model_folder.load_config(tmp_path / "start")
+    config = load_config(tmp_path / "start")
     model_folder.save(
         tmp_path / "next",
         config,

@@ -30,8 +30,10 @@ from examples.own_model.tiny_bases import make_stable_diffusion
 from minigpt5 import new
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import check_folder
 from minigpt5.model.image_transforms import fit_read
 from minigpt5.model.language import load_base, load_tokenizer
+from minigpt5.model.locate import find_part
 from minigpt5.model.positions import grid_positions
 from minigpt5.model.prompt import (
     DRAW_TARGET,
@@ -180,8 +182,8 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 def make_objective(folder: Path) -> Objective:
     config, mapper, diffusion = model_folder.load_decoder_model(folder)
     language, vision = model_folder.load_language_and_vision(folder, config)
-    base = model_folder.find_part(folder, config, config.language_model)
-    text_encoder = load_text_encoder(model_folder.find_part(folder, config, config.text_encoder), config)
+    base = find_part(folder, config, config.language_model)
+    text_encoder = load_text_encoder(find_part(folder, config, config.text_encoder), config)
     tokenizer = load_tokenizer(base, config)
     return Objective(config, tokenizer, language, vision, mapper, diffusion, text_encoder).eval()
 
@@ -282,7 +284,7 @@ def test_training_reads_a_padded_batch_as_serving_reads_each(made: Made) -> None
 
 @families
 def test_the_folder_names_the_base_and_holds_nothing_of_it(made: Made) -> None:
-    config = model_folder.check_folder(made.folder)
+    config = check_folder(made.folder)
     assert config.vision.encoder == config.language_model == str(made.base)
     names = {path.name for path in made.folder.iterdir()}
     assert names == {"config.json", "vokens.safetensors", "mapper.safetensors"}

@@ -15,7 +15,7 @@ from minigpt5.config import minigpt5_7b
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import sizes
 from minigpt5.model.decoders.stable_diffusion import ClipTextEncoder
-from minigpt5.model.folder import load_config
+from minigpt5.model.folder_config import load_config
 from minigpt5.model.prompt import DRAW_TARGET, IGNORED, encode, text_segment
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.published import checkpoint as published

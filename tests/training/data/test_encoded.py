@@ -20,6 +20,7 @@ from examples.own_model.tiny_bases import make_bases
 from minigpt5 import new
 from minigpt5.errors import InvalidRequest, TrainingError
 from minigpt5.model import folder as model_folder
+from minigpt5.model.folder_config import load_config, write_config
 from minigpt5.objective.encoders import find_encoders
 from minigpt5.objective.stored_example import ROW_SCHEMA
 from training.presets import PUBLISHED
@@ -97,11 +98,11 @@ def test_every_stage_takes_the_rows_of_its_own_encoders(
     encoded: Path, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = shutil.copytree(models["own"], tmp_path / "trained")
-    config = model_folder.load_config(trained)
+    config = load_config(trained)
     vision = model_folder.load_vision(trained, config)
     torch.nn.init.normal_(vision.qformer.queries)
     model_folder.save_module(vision.qformer, trained / model_folder.QFORMER)
-    model_folder.write_config(trained, config)
+    write_config(trained, config)
     for stage in ("vision", "align", "learn"):
         start(stage, encoded, trained)
     assert not capsys.readouterr().out
@@ -227,5 +228,5 @@ def test_encoders_are_told_by_their_weights_wherever_they_lie(
     for name in ("diffusion", "vision"):
         place = shutil.copytree(bases[name], tmp_path / f"{name}-elsewhere")
         path.write_text(path.read_text().replace(f'"{bases[name]}"', f'"{place}"'))
-    here, there = (find_encoders(folder, model_folder.load_config(folder)) for folder in (models["own"], moved))
+    here, there = (find_encoders(folder, load_config(folder)) for folder in (models["own"], moved))
     assert here == there

@@ -22,7 +22,7 @@ from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model import folder as model_folder
 from minigpt5.model.decoders.load import load_diffusion
 from minigpt5.model.decoders.styles import MAX_RANK, STYLE_BYTES, Styles, check_style_file
-from minigpt5.model.folder import check_folder, load_config, write_config
+from minigpt5.model.folder_config import check_folder, load_config, write_config
 from minigpt5.types import STYLE_FILE, DrawRequest, DrawSettings, Picture
 from tests.helpers.pipelines import stable_diffusion
 from tests.helpers.styles import ATTENTION, save_style
