@@ -54,6 +54,7 @@ def engines(tmp_path: Path) -> Iterator[ServeEngines]:
         ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_style_stays_with_its_decoder(engines: ServeEngines, tmp_path: Path) -> None:
     fingerprint = load_config(tmp_path / "model").fingerprint
