@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="folder or URI of this run (default: RUNS/STAGE)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default %(default)s)")
     parser.add_argument("--start", help="model folder to start from: path, URI or hub id")
-    parser.add_argument("--decoder", type=Path, help="folder whose vae/ and unet/ come before the start's")
+    parser.add_argument("--decoder", type=Path, help="folder whose VAE and denoiser come before the start's")
     parser.add_argument("--workers", type=int, default=1, help="Ray Train workers; 0: in this process, without Ray")
     parser.add_argument("--gpus", type=float, default=0.0, help="of each worker (default %(default)g)")
     return parser
