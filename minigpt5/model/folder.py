@@ -6,7 +6,7 @@ vocabulary.safetensors  the base model's own rows, where an imported checkpoint 
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
-decoder/              VAE, denoiser, scheduler/ in diffusers' layout; unet_distilled/, where there is one; or a base model
+decoder/              VAE, denoiser, scheduler/ in diffusers' layout, perhaps unet_distilled/; or a base model
 adapters/<name>/      style adapters of the denoiser, in diffusers' format; the fingerprint does not cover them
 examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
 
