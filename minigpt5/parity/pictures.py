@@ -12,9 +12,11 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from minigpt5.engine.denoising import Denoising, advance
+from minigpt5.errors import ModelFolderError
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.decoders.load import load_diffusion
 from minigpt5.model.decoders.pipeline_text import absent_parts
+from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.weights import save_tensors
 from minigpt5.types import DISTILLED, DrawSettings
 
@@ -41,10 +43,15 @@ class Pair:
     """A folder in diffusers' layout, ready to draw in both ways with one set of weights."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises ModelFolderError where no family fits."""
+        """Raises ModelFolderError where no family fits, or its pipeline lacks the text encoders."""
         self.ours: Diffusion = load_diffusion(folder).eval()
         parts = {"vae": self.ours.vae, type(self.ours).DENOISER: self.ours.denoiser}
-        has_text = (Path(folder) / "model_index.json").is_file()
+        has_text = any(Path(folder).glob("text_encoder*"))
+        if not has_text and type(self.ours) is not StableDiffusion:
+            raise ModelFolderError(
+                f"{folder} has no text encoders, which the pipeline of {type(self.ours).__name__} needs: compare the "
+                "base model that it was trained from"
+            )
         if has_text:
             self.pipeline: Any = DiffusionPipeline.from_pretrained(
                 folder, use_safetensors=True, **absent_parts(folder), **parts

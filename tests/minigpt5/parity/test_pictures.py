@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,13 @@ def test_a_folder_with_its_own_decoder_is_drawn_from_a_random_condition(
     save_diffusion(tiny_diffusion(tiny_config()), tmp_path / "decoder")
     assert pictures.compare(tmp_path / "decoder", steps=2)
     assert "StableDiffusion, 2 steps" in capsys.readouterr().out
+
+
+def test_a_trained_decoder_without_its_text_encoders_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stable_diffusion_xl.make(tmp_path / "xl")
+    for place in (tmp_path / "xl").glob("text_encoder*"):
+        shutil.rmtree(place)
+    assert parity.main([str(tmp_path / "xl"), "--steps", "2"]) == 1
+    assert "has no text encoders, which the pipeline of StableDiffusionXL needs" in capsys.readouterr().err
