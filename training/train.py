@@ -73,7 +73,7 @@ def check_rows(stored: StoredExamples, start: Path, config: ModelConfig, sources
     """Check that encoded rows fit the model that the run starts from. Raises TrainingError."""
     from training.stages.model import find_decoder
 
-    vae_of = find_decoder(start, config, sources)[0]["vae"]
+    vae_of = find_decoder(start, config, sources).parts["vae"]
     is_own_vae = vae_of == find_part(start, config, config.diffusion)
     remedy = f"encode them again with python -m batch_jobs.precompute --model {sources.start or start}"
     if not is_own_vae and stored.stage != "vision":

@@ -19,9 +19,10 @@ from batch_jobs.prepare import Part, write_part
 from examples.own_model.tiny_bases import make_qwen3
 from minigpt5 import MiniGPT5, new
 from minigpt5.errors import TrainingError
-from minigpt5.model.folder import load_decoder_model, load_generator_model, load_mapper, save
+from minigpt5.model.folder import load_decoder_model, load_generator_model, load_mapper, save, save_diffusion
 from minigpt5.model.folder_config import load_config
 from tests.helpers import pipelines
+from tests.helpers.tiny import tiny_config, tiny_diffusion
 from training.stages.model import find_decoder
 from training.train import main
 from training.weight_sources import WeightSources
@@ -106,8 +107,8 @@ def test_a_decoder_of_the_same_family_is_taken_along_whole_and_another_is_refuse
 
     shutil.copytree(tmp_path / "stable_diffusion_xl" / "vae", tmp_path / "own" / "vae")
     sources = WeightSources(runs=tmp_path, start=start, decoder=tmp_path / "own")
-    parts, is_own = find_decoder(start, config, sources)
-    assert is_own and parts["vae"] == tmp_path / "own"
+    found = find_decoder(start, config, sources)
+    assert found.is_own and found.parts["vae"] == tmp_path / "own"
     _, _, language, vision = load_generator_model(start)
     saved = save(
         tmp_path / "saved",
@@ -116,7 +117,17 @@ def test_a_decoder_of_the_same_family_is_taken_along_whole_and_another_is_refuse
         mapper=load_mapper(start, config),
         vision=vision,
         start=start,
-        decoder=parts,
+        decoder=found.parts,
     )
     assert type(load_decoder_model(tmp_path / "saved")[2]).__name__ == "StableDiffusionXL"
     assert saved.diffusion == "decoder"
+
+
+def test_the_picture_world_s_first_model_has_its_decoder_from_the_stages_before(tmp_path: Path) -> None:
+    """Its start folder has none yet."""
+    config = tiny_config()
+    save_diffusion(tiny_diffusion(config), tmp_path / "unet" / "model")
+    found = find_decoder(tmp_path / "start" / "model", config, WeightSources(runs=tmp_path))
+    assert found.is_own and set(found.parts.values()) == {tmp_path / "unet" / "model"}
+    with pytest.raises(TrainingError, match="no vae to start from"):
+        find_decoder(tmp_path / "start" / "model", config, WeightSources(runs=tmp_path / "none"))

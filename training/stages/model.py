@@ -6,6 +6,7 @@ A learning rate of 0 freezes the part that it belongs to.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.denoising import denoise
 from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
+from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.decoders.load import INDEX, find_family
+from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.language import load_tokenizer
-from minigpt5.model.locate import find_part
+from minigpt5.model.locate import contains, find_part
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import Objective
@@ -70,9 +73,8 @@ class ModelStage(ABC):
         if trains_adapter and not (start / "adapter").is_dir():
             self.language.add_adapter(self.config.lora)
         self.mapper = model_folder.load_mapper(start, self.config)
-        parts, self._is_own_decoder = find_decoder(start, self.config, sources)
-        self._decoder = parts
-        family = find_family(find_part(start, self.config, self.config.diffusion))
+        self._decoder = find_decoder(start, self.config, sources)
+        family, parts = self._decoder.family, self._decoder.parts
         self.diffusion = family.from_folders(vae=parts["vae"], denoiser=parts[family.DENOISER])
         self.config = model_folder.draws_with(self.config, self.diffusion)
         text_encoder = load_text_encoder(find_part(start, self.config, self.config.text_encoder), self.config)
@@ -157,41 +159,54 @@ class ModelStage(ABC):
             mapper=self.model.settle(),
             vision=self.vision,
             start=self.start,
-            decoder=self._decoder if self._is_own_decoder else None,
+            decoder=self._decoder.parts if self._decoder.is_own else None,
         )
 
 
-def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> tuple[dict[str, Path], bool]:
-    """The folder of each part of the latent diffusion model, and whether any comes from elsewhere than the folder that
-    `config` names: from `sources.decoder`, or from stages of the shipped model's own decoder.
+@dataclass(frozen=True, kw_only=True)
+class FoundDecoder:
+    """Where the latent diffusion model of a stage comes from."""
 
-    Raises TrainingError where a denoiser comes without its noise schedule, or is of another family than the start's.
+    family: type[Diffusion]
+    parts: dict[str, Path]
+    """The folder of each part and file."""
+    is_own: bool
+    """Whether any comes from elsewhere than the folder that the config names."""
+
+
+def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> FoundDecoder:
+    """The decoder that `config` names, with parts from `sources.decoder`, or from stages of the shipped model's own.
+
+    Raises TrainingError where a denoiser comes without its noise schedule, is of another family than the start's, or
+    is nowhere, and BaseModelNotFound.
     """
     is_trained_here = config.diffusion == model_folder.DECODER and not sources.start
-    found: dict[str, Path] = {}
-    is_own = False
-    base = find_part(start, config, config.diffusion)
-    family = find_family(base)
-    denoiser = family.DENOISER
+    has_none = is_trained_here and not contains(start, config.diffusion)  # the first stages wrote it elsewhere
+    base = None if has_none else find_part(start, config, config.diffusion)
+    family = find_family(base) if base else StableDiffusion
     if sources.decoder and (sources.decoder / INDEX).is_file() and find_family(sources.decoder) is not family:
         raise TrainingError(
             f"{sources.decoder} is a {find_family(sources.decoder).__name__} but {start} was made for a "
             f"{family.__name__}: make a folder for it with python -m minigpt5.new --diffusion {sources.decoder}"
         )
-    for part in ("vae", denoiser):
+    found: dict[str, Path] = {}
+    is_own = False
+    for part in ("vae", family.DENOISER):
         folder = sources.find(part) if is_trained_here else None
         if sources.decoder and (sources.decoder / part).is_dir():
             folder = sources.decoder
         is_own = is_own or folder is not None
-        found[part] = folder or base
-    place = found["scheduler"] = found[denoiser]
+        found[part] = folder or base or sources.need(part, stage="")
+    place = found["scheduler"] = found[family.DENOISER]
     if not (place / "scheduler").is_dir():
-        raise TrainingError(f"{place} has a {denoiser} and no scheduler/: add it, the noise schedule is not known")
+        raise TrainingError(
+            f"{place} has a {family.DENOISER} and no scheduler/: add it, the noise schedule is not known"
+        )
     if (place / DISTILLED_FOLDER).is_dir():
         found[DISTILLED_FOLDER] = place
-    if (base / INDEX).is_file():  # it names the family
+    if base and (base / INDEX).is_file():  # it names the family
         found[INDEX] = base
-    return found, is_own
+    return FoundDecoder(family=family, parts=found, is_own=is_own)
 
 
 def trained(module: nn.Module) -> list[Any]:
