@@ -193,8 +193,8 @@ def to_example(
     """One of a stored row's examples, chosen by chance; the published code makes examples of all of them.
 
     "vision", "align" and "distill" learn captions: of a story or a dialogue, that of one of its pictures. "learn"
-    learns all of the published tasks, and with `story_share` a whole story where its prompt is known. `read_px` is None for a model
-    that reads no pictures: of a story it learns the whole, of a dialogue what needs no picture read.
+    learns all of the published tasks, and with `story_share` a whole story where its prompt is known. `read_px` is None
+    for a model that reads no pictures: of a story it learns the whole, of a dialogue what needs no picture read.
     """
     segments = stored["segments"]
     if stage == "vision":
