@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +277,21 @@ def test_a_folder_is_distilled_again_from_its_distilled_denoiser(tmp_path: Path)
         for place in (first, second)
     ]
     assert all(value.equal(weights[1][name]) for name, value in weights[0].items()), "it starts from the last one"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_two_workers_distill_under_zero_3(tmp_path: Path) -> None:
+    made = make_folder("xl", tmp_path)
+    rows = make_rows(tmp_path, model=made, is_encoded=True)
+    command = [sys.executable, "-m", "training.train", "distill", "--data", str(rows), "--start", str(made)]
+    command += ["--out", str(tmp_path / "run"), *STEPS, "--workers", "2", "steps=3", "teacher_steps=2"]
+    done = subprocess.run(
+        [*command, "zero_stage=3", "ema_decay=0", "replay.min_size=2"], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert load_decoder_model(tmp_path / "run" / "model")[2].distilled is not None
 
 
 def test_another_family_is_refused_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
