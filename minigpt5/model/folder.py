@@ -256,7 +256,7 @@ def save_distilled(
     for name in (VOKENS, MAPPER, VOCABULARY):
         if (start / name).is_file():
             shutil.copyfile(start / name, folder / name)
-    _copy_folders(start, folder, "adapter", "vision", config.vision.encoder)
+    _copy_folders(start, folder, "adapter", "vision", base=config.vision.encoder)
     config = _copy_decoder(folder, config, start=start, decoder=decoder)
     shutil.rmtree(folder / DECODER / DISTILLED_FOLDER, ignore_errors=True)
     save_part(distilled, folder / DECODER / DISTILLED_FOLDER)
@@ -269,7 +269,7 @@ def _copy_decoder(
     """Copy the decoder of `start` with its styles, or the parts of `decoder`, and return the config that names it."""
     if not decoder:
         if start:
-            _copy_folders(start, folder, config.diffusion, f"{DECODER}/{DISTILLED_FOLDER}", STYLES)
+            _copy_folders(start, folder, f"{DECODER}/{DISTILLED_FOLDER}", STYLES, base=config.diffusion)
         return config
     for part, source in decoder.items():  # without styles: another decoder has other layers
         if (source / part).is_file():
@@ -279,10 +279,11 @@ def _copy_decoder(
     return dataclasses.replace(config, diffusion=DECODER)
 
 
-def _copy_folders(start: Path, folder: Path, *names: str) -> None:
-    """Copy those parts that lie inside the model folder `start`."""
-    for name in filter(lambda name: contains(start, name), names):
-        shutil.copytree(start / name, folder / name, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
+def _copy_folders(start: Path, folder: Path, *own: str, base: str) -> None:
+    """Copy the folders `own` that the model folder `start` has, and its part `base` where that is no base model."""
+    for name in (*own, *([base] if contains(start, base) else [])):
+        if (start / name).is_dir():
+            shutil.copytree(start / name, folder / name, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
 
 
 def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
