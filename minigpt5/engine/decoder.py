@@ -32,7 +32,7 @@ from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.pictures import resample
-from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
+from minigpt5.types import DecoderBackend, DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
 
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
@@ -92,14 +92,22 @@ class DiffusionDecoder:
         num_threads: int | None = None,
         device: str | None = None,
         precision: Precision | None = None,
+        backend: DecoderBackend = "auto",
     ) -> DiffusionDecoder:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
         that this process sees where there is one, else the CPU. `precision` of the weights: by default float32 on a
-        CPU, and bfloat16 on a GPU, in half the memory."""
+        CPU, and bfloat16 on a GPU, in half the memory. `backend` computes the denoiser and the VAE."""
         from minigpt5.model.folder import default_device, load_decoder_model
 
+        num_threads = num_threads or torch.get_num_threads()
         with single_thread():
-            parts = load_decoder_model(folder, device=device or default_device(), precision=precision)
+            parts = load_decoder_model(
+                folder,
+                device=device or default_device(),
+                precision=precision,
+                backend=backend,
+                num_threads=num_threads,
+            )
         return cls(*parts, num_threads=num_threads)
 
     @property
