@@ -25,7 +25,9 @@ def choose(
     """
     is_on_cpu = torch.device(device).type == "cpu"
     if backend == "openvino" and not is_on_cpu:
-        raise MiniGPT5Error(f"decoder_backend is openvino, which draws on CPUs, but the device is {device}: use compile")
+        raise MiniGPT5Error(
+            f"decoder_backend is openvino, which draws on CPUs, but the device is {device}: use compile"
+        )
     if backend == "compile":
         _compile(diffusion)
     elif is_on_cpu and backend != "eager":
