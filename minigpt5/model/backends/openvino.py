@@ -75,7 +75,7 @@ class Converted:
             found = self._infer(tensors)
             deviation = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = one_line(error)
         else:
             if deviation <= TOLERANCE.get(self._precision, TOLERANCE[torch.bfloat16]):
                 return True
@@ -117,12 +117,12 @@ def convert(
         try:
             _write(module, method, call, partial / MODEL)
         except Exception as error:  # of any kind: the next start is not to try it again
-            (partial / FAILURE).write_text(str(error).strip() or type(error).__name__)
+            (partial / FAILURE).write_text(one_line(error))
         print(f" {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     kept = keep_in_cache(f"openvino/{_key(folder)}", fill)
     if (failure := kept / FAILURE).is_file():
-        raise Unconvertible(failure.read_text().splitlines()[-1])
+        raise Unconvertible(failure.read_text())
     return Converted(module, method, kept / MODEL, num_threads=num_threads)
 
 
@@ -196,6 +196,11 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise Unconvertible(f"there is no openvino here ({error}): pip install openvino") from error
     return openvino
+
+
+def one_line(error: Exception) -> str:
+    """The end of a message, which says most in OpenVINO's."""
+    return " ".join(str(error).split())[-300:] or type(error).__name__
 
 
 def _say(line: str) -> None:

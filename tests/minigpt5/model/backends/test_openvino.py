@@ -69,14 +69,14 @@ def test_pictures_of_all_families_are_those_of_torch(folder: Path, capsys: pytes
         for module in (pair.ours.denoiser, pair.ours.vae.decoder):
             module.register_forward_hook(lambda module, inputs, output: used.append(type(module).__name__))
         alone = [pair.ours.to_pixels(pair.draw([draw], seed=3)[0]) for draw in draws]
-        num_compared = len(used)
         together = [pair.ours.to_pixels(latents) for latents in pair.draw(draws, seed=3)]
+        num_compared = len(used)
+        pair.draw(draws, seed=4)
     assert isinstance(pair.ours.denoiser_for(draws[0].scheduler), Converted)
     assert pair.ours.denoiser_for(draws[0].scheduler, "a style") is pair.ours.denoiser
     assert max(map(levels, expected, alone)) <= 1
-    assert max(map(levels, alone, together)) <= 1
-    assert num_compared == 2, "torch has computed but the comparison of another size, once each"
-    assert len(used) - num_compared <= 1, "... and of a batch of as many as were traced"
+    assert max(map(levels, alone, together)) == 0
+    assert 2 <= num_compared <= 4 and len(used) == num_compared, "torch has computed what is compared, once each"
     assert "torch" not in capsys.readouterr().err
 
 
@@ -119,8 +119,7 @@ def test_an_unwritable_cache_leaves_the_drawing_to_torch(
     monkeypatch.setattr(Path, "mkdir", refuse)
     use(pair, folder)
     assert not pair.ours.stand_ins
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("is drawn by torch, not by OpenVINO: cannot keep" in line for line in lines)
+    assert capsys.readouterr().err.count("is drawn by torch, not by OpenVINO: cannot keep") == 2
 
 
 class Branching(nn.Module):
@@ -163,7 +162,7 @@ def test_a_trace_that_is_wrong_is_not_used(tmp_path: Path, capsys: pytest.Captur
 def test_what_cannot_be_converted_is_not_tried_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = Foreign().eval()
     for _ in range(2):
-        with pytest.raises(Unconvertible, match="eigvalsh|linalg"):
+        with pytest.raises(Unconvertible, match="not supported|Conversion is failed"):
             converted(module, tmp_path / "part")
     assert capsys.readouterr().err.count("converting Foreign") == 1
 
