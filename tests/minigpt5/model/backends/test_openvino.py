@@ -189,3 +189,16 @@ def test_openvino_sends_no_statistics(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=settings, capture_output=True, text=True)
     assert done.stdout.strip() == "[] 1", done.stderr
     assert not (tmp_path / "intel").exists()
+
+
+@pytest.mark.slow
+def test_compiled_pictures_are_those_of_torch(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    MAKERS["stable_diffusion"].make(folder, **next(iter(MAKERS["stable_diffusion"].VARIANTS.values())))
+    pair = Pair(folder)
+    draw = pair.cases(steps=2)[0]
+    with torch.no_grad():
+        expected = pair.ours.to_pixels(pair.draw([draw], seed=3)[0])
+        use(pair, folder, "compile")
+        found = pair.ours.to_pixels(pair.draw([draw], seed=3)[0])
+    assert set(pair.ours.stand_ins) == {"denoiser", "vae"} and levels(expected, found) <= 1
