@@ -16,7 +16,7 @@ from minigpt5.config import default_model_folder
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate, shared_name
 from minigpt5.story.store import default_storage
-from minigpt5.types import Precision
+from minigpt5.types import DecoderBackend, Precision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
@@ -67,6 +67,8 @@ class AppArgs(BaseModel):
     decoder_precision: Precision | None = None
     """Precision of the denoiser and the VAE; none: float32 on a CPU, and bfloat16 on a GPU. Below float32 a replica is
     smaller and faster, and a picture depends a little on its batch."""
+    decoder_backend: DecoderBackend = "auto"
+    """What computes the denoiser and the VAE; auto: OpenVINO on a CPU, and torch operation by operation elsewhere."""
     decoder_num_threads: int = Field(default=2, ge=1)
     log_level: str = "INFO"
 
@@ -122,7 +124,7 @@ def app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": args.decoder_num_cpus, "num_gpus": args.decoder_num_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.decoder_num_threads, args.decoder_precision, filters)
+    ).bind(model, args.decoder_num_threads, args.decoder_precision, args.decoder_backend, filters)
     ledger = serve.deployment(
         LocalLedger,
         name="Ledger",

@@ -29,7 +29,7 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.folder_config import PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
 from minigpt5.model.weights import load_module, save_module
-from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings, Precision
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings, Precision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -102,15 +102,22 @@ def load_generator_model(
 
 
 def load_decoder_model(
-    folder: str | Path, *, device: str = "cpu", precision: Precision | None = None
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    precision: Precision | None = None,
+    backend: DecoderBackend = "eager",
+    num_threads: int | None = None,
 ) -> tuple[ModelConfig, Mapper, Diffusion]:
     """What draws, ready to: config, mapper, diffusion model. docs/batch-invariance.md says how far a picture
     depends on its batch: on a CPU, layers of a UNet are mended, and those of a transformer are not.
 
     `precision` of the diffusion model: by default float32 on a CPU, and bfloat16 on a GPU, in half the memory.
+    `backend`: what computes it; `num_threads` of OpenVINO, by default as many as torch has here.
     """
     import torch
 
+    from minigpt5.model.backends.choose import choose, warm_up
     from minigpt5.model.batch_invariance import make_batch_invariant, mend_denoiser
     from minigpt5.model.decoders.load import load_diffusion
     from minigpt5.model.decoders.styles import Styles
@@ -119,7 +126,19 @@ def load_decoder_model(
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
     base = find_part(folder, config, config.diffusion)
-    diffusion = load_diffusion(base, distilled=find_distilled(base, folder))
+    distilled = find_distilled(base, folder)
+    diffusion = load_diffusion(base, distilled=distilled).eval()
+    with torch.no_grad():
+        null_1QD = mapper.null_condition()
+        choose(
+            diffusion,
+            base,
+            null_1QD,
+            distilled=distilled,
+            backend=backend,
+            device=device,
+            num_threads=num_threads or torch.get_num_threads(),
+        )
     is_on_cpu = torch.device(device).type == "cpu"
     if is_on_cpu:  # what is mended there is oneDNN's
         make_batch_invariant(diffusion)
@@ -131,6 +150,7 @@ def load_decoder_model(
         prefix=diffusion.DENOISER,
         mend=mend_denoiser if is_on_cpu else lambda denoiser: None,
     )
+    warm_up(diffusion, null_1QD)
     return config, mapper.to(device), diffusion.to(device)
 
 
