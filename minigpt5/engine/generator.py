@@ -13,8 +13,9 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.kv_cache import BLOCK, SlotCache, bytes_per_token, num_blocks, upload
 from minigpt5.engine.limits import Limits, default_limits, kv_cache_bytes
+from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
 from minigpt5.engine.script import Read, Score, Script, Writer
 from minigpt5.engine.threads import single_thread
 from minigpt5.errors import InvalidRequest, SettingsError
@@ -83,9 +85,11 @@ class VokenGenerator:
         limits: Limits | None = None,
         max_jobs: int = 512,
         num_threads: int | None = None,
+        draws_on_device: bool | None = None,
     ) -> None:
         """Requests beyond `limits` (default: those of the device) wait, and beyond `max_jobs` they are refused.
-        `num_threads`: torch threads of a step (default: as many as here).
+        `num_threads`: torch threads of a step (default: as many as here). `draws_on_device`: whether tokens are drawn
+        in one call where their logits lie (default: on a GPU).
 
         Raises SettingsError where the KV store has no room for a request as long as the context.
         """
@@ -95,10 +99,12 @@ class VokenGenerator:
         self.template = make_template(config, tokenizer)
         self.end_ids = self.template.end_ids(tokenizer)
         self.num_close_choices = 0
-        """Tokens of finished requests whose choice another batch could have changed."""
+        """Tokens of finished requests whose choice another batch could have changed. Counted where tokens are drawn on
+        the CPU: on a GPU, below float32, every batch may change some."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
         """Tokens of prompts, and how many of them were there already in a slot that begins alike."""
         self.limits = limits or default_limits(self._device.type)
+        self._draws_on_device = self._device.type != "cpu" if draws_on_device is None else draws_on_device
         self._cache = new_cache(language, self.limits, num_positions=config.context_tokens)
         self._contents = np.full((self.limits.num_slots, config.context_tokens), -1)
         """What each slot has read: token ids, and the hash of a picture at its placeholders."""
@@ -356,10 +362,10 @@ class VokenGenerator:
         start = self._cache.lengths[job.slot]
         return [] if laid_out is None else [laid_out[..., start : start + num_tokens]]
 
-    def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
+    def _resume(self, answers: Iterable[tuple[_Job, Tensor | Choice | None]]) -> None:
         """Answer scripts until each asks for something to be read, or has ended."""
         while answers:
-            asking: list[tuple[_Job, Tensor]] = []
+            asking: list[tuple[_Job, Score]] = []
             for job, answer in answers:
                 try:
                     asked = job.script.send(answer)
@@ -369,13 +375,26 @@ class VokenGenerator:
                     job.fail(failure)
                 else:
                     if isinstance(asked, Score):
-                        asking.append((job, asked.state_H))
+                        asking.append((job, asked))
                     else:
                         self._begin(job, asked)
             if not asking:
                 return
-            logits = self.language.logits(torch.stack([state_H for _, state_H in asking])).float().cpu().numpy()
-            answers = list(zip((job for job, _ in asking), logits, strict=True))
+            choices = self._draw([asked for _, asked in asking])
+            answers = list(zip((job for job, _ in asking), choices, strict=True))
+
+    def _draw(self, asked: Sequence[Score]) -> list[Choice]:
+        """The tokens that follow some states."""
+        first_voken = self.language.voken_embeddings.first
+        logits_RT = self.language.logits(torch.stack([score.state_H for score in asked]))
+        draws = [score.draw for score in asked]
+        if self._draws_on_device:
+            tokens = draw_tokens(logits_RT, draws, first_voken=first_voken)
+            return [Choice(token=token, margin=math.inf) for token in tokens]
+        logits = logits_RT.float().cpu().numpy()
+        return [
+            draw_token(logits_T, draw, first_voken=first_voken) for logits_T, draw in zip(logits, draws, strict=True)
+        ]
 
     def _begin(self, job: _Job, read: Read) -> None:
         self._cache.lengths[job.slot] = read.start

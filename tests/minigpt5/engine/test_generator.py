@@ -54,12 +54,17 @@ def shared_parts() -> tuple[PreTrainedTokenizerBase, Vision]:
     return tiny_tokenizer(tiny_config()), tiny_vision(tiny_config())
 
 
-def new_generator(*, max_jobs: int = 512, **limits: float) -> VokenGenerator:
+def new_generator(*, max_jobs: int = 512, draws_on_device: bool | None = None, **limits: float) -> VokenGenerator:
     config = tiny_config()
     tokenizer, vision = shared_parts()
-    language = Biased(tiny_language(config))
     return VokenGenerator(
-        config, tokenizer, language, vision, limits=default_limits("cpu", **limits), max_jobs=max_jobs
+        config,
+        tokenizer,
+        Biased(tiny_language(config)),
+        vision,
+        limits=default_limits("cpu", **limits),
+        max_jobs=max_jobs,
+        draws_on_device=draws_on_device,
     )
 
 
@@ -453,6 +458,23 @@ BLOCK_GIB = BLOCK * 2 * 2 * 2 * 12 * 4 / 2**30
 """Of the tiny model: keys and values, layers, key heads, their width, bytes."""
 
 
+def test_tokens_that_are_drawn_on_the_device_are_those_that_the_cpu_draws() -> None:
+    requests = [story(seed=seed, sampling=SAMPLINGS[seed % len(SAMPLINGS)]) for seed in range(12)]
+    requests += [reply(seed=seed, pictures=mode) for seed, mode in enumerate(("auto", "none", "forced"))]
+    expected = [text(events) for events in run(new_generator(), *requests)]
+    generator = new_generator(draws_on_device=True, kv_cache_gib=80 * BLOCK_GIB)
+    assert [text(events) for events in run(generator, *requests)] == expected
+    assert generator.num_close_choices == 0
+
+
+SAMPLINGS = [
+    SHARP,
+    Sampling(temperature=0, max_page_tokens=10),
+    Sampling(temperature=0.1, repetition_penalty=1.2, max_page_tokens=12),
+    Sampling(temperature=0.2, top_p=0.5, max_page_tokens=8),
+]
+
+
 def test_requests_that_share_blocks_wait_for_room_and_are_written_as_in_whole_slots() -> None:
     requests = [story(seed=seed, key=str(seed % 2), pages=2 + seed % 3) for seed in range(10)]
     expected = [text(events) for events in run(new_generator(), *requests)]
@@ -478,12 +500,12 @@ def test_requests_that_share_blocks_wait_for_room_and_are_written_as_in_whole_sl
 
 def test_a_request_as_long_as_the_context_takes_the_whole_store_and_its_own_beginning() -> None:
     generator = new_generator(kv_cache_gib=19 * BLOCK_GIB)
-    prompt = ("a fox and a red boat " * 30,)
-    longest = [reply(seed=seed, prompt=prompt, pages=1, sampling=Sampling(max_page_tokens=590)) for seed in (1, 2)]
-    assert generator._encode(longest[0])[2] + len(generator._encode(longest[0])[1]) > 18 * BLOCK
+    longest = [story(seed=seed, prompt=("fox " * 540,), pages=1) for seed in (1, 2)]
+    _, prompt_ids, num_new = generator._encode(longest[0])
+    assert len(prompt_ids) + num_new > 18 * BLOCK
     expected = [text(events) for events in run(new_generator(), *longest)]
     assert [text(events) for events in run(generator, *longest)] == expected
-    assert generator.num_reused_tokens > 100
+    assert generator.num_reused_tokens == len(prompt_ids) - 1
 
 
 def test_a_store_without_room_for_the_context_is_refused() -> None:
