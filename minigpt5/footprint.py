@@ -55,7 +55,7 @@ def memory_gb(parts: Parts) -> dict[str, float]:
     """Memory of weights, the KV store and optimizer states, on a CPU (float32) and on a GPU (language and diffusion
     model in bfloat16, and the frozen base models while training)."""
     from minigpt5.engine.kv_cache import bytes_per_token
-    from minigpt5.engine.limits import ON_CPU
+    from minigpt5.limits import ON_CPU
 
     sizes = count_parts(parts)
     writes = sizes["language model"] + sizes["voken embeddings"]

@@ -92,15 +92,16 @@ class DiffusionDecoder:
         num_threads: int | None = None,
         device: str | None = None,
         precision: Precision | None = None,
+        max_batch: int = 8,
     ) -> DiffusionDecoder:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
         that this process sees where there is one, else the CPU. `precision` of the weights: by default float32 on a
-        CPU, and bfloat16 on a GPU, in half the memory."""
+        CPU, and bfloat16 on a GPU, in half the memory. `max_batch`: guided pictures that share a step."""
         from minigpt5.model.folder import default_device, load_decoder_model
 
         with single_thread():
             parts = load_decoder_model(folder, device=device or default_device(), precision=precision)
-        return cls(*parts, num_threads=num_threads)
+        return cls(*parts, max_batch=max_batch, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:

@@ -28,12 +28,12 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
-from minigpt5.engine.kv_cache import BLOCK, SlotCache, bytes_per_token, num_blocks, upload
-from minigpt5.engine.limits import Limits, default_limits, kv_cache_bytes
+from minigpt5.engine.kv_cache import SlotCache, bytes_per_token, num_blocks, upload
 from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
 from minigpt5.engine.script import Read, Score, Script, Writer
 from minigpt5.engine.threads import single_thread
 from minigpt5.errors import InvalidRequest, SettingsError
+from minigpt5.limits import BLOCK, Limits, default_limits, kv_cache_bytes
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import encode, given_ids, pictures_read, request_segments
 from minigpt5.model.template import make_template

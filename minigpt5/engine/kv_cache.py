@@ -37,11 +37,10 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from minigpt5.limits import BLOCK
 from minigpt5.model.language import body_inputs
 
 ATTENTION = "minigpt5_slots"
-BLOCK = 32
-"""Positions of a block."""
 WASTE = 2
 """Slots attend in one call while it looks at no more than so many times the slots and positions that it needs."""
 HONOURED = {"dropout", "scaling", "softcap", "s_aux"}

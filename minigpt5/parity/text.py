@@ -18,8 +18,8 @@ from torch import Tensor
 from minigpt5.config import NO_VISION, storybook
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.engine.limits import Limits
 from minigpt5.errors import ModelFolderError
+from minigpt5.limits import Limits
 from minigpt5.model.language import LanguageModel, load_base, load_tokenizer
 from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.template import make_template

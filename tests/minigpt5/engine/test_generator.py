@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minigpt5.engine.generator import VokenGenerator
-from minigpt5.engine.kv_cache import BLOCK
-from minigpt5.engine.limits import default_limits
 from minigpt5.engine.script import CLOSE
 from minigpt5.errors import EngineFull, InvalidRequest, SettingsError
+from minigpt5.limits import BLOCK, default_limits
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.published_template import PUBLISHED
@@ -500,7 +499,7 @@ def test_requests_that_share_blocks_wait_for_room_and_are_written_as_in_whole_sl
 
 def test_a_request_as_long_as_the_context_takes_the_whole_store_and_its_own_beginning() -> None:
     generator = new_generator(kv_cache_gib=19 * BLOCK_GIB)
-    longest = [story(seed=seed, prompt=("fox " * 540,), pages=1) for seed in (1, 2)]
+    longest = [story(seed=seed, prompt=("fox " * 545,), pages=1) for seed in (1, 2)]
     _, prompt_ids, num_new = generator._encode(longest[0])
     assert len(prompt_ids) + num_new > 18 * BLOCK
     expected = [text(events) for events in run(new_generator(), *longest)]

@@ -38,7 +38,8 @@ from transformers import (
     StableLmModel,
 )
 
-from minigpt5.engine.kv_cache import BLOCK, SlotCache, bytes_per_token
+from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
+from minigpt5.limits import BLOCK
 
 SHAPE = {
     "vocab_size": 100,

@@ -47,7 +47,7 @@ from minigpt5 import new
 from minigpt5.config import ModelConfig
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.engine.limits import ON_CPU, Limits
+from minigpt5.limits import ON_CPU, Limits
 from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel, pad
 from minigpt5.model.prompt import encode, request_segments

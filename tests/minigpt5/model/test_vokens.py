@@ -60,9 +60,8 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
                     if written < Sampling().min_page_tokens
                     else []
                 )
-                token = int(
-                    mask(language.logits(state_H).numpy(), closed, first_voken=language.voken_embeddings.first).argmax()
-                )
+                logits_T = language.logits(state_H).numpy()
+                token = int(mask(logits_T, closed, first_voken=language.voken_embeddings.first).argmax())
                 if token == language.voken_embeddings.first or token in generator.end_ids:
                     break
                 ids.append(token)

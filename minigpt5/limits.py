@@ -34,6 +34,8 @@ class Limits:
 ON_CPU = Limits()
 ON_GPU = Limits(num_slots=96, max_batch=64, part_tokens=512, long_read_tokens=2048)
 """By the sizes of other engines; nobody has measured it."""
+BLOCK = 32
+"""Positions of a block of the KV store."""
 KV_CACHE_SHARE = 0.8
 """The rest is for activations."""
 
