@@ -22,7 +22,7 @@ def report(parts: Parts) -> str:
     lines += [f"  {'LoRA':18}{lora:>16,}", "trained by stage"]
     lines += [f"  {stage:18}{number:>16,}" for stage, number in trained.items() if number]
     lines += ["memory in GB, without activations"]
-    lines += [f"  {name:38}{gigabytes:8.2f}" for name, gigabytes in memory_gb(parts).items()]
+    lines += [f"  {name:41}{gigabytes:8.2f}" for name, gigabytes in memory_gb(parts).items()]
     return "\n".join(lines)
 
 
