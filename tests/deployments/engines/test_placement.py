@@ -1,4 +1,4 @@
-"""Where replicas compute: on the GPU that Ray gives them, and never on another's. Ray believes in GPUs that it is told."""
+"""Where replicas compute: on the GPU that Ray gives them, and never on another's. Ray counts what it is told."""
 
 from __future__ import annotations
 
