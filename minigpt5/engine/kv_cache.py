@@ -101,6 +101,7 @@ class View:
 class Pass:
     """Which slot and position each token of a forward pass belongs to."""
 
+    slots_T: Tensor
     positions_1T: Tensor
     where: Where
     """Where its keys and values are stored."""
@@ -326,11 +327,13 @@ class SlotCache(Cache):
 
     def _plan(self, counts: Sequence[tuple[int, int]], last_seen_T: Tensor | None, device: torch.device) -> Pass:
         slots: list[int] = []
+        numbers: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
         for number, (slot, num_tokens) in enumerate(counts):
             start, past = len(slots), self.lengths[slot]
-            slots += [number if self.blocks else slot] * num_tokens
+            slots += [slot] * num_tokens
+            numbers += [number] * num_tokens
             positions += range(past, past + num_tokens)
             spans.append(Span(slot=slot, number=number, start=start, end=len(slots), length=past + num_tokens))
         single = [span for span in spans if span.end - span.start == 1]
@@ -341,11 +344,13 @@ class SlotCache(Cache):
             together, joined = None, []
         slots_T, positions_T = torch.tensor(slots), torch.tensor(positions)
         places_NS = None
-        where: Where = (upload(slots_T, device), slice(None), upload(positions_T, device))
-        if self.blocks:
+        if self.blocks is None:
+            where: Where = (upload(slots_T, device), slice(None), upload(positions_T, device))
+        else:
             places_NS = self.blocks.places([slot for slot, _ in counts])
-            where, places_NS = upload(places_NS[slots_T, positions_T], device), upload(places_NS, device)
+            where, places_NS = upload(places_NS[numbers, positions_T], device), upload(places_NS, device)
         return Pass(
+            slots_T=slots_T,
             positions_1T=positions_T[None],
             where=where,
             places_NS=places_NS,
