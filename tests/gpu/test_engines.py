@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minigpt5.config import default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator, new_cache
 from minigpt5.engine.kv_cache import SlotCache
@@ -25,6 +26,7 @@ from minigpt5.engine.sampling import Draw, draw_token, draw_tokens
 from minigpt5.errors import MiniGPT5Error
 from minigpt5.limits import BLOCK, KV_CACHE_SHARE, default_limits
 from minigpt5.model.folder import load_generator_model
+from minigpt5.model.language import LanguageModel
 from minigpt5.types import (
     DrawRequest,
     DrawSettings,
@@ -37,7 +39,15 @@ from minigpt5.types import (
     TextDelta,
     Vokens,
 )
-from tests.helpers.tiny import HIDDEN, save_tiny, tiny_config, tiny_diffusion, tiny_language
+from tests.helpers.tiny import (
+    HIDDEN,
+    save_tiny,
+    tiny_config,
+    tiny_diffusion,
+    tiny_language,
+    tiny_tokenizer,
+    tiny_vision,
+)
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 SAMPLINGS = [Sampling(temperature=0), Sampling(top_p=0.5), Sampling(repetition_penalty=1.3), Sampling(temperature=2)]
@@ -56,6 +66,13 @@ def png(colour: str) -> InputImage:
     return InputImage(data=file.getvalue())
 
 
+def in_bfloat16(language: LanguageModel) -> LanguageModel:
+    """As `load_generator_model` has it on a GPU."""
+    for parameter in language.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return language
+
+
 def write(generator: VokenGenerator, requests: list[StoryRequest]) -> list[list[GeneratorEvent]]:
     async def collect(request: StoryRequest) -> list[GeneratorEvent]:
         return [event async for event in generator.generate(request)]
@@ -67,10 +84,17 @@ def write(generator: VokenGenerator, requests: list[StoryRequest]) -> list[list[
 
 
 @DEVICES
-def test_a_bfloat16_generator_writes_many_stories_in_blocks(folder: Path, device: str) -> None:
-    parts = load_generator_model(folder, device=device, precision="bfloat16")
+def test_a_bfloat16_generator_writes_many_stories_in_blocks(device: str) -> None:
+    config = tiny_config()
     limits = default_limits("cuda", kv_cache_gib=0.002, num_slots=40)
-    generator = VokenGenerator(*parts, limits=limits, draws_on_device=True)
+    generator = VokenGenerator(
+        config,
+        tiny_tokenizer(config),
+        in_bfloat16(tiny_language(config)).to(device),
+        tiny_vision(config).to(device),
+        limits=limits,
+        draws_on_device=True,
+    )
     assert generator.language.embedding.device.type == device
     assert generator._cache.stored_keys[0].dtype == torch.bfloat16
     requests = [
@@ -89,10 +113,7 @@ def test_a_bfloat16_generator_writes_many_stories_in_blocks(folder: Path, device
 @DEVICES
 @torch.no_grad()
 def test_states_in_bfloat16_are_near_float32s(device: str) -> None:
-    exact, rounded = tiny_language(tiny_config()), tiny_language(tiny_config())
-    for parameter in rounded.parameters():  # as `load_generator_model` does
-        parameter.data = parameter.data.to(torch.bfloat16)
-    rounded.to(device)
+    exact, rounded = tiny_language(tiny_config()), in_bfloat16(tiny_language(tiny_config())).to(device)
     counts = [(0, 40), (1, 3), (2, 1)]
     ids_1T = torch.arange(44)[None] * 7
     found = []
@@ -197,10 +218,10 @@ def test_a_compiled_denoiser_predicts_what_the_eager_one_does() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [kind for kind in get_args(Precision) if kind not in ("float32", "float16")])
-def test_a_generator_of_every_precision_writes(folder: Path, kind: Precision) -> None:
-    """Weights that a GPU or this base cannot hold in a precision are refused with a reason."""
+def test_the_shipped_model_writes_in_every_precision(kind: Precision) -> None:
+    """A precision that a GPU or the base model does not have is refused with a reason."""
     try:
-        parts = load_generator_model(folder, device="cuda", precision=kind)
+        parts = load_generator_model(default_model_folder(), device="cuda", precision=kind)
     except MiniGPT5Error as refusal:
         pytest.skip(str(refusal))
     (events,) = write(VokenGenerator(*parts), [StoryRequest(prompt=("A fox",), pages=2)])

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from deployments.engines.placement import device_for, num_gpus_here, num_gpus_of_cluster
-from tests.helpers.tiny import save_tiny
+from minigpt5.config import default_model_folder
 from tests.training.test_zero import largest_difference, train
 
 WORKER = """
@@ -82,10 +82,9 @@ class Replica:
 
 @pytest.mark.parametrize("num_gpus", [0, pytest.param(1, marks=pytest.mark.gpu)])
 @pytest.mark.cluster
-def test_a_replica_computes_where_ray_has_placed_it(tmp_path: Path, own_ray: None, num_gpus: int) -> None:
+def test_a_replica_computes_where_ray_has_placed_it(own_ray: None, num_gpus: int) -> None:
     """One without a GPU stays on the CPU, on a machine with GPUs too."""
-    save_tiny(tmp_path)
-    replica = Replica.options(num_gpus=num_gpus).remote(str(tmp_path))  # type: ignore[attr-defined]
+    replica = Replica.options(num_gpus=num_gpus).remote(str(default_model_folder()))  # type: ignore[attr-defined]
     given, device, visible = ray.get(replica.facts.remote())
     assert (given, device) == (num_gpus, device_for(num_gpus))
     assert not num_gpus or (num_gpus_of_cluster() >= 1 and visible and "," not in visible)
