@@ -32,7 +32,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-full test-newest fuzz lint docs quality bench-engines bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install serve story test test-full test-gpu test-newest fuzz lint docs quality bench-engines bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -82,14 +82,17 @@ test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one b
 	$(RUN) -m pytest -n 2
 
 test-full: $(STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
-	$(RUN) -m pytest -m "not bench and not fuzz"
+	$(RUN) -m pytest -m "not bench and not fuzz and not gpu"
+
+test-gpu: $(STAMP)  ## what only a machine with a GPU can show; elsewhere every test is skipped
+	$(RUN) -m pytest -m gpu tests/gpu
 
 test-newest:  ## the fast tests with the newest versions that pyproject.toml allows, in build/venv-newest; torch is CI's
 	rm -rf build/venv-newest
 	$(PYTHON) -m venv build/venv-newest
 	$(call install,$(NEWEST),$(TORCH) -e '.[$(ALL)]')
 	$(NEWEST) -m pip list --format=freeze > build/newest.txt
-	$(NEWEST) -m pytest -n 2 -m "not slow and not bench and not cluster" --deselect $(CLOSURE)
+	$(NEWEST) -m pytest -n 2 -m "not slow and not bench and not cluster and not gpu" --deselect $(CLOSURE)
 
 lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .

@@ -119,10 +119,12 @@ class DiffusionDecoder:
         device: str | None = None,
         precision: Precision | None = None,
         backend: DecoderBackend = "auto",
+        max_batch: int = 8,
     ) -> DiffusionDecoder:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
         that this process sees where there is one, else the CPU. `precision` of the weights: by default float32 on a
-        CPU, and bfloat16 on a GPU, in half the memory. `backend` computes the denoiser and the VAE."""
+        CPU, and bfloat16 on a GPU, in half the memory. `backend` computes the denoiser and the VAE. `max_batch`:
+        guided pictures that share a step."""
         from minigpt5.model.folder import default_device, load_decoder_model
 
         num_threads = num_threads or torch.get_num_threads()
@@ -134,7 +136,7 @@ class DiffusionDecoder:
                 backend=backend,
                 num_threads=num_threads,
             )
-        return cls(*parts, num_threads=num_threads)
+        return cls(*parts, max_batch=max_batch, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:
