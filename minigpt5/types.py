@@ -31,6 +31,9 @@ Precision = Literal["float32", "bfloat16", "float16"]
 """What an engine holds its large model in. In less than float32 a picture depends a little on its batch
 (benchmarks/results/company.json)."""
 
+TextPrecision = Literal["float32", "bfloat16", "int8", "int4"]
+"""What the language model computes in. int4: with the base model's own 4-bit weights, where its folder has them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputImage:

@@ -35,7 +35,7 @@ from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import encode, given_ids, pictures_read, request_segments
 from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, Role, StoryRequest
+from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Role, StoryRequest, TextPrecision
 
 SHORT_READ = 64
 """Tokens that are read at once: a written token, a picture's vokens, most prompts."""
@@ -123,11 +123,11 @@ class VokenGenerator:
         *,
         num_threads: int | None = None,
         device: str | None = None,
-        precision: Precision | None = None,
+        precision: TextPrecision | None = None,
     ) -> VokenGenerator:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
-        that this process sees where there is one, else the CPU. `precision` of the language model: by default float32
-        on a CPU and bfloat16 on a GPU."""
+        that this process sees where there is one, else the CPU. `precision` of the language model: by default what
+        is fastest on this CPU of what keeps its text, and bfloat16 on a GPU."""
         from minigpt5.model.folder import default_device, load_generator_model
 
         with single_thread():
