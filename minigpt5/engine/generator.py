@@ -130,9 +130,10 @@ class VokenGenerator:
         is fastest on this CPU of what keeps its text, and bfloat16 on a GPU."""
         from minigpt5.model.folder import default_device, load_generator_model
 
+        threads = torch.get_num_threads()
         with single_thread():
             parts = load_generator_model(folder, device=device or default_device(), precision=precision)
-        return cls(*parts, num_threads=num_threads)
+            return cls(*parts, num_threads=num_threads or threads)
 
     @property
     def num_running(self) -> int:

@@ -33,6 +33,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from minigpt5.engine.even_attention import Call, attend_evenly, plan_calls
 from minigpt5.model.language import body_inputs
 
 ATTENTION = "minigpt5_slots"
@@ -94,6 +95,16 @@ class Pass:
     last_seen_T: Tensor | None
     """The last position of its slot that each token sees; None: its own."""
     _views: dict[int, tuple[Tensor, list[View], View | None]] = field(default_factory=dict)
+    _calls: dict[int, tuple[Tensor, list[Call]]] = field(default_factory=dict)
+
+    def calls(self, mask_11TS: Tensor, num_positions: int) -> list[Call]:
+        """The calls of even attention by a mask, which layers with the same mask share."""
+        if id(mask_11TS) not in self._calls:  # the mask is kept with them, so that its id stays its own
+            self._calls[id(mask_11TS)] = (
+                mask_11TS,
+                plan_calls(self.slots_T.tolist(), mask_11TS[0, 0], num_positions),
+            )
+        return self._calls[id(mask_11TS)][1]
 
     def views(self, mask_11TS: Tensor, like: Tensor) -> tuple[list[View], View | None]:
         """What each span and `together` see by a mask of (token, position of its slot), on the device and with the
@@ -250,6 +261,12 @@ class SlotCache(Cache):
             for stored, new in ((self.keys_RGSD, key_states), (self.values_RGSD, value_states)):
                 shape = (self.num_slots, new.shape[1], self.num_positions, new.shape[3])
                 stored.append(reserve(shape, new.dtype, new.device))
+        if len(planned.spans) == 1 and not planned.together:  # the same, quicker
+            span = planned.spans[0]
+            places = slice(span.length - key_states.shape[2], span.length)
+            self.keys_RGSD[layer_idx][span.slot, :, places] = key_states[0]
+            self.values_RGSD[layer_idx][span.slot, :, places] = value_states[0]
+            return self.keys_RGSD[layer_idx], self.values_RGSD[layer_idx]
         where = (planned.slots_T, slice(None), planned.positions_1T[0])
         self.keys_RGSD[layer_idx][where] = key_states[0].transpose(0, 1)
         self.values_RGSD[layer_idx][where] = value_states[0].transpose(0, 1)
@@ -324,13 +341,16 @@ def attend(
     asked = {name for name, option in options.items() if option is not None} - HONOURED - NOT_NEEDED
     if asked:
         raise ValueError(f"its attention needs {', '.join(sorted(asked))}")
-    options = {name: options[name] for name in HONOURED & options.keys()}
+    options = {name: options[name] for name in HONOURED & options.keys() if options[name] is not None}
     slots = _PASS.get()
     if slots is None:
         return _attend(module, query, key, value, attention_mask, **options), None
     _, num_heads, num_tokens, width = query.shape
     if attention_mask is None or attention_mask.shape[2:] != (num_tokens, slots.num_positions):
         raise ValueError("its attention has masks that transformers' mask functions do not make")
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not options.keys() & {"softcap", "s_aux"}:
+        calls = slots.calls(attention_mask, key.shape[2])
+        return attend_evenly(query, key, value, calls, scaling=options.get("scaling")), None
     views, view_together = slots.views(attention_mask, query)
     out_TAD = query.new_empty(num_tokens, num_heads, value.shape[-1])
     for span, view in zip(slots.spans, views, strict=True):
