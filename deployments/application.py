@@ -16,7 +16,7 @@ from minigpt5.config import default_model_folder
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate, shared_name
 from minigpt5.story.store import default_storage
-from minigpt5.types import Precision
+from minigpt5.types import Precision, TextPrecision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
@@ -60,6 +60,9 @@ class AppArgs(BaseModel):
     """GPUs of a replica, which then runs there."""
     generator_num_threads: int = Field(default=1, ge=1)
     """torch threads of a replica. Writing mostly waits for memory: more help little."""
+    generator_precision: TextPrecision | None = None
+    """What the language model computes in; none: bfloat16 on a GPU, and on a CPU the faster of float32 and the base
+    model's own 4-bit weights."""
     decoder_min_replicas: int = Field(default=1, ge=0)
     decoder_max_replicas: int = Field(default=2, ge=1)
     decoder_num_cpus: float = Field(default=1, gt=0)
@@ -109,7 +112,7 @@ def app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": args.generator_num_cpus, "num_gpus": args.generator_num_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.generator_num_threads)
+    ).bind(model, args.generator_num_threads, args.generator_precision)
     decoder = serve.deployment(
         DiffusionDecoder,
         name="DiffusionDecoder",

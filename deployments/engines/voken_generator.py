@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator
 
 from deployments.engines.metrics import watch
 from deployments.engines.throttle import coalesce_text
-from minigpt5.types import GeneratorEvent, StoryRequest
+from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
 
 
 class VokenGenerator:
     """Writes text and vokens."""
 
-    def __init__(self, model: str, num_threads: int) -> None:
+    def __init__(self, model: str, num_threads: int, precision: TextPrecision | None = None) -> None:
         from minigpt5.engine.generator import VokenGenerator as Engine
 
-        self.engine = Engine.from_pretrained(model, num_threads=num_threads)
+        self.engine = Engine.from_pretrained(model, num_threads=num_threads, precision=precision)
         totals = {
             "minigpt5_prompt_tokens": lambda: self.engine.num_prompt_tokens,
             "minigpt5_prompt_tokens_reused": lambda: self.engine.num_reused_tokens,

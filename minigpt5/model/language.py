@@ -247,8 +247,10 @@ class LanguageModel(nn.Module):
 
     def logits(self, states_BSH: Tensor) -> Tensor:
         """States -> logits of the base's tokens and, after them, of the new ones, as the base model scales them."""
-        old_BST = (self._packed_head or self.head)(states_BSH)[..., : self.voken_embeddings.first]
-        return scale_logits(self.voken_embeddings.extend(old_BST, states_BSH), self.body.config)
+        new = self.voken_embeddings
+        old_BST = (self._packed_head or self.head)(states_BSH)[..., : new.first]
+        extend = new.extend if self._packed_head is None else new.extend_evenly
+        return scale_logits(extend(old_BST, states_BSH), self.body.config)
 
     def voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Right-padded texts -> the states that condition the picture after each: (B, V, H).
