@@ -180,7 +180,7 @@ class LanguageModel(nn.Module):
         self.body = self.body.merge_and_unload().requires_grad_(False)
 
     def pack(self, precision: TextPrecision = "float32", codes: CodesByLayer | None = None) -> None:
-        """Make it quicker on the CPU, for inference alone: see packing.py. `codes`: the base model's own, for "int4"."""
+        """Make it quicker on the CPU, for inference alone: see packing.py. `codes`: the base's own, for "int4"."""
         self.body = pack_body(self.body, precision, codes or {})
         if type(self.head) is nn.Linear and can_pack(self.head.weight):
             rows = slice(self.voken_embeddings.first)

@@ -82,9 +82,7 @@ class LeanLayer(nn.Module):
             query, key = heads_BSND[:, :, : self.num_heads], heads_BSND[:, :, self.num_heads :]
             heads_BSND = torch.cat([self.query_norm(query), self.key_norm(key)], dim=2)
         cosine_BS1D, sine_BS1D = position_embeddings
-        return torch.addcmul(
-            heads_BSND * cosine_BS1D, heads_BSND.roll(heads_BSND.shape[-1] // 2, dims=-1), sine_BS1D
-        )
+        return torch.addcmul(heads_BSND * cosine_BS1D, heads_BSND.roll(heads_BSND.shape[-1] // 2, dims=-1), sine_BS1D)
 
 
 class _Norm(nn.Module):
@@ -101,7 +99,7 @@ class _Norm(nn.Module):
 
 
 class _SignedRotary(nn.Module):
-    """Rotary positions as lean layers take them: for all heads, and the sine with the sign of the half that it turns."""
+    """Rotary positions as lean layers take them: for all heads, the sine with the sign of the half that it turns."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()

@@ -111,7 +111,9 @@ def _join_biases(layers: Sequence[Any]) -> Tensor | None:
     """Biases of layers one after another; zeros for those that have none."""
     if all(layer.bias is None for layer in layers):
         return None
-    return torch.cat([torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers])
+    return torch.cat(
+        [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    )
 
 
 def _join_adapters(layers: Sequence[Any]) -> LowRank | None:

@@ -100,4 +100,6 @@ def check_precision(precision: TextPrecision, base_folder: Path, *, is_on_cpu: b
             f"{base_folder} has no quantised weights, which int4 computes with: use float32, bfloat16 or int8"
         )
     if precision == "int8" and not can_multiply_int8():
-        raise ModelFolderError("this CPU has no instructions for 8-bit integers (AVX-512 VNNI): use float32 or bfloat16")
+        raise ModelFolderError(
+            "this CPU has no instructions for 8-bit integers (AVX-512 VNNI): use float32 or bfloat16"
+        )

@@ -68,7 +68,9 @@ def load_codes(folder: Path) -> dict[str, Codes]:
         try:
             packed, scales, minima = (tensors[f"{name}.{part}"] for part in ("codes", "scales", "minima"))
         except KeyError as error:
-            raise ModelFolderError(f"{folder / QUANTISED} has no {error.args[0]}: convert the base model again") from error
+            raise ModelFolderError(
+                f"{folder / QUANTISED} has no {error.args[0]}: convert the base model again"
+            ) from error
         rows, columns = len(packed), 2 * packed.shape[1]
         if scales.shape != minima.shape or scales.shape != (rows, columns // GROUP):
             raise ModelFolderError(

@@ -54,7 +54,9 @@ def test_codes_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_of_codes_says_what_it_lacks(tmp_path: Path) -> None:
-    save_tensors({"one.codes": torch.zeros(4, 32, dtype=torch.uint8), "one.scales": torch.zeros(4, 2)}, tmp_path / QUANTISED)
+    save_tensors(
+        {"one.codes": torch.zeros(4, 32, dtype=torch.uint8), "one.scales": torch.zeros(4, 2)}, tmp_path / QUANTISED
+    )
     with pytest.raises(ModelFolderError, match=r"one\.minima"):
         load_codes(tmp_path)
     save_tensors(
