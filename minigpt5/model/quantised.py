@@ -6,8 +6,8 @@ For a matrix NAME of O rows and I columns, by its name in the float32 file, it h
     NAME.scales   float16 (O, I / 32)  one for each group of 32 columns
     NAME.minima   float16 (O, I / 32)
 
-A weight is `scale * code + minimum`, which is what GGUF's Q4_1 blocks say (Q4_0: the minimum is -8 scales). A matrix that
-is not in the file is read from the float32 weights. Any base model's folder may carry such a file.
+A weight is `scale * code + minimum`, which is what GGUF's Q4_1 blocks say (Q4_0: the minimum is -8 scales). A matrix
+that is not in the file is read from the float32 weights. Any base model's folder may carry such a file.
 
 Shape letters: O outputs, I inputs, K groups of 32 inputs.
 """
