@@ -90,12 +90,13 @@ class _Norm(nn.Module):
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight.detach(), norm.variance_epsilon
+        self.weight, self.eps = norm.weight.detach(), torch.tensor(norm.variance_epsilon)
 
     def forward(self, states: Tensor) -> Tensor:
         states = states.float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        return (states * norms.square_().mul_(1 / states.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
+        scales = torch.addcmul(self.eps, norms, norms, value=1 / states.shape[-1]).rsqrt_()
+        return (states * scales).mul_(self.weight)
 
 
 class _SignedRotary(nn.Module):
