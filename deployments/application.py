@@ -19,7 +19,7 @@ from minigpt5.limits import Limits, default_limits
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate, shared_name
 from minigpt5.story.store import default_storage
-from minigpt5.types import DecoderBackend, Precision
+from minigpt5.types import DecoderBackend, Precision, TextPrecision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
@@ -64,6 +64,9 @@ class AppArgs(BaseModel):
     single one, which the decoder shares, else 0."""
     generator_num_threads: int = Field(default=1, ge=1)
     """torch threads of a replica. Writing mostly waits for memory: more help little."""
+    generator_precision: TextPrecision | None = None
+    """What the language model computes in; none: bfloat16 on a GPU, and on a CPU the faster of float32 and the base
+    model's own 4-bit weights."""
     generator_kv_cache_gib: float | None = Field(default=None, gt=0)
     """Size of a replica's KV store. None: `minigpt5/limits.py` says it and the next five, by the device."""
     generator_num_slots: int | None = Field(default=None, ge=1)
@@ -142,7 +145,7 @@ def app(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": args.generator_num_cpus, "num_gpus": generator_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.generator_num_threads, args.limits)
+    ).bind(model, args.generator_num_threads, args.generator_precision, args.limits)
     decoder = serve.deployment(
         DiffusionDecoder,
         name="DiffusionDecoder",

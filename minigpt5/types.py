@@ -34,6 +34,9 @@ DecoderBackend = Literal["auto", "eager", "openvino", "compile"]
 """What computes the denoiser and the VAE: torch operation by operation ("eager"), OpenVINO, or torch.compile. "auto" is
 OpenVINO on a CPU and eager elsewhere."""
 
+TextPrecision = Literal["float32", "bfloat16", "int8", "int4"]
+"""What the language model computes in. int4: with the base model's own 4-bit weights, where its folder has them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputImage:

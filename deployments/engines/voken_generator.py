@@ -9,13 +9,19 @@ from deployments.engines.metrics import watch
 from deployments.engines.placement import device_for, num_gpus_here
 from deployments.engines.throttle import coalesce_text
 from minigpt5.limits import default_limits
-from minigpt5.types import GeneratorEvent, StoryRequest
+from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
 
 
 class VokenGenerator:
     """Writes text and vokens."""
 
-    def __init__(self, model: str, num_threads: int, limits: Mapping[str, float | None] | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        num_threads: int,
+        precision: TextPrecision | None = None,
+        limits: Mapping[str, float | None] | None = None,
+    ) -> None:
         """`limits`: those of Limits that are set; the others are the device's."""
         from minigpt5.engine.generator import VokenGenerator as Engine
 
@@ -25,6 +31,7 @@ class VokenGenerator:
             model,
             num_threads=num_threads,
             device=device,
+            precision=precision,
             limits=default_limits(device, **(limits or {}), gpu_share=min(1.0, num_gpus or 1.0)),
         )
         totals = {

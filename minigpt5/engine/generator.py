@@ -38,7 +38,7 @@ from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import encode, given_ids, pictures_read, request_segments
 from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, Role, StoryRequest
+from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Role, StoryRequest, TextPrecision
 
 READ_BACK_TOKENS = 16
 """Around a picture that is read back, and of what is asked after it."""
@@ -129,17 +129,19 @@ class VokenGenerator:
         *,
         num_threads: int | None = None,
         device: str | None = None,
-        precision: Precision | None = None,
+        precision: TextPrecision | None = None,
         limits: Limits | None = None,
     ) -> VokenGenerator:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
-        that this process sees where there is one, else the CPU. `precision` of the language model: by default float32
-        on a CPU and bfloat16 on a GPU. `limits`: by default those of the device."""
+        that this process sees where there is one, else the CPU. `precision` of the language model: by default what
+        is fastest on this CPU of what keeps its text, and bfloat16 on a GPU. `limits`: by default those of the
+        device."""
         from minigpt5.model.folder import default_device, load_generator_model
 
+        threads = torch.get_num_threads()
         with single_thread():
             parts = load_generator_model(folder, device=device or default_device(), precision=precision)
-        return cls(*parts, limits=limits, num_threads=num_threads)
+            return cls(*parts, limits=limits, num_threads=num_threads or threads)
 
     @property
     def _device(self) -> torch.device:

@@ -37,6 +37,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from minigpt5.engine.even_attention import Call, attend_evenly, plan_calls
 from minigpt5.limits import BLOCK
 from minigpt5.model.language import body_inputs
 
@@ -45,6 +46,8 @@ WASTE = 2
 """Slots attend in one call while it looks at no more than so many times the slots and positions that it needs."""
 HONOURED = {"dropout", "scaling", "softcap", "s_aux"}
 """What models ask of their attention, and `attend` does."""
+UNEVEN = {"softcap", "s_aux"}
+"""What even attention does not do."""
 NOT_NEEDED = {"sliding_window", "position_ids", "use_cache", "cache_position"}
 """What the masks do already, or what other attentions read."""
 
@@ -82,7 +85,7 @@ class Together:
     """Length of the longest."""
 
 
-Where = Tensor | tuple[Tensor | slice, ...]
+Where = Tensor | tuple[Tensor | slice | int, ...]
 """Index of a store: places of a store in blocks; or slots, heads and positions of whole slots."""
 
 
@@ -114,6 +117,16 @@ class Pass:
     last_seen_T: Tensor | None
     """The last position of its slot that each token sees; None: its own."""
     _views: dict[int, tuple[Tensor, list[View], View | None]] = field(default_factory=dict)
+    _calls: dict[int, tuple[Tensor, list[Call]]] = field(default_factory=dict)
+
+    def calls(self, mask_11TS: Tensor, num_positions: int) -> list[Call]:
+        """The calls of even attention by a mask, which layers with the same mask share."""
+        if id(mask_11TS) not in self._calls:  # the mask is kept with them, so that its id stays its own
+            self._calls[id(mask_11TS)] = (
+                mask_11TS,
+                plan_calls(self.slots_T.tolist(), mask_11TS[0, 0], num_positions),
+            )
+        return self._calls[id(mask_11TS)][1]
 
     def views(self, mask_11TS: Tensor, like: Tensor) -> tuple[list[View], View | None]:
         """What each span and `together` see by a mask of (token, position of its slot), on the device and with the
@@ -344,8 +357,10 @@ class SlotCache(Cache):
             together, joined = None, []
         slots_T, positions_T = torch.tensor(slots), torch.tensor(positions)
         places_NS = None
-        if self.blocks is None:
-            where: Where = (upload(slots_T, device), slice(None), upload(positions_T, device))
+        if self.blocks is None and len(spans) == 1:  # an index of slices is quicker
+            where: Where = (slots[0], slice(None), slice(positions[0], positions[-1] + 1))
+        elif self.blocks is None:
+            where = (upload(slots_T, device), slice(None), upload(positions_T, device))
         else:
             places_NS = self.blocks.places([slot for slot, _ in counts])
             where, places_NS = upload(places_NS[numbers, positions_T], device), upload(places_NS, device)
@@ -372,6 +387,8 @@ class SlotCache(Cache):
         for store, new in ((keys, key_states), (values, value_states)):
             if isinstance(where, Tensor):
                 store[0, :, where] = new[0]
+            elif isinstance(where[0], int):
+                store[where] = new[0]
             else:
                 store[where] = new[0].transpose(0, 1)
         return keys, values
@@ -460,13 +477,17 @@ def attend(
     asked = {name for name, option in options.items() if option is not None} - HONOURED - NOT_NEEDED
     if asked:
         raise ValueError(f"its attention needs {', '.join(sorted(asked))}")
-    options = {name: options[name] for name in HONOURED & options.keys()}
+    options = {name: options[name] for name in HONOURED & options.keys() if options[name] is not None}
     slots = _PASS.get()
     if slots is None:
         return _attend(module, query, key, value, attention_mask, **options), None
     _, num_heads, num_tokens, width = query.shape
     if attention_mask is None or attention_mask.shape[2:] != (num_tokens, slots.num_positions):
         raise ValueError("its attention has masks that transformers' mask functions do not make")
+    is_whole = slots.places_NS is None
+    if is_whole and query.dtype == torch.bfloat16 and query.device.type == "cpu" and not options.keys() & UNEVEN:
+        calls = slots.calls(attention_mask, key.shape[2])
+        return attend_evenly(query, key, value, calls, scaling=options.get("scaling")), None
     views, view_together = slots.views(attention_mask, query)
     out_TAD = query.new_empty(num_tokens, num_heads, value.shape[-1])
     for span, view in zip(slots.spans, views, strict=True):

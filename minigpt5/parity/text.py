@@ -85,7 +85,7 @@ def compare_vokens(folder: Path) -> bool:
     the whole story, as training reads it."""
     from minigpt5.model.folder import load_generator_model
 
-    config, tokenizer, language, vision = load_generator_model(folder)
+    config, tokenizer, language, vision = load_generator_model(folder, precision="float32")
     generator = VokenGenerator(config, tokenizer, language, vision, limits=Limits(num_slots=len(PROMPTS)))
     print(f"vokens of {folder}")
     greedy = Sampling(temperature=0.0, max_page_tokens=NUM_NEW, min_page_tokens=1)
