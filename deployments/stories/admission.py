@@ -23,7 +23,10 @@ ENGINES: tuple[Engine, ...] = ("generator", "decoder")
 FIRST_SPEEDS: dict[Engine, float] = {"generator": 100.0, "decoder": 60.0}
 """Tokens and UNet samples a second, until it is known how fast the engines are."""
 SPEED_WINDOW_S = 5.0
-"""A speed is measured over so much time in which there was work."""
+"""A speed is known after so much time in which there was work."""
+SPEED_MEMORY_S = 60.0
+"""After so much of it, what was measured counts by half: stories that started together end their pages together, and
+over less than several pages a speed would swing with them."""
 CHARACTERS_PER_TOKEN = 4
 FINISH_SAMPLES = 2.0
 """What the VAE and the PNG of a picture cost, in UNet samples: 1 to 1.7 of the storybook model's, by how many are drawn
@@ -89,20 +92,27 @@ class Admission:
     @property
     def is_full(self) -> bool:
         """Nothing more is taken, however little it asks for."""
-        return self.num_running + self.others.num_running >= self.max_running
+        return self._num_at_all >= self.max_running
+
+    @property
+    def _num_at_all(self) -> int:
+        """Requests that run at all fronts."""
+        return self.num_running + self.others.num_running
 
     @property
     def load(self) -> Load:
         """Load of this front."""
-        busy = {engine: speed.per_s for engine, speed in self._speeds.items() if self._work[engine]}
+        band = _band(self._num_at_all)
+        busy = {engine: speed.per_s(band) for engine, speed in self._speeds.items() if self._work[engine]}
         work = {engine: dict(clients) for engine, clients in self._work.items()}
         return Load(num_running=self.num_running, work=work, per_s=busy)
 
     @property
     def retry_after_s(self) -> int:
         """A place should be free by then: the mean work of those who have one."""
-        work_s = max(sum(self._clients(engine).values()) / self._per_s(engine) for engine in ENGINES)
-        return _whole(work_s / max(1, self.num_running + self.others.num_running))
+        num = max(1, self._num_at_all)
+        work_s = max(sum(self._clients(engine).values()) / self._per_s(engine, num) for engine in ENGINES)
+        return _whole(work_s / num)
 
     def wait_s(self, request: StoryRequest, *, num_pictures: int = 1) -> float:
         """Seconds until `request` would be done."""
@@ -121,35 +131,41 @@ class Admission:
     def reserve(self, request: StoryRequest, *, num_pictures: int = 1) -> Reservation:
         """Take a place, which the caller must release; `num_pictures` are drawn of each page. Raises Overloaded."""
         if self.is_full:
-            num_running = self.num_running + self.others.num_running
             raise Overloaded(
-                f"{num_running} requests are running and the limit is {self.max_running}: try again in "
+                f"{self._num_at_all} requests are running and the limit is {self.max_running}: try again in "
                 f"{self.retry_after_s} s",
                 retry_after_s=self.retry_after_s,
             )
         wait_s = self.wait_s(request, num_pictures=num_pictures)
-        if self.num_running + self.others.num_running and wait_s > self.max_wait_s:
+        if self._num_at_all and wait_s > self.max_wait_s:
             too_long_s = _whole(wait_s - self.max_wait_s)
             raise Overloaded(
                 f"this request would be done in about {wait_s:.0f} s and the limit is {self.max_wait_s:g} s: "
                 f"try again in {too_long_s} s, or ask for fewer pages or steps",
                 retry_after_s=too_long_s,
             )
-        self.num_running += 1
+        self._change_running(1)
         return Reservation(self, request, num_pictures=num_pictures)
 
     def _wait_s(self, engine: Engine, key: str, cost: float) -> float:
         work = self._clients(engine)
         own = work.get(key, 0.0) + cost
-        return (own + sum(min(other, own) for name, other in work.items() if name != key)) / self._per_s(engine)
+        before = sum(min(other, own) for name, other in work.items() if name != key)
+        return (own + before) / self._per_s(engine, self._num_at_all + 1)
 
     def _clients(self, engine: Engine) -> dict[str, float]:
         """Work of each client, at all fronts."""
         return Load.total([self.load, self.others]).work[engine]
 
-    def _per_s(self, engine: Engine) -> float:
-        """A front only sees what an engine does for itself."""
-        return self._speeds[engine].per_s + self.others.per_s.get(engine, 0.0)
+    def _per_s(self, engine: Engine, num: int) -> float:
+        """Speed with `num` requests at once, which share the engines' steps. A front only sees what an engine does for
+        itself."""
+        return self._speeds[engine].per_s(_band(num)) + self.others.per_s.get(engine, 0.0)
+
+    def _change_running(self, change: int) -> None:
+        for speed in self._speeds.values():
+            speed.count_time(_band(self._num_at_all))
+        self.num_running += change
 
     def _promise(self, engine: Engine, key: str, cost: float) -> None:
         if cost:
@@ -159,7 +175,7 @@ class Admission:
     def _settle(self, engine: Engine, key: str, cost: float, *, is_done: bool) -> None:
         """Work is done, or will never be."""
         if is_done:
-            self._speeds[engine].add(cost)
+            self._speeds[engine].add(cost, _band(self._num_at_all))
         self._work[engine][key] -= cost
         if self._work[engine][key] <= 0:
             del self._work[engine][key]
@@ -200,7 +216,7 @@ class Reservation:
             self._is_left = True
             for engine, cost in self._left.items():
                 self._admission._settle(engine, self._key, cost, is_done=False)
-            self._admission.num_running -= 1
+            self._admission._change_running(-1)
 
     def _take(self, engine: Engine, cost: float) -> None:
         if not self._is_left:
@@ -244,15 +260,28 @@ def samples_per_step(draw: DrawSettings, *, guides_in_one_call: bool) -> int:
     return 1 if guides_in_one_call or draw.guidance_scale <= 1 else 2
 
 
+def _band(num: int) -> int:
+    """Numbers of requests at once for which an engine has about one speed: 1, 2, 3 to 4, 5 to 8, ..."""
+    return max(0, num - 1).bit_length()
+
+
 class _Speed:
-    """How much an engine does in a second while it has work."""
+    """How much an engine does in a second while it has work, by the band of requests at once: a step that sixteen
+    share does several times the work of one's own."""
 
     def __init__(self, first: float, clock: Callable[[], float]) -> None:
-        self.per_s = first
-        self._clock = clock
-        self._done = self._busy_s = 0.0
+        self._first, self._clock = first, clock
+        self._done: defaultdict[int, float] = defaultdict(float)
+        self._busy_s: defaultdict[int, float] = defaultdict(float)
+        self._known: dict[int, float] = {}
         self._since: float | None = None
         """When the time began that is not counted yet; None: there is no work."""
+
+    def per_s(self, band: int) -> float:
+        """As measured in this band, else in the nearest one that is known: the lower of two."""
+        if not self._known:
+            return self._first
+        return self._known[min(self._known, key=lambda known: (abs(known - band), known))]
 
     def wake(self) -> None:
         if self._since is None:
@@ -261,11 +290,18 @@ class _Speed:
     def rest(self) -> None:
         self._since = None
 
-    def add(self, done: float) -> None:
-        now = self._clock()
-        self._busy_s += now - (now if self._since is None else self._since)
-        self._since = now
-        self._done += done
-        if self._busy_s >= SPEED_WINDOW_S:
-            self.per_s = (self.per_s + self._done / self._busy_s) / 2
-            self._done = self._busy_s = 0.0
+    def count_time(self, band: int) -> None:
+        """The time so far had so many requests."""
+        if self._since is not None:
+            now = self._clock()
+            self._busy_s[band] += now - self._since
+            self._since = now
+
+    def add(self, done: float, band: int) -> None:
+        self.count_time(band)
+        self._done[band] += done
+        if self._busy_s[band] >= SPEED_WINDOW_S:
+            self._known[band] = self._done[band] / self._busy_s[band]
+        if self._busy_s[band] >= SPEED_MEMORY_S:
+            self._done[band] /= 2
+            self._busy_s[band] /= 2
