@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -34,6 +34,10 @@ at once. Next to nothing beside forty, a third of a picture that takes four."""
 MAX_RETRY_AFTER_S = 600
 
 
+ARRIVALS_S = 60.0
+"""What has come in so much time is taken to come in the next, too."""
+
+
 class Overloaded(Exception):
     """A request would wait for too long; ask again after `retry_after_s`."""
 
@@ -48,7 +52,7 @@ class Load:
 
     num_running: int = 0
     work: dict[Engine, dict[str, float]] = field(default_factory=dict)
-    """By engine and client, in tokens and UNet samples."""
+    """By engine and client, in tokens and UNet samples; with what is expected to come in the place of work done."""
     per_s: dict[Engine, float] = field(default_factory=dict)
     """How much an engine does for them, where there is work."""
 
@@ -87,7 +91,12 @@ class Admission:
         self.others = Load()
         """Load of the other fronts, as they last reported it."""
         self._work: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
+        self._done: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
+        """Done of the requests that run."""
         self._speeds = {engine: _Speed(FIRST_SPEEDS[engine], clock) for engine in ENGINES}
+        self._clock = clock
+        self._arrivals: deque[tuple[float, dict[Engine, float]]] = deque()
+        """When what work was accepted, of the last minute."""
 
     @property
     def is_full(self) -> bool:
@@ -104,7 +113,7 @@ class Admission:
         """Load of this front."""
         band = _band(self._num_at_all)
         busy = {engine: speed.per_s(band) for engine, speed in self._speeds.items() if self._work[engine]}
-        work = {engine: dict(clients) for engine, clients in self._work.items()}
+        work = {engine: self._with_arrivals(engine) for engine in ENGINES}
         return Load(num_running=self.num_running, work=work, per_s=busy)
 
     @property
@@ -162,6 +171,16 @@ class Admission:
         itself."""
         return self._speeds[engine].per_s(_band(num)) + self.others.per_s.get(engine, 0.0)
 
+    def _with_arrivals(self, engine: Engine) -> dict[str, float]:
+        """Work of each client, and as much more as will come in the place of what is done: requests that run share the
+        engines with later ones. Where requests keep an engine busy, others never have less than all of their work."""
+        while self._arrivals and self._arrivals[0][0] < self._clock() - ARRIVALS_S:
+            self._arrivals.popleft()
+        came = sum(costs[engine] for _, costs in self._arrivals) / ARRIVALS_S
+        is_known = self._arrivals and self._clock() - self._arrivals[0][0] > SPEED_WINDOW_S
+        share = min(1.0, came / self._per_s(engine, max(1, self._num_at_all))) if is_known else 0.0
+        return {key: left + share * self._done[engine].get(key, 0.0) for key, left in self._work[engine].items()}
+
     def _change_running(self, change: int) -> None:
         for speed in self._speeds.values():
             speed.count_time(_band(self._num_at_all))
@@ -175,12 +194,19 @@ class Admission:
     def _settle(self, engine: Engine, key: str, cost: float, *, is_done: bool) -> None:
         """Work is done, or will never be."""
         if is_done:
+            self._done[engine][key] += cost
             self._speeds[engine].add(cost, _band(self._num_at_all))
         self._work[engine][key] -= cost
         if self._work[engine][key] <= 0:
             del self._work[engine][key]
         if not self._work[engine]:
             self._speeds[engine].rest()
+
+    def _forget(self, engine: Engine, key: str, done: float) -> None:
+        """A request that has done so much runs no longer."""
+        self._done[engine][key] -= done
+        if self._done[engine][key] <= 1e-9:
+            del self._done[engine][key]
 
 
 class Reservation:
@@ -189,7 +215,9 @@ class Reservation:
     def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int) -> None:
         self._admission, self._key = admission, request.key
         self._relative_pixels = admission.relative_pixels(request.draw)
-        self._left = admission.predict(request, num_pictures=num_pictures)
+        self._promised = admission.predict(request, num_pictures=num_pictures)
+        self._left = dict(self._promised)
+        admission._arrivals.append((admission._clock(), self._promised))
         self._page_tokens = self._left["generator"] / request.pages
         self._samples = self._relative_pixels * samples_per_step(
             request.draw, guides_in_one_call=admission.guides_in_one_call
@@ -216,6 +244,7 @@ class Reservation:
             self._is_left = True
             for engine, cost in self._left.items():
                 self._admission._settle(engine, self._key, cost, is_done=False)
+                self._admission._forget(engine, self._key, self._promised[engine] - cost)
             self._admission._change_running(-1)
 
     def _take(self, engine: Engine, cost: float) -> None:
