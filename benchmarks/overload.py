@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def overload(url: str, *, seconds: float, times: float = TIMES_CAPACITY, pid: in
     watcher.start()
     try:
         with ThreadPoolExecutor(MAX_CLIENTS) as pool:
-            began, stories = time.perf_counter(), []
+            began = time.perf_counter()
+            stories: list[Future[tuple[str, float]]] = []
             while time.perf_counter() - began < seconds:
                 stories.append(pool.submit(tell, url, NUM_PROBES + len(stories)))
                 time.sleep(max(0.0, began + len(stories) / (times * capacity) - time.perf_counter()))
