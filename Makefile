@@ -32,7 +32,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-full test-gpu test-newest fuzz lint docs quality bench-engines bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install serve story test test-full test-gpu test-newest fuzz lint docs quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -108,6 +108,9 @@ quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quali
 
 bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into benchmarks/results/engines.json
 	$(RUN) -m benchmarks.engines --serve
+
+bench-load: $(STAMP)  ## five times the capacity of a server that runs at PORT=8000, into benchmarks/results/load.json
+	$(RUN) -m benchmarks.overload http://127.0.0.1:$(PORT)
 
 bench-batching: $(STAMP)  ## our engine beside transformers' continuous batching, into benchmarks/results/continuous_batching.json
 	$(RUN) -m benchmarks.continuous_batching --threads 1
