@@ -1,7 +1,7 @@
 """Backends of the decoder beside eager torch: `python -m benchmarks.backends`, the default request's settings.
 
-Both decoders draw in this process, in turns, the pictures of one and of eight requests at once. All of a picture
-counts: mapper, denoiser, VAE and PNG.
+Both decoders draw in this process, in turns, the pictures of one and of eight requests at once. Everything counts:
+mapper, denoiser, VAE and PNG.
 """
 
 from __future__ import annotations
