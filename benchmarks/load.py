@@ -77,13 +77,11 @@ QUICK = Load(
 TINY = Load(
     pages=2,
     page_tokens=6,
-    stories={DEFAULT: (1, 2), "2": (1, 2)},
-    repeated={DEFAULT: (1, 2), "2": (1, 2)},
+    stories={DEFAULT: (1, 2, 16), "20": (1, 16)},
+    repeated={DEFAULT: (1, 16), "20": (1, 16)},
     rounds=2,
     batch_sizes=(1, 2),
     text_tokens=8,
-    text_at_once=(1, 2),
-    picture_batches=(1, 2),
     long_prompt_tokens=200,
 )
 LOADS = {"full": Load(), "quick": QUICK, "tiny": TINY}
