@@ -53,7 +53,8 @@ def running_programs(options: argparse.Namespace, missing: dict[str, str]) -> It
             name: stack.enter_context(running([*way, name, *given])) for name in ("published", "limit", "text", "ours")
         }
         peers: dict[str, Program] = {}
-        for name, command in peer_commands(options, stack, missing).items():
+        exported = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name, command in peer_commands(options, exported, missing).items():
             try:
                 peers[name] = stack.enter_context(running(command))
             except RuntimeError as error:
@@ -65,10 +66,8 @@ def running_programs(options: argparse.Namespace, missing: dict[str, str]) -> It
         yield Programs(**started, peers=peers, http=http)
 
 
-def peer_commands(
-    options: argparse.Namespace, stack: contextlib.ExitStack, missing: dict[str, str]
-) -> dict[str, list[str]]:
-    """The peers' programs. The model is exported for vLLM, and removed when `stack` ends."""
+def peer_commands(options: argparse.Namespace, folder: Path, missing: dict[str, str]) -> dict[str, list[str]]:
+    """The peers' programs. The model is exported for vLLM into `folder`."""
     python = options.peers / "bin" / "python"
     if not python.is_file():
         missing |= dict.fromkeys(("llamacpp", "vllm"), f"there is no {options.peers}: run make install-peers")
@@ -78,13 +77,12 @@ def peer_commands(
         commands["llamacpp"] = [str(python), "-m", "benchmarks.peers.llamacpp", str(gguf), str(options.cores)]
     else:
         missing["llamacpp"] = "the base model has no GGUF file"
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.peers.export", str(options.model), folder],
+        [sys.executable, "-m", "benchmarks.peers.export", str(options.model), str(folder)],
         stdout=subprocess.DEVNULL,
         check=True,
     )
-    commands["vllm"] = [str(python), "-m", "benchmarks.peers.vllm", folder]
+    commands["vllm"] = [str(python), "-m", "benchmarks.peers.vllm", str(folder)]
     return commands
 
 
@@ -144,7 +142,7 @@ def show(report: Mapping[str, Any]) -> None:
         print(f"not measured: {name}: {why}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that every way has (default: all)")
@@ -156,8 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", type=Path, default=PEERS, help="environment of llama.cpp and vLLM")
     parser.add_argument("--out", type=Path, default=Path("benchmarks") / "results" / "engines.json")
     parser.set_defaults(load="full")
-    options = parser.parse_args(arguments)
-    load, missing, began = LOADS[options.load], {}, time.perf_counter()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    load, began = LOADS[options.load], time.perf_counter()
+    missing: dict[str, str] = {}
     with running_programs(options, missing) as programs:
         figures = measure(programs, load)
     report = report_of(figures, load, missing)
