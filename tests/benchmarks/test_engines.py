@@ -53,7 +53,6 @@ class InThisProcess:
 
     def __init__(self, measurements: Measurements) -> None:
         self.measurements = measurements
-        self.asked: list[tuple[str, dict[str, Any]]] = []
 
     def measure(self, name: str, **options: Any) -> Any:
         self.asked.append((name, options))
