@@ -55,7 +55,6 @@ class InThisProcess:
         self.measurements = measurements
 
     def measure(self, name: str, **options: Any) -> Any:
-        self.asked.append((name, options))
         return json.loads(json.dumps(self.measurements[name](**json.loads(json.dumps(options)))))
 
 
