@@ -46,11 +46,10 @@ def load_engines(
     """Both engines with their share of the cores. `is_reference`: float32 and torch's own kernels instead of what is
     fastest on this machine."""
     generator_threads, decoder_threads = share(num_cores)
+    precision, backend = ("float32", "eager") if is_reference else (None, "auto")
     with single_thread():
-        config, *parts = load_generator_model(model, precision="float32" if is_reference else None)
-        drawing = load_decoder_model(model, precision="float32" if is_reference else None)
-    config = dataclasses.replace(config, context_tokens=context_tokens or config.context_tokens)
-    return Engines(
-        VokenGenerator(config, *parts, num_threads=generator_threads),
-        DiffusionDecoder(*drawing, num_threads=decoder_threads),
-    )
+        config, *parts = load_generator_model(model, precision=precision)
+        drawing = load_decoder_model(model, backend=backend, num_threads=decoder_threads)
+        config = dataclasses.replace(config, context_tokens=context_tokens or config.context_tokens)
+        generator = VokenGenerator(config, *parts, num_threads=generator_threads)
+    return Engines(generator, DiffusionDecoder(*drawing, num_threads=decoder_threads))

@@ -13,6 +13,7 @@ from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
 from minigpt5.model.decoders.diffusion import load_distilled, load_part
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
+from minigpt5.model.folder import DECODER
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate
 from training.devices import own_device
@@ -41,6 +42,13 @@ class WeightSources:
     decoder: Path | None = None
     """A folder in diffusers' layout that replaces the whole decoder of `start`, or a part of it."""
 
+    def __post_init__(self) -> None:
+        """Raise TrainingError where `decoder` holds nothing to replace a part with."""
+        parts = ("vae", "unet", "transformer")
+        if self.decoder and not any((self.decoder / part).is_dir() for part in parts):
+            hint = f": did you mean {self.decoder / DECODER}" if (self.decoder / DECODER).is_dir() else ""
+            raise TrainingError(f"--decoder {self.decoder} has none of {', '.join(parts)} in diffusers' layout{hint}")
+
     @property
     def start_folder(self) -> Path | None:
         """The start as a folder of this machine. Raises ModelFolderError."""
@@ -48,11 +56,11 @@ class WeightSources:
 
     def need_model(self, stage: str) -> Path:
         """The model folder that `stage` starts from. Raises TrainingError where there is none."""
-        folder = self.start_folder or self.runs / PREVIOUS[stage] / "model"
-        if not (folder / "config.json").is_file():
+        folder = self.start_folder or (self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None)
+        if folder is None or not (folder / "config.json").is_file():
             raise TrainingError(
-                f"there is no model in {folder} to start from: name a model folder with --start, such as one that "
-                "python -m minigpt5.new made"
+                f"there is no model in {folder or self.runs} to start from: name a model folder with --start, "
+                "such as one that python -m minigpt5.new made"
             )
         return folder
 

@@ -6,7 +6,8 @@ vocabulary.safetensors  the base model's own rows, where an imported checkpoint 
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
-decoder/              VAE, denoiser, scheduler/ in diffusers' layout, perhaps unet_distilled/; or a base model
+decoder/              VAE, denoiser, scheduler/ in diffusers' layout, where they are no base model; in both cases
+                      perhaps unet_distilled/
 adapters/<name>/      style adapters of the denoiser, in diffusers' format; the fingerprint does not cover them
 examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
 
@@ -28,7 +29,7 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.folder_config import PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
 from minigpt5.model.weights import load_module, save_module
-from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings, Precision
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings, Precision, TextPrecision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
 DECODER = "decoder"
+VOKENS = "vokens.safetensors"
+MAPPER = "mapper.safetensors"
 QFORMER = "vision/qformer.safetensors"
 VOCABULARY = "vocabulary.safetensors"
 MAX_EXAMPLE_PICTURE_BYTES = 32 * 1024
@@ -77,37 +80,70 @@ def default_device() -> str:
 
 
 def load_generator_model(
-    folder: str | Path, *, device: str = "cpu", precision: Precision | None = None
+    folder: str | Path, *, device: str = "cpu", precision: TextPrecision | None = None
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
-    """What writes, ready to: config, tokenizer, language model with rows and merged adapter, vision path.
+    """What writes, ready to: config, tokenizer, language model with rows and adapter, vision path.
 
-    `precision` of the language model: by default float32 on a CPU, and bfloat16 on a GPU, in half the memory.
+    `precision` of the language model: by default bfloat16 on a GPU, and on a CPU what `choose_precision` says.
     """
     import torch
 
     from minigpt5.model.language import load_tokenizer
+    from minigpt5.model.precision import check_precision, choose_precision
 
     folder = locate(folder)
     config = check_folder(folder)
-    language, vision = load_language_and_vision(folder, config)
     is_on_cpu = torch.device(device).type == "cpu"
-    if (precision or ("float32" if is_on_cpu else "bfloat16")) == "bfloat16":
-        for parameter in language.parameters():  # and no buffer: rotary frequencies need float32
-            parameter.data = parameter.data.to(torch.bfloat16)
-    language.to(device).pack()
-    return config, load_tokenizer(find_part(folder, config, config.language_model), config), language, vision.to(device)
+    base_folder = find_part(folder, config, config.language_model)
+    if precision:
+        check_precision(precision, base_folder, is_on_cpu=is_on_cpu)
+    else:
+        precision = choose_precision(base_folder) if is_on_cpu else "bfloat16"
+    if precision == "int4":
+        language, vision = _load_int4(folder, config, base_folder)
+    else:
+        language, vision = load_language_and_vision(folder, config)
+        if is_on_cpu:
+            language.pack(precision)
+        elif precision == "bfloat16":
+            for parameter in language.parameters():  # and no buffer: rotary frequencies need float32
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return config, load_tokenizer(base_folder, config), language.to(device), vision.to(device)
+
+
+def _load_int4(folder: Path, config: ModelConfig, base_folder: Path) -> tuple[LanguageModel, Vision]:
+    """Language model and vision path, with the base model's own codes and the adapter beside them."""
+    from minigpt5.model.language import load_base
+    from minigpt5.model.packing import match_codes
+    from minigpt5.model.quantised import load_codes
+    from minigpt5.model.vision import Vision
+
+    base = load_base(base_folder)
+    codes = match_codes(base, load_codes(base_folder))
+    language = load_language(folder, config, adapter="frozen", base=base)
+    is_one = config.vision.family == "own"
+    vision = Vision.from_base(config, base, base_folder) if is_one else load_vision(folder, config)
+    language.pack("int4", codes)
+    return language, vision
 
 
 def load_decoder_model(
-    folder: str | Path, *, device: str = "cpu", precision: Precision | None = None
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    precision: Precision | None = None,
+    backend: DecoderBackend = "eager",
+    num_threads: int | None = None,
 ) -> tuple[ModelConfig, Mapper, Diffusion]:
     """What draws, ready to: config, mapper, diffusion model. docs/batch-invariance.md says how far a picture
     depends on its batch: on a CPU, layers of a UNet are mended, and those of a transformer are not.
 
     `precision` of the diffusion model: by default float32 on a CPU, and bfloat16 on a GPU, in half the memory.
+    `backend`: what computes it; `num_threads` of OpenVINO, by default as many as torch has here.
     """
     import torch
 
+    from minigpt5.model.backends.choose import choose, warm_up
     from minigpt5.model.batch_invariance import make_batch_invariant, mend_denoiser
     from minigpt5.model.decoders.load import load_diffusion
     from minigpt5.model.decoders.styles import Styles
@@ -115,7 +151,20 @@ def load_decoder_model(
     folder = locate(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
-    diffusion = load_diffusion(find_part(folder, config, config.diffusion))
+    base = find_part(folder, config, config.diffusion)
+    distilled = find_distilled(base, folder)
+    diffusion = load_diffusion(base, distilled=distilled).eval()
+    with torch.no_grad():
+        null_1QD = mapper.null_condition()
+        choose(
+            diffusion,
+            base,
+            null_1QD,
+            distilled=distilled,
+            backend=backend,
+            device=device,
+            num_threads=num_threads or torch.get_num_threads(),
+        )
     is_on_cpu = torch.device(device).type == "cpu"
     if is_on_cpu:  # what is mended there is oneDNN's
         make_batch_invariant(diffusion)
@@ -127,6 +176,7 @@ def load_decoder_model(
         prefix=diffusion.DENOISER,
         mend=mend_denoiser if is_on_cpu else lambda denoiser: None,
     )
+    warm_up(diffusion, null_1QD)
     return config, mapper.to(device), diffusion.to(device)
 
 
@@ -161,7 +211,7 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
     if (vocabulary := folder / VOCABULARY).is_file():
         rows = load_file(vocabulary)
         language.replace_vocabulary(rows["embedding"], rows["head"])
-    load_module(language.voken_embeddings, folder / "vokens.safetensors")
+    load_module(language.voken_embeddings, folder / VOKENS)
     if (folder / "adapter").is_dir():
         language.load_adapter(folder / "adapter", is_trained=adapter == "trained")
         if adapter == "merged":
@@ -185,7 +235,7 @@ def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
     from minigpt5.model.mapper import Mapper
 
     mapper = Mapper(config)
-    load_module(mapper, folder / "mapper.safetensors")
+    load_module(mapper, folder / MAPPER)
     return mapper
 
 
@@ -224,8 +274,8 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_module(language.voken_embeddings, folder / "vokens.safetensors")
-    save_module(mapper, folder / "mapper.safetensors")
+    save_module(language.voken_embeddings, folder / VOKENS)
+    save_module(mapper, folder / MAPPER)
     if config.vision.has_qformer:
         save_module(vision.qformer, folder / QFORMER)
     if hasattr(language.body, "peft_config"):
@@ -240,26 +290,64 @@ def save(
         shutil.copytree(
             start / config.vision.encoder, folder / config.vision.encoder, ignore=ignored, dirs_exist_ok=True
         )
-    if decoder:
-        config = dataclasses.replace(config, diffusion=DECODER)
-        for part, source in decoder.items():
-            if (source / part).is_file():
-                shutil.copyfile(source / part, folder / DECODER / part)
-            else:
-                shutil.copytree(source / part, folder / DECODER / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    elif start and contains(start, config.diffusion):
-        ignored = shutil.ignore_patterns(*NOT_COPIED)
-        shutil.copytree(start / config.diffusion, folder / config.diffusion, ignore=ignored)
-    if start and not decoder and (start / STYLES).is_dir():  # another decoder has other layers
-        ignored = shutil.ignore_patterns(*NOT_COPIED)
-        shutil.copytree(start / STYLES, folder / STYLES, ignore=ignored, dirs_exist_ok=True)
-    return write_config(folder, config)
+    return write_config(folder, _copy_decoder(folder, config, start=start, decoder=decoder))
+
+
+def save_distilled(
+    folder: Path, config: ModelConfig, *, start: Path, distilled: ModelMixin, decoder: Mapping[str, Path] | None = None
+) -> ModelConfig:
+    """Write the model folder `start` with another distilled denoiser, as float16, and return the config. No other
+    weights are read. `decoder`: as `save` takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (VOKENS, MAPPER, VOCABULARY):
+        if (start / name).is_file():
+            shutil.copyfile(start / name, folder / name)
+    _copy_folders(start, folder, "adapter", "vision", base=config.vision.encoder)
+    config = _copy_decoder(folder, config, start=start, decoder=decoder)
+    shutil.rmtree(folder / DECODER / DISTILLED_FOLDER, ignore_errors=True)
+    save_part(distilled, folder / DECODER / DISTILLED_FOLDER)
+    return write_config(folder, _with_distilled(config))
+
+
+def _copy_decoder(
+    folder: Path, config: ModelConfig, *, start: Path | None, decoder: Mapping[str, Path] | None
+) -> ModelConfig:
+    """Copy the decoder of `start` with its styles, or the parts of `decoder`, and return the config that names it."""
+    if not decoder:
+        if start:
+            _copy_folders(start, folder, f"{DECODER}/{DISTILLED_FOLDER}", STYLES, base=config.diffusion)
+        return config
+    for part, source in decoder.items():  # without styles: another decoder has other layers
+        if (source / part).is_file():
+            shutil.copyfile(source / part, folder / DECODER / part)
+        else:
+            shutil.copytree(source / part, folder / DECODER / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    return dataclasses.replace(config, diffusion=DECODER)
+
+
+def _copy_folders(start: Path, folder: Path, *own: str, base: str) -> None:
+    """Copy the folders `own` that the model folder `start` has, and its part `base` where that is no base model."""
+    for name in (*own, *([base] if contains(start, base) else [])):
+        if (start / name).is_dir():
+            shutil.copytree(start / name, folder / name, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
 
 
 def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
     """The config with or without defaults of a distilled UNet, as there is one."""
-    distilled = None if diffusion.distilled is None else config.draw_distilled or DISTILLED_DRAW
-    return dataclasses.replace(config, draw_distilled=distilled)
+    if diffusion.distilled is None:
+        return dataclasses.replace(config, draw_distilled=None)
+    return _with_distilled(config)
+
+
+def _with_distilled(config: ModelConfig) -> ModelConfig:
+    schedulers = tuple(dict.fromkeys([*config.schedulers, DISTILLED]))
+    return dataclasses.replace(config, schedulers=schedulers, draw_distilled=config.draw_distilled or DISTILLED_DRAW)
+
+
+def find_distilled(decoder: Path, folder: Path | None) -> Path | None:
+    """The place of `unet_distilled/`: `decoder/` of the model folder, else beside its denoiser; None: there is none."""
+    places = [folder / DECODER, decoder] if folder else [decoder]
+    return next((place for place in places if (place / DISTILLED_FOLDER).is_dir()), None)
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from batch_jobs.pipeline import ENGINE_CPUS
 from deployments.application import AppArgs
 from deployments.auth import LOOPBACK
 from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+from minigpt5.model.sizes import build, counts, serving_gb
 from training.storybook.presets import STORYBOOK
 
 FOLDER = Path(__file__).parent.parent.parent / "cluster"
@@ -87,6 +89,34 @@ def test_every_engine_scales_by_itself_and_is_given_the_threads_that_it_uses(nam
         assert scaling["target_ongoing_requests"] <= engine["max_ongoing_requests"]
         # A small machine reserves a part of what is used, so that the engines and the front fit two CPUs.
         assert num_threads / 2 <= engine["ray_actor_options"]["num_cpus"] <= num_threads
+
+
+def test_the_gpus_of_the_published_system_hold_what_its_comments_add_up() -> None:
+    text = (FOLDER / "serve-minigpt5-7b.yaml").read_text()
+    stated = re.findall(
+        r"num_gpus: 1 # of (\d+) GB or more: weights ([\d.]+) GB .*?(?:KV store|a batch) ([\d.]+) GB", text
+    )
+    assert len(stated) == 2
+    sizes = counts(build())
+    for (card, weights, rest), (name, kept) in zip(
+        stated, (("VokenGenerator", "KV store"), ("DiffusionDecoder", "activations")), strict=True
+    ):
+        found = serving_gb(sizes, card_bytes=int(card) * 2**30, pictures=8)[name]
+        assert (float(weights), float(rest)) == (
+            pytest.approx(found["weights"], abs=0.06),
+            pytest.approx(found[kept], abs=0.06),
+        )
+        assert sum(found.values()) < int(card) * 2**30 / 1e9
+    # Weights are read in float32 into the host's memory, before they go to the GPU.
+    host = [deployment["ray_actor_options"].get("memory") for deployment in deployments_of("serve-minigpt5-7b.yaml")]
+    assert host[1] > 4 * (sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"])
+    assert host[2] > 4 * (sizes["UNet"] + sizes["VAE"] + sizes["mapper"])
+
+
+def deployments_of(name: str) -> list[dict[str, Any]]:
+    (application,) = serve_config(name)["applications"]
+    deployments: list[dict[str, Any]] = application["deployments"]
+    return deployments
 
 
 def test_two_cpus_have_room_for_one_storybook_replica_of_each_engine() -> None:
