@@ -93,7 +93,8 @@ def app(args: AppArgs) -> Application:
     model = shared_name(args.model)
     filters = config.filters if args.filters is None else tuple(args.filters.split(","))
     storage = args.storage if "://" in args.storage else str(Path(args.storage).expanduser().resolve())
-    api_keys = str(Path(args.api_keys).expanduser().resolve()) if args.api_keys else ""
+    # Links stay: Kubernetes renews a mounted secret by replacing one.
+    api_keys = str(Path(args.api_keys).expanduser().absolute()) if args.api_keys else ""
     load_keys(api_keys or None)
     logging_config = {"log_level": args.log_level}
     generator = serve.deployment(
