@@ -1,0 +1,105 @@
+"""The image of cluster/Dockerfile, as far as it can be checked without building it."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parent.parent.parent
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+INSTRUCTIONS = [
+    line.split(maxsplit=1)
+    for line in re.sub(r"\\\n", " ", DOCKERFILE.read_text()).splitlines()
+    if line and not line.startswith("#")
+]
+IMPORTS = """
+import deployments.application, training.train, batch_jobs.illustrate, benchmarks.quality, minigpt5.base_models
+import ray, torch
+print(ray.__version__, torch.__version__.partition("+")[0])
+"""
+
+
+def rest_of(name: str) -> list[str]:
+    return [rest for instruction, rest in INSTRUCTIONS if instruction == name]
+
+
+(WORKDIR,) = rest_of("WORKDIR")
+ENVIRONMENT = dict(word.split("=", 1) for words in rest_of("ENV") for word in shlex.split(words))
+ARGUMENTS = dict(argument.split("=", 1) for argument in rest_of("ARG"))
+
+
+def copied() -> list[str]:
+    """Files and folders of the project in the image."""
+    return [name for words in rest_of("COPY") for name in words.split()[:-1]]
+
+
+def pinned(package: str) -> str:
+    found = re.search(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    assert found
+    return found[1]
+
+
+def test_the_base_is_rays_own_image_of_the_version_in_constraints() -> None:
+    (base,) = rest_of("FROM")
+    assert base == "rayproject/ray:${RAY_VERSION}-${PYTHON}-${DEVICE}"
+    assert ARGUMENTS["RAY_VERSION"] == pinned("ray")
+    python = re.fullmatch(r"py(3)(\d+)", ARGUMENTS["PYTHON"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert python and f"{python[1]}.{python[2]}" in SpecifierSet(project["requires-python"])
+    assert ARGUMENTS["DEVICE"] == "cpu"
+    devices = set(re.findall(r"--build-arg DEVICE=(\w+)", DOCKERFILE.read_text()))
+    assert devices == {"cpu", "gpu"}  # the suffixes of Ray's tags
+    tags = set(re.findall(r"-t (\S+)", DOCKERFILE.read_text()))
+    assert tags == {f"minigpt5:{project['version']}-{device}" for device in devices}
+
+
+def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
+    rules = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text().splitlines()
+    sent = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+    assert "*" in rules and sent == set(copied())
+    assert all((ROOT / name).exists() for name in copied())
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {pattern.rstrip("*") for pattern in packages} <= set(copied())
+
+
+def test_no_weights_are_inside() -> None:
+    assert "models" not in copied()
+    assert not [command for command in rest_of("RUN") if "requirements-weights" in command or "base_models" in command]
+    tracked = subprocess.run(["git", "ls-files", *copied()], cwd=ROOT, capture_output=True, text=True, check=True)
+    large = [name for name in tracked.stdout.splitlines() if (ROOT / name).stat().st_size > 2**20]
+    assert not [name for name in large if fnmatch.fnmatch(name, "*.safetensors")]
+
+
+def test_it_runs_as_a_user_without_rights() -> None:
+    assert INSTRUCTIONS[-1] == ["USER", "1000"] and "root" not in " ".join(rest_of("RUN"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_its_commands_install_in_a_fresh_environment(tmp_path: Path) -> None:
+    """COPY and RUN in their order, with the folder in the place of WORKDIR and an environment in that of the base."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    folder = tmp_path / "minigpt5"
+    folder.mkdir()
+    variables = {"PATH": f"{tmp_path / 'env' / 'bin'}:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+    for instruction, rest in INSTRUCTIONS:
+        if instruction == "COPY":
+            subprocess.run(["cp", "-r", *(str(ROOT / name) for name in rest.split()[:-1]), str(folder)], check=True)
+            if (folder / rest.split()[-1]).is_dir() and len(rest.split()) == 2:
+                assert rest.split()[0] == rest.split()[1]
+        elif instruction == "RUN":
+            subprocess.run(["bash", "-ec", rest], cwd=folder, env=variables, check=True, stdout=subprocess.DEVNULL)
+    environment = {**variables, **ENVIRONMENT, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"].replace(WORKDIR, str(folder))}
+    done = subprocess.run(
+        ["python", "-c", IMPORTS], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [pinned("ray"), pinned("torch")]
