@@ -62,6 +62,7 @@ def combine(
     vision: str | None = None,
     image_px: int | None = None,
     context_tokens: int | None = None,
+    condition_length: int | None = None,
     template: TemplateName | None = None,
     name: str = "own",
 ) -> Parts:
@@ -86,7 +87,7 @@ def combine(
     bases = {base: resolve(base) for base in _named(language, diffusion, vision)}
     ids = {base: pin(base, folder) for base, folder in bases.items()}
     vision = _choose_vision(vision, bases[language], image_px)
-    sizes = language_sizes(bases[language], context_tokens) | diffusion_sizes(bases[diffusion])
+    sizes = language_sizes(bases[language], context_tokens) | diffusion_sizes(bases[diffusion], condition_length)
     hashes = tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items())
     tokenizer = AutoTokenizer.from_pretrained(bases[language])
     sizes["vocabulary"] = len(tokenizer)
@@ -137,6 +138,7 @@ def sketch(
     vision: str | None = None,
     image_px: int | None = None,
     context_tokens: int | None = None,
+    condition_length: int | None = None,
 ) -> Parts:
     """The model that `combine` would make, on the meta device: the config files of the bases are all that is read.
 
@@ -154,7 +156,7 @@ def sketch(
 
     bases = {base: resolve(base, has_weights=False) for base in _named(language, diffusion, vision)}
     vision = _choose_vision(vision, bases[language], image_px)
-    sizes = language_sizes(bases[language], context_tokens) | diffusion_sizes(bases[diffusion])
+    sizes = language_sizes(bases[language], context_tokens) | diffusion_sizes(bases[diffusion], condition_length)
     base = load_base(bases[language], has_weights=False)
     if vision == "own":
         encoder: Any = OwnEncoder(base, bases[language], image_px=image_px)

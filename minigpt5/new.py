@@ -30,12 +30,14 @@ def make_folder(
     vision: str | None = None,
     image_px: int | None = None,
     context_tokens: int | None = None,
+    condition_length: int | None = None,
     template: TemplateName | None = None,
 ) -> Parts:
     """Write a model folder that names its base models, and return the model.
 
     `vision`: a tower, "own" for that of a vision-language model, or "none"; without it, "own" where there is one.
-    `image_px`: side of the pictures that "own" reads. `template`: by default "chat" where the tokenizer has a chat
+    `image_px`: side of the pictures that "own" reads. `condition_length`: positions of a condition, without the vector;
+    by default as many as the pipeline reads. `template`: by default "chat" where the tokenizer has a chat
     template. The language model, the denoiser and the vision tower are each run once. Raises ModelFolderError where a
     base model does not fit or `out` is taken, BaseModelNotFound where it is not there.
     """
@@ -50,6 +52,7 @@ def make_folder(
         vision=vision,
         image_px=image_px,
         context_tokens=context_tokens,
+        condition_length=condition_length,
         template=template,
         name=out.name,
     )
@@ -82,6 +85,9 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
     parser.add_argument("--image-px", type=int, help="side of a picture that own reads: more pixels take more tokens")
     parser.add_argument("--context", type=int, help=f"tokens of a story with its prompt (default {DEFAULT_CONTEXT})")
     parser.add_argument(
+        "--condition", type=int, help="positions of a condition, fewer than the pipeline's: the mapper writes as many"
+    )
+    parser.add_argument(
         "--template",
         choices=get_args(TemplateName),
         help="of prompts: the paper's, or the language model's own (default \"chat\" where its tokenizer has one)",
@@ -96,6 +102,7 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         "vision": options.vision,
         "image_px": options.image_px,
         "context_tokens": options.context,
+        "condition_length": options.condition,
     }
     try:
         if options.dry_run:

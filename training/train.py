@@ -32,18 +32,20 @@ from training.data import batches as data
 from training.data.batches import StageData
 from training.data.encoded import check_encoders
 from training.data.stored import StoredExamples
-from training.presets import Preset, VisionPreset, VokenPreset
+from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
 from training.run_folder import RunFolder
 from training.stage import build_stage
 from training.weight_sources import WeightSources
 
+LEARNS_ROWS = VokenPreset | VisionPreset | DistillPreset
+"""Presets of the stages that take stored examples."""
 VALIDATION_SEED = 1_000_003
 """Added to the seed of the picture world's examples that are never trained on."""
 
 
 def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Preset, StageData]:
     """The stored examples of a data set, and the preset with its steps where it counts epochs. Raises TrainingError."""
-    assert isinstance(preset, VokenPreset | VisionPreset)
+    assert isinstance(preset, LEARNS_ROWS)
     start = sources.need_model(preset.stage)
     config = load_config(start)
     if preset.stage == "vision" and config.vision.family == "none":
@@ -127,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     known = presets.load_presets(options.preset)
     if options.stage not in known:
         parser.error(f"preset {options.preset} has no stage {options.stage}: it has {', '.join(sorted(known))}")
-    is_for_data = isinstance(known[options.stage], VokenPreset | VisionPreset)
+    is_for_data = isinstance(known[options.stage], LEARNS_ROWS)
     if options.data and not is_for_data:
         parser.error(f"{options.stage} learns the picture world alone: leave out --data")
     if not options.data and options.preset != "storybook":

@@ -48,11 +48,11 @@ class WeightSources:
 
     def need_model(self, stage: str) -> Path:
         """The model folder that `stage` starts from. Raises TrainingError where there is none."""
-        folder = self.start_folder or self.runs / PREVIOUS[stage] / "model"
-        if not (folder / "config.json").is_file():
+        folder = self.start_folder or (self.runs / PREVIOUS[stage] / "model" if stage in PREVIOUS else None)
+        if folder is None or not (folder / "config.json").is_file():
             raise TrainingError(
-                f"there is no model in {folder} to start from: name a model folder with --start, such as one that "
-                "python -m minigpt5.new made"
+                f"there is no model in {folder or self.runs} to start from: name a model folder with --start, "
+                "such as one that python -m minigpt5.new made"
             )
         return folder
 

@@ -45,11 +45,13 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def walk(folder: Path) -> Path:
-    """Make bases, rows, a new folder, and train it in both stages; returns the finished model folder."""
+    """Make bases, rows, a new folder, train it in both stages and distill it; returns the finished model folder."""
     bases, model = make_bases(folder / "bases"), folder / "new"
     before = hash_files(folder / "bases")
     make_rows(folder / "data")
-    rows, encoded, align, learn = (str(folder / name) for name in ("rows", "encoded", "align", "learn"))
+    rows, encoded, align, learn, distill = (
+        str(folder / name) for name in ("rows", "encoded", "align", "learn", "distill")
+    )
     places = [word for name, place in bases.items() for word in (f"--{name}", str(place))]
     commands = (
         (prepare.main, ["folder", str(folder / "data"), "--output", rows]),
@@ -60,12 +62,16 @@ def walk(folder: Path) -> Path:
             ["align", "--data", encoded, "--start", str(model), "--out", align, "draws_samples=false", *STEPS],
         ),
         (train.main, ["learn", "--data", encoded, "--start", f"{align}/model", "--out", learn, *STEPS]),
+        (
+            train.main,
+            ["distill", "--data", encoded, "--start", f"{learn}/model", "--out", distill, "teacher_steps=2", *STEPS],
+        ),
     )
     for main, arguments in commands:
         if code := main(arguments):
             sys.exit(code)
     assert hash_files(folder / "bases") == before, "base models are read and never written"
-    return Path(learn) / "model"
+    return Path(distill) / "model"
 
 
 if __name__ == "__main__":

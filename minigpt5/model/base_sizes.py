@@ -75,14 +75,20 @@ def find_lora_targets(folder: Path) -> tuple[str, ...]:
     return tuple(fused)
 
 
-def diffusion_sizes(folder: Path) -> dict[str, Any]:
-    """The fields of ModelConfig that a diffusion model decides. Raises ModelFolderError where no family fits."""
+def diffusion_sizes(folder: Path, condition_length: int | None = None) -> dict[str, Any]:
+    """The fields of ModelConfig that a diffusion model decides. `condition_length`: by default the pipeline's. Raises
+    ModelFolderError where no family fits, or where the pipeline has fewer positions."""
     from minigpt5.model.decoders.load import find_family
 
     sizes = find_family(folder).read_sizes(folder)
+    length = sizes.condition_length if condition_length is None else condition_length
+    if not 1 <= length <= sizes.condition_length:
+        raise ModelFolderError(
+            f"a condition of {length} positions was named, but {folder} reads 1 to {sizes.condition_length}"
+        )
     width = min(sizes.condition_width, MAPPER_WIDTH)
     return {
-        "condition_length": sizes.condition_length,
+        "condition_length": length,
         "condition_width": sizes.condition_width,
         "condition_pooled": sizes.condition_pooled,
         "mapper_width": width if width < sizes.condition_width else 0,

@@ -6,7 +6,8 @@ vocabulary.safetensors  the base model's own rows, where an imported checkpoint 
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
-decoder/              VAE, denoiser, scheduler/ in diffusers' layout, perhaps unet_distilled/; or a base model
+decoder/              VAE, denoiser, scheduler/ in diffusers' layout, where they are no base model; in both cases
+                      perhaps unet_distilled/
 adapters/<name>/      style adapters of the denoiser, in diffusers' format; the fingerprint does not cover them
 examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
 
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
 DECODER = "decoder"
+VOKENS = "vokens.safetensors"
+MAPPER = "mapper.safetensors"
 QFORMER = "vision/qformer.safetensors"
 VOCABULARY = "vocabulary.safetensors"
 MAX_EXAMPLE_PICTURE_BYTES = 32 * 1024
@@ -115,7 +118,8 @@ def load_decoder_model(
     folder = locate(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
-    diffusion = load_diffusion(find_part(folder, config, config.diffusion))
+    base = find_part(folder, config, config.diffusion)
+    diffusion = load_diffusion(base, distilled=find_distilled(base, folder))
     is_on_cpu = torch.device(device).type == "cpu"
     if is_on_cpu:  # what is mended there is oneDNN's
         make_batch_invariant(diffusion)
@@ -161,7 +165,7 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
     if (vocabulary := folder / VOCABULARY).is_file():
         rows = load_file(vocabulary)
         language.replace_vocabulary(rows["embedding"], rows["head"])
-    load_module(language.voken_embeddings, folder / "vokens.safetensors")
+    load_module(language.voken_embeddings, folder / VOKENS)
     if (folder / "adapter").is_dir():
         language.load_adapter(folder / "adapter", is_trained=adapter == "trained")
         if adapter == "merged":
@@ -185,7 +189,7 @@ def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
     from minigpt5.model.mapper import Mapper
 
     mapper = Mapper(config)
-    load_module(mapper, folder / "mapper.safetensors")
+    load_module(mapper, folder / MAPPER)
     return mapper
 
 
@@ -224,8 +228,8 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_module(language.voken_embeddings, folder / "vokens.safetensors")
-    save_module(mapper, folder / "mapper.safetensors")
+    save_module(language.voken_embeddings, folder / VOKENS)
+    save_module(mapper, folder / MAPPER)
     if config.vision.has_qformer:
         save_module(vision.qformer, folder / QFORMER)
     if hasattr(language.body, "peft_config"):
@@ -240,26 +244,64 @@ def save(
         shutil.copytree(
             start / config.vision.encoder, folder / config.vision.encoder, ignore=ignored, dirs_exist_ok=True
         )
-    if decoder:
-        config = dataclasses.replace(config, diffusion=DECODER)
-        for part, source in decoder.items():
-            if (source / part).is_file():
-                shutil.copyfile(source / part, folder / DECODER / part)
-            else:
-                shutil.copytree(source / part, folder / DECODER / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    elif start and contains(start, config.diffusion):
-        ignored = shutil.ignore_patterns(*NOT_COPIED)
-        shutil.copytree(start / config.diffusion, folder / config.diffusion, ignore=ignored)
-    if start and not decoder and (start / STYLES).is_dir():  # another decoder has other layers
-        ignored = shutil.ignore_patterns(*NOT_COPIED)
-        shutil.copytree(start / STYLES, folder / STYLES, ignore=ignored, dirs_exist_ok=True)
-    return write_config(folder, config)
+    return write_config(folder, _copy_decoder(folder, config, start=start, decoder=decoder))
+
+
+def save_distilled(
+    folder: Path, config: ModelConfig, *, start: Path, distilled: ModelMixin, decoder: Mapping[str, Path] | None = None
+) -> ModelConfig:
+    """Write the model folder `start` with another distilled denoiser, as float16, and return the config. No other
+    weights are read. `decoder`: as `save` takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (VOKENS, MAPPER, VOCABULARY):
+        if (start / name).is_file():
+            shutil.copyfile(start / name, folder / name)
+    _copy_folders(start, folder, "adapter", "vision", base=config.vision.encoder)
+    config = _copy_decoder(folder, config, start=start, decoder=decoder)
+    shutil.rmtree(folder / DECODER / DISTILLED_FOLDER, ignore_errors=True)
+    save_part(distilled, folder / DECODER / DISTILLED_FOLDER)
+    return write_config(folder, _with_distilled(config))
+
+
+def _copy_decoder(
+    folder: Path, config: ModelConfig, *, start: Path | None, decoder: Mapping[str, Path] | None
+) -> ModelConfig:
+    """Copy the decoder of `start` with its styles, or the parts of `decoder`, and return the config that names it."""
+    if not decoder:
+        if start:
+            _copy_folders(start, folder, f"{DECODER}/{DISTILLED_FOLDER}", STYLES, base=config.diffusion)
+        return config
+    for part, source in decoder.items():  # without styles: another decoder has other layers
+        if (source / part).is_file():
+            shutil.copyfile(source / part, folder / DECODER / part)
+        else:
+            shutil.copytree(source / part, folder / DECODER / part, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    return dataclasses.replace(config, diffusion=DECODER)
+
+
+def _copy_folders(start: Path, folder: Path, *own: str, base: str) -> None:
+    """Copy the folders `own` that the model folder `start` has, and its part `base` where that is no base model."""
+    for name in (*own, *([base] if contains(start, base) else [])):
+        if (start / name).is_dir():
+            shutil.copytree(start / name, folder / name, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
 
 
 def draws_with(config: ModelConfig, diffusion: Diffusion) -> ModelConfig:
     """The config with or without defaults of a distilled UNet, as there is one."""
-    distilled = None if diffusion.distilled is None else config.draw_distilled or DISTILLED_DRAW
-    return dataclasses.replace(config, draw_distilled=distilled)
+    if diffusion.distilled is None:
+        return dataclasses.replace(config, draw_distilled=None)
+    return _with_distilled(config)
+
+
+def _with_distilled(config: ModelConfig) -> ModelConfig:
+    schedulers = tuple(dict.fromkeys([*config.schedulers, DISTILLED]))
+    return dataclasses.replace(config, schedulers=schedulers, draw_distilled=config.draw_distilled or DISTILLED_DRAW)
+
+
+def find_distilled(decoder: Path, folder: Path | None) -> Path | None:
+    """The place of `unet_distilled/`: `decoder/` of the model folder, else beside its denoiser; None: there is none."""
+    places = [folder / DECODER, decoder] if folder else [decoder]
+    return next((place for place in places if (place / DISTILLED_FOLDER).is_dir()), None)
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:

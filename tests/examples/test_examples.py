@@ -83,7 +83,8 @@ def test_own_bases_become_a_model_that_is_trained_and_illustrates(tmp_path: Path
     assert (tmp_path / "learn" / "story.html").read_text().count("data:image/png") == 2
     assert (tmp_path / "story.html").read_text().count("data:image/png") == 2
     assert list((tmp_path / "books").rglob("*.parquet"))
-    config = check_folder(tmp_path / "learn" / "model")
+    config = check_folder(tmp_path / "distill" / "model")
+    assert config.draw_distilled is not None
     assert config.bases and config.template == "chat", "the tokenizer of the language model has a chat template"
 
 

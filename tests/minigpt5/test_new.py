@@ -272,6 +272,9 @@ def test_what_does_not_fit_is_one_line(
     assert "context is 4096 but" in capsys.readouterr().err
     assert new.main([*same, "--out", str(tmp_path / "out"), "--image-px", "448"]) == 1
     assert "only own takes a size" in capsys.readouterr().err
+    for positions in (0, 78):
+        assert new.main([*same, "--out", str(tmp_path / "out"), "--condition", str(positions)]) == 1
+        assert f"a condition of {positions} positions was named, but" in capsys.readouterr().err
 
 
 def test_the_command_prints_sizes_and_memory(

@@ -18,8 +18,8 @@ from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_lan
 from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import devices
 from training.presets import Preset
+from training.stages.distill import DistillObjective
 from training.stages.model import halve_frozen
-from training.storybook.distill import DistillObjective
 from training.storybook.presets import STORYBOOK
 
 PRESET = Preset(stage="align", steps=1, batch_size=1)
@@ -64,13 +64,13 @@ def test_what_the_stages_of_the_diffusion_model_move_lies_where_it_belongs(monke
         guidance_scale=3.0,
         guidance_rescale=0.7,
     )
-    index_B = torch.tensor([0, 3])
-    expected = [level.tolist() for level in objective._signal_and_noise(index_B)]
+    timesteps_B = torch.tensor([999, -1])
+    expected = [level.tolist() for level in objective._signal_and_noise(timesteps_B)]
     device = lazy_device(monkeypatch)
     objective.to(device)
     noise_schedule = objective.diffusion.noise_schedule
     noise_schedule.alphas_cumprod = noise_schedule.alphas_cumprod.to(device)  # as adding noise leaves them
-    levels = objective._signal_and_noise(index_B)
+    levels = objective._signal_and_noise(timesteps_B)
     assert [level.device.type for level in levels] == [device.type] * 2
     assert [level.tolist() for level in levels] == expected
     pixels = torch.full((1, 2, 2, 3), 255, dtype=torch.uint8).to(device)

@@ -151,7 +151,7 @@ def test_settings_are_checked() -> None:
     assert (changed.steps, changed.optimizer.learning_rate, changed.optimizer.schedule) == (7, 1e-3, "linear")
     assert changed.bf16 is False and changed.optimizer.ema_decay == TINY.optimizer.ema_decay
     distill = storybook_presets.STORYBOOK["distill"]
-    assert isinstance(distill, storybook_presets.DistillPreset)
+    assert isinstance(distill, presets.DistillPreset)
     assert presets.override(distill, ["replay.steps=5"]).replay == dataclasses.replace(distill.replay, steps=5)
     assert presets.override(TINY, ["zero_stage=2"]).optimizer.zero_stage == 2
     assert presets.override(presets.override(TINY, ["zero_stage=2"]), ["zero_stage=none"]).optimizer.zero_stage is None

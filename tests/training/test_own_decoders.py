@@ -93,6 +93,27 @@ def test_a_family_is_aligned_and_draws_a_story(family: str, tmp_path: Path) -> N
         assert picture.size == (page.picture.width, page.picture.height) and np.asarray(picture).std() > 0
 
 
+@pytest.mark.parametrize(
+    ("family", "positions"), [("flux", 24), ("stable_diffusion_3", 77 + 16), ("stable_diffusion_xl", 20)]
+)
+def test_a_shorter_condition_is_aligned_and_drawn(family: str, positions: int, tmp_path: Path) -> None:
+    make_qwen3(tmp_path / "qwen3")
+    make_base(family, tmp_path / "diffusion")
+    bases = ["--language", str(tmp_path / "qwen3"), "--diffusion", str(tmp_path / "diffusion"), "--context", "512"]
+    made = tmp_path / "made"
+    assert new.main([*bases, "--condition", str(positions), "--out", str(made)], show=lambda text: None) == 0
+    config = load_config(made)
+    assert config.condition_length == positions and config.condition_positions == positions + 1
+    assert load_mapper(made, config).null_condition().shape[1] == positions + 1
+
+    part = Part(number=0, file="", start=0, count=8)
+    write_part(part, layout="storybook:caption", uri="", output=str(tmp_path / "rows"), seed=3)
+    align = ["align", "--data", str(tmp_path / "rows"), "--start", str(made), "--out", str(tmp_path / "align")]
+    assert main([*align, *STEPS, "steps=1", "draws_samples=false"]) == 0
+    model = MiniGPT5.from_pretrained(tmp_path / "align" / "model")
+    assert model.draw(model.vokens("A field"), seed=1, settings=model.config.draw_settings({"steps": 1})).png
+
+
 def test_a_decoder_of_the_same_family_is_taken_along_whole_and_another_is_refused(tmp_path: Path) -> None:
     for family in ("stable_diffusion_xl", "flux"):
         make_base(family, tmp_path / family)

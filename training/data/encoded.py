@@ -9,7 +9,7 @@ from typing import Any
 from minigpt5.codec import from_json
 from minigpt5.errors import TrainingError
 from minigpt5.objective.encoders import Encoders
-from training.data.stored import StoredExamples, open_place
+from training.data.stored import DRAWS_CAPTIONS, StoredExamples, open_place
 
 ENCODED = {"moments": ("vae", "VAE"), "features": ("vision", "vision encoder")}
 """A field of stored pictures: the encoder that fills it, and its name."""
@@ -64,7 +64,7 @@ def fields_read(examples: StoredExamples) -> tuple[str, ...]:
     """What a stage reads of pictures: see `training.data.stored.to_example`."""
     if examples.stage == "vision":
         return ("features",)
-    return ("moments",) if examples.stage == "align" or examples.read_px is None else ("moments", "features")
+    return ("moments",) if examples.stage in DRAWS_CAPTIONS or examples.read_px is None else ("moments", "features")
 
 
 def load_encoders(uri: str) -> Encoders | None:

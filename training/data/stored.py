@@ -33,8 +33,10 @@ from minigpt5.published.data import (
     vist_samples,
 )
 
-NEEDS_PICTURES = ("vision", "align")
+NEEDS_PICTURES = ("vision", "align", "distill")
 """Stages that learn from pictures and their captions alone."""
+DRAWS_CAPTIONS = ("align", "distill")
+"""Those whose pictures are drawn."""
 WINDOW_GROUPS = 8
 KEPT_GROUPS = 2 * WINDOW_GROUPS
 VALIDATION_SHARE = 50
@@ -190,9 +192,9 @@ def to_example(
 ) -> Example:
     """One of a stored row's examples, chosen by chance; the published code makes examples of all of them.
 
-    "vision" and "align" learn captions: of a story or a dialogue, that of one of its pictures. "learn" learns all of
-    the published tasks, and with `story_share` a whole story where its prompt is known. `read_px` is None for a model
-    that reads no pictures: of a story it learns the whole, of a dialogue what needs no picture read.
+    "vision", "align" and "distill" learn captions: of a story or a dialogue, that of one of its pictures. "learn"
+    learns all of the published tasks, and with `story_share` a whole story where its prompt is known. `read_px` is None
+    for a model that reads no pictures: of a story it learns the whole, of a dialogue what needs no picture read.
     """
     segments = stored["segments"]
     if stage == "vision":
@@ -200,7 +202,7 @@ def to_example(
         assert read_px is not None
         read = [_read(segments[at], read_px)]
         return Example(segments=template.describe(words), read=read, shown=[words], drawn=[], captions=[])
-    if stage == "align":
+    if stage in DRAWS_CAPTIONS:
         return _aligned(stored, rng, draw_px, template)
     if stored["kind"] == "dialogue":
         samples = [one for one in mmdialog_samples(_turns(segments)) if read_px or not one.read]

@@ -1,4 +1,4 @@
-"""What the stages "vision", "align", "learn" and "refine" share: a model folder's weights behind the Objective.
+"""What the stages of a model folder share: its weights behind the Objective, and its decoder.
 
 A learning rate of 0 freezes the part that it belongs to.
 """
@@ -74,8 +74,7 @@ class ModelStage(ABC):
             self.language.add_adapter(self.config.lora)
         self.mapper = model_folder.load_mapper(start, self.config)
         self._decoder = find_decoder(start, self.config, sources)
-        family, parts = self._decoder.family, self._decoder.parts
-        self.diffusion = family.from_folders(vae=parts["vae"], denoiser=parts[family.DENOISER])
+        self.diffusion = self._decoder.load()
         self.config = model_folder.draws_with(self.config, self.diffusion)
         text_encoder = load_text_encoder(find_part(start, self.config, self.config.text_encoder), self.config)
         self.freeze()
@@ -173,6 +172,14 @@ class FoundDecoder:
     is_own: bool
     """Whether any comes from elsewhere than the folder that the config names."""
 
+    def load(self) -> Diffusion:
+        """Read it as float32, with its distilled denoiser where there is one."""
+        return self.family.from_folders(
+            vae=self.parts["vae"],
+            denoiser=self.parts[self.family.DENOISER],
+            distilled=self.parts.get(DISTILLED_FOLDER),
+        )
+
 
 def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> FoundDecoder:
     """The decoder that `config` names, with parts from `sources.decoder`, or from stages of the shipped model's own.
@@ -202,8 +209,8 @@ def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> Fo
         raise TrainingError(
             f"{place} has a {family.DENOISER} and no scheduler/: add it, the noise schedule is not known"
         )
-    if (place / DISTILLED_FOLDER).is_dir():
-        found[DISTILLED_FOLDER] = place
+    if distilled := model_folder.find_distilled(place, start if place == base else None):
+        found[DISTILLED_FOLDER] = distilled
     if base and (base / INDEX).is_file():  # it names the family
         found[INDEX] = base
     return FoundDecoder(family=family, parts=found, is_own=is_own)

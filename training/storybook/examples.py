@@ -27,8 +27,8 @@ from minigpt5.storybook.scenes import (
     sprite_boxes,
 )
 from minigpt5.storybook.stories import story_at
-from training.presets import Preset, VisionPreset, VokenPreset
-from training.storybook.presets import DecoderPreset, DistillPreset, SharpenPreset, UnetPreset, VaePreset
+from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
+from training.storybook.presets import DecoderPreset, SharpenPreset, UnetPreset, VaePreset
 from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
@@ -105,8 +105,11 @@ def example_at(
             return _captioned_crops(preset, position, rng)
         case SharpenPreset():
             return _weighted_scene(preset, position, rng)
-        case UnetPreset() | DistillPreset():
+        case UnetPreset():
             return _captioned_scene(seed, position, preset.canonical_share, rng)
+        case DistillPreset():
+            scene = _captioned_scene(seed, position, preset.canonical_share, rng)
+            return Example(segments=[], read=[], drawn=[scene.pixels], captions=[scene.caption])
         case VisionPreset():
             return _description(seed, position, rng, template)
         case VokenPreset():

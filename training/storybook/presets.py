@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from training.presets import OptimizerConfig, Preset, ReplayConfig, VisionPreset, VokenPreset
+from training.presets import DistillPreset, OptimizerConfig, Preset, ReplayConfig, VisionPreset, VokenPreset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,6 @@ class DecoderPreset(Preset):
     """See UnetPreset."""
     last_timestep: int = 0
     """Most noise of the latents that the UNet denoises."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillPreset(Preset):
-    """Stage "distill": the guided UNet -> one that needs neither guidance nor many steps."""
-
-    canonical_share: float = 0.7
-    """See UnetPreset."""
-    teacher_steps: int
-    """Guided steps of the UNet that one step of the distilled one replaces."""
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,8 @@ from training.storybook.sprites import SPRITE_WEIGHT, cleared, error_weight, fin
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
 from training.weight_sources import WeightSources, prepare_unet
 
-REPLAY_CAPACITY = 2048
-"""Pictures, which cost nearly as much to draw as to learn from; 450 MB."""
+REPLAY_BYTES = 450_000_000
+"""Bytes of pictures, some 2,000, which cost nearly as much to draw as to learn from."""
 MIN_ENERGY = 4e-3
 """Below it a region counts as flat: it has no correlation with anything."""
 TARGET = ("pixels", "weight", "masks")
@@ -61,7 +61,7 @@ class SharpenObjective(nn.Module):
         )
         for part in (diffusion.denoiser_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
-        self._replay_buffer = ReplayBuffer(maxlen=REPLAY_CAPACITY)
+        self._replay_buffer = ReplayBuffer(max_bytes=REPLAY_BYTES)
 
     def forward(self, batch: Batch[WeightedScene], progress: float) -> dict[str, Tensor]:
         diffusion, device = self.diffusion, self.diffusion.denoiser.device

@@ -92,10 +92,14 @@ class Diffusion(nn.Module, ABC):
         return cls.from_folders(vae=folder, denoiser=folder)
 
     @classmethod
-    def from_folders(cls, *, vae: str | Path, denoiser: str | Path) -> Diffusion:
-        """Read the VAE from one folder and all else from another, as float32."""
+    def from_folders(cls, *, vae: str | Path, denoiser: str | Path, distilled: str | Path | None = None) -> Diffusion:
+        """Read the VAE from one folder and all else from another, as float32. `distilled`: the folder that has
+        `unet_distilled/`, where that is not the denoiser's."""
         return cls(
-            load_part(vae, "vae"), load_part(denoiser, cls.DENOISER), cls.load_noise(denoiser), load_distilled(denoiser)
+            load_part(vae, "vae"),
+            load_part(denoiser, cls.DENOISER),
+            cls.load_noise(denoiser),
+            load_distilled(distilled or denoiser),
         )
 
     @classmethod

@@ -52,12 +52,12 @@ def find_family(folder: str | Path) -> type[Diffusion]:
     return known[pipeline]
 
 
-def load_diffusion(folder: str | Path, *, has_denoiser: bool = True) -> Diffusion:
+def load_diffusion(folder: str | Path, *, has_denoiser: bool = True, distilled: str | Path | None = None) -> Diffusion:
     """Read a folder in diffusers' layout as float32. Without `has_denoiser`, only the VAE's weights are read, and the
-    denoiser stays on the meta device. Raises ModelFolderError."""
+    denoiser stays on the meta device. `distilled`: see `Diffusion.from_folders`. Raises ModelFolderError."""
     family, folder = find_family(folder), Path(folder)
     if has_denoiser:
-        return family.from_pretrained(folder)
+        return family.from_folders(vae=folder, denoiser=folder, distilled=distilled)
     return family(load_part(folder, "vae"), _sketch(folder / family.DENOISER), family.load_noise(folder))
 
 

@@ -32,6 +32,9 @@ MIN_VELOCITY_WEIGHT = 0.4
 are hardly trained."""
 UNCLIPPED = {"clip_sample": False}
 """Latents are not bounded as pixels are; a folder of another sampler does not say so."""
+DISTILLED_LEVELS = {**UNCLIPPED, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+"""A distilled denoiser begins at the last timestep and ends at clean latents, whatever the folder's sampler does. In
+two steps that of Stable Diffusion 1.x would begin half-way, and end in a little noise."""
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556
 
 
@@ -104,7 +107,7 @@ class VariancePreserving(NoiseProcess):
         "euler": Sampler(scheduler=EulerDiscreteScheduler, grows=True),
         "euler-ancestral": Sampler(scheduler=EulerAncestralDiscreteScheduler, adds_noise=True, grows=True),
         "lcm": Sampler(scheduler=LCMScheduler, adds_noise=True),
-        DISTILLED: Sampler(scheduler=MultistepScheduler, options=UNCLIPPED, adds_noise=True),
+        DISTILLED: Sampler(scheduler=MultistepScheduler, options=DISTILLED_LEVELS, adds_noise=True),
     }
 
     schedule: DDIMScheduler

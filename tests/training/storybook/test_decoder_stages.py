@@ -20,8 +20,8 @@ from minigpt5.types import DISTILLED, DrawSettings
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
 from training.data.batches import StageData, batch_at
 from training.presets import override
+from training.stages.distill import DistillObjective, DistillStage
 from training.storybook.decoder import DecoderObjective, DecoderStage
-from training.storybook.distill import DistillObjective, DistillStage
 from training.storybook.examples import StorybookExamples
 from training.storybook.presets import STORYBOOK
 from training.storybook.vae import LATENT_NOISE
@@ -133,8 +133,8 @@ def test_a_step_that_meets_its_target_ends_where_the_teachers_steps_do(teacher_s
     for number in range(NUM_LEVELS):
         index_B = torch.tensor([number * teacher_steps])
         with torch.no_grad():
-            end_BCYX = objective._run_teacher(student.latents_1CYX, condition_QD[None], index_B)
-            velocity_BCYX = objective._velocity(student.latents_1CYX, end_BCYX, index_B)
+            end_BCYX = objective.run_teacher(student.latents_1CYX, condition_QD[None], index_B)
+            velocity_BCYX = objective.target(student.latents_1CYX, end_BCYX, index_B)
         student.take(velocity_BCYX, None)
         for _ in range(teacher_steps):
             advance(diffusion, [teacher], null_1QD)
