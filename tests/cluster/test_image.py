@@ -11,10 +11,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+PREPARATION = ROOT / "cluster" / "kubernetes" / "prepare" / "pod.yaml"
 INSTRUCTIONS = [
     line.split(maxsplit=1)
     for line in re.sub(r"\\\n", " ", DOCKERFILE.read_text()).splitlines()
@@ -25,6 +27,7 @@ import deployments.application, training.train, batch_jobs.illustrate, benchmark
 import ray, torch
 print(ray.__version__, torch.__version__.partition("+")[0])
 """
+"""What the deployments, the jobs and the preparation import."""
 
 
 def rest_of(name: str) -> list[str]:
@@ -85,21 +88,33 @@ def test_it_runs_as_a_user_without_rights() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_its_commands_install_in_a_fresh_environment(tmp_path: Path) -> None:
-    """COPY and RUN in their order, with the folder in the place of WORKDIR and an environment in that of the base."""
+    """COPY and RUN in their order, with a folder in the place of WORKDIR and an environment in that of the base. Then
+    the preparation of the claim, with a folder in the place of /data."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
-    folder = tmp_path / "minigpt5"
+    folder, data = tmp_path / "minigpt5", tmp_path / "data"
     folder.mkdir()
     variables = {"PATH": f"{tmp_path / 'env' / 'bin'}:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+    def moved(text: str) -> str:
+        return text.replace(WORKDIR, str(folder)).replace("/data/", f"{data}/")
+
+    def run(command: str, environment: dict[str, str]) -> str:
+        done = subprocess.run(
+            ["bash", "-ec", command], cwd=folder, env=variables | environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
     for instruction, rest in INSTRUCTIONS:
         if instruction == "COPY":
-            subprocess.run(["cp", "-r", *(str(ROOT / name) for name in rest.split()[:-1]), str(folder)], check=True)
-            if (folder / rest.split()[-1]).is_dir() and len(rest.split()) == 2:
-                assert rest.split()[0] == rest.split()[1]
+            *names, target = rest.split()
+            assert target == "./" or names == [target]
+            subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(folder)], check=True)
         elif instruction == "RUN":
-            subprocess.run(["bash", "-ec", rest], cwd=folder, env=variables, check=True, stdout=subprocess.DEVNULL)
-    environment = {**variables, **ENVIRONMENT, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"].replace(WORKDIR, str(folder))}
-    done = subprocess.run(
-        ["python", "-c", IMPORTS], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [pinned("ray"), pinned("torch")]
+            run(rest, {})
+    environment = {name: moved(value) for name, value in ENVIRONMENT.items()}
+    (container,) = yaml.safe_load(PREPARATION.read_text())["spec"]["containers"]
+    (script,) = container["args"]
+    assert "sleep infinity" in script
+    run(moved(script.replace("sleep infinity", "")), environment)
+    assert run(f"python -c '{IMPORTS}'", environment).split() == [pinned("ray"), pinned("torch")]
