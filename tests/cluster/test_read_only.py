@@ -74,5 +74,5 @@ def test_a_story_is_made_on_a_read_only_root(confined: tuple[subprocess.Popen[by
     body = {"prompt": "A fox who finds a red balloon", "pages": 1, "seed": 7, "wait": True}
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
         story = client.post("/v1/stories", json=body).raise_for_status().json()
-        assert story["status"] == "completed" and story["pages"][0]["images"]
+        assert story["status"] == "done" and story["pages"][0]["image"]
         assert client.get(f"/v1/stories/{story['id']}.pdf").raise_for_status().content.startswith(b"%PDF")
