@@ -14,6 +14,8 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 PREPARATION = ROOT / "cluster" / "kubernetes" / "prepare" / "pod.yaml"
@@ -79,6 +81,10 @@ def test_no_weights_are_inside() -> None:
     tracked = subprocess.run(["git", "ls-files", *copied()], cwd=ROOT, capture_output=True, text=True, check=True)
     large = [name for name in tracked.stdout.splitlines() if (ROOT / name).stat().st_size > 2**20]
     assert not [name for name in large if fnmatch.fnmatch(name, "*.safetensors")]
+
+
+def test_the_proxies_of_every_node_end_headers_that_do_not_end() -> None:
+    assert ENVIRONMENT[CALLBACK_VARIABLE] == CALLBACK
 
 
 def test_it_runs_as_a_user_without_rights() -> None:
