@@ -34,7 +34,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-full test-newest fuzz lint docs sbom quality bench-engines bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,14 +84,17 @@ test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one b
 	$(RUN) -m pytest -n 2
 
 test-full: $(STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
-	$(RUN) -m pytest -m "not bench and not fuzz"
+	$(RUN) -m pytest -m "not bench and not fuzz and not gpu"
+
+test-gpu: $(STAMP)  ## what only a machine with a GPU can show; elsewhere every test is skipped
+	$(RUN) -m pytest -m gpu tests/gpu
 
 test-newest:  ## the fast tests with the newest versions that pyproject.toml allows, in build/venv-newest; torch is CI's
 	rm -rf build/venv-newest
 	$(PYTHON) -m venv build/venv-newest
 	$(call install,$(NEWEST),$(TORCH) -e '.[$(ALL)]')
 	$(NEWEST) -m pip list --format=freeze > build/newest.txt
-	$(NEWEST) -m pytest -n 2 -m "not slow and not bench and not cluster" --deselect $(CLOSURE)
+	$(NEWEST) -m pytest -n 2 -m "not slow and not bench and not cluster and not gpu" --deselect $(CLOSURE)
 
 lint: $(STAMP)  ## style, format and types
 	$(RUN) -m ruff check .
@@ -111,6 +114,9 @@ quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quali
 
 bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into benchmarks/results/engines.json
 	$(RUN) -m benchmarks.engines --serve
+
+bench-load: $(STAMP)  ## five times the capacity of a server that runs at PORT=8000, into benchmarks/results/load.json
+	$(RUN) -m benchmarks.overload http://127.0.0.1:$(PORT)
 
 bench-batching: $(STAMP)  ## our engine beside transformers' continuous batching, into benchmarks/results/continuous_batching.json
 	$(RUN) -m benchmarks.continuous_batching --threads 1

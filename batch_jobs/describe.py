@@ -24,7 +24,6 @@ from batch_jobs.job import (
 )
 from batch_jobs.outputs import DESCRIPTION_SCHEMA
 from batch_jobs.pipeline import (
-    ROWS_PER_GENERATOR,
     Limits,
     Pool,
     RemoteMonitor,
@@ -59,7 +58,7 @@ def describe(
         new_dataset(as_table(jobs), name="describe"),
         Tell,
         pool=pool,
-        concurrency_per_actor=ROWS_PER_GENERATOR,
+        concurrency_per_actor=pool.rows_per_generator,
         watch=monitor,
         sampling=config.sampling,
     )

@@ -34,7 +34,6 @@ from batch_jobs.job import (
 from batch_jobs.outputs import STORY_SCHEMA, Gathered, bad_story
 from batch_jobs.pipeline import (
     ROWS_PER_DECODER,
-    ROWS_PER_GENERATOR,
     Limits,
     Pool,
     RemoteMonitor,
@@ -102,7 +101,7 @@ def make_pages_on_ray(
         new_dataset(as_table(jobs), name="illustrate"),
         Write,
         pool=engines.generator,
-        concurrency_per_actor=ROWS_PER_GENERATOR,
+        concurrency_per_actor=engines.generator.rows_per_generator,
         sampling=config.sampling,
         **common,
     )

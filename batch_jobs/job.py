@@ -30,6 +30,7 @@ from batch_jobs.state import JobState, PageStore
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.errors import MiniGPT5Error, StorageError
+from minigpt5.limits import default_limits
 from minigpt5.model.folder_config import check_folder
 from minigpt5.model.locate import check_bases, locate, shared_name
 from minigpt5.story.stream import describe
@@ -131,16 +132,21 @@ def _take_in(
         output.sink.flush()
 
 
-def load_generator(folder: str, num_threads: int) -> Generator:
+def load_generator(folder: str, num_threads: int, num_gpus: float = 0.0) -> Generator:
+    """A generator on the GPU that Ray gives its actor, else on the CPU: without one it may see those of others."""
     from minigpt5.engine.generator import VokenGenerator
 
-    return VokenGenerator.from_pretrained(folder, num_threads=num_threads)
+    device = "cuda" if num_gpus else "cpu"
+    limits = default_limits(device, gpu_share=min(1.0, num_gpus or 1.0))
+    return VokenGenerator.from_pretrained(folder, num_threads=num_threads, device=device, limits=limits)
 
 
-def load_decoder(folder: str, num_threads: int) -> Decoder:
+def load_decoder(folder: str, num_threads: int, num_gpus: float = 0.0) -> Decoder:
+    """As `load_generator`."""
     from minigpt5.engine.decoder import DiffusionDecoder
 
-    return DiffusionDecoder.from_pretrained(folder, num_threads=num_threads)
+    device = "cuda" if num_gpus else "cpu"
+    return DiffusionDecoder.from_pretrained(folder, num_threads=num_threads, device=device)
 
 
 def check_model(folder: str) -> tuple[str, ModelConfig]:
@@ -155,14 +161,14 @@ def check_model(folder: str) -> tuple[str, ModelConfig]:
 def generator_pool(options: argparse.Namespace, model: str) -> Pool:
     min_engines, max_engines = options.generators
     num_engines = max_engines + getattr(options, "decoders", (0, 0))[1]
-    load = partial(load_generator, model, max(1, (os.cpu_count() or 1) // num_engines))
+    load = partial(load_generator, model, max(1, (os.cpu_count() or 1) // num_engines), options.generator_gpus)
     return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.generator_gpus)
 
 
 def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
     min_engines, max_engines = options.decoders
     # Drawing gains most from threads; the decoder gives back those whose cores others need (engine/threads.py).
-    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // max_engines))
+    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // max_engines), options.decoder_gpus)
     return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.decoder_gpus)
 
 

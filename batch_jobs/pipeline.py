@@ -27,11 +27,10 @@ from batch_jobs.monitor import Figures, Monitor
 from batch_jobs.report import Report
 from batch_jobs.stages import Decoder, Generator, Row
 from minigpt5.errors import MiniGPT5Error
+from minigpt5.limits import ON_CPU, ON_GPU
 
 ENGINE_CPUS = 0.5
 """Logical CPUs that Ray reserves for an engine."""
-ROWS_PER_GENERATOR = 16
-"""Concurrent rows of a generator: its `max_batch`."""
 ROWS_PER_DECODER = 16
 """Concurrent rows of a decoder: twice its `max_batch`, so the next batch is ready."""
 MAX_BLOCKS = 4096
@@ -50,6 +49,11 @@ class Pool:
     max_engines: int = 1
     num_gpus: float = 0.0
     """GPUs of each engine."""
+
+    @property
+    def rows_per_generator(self) -> int:
+        """Concurrent rows of a generator: its `max_batch`."""
+        return (ON_GPU if self.num_gpus else ON_CPU).max_batch
 
 
 @dataclass(frozen=True, kw_only=True)

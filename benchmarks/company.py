@@ -29,7 +29,7 @@ from benchmarks.http_load import measure_fairness, running_server
 from benchmarks.load import WHAT, WHO, Load
 from benchmarks.quality import machine
 from minigpt5.config import default_model_folder
-from minigpt5.engine.decoder import DiffusionDecoder
+from minigpt5.engine.decoder import DiffusionDecoder, Drawn
 from minigpt5.engine.denoising import Denoising
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.model.folder import load_decoder_model
@@ -105,7 +105,7 @@ class Recording(DiffusionDecoder):
 
     latents: dict[int, Tensor]
 
-    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Picture]:
+    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Drawn]:
         self.latents = getattr(self, "latents", {})
         for request, picture in zip(requests, pictures, strict=True):
             self.latents[request.seed] = picture.latents_1CYX

@@ -39,7 +39,7 @@ def tell_over_http(url: str, request: StoryRequest, began: float, *, client: str
         "prompt": request.prompt[0],
         "pages": request.pages,
         "seed": request.seed,
-        **dataclasses.asdict(request.draw),
+        **{name: value for name, value in dataclasses.asdict(request.draw).items() if value},  # 0 and "": none
         "min_page_tokens": request.sampling.min_page_tokens,
         "max_page_tokens": request.sampling.max_page_tokens,
         "stream": True,

@@ -1,5 +1,6 @@
 """The builder: arguments -> Serve application. Every `.bind()` of the project is here."""
 
+import dataclasses
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -10,13 +11,15 @@ from ray.serve.config import RequestRouterConfig
 from deployments.api.routes import Ingress
 from deployments.auth import load_keys
 from deployments.engines.diffusion_decoder import DiffusionDecoder
+from deployments.engines.placement import device_for, num_gpus_of_cluster, share_gpus
 from deployments.engines.voken_generator import VokenGenerator
 from deployments.stories.ledger import LocalLedger
 from minigpt5.config import default_model_folder
+from minigpt5.limits import Limits, default_limits
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate, shared_name
 from minigpt5.story.store import default_storage
-from minigpt5.types import Precision
+from minigpt5.types import DecoderBackend, Precision, TextPrecision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
@@ -56,18 +59,39 @@ class AppArgs(BaseModel):
     generator_max_replicas: int = Field(default=2, ge=1)
     generator_num_cpus: float = Field(default=0.7, gt=0)
     """What a replica reserves; `generator_num_threads` is what it may use."""
-    generator_num_gpus: float = Field(default=0, ge=0)
-    """GPUs of a replica, which then runs there."""
+    generator_num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs of a replica, which computes on the CPU where it has none; none: one where Ray has two or more, half of a
+    single one, which the decoder shares, else 0."""
     generator_num_threads: int = Field(default=1, ge=1)
     """torch threads of a replica. Writing mostly waits for memory: more help little."""
+    generator_precision: TextPrecision | None = None
+    """What the language model computes in; none: bfloat16 on a GPU, and on a CPU the faster of float32 and the base
+    model's own 4-bit weights."""
+    generator_kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Size of a replica's KV store. None: `minigpt5/limits.py` says it and the next five, by the device."""
+    generator_num_slots: int | None = Field(default=None, ge=1)
+    """Requests that a replica has under way at once."""
+    generator_max_batch: int | None = Field(default=None, ge=1)
+    """Requests that take part in a step."""
+    generator_short_read_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that are read at once; a longer prompt is read in parts."""
+    generator_part_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of long prompts that a step reads while others write."""
+    generator_long_read_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a step while nobody writes."""
     decoder_min_replicas: int = Field(default=1, ge=0)
     decoder_max_replicas: int = Field(default=2, ge=1)
     decoder_num_cpus: float = Field(default=1, gt=0)
-    decoder_num_gpus: float = Field(default=0, ge=0)
+    decoder_num_gpus: float | None = Field(default=None, ge=0)
+    """As `generator_num_gpus`."""
     decoder_precision: Precision | None = None
     """Precision of the denoiser and the VAE; none: float32 on a CPU, and bfloat16 on a GPU. Below float32 a replica is
     smaller and faster, and a picture depends a little on its batch."""
+    decoder_backend: DecoderBackend = "auto"
+    """What computes the denoiser and the VAE; auto: OpenVINO on a CPU, and torch operation by operation elsewhere."""
     decoder_num_threads: int = Field(default=2, ge=1)
+    decoder_max_batch: int = Field(default=8, ge=1)
+    """Guided pictures of the model's own size that share a step."""
     log_level: str = "INFO"
 
     @field_validator("filters")
@@ -85,6 +109,12 @@ class AppArgs(BaseModel):
                 raise ValueError(f"{engine}_min_replicas is {low} but {engine}_max_replicas is {high}")
         return self
 
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """The generator's limits, by their names in `minigpt5/limits.py`."""
+        names = {field.name for field in dataclasses.fields(Limits)} - {"gpu_share"}
+        return {name: getattr(self, f"generator_{name}") for name in names}
+
 
 def app(args: AppArgs) -> Application:
     """Wire the deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
@@ -96,6 +126,12 @@ def app(args: AppArgs) -> Application:
     # Links stay: Kubernetes renews a mounted secret by replacing one.
     api_keys = str(Path(args.api_keys).expanduser().absolute()) if args.api_keys else ""
     load_keys(api_keys or None)
+    generator_gpus, decoder_gpus = args.generator_num_gpus, args.decoder_num_gpus
+    if generator_gpus is None or decoder_gpus is None:
+        share = share_gpus(num_gpus_of_cluster())
+        generator_gpus = share if generator_gpus is None else generator_gpus
+        decoder_gpus = share if decoder_gpus is None else decoder_gpus
+    limits = default_limits(device_for(generator_gpus), **args.limits)
     logging_config = {"log_level": args.log_level}
     generator = serve.deployment(
         VokenGenerator,
@@ -105,12 +141,12 @@ def app(args: AppArgs) -> Application:
         autoscaling_config={
             "min_replicas": args.generator_min_replicas,
             "max_replicas": args.generator_max_replicas,
-            "target_ongoing_requests": 8,
+            "target_ongoing_requests": max(1, limits.max_batch // 2),
         },
-        ray_actor_options={"num_cpus": args.generator_num_cpus, "num_gpus": args.generator_num_gpus},
+        ray_actor_options={"num_cpus": args.generator_num_cpus, "num_gpus": generator_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.generator_num_threads)
+    ).bind(model, args.generator_num_threads, args.generator_precision, args.limits)
     decoder = serve.deployment(
         DiffusionDecoder,
         name="DiffusionDecoder",
@@ -118,12 +154,19 @@ def app(args: AppArgs) -> Application:
         autoscaling_config={
             "min_replicas": args.decoder_min_replicas,
             "max_replicas": args.decoder_max_replicas,
-            "target_ongoing_requests": 16,
+            "target_ongoing_requests": 2 * args.decoder_max_batch,
         },
-        ray_actor_options={"num_cpus": args.decoder_num_cpus, "num_gpus": args.decoder_num_gpus},
+        ray_actor_options={"num_cpus": args.decoder_num_cpus, "num_gpus": decoder_gpus},
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.decoder_num_threads, args.decoder_precision, filters)
+    ).bind(
+        model,
+        args.decoder_num_threads,
+        args.decoder_precision,
+        args.decoder_backend,
+        filters,
+        args.decoder_max_batch,
+    )
     ledger = serve.deployment(
         LocalLedger,
         name="Ledger",

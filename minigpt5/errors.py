@@ -63,6 +63,10 @@ class NotFinite(TrainingError):
     """A loss that is not a number, or without end: the message names the rows."""
 
 
+class SettingsError(MiniGPT5Error, ValueError):
+    """A setting that this machine cannot meet."""
+
+
 class EngineFull(MiniGPT5Error):
     """An engine has as many requests as it takes; the caller may try again later."""
 

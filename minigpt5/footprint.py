@@ -22,7 +22,7 @@ def report(parts: Parts) -> str:
     lines += [f"  {'LoRA':18}{lora:>16,}", "trained by stage"]
     lines += [f"  {stage:18}{number:>16,}" for stage, number in trained.items() if number]
     lines += ["memory in GB, without activations"]
-    lines += [f"  {name:38}{gigabytes:8.2f}" for name, gigabytes in memory_gb(parts).items()]
+    lines += [f"  {name:41}{gigabytes:8.2f}" for name, gigabytes in memory_gb(parts).items()]
     return "\n".join(lines)
 
 
@@ -54,20 +54,21 @@ def count_trained(parts: Parts) -> dict[str, int]:
 def memory_gb(parts: Parts) -> dict[str, float]:
     """Memory of weights, the KV store and optimizer states, on a CPU (float32) and on a GPU (language and diffusion
     model in bfloat16, and the frozen base models while training)."""
-    from minigpt5.engine.generator import DEFAULT_SLOTS
     from minigpt5.engine.kv_cache import bytes_per_token
+    from minigpt5.limits import ON_CPU
 
     sizes = count_parts(parts)
     writes = sizes["language model"] + sizes["voken embeddings"]
     sees = sizes["vision encoder"] + sizes["Q-Former"]
     draws = sizes["denoiser"] + sizes["VAE"]
-    stored = DEFAULT_SLOTS * parts.config.context_tokens
     found = {}
     for place, width in (("CPU", 4), ("GPU", 2)):
-        store = stored * bytes_per_token(parts.language.body, width)
+        longest = parts.config.context_tokens * bytes_per_token(parts.language.body, width)
         found[f"VokenGenerator on a {place}, weights"] = (width * writes + 4 * sees) / 1e9
-        found[f"VokenGenerator on a {place}, KV store"] = store / 1e9
+        found[f"VokenGenerator on a {place}, longest request"] = longest / 1e9
         found[f"DiffusionDecoder on a {place}, weights"] = (width * draws + 4 * sizes["mapper"]) / 1e9
+        if place == "CPU":
+            found["VokenGenerator on a CPU, KV store at most"] = ON_CPU.num_slots * longest / 1e9
     held = _frozen_bytes(parts) + 4 * (sizes["Q-Former"] + sizes["voken embeddings"] + sizes["mapper"])
     for stage, number in count_trained(parts).items():
         if number:  # beside the weights: gradients and AdamW's two moments, in float32

@@ -50,10 +50,9 @@ class MiniGPT5:
         Raises ModelFolderError or BaseModelNotFound, both of which say what to do.
         """
         generator_threads, decoder_threads = share(num_cores)
-        return cls(
-            VokenGenerator.from_pretrained(folder, num_threads=generator_threads),
-            DiffusionDecoder.from_pretrained(folder, num_threads=decoder_threads),
-        )
+        # The decoder comes first: on a GPU the generator's KV store takes most of the memory that is left.
+        decoder = DiffusionDecoder.from_pretrained(folder, num_threads=decoder_threads)
+        return cls(VokenGenerator.from_pretrained(folder, num_threads=generator_threads), decoder)
 
     @property
     def config(self) -> ModelConfig:

@@ -30,6 +30,12 @@ MAX_DISTILLED_STEPS = 8
 Precision = Literal["float32", "bfloat16", "float16"]
 """What an engine holds its large model in. In less than float32 a picture depends a little on its batch
 (benchmarks/results/company.json)."""
+DecoderBackend = Literal["auto", "eager", "openvino", "compile"]
+"""What computes the denoiser and the VAE: torch operation by operation ("eager"), OpenVINO, or torch.compile. "auto" is
+OpenVINO on a CPU and eager elsewhere."""
+
+TextPrecision = Literal["float32", "bfloat16", "int8", "int4"]
+"""What the language model computes in. int4: with the base model's own 4-bit weights, where its folder has them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,6 +11,7 @@ from transformers import DynamicCache
 
 from minigpt5.engine.decoder import encode
 from minigpt5.engine.denoising import denoise
+from minigpt5.engine.sampling import Choice, draw_token
 from minigpt5.engine.script import Read, Script, Writer
 from minigpt5.model.pixels import to_pixels
 from minigpt5.model.prompt import encode as encode_prompt
@@ -69,7 +69,7 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
 def run_script(script: Script, model: Objective) -> None:
     """Answer a script from the live language model, with transformers' own cache."""
     cache, language = DynamicCache(), model.language
-    answer: Tensor | np.ndarray | None = None
+    answer: Tensor | Choice | None = None
     while True:
         try:
             asked = script.send(answer)
@@ -81,7 +81,8 @@ def run_script(script: Script, model: Objective) -> None:
             embeds_1SH = language.embed(torch.tensor([asked.ids], device=model.device))
             answer = language.states(embeds_1SH, cache=cache)[0, -asked.num_states :]
         else:
-            answer = language.logits(asked.state_H[None])[0].float().cpu().numpy()
+            logits_T = language.logits(asked.state_H[None])[0].float().cpu().numpy()
+            answer = draw_token(logits_T, asked.draw, first_voken=language.voken_embeddings.first)
 
 
 def draw_picture(model: Objective, vokens: Vokens, request: StoryRequest) -> Picture:

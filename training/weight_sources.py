@@ -13,6 +13,7 @@ from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
 from minigpt5.model.decoders.diffusion import load_distilled, load_part
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
+from minigpt5.model.folder import DECODER
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate
 from training.devices import own_device
@@ -40,6 +41,13 @@ class WeightSources:
     """A model folder by its path, URI or hub id. Every worker locates it for itself."""
     decoder: Path | None = None
     """A folder in diffusers' layout that replaces the whole decoder of `start`, or a part of it."""
+
+    def __post_init__(self) -> None:
+        """Raise TrainingError where `decoder` holds nothing to replace a part with."""
+        parts = ("vae", "unet", "transformer")
+        if self.decoder and not any((self.decoder / part).is_dir() for part in parts):
+            hint = f": did you mean {self.decoder / DECODER}" if (self.decoder / DECODER).is_dir() else ""
+            raise TrainingError(f"--decoder {self.decoder} has none of {', '.join(parts)} in diffusers' layout{hint}")
 
     @property
     def start_folder(self) -> Path | None:

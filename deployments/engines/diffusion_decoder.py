@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from deployments.engines.metrics import watch
+from deployments.engines.placement import device_for, num_gpus_here
 from deployments.engines.throttle import throttle_progress
-from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision
+from minigpt5.types import DecoderBackend, DecoderEvent, DrawRequest, Picture, Precision
 
 MAX_STYLES = 16
 """Styles that routers know of a decoder, the latest ones."""
@@ -20,14 +21,27 @@ class DiffusionDecoder:
     """Draws vokens."""
 
     def __init__(
-        self, model: str, num_threads: int, precision: Precision | None = None, filters: tuple[str, ...] = ()
+        self,
+        model: str,
+        num_threads: int,
+        precision: Precision | None = None,
+        backend: DecoderBackend = "auto",
+        filters: tuple[str, ...] = (),
+        max_batch: int = 8,
     ) -> None:
         from minigpt5.engine.decoder import DiffusionDecoder as Engine
         from minigpt5.story.safety import PictureFilter
 
         self.filter = PictureFilter() if "picture" in filters else None
 
-        self.engine = Engine.from_pretrained(model, num_threads=num_threads, precision=precision)
+        self.engine = Engine.from_pretrained(
+            model,
+            num_threads=num_threads,
+            device=device_for(num_gpus_here()),
+            precision=precision,
+            backend=backend,
+            max_batch=max_batch,
+        )
         watch("decoder", self.engine, {"minigpt5_pictures_reused": lambda: self.engine.num_cache_hits})
 
     @serve.multiplexed(max_num_models_per_replica=MAX_STYLES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,12 +23,19 @@ ENGINES: tuple[Engine, ...] = ("generator", "decoder")
 FIRST_SPEEDS: dict[Engine, float] = {"generator": 100.0, "decoder": 60.0}
 """Tokens and UNet samples a second, until it is known how fast the engines are."""
 SPEED_WINDOW_S = 5.0
-"""A speed is measured over so much time in which there was work."""
+"""A speed is known after so much time in which there was work."""
+SPEED_MEMORY_S = 60.0
+"""After so much of it, what was measured counts by half: stories that started together end their pages together, and
+over less than several pages a speed would swing with them."""
 CHARACTERS_PER_TOKEN = 4
 FINISH_SAMPLES = 2.0
 """What the VAE and the PNG of a picture cost, in UNet samples: 1 to 1.7 of the storybook model's, by how many are drawn
 at once. Next to nothing beside forty, a third of a picture that takes four."""
 MAX_RETRY_AFTER_S = 600
+
+
+ARRIVALS_S = 60.0
+"""What has come in so much time is taken to come in the next, too."""
 
 
 class Overloaded(Exception):
@@ -45,7 +52,7 @@ class Load:
 
     num_running: int = 0
     work: dict[Engine, dict[str, float]] = field(default_factory=dict)
-    """By engine and client, in tokens and UNet samples."""
+    """By engine and client, in tokens and UNet samples; with what is expected to come in the place of work done."""
     per_s: dict[Engine, float] = field(default_factory=dict)
     """How much an engine does for them, where there is work."""
 
@@ -84,25 +91,37 @@ class Admission:
         self.others = Load()
         """Load of the other fronts, as they last reported it."""
         self._work: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
+        self._done: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
+        """Done of the requests that run."""
         self._speeds = {engine: _Speed(FIRST_SPEEDS[engine], clock) for engine in ENGINES}
+        self._clock = clock
+        self._arrivals: deque[tuple[float, dict[Engine, float]]] = deque()
+        """When what work was accepted, of the last minute."""
 
     @property
     def is_full(self) -> bool:
         """Nothing more is taken, however little it asks for."""
-        return self.num_running + self.others.num_running >= self.max_running
+        return self._num_at_all >= self.max_running
+
+    @property
+    def _num_at_all(self) -> int:
+        """Requests that run at all fronts."""
+        return self.num_running + self.others.num_running
 
     @property
     def load(self) -> Load:
         """Load of this front."""
-        busy = {engine: speed.per_s for engine, speed in self._speeds.items() if self._work[engine]}
-        work = {engine: dict(clients) for engine, clients in self._work.items()}
+        band = _band(self._num_at_all)
+        busy = {engine: speed.per_s(band) for engine, speed in self._speeds.items() if self._work[engine]}
+        work = {engine: self._with_arrivals(engine) for engine in ENGINES}
         return Load(num_running=self.num_running, work=work, per_s=busy)
 
     @property
     def retry_after_s(self) -> int:
         """A place should be free by then: the mean work of those who have one."""
-        work_s = max(sum(self._clients(engine).values()) / self._per_s(engine) for engine in ENGINES)
-        return _whole(work_s / max(1, self.num_running + self.others.num_running))
+        num = max(1, self._num_at_all)
+        work_s = max(sum(self._clients(engine).values()) / self._per_s(engine, num) for engine in ENGINES)
+        return _whole(work_s / num)
 
     def wait_s(self, request: StoryRequest, *, num_pictures: int = 1) -> float:
         """Seconds until `request` would be done."""
@@ -121,35 +140,51 @@ class Admission:
     def reserve(self, request: StoryRequest, *, num_pictures: int = 1) -> Reservation:
         """Take a place, which the caller must release; `num_pictures` are drawn of each page. Raises Overloaded."""
         if self.is_full:
-            num_running = self.num_running + self.others.num_running
             raise Overloaded(
-                f"{num_running} requests are running and the limit is {self.max_running}: try again in "
+                f"{self._num_at_all} requests are running and the limit is {self.max_running}: try again in "
                 f"{self.retry_after_s} s",
                 retry_after_s=self.retry_after_s,
             )
         wait_s = self.wait_s(request, num_pictures=num_pictures)
-        if self.num_running + self.others.num_running and wait_s > self.max_wait_s:
+        if self._num_at_all and wait_s > self.max_wait_s:
             too_long_s = _whole(wait_s - self.max_wait_s)
             raise Overloaded(
                 f"this request would be done in about {wait_s:.0f} s and the limit is {self.max_wait_s:g} s: "
                 f"try again in {too_long_s} s, or ask for fewer pages or steps",
                 retry_after_s=too_long_s,
             )
-        self.num_running += 1
+        self._change_running(1)
         return Reservation(self, request, num_pictures=num_pictures)
 
     def _wait_s(self, engine: Engine, key: str, cost: float) -> float:
         work = self._clients(engine)
         own = work.get(key, 0.0) + cost
-        return (own + sum(min(other, own) for name, other in work.items() if name != key)) / self._per_s(engine)
+        before = sum(min(other, own) for name, other in work.items() if name != key)
+        return (own + before) / self._per_s(engine, self._num_at_all + 1)
 
     def _clients(self, engine: Engine) -> dict[str, float]:
         """Work of each client, at all fronts."""
         return Load.total([self.load, self.others]).work[engine]
 
-    def _per_s(self, engine: Engine) -> float:
-        """A front only sees what an engine does for itself."""
-        return self._speeds[engine].per_s + self.others.per_s.get(engine, 0.0)
+    def _per_s(self, engine: Engine, num: int) -> float:
+        """Speed with `num` requests at once, which share the engines' steps. A front only sees what an engine does for
+        itself."""
+        return self._speeds[engine].per_s(_band(num)) + self.others.per_s.get(engine, 0.0)
+
+    def _with_arrivals(self, engine: Engine) -> dict[str, float]:
+        """Work of each client, and as much more as will come in the place of what is done: requests that run share the
+        engines with later ones. Where requests keep an engine busy, others never have less than all of their work."""
+        while self._arrivals and self._arrivals[0][0] < self._clock() - ARRIVALS_S:
+            self._arrivals.popleft()
+        came = sum(costs[engine] for _, costs in self._arrivals) / ARRIVALS_S
+        is_known = self._arrivals and self._clock() - self._arrivals[0][0] > SPEED_WINDOW_S
+        share = min(1.0, came / self._per_s(engine, max(1, self._num_at_all))) if is_known else 0.0
+        return {key: left + share * self._done[engine].get(key, 0.0) for key, left in self._work[engine].items()}
+
+    def _change_running(self, change: int) -> None:
+        for speed in self._speeds.values():
+            speed.count_time(_band(self._num_at_all))
+        self.num_running += change
 
     def _promise(self, engine: Engine, key: str, cost: float) -> None:
         if cost:
@@ -159,12 +194,19 @@ class Admission:
     def _settle(self, engine: Engine, key: str, cost: float, *, is_done: bool) -> None:
         """Work is done, or will never be."""
         if is_done:
-            self._speeds[engine].add(cost)
+            self._done[engine][key] += cost
+            self._speeds[engine].add(cost, _band(self._num_at_all))
         self._work[engine][key] -= cost
         if self._work[engine][key] <= 0:
             del self._work[engine][key]
         if not self._work[engine]:
             self._speeds[engine].rest()
+
+    def _forget(self, engine: Engine, key: str, done: float) -> None:
+        """A request that has done so much runs no longer."""
+        self._done[engine][key] -= done
+        if self._done[engine][key] <= 1e-9:
+            del self._done[engine][key]
 
 
 class Reservation:
@@ -173,7 +215,9 @@ class Reservation:
     def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int) -> None:
         self._admission, self._key = admission, request.key
         self._relative_pixels = admission.relative_pixels(request.draw)
-        self._left = admission.predict(request, num_pictures=num_pictures)
+        self._promised = admission.predict(request, num_pictures=num_pictures)
+        self._left = dict(self._promised)
+        admission._arrivals.append((admission._clock(), self._promised))
         self._page_tokens = self._left["generator"] / request.pages
         self._samples = self._relative_pixels * samples_per_step(
             request.draw, guides_in_one_call=admission.guides_in_one_call
@@ -200,7 +244,8 @@ class Reservation:
             self._is_left = True
             for engine, cost in self._left.items():
                 self._admission._settle(engine, self._key, cost, is_done=False)
-            self._admission.num_running -= 1
+                self._admission._forget(engine, self._key, self._promised[engine] - cost)
+            self._admission._change_running(-1)
 
     def _take(self, engine: Engine, cost: float) -> None:
         if not self._is_left:
@@ -244,15 +289,28 @@ def samples_per_step(draw: DrawSettings, *, guides_in_one_call: bool) -> int:
     return 1 if guides_in_one_call or draw.guidance_scale <= 1 else 2
 
 
+def _band(num: int) -> int:
+    """Numbers of requests at once for which an engine has about one speed: 1, 2, 3 to 4, 5 to 8, ..."""
+    return max(0, num - 1).bit_length()
+
+
 class _Speed:
-    """How much an engine does in a second while it has work."""
+    """How much an engine does in a second while it has work, by the band of requests at once: a step that sixteen
+    share does several times the work of one's own."""
 
     def __init__(self, first: float, clock: Callable[[], float]) -> None:
-        self.per_s = first
-        self._clock = clock
-        self._done = self._busy_s = 0.0
+        self._first, self._clock = first, clock
+        self._done: defaultdict[int, float] = defaultdict(float)
+        self._busy_s: defaultdict[int, float] = defaultdict(float)
+        self._known: dict[int, float] = {}
         self._since: float | None = None
         """When the time began that is not counted yet; None: there is no work."""
+
+    def per_s(self, band: int) -> float:
+        """As measured in this band, else in the nearest one that is known: the lower of two."""
+        if not self._known:
+            return self._first
+        return self._known[min(self._known, key=lambda known: (abs(known - band), known))]
 
     def wake(self) -> None:
         if self._since is None:
@@ -261,11 +319,18 @@ class _Speed:
     def rest(self) -> None:
         self._since = None
 
-    def add(self, done: float) -> None:
-        now = self._clock()
-        self._busy_s += now - (now if self._since is None else self._since)
-        self._since = now
-        self._done += done
-        if self._busy_s >= SPEED_WINDOW_S:
-            self.per_s = (self.per_s + self._done / self._busy_s) / 2
-            self._done = self._busy_s = 0.0
+    def count_time(self, band: int) -> None:
+        """The time so far had so many requests."""
+        if self._since is not None:
+            now = self._clock()
+            self._busy_s[band] += now - self._since
+            self._since = now
+
+    def add(self, done: float, band: int) -> None:
+        self.count_time(band)
+        self._done[band] += done
+        if self._busy_s[band] >= SPEED_WINDOW_S:
+            self._known[band] = self._done[band] / self._busy_s[band]
+        if self._busy_s[band] >= SPEED_MEMORY_S:
+            self._done[band] /= 2
+            self._busy_s[band] /= 2

@@ -50,6 +50,8 @@ RECOVER_S = 10.0
 """How often the storage is searched for stories that no front runs."""
 CANCEL_S = 10.0
 """How long a cancel waits for another front to end its story."""
+STORED = (Picture, SlotOpened, PageDone)
+"""The events that announce something to store."""
 
 
 class KeyTaken(Exception):
@@ -297,7 +299,8 @@ class StoryManager:
                     self._text_filter.check_text(story.builder.text(event.page), f"page {event.page}")
                 reservation.observe(event)
                 clock.observe(event)
-                await uninterrupted(asyncio.to_thread(self._keep, story, event))
+                if isinstance(event, STORED):  # a thread for each piece of text would cost more than the text
+                    await uninterrupted(asyncio.to_thread(self._keep, story, event))
                 story.add(_announce(story, event))
 
     async def _end(self, story: RunningStory, state: StoryState) -> StoryState | None:

@@ -15,8 +15,10 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import AsyncIterator, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,14 +34,38 @@ from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.pictures import resample
-from minigpt5.types import DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
+from minigpt5.types import DecoderBackend, DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
 
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
 """Size of the finished pictures that are kept."""
 
 
-class _Job(Job[DecoderEvent]):
+PNG_LEVEL = 4
+"""Of zlib: half the time of 6, its default, for files that are 4 % larger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A finished picture that is no file yet."""
+
+    request: DrawRequest
+    pixels_YXC: np.ndarray
+    """uint8."""
+
+    def to_picture(self) -> Picture:
+        height, width, _ = self.pixels_YXC.shape
+        return Picture(
+            page=self.request.vokens.page,
+            png=to_file(self.pixels_YXC, "PNG"),
+            width=width,
+            height=height,
+            seed=self.request.seed,
+            denoise_steps=self.request.settings.steps,
+        )
+
+
+class _Job(Job[DecoderEvent | Drawn]):
     """A picture that is asked for; `denoising` from its first step on."""
 
     def __init__(self, request: DrawRequest, *, is_guided: bool, relative_pixels: float) -> None:
@@ -92,15 +118,25 @@ class DiffusionDecoder:
         num_threads: int | None = None,
         device: str | None = None,
         precision: Precision | None = None,
+        backend: DecoderBackend = "auto",
+        max_batch: int = 8,
     ) -> DiffusionDecoder:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
         that this process sees where there is one, else the CPU. `precision` of the weights: by default float32 on a
-        CPU, and bfloat16 on a GPU, in half the memory."""
+        CPU, and bfloat16 on a GPU, in half the memory. `backend` computes the denoiser and the VAE. `max_batch`:
+        guided pictures that share a step."""
         from minigpt5.model.folder import default_device, load_decoder_model
 
+        num_threads = num_threads or torch.get_num_threads()
         with single_thread():
-            parts = load_decoder_model(folder, device=device or default_device(), precision=precision)
-        return cls(*parts, num_threads=num_threads)
+            parts = load_decoder_model(
+                folder,
+                device=device or default_device(),
+                precision=precision,
+                backend=backend,
+                num_threads=num_threads,
+            )
+        return cls(*parts, max_batch=max_batch, num_threads=num_threads)
 
     @property
     def num_running(self) -> int:
@@ -165,6 +201,9 @@ class DiffusionDecoder:
         )
         async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:
+                if isinstance(event, Drawn):  # compressing it would keep the engine's thread from the other pictures
+                    event = await asyncio.to_thread(event.to_picture)
+                    self._pictures.put(content_key(request), event)
                 yield event
 
     @torch.no_grad()
@@ -173,8 +212,7 @@ class DiffusionDecoder:
         pictures = self._begin(requests)
         while running := [picture for picture in pictures if picture.num_calls_left]:
             advance(self.diffusion, running, self.null_1QD)
-        drawn = self._finish(requests, pictures)
-        return [self._fit(picture, request) for picture, request in zip(drawn, requests, strict=True)]
+        return [self._fit(drawn.to_picture(), drawn.request) for drawn in self._finish(requests, pictures)]
 
     def _choose(self, jobs: list[_Job]) -> list[_Job]:
         return self._fair.choose(jobs, key=lambda job: job.key, cost=lambda job: job.num_samples)
@@ -196,9 +234,8 @@ class DiffusionDecoder:
             job.cost = denoising.num_calls_left * job.num_samples
             self._tell(job, denoising)
         finished = [(job, denoising) for job, denoising in running if not denoising.num_calls_left]
-        pictures = self._finish([job.request for job, _ in finished], [denoising for _, denoising in finished])
-        for (job, _), picture in zip(finished, pictures, strict=True):
-            self._pictures.put(content_key(job.request), picture)
+        drawn = self._finish([job.request for job, _ in finished], [denoising for _, denoising in finished])
+        for (job, _), picture in zip(finished, drawn, strict=True):
             job.put(picture)
             job.is_done = True
 
@@ -249,31 +286,17 @@ class DiffusionDecoder:
         is_small = max(latents_1CYX.shape[2:]) < PREVIEW_PX // 2
         return self.diffusion.to_pixels(latents_1CYX) if is_small else self.diffusion.to_preview(latents_1CYX)
 
-    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Picture]:
-        if not pictures:
-            return []
-        return [
-            Picture(
-                page=request.vokens.page,
-                png=png,
-                width=pixels_CYX.shape[2],
-                height=pixels_CYX.shape[1],
-                seed=request.seed,
-                denoise_steps=request.settings.steps,
-            )
-            for request, (pixels_CYX, png) in zip(requests, self._develop(pictures), strict=True)
-        ]
-
-    def _develop(self, pictures: Sequence[Denoising]) -> list[tuple[Tensor, bytes]]:
-        """Latents -> pixels and files: those of one size go through the VAE together."""
-        shapes = dict.fromkeys(picture.latents_1CYX.shape for picture in pictures)
-        developed: dict[int, tuple[Tensor, bytes]] = {}
-        for shape in shapes:
+    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Drawn]:
+        """Latents -> pixels: those of one size go through the VAE together."""
+        pixels: dict[int, np.ndarray] = {}
+        for shape in dict.fromkeys(picture.latents_1CYX.shape for picture in pictures):
             alike = [picture for picture in pictures if picture.latents_1CYX.shape == shape]
             pixels_BCYX = self.diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in alike]))
-            files = zip(pixels_BCYX, encode(pixels_BCYX, "PNG"), strict=True)
-            developed |= dict(zip(map(id, alike), files, strict=True))
-        return [developed[id(picture)] for picture in pictures]
+            pixels |= dict(zip(map(id, alike), to_pixels(pixels_BCYX), strict=True))
+        return [
+            Drawn(request=request, pixels_YXC=pixels[id(picture)])
+            for request, picture in zip(requests, pictures, strict=True)
+        ]
 
 
 def content_key(request: DrawRequest) -> Hashable:
@@ -290,11 +313,13 @@ def is_shown(step: int, steps: int, num_previews: int) -> bool:
 
 def encode(pixels_BCYX: Tensor, file_format: str, *, side_px: int | None = None) -> list[bytes]:
     """Pictures in [-1, 1] -> files, made smaller where `side_px` is given."""
-    files = []
-    for picture_YXC in to_pixels(pixels_BCYX):
-        picture, file = Image.fromarray(picture_YXC), io.BytesIO()
-        if side_px:
-            picture.thumbnail((side_px, side_px))
-        picture.save(file, file_format)
-        files.append(file.getvalue())
-    return files
+    return [to_file(picture_YXC, file_format, side_px=side_px) for picture_YXC in to_pixels(pixels_BCYX)]
+
+
+def to_file(pixels_YXC: np.ndarray, file_format: str, *, side_px: int | None = None) -> bytes:
+    """As `encode`, of one picture's bytes."""
+    picture, file = Image.fromarray(pixels_YXC), io.BytesIO()
+    if side_px:
+        picture.thumbnail((side_px, side_px))
+    picture.save(file, file_format, **({"compress_level": PNG_LEVEL} if file_format == "PNG" else {}))
+    return file.getvalue()

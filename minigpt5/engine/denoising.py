@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt5.model.decoders.diffusion import Diffusion
-from minigpt5.types import DrawSettings
+from minigpt5.types import DISTILLED, DrawSettings
 
 
 class Denoising:
@@ -97,11 +97,11 @@ def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tenso
     """A step of all pictures, whichever each is at: one call for all of one denoiser, style and size."""
     alike: dict[tuple[int, str, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
-        denoiser = diffusion.denoiser_for(picture.draw.scheduler)
+        denoiser = diffusion.denoiser_for(picture.draw.scheduler, picture.draw.style)
         key = id(denoiser), picture.draw.style, picture.latents_1CYX.shape
         alike.setdefault(key, (denoiser, []))[1].append(picture)
     for (_, style, _), (denoiser, together) in alike.items():
-        if denoiser is diffusion.denoiser:
+        if together[0].draw.scheduler != DISTILLED:
             diffusion.use_style(style)
         _advance_together(diffusion, denoiser, together, null_1QD)
 

@@ -13,8 +13,9 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,26 +28,22 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
-from minigpt5.engine.kv_cache import SlotCache
+from minigpt5.engine.kv_cache import SlotCache, bytes_per_token, num_blocks, upload
+from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
 from minigpt5.engine.script import Read, Score, Script, Writer
 from minigpt5.engine.threads import single_thread
-from minigpt5.errors import InvalidRequest
+from minigpt5.errors import InvalidRequest, SettingsError
+from minigpt5.limits import BLOCK, Limits, default_limits, kv_cache_bytes
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import encode, given_ids, pictures_read, request_segments
 from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Precision, Role, StoryRequest
+from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Role, StoryRequest, TextPrecision
 
-SHORT_READ = 64
-"""Tokens that are read at once: a written token, a picture's vokens, most prompts."""
-PART = 4
-"""A longer prompt is read in parts while others write: of so many tokens, or as many as requests write."""
-LONG_READ = 512
-"""Tokens of a step while nobody writes."""
 READ_BACK_TOKENS = 16
 """Around a picture that is read back, and of what is asked after it."""
-DEFAULT_SLOTS = 24
-"""Requests under way at once; each has room for the whole context in the KV store."""
+MIN_SHARE = 0.25
+"""Share of slots and of the KV store that clients with requests under way leave to others."""
 PICTURE_BYTES = 64 * 2**20
 """Size of the embeddings of input pictures that are kept."""
 
@@ -66,6 +63,8 @@ class _Job(Job[GeneratorEvent]):
         """The last place that each token of the context sees, where the language model sees whole pictures."""
         self.script: Script
         self.writer: Writer
+        self.num_positions = int(cost)
+        """Longest that it may become."""
         self.slot = -1
         self.left: list[int] = []
         """Token ids that are still to be read before the script goes on."""
@@ -83,30 +82,37 @@ class VokenGenerator:
         language: LanguageModel,
         vision: Vision,
         *,
-        num_slots: int = DEFAULT_SLOTS,
-        max_batch: int = 16,
+        limits: Limits | None = None,
         max_jobs: int = 512,
         num_threads: int | None = None,
+        draws_on_device: bool | None = None,
     ) -> None:
-        """`num_slots` requests are under way and `max_batch` of them take part in a step; others wait, and beyond
-        `max_jobs` they are refused. `num_threads`: torch threads of a step (default: as many as here)."""
+        """Requests beyond `limits` (default: those of the device) wait, and beyond `max_jobs` they are refused.
+        `num_threads`: torch threads of a step (default: as many as here). `draws_on_device`: whether tokens are drawn
+        in one call where their logits lie (default: on a GPU).
+
+        Raises SettingsError where the KV store has no room for a request as long as the context.
+        """
         self.config = config
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
         self.template = make_template(config, tokenizer)
         self.end_ids = self.template.end_ids(tokenizer)
         self.num_close_choices = 0
-        """Tokens of finished requests whose choice another batch could have changed."""
+        """Tokens of finished requests whose choice another batch could have changed. Counted where tokens are drawn on
+        the CPU: on a GPU, below float32, every batch may change some."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
         """Tokens of prompts, and how many of them were there already in a slot that begins alike."""
-        self._cache = SlotCache.for_model(language.body, num_slots=num_slots, num_positions=config.context_tokens)
-        self._contents = np.full((num_slots, config.context_tokens), -1)
+        self.limits = limits or default_limits(self._device.type)
+        self._draws_on_device = self._device.type != "cpu" if draws_on_device is None else draws_on_device
+        self._cache = new_cache(language, self.limits, num_positions=config.context_tokens)
+        self._contents = np.full((self.limits.num_slots, config.context_tokens), -1)
         """What each slot has read: token ids, and the hash of a picture at its placeholders."""
-        self._free_slots = list(range(num_slots))
+        self._free_slots = list(range(self.limits.num_slots))
         """Least recently used first. What they have read stays until they are taken again."""
-        self._num_reserved = num_slots // 4
+        self._num_reserved = int(MIN_SHARE * self.limits.num_slots)
         self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
-        self._fair = FairShare(max_batch, min_places=1)
+        self._fair = FairShare(self.limits.max_batch, min_places=1)
         self._loop = EngineLoop[_Job](
             "generator",
             choose=self._choose,
@@ -123,16 +129,23 @@ class VokenGenerator:
         *,
         num_threads: int | None = None,
         device: str | None = None,
-        precision: Precision | None = None,
+        precision: TextPrecision | None = None,
+        limits: Limits | None = None,
     ) -> VokenGenerator:
         """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
-        that this process sees where there is one, else the CPU. `precision` of the language model: by default float32
-        on a CPU and bfloat16 on a GPU."""
+        that this process sees where there is one, else the CPU. `precision` of the language model: by default what
+        is fastest on this CPU of what keeps its text, and bfloat16 on a GPU. `limits`: by default those of the
+        device."""
         from minigpt5.model.folder import default_device, load_generator_model
 
+        threads = torch.get_num_threads()
         with single_thread():
             parts = load_generator_model(folder, device=device or default_device(), precision=precision)
-        return cls(*parts, num_threads=num_threads)
+            return cls(*parts, limits=limits, num_threads=num_threads or threads)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.language.embedding.device
 
     @property
     def num_running(self) -> int:
@@ -238,21 +251,25 @@ class VokenGenerator:
         while waiting := [job for job in jobs if not job.is_started]:
             num_slots = Counter(job.key for job in jobs if job.is_started)
             job = min(waiting, key=lambda job: num_slots[job.key])  # the oldest of the key with the fewest slots
-            if len(self._free_slots) <= (self._num_reserved if num_slots[job.key] else 0):
+            is_first = not num_slots[job.key]
+            if len(self._free_slots) <= (0 if is_first else self._num_reserved):
+                break
+            share = 1 if is_first else 1 - MIN_SHARE
+            if not self._cache.has_room(job.num_positions, idle=self._free_slots, share=share):
                 break
             self._admit(job)
         return self._fair.choose([job for job in jobs if job.is_started], key=lambda job: job.key, cost=lambda job: 1)
 
     def _admit(self, job: _Job) -> None:
-        """Take the slot that was unused for longest, and begin it as the slot that has most of the prompt."""
+        """Take the slot that was unused for longest, and begin it as the slot that has most of the prompt; or take that
+        one, where its memory is needed."""
         job.is_started = True
-        job.slot = self._free_slots.pop(0)
-        lengths = np.minimum(self._cache.lengths, len(job.prompt) - 1)  # the last token's state is wanted
-        is_other = self._contents[:, : len(job.prompt)] != job.prompt
-        is_other[np.arange(is_other.shape[1]) >= lengths[:, None]] = True
-        num_known = is_other.argmax(axis=1)
-        source = int(num_known.argmax())
-        known = int(num_known[source])
+        source, known = self._find_beginning(job)
+        others = [slot for slot in self._free_slots if slot != source]
+        is_kept = source not in self._free_slots or self._cache.has_room(job.num_positions, idle=others)
+        job.slot = self._free_slots[0] if is_kept else source
+        self._free_slots.remove(job.slot)
+        self._cache.take(job.slot, job.num_positions, idle=[slot for slot in others if slot != job.slot])
         if known and source != job.slot:
             self._cache.copy(source, job.slot, known)
         self._resume([(job, None)])
@@ -263,6 +280,15 @@ class VokenGenerator:
         self.num_prompt_tokens += len(job.prompt)
         self.num_reused_tokens += known
 
+    def _find_beginning(self, job: _Job) -> tuple[int, int]:
+        """The slot that has most of a job's prompt, and how much."""
+        lengths = np.minimum(self._cache.lengths, len(job.prompt) - 1)  # the last token's state is wanted
+        is_other = self._contents[:, : len(job.prompt)] != job.prompt
+        is_other[np.arange(is_other.shape[1]) >= lengths[:, None]] = True
+        num_known = is_other.argmax(axis=1)
+        source = int(num_known.argmax())
+        return source, int(num_known[source])
+
     @torch.no_grad()
     def _advance(self, jobs: list[_Job]) -> None:
         """One step of the language model, and what follows from it."""
@@ -271,7 +297,7 @@ class VokenGenerator:
             return
         ids_1T = torch.tensor([[token for job, num_tokens in parts for token in job.left[:num_tokens]]])
         images = [image_PH for job, num_tokens in parts if (image_PH := self._images(job, num_tokens)) is not None]
-        embeds_1TH = self.language.embed(ids_1T, torch.cat(images)[None] if images else None)
+        embeds_1TH = self.language.embed(upload(ids_1T, self._device), torch.cat(images)[None] if images else None)
         counts = [(job.slot, num_tokens) for job, num_tokens in parts]
         positions = [one for job, num in parts for one in self._slice(job, job.positions_3S, num)]
         last_seen = [one for job, num in parts for one in self._slice(job, job.last_seen_S, num)]
@@ -294,12 +320,15 @@ class VokenGenerator:
     def _part(self, jobs: list[_Job]) -> list[tuple[_Job, int]]:
         """How much each reads in this step: prompts in parts, so that those who write keep their pace; the client who
         got least so far comes first."""
-        num_short = sum(len(job.left) <= SHORT_READ for job in jobs)
-        budget = max(PART, num_short) if num_short else LONG_READ
+        limits = self.limits
+        num_short = sum(len(job.left) <= limits.short_read_tokens for job in jobs)
+        budget = max(limits.part_tokens, num_short) if num_short else limits.long_read_tokens
         parts = []
         for job in jobs:
-            num_tokens = len(job.left) if len(job.left) <= SHORT_READ else min(len(job.left), budget)
-            budget -= num_tokens if len(job.left) > SHORT_READ else 0
+            num_tokens = len(job.left)
+            if num_tokens > limits.short_read_tokens:
+                num_tokens = min(num_tokens, budget)
+                budget -= num_tokens
             if num_tokens:
                 parts.append((job, self._complete(job, num_tokens)))
         return parts
@@ -335,10 +364,10 @@ class VokenGenerator:
         start = self._cache.lengths[job.slot]
         return [] if laid_out is None else [laid_out[..., start : start + num_tokens]]
 
-    def _resume(self, answers: Iterable[tuple[_Job, Tensor | np.ndarray | None]]) -> None:
+    def _resume(self, answers: Iterable[tuple[_Job, Tensor | Choice | None]]) -> None:
         """Answer scripts until each asks for something to be read, or has ended."""
         while answers:
-            asking: list[tuple[_Job, Tensor]] = []
+            asking: list[tuple[_Job, Score]] = []
             for job, answer in answers:
                 try:
                     asked = job.script.send(answer)
@@ -348,13 +377,26 @@ class VokenGenerator:
                     job.fail(failure)
                 else:
                     if isinstance(asked, Score):
-                        asking.append((job, asked.state_H))
+                        asking.append((job, asked))
                     else:
                         self._begin(job, asked)
             if not asking:
                 return
-            logits = self.language.logits(torch.stack([state_H for _, state_H in asking])).float().cpu().numpy()
-            answers = list(zip((job for job, _ in asking), logits, strict=True))
+            choices = self._draw([asked for _, asked in asking])
+            answers = list(zip((job for job, _ in asking), choices, strict=True))
+
+    def _draw(self, asked: Sequence[Score]) -> list[Choice]:
+        """The tokens that follow some states."""
+        first_voken = self.language.voken_embeddings.first
+        logits_RT = self.language.logits(torch.stack([score.state_H for score in asked]))
+        draws = [score.draw for score in asked]
+        if self._draws_on_device:
+            tokens = draw_tokens(logits_RT, draws, first_voken=first_voken)
+            return [Choice(token=token, margin=math.inf) for token in tokens]
+        logits = logits_RT.float().cpu().numpy()
+        return [
+            draw_token(logits_T, draw, first_voken=first_voken) for logits_T, draw in zip(logits, draws, strict=True)
+        ]
 
     def _begin(self, job: _Job, read: Read) -> None:
         self._cache.lengths[job.slot] = read.start
@@ -366,7 +408,34 @@ class VokenGenerator:
         job.script.close()
         self.num_close_choices += job.writer.num_close
         if job.slot >= 0:
+            self._cache.trim(job.slot)
             self._free_slots.append(job.slot)
+
+
+def new_cache(language: LanguageModel, limits: Limits, *, num_positions: int) -> SlotCache:
+    """A KV store within the limits: of whole slots on a CPU where no size is given, else in blocks.
+
+    Raises SettingsError where blocks have no room for one sequence of `num_positions`.
+    """
+    device = language.embedding.device
+    if device.type == "cpu" and limits.kv_cache_gib is None:
+        return SlotCache.for_model(language.body, num_slots=limits.num_slots, num_positions=num_positions)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    used_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    size = kv_cache_bytes(limits, free_bytes=free_bytes, total_bytes=total_bytes, used_bytes=used_bytes)
+    block_bytes = BLOCK * bytes_per_token(language.body)
+    needed = num_blocks(num_positions)
+    if size < needed * block_bytes:
+        raise SettingsError(
+            f"the KV store has {size / 2**30:.2f} GiB, but one request of {num_positions} tokens takes "
+            f"{needed * block_bytes / 2**30:.2f}: set kv_cache_gib to at least that, or use a GPU with more memory"
+        )
+    return SlotCache.for_model(
+        language.body,
+        num_slots=limits.num_slots,
+        num_positions=num_positions,
+        num_shared_blocks=min(size // block_bytes, limits.num_slots * needed),
+    )
 
 
 def check_request(request: StoryRequest) -> None:

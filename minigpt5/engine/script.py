@@ -1,9 +1,9 @@
 """One request as a script: what the language model reads next, and what its states become.
 
-A script asks for states by yielding `Read` and for logits by yielding `Score`, and is sent the answer. The engine that
+A script asks for states by yielding `Read` and for a token by yielding `Score`, and is sent the answer. The engine that
 runs it may answer many scripts with one step of the model. The script passes what it writes to `put`, in order.
 
-Shape letters: H hidden width, V vokens, N states asked for, T vocabulary.
+Shape letters: H hidden width, V vokens, N states asked for.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from minigpt5.engine.sampling import sample_token
+from minigpt5.engine.sampling import Draw
 from minigpt5.engine.text_stream import TextStream
 from minigpt5.model.prompt import Template, given_ids
 from minigpt5.model.vokens import VokenEmbeddings
@@ -39,9 +38,10 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A state; answered with its logits: (T,)."""
+    """A state and how the token after it is drawn; answered with a `Choice`."""
 
     state_H: Tensor
+    draw: Draw
 
 
 Script = Generator[Read | Score, Any, None]
@@ -83,7 +83,11 @@ class Writer:
         self._num_given = self._num_written = 0
 
     def script(self) -> Script:
-        """The whole request; ends with Usage."""
+        """The whole request; ends with Usage. Raises TypeError where sampling is not by numbers."""
+        sampling = self.request.sampling
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if not isinstance(value := getattr(sampling, name), int | float):
+                raise TypeError(f"{name} is {value!r} but must be a number")
         yield from {"story": self._story, "caption": self._caption, "reply": self._reply}[self.request.mode]()
         num_read = len(self.prompt_ids) + self._num_given
         self._put(Usage(prompt_tokens=num_read, completion_tokens=self._num_written))
@@ -164,20 +168,19 @@ class Writer:
         states = deque([state_H], maxlen=4 * max(map(len, self._stop), default=0) + 1)
         opens_picture = False
         while len(stream.tokens) < limit:
-            logits_T = yield Score(state_H=states[-1])
-            if is_rushed:
-                logits_T[voken_embeddings.first] = 10 * logits_T.max()
             closed = [voken_embeddings.first] if not may_draw else []
             if len(stream.tokens) < min_tokens:
                 closed = [voken_embeddings.first, *self._end_ids]
-            choice = sample_token(
-                mask(logits_T, voken_embeddings, closed),
-                request.sampling,
+            draw = Draw(
+                sampling=request.sampling,
                 seed=request.seed,
                 page=page,
                 position=len(stream.tokens),
                 seen=said + stream.tokens,
+                closed=closed,
+                is_rushed=is_rushed,
             )
+            choice = yield Score(state_H=states[-1], draw=draw)
             self.num_close += choice.margin < CLOSE
             opens_picture = choice.token == voken_embeddings.first
             if opens_picture or choice.token in self._end_ids:
@@ -208,11 +211,3 @@ class Writer:
     def _show(self, page: int, text: str) -> None:
         if text:
             self._put(TextDelta(page=page, text=text))
-
-
-def mask(logits_T: np.ndarray, voken_embeddings: VokenEmbeddings, closed: list[int]) -> np.ndarray:
-    """Logits of what may follow: text, or the first voken; the other vokens come after it by themselves."""
-    logits_T = logits_T.copy()
-    logits_T[voken_embeddings.first + 1 :] = -np.inf
-    logits_T[closed] = -np.inf
-    return logits_T

@@ -234,7 +234,7 @@ def _is_complete(snapshot: Path) -> bool:
     return any(snapshot.rglob("*.safetensors")) and all(shard.is_file() for shard in shards)
 
 
-_CONVERSION = 1
+_CONVERSION = 2
 """Raised by one whenever a converter below writes something else than before."""
 
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -244,6 +244,8 @@ _EFFICIENTNET_PTH = "efficientnet-lite0-57934424.pth"
 def _convert_smollm2(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from minigpt5.model.quantised import read_gguf, save_codes
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
         AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_GGUF).save_pretrained(target)
@@ -261,6 +263,26 @@ def _convert_smollm2(source: Path, target: Path) -> None:
     # are tied only below 1e-4. CPUs compute in float32 too, so replicas map the file and share its pages.
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(target)
+    # The file's own 4-bit codes stay beside them, for engines that compute with them.
+    names = {
+        f"blk.{layer}.{theirs}.weight": f"model.layers.{layer}.{ours}.weight"
+        for layer in range(model.config.num_hidden_layers)
+        for theirs, ours in _LLAMA_NAMES.items()
+    }
+    heads, key_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    save_codes(read_gguf(source / _SMOLLM2_GGUF, names, num_heads=heads, num_key_heads=key_heads), target)
+
+
+_LLAMA_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""Matrices of a layer, by GGUF's names and transformers'."""
 
 
 def _convert_efficientnet_lite0(source: Path, target: Path) -> None:

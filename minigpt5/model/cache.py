@@ -19,6 +19,8 @@ from minigpt5.types import DISTILLED_FOLDER
 
 UNUSED_WEIGHTS = ("*.fp16[.-]*safetensors", "*.bf16[.-]*safetensors", "*pruned*.safetensors")
 """Second copies of weights in repositories of the hub, whole or in shards."""
+QUANTISED = "quantised.safetensors"
+"""A base model's own quantised weights, beside the float32 ones that they stand for: see `quantised.py`."""
 KEPT_BYTES = 2**24
 """Smallest file whose hash is kept; a smaller one is read in no time."""
 SETTLED_S = 2.0
@@ -88,7 +90,7 @@ def hash_weights(folder: Path, *, without: str = "") -> str:
 
     Of a pipeline's folder only the parts count: beside them, the hub keeps the same weights as one file."""
     digest = hashlib.sha256()
-    skipped = {path for pattern in (*UNUSED_WEIGHTS, without) if pattern for path in folder.rglob(pattern)}
+    skipped = {path for pattern in (*UNUSED_WEIGHTS, QUANTISED, without) if pattern for path in folder.rglob(pattern)}
     parts = list_parts(folder)
     places = [folder / part for part in (*parts, DISTILLED_FOLDER)] if parts else [folder]
     paths = sorted({path for place in places for path in place.rglob("*.safetensors")} - skipped)

@@ -29,7 +29,7 @@ from minigpt5.model.base_models import resolve
 from minigpt5.model.folder_config import PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
 from minigpt5.model.weights import load_module, save_module
-from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings, Precision
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings, Precision, TextPrecision
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -80,37 +80,70 @@ def default_device() -> str:
 
 
 def load_generator_model(
-    folder: str | Path, *, device: str = "cpu", precision: Precision | None = None
+    folder: str | Path, *, device: str = "cpu", precision: TextPrecision | None = None
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
-    """What writes, ready to: config, tokenizer, language model with rows and merged adapter, vision path.
+    """What writes, ready to: config, tokenizer, language model with rows and adapter, vision path.
 
-    `precision` of the language model: by default float32 on a CPU, and bfloat16 on a GPU, in half the memory.
+    `precision` of the language model: by default bfloat16 on a GPU, and on a CPU what `choose_precision` says.
     """
     import torch
 
     from minigpt5.model.language import load_tokenizer
+    from minigpt5.model.precision import check_precision, choose_precision
 
     folder = locate(folder)
     config = check_folder(folder)
-    language, vision = load_language_and_vision(folder, config)
     is_on_cpu = torch.device(device).type == "cpu"
-    if (precision or ("float32" if is_on_cpu else "bfloat16")) == "bfloat16":
-        for parameter in language.parameters():  # and no buffer: rotary frequencies need float32
-            parameter.data = parameter.data.to(torch.bfloat16)
-    language.to(device).pack()
-    return config, load_tokenizer(find_part(folder, config, config.language_model), config), language, vision.to(device)
+    base_folder = find_part(folder, config, config.language_model)
+    if precision:
+        check_precision(precision, base_folder, is_on_cpu=is_on_cpu)
+    else:
+        precision = choose_precision(base_folder) if is_on_cpu else "bfloat16"
+    if precision == "int4":
+        language, vision = _load_int4(folder, config, base_folder)
+    else:
+        language, vision = load_language_and_vision(folder, config)
+        if is_on_cpu:
+            language.pack(precision)
+        elif precision == "bfloat16":
+            for parameter in language.parameters():  # and no buffer: rotary frequencies need float32
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return config, load_tokenizer(base_folder, config), language.to(device), vision.to(device)
+
+
+def _load_int4(folder: Path, config: ModelConfig, base_folder: Path) -> tuple[LanguageModel, Vision]:
+    """Language model and vision path, with the base model's own codes and the adapter beside them."""
+    from minigpt5.model.language import load_base
+    from minigpt5.model.packing import match_codes
+    from minigpt5.model.quantised import load_codes
+    from minigpt5.model.vision import Vision
+
+    base = load_base(base_folder)
+    codes = match_codes(base, load_codes(base_folder))
+    language = load_language(folder, config, adapter="frozen", base=base)
+    is_one = config.vision.family == "own"
+    vision = Vision.from_base(config, base, base_folder) if is_one else load_vision(folder, config)
+    language.pack("int4", codes)
+    return language, vision
 
 
 def load_decoder_model(
-    folder: str | Path, *, device: str = "cpu", precision: Precision | None = None
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    precision: Precision | None = None,
+    backend: DecoderBackend = "eager",
+    num_threads: int | None = None,
 ) -> tuple[ModelConfig, Mapper, Diffusion]:
     """What draws, ready to: config, mapper, diffusion model. docs/batch-invariance.md says how far a picture
     depends on its batch: on a CPU, layers of a UNet are mended, and those of a transformer are not.
 
     `precision` of the diffusion model: by default float32 on a CPU, and bfloat16 on a GPU, in half the memory.
+    `backend`: what computes it; `num_threads` of OpenVINO, by default as many as torch has here.
     """
     import torch
 
+    from minigpt5.model.backends.choose import choose, warm_up
     from minigpt5.model.batch_invariance import make_batch_invariant, mend_denoiser
     from minigpt5.model.decoders.load import load_diffusion
     from minigpt5.model.decoders.styles import Styles
@@ -119,7 +152,19 @@ def load_decoder_model(
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
     base = find_part(folder, config, config.diffusion)
-    diffusion = load_diffusion(base, distilled=find_distilled(base, folder))
+    distilled = find_distilled(base, folder)
+    diffusion = load_diffusion(base, distilled=distilled).eval()
+    with torch.no_grad():
+        null_1QD = mapper.null_condition()
+        choose(
+            diffusion,
+            base,
+            null_1QD,
+            distilled=distilled,
+            backend=backend,
+            device=device,
+            num_threads=num_threads or torch.get_num_threads(),
+        )
     is_on_cpu = torch.device(device).type == "cpu"
     if is_on_cpu:  # what is mended there is oneDNN's
         make_batch_invariant(diffusion)
@@ -131,6 +176,7 @@ def load_decoder_model(
         prefix=diffusion.DENOISER,
         mend=mend_denoiser if is_on_cpu else lambda denoiser: None,
     )
+    warm_up(diffusion, null_1QD)
     return config, mapper.to(device), diffusion.to(device)
 
 

@@ -34,11 +34,13 @@ from transformers.models.gemma3.modeling_gemma3 import (
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.chat_template import protect_control_tokens
-from minigpt5.model.packed_linear import PackedLinear, can_pack, pack_linears
+from minigpt5.model.packed_linear import can_pack
+from minigpt5.model.packing import CodesByLayer, pack_body, pack_head
 from minigpt5.model.positions import grid_positions, last_seen
 from minigpt5.model.vision_language import is_vision_language
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 from minigpt5.model.weights import load_quietly
+from minigpt5.types import TextPrecision
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -104,7 +106,7 @@ class LanguageModel(nn.Module):
         self.head: Any = head
         """The base model's output layer, from states to logits."""
         self.voken_embeddings = voken_embeddings
-        self._packed_head: PackedLinear | None = None
+        self._packed_head: nn.Module | None = None
 
     @classmethod
     def from_base(cls, folder: str | Path, config: ModelConfig) -> LanguageModel:
@@ -177,13 +179,13 @@ class LanguageModel(nn.Module):
         """Fold the adapter into the body: faster, and no longer to be saved apart."""
         self.body = self.body.merge_and_unload().requires_grad_(False)
 
-    def pack(self) -> None:
-        """Make it quicker on the CPU, for inference alone: see packed_linear.py."""
-        pack_linears(self.body)
+    def pack(self, precision: TextPrecision = "float32", codes: CodesByLayer | None = None) -> None:
+        """Make it quicker on the CPU, for inference alone: see packing.py. `codes`: the base's own, for "int4"."""
+        self.body = pack_body(self.body, precision, codes or {})
         if type(self.head) is nn.Linear and can_pack(self.head.weight):
             rows = slice(self.voken_embeddings.first)
             bias = None if self.head.bias is None else self.head.bias[rows]
-            self._packed_head = PackedLinear(self.head.weight[rows], bias)
+            self._packed_head = pack_head(self.head.weight[rows], bias, precision)
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
         """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H).
@@ -245,8 +247,10 @@ class LanguageModel(nn.Module):
 
     def logits(self, states_BSH: Tensor) -> Tensor:
         """States -> logits of the base's tokens and, after them, of the new ones, as the base model scales them."""
-        old_BST = (self._packed_head or self.head)(states_BSH)[..., : self.voken_embeddings.first]
-        return scale_logits(self.voken_embeddings.extend(old_BST, states_BSH), self.body.config)
+        new = self.voken_embeddings
+        old_BST = (self._packed_head or self.head)(states_BSH)[..., : new.first]
+        extend = new.extend if self._packed_head is None else new.extend_evenly
+        return scale_logits(extend(old_BST, states_BSH), self.body.config)
 
     def voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Right-padded texts -> the states that condition the picture after each: (B, V, H).

@@ -22,7 +22,8 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), TYPICAL_ROWS)
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias_O, "none", [], "")
+        out = torch.ops.mkldnn._linear_pointwise(input.float(), self.packed, self.bias_O, "none", [], "")
+        return out.to(input.dtype)
 
 
 def can_pack(weight_OI: Tensor) -> bool:

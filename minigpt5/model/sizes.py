@@ -13,11 +13,16 @@ import torch
 from torch import nn
 
 from minigpt5.config import ModelConfig, minigpt5_7b
+from minigpt5.limits import BLOCK, ON_GPU, kv_cache_bytes
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
 from minigpt5.model.vokens import VokenEmbeddings
 
 GB = 1e9
+CARDS = {"24 GB": 24 * 2**30, "40 GB": 40 * 2**30, "80 GB": 80 * 2**30}
+"""Bytes of a GPU's memory: RTX 4090 or L4; A100; A100 or H100."""
+CUDA_BYTES = int(0.6 * GB)
+"""What CUDA itself takes of a GPU. Assumed: nobody has measured it."""
 LLAMA_7B: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -134,20 +139,55 @@ def cache_bytes_per_token(bytes_per_value: int = 2) -> int:
     return 2 * LLAMA_7B["num_hidden_layers"] * LLAMA_7B["hidden_size"] * bytes_per_value
 
 
-def serving_gb(sizes: dict[str, int], *, stories: int, tokens: int, pictures: int) -> dict[str, dict[str, float]]:
-    """Memory of each deployment in GB: 16-bit weights, KV cache of `stories` sequences of `tokens`, activations of
-    `pictures` guided 512 px pictures (estimated: the widest feature maps of a UNet call, and of the VAE's last one)."""
-    writes = sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"] + sizes["LoRA"]
-    draws = sizes["mapper"] + sizes["fc"] + sizes["queries"] + sizes["UNet"] + sizes["VAE"]
+def weight_bytes(sizes: dict[str, int]) -> dict[str, int]:
+    """Weights of each deployment on a GPU: the language model with its adapter merged, UNet and VAE in bfloat16, the
+    vision path and the mapper in float32."""
+    language = sizes["language model"] + sizes["new vocabulary rows"]
+    sees = sizes["vision encoder"] + sizes["Q-Former and projection"]
+    maps = sizes["mapper"] + sizes["fc"] + sizes["queries"]
+    return {
+        "VokenGenerator": 2 * language + 4 * sees,
+        "DiffusionDecoder": 2 * (sizes["UNet"] + sizes["VAE"]) + 4 * maps,
+    }
+
+
+def kv_blocks(sizes: dict[str, int], *, card_bytes: int) -> int:
+    """Blocks of the KV store of a generator that has such a GPU to itself."""
+    weights = weight_bytes(sizes)["VokenGenerator"]
+    size = kv_cache_bytes(
+        ON_GPU, free_bytes=card_bytes - CUDA_BYTES - weights, total_bytes=card_bytes, used_bytes=weights
+    )
+    return size // (BLOCK * cache_bytes_per_token())
+
+
+def serving_gb(sizes: dict[str, int], *, card_bytes: int, pictures: int) -> dict[str, dict[str, float]]:
+    """Memory of each deployment in GB on such a GPU, which it has to itself.
+
+    Activations are estimated by their widest tensors. Of the generator: a step of the most tokens in a layer, logits
+    with what drawing makes of them, and a layer's keys and values that attention gathers, padded to twice their size at
+    most. Of the decoder with `pictures` guided pictures of 512 px: feature maps of a UNet call, or of the VAE's last
+    level.
+    """
+    weights, num_blocks = weight_bytes(sizes), kv_blocks(sizes, card_bytes=card_bytes)
+    store = num_blocks * BLOCK * cache_bytes_per_token()
+    num_tokens = ON_GPU.long_read_tokens + ON_GPU.max_batch
+    layer = num_tokens * (6 * LLAMA_7B["hidden_size"] + 3 * LLAMA_7B["intermediate_size"]) * 2
+    logits = ON_GPU.max_batch * LLAMA_7B["vocab_size"] * 42  # bytes of a logit: bfloat16, two float32, ids, float64
+    gathered = 2 * store // LLAMA_7B["num_hidden_layers"]
     unet = 2 * pictures * 12 * 320 * 64 * 64 * 2  # some twelve maps of the first level are alive at once
     vae = pictures * 4 * 128 * 512 * 512 * 2
+    rows = {
+        "VokenGenerator": (store, layer + logits + gathered),
+        "DiffusionDecoder": (0, max(unet, vae)),
+    }
     return {
-        "VokenGenerator": {
-            "weights": 2 * writes / GB,
-            "KV cache": stories * tokens * cache_bytes_per_token() / GB,
-            "activations": stories * LLAMA_7B["vocab_size"] * 4 / GB,
-        },
-        "DiffusionDecoder": {"weights": 2 * draws / GB, "KV cache": 0.0, "activations": max(unet, vae) / GB},
+        name: {
+            "CUDA": CUDA_BYTES / GB,
+            "weights": weights[name] / GB,
+            "KV store": kv / GB,
+            "activations": activations / GB,
+        }
+        for name, (kv, activations) in rows.items()
     }
 
 
@@ -255,8 +295,14 @@ def print_tables() -> None:
     for name, number in sizes.items():
         print(f"  {name:28} {number:>15,}")
     print(f"\nKV cache: {cache_bytes_per_token():,} bytes a token at 16 bits")
-    print("\nserving, GB at 16 bits; 16 stories of 1,024 tokens, 8 pictures at once")
-    _print(serving_gb(sizes, stories=16, tokens=1024, pictures=8))
+    for card, card_bytes in CARDS.items():
+        num_tokens = kv_blocks(sizes, card_bytes=card_bytes) * BLOCK
+        context = parts.config.context_tokens
+        print(
+            f"\nserving on GPUs of {card}, GB; keys and values of {num_tokens:,} tokens, as of "
+            f"{num_tokens / context:.1f} requests of {context:,}; 8 pictures at once"
+        )
+        _print(serving_gb(sizes, card_bytes=card_bytes, pictures=8))
     for zero in range(4):
         print(f"\ntraining, GB for each of 4 workers with ZeRO {zero}, without activations")
         _print(training_gb(sizes, zero=zero, workers=4))

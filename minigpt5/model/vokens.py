@@ -56,6 +56,11 @@ class VokenEmbeddings(nn.Module):
         """The base model's logits, and those of the new rows after them."""
         return torch.cat([old_BST, F.linear(states_BSH, self.head)], dim=-1)
 
+    def extend_evenly(self, old_BST: Tensor, states_BSH: Tensor) -> Tensor:
+        """Do so with the same bits for a state in any company: slower, for few states."""
+        new_BST = (states_BSH[..., None, :] * self.head).sum(dim=-1)
+        return torch.cat([old_BST, new_BST.to(old_BST)], dim=-1)
+
 
 def align(states_BSH: Tensor, ids_BS: Tensor, voken_embeddings: VokenEmbeddings) -> tuple[Tensor, Tensor]:
     """The states that condition each picture of a batch, in reading order, and where they are.

@@ -47,6 +47,17 @@ def save_module(module: nn.Module, path: Path) -> None:
     save_file({name: value.detach().half().contiguous() for name, value in module.state_dict().items()}, path)
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file's tensors as they are. Raises ModelFolderError."""
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): make the folder again") from error
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors as they are."""
     from safetensors.torch import save_file

@@ -19,6 +19,7 @@ from minigpt5.config import NO_VISION, storybook
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
 from minigpt5.errors import ModelFolderError
+from minigpt5.limits import Limits
 from minigpt5.model.language import LanguageModel, load_base, load_tokenizer
 from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.template import make_template
@@ -73,7 +74,7 @@ def compare_base(folder: Path) -> bool:
     expected = [_Expected.of(causal, ids, vocabulary) for ids in prompts]
     deviations = [_deviations(language, one) for one in expected]
     is_close = [report(name, max(one[name] for one in deviations)) for name in deviations[0]]
-    generator = VokenGenerator(config, tokenizer, language, Vision(config), num_slots=len(PROMPTS))
+    generator = VokenGenerator(config, tokenizer, language, Vision(config), limits=Limits(num_slots=len(PROMPTS)))
     texts = [text_of(events) for events in run(generator, *map(_reply, PROMPTS))]
     is_equal = [_report_text(text, one, generator) for text, one in zip(texts, expected, strict=True)]
     return all([*is_close, *is_equal])
@@ -84,8 +85,8 @@ def compare_vokens(folder: Path) -> bool:
     the whole story, as training reads it."""
     from minigpt5.model.folder import load_generator_model
 
-    config, tokenizer, language, vision = load_generator_model(folder)
-    generator = VokenGenerator(config, tokenizer, language, vision, num_slots=len(PROMPTS))
+    config, tokenizer, language, vision = load_generator_model(folder, precision="float32")
+    generator = VokenGenerator(config, tokenizer, language, vision, limits=Limits(num_slots=len(PROMPTS)))
     print(f"vokens of {folder}")
     greedy = Sampling(temperature=0.0, max_page_tokens=NUM_NEW, min_page_tokens=1)
     stories = [StoryRequest(prompt=(prompt,), pages=2, sampling=greedy) for prompt in PROMPTS]

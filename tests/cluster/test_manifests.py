@@ -25,7 +25,8 @@ from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from batch_jobs import illustrate
 from batch_jobs.pipeline import ENGINE_CPUS
 from deployments.application import AppArgs
-from minigpt5.model.sizes import print_tables
+from minigpt5.model.sizes import build as build_model
+from minigpt5.model.sizes import counts, print_tables, serving_gb
 from tests.cluster.test_image import ENVIRONMENT, WORKDIR, copied
 from tests.cluster.test_serve_configs import application, dry_build, overridden
 from tests.helpers.manifests import Manifest, build, errors_of
@@ -237,10 +238,18 @@ def test_gpus_are_as_large_as_the_published_system_needs() -> None:
     needed = published_gb()
     generator, decoder = needed["VokenGenerator"], needed["DiffusionDecoder"]
 
-    def gpus(path: str) -> list[int]:
-        return [int(gb) for gb in re.findall(r"GPUs? of (\d+) GB", header(FOLDER / path))]
+    def gpus(path: str) -> list[float]:
+        """GB of 1e9 bytes; vendors count in 2**30."""
+        return [int(gb) * GIB / GB for gb in re.findall(r"GPUs? of (\d+) GB", header(FOLDER / path))]
 
     overlays = "kubernetes/overlays"
+    store = serving_gb(counts(build_model()), card_bytes=40 * GIB, pictures=8)["VokenGenerator"]
+    kept = AppArgs.model_validate(application("one-gpu")["args"]).generator_kv_cache_gib
+    assert (
+        kept
+        and sum(store.values()) - store["KV store"] + kept * GIB / GB + decoder
+        <= gpus(f"{overlays}/one-gpu/rayservice.yaml")[0]
+    )
     for path in ("one-gpu/kustomization.yaml", "one-gpu/rayservice.yaml"):
         assert gpus(f"{overlays}/{path}")[0] >= generator + decoder
     for path in (f"{overlays}/autoscaled/kustomization.yaml", f"{overlays}/autoscaled/rayservice.yaml"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from deployments.__main__ import parse_args
 from deployments.application import AppArgs, app
 from deployments.auth import LOOPBACK, add_key
 from minigpt5.config import default_model_folder
+from minigpt5.model.sizes import build as build_model
+from minigpt5.model.sizes import counts, serving_gb
 from tests.helpers.manifests import build
 
 ROOT = Path(__file__).parent.parent.parent
@@ -154,6 +157,29 @@ def test_every_engine_is_given_the_threads_that_it_uses(name: str, tmp_path: Pat
         assert scaling.target_ongoing_requests <= deployment.max_ongoing_requests
         # A small machine reserves a part of what is used, so that the engines and the front fit two CPUs.
         assert num_threads / 2 <= deployment.ray_actor_options["num_cpus"] <= max(num_threads, 2)
+
+
+def test_the_gpus_of_the_published_system_hold_what_its_comments_add_up() -> None:
+    text = (FOLDER / "serve-minigpt5-7b.yaml").read_text()
+    stated = re.findall(
+        r"num_gpus: 1 # of (\d+) GB or more: weights ([\d.]+) GB .*?(?:KV store|a batch) ([\d.]+) GB", text
+    )
+    assert len(stated) == 2
+    sizes = counts(build_model())
+    for (card, weights, rest), (name, kept) in zip(
+        stated, (("VokenGenerator", "KV store"), ("DiffusionDecoder", "activations")), strict=True
+    ):
+        found = serving_gb(sizes, card_bytes=int(card) * 2**30, pictures=8)[name]
+        assert (float(weights), float(rest)) == (
+            pytest.approx(found["weights"], abs=0.06),
+            pytest.approx(found[kept], abs=0.06),
+        )
+        assert sum(found.values()) < int(card) * 2**30 / 1e9
+    # Weights are read in float32 into the host's memory, before they go to the GPU.
+    deployments = application("serve-minigpt5-7b.yaml")["deployments"]
+    host = [deployment["ray_actor_options"].get("memory") for deployment in deployments]
+    assert host[1] > 4 * (sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"])
+    assert host[2] > 4 * (sizes["UNet"] + sizes["VAE"] + sizes["mapper"])
 
 
 def test_two_cpus_have_room_for_one_storybook_replica_of_each_engine() -> None:

@@ -32,8 +32,9 @@ class Toy(nn.Module):
         self.words, self.picture = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, batch: Batch[Tensor], progress: float) -> dict[str, Tensor]:
-        rows = torch.stack(batch.examples)
-        has_picture = torch.tensor(batch.ids)[:, None] % 2 == 0
+        device = self.words.weight.device
+        rows = torch.stack(batch.examples).to(device)
+        has_picture = torch.tensor(batch.ids, device=device)[:, None] % 2 == 0
         states = self.words(torch.tanh(self.frozen(rows)))
         said = torch.where(has_picture, states + self.picture(states), states)
         return {"loss": (said - rows.flip(1)).square().mean()}

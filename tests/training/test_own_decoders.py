@@ -152,3 +152,10 @@ def test_the_picture_world_s_first_model_has_its_decoder_from_the_stages_before(
     assert found.is_own and set(found.parts.values()) == {tmp_path / "unet" / "model"}
     with pytest.raises(TrainingError, match="no vae to start from"):
         find_decoder(tmp_path / "start" / "model", config, WeightSources(runs=tmp_path / "none"))
+
+
+def test_a_decoder_folder_without_parts_is_refused_and_a_model_folder_s_own_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model" / "decoder" / "unet").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"none of vae, unet.*did you mean .*model/decoder"):
+        WeightSources(runs=tmp_path, decoder=tmp_path / "model")
+    assert WeightSources(runs=tmp_path, decoder=tmp_path / "model" / "decoder").decoder

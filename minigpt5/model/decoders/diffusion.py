@@ -84,6 +84,9 @@ class Diffusion(nn.Module, ABC):
         """What the denoiser takes; see `hold_in`."""
         self.styles: Styles | None = None
         """Adapters of `denoiser`, for inference; None: there are none."""
+        self.stand_ins: dict[str, Any] = {}
+        """What computes "denoiser", "distilled" or the decoder of "vae" in their place, for inference; by
+        backends/choose.py."""
         self._to_rgb: Tensor | None = None
 
     @classmethod
@@ -198,15 +201,16 @@ class Diffusion(nn.Module, ABC):
         if not self.vae.config.get("force_upcast"):
             self.vae.to(dtype)
 
-    def denoiser_for(self, sampler: str) -> Any:
-        """Return the denoiser that a sampler draws with. Raises ModelFolderError."""
+    def denoiser_for(self, sampler: str, style: str = "") -> Any:
+        """Return the denoiser that a sampler draws with, or what stands in for it. Styles are in the weights of
+        `denoiser` alone. Raises ModelFolderError."""
         if sampler != DISTILLED:
-            return self.denoiser
+            return self.denoiser if style else self.stand_ins.get("denoiser", self.denoiser)
         if self.distilled is None:
             raise ModelFolderError(
                 f"scheduler is {sampler!r} but this model has no distilled UNet: use one of {', '.join(self.samplers)}"
             )
-        return self.distilled
+        return self.stand_ins.get("distilled", self.distilled)
 
     def use_style(self, name: str) -> None:
         """Let `denoiser` draw in a style, or in none (""), from now on. Raises ModelFolderError."""
@@ -277,7 +281,9 @@ class Diffusion(nn.Module, ABC):
     def to_raw_pixels(self, latents_BCYX: Tensor) -> Tensor:
         """Decode as `to_pixels` does, without cutting values outside of [-1, 1] off: a loss needs them."""
         latents_BCYX = self.denormalise(latents_BCYX)
-        return self.vae.decode(latents_BCYX.to(self.vae.dtype)).sample.to(latents_BCYX.dtype)
+        is_tiled = getattr(self.vae, "use_tiling", False)
+        decode = self.vae.decode if is_tiled else self.stand_ins.get("vae", self.vae.decode)
+        return decode(latents_BCYX.to(self.vae.dtype)).sample.to(latents_BCYX.dtype)
 
     @torch.no_grad()
     def to_preview(self, latents_BCYX: Tensor) -> Tensor:

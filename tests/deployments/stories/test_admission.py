@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Iterator
 
 import pytest
 
-from deployments.stories.admission import FINISH_SAMPLES, FIRST_SPEEDS, Admission, Overloaded, predict
+from deployments.stories.admission import (
+    FINISH_SAMPLES,
+    FIRST_SPEEDS,
+    Admission,
+    Overloaded,
+    Reservation,
+    _Speed,
+    predict,
+)
 from minigpt5.types import DrawSettings, Picture, Progress, Sampling, SlotOpened, StoryRequest, Vokens
 from tests.helpers.fakes import FakeGenerator
 
@@ -144,3 +154,112 @@ def test_places_are_bounded_whatever_is_asked_for() -> None:
     assert 1 <= refused.value.retry_after_s <= 600
     reservation.release()
     assert not admission.is_full
+
+
+def test_speed_is_known_by_the_number_of_requests_at_once() -> None:
+    clock = Clock()
+    speed = _Speed(100.0, clock)
+    speed.wake()
+    clock.now = 6.0
+    speed.add(60.0, 0)
+    assert speed.per_s(0) == pytest.approx(10.0), "a measurement replaces the first guess"
+    assert speed.per_s(4) == pytest.approx(10.0), "the nearest that is known"
+    clock.now = 12.0
+    speed.add(240.0, 4)
+    assert (speed.per_s(0), speed.per_s(4)) == (pytest.approx(10.0), pytest.approx(40.0))
+    assert speed.per_s(2) == pytest.approx(10.0), "of two that are as near, the lower"
+    speed.rest()
+    clock.now = 1000.0  # time without work says nothing
+    speed.wake()
+    assert speed.per_s(4) == pytest.approx(40.0)
+
+
+class Told:
+    """A story of the default request in a simulated server: each page's text, then its picture beside the next text."""
+
+    TOKENS, SAMPLES = 48.0, 6.0
+    """Of a page and its picture, as this server writes and draws: a page may have more tokens and has fewer."""
+
+    def __init__(self, admission: Admission, clock: Clock) -> None:
+        self.request = StoryRequest(
+            prompt=("A fox",),
+            pages=4,
+            sampling=Sampling(max_page_tokens=96),
+            draw=DrawSettings(steps=4, guidance_scale=1),
+        )
+        self.began, self.ended = clock.now, 0.0
+        self.predicted_s = admission.wait_s(self.request)
+        self.reservation: Reservation = admission.reserve(self.request)
+        self.text_left = [self.TOKENS] * 4
+        self.picture_left = [self.SAMPLES] * 4
+
+    @property
+    def writes(self) -> int | None:
+        return next((page for page, left in enumerate(self.text_left) if left > 0), None)
+
+    @property
+    def draws(self) -> int | None:
+        written = (page for page, left in enumerate(self.text_left) if left <= 0)
+        return next((page for page in written if self.picture_left[page] > 0), None)
+
+    def write(self, tokens: float) -> None:
+        page = self.writes
+        assert page is not None
+        self.text_left[page] -= tokens
+        if self.text_left[page] <= 0:
+            self.reservation.observe(SlotOpened(page=page + 1))
+
+    def draw(self, samples: float) -> None:
+        page = self.draws
+        assert page is not None
+        self.picture_left[page] -= samples
+        if self.picture_left[page] <= 0:
+            self.reservation.observe(Progress(page=page + 1, step=4, steps=4))
+            self.reservation.observe(dataclasses.replace(PICTURE, page=page + 1))
+
+
+def simulate(arrivals: list[float], admission: Admission, clock: Clock) -> Iterator[Told]:
+    """Stories that come at these times, on a machine whose steps do more the more stories share them. In turn as they
+    end."""
+    tick_s, running = 0.02, []
+    while arrivals or running:
+        clock.now += tick_s
+        while arrivals and arrivals[0] <= clock.now:
+            arrivals.pop(0)
+            running.append(Told(admission, clock))
+        writing = [told for told in running if told.writes is not None]
+        drawing = [told for told in running if told.draws is not None]
+        for told in writing:
+            told.write(tick_s * 20.0 * len(writing) ** 0.6 / len(writing))
+        for told in drawing:
+            told.draw(tick_s * 40.0 * len(drawing) ** 0.3 / len(drawing))
+        for told in [told for told in running if told.writes is None and told.draws is None]:
+            running.remove(told)
+            told.reservation.release()
+            told.ended = clock.now
+            yield told
+
+
+@pytest.mark.parametrize("num", [1, 4, 16])
+def test_stories_end_when_it_was_predicted_however_many_there_are(num: int) -> None:
+    clock = Clock()
+    admission = make(1e9, clock=clock)
+    for size in (1, 1, 16, 4, 1, 16, 4):  # learns
+        list(simulate([clock.now] * size, admission, clock))
+    told = list(simulate([clock.now] * num, admission, clock))
+    last = max(told, key=lambda one: one.predicted_s)
+    assert last.predicted_s == pytest.approx(last.ended - last.began, rel=0.3)
+
+
+def test_stories_that_keep_coming_end_when_it_was_predicted() -> None:
+    clock, chance = Clock(), random.Random(0)
+    admission = make(1e9, clock=clock)
+    came, arrivals = 0.0, []
+    for _ in range(80):
+        came += chance.expovariate(0.35)
+        arrivals.append(came)
+    ratios = sorted(
+        told.predicted_s / (told.ended - told.began) for told in list(simulate(arrivals, admission, clock))[20:]
+    )
+    assert 0.8 <= ratios[len(ratios) // 2] <= 1.2
+    assert sum(0.7 <= ratio <= 1.3 for ratio in ratios) >= 0.85 * len(ratios)

@@ -8,6 +8,7 @@ import functools
 import io
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.script import CLOSE
-from minigpt5.errors import EngineFull, InvalidRequest
+from minigpt5.errors import EngineFull, InvalidRequest, SettingsError
+from minigpt5.limits import BLOCK, default_limits
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.published_template import PUBLISHED
@@ -51,10 +53,18 @@ def shared_parts() -> tuple[PreTrainedTokenizerBase, Vision]:
     return tiny_tokenizer(tiny_config()), tiny_vision(tiny_config())
 
 
-def new_generator(**limits: int) -> VokenGenerator:
+def new_generator(*, max_jobs: int = 512, draws_on_device: bool | None = None, **limits: float) -> VokenGenerator:
     config = tiny_config()
     tokenizer, vision = shared_parts()
-    return VokenGenerator(config, tokenizer, Biased(tiny_language(config)), vision, **limits)
+    return VokenGenerator(
+        config,
+        tokenizer,
+        Biased(tiny_language(config)),
+        vision,
+        limits=default_limits("cpu", **limits),
+        max_jobs=max_jobs,
+        draws_on_device=draws_on_device,
+    )
 
 
 @pytest.fixture
@@ -441,6 +451,65 @@ def test_more_requests_than_rows_wait_and_more_than_the_limit_are_refused() -> N
     assert len(run(generator, *[story(seed=seed) for seed in range(5)])) == 5
     with pytest.raises(EngineFull, match="at most 5"):
         run(generator, *[story(seed=seed) for seed in range(6)])
+
+
+BLOCK_GIB = BLOCK * 2 * 2 * 2 * 12 * 4 / 2**30
+"""Of the tiny model: keys and values, layers, key heads, their width, bytes."""
+
+
+def test_tokens_that_are_drawn_on_the_device_are_those_that_the_cpu_draws() -> None:
+    requests = [story(seed=seed, sampling=SAMPLINGS[seed % len(SAMPLINGS)]) for seed in range(12)]
+    requests += [reply(seed=seed, pictures=mode) for seed, mode in enumerate(("auto", "none", "forced"))]
+    expected = [text(events) for events in run(new_generator(), *requests)]
+    generator = new_generator(draws_on_device=True, kv_cache_gib=80 * BLOCK_GIB)
+    assert [text(events) for events in run(generator, *requests)] == expected
+    assert generator.num_close_choices == 0
+
+
+SAMPLINGS = [
+    SHARP,
+    Sampling(temperature=0, max_page_tokens=10),
+    Sampling(temperature=0.1, repetition_penalty=1.2, max_page_tokens=12),
+    Sampling(temperature=0.2, top_p=0.5, max_page_tokens=8),
+]
+
+
+def test_requests_that_share_blocks_wait_for_room_and_are_written_as_in_whole_slots() -> None:
+    requests = [story(seed=seed, key=str(seed % 2), pages=2 + seed % 3) for seed in range(10)]
+    expected = [text(events) for events in run(new_generator(), *requests)]
+    generator = new_generator(kv_cache_gib=20 * BLOCK_GIB)
+    blocks = generator._cache.blocks
+    assert blocks and blocks.num_blocks == 20
+    num_running = []
+    forward = generator._cache.forward
+
+    def note(body: torch.nn.Module, embeds_TH: Tensor, counts: Sequence[tuple[int, int]], **options: Any) -> Tensor:
+        num_running.append(generator.num_running)
+        return forward(body, embeds_TH, counts, **options)
+
+    generator._cache.forward = note  # type: ignore[method-assign, assignment]
+    assert [text(events) for events in run(generator, *requests)] == expected
+    assert 1 < max(num_running) < len(requests)
+    assert blocks.num_available(generator._free_slots) == 20
+    generator._cache.forward = forward  # type: ignore[method-assign]
+    before = generator.num_reused_tokens
+    assert text(run(generator, requests[-1])[0]) == expected[-1]
+    assert generator.num_reused_tokens > before
+
+
+def test_a_request_as_long_as_the_context_takes_the_whole_store_and_its_own_beginning() -> None:
+    generator = new_generator(kv_cache_gib=19 * BLOCK_GIB)
+    longest = [story(seed=seed, prompt=("fox " * 545,), pages=1) for seed in (1, 2)]
+    _, prompt_ids, num_new = generator._encode(longest[0])
+    assert len(prompt_ids) + num_new > 18 * BLOCK
+    expected = [text(events) for events in run(new_generator(), *longest)]
+    assert [text(events) for events in run(generator, *longest)] == expected
+    assert generator.num_reused_tokens == len(prompt_ids) - 1
+
+
+def test_a_store_without_room_for_the_context_is_refused() -> None:
+    with pytest.raises(SettingsError, match="one request of 600 tokens takes .* set kv_cache_gib"):
+        new_generator(kv_cache_gib=18.9 * BLOCK_GIB)
 
 
 def test_a_client_with_many_stories_leaves_room_for_another() -> None:

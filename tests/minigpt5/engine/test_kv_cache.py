@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
+from minigpt5.limits import BLOCK
 
 SHAPE = {
     "vocab_size": 100,
@@ -116,6 +117,9 @@ def body_of(kind: str) -> torch.nn.Module:
     return body
 
 
+WAYS = pytest.mark.parametrize("num_shared_blocks", [None, 40], ids=["whole slots", "blocks"])
+
+
 def embeds(num_tokens: int, seed: int) -> Tensor:
     return torch.randn(num_tokens, 32, generator=torch.Generator().manual_seed(seed))
 
@@ -138,12 +142,15 @@ def embeds(num_tokens: int, seed: int) -> Tensor:
         "keys kept as latents",
     ],
 )
-def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str) -> None:
+@WAYS
+def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str, num_shared_blocks: int | None) -> None:
     body = body_of(kind)
     sequences = [embeds(length, seed) for seed, length in enumerate((20, 35, 7, 150, 60, 1))]
     expected = [body(inputs_embeds=sequence[None]).last_hidden_state[0] for sequence in sequences]
-    cache = SlotCache.for_model(body, num_slots=8, num_positions=160)
+    cache = SlotCache.for_model(body, num_slots=8, num_positions=160, num_shared_blocks=num_shared_blocks)
     slots, done, found = [5, 0, 3, 7, 1, 2], [0] * 6, [[] for _ in sequences]
+    for slot, sequence in zip(slots, sequences, strict=True):
+        cache.take(slot, len(sequence), idle=[])
     rng = random.Random(0)
     while any(num < len(sequence) for num, sequence in zip(done, sequences, strict=True)):
         here = [i for i, sequence in enumerate(sequences) if done[i] < len(sequence) and rng.random() < 0.7]
@@ -159,31 +166,38 @@ def test_rows_that_come_and_go_in_any_company_have_their_own_states(kind: str) -
         torch.testing.assert_close(torch.cat(pieces), states, atol=1e-5, rtol=1e-4)
 
 
-def test_a_row_alone_gives_bit_for_bit_what_transformers_own_cache_gives() -> None:
+@WAYS
+def test_a_row_alone_gives_bit_for_bit_what_transformers_own_cache_gives(num_shared_blocks: int | None) -> None:
     body = body_of("llama")
     theirs = DynamicCache()
-    ours = SlotCache.for_model(body, num_slots=2, num_positions=64)
+    ours = SlotCache.for_model(body, num_slots=2, num_positions=64, num_shared_blocks=num_shared_blocks)
+    ours.take(1, 64, idle=[])
     for seed, num_tokens in enumerate((20, 1, 1, 8, 1)):
         tokens = embeds(num_tokens, seed)
         expected = body(inputs_embeds=tokens[None], past_key_values=theirs, use_cache=True).last_hidden_state[0]
         assert torch.equal(ours.forward(body, tokens, [(1, num_tokens)]), expected)
 
 
-def test_a_row_that_begins_as_another_goes_on_as_if_it_had_read_it_all() -> None:
+@WAYS
+def test_a_row_that_begins_as_another_goes_on_as_if_it_had_read_it_all(num_shared_blocks: int | None) -> None:
     body = body_of("llama")
-    cache = SlotCache.for_model(body, num_slots=3, num_positions=64)
-    shared, own = embeds(20, 1), embeds(9, 2)
-    cache.forward(body, shared, [(0, 20)])
-    cache.copy(0, 2, 12)
+    cache = SlotCache.for_model(body, num_slots=3, num_positions=64, num_shared_blocks=num_shared_blocks)
+    shared, own = embeds(50, 1), embeds(9, 2)
+    for slot in (0, 2):
+        cache.take(slot, 64, idle=[])
+    cache.forward(body, shared, [(0, 50)])
+    cache.copy(0, 2, 42)
     found = cache.forward(body, own, [(2, 9)])
-    expected = body(inputs_embeds=torch.cat([shared[:12], own])[None]).last_hidden_state[0, 12:]
+    expected = body(inputs_embeds=torch.cat([shared[:42], own])[None]).last_hidden_state[0, 42:]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert cache.lengths == [20, 0, 21]
+    assert cache.lengths == [50, 0, 51]
 
 
-def test_a_row_that_is_cut_forgets_what_came_after() -> None:
+@WAYS
+def test_a_row_that_is_cut_forgets_what_came_after(num_shared_blocks: int | None) -> None:
     body = body_of("llama")
-    cache = SlotCache.for_model(body, num_slots=1, num_positions=64)
+    cache = SlotCache.for_model(body, num_slots=1, num_positions=64, num_shared_blocks=num_shared_blocks)
+    cache.take(0, 64, idle=[])
     first, second = embeds(10, 1), embeds(5, 2)
     cache.forward(body, first, [(0, 10)])
     cache.lengths[0] = 4
@@ -192,11 +206,28 @@ def test_a_row_that_is_cut_forgets_what_came_after() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_slots_share_blocks_and_an_idle_one_forgets_where_its_blocks_are_needed() -> None:
+    body = body_of("llama")
+    cache = SlotCache.for_model(body, num_slots=3, num_positions=8 * BLOCK, num_shared_blocks=8)
+    assert cache.stored_keys[0].shape == (1, 2, 8 * BLOCK, 8)
+    cache.take(0, 5 * BLOCK, idle=[])
+    assert cache.has_room(3 * BLOCK, idle=[]) and not cache.has_room(3 * BLOCK + 1, idle=[])
+    assert not cache.has_room(3 * BLOCK, idle=[], share=0.75)
+    cache.forward(body, embeds(BLOCK + 1, 0), [(0, BLOCK + 1)])
+    cache.trim(0)
+    assert cache.has_room(6 * BLOCK, idle=[])
+    cache.take(1, 6 * BLOCK, idle=[0, 2])
+    assert cache.lengths[0] == BLOCK + 1
+    assert not cache.has_room(1, idle=[]) and cache.has_room(2 * BLOCK, idle=[0, 2])
+    cache.take(2, BLOCK, idle=[0])
+    assert cache.lengths == [0, 0, 0] and cache.has_room(BLOCK, idle=[])
+
+
 @pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="only Linux says how much memory is really taken")
 def test_rows_take_memory_only_as_they_are_filled() -> None:
     body = body_of("llama")
     cache = SlotCache.for_model(body, num_slots=64, num_positions=32768)
-    reserved = sum(stored.nbytes for stored in (*cache.keys_RGSD, *cache.values_RGSD))
+    reserved = sum(stored.nbytes for stored in (*cache.stored_keys, *cache.stored_values))
     before = psutil.Process().memory_info().rss
     for slot in range(64):
         cache.forward(body, embeds(100, slot), [(slot, 100)])
@@ -232,6 +263,7 @@ def test_padded_batches_are_read_by_the_attention_that_slots_have(kind: str) -> 
 
 
 def test_memory_of_a_token_is_counted_in_every_layer() -> None:
+    assert bytes_per_token(body_of("llama")) == bytes_per_token(body_of("llama"), 4)
     assert bytes_per_token(body_of("llama"), 4) == 2 * 2 * 2 * 8 * 4
     assert bytes_per_token(body_of("local and global layers"), 2) == 2 * 2 * 2 * 8 * 2
     assert bytes_per_token(body_of("keys kept as latents"), 2) == 2 * (8 + 8) * 2

@@ -13,11 +13,15 @@ from minigpt5.types import DrawSettings
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper
 
 
-def test_a_step_of_the_language_model_stays_on_its_device() -> None:
+@pytest.mark.parametrize("num_shared_blocks", [None, 8], ids=["whole slots", "blocks"])
+@torch.no_grad()
+def test_a_step_of_the_language_model_stays_on_its_device(num_shared_blocks: int | None) -> None:
     config = tiny_config()
     language = tiny_language(config).to("meta")
-    cache = SlotCache.for_model(language.body, num_slots=4, num_positions=64)
-    assert cache.keys_RGSD[0].device.type == "meta"
+    cache = SlotCache.for_model(language.body, num_slots=4, num_positions=64, num_shared_blocks=num_shared_blocks)
+    for slot in range(3):
+        cache.take(slot, 64, idle=[])
+    assert cache.stored_keys[0].device.type == "meta"
     for counts in ([(0, 5), (1, 3)], [(0, 1), (1, 1), (2, 4)]):
         ids_1T = torch.zeros(1, sum(num for _, num in counts), dtype=torch.long)
         states_TH = cache.forward(language.body, language.embed(ids_1T)[0], counts)

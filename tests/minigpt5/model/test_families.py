@@ -45,8 +45,9 @@ from transformers import (
 from examples.own_model.tiny_bases import make_stable_diffusion, make_tokenizer
 from minigpt5 import new
 from minigpt5.config import ModelConfig
-from minigpt5.engine.generator import SHORT_READ, VokenGenerator
+from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
+from minigpt5.limits import ON_CPU, Limits
 from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel, pad
 from minigpt5.model.prompt import encode, request_segments
@@ -203,7 +204,9 @@ class Made:
     vision: Any
 
     def generator(self, *, num_slots: int = 8) -> VokenGenerator:
-        return VokenGenerator(self.config, self.tokenizer, self.language, self.vision, num_slots=num_slots)
+        return VokenGenerator(
+            self.config, self.tokenizer, self.language, self.vision, limits=Limits(num_slots=num_slots)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -348,13 +351,13 @@ def test_a_prompt_that_is_read_in_parts_is_read_as_a_whole(made: Made) -> None:
 
     generator._cache.forward = note  # type: ignore[method-assign, assignment]
     whole = run(generator, long)[0]
-    assert max(num for counts in sizes for _, num in counts) > SHORT_READ
+    assert max(num for counts in sizes for _, num in counts) > ON_CPU.short_read_tokens
     sizes.clear()
     generator = made.generator()
     forward = generator._cache.forward
     generator._cache.forward = note  # type: ignore[method-assign, assignment]
     check_equal(run(generator, short, long)[1], whole)
-    assert sum(1 < num < SHORT_READ for counts in sizes if len(counts) > 1 for _, num in counts) > 5
+    assert sum(1 < num < ON_CPU.short_read_tokens for counts in sizes if len(counts) > 1 for _, num in counts) > 5
 
 
 def test_a_prompt_that_begins_as_another_is_read_from_there(made: Made) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from minigpt5.engine.generator import VokenGenerator
-from minigpt5.engine.script import mask
+from minigpt5.engine.sampling import mask
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.language import pad
 from minigpt5.model.prompt import encode, request_segments
@@ -60,7 +60,8 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
                     if written < Sampling().min_page_tokens
                     else []
                 )
-                token = int(mask(language.logits(state_H).numpy(), language.voken_embeddings, closed).argmax())
+                logits_T = language.logits(state_H).numpy()
+                token = int(mask(logits_T, closed, first_voken=language.voken_embeddings.first).argmax())
                 if token == language.voken_embeddings.first or token in generator.end_ids:
                     break
                 ids.append(token)

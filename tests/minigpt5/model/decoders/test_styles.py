@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def decoder(folder: Path) -> DiffusionDecoder:
-    return DiffusionDecoder.from_pretrained(folder, device="cpu", num_threads=1)
+    return DiffusionDecoder.from_pretrained(folder, device="cpu", num_threads=1, backend="eager")
 
 
 def request(draw: DrawSettings, page: int = 1) -> DrawRequest:
@@ -71,7 +71,7 @@ def test_styles_at_once_have_the_bits_that_each_has_alone(folder: Path, decoder:
     together = pngs(decoder, *requests)
     assert len(set(together)) == len(requests)
     for one, expected in zip(requests, together, strict=True):
-        alone = DiffusionDecoder.from_pretrained(folder, device="cpu", num_threads=1)
+        alone = DiffusionDecoder.from_pretrained(folder, device="cpu", num_threads=1, backend="eager")
         assert pngs(alone, one) == [expected], one.settings.style
 
 
@@ -79,7 +79,7 @@ def test_without_a_style_the_picture_is_that_of_a_model_without_styles(
     folder: Path, decoder: DiffusionDecoder, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("adapters"))
-    plain = DiffusionDecoder.from_pretrained(tmp_path / "plain", device="cpu", num_threads=1)
+    plain = DiffusionDecoder.from_pretrained(tmp_path / "plain", device="cpu", num_threads=1, backend="eager")
     assert plain.fingerprint == decoder.fingerprint
     pngs(decoder, request(INK))
     assert pngs(decoder, request(NONE)) == pngs(plain, request(NONE))
@@ -185,7 +185,7 @@ def test_a_bad_file_fails_its_own_picture_only(folder: Path, tmp_path: Path, kin
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "adapters" / "bad" / STYLE_FILE
     bad_file(kind, path, load_file(folder / "adapters" / "ink" / STYLE_FILE))
-    decoder = DiffusionDecoder.from_pretrained(tmp_path / "model", device="cpu", num_threads=1)
+    decoder = DiffusionDecoder.from_pretrained(tmp_path / "model", device="cpu", num_threads=1, backend="eager")
     expected = pngs(decoder, request(OIL, 2), request(NONE, 2))
     bad = request(dataclasses.replace(INK, style="bad"))
 
@@ -261,7 +261,7 @@ def test_a_config_may_draw_in_a_style_with_few_steps(folder: Path, tmp_path: Pat
     shutil.copytree(folder, tmp_path / "model")
     fast = DrawSettings(steps=2, guidance_scale=1.0, scheduler="lcm", style="ink")
     write_config(tmp_path / "model", dataclasses.replace(load_config(folder), draw=fast, schedulers=("ddim", "lcm")))
-    decoder = DiffusionDecoder.from_pretrained(tmp_path / "model", device="cpu", num_threads=1)
+    decoder = DiffusionDecoder.from_pretrained(tmp_path / "model", device="cpu", num_threads=1, backend="eager")
     draw = decoder.config.draw_settings({})
     assert draw == fast
     plain = decoder.config.draw_settings({"style": ""})

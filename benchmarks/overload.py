@@ -1,0 +1,124 @@
+"""More stories than a server can make: `python -m benchmarks.overload URL [--pid PID] [--seconds 300]`.
+
+Measures how many default stories a second the server makes, then posts five times as many for some minutes. Every
+answer has to be a story or 503; a story that was accepted ends within the server's `max_wait_s`. The memory of the
+server's processes is that of PID and its children. The figures go into benchmarks/results/load.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from benchmarks.load import WHAT, WHO
+from deployments.sse import read_events
+
+RESULTS = Path(__file__).parent / "results" / "load.json"
+TIMES_CAPACITY = 5
+NUM_PROBES = 8
+"""Stories at once that the capacity is measured with."""
+MAX_CLIENTS = 512
+MEMORY_PERIOD_S = 2.0
+
+
+def tell(url: str, index: int) -> tuple[str, float]:
+    """Post the default request. Returns how it ended ("done", an HTTP status, or an error's name) and its seconds."""
+    body = {
+        "prompt": f"A {WHO[index % len(WHO)]} who finds a {WHAT[index % len(WHAT)]}",
+        "seed": 300_000 + index,
+        "stream": True,
+    }
+    began, name = time.perf_counter(), ""
+    try:
+        with httpx.stream("POST", f"{url}/v1/stories", json=body, timeout=3600, trust_env=False) as reply:
+            if reply.status_code != 200:
+                return str(reply.status_code), time.perf_counter() - began
+            for event in read_events(reply.iter_bytes()):
+                name = event.name
+    except httpx.HTTPError as failure:
+        name = type(failure).__name__
+    return name, time.perf_counter() - began
+
+
+def overload(url: str, *, seconds: float, times: float = TIMES_CAPACITY, pid: int = 0) -> dict[str, Any]:
+    """Figures of a server that is asked for `times` what it can make, for so many seconds."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(NUM_PROBES) as pool:
+        probes = list(pool.map(lambda index: tell(url, index), range(NUM_PROBES)))
+    capacity = sum(end == "done" for end, _ in probes) / (time.perf_counter() - began)
+    if not capacity:
+        raise RuntimeError(f"the server made no story: {probes[0][0]}; start it before the bench")
+
+    memory_mib: list[float] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(MEMORY_PERIOD_S):
+            memory_mib.append(resident_mib(pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(MAX_CLIENTS) as pool:
+            began = time.perf_counter()
+            stories: list[Future[tuple[str, float]]] = []
+            while time.perf_counter() - began < seconds:
+                stories.append(pool.submit(tell, url, NUM_PROBES + len(stories)))
+                time.sleep(max(0.0, began + len(stories) / (times * capacity) - time.perf_counter()))
+            ends = [story.result() for story in stories]
+    finally:
+        is_over.set()
+        watcher.join()
+    done = [took for end, took in ends if end == "done"]
+    quarter = max(1, len(memory_mib) // 4)
+    return {
+        "capacity_stories_per_s": capacity,
+        "times_capacity": times,
+        "seconds": seconds,
+        "ends": dict(Counter(end for end, _ in ends)),
+        "accepted_p50_s": float(np.percentile(done, 50)) if done else None,
+        "accepted_p95_s": float(np.percentile(done, 95)) if done else None,
+        "refused_p95_s": float(np.percentile([took for end, took in ends if end == "503"] or [0.0], 95)),
+        "memory_growth": float(np.mean(memory_mib[-quarter:]) / np.mean(memory_mib[quarter : 2 * quarter]))
+        if pid and len(memory_mib) >= 4
+        else None,
+    }
+
+
+def resident_mib(pid: int) -> float:
+    """Of a process and all that it started; 0 where there is none."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server = psutil.Process(pid) if pid else None
+        for process in [server, *server.children(recursive=True)] if server else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return total / 2**20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("--pid", type=int, default=0, help="the server's process, for its memory")
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    figures = overload(options.url, seconds=options.seconds, pid=options.pid)
+    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

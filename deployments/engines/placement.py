@@ -1,0 +1,31 @@
+"""The device of a replica: the GPU that Ray has given it, else the CPU.
+
+A replica without a GPU of its own may see those of its machine: Ray hides none from an actor that asks for none.
+"""
+
+from __future__ import annotations
+
+import ray
+
+
+def num_gpus_here() -> float:
+    """GPUs that Ray has given to this actor, such as 1 or 0.5."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
+
+
+def device_for(num_gpus: float) -> str:
+    return "cuda" if num_gpus else "cpu"
+
+
+def num_gpus_of_cluster() -> float:
+    """GPUs of the Ray that this process is in; before there is one, those of this machine, which Ray will find."""
+    if ray.is_initialized():
+        return float(ray.cluster_resources().get("GPU", 0))
+    import torch
+
+    return float(torch.cuda.device_count())
+
+
+def share_gpus(num_gpus: float) -> float:
+    """GPUs of a replica where a cluster has so many: one each; two kinds of engines share a single one."""
+    return min(1.0, num_gpus / 2)

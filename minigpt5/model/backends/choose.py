@@ -1,0 +1,98 @@
+"""The backend that draws: eager torch, OpenVINO on CPUs, or torch.compile."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt5.errors import MiniGPT5Error
+from minigpt5.model.backends.openvino import EXAMPLES, Converted, Unconvertible, convert
+from minigpt5.model.decoders.diffusion import Diffusion
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings
+
+
+def choose(
+    diffusion: Diffusion,
+    folder: Path,
+    null_1QD: Tensor,
+    *,
+    distilled: Path | None = None,
+    backend: DecoderBackend,
+    device: str,
+    num_threads: int,
+) -> None:
+    """Let calls of the denoisers and of the VAE's decoder go to a backend; with "auto", to OpenVINO on a CPU.
+
+    To be called before anything changes a layer. `folder`: what `diffusion` was read from; `distilled`: the same for
+    its distilled denoiser, where it has one; `null_1QD`: a condition.
+    Raises MiniGPT5Error for a backend that the device does not have.
+    """
+    is_on_cpu = torch.device(device).type == "cpu"
+    if backend == "openvino" and not is_on_cpu:
+        raise MiniGPT5Error(
+            f"decoder_backend is openvino, which draws on CPUs, but the device is {device}: use compile"
+        )
+    if backend == "compile":
+        _compile(diffusion)
+    elif is_on_cpu and backend != "eager":
+        _convert(diffusion, folder, null_1QD, distilled=distilled or folder, num_threads=num_threads)
+
+
+def _compile(diffusion: Diffusion) -> None:
+    for name in ("denoiser", "distilled"):
+        if (module := getattr(diffusion, name)) is not None:
+            diffusion.stand_ins[name] = torch.compile(module)
+    diffusion.stand_ins["vae"] = torch.compile(diffusion.vae.decode)
+
+
+def _convert(diffusion: Diffusion, folder: Path, null_1QD: Tensor, *, distilled: Path, num_threads: int) -> None:
+    """Convert each part, or leave it to torch and say so."""
+
+    example = _example(diffusion, null_1QD, EXAMPLES)
+
+    def predict(call: Any) -> Tensor:
+        return diffusion.predict(call, **example)
+
+    def decode(call: Any) -> Tensor:
+        return call(diffusion.denormalise(example["latents_BCYX"])).sample
+
+    places = [("denoiser", "__call__", folder / diffusion.DENOISER, predict), ("vae", "decode", folder / "vae", decode)]
+    if diffusion.distilled is not None:
+        places.append(("distilled", "__call__", distilled / DISTILLED_FOLDER, predict))
+    for name, method, part, call in places:
+        module = getattr(diffusion, name)
+        try:
+            diffusion.stand_ins[name] = convert(module, method, part, call, num_threads=num_threads)
+        except (Unconvertible, MiniGPT5Error) as error:
+            reason = f"{type(module).__name__} is drawn by torch, not by OpenVINO: {error}"
+            print(reason, file=sys.stderr, flush=True)
+
+
+@torch.no_grad()
+def warm_up(diffusion: Diffusion, null_1QD: Tensor) -> None:
+    """Compile and compare now what the model's own pictures need, rather than with the first of them. Denoisers that
+    are not the default follow when they are asked for."""
+    if not any(isinstance(one, Converted) for one in diffusion.stand_ins.values()):
+        return
+    example = _example(diffusion, null_1QD, EXAMPLES - 1)
+    example = {name: value.to(diffusion.dtype) for name, value in example.items()}
+    diffusion.predict(diffusion.denoiser_for(DISTILLED if diffusion.distilled is not None else ""), **example)
+    diffusion.to_pixels(example["latents_BCYX"])
+
+
+def _example(diffusion: Diffusion, null_1QD: Tensor, num: int) -> dict[str, Tensor]:
+    """Arguments of `predict` for pictures of the model's own size; timesteps are no integers, as some samplers'."""
+    generator = torch.Generator().manual_seed(0)
+    condition_BQD = torch.randn(num, *null_1QD.shape[1:], generator=generator)
+    if diffusion.ZERO_IS_EMPTY:
+        condition_BQD[0, null_1QD.shape[1] // 2 : -1] = 0
+    return {
+        "latents_BCYX": torch.randn(num, *diffusion.latent_shape(DrawSettings()), generator=generator),
+        "timesteps_B": torch.linspace(100.5, 700.5, num),
+        "condition_BQD": condition_BQD,
+        "guidance_B": torch.full((num,), 3.5),
+    }

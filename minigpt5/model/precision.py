@@ -1,0 +1,105 @@
+"""The precision that the language model computes in on a CPU, where nobody names one: the fastest that keeps its text.
+
+The base model's own 4-bit weights keep it, where its folder has them, and float32 does. Which is faster depends on the
+machine's instructions, so both are timed once on a matrix of the model's size, and the answer is kept in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from minigpt5.errors import ModelFolderError
+from minigpt5.model.cache import keep_in_cache
+from minigpt5.model.packed_linear import PackedLinear
+from minigpt5.model.quantised import GROUP, Codes, has_codes
+from minigpt5.model.quantised_linear import Int4Linear, can_multiply_int8
+from minigpt5.types import TextPrecision
+
+MEASURED_WEIGHTS = 2**23
+"""Of all matrices of a measurement together: more than caches near a core hold."""
+ROWS = (1, 4)
+REPEATS = 5
+FILE = "precision.json"
+
+
+def choose_precision(base_folder: Path) -> TextPrecision:
+    """The fastest precision on this machine that keeps the text of a base model."""
+    if not has_codes(base_folder):
+        return "float32"
+    config = AutoConfig.from_pretrained(base_folder).get_text_config()
+    shape = (config.intermediate_size, config.hidden_size)
+    machine = [platform.machine(), _cpu_name(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
+    key = json.dumps([*machine, torch.__version__, *shape])
+    name = f"precisions/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def fill(folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(measure_precisions(*shape), indent=2) + "\n")
+
+    measured: dict[TextPrecision, float] = json.loads((keep_in_cache(name, fill) / FILE).read_text())
+    return min(measured, key=lambda precision: measured[precision])
+
+
+def measure_precisions(num_outputs: int, num_inputs: int) -> dict[TextPrecision, float]:
+    """Milliseconds of a matrix product by precision: the sum over ROWS, medians, on the threads of the caller."""
+    torch.manual_seed(0)
+    num = max(1, MEASURED_WEIGHTS // (num_outputs * num_inputs))
+    makers: dict[TextPrecision, Callable[[], nn.Module]] = {
+        "float32": lambda: PackedLinear(torch.randn(num_outputs, num_inputs)),
+        "int4": lambda: Int4Linear(_random_codes(num_outputs, num_inputs)),
+    }
+    return {precision: _measure([make() for _ in range(num)], num_inputs) for precision, make in makers.items()}
+
+
+@torch.no_grad()
+def _measure(layers: list[nn.Module], num_inputs: int) -> float:
+    total_ms = 0.0
+    for num_rows in ROWS:
+        input = torch.randn(num_rows, num_inputs)
+        seconds = [_time(layers, input) for _ in range(REPEATS + 1)][1:]
+        total_ms += sorted(seconds)[REPEATS // 2] * 1e3 / len(layers)
+    return total_ms
+
+
+def _time(layers: list[nn.Module], input: Tensor) -> float:
+    started = time.perf_counter()
+    for layer in layers:
+        layer(input)
+    return time.perf_counter() - started
+
+
+def _random_codes(num_outputs: int, num_inputs: int) -> Codes:
+    values = torch.randn(num_outputs, num_inputs // GROUP).half()
+    codes = torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8)
+    return Codes(codes_OI=codes, scales_OK=values, minima_OK=values)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def check_precision(precision: TextPrecision, base_folder: Path, *, is_on_cpu: bool) -> None:
+    """Raise ModelFolderError where a base model or a device cannot compute in `precision`."""
+    if precision in ("int8", "int4") and not is_on_cpu:
+        raise ModelFolderError(f"{precision} weights are for CPUs: on a GPU use bfloat16 or float32")
+    if precision == "int4" and not has_codes(base_folder):
+        raise ModelFolderError(
+            f"{base_folder} has no quantised weights, which int4 computes with: use float32, bfloat16 or int8"
+        )
+    if precision == "int8" and not can_multiply_int8():
+        raise ModelFolderError(
+            "this CPU has no instructions for 8-bit integers (AVX-512 VNNI): use float32 or bfloat16"
+        )

@@ -1,0 +1,135 @@
+"""Linear layers that multiply by quantised weights, for inference on a CPU.
+
+A row's result has the same bits in any company: the 4-bit kernel adds a row's products in an order of its own, and the
+8-bit one adds integers.
+
+Shape letters: B rows, O outputs, I inputs, K groups of 32 inputs, R ranks of an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minigpt5.model.quantised import GROUP, Codes
+
+MIDDLE = 8
+"""The kernel's code that stands for its offset alone: a weight is (code - 8) * scale + offset."""
+RANK_MULTIPLE = 16
+"""Ranks of an adapter that the 8-bit kernel takes at once."""
+
+
+class Int4Linear(nn.Module):
+    """4-bit weights times bfloat16 activations, in bfloat16. Codes are a base model's own.
+
+    The kernel wants scales and offsets in the activations' type: each is rounded to 8 bits of mantissa, which moves a
+    weight by at most 1/256 of itself and of its group's offset. Sums are made in float32 and rounded to bfloat16.
+    """
+
+    def __init__(self, codes: Codes, bias_O: Tensor | None = None, adapter: LowRank | None = None) -> None:
+        super().__init__()
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes_OI.int(), 1)
+        scales_OK = codes.scales_OK.float()
+        offsets_OK = codes.minima_OK.float() + MIDDLE * scales_OK
+        self.scales_KO2 = torch.stack([scales_OK.T, offsets_OK.T], dim=-1).bfloat16().contiguous()
+        self.bias_O = None if bias_O is None else bias_O.bfloat16()
+        self.adapter = adapter
+
+    def forward(self, input: Tensor) -> Tensor:
+        input_BI = input.to(torch.bfloat16).view(-1, input.shape[-1])
+        out_BO = torch.ops.aten._weight_int4pack_mm_for_cpu(input_BI, self.packed, GROUP, self.scales_KO2)
+        if self.bias_O is not None:
+            out_BO += self.bias_O
+        if self.adapter is not None:
+            out_BO += self.adapter(input_BI)
+        return out_BO.view(*input.shape[:-1], -1).to(input.dtype)
+
+
+class LowRank(nn.Module):
+    """An adapter beside a matrix (LoRA, arXiv 2106.09685): its two matrices in 8 bits, with a scale for each row."""
+
+    def __init__(self, down_RI: Tensor, up_OR: Tensor) -> None:
+        super().__init__()
+        missing = -len(down_RI) % RANK_MULTIPLE
+        self.down_RI, self.down_scales_R = quantise_rows(F.pad(down_RI, (0, 0, 0, missing)))
+        self.up_OR, self.up_scales_O = quantise_rows(F.pad(up_OR, (0, missing)))
+        self.down_scales_R, self.up_scales_O = self.down_scales_R.bfloat16(), self.up_scales_O.bfloat16()
+
+    def forward(self, input_BI: Tensor) -> Tensor:
+        low_BR = torch.ops.aten._weight_int8pack_mm(input_BI, self.down_RI, self.down_scales_R)
+        return torch.ops.aten._weight_int8pack_mm(low_BR, self.up_OR, self.up_scales_O)
+
+
+class Int8Linear(nn.Module):
+    """8-bit weights with a scale for each row, times activations of 16 bits with a scale for each row of theirs.
+
+    Activations are two planes of 8 bits, so that oneDNN multiplies integers alone. A weight moves by at most 1/254 of
+    its row's largest, and an activation by 1/65024 of its row's.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        codes_OI, self.scales_O = quantise_rows(weight_OI.detach())
+        self.packed = torch.ops.onednn.qlinear_prepack(codes_OI, None)
+        self.zeros_O = torch.zeros(len(codes_OI), dtype=torch.int64)
+        self.bias_O = bias_O
+
+    def forward(self, input: Tensor) -> Tensor:
+        input_BI = input.float().view(-1, input.shape[-1])
+        num = len(input_BI)
+        steps_B1 = input_BI.abs().amax(dim=1, keepdim=True).clamp_min_(1e-30).mul_(1 / 32512)
+        # 128 in each byte stands for zero, and the conversion rounds down.
+        codes_BI = (input_BI / steps_B1).add_(128 * 257 + 0.5).to(torch.int32)
+        low_high_4BI = codes_BI.view(torch.uint8).view(*codes_BI.shape, 4).permute(2, 0, 1)
+        planes = low_high_4BI[:2].reshape(2 * num, -1)
+        out = torch.ops.onednn.qlinear_pointwise(
+            planes, 1.0, 128, self.packed, self.scales_O, self.zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        out_BO = torch.add(out[:num], out[num:], alpha=256).mul_(steps_B1)
+        if self.bias_O is not None:
+            out_BO += self.bias_O
+        return out_BO.view(*input.shape[:-1], -1).to(input.dtype)
+
+
+class Bfloat16Linear(nn.Module):
+    """bfloat16 weights and activations; sums are made in float32 and rounded to bfloat16."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight_OI = weight_OI.detach().bfloat16()
+        self.bias_O = None if bias_O is None else bias_O.bfloat16()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.to(torch.bfloat16), self.weight_OI, self.bias_O).to(input.dtype)
+
+
+def quantise_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes from -127 to 127 and a scale for each row: (O, I) and (O,)."""
+    scales_O = weight_OI.abs().amax(dim=1).clamp_min(1e-30).float() / 127
+    return (weight_OI / scales_O[:, None]).round().to(torch.int8), scales_O
+
+
+def stack_adapters(matrices: Sequence[tuple[Tensor, Tensor, float] | None], num_outputs: Sequence[int]) -> LowRankPair:
+    """LoRA matrices (R, I), (O, R) and scaling of layers with the same input -> one pair for all their outputs.
+
+    Layers without an adapter are None. The first matrices lie one below another; the second, scaled, on a diagonal of
+    blocks.
+    """
+    downs = [pair[0].float() for pair in matrices if pair]
+    ups = [
+        pair[1].float() * pair[2] if pair else torch.zeros(outputs, 0)
+        for pair, outputs in zip(matrices, num_outputs, strict=True)
+    ]
+    return torch.cat(downs), torch.block_diag(*ups)
+
+
+LowRankPair = tuple[Tensor, Tensor]
+"""(R, I) and (O, R)."""
+
+
+def can_multiply_int8() -> bool:
+    """Whether the CPU multiplies 8-bit integers without overflow (AVX-512 VNNI), through oneDNN."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()

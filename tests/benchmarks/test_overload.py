@@ -1,0 +1,29 @@
+"""The overload bench against a front that refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+from benchmarks import overload
+from tests.helpers.served import Listening, Served
+
+
+def test_every_answer_is_a_story_or_a_refusal(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Listening(Served(tmp_path / "stories", max_running=2), port)
+    try:
+        out = tmp_path / "load.json"
+        overload.main([f"http://127.0.0.1:{port}", "--seconds", "2", "--out", str(out), "--pid", str(os.getpid())])
+    finally:
+        server.stop()
+    figures = json.loads(out.read_text())
+    assert set(figures["ends"]) <= {"done", "503"}
+    assert figures["ends"]["done"] > 0
+    assert figures["accepted_p95_s"] >= figures["accepted_p50_s"] > 0
+    assert overload.resident_mib(os.getpid()) > 10
+    assert overload.resident_mib(0) == 0

@@ -1,0 +1,181 @@
+"""Quantised layers multiply by the weights that they say, and a row does not depend on the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from minigpt5.errors import ModelFolderError
+from minigpt5.model.base_models import load_tensors, resolve
+from minigpt5.model.packing import _merge, match_codes
+from minigpt5.model.precision import check_precision, choose_precision, measure_precisions
+from minigpt5.model.quantised import QUANTISED, Codes, has_codes, load_codes, save_codes
+from minigpt5.model.quantised_linear import (
+    Bfloat16Linear,
+    Int4Linear,
+    Int8Linear,
+    LowRank,
+    can_multiply_int8,
+    stack_adapters,
+)
+from minigpt5.model.weights import save_tensors
+
+needs_vnni = pytest.mark.skipif(not can_multiply_int8(), reason="a CPU without AVX-512 VNNI")
+
+
+def some_codes(num_outputs: int, num_inputs: int) -> Codes:
+    torch.manual_seed(0)
+    return Codes(
+        codes_OI=torch.randint(0, 16, (num_outputs, num_inputs), dtype=torch.uint8),
+        scales_OK=(torch.rand(num_outputs, num_inputs // 32) * 0.01 + 0.001).half(),
+        minima_OK=(-torch.rand(num_outputs, num_inputs // 32) * 0.1).half(),
+    )
+
+
+def test_codes_of_the_shipped_base_are_its_float32_weights() -> None:
+    folder = resolve("smollm2-135m-instruct")
+    weights, codes = load_tensors(folder), load_codes(folder)
+    assert len(codes) == 30 * 7
+    for name in list(codes)[::29]:
+        assert torch.equal(codes[name].dequantise(), weights[name]), name
+
+
+def test_codes_are_read_as_they_were_written(tmp_path: Path) -> None:
+    codes = some_codes(48, 64)
+    save_codes({"one": codes}, tmp_path)
+    read = load_codes(tmp_path)["one"]
+    assert torch.equal(read.codes_OI, codes.codes_OI)
+    assert torch.equal(read.dequantise(), codes.dequantise())
+
+
+def test_a_damaged_file_of_codes_says_what_it_lacks(tmp_path: Path) -> None:
+    save_tensors(
+        {"one.codes": torch.zeros(4, 32, dtype=torch.uint8), "one.scales": torch.zeros(4, 2)}, tmp_path / QUANTISED
+    )
+    with pytest.raises(ModelFolderError, match=r"one\.minima"):
+        load_codes(tmp_path)
+    save_tensors(
+        {
+            "one.codes": torch.zeros(4, 32, dtype=torch.uint8),
+            "one.scales": torch.zeros(4, 3),
+            "one.minima": torch.zeros(4, 3),
+        },
+        tmp_path / QUANTISED,
+    )
+    with pytest.raises(ModelFolderError, match="4 x 64 codes"):
+        load_codes(tmp_path)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_4bit_layer_multiplies_by_the_dequantised_weights(has_bias: bool) -> None:
+    codes = some_codes(96, 128)
+    bias_O = torch.randn(96) if has_bias else None
+    layer, exact = Int4Linear(codes, bias_O), codes.dequantise()
+    for shape in ((1, 128), (5, 128), (1, 33, 128)):
+        inputs = torch.randn(shape).bfloat16()
+        expected = nn.functional.linear(inputs.float(), exact, bias_O)
+        # Scales and offsets are rounded to 8 bits, and the result too.
+        bound = nn.functional.linear(inputs.float().abs(), exact.abs() + 0.1).amax() / 256
+        assert (layer(inputs).float() - expected).abs().max() < bound
+        torch.testing.assert_close(layer(inputs.float()), layer(inputs).float())
+
+
+@needs_vnni
+def test_an_8bit_layer_multiplies_by_its_rounded_weights() -> None:
+    weight_OI, bias_O = torch.randn(96, 128), torch.randn(96)
+    layer = Int8Linear(weight_OI, bias_O)
+    steps_O1 = weight_OI.abs().amax(dim=1, keepdim=True) / 127
+    rounded = (weight_OI / steps_O1).round() * steps_O1
+    for num_rows in (1, 2, 7, 40):
+        inputs = torch.randn(num_rows, 128) * torch.logspace(-3, 3, num_rows)[:, None]
+        expected = nn.functional.linear(inputs, rounded, bias_O)
+        assert ((layer(inputs) - expected).norm(dim=1) < 1e-4 * expected.norm(dim=1)).all()
+
+
+def _layers() -> list[nn.Module]:
+    torch.manual_seed(1)
+    weight_OI = torch.randn(96, 128)
+    adapter = LowRank(torch.randn(24, 128), torch.randn(96, 24))
+    layers: list[nn.Module] = [Int4Linear(some_codes(96, 128)), Int4Linear(some_codes(96, 128), None, adapter)]
+    return [*layers, Int8Linear(weight_OI)] if can_multiply_int8() else layers
+
+
+@pytest.mark.parametrize("layer", _layers(), ids=lambda layer: type(layer).__name__)
+def test_a_row_has_the_same_bits_in_any_company(layer: nn.Module) -> None:
+    rows = torch.randn(40, 128).bfloat16()
+    alone = torch.cat([layer(row[None]) for row in rows])
+    for num_rows in (2, 3, 5, 16, 24, 40):
+        assert torch.equal(layer(rows[:num_rows]), alone[:num_rows])
+
+
+def test_stacked_adapters_are_what_merging_makes() -> None:
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    attention = get_peft_model(LlamaModel(shape), lora).get_base_model().layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    pairs = [
+        (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        if hasattr(layer, "lora_A")
+        else None
+        for layer in layers
+    ]
+    down_RI, up_OR = stack_adapters(pairs, [layer.out_features for layer in layers])
+    inputs = torch.randn(3, 32)
+    with torch.no_grad():
+        bases = torch.cat([getattr(layer, "base_layer", layer)(inputs) for layer in layers], dim=-1)
+        beside = bases + inputs @ down_RI.T @ up_OR.T
+        merged = torch.cat([_merge(layer)(inputs) for layer in layers], dim=-1)
+    torch.testing.assert_close(beside, merged, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_in_8_bits_is_near_itself() -> None:
+    torch.manual_seed(0)
+    down_RI, up_OR = torch.randn(24, 128), torch.randn(96, 24)
+    inputs = torch.randn(4, 128).bfloat16()
+    expected = inputs.float() @ down_RI.T @ up_OR.T
+    difference = LowRank(down_RI, up_OR)(inputs).float() - expected
+    assert difference.norm() < 0.02 * expected.norm()
+
+
+def test_a_bfloat16_layer_rounds_its_weights() -> None:
+    weight_OI, inputs = torch.randn(8, 16), torch.randn(3, 16)
+    expected = inputs.bfloat16().float() @ weight_OI.bfloat16().float().T
+    torch.testing.assert_close(Bfloat16Linear(weight_OI)(inputs), expected, atol=0.05, rtol=0.01)
+
+
+def test_codes_of_other_shapes_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 48))
+    assert match_codes(model, {"0.weight": some_codes(48, 64)}).keys() == {model[0]}
+    with pytest.raises(ValueError, match="convert the base model again"):
+        match_codes(model, {"0.weight": some_codes(32, 64)})
+
+
+def test_a_base_without_codes_computes_in_float32(tmp_path: Path) -> None:
+    assert not has_codes(tmp_path)
+    assert choose_precision(tmp_path) == "float32"
+    with pytest.raises(ModelFolderError, match="no quantised weights"):
+        check_precision("int4", tmp_path, is_on_cpu=True)
+    with pytest.raises(ModelFolderError, match="use bfloat16 or float32"):
+        check_precision("int8", tmp_path, is_on_cpu=False)
+
+
+def test_the_fastest_precision_is_kept_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = resolve("smollm2-135m-instruct")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chosen = choose_precision(folder)
+    assert chosen in ("float32", "int4")
+    (kept,) = tmp_path.rglob("precision.json")
+    kept.write_text('{"float32": 1.0, "int4": 2.0}')
+    assert choose_precision(folder) == "float32"
+    kept.write_text('{"float32": 2.0, "int4": 1.0}')
+    assert choose_precision(folder) == "int4"
+    assert min(measure_precisions(64, 64).values()) > 0
