@@ -22,6 +22,8 @@ REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 ALL := serve,train,batch,dev
 NEWEST := build/venv-newest/bin/python
+SBOM := build/venv-sbom/bin
+CYCLONEDX := cyclonedx-bom==7.5.0
 CLOSURE := tests/test_package.py::test_constraints_cover_all_that_is_installed_for_ci
 # What "vision" taught is half lost while "learn" tells stories: descriptions alone, once more.
 DESCRIBE := words_until=0 steps=250 batch_size=12 learning_rate=5e-4 ema_decay=0.98 warmup_steps=20
@@ -35,7 +37,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers serve story test test-full test-gpu test-newest fuzz lint docs quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install install-peers serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +107,10 @@ lint: $(STAMP)  ## style, format and types
 docs: $(STAMP)  ## the documentation as a site in build/docs, warnings as errors
 	@test -x .venv/bin/zensical || $(RUN) -m pip install --quiet -e '.[docs]'
 	.venv/bin/zensical build --clean --strict
+
+sbom: $(STAMP)  ## the packages that are installed in .venv/, as a CycloneDX bill of materials in build/sbom.json
+	@test -x $(SBOM)/cyclonedx-py || { $(PYTHON) -m venv build/venv-sbom && $(SBOM)/pip install --quiet $(CYCLONEDX); }
+	$(SBOM)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json $(RUN)
 
 quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quality.json
 	$(RUN) -m benchmarks.quality
