@@ -29,7 +29,6 @@ from benchmarks.ours import Ours
 from benchmarks.published import PublishedWay
 from benchmarks.turns import Measurements, answer_questions
 from minigpt5.config import default_model_folder
-from minigpt5.engine.generator import VokenGenerator
 
 
 def published(engines: Engines, load: Load) -> Measurements:
@@ -54,10 +53,7 @@ def limit(engines: Engines, load: Load) -> Measurements:
 
 
 def text(engines: Engines, load: Load) -> Measurements:
-    old = engines.generator
-    num_threads = torch.get_num_threads()
-    generator = VokenGenerator(old.config, old.tokenizer, old.language, old.vision, num_threads=num_threads)
-    way = Text(generator, load)
+    way = Text(engines.generator, load)
     return {
         "text": way.text,
         "weight_bytes": way.weight_bytes,
