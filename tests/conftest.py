@@ -33,6 +33,12 @@ class ByModule(LoadScopeScheduling):
         return "ray" if STARTS_RAY_MARK in (self.config.rootpath / module).read_text() else module
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A bench that ran in this process has left it with more."""
+    torch.set_num_threads(1)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByModule:
     return ByModule(config, log)
 

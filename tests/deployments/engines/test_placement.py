@@ -32,7 +32,7 @@ def test_two_engines_share_one_gpu_and_have_one_each_of_more() -> None:
 def test_a_replica_has_the_gpus_that_are_asked_for(tmp_path: Path) -> None:
     generator, decoder = engines(tmp_path, generator_num_gpus=1, decoder_num_gpus=0, generator_kv_cache_gib=3)
     assert generator.ray_actor_options["num_gpus"] == 1 and not decoder.ray_actor_options["num_gpus"]
-    assert generator.init_args[2]["kv_cache_gib"] == 3
+    assert generator.init_args[3]["kv_cache_gib"] == 3
     targets = [
         deployment._deployment_config.autoscaling_config.target_ongoing_requests for deployment in (generator, decoder)
     ]
