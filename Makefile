@@ -109,8 +109,8 @@ quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quali
 bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into benchmarks/results/engines.json
 	$(RUN) -m benchmarks.engines --serve
 
-bench-load: $(STAMP)  ## five times the capacity of a server that runs at PORT=8000, into benchmarks/results/load.json
-	$(RUN) -m benchmarks.overload http://127.0.0.1:$(PORT)
+bench-load: $(STAMP)  ## five times what a server can make, for five minutes, into benchmarks/results/load.json
+	$(RUN) -m benchmarks.overload
 
 bench-batching: $(STAMP)  ## our engine beside transformers' continuous batching, into benchmarks/results/continuous_batching.json
 	$(RUN) -m benchmarks.continuous_batching --threads 1

@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fronts", type=int, default=1, help="HTTP fronts (default: %(default)s)")
     parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default: the shipped one)")
     parser.add_argument("--storage", default=default_storage(), help="folder or URI (default: %(default)s)")
+    parser.add_argument("--max-wait-s", type=float, help="a request that would take longer is answered with 503")
     return parser.parse_args()
 
 
@@ -166,6 +167,7 @@ def start(args: argparse.Namespace) -> None:
             api_keys=args.api_keys,
             filters=args.filters,
             front_replicas=args.fronts,
+            **({} if args.max_wait_s is None else {"max_wait_s": args.max_wait_s}),
         )
         serve.run(app(arguments), name="default", route_prefix="/")
     except RuntimeError as error:
