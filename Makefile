@@ -10,15 +10,20 @@ PAGES ?= 4
 SEED ?= 7
 OUT ?= story.html
 EXAMPLES ?= 200
+QUICK ?=
 
 RUN := .venv/bin/python
 STAMP := .venv/.installed
 SERVE_STAMP := .venv/.serve
 SERVES := $(if $(wildcard $(STAMP)),$(STAMP),$(SERVE_STAMP))
+PEERS := benchmarks/requirements-peers.txt
+PEERS_STAMP := .venv-peers/.installed
 REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 ALL := serve,train,batch,dev
 NEWEST := build/venv-newest/bin/python
+SBOM := build/venv-sbom/bin
+CYCLONEDX := cyclonedx-bom==7.5.0
 CLOSURE := tests/test_package.py::test_constraints_cover_all_that_is_installed_for_ci
 # What "vision" taught is half lost while "learn" tells stories: descriptions alone, once more.
 DESCRIBE := words_until=0 steps=250 batch_size=12 learning_rate=5e-4 ema_decay=0.98 warmup_steps=20
@@ -32,7 +37,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve story test test-full test-gpu test-newest fuzz lint docs quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install install-peers serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -103,11 +108,23 @@ docs: $(STAMP)  ## the documentation as a site in build/docs, warnings as errors
 	@test -x .venv/bin/zensical || $(RUN) -m pip install --quiet -e '.[docs]'
 	.venv/bin/zensical build --clean --strict
 
+sbom: $(STAMP)  ## the packages that are installed in .venv/, as a CycloneDX bill of materials in build/sbom.json
+	@test -x $(SBOM)/cyclonedx-py || { $(PYTHON) -m venv build/venv-sbom && $(SBOM)/pip install --quiet $(CYCLONEDX); }
+	$(SBOM)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json $(RUN)
+
 quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quality.json
 	$(RUN) -m benchmarks.quality
 
-bench-engines: $(STAMP)  ## how fast text and pictures are made, alone and over HTTP, into benchmarks/results/engines.json
-	$(RUN) -m benchmarks.engines --serve
+install-peers: $(PEERS_STAMP)  ## .venv-peers/ with llama.cpp and vLLM, which bench-engines compares with (TORCH_INDEX=URL)
+
+# Without dependencies: the file names all of them. llama.cpp is built here, which needs a C++ compiler.
+$(PEERS_STAMP): $(PEERS)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-deps -r $(PEERS)
+	@touch $@
+
+bench-engines: $(STAMP)  ## speed of default requests and others, beside the peers, into benchmarks/results/engines.json (QUICK=1: one round)
+	$(RUN) -m benchmarks.engines --serve $(if $(QUICK),--quick)
 
 bench-load: $(STAMP)  ## five times what a server can make, for five minutes, into benchmarks/results/load.json
 	$(RUN) -m benchmarks.overload

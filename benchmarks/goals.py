@@ -118,3 +118,82 @@ def to_text(rows: Sequence[Mapping[str, Any]]) -> str:
         met = "reached" if row["reached"] else "NOT"
         lines.append(f"{row['figure']:<64} {row['value']:>8.3g}  {interval:<16} {row['target']:>6g} {met:<8} {goal}")
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioGoal:
+    """A bound of one of the engines' ratios."""
+
+    ratio: str
+    """Its name in engines.json."""
+    says: str
+    bound: float | None
+    """None: the ratio is reported and has no bound."""
+    is_most: bool = False
+    """Whether the bound is an upper one."""
+
+
+RATIO_GOALS = (
+    RatioGoal(ratio="default_16_http_vs_limit", says="stories/s of 16 at once over HTTP, over the limit", bound=0.9),
+    RatioGoal(
+        ratio="default_1_http_vs_bound",
+        says="seconds of one story over HTTP, over the pipeline bound",
+        bound=1.05,
+        is_most=True,
+    ),
+    RatioGoal(ratio="default_16_vs_published", says="stories/s of 16 at once, over the published way", bound=2.5),
+    RatioGoal(ratio="stories_16_vs_published", says="20 steps: stories/s of 16, over the published way", bound=2.5),
+    RatioGoal(ratio="stories_16_vs_limit", says="20 steps: stories/s of 16, over the limit", bound=0.85),
+    RatioGoal(
+        ratio="latency_1_vs_published",
+        says="20 steps: seconds of one story, over the published way",
+        bound=1.05,
+        is_most=True,
+    ),
+    RatioGoal(
+        ratio="overlap", says="20 steps: seconds of one story, over the pipeline bound", bound=1.15, is_most=True
+    ),
+    RatioGoal(ratio="tokens_1_vs_llamacpp", says="tokens/s of one text, over llama.cpp", bound=0.6),
+    RatioGoal(ratio="tokens_1_vs_vllm", says="tokens/s of one text, over vLLM", bound=3),
+    RatioGoal(ratio="tokens_16_vs_vllm", says="tokens/s of 16 texts, over vLLM", bound=2.5),
+    RatioGoal(
+        ratio="picture_seconds_1_vs_eager", says="seconds of a picture alone, over eager", bound=0.6, is_most=True
+    ),
+    RatioGoal(ratio="picture_seconds_8_vs_eager", says="seconds a picture of 8, over eager", bound=0.75, is_most=True),
+    RatioGoal(ratio="peak_share_unet", says="GFLOP/s of the denoiser, over the machine's peak", bound=None),
+    RatioGoal(
+        ratio="bandwidth_share_tokens", says="GB/s of weights that one text reads, over the machine's", bound=None
+    ),
+)
+
+
+def compare_ratios(found: Mapping[str, float | None]) -> list[dict[str, object]]:
+    """A row for each ratio; `reached` is None where it was not measured or has no bound."""
+    return [
+        {
+            "ratio": goal.ratio,
+            "value": value,
+            "bound": goal.bound,
+            "is_most": goal.is_most,
+            "reached": None if value is None or goal.bound is None else is_reached(goal, value),
+        }
+        for goal in RATIO_GOALS
+        for value in [found[goal.ratio]]
+    ]
+
+
+def is_reached(goal: RatioGoal, value: float) -> bool:
+    assert goal.bound is not None
+    return value <= goal.bound if goal.is_most else value >= goal.bound
+
+
+def ratios_to_text(found: Mapping[str, float | None]) -> str:
+    """A line for each ratio."""
+    lines = []
+    for goal in RATIO_GOALS:
+        value = found[goal.ratio]
+        shown = "    null" if value is None else f"{value:8.3f}"
+        bound = "" if goal.bound is None else f"{'at most' if goal.is_most else 'at least'} {goal.bound:g}"
+        met = "" if value is None or goal.bound is None else "reached" if is_reached(goal, value) else "NOT"
+        lines.append(f"{goal.ratio:<28}{shown}  {bound:<14} {met}".rstrip())
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Stories over HTTP, from a process of their own: `python -m benchmarks.http_load URL STEPS NUM FIRST`.
+"""Stories over HTTP, from a process of their own: `python -m benchmarks.http_load URL PICTURES NUM FIRST`.
 
-Streams NUM stories at once, from number FIRST on, and prints figures.
+Streams NUM stories at once, from number FIRST on, and prints figures. PICTURES: "default", or how many guided steps.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from benchmarks.load import TINY, Load, Timing, describe_load, spread
+from benchmarks.load import LOADS, Load, Timing, describe_load, spread
 from deployments.sse import read_events
-from minigpt5.config import storybook
+from minigpt5.config import ModelConfig, default_model_folder, storybook
+from minigpt5.model.folder_config import load_config
 from minigpt5.types import StoryRequest
 
 NUM_OF_MANY = 16
 """Stories of the client that asks for much."""
 HEAD_START_S = 3.0
+GUIDED = "20"
+"""Guided steps of the pictures whose fairness is measured."""
 
 
 def tell_over_http(url: str, request: StoryRequest, began: float, *, client: str = "") -> Timing:
@@ -58,10 +61,11 @@ def tell_over_http(url: str, request: StoryRequest, began: float, *, client: str
     return timing
 
 
-def load_over_http(url: str, load: Load, *, steps: int, num: int, first: int) -> dict[str, object]:
-    """Figures of `num` stories that are streamed at once."""
-    config = storybook()
-    requests = [load.story(first + index, config, steps=steps) for index in range(num)]
+def load_over_http(
+    url: str, load: Load, config: ModelConfig, *, pictures: str, num: int, first: int
+) -> dict[str, object]:
+    """Figures of `num` stories that are streamed at once, from a server of the model of `config`."""
+    requests = [load.story(first + index, config, pictures=pictures) for index in range(num)]
     began = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(num) as pool:
         timings = list(pool.map(lambda request: tell_over_http(url, request, began), requests))
@@ -73,7 +77,7 @@ def measure_fairness(url: str, load: Load, *, num: int = 5) -> dict[str, Any]:
     config = storybook()
 
     def tell(client: str, index: int, pages: int) -> float:
-        request = dataclasses.replace(load.story(index, config, steps=load.steps[0]), pages=pages)
+        request = dataclasses.replace(load.story(index, config, pictures=GUIDED), pages=pages)
         timing = tell_over_http(url, request, time.perf_counter(), client=client)
         return timing.pages[-1]
 
@@ -105,21 +109,38 @@ def cpu_s(server: psutil.Process) -> dict[str, float]:
     return found
 
 
-def measure_http(url: str, server: psutil.Process, load: Load, *, tiny: bool) -> dict[str, dict[str, Any]]:
-    """The same loads from a process of its own: by steps, then by number of stories at once."""
-    figures: dict[str, dict[str, Any]] = {}
-    first = 100_000  # no story that this server, or the engines of this process, have written
-    warm_up = (load.steps[0], [1])  # the first call is always the slowest; its figures are replaced
-    for steps, nums in [warm_up, *load.sizes()]:
-        for num in nums:
-            command = [sys.executable, "-m", "benchmarks.http_load", url, str(steps), str(num), str(first)]
-            before, began = cpu_s(server), time.perf_counter()
-            finished = subprocess.run([*command, *(["--tiny"] if tiny else [])], stdout=subprocess.PIPE, check=True)
-            seconds = time.perf_counter() - began
-            busy = {kind: round((spent - before.get(kind, 0.0)) / seconds, 2) for kind, spent in cpu_s(server).items()}
-            figures.setdefault(str(steps), {})[str(num)] = json.loads(finished.stdout) | {"busy_cores": busy}
-            first += num
-    return figures
+class HttpLoads:
+    """Loads from a process of their own, one after another, on a server that is running."""
+
+    def __init__(self, url: str, server: psutil.Process, *, model: Path, load: str) -> None:
+        """`load`: a key of LOADS."""
+        self.url, self.server, self.model, self.load = url, server, model, load
+        self._num_asked = 100_000  # no story that the engines of other processes write
+
+    def stories(self, pictures: str, num: int) -> dict[str, Any]:
+        """Figures of `num` stories at once, with the cores that were busy in each kind of the server's processes."""
+        first, self._num_asked = self._num_asked, self._num_asked + num
+        command = [sys.executable, "-m", "benchmarks.http_load", self.url, pictures, str(num), str(first)]
+        before, began = cpu_s(self.server), time.perf_counter()
+        finished = subprocess.run(
+            [*command, "--load", self.load, "--model", str(self.model)], stdout=subprocess.PIPE, check=True
+        )
+        busy = busy_cores(before, cpu_s(self.server), time.perf_counter() - began)
+        return json.loads(finished.stdout) | {"busy_cores": busy}
+
+    def idle_cores(self, seconds: float = 2.0) -> dict[str, float]:
+        """Cores that the server keeps busy while nobody asks: the other ways are measured beside it."""
+        before = cpu_s(self.server)
+        time.sleep(seconds)
+        return busy_cores(before, cpu_s(self.server), seconds)
+
+    def memory_gib(self) -> float:
+        """Memory of all processes of the server."""
+        return sum(process.memory_full_info().pss for process in self.server.children(recursive=True)) / 2**30
+
+
+def busy_cores(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> dict[str, float]:
+    return {kind: round((spent - before.get(kind, 0.0)) / seconds, 2) for kind, spent in after.items()}
 
 
 @contextlib.contextmanager
@@ -145,13 +166,21 @@ def running_server(model: Path, *, port: int = 8191) -> Iterator[tuple[str, psut
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.http_load", description=__doc__)
     parser.add_argument("url")
-    parser.add_argument("steps", type=int)
+    parser.add_argument("pictures")
     parser.add_argument("num", type=int)
     parser.add_argument("first", type=int)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--load", choices=LOADS, default="full")
+    parser.add_argument("--model", type=Path, default=default_model_folder(), help="that the server has")
     options = parser.parse_args(arguments)
-    load = TINY if options.tiny else Load()
-    print(json.dumps(load_over_http(options.url, load, steps=options.steps, num=options.num, first=options.first)))
+    figures = load_over_http(
+        options.url,
+        LOADS[options.load],
+        load_config(options.model),
+        pictures=options.pictures,
+        num=options.num,
+        first=options.first,
+    )
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

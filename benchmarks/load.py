@@ -10,36 +10,45 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minigpt5.config import ModelConfig
-from minigpt5.types import StoryRequest
+from minigpt5.types import DrawSettings, Sampling, StoryRequest
 
 WHO = ("fox", "owl", "bear", "cat", "dog", "duck", "frog", "lion", "mouse", "panda", "pig", "rabbit")
 WHAT = ("balloon", "tent", "rocket", "tulip", "bicycle", "umbrella", "castle", "banana")
 P99_SAMPLES = 300
 """Fewer say nothing about one in a hundred."""
+DEFAULT = "default"
+"""The pictures of a request that says nothing about them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is asked for."""
+    """What is asked for. Every page has `page_tokens` tokens, so that each way of making a story does the same work."""
 
     pages: int = 4
     page_tokens: int = 48
-    steps: tuple[int, ...] = (20, 4, 50)
-    """The first is the one that the ratios are of."""
-    concurrent: tuple[int, ...] = (1, 4, 16)
+    stories: dict[str, tuple[int, ...]] = field(
+        default_factory=lambda: {DEFAULT: (1, 4, 16, 64), "20": (1, 16), "50": (1,)}
+    )
+    """Pictures -> how many stories at once. Pictures are DEFAULT, or a number of guided steps."""
+    repeated: dict[str, tuple[int, ...]] = field(default_factory=lambda: {DEFAULT: (1, 16), "20": (1, 16)})
+    """Those of `stories` that the ratios need: they are measured in every round."""
+    rounds: int = 3
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """The sweep of the limit."""
+    text_tokens: int = 96
+    """Tokens of the text that ours and the peers write alone, with no picture drawn."""
+    text_at_once: tuple[int, ...] = (1, 16)
+    picture_batches: tuple[int, ...] = (1, 8)
     long_prompt_tokens: int = 6000
-    num_baseline: int = 2
-    """Stories of the published loop that are timed; it takes them one after another."""
+    """0: no long prompt is measured."""
 
-    def sizes(self) -> list[tuple[int, list[int]]]:
-        """How many stories at once, by steps: all that there are at the first, the least and the most at the others."""
-        return [
-            (steps, list(self.concurrent) if steps == self.steps[0] else sorted({1, max(self.concurrent)}))
-            for steps in self.steps
-        ]
+    def draw(self, pictures: str, config: ModelConfig) -> DrawSettings:
+        """How the model draws such pictures."""
+        if pictures == DEFAULT:
+            return config.default_draw
+        return dataclasses.replace(config.draw, steps=int(pictures))
 
-    def story(self, index: int, config: ModelConfig, *, steps: int) -> StoryRequest:
+    def story(self, index: int, config: ModelConfig, *, pictures: str) -> StoryRequest:
         """No two alike, so that no cache answers."""
         sampling = dataclasses.replace(
             config.sampling, min_page_tokens=self.page_tokens, max_page_tokens=self.page_tokens
@@ -49,13 +58,33 @@ class Load:
             pages=self.pages,
             seed=1000 + index,
             sampling=sampling,
-            draw=dataclasses.replace(config.draw, steps=steps),
+            draw=self.draw(pictures, config),
         )
 
+    def text(self, index: int, config: ModelConfig) -> StoryRequest:
+        """One page of greedy text, whose picture is not drawn."""
+        sampling = Sampling(temperature=0.0, min_page_tokens=self.text_tokens, max_page_tokens=self.text_tokens)
+        return dataclasses.replace(self.story(index, config, pictures=DEFAULT), pages=1, sampling=sampling)
 
-TINY = Load(
-    pages=2, page_tokens=6, steps=(2,), concurrent=(1, 2), batch_sizes=(1, 2), long_prompt_tokens=200, num_baseline=1
+
+QUICK = Load(
+    stories={DEFAULT: (1, 16), "20": (1,)},
+    repeated={DEFAULT: (1, 16), "20": (1,)},
+    rounds=1,
+    batch_sizes=(16,),
+    long_prompt_tokens=0,
 )
+TINY = Load(
+    pages=2,
+    page_tokens=6,
+    stories={DEFAULT: (1, 2, 16), "20": (1, 16)},
+    repeated={DEFAULT: (1, 16), "20": (1, 16)},
+    rounds=2,
+    batch_sizes=(1, 2),
+    text_tokens=8,
+    long_prompt_tokens=200,
+)
+LOADS = {"full": Load(), "quick": QUICK, "tiny": TINY}
 
 
 @dataclass

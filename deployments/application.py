@@ -123,7 +123,8 @@ def app(args: AppArgs) -> Application:
     model = shared_name(args.model)
     filters = config.filters if args.filters is None else tuple(args.filters.split(","))
     storage = args.storage if "://" in args.storage else str(Path(args.storage).expanduser().resolve())
-    api_keys = str(Path(args.api_keys).expanduser().resolve()) if args.api_keys else ""
+    # Links stay: Kubernetes renews a mounted secret by replacing one.
+    api_keys = str(Path(args.api_keys).expanduser().absolute()) if args.api_keys else ""
     load_keys(api_keys or None)
     generator_gpus, decoder_gpus = args.generator_num_gpus, args.decoder_num_gpus
     if generator_gpus is None or decoder_gpus is None:

@@ -6,7 +6,8 @@ Keys lie hashed in a JSON file (or in the environment variable MINIGPT5_API_KEYS
 
 `python -m deployments.auth FILE NAME` adds a key to the file and prints it, once. A key comes as `Authorization: Bearer
 KEY`, as from OpenAI's client, or is exchanged for a cookie by `POST /login`, as the studio does. Pictures and books may
-also be read by URLs that are signed with the file's secret and expire.
+also be read by URLs that are signed with the file's secret and expire. A server reads its file again when the file
+changes, as Kubernetes changes a mounted secret.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import sys
@@ -29,6 +31,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.api.errors import error_response
 
+logger = logging.getLogger("ray.serve")
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 VARIABLE = "MINIGPT5_API_KEYS"
 COOKIE = "minigpt5"
@@ -36,6 +40,8 @@ CLIENT = "minigpt5.client"
 """Where a request's scope has the name of its key."""
 SESSION_S = 12 * 3600
 URL_S = 24 * 3600
+RELOAD_S = 1.0
+"""Shortest time between two looks at whether the file has changed."""
 GUARDED = "/v1/"
 SHARED = (".html", ".epub", ".pdf", ".png")
 """What may be read by a signed URL."""
@@ -113,6 +119,62 @@ class Keys:
         return key if self.is_signed(signature, "session", name, key.sha256, expires) else None
 
 
+class KeyFile(Keys):
+    """The keys of a file as it is now. A file that cannot be used leaves the keys of before in force."""
+
+    def __init__(self, path: str) -> None:
+        """Raises KeysError."""
+        self._path, self._looked_at = path, time.monotonic()
+        self._version = self._find_version()  # before it is read: a change in between is then seen later
+        self._read()
+
+    def _read(self) -> None:
+        found = load_keys(self._path)
+        assert found
+        self.keys, self.secret = found.keys, found.secret
+
+    def find(self, given: str) -> Key | None:
+        self._reload()
+        return super().find(given)
+
+    def named(self, name: str) -> Key | None:
+        self._reload()
+        return super().named(name)
+
+    def sign(self, *parts: object) -> str:
+        self._reload()
+        return super().sign(*parts)
+
+    def _reload(self) -> None:
+        """Read the file if it has changed, RELOAD_S after the last look at the earliest."""
+        now = time.monotonic()
+        if now - self._looked_at < RELOAD_S:
+            return
+        self._looked_at = now
+        version = self._find_version()
+        if version == self._version:
+            return
+        self._version = version  # a file that cannot be used is reported once, not at every look
+        try:
+            self._read()
+            logger.info("read %d API keys from %s", len(self.keys), self._path)
+        except KeysError as error:
+            logger.warning("the API keys stay as they were: %s", error)
+
+    def _find_version(self) -> tuple[int, ...] | None:
+        """Of the file behind every link, for Kubernetes replaces a link and leaves the path; None: no such file."""
+        try:
+            state = os.stat(self._path)
+        except OSError:
+            return None
+        return state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size
+
+
+def watch_keys(path: str | None) -> Keys | None:
+    """As `load_keys`; those of a file follow the file. Raises KeysError."""
+    return KeyFile(path) if path else load_keys(None)
+
+
 def load_keys(path: str | None) -> Keys | None:
     """From a file or the environment; none where neither says so. Raises KeysError."""
     source, text = path or VARIABLE, os.environ.get(VARIABLE)
@@ -123,10 +185,10 @@ def load_keys(path: str | None) -> Keys | None:
             raise KeysError(
                 f"{path} cannot be read ({error.strerror}): make it with python -m deployments.auth {path} NAME"
             ) from error
-    if not text:
+    if not text and not path:
         return None
     try:
-        values = json.loads(text)
+        values = json.loads(text or "")
         keys = tuple(Key(**key) for key in values["keys"])
         secret = values["secret"]
     except (KeyError, TypeError, ValueError) as error:

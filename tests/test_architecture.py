@@ -309,7 +309,8 @@ def without_functions(tree: ast.Module) -> ast.Module:
 
 
 NAMED = re.compile(r"-m ((?:minigpt5|deployments|training|batch_jobs|benchmarks|tests)[\w.]*\w)")
-PAGES = (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "cluster").iterdir(), *(ROOT / "docs").glob("*.md"))
+CLUSTER = [path for path in (ROOT / "cluster").rglob("*") if path.is_file()]
+PAGES = (ROOT / "README.md", ROOT / "Makefile", *CLUSTER, *(ROOT / "docs").glob("*.md"))
 DOORS = {"minigpt5.base_models", "minigpt5.published", "deployments.auth", "training.scorer", "tests.reference"}
 """Commands that kept their names when their files moved."""
 

@@ -41,7 +41,7 @@ from deployments.api.images import images
 from deployments.api.models import models
 from deployments.api.pages import MAX_VARIANTS, pages
 from deployments.api.replies import BEGUN, RESUMED, EventStream, answer, follow, reply
-from deployments.auth import KeyGuard, check_host, load_keys, session_cookie
+from deployments.auth import KeyGuard, check_host, session_cookie, watch_keys
 from deployments.engines.handles import NotReady, ServeEngines
 from deployments.schemas import (
     CreatePicture,
@@ -308,7 +308,8 @@ class Ingress:
         filters: tuple[str, ...] = (),
         ledger: DeploymentHandle | None = None,
     ) -> None:
-        check_host(get_host(), load_keys(api_keys or None))
+        keys = watch_keys(api_keys or None)
+        check_host(get_host(), keys)
         folder = locate(model)
         config = load_config(folder)
         self.front = build_front(
@@ -319,7 +320,7 @@ class Ingress:
             max_running=max_running,
             max_age_s=max_age_s,
             max_bytes=max_bytes,
-            keys=load_keys(api_keys or None),
+            keys=keys,
             text_filter=TextFilter() if "text" in filters else None,
             ledger=ServeLedger(ledger) if ledger else None,
             example_pictures=load_example_pictures(folder, config),

@@ -2,7 +2,8 @@
 
 The kernel's order of additions depends on the number of queries and of keys in a call, and on nothing else. So each
 token is an item of its own, with the query heads that share a key head as its queries. Its keys are filled up to a
-multiple of BLOCK, and a call takes tokens with the same range of keys.
+multiple of BLOCK, and a call takes tokens with the same range of keys. It has one thread: a second one's last bits may
+differ (2 of 37,000 tokens and layers of the shipped model).
 
 Shape letters: R slots, G key heads, A query heads, W query heads of a key head, S positions of a slot, T tokens of a
 pass, D head width.
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minigpt5.engine.threads import single_thread
 
 BLOCK = 64
 """Keys of a call are a multiple of it, or end where a slot ends."""
@@ -110,4 +113,5 @@ def _call(items: Tensor, key_RGSD: Tensor, value_RGSD: Tensor, call: Call, scali
     key, value = key_RGSD[where], value_RGSD[where]
     if len(items) != len(key):
         key, value = key.expand(len(items), -1, -1, -1), value.expand(len(items), -1, -1, -1)
-    return F.scaled_dot_product_attention(items, key, value, attn_mask=call.mask, scale=scaling)
+    with single_thread():
+        return F.scaled_dot_product_attention(items, key, value, attn_mask=call.mask, scale=scaling)

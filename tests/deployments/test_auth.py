@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from deployments.auth import COOKIE, VARIABLE, KeyGuard, Keys, KeysError, add_key, load_keys
+from deployments import auth
+from deployments.auth import COOKIE, VARIABLE, KeyGuard, Keys, KeysError, add_key, load_keys, watch_keys
 from deployments.stories.ledger import LocalLedger
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.served import Served, assert_error, read_events
@@ -28,7 +31,7 @@ class Guarded(Served):
         self.alice, self.bob = (
             {"Authorization": f"Bearer {add_key(self.file, n, **limits)}"} for n in ("alice", "bob")
         )
-        keys = load_keys(str(self.file))
+        keys = watch_keys(str(self.file))
         assert keys
         self.keys: Keys = keys
         super().__init__(folder, keys=keys, **options)
@@ -79,12 +82,115 @@ def test_a_byte_order_mark_that_an_editor_adds_does_not_matter(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"secret": "x", "keys": []}', '{"secret": 5, "keys": [{"name": 1}]}']
+    "text", ["", "{", "[]", "{}", '{"secret": "x", "keys": []}', '{"secret": 5, "keys": [{"name": 1}]}']
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "keys.json").write_text(text)
     with pytest.raises(KeysError, match="keys.json"):
         load_keys(str(tmp_path / "keys.json"))
+
+
+# The file changes
+
+
+class Secret:
+    """A secret as Kubernetes mounts it: `keys.json` is a link into the folder `..data`, which is a link as well. An
+    update replaces the second link at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file, self.number = folder, folder / "keys.json", 0
+        folder.mkdir()
+        (folder / "keys.json").symlink_to("..data/keys.json")
+
+    def update(self, text: str) -> None:
+        self.number += 1
+        version = self.folder / f"..version_{self.number}"
+        version.mkdir()
+        (version / "keys.json").write_text(text)
+        (self.folder / "..data_tmp").symlink_to(version.name)
+        os.replace(self.folder / "..data_tmp", self.folder / "..data")
+        for old in set(self.folder.glob("..version_*")) - {version}:
+            (old / "keys.json").unlink()
+            old.rmdir()
+
+
+@pytest.fixture
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "RELOAD_S", 0.0)
+
+
+def new_keys(folder: Path, *names: str) -> tuple[str, list[str]]:
+    """A file's text, and the keys in it."""
+    file = folder / f"{'-'.join(names)}.json"
+    given = [add_key(file, name, per_minute=100, concurrent=8) for name in names]
+    return file.read_text(), given
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_a_mounted_secret_is_read_again_when_kubernetes_replaces_it(tmp_path: Path) -> None:
+    secret = Secret(tmp_path / "secret")
+    first, (alice,) = new_keys(tmp_path, "alice")
+    second, (bob,) = new_keys(tmp_path, "bob")
+    secret.update(first)
+    keys = watch_keys(str(secret.file))
+    assert keys and keys.find(alice) and not keys.find(bob)
+    url = keys.sign_url("/v1/stories/story_1.html")
+    session = keys.new_session(keys.keys[0])
+    secret.update(second)
+    assert keys.find(bob) and not keys.find(alice)
+    assert not keys.is_signed_url(*url.split("?")) and keys.read_session(session) is None
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize("text", ["", "{", '{"secret": "short", "keys": []}', None])
+def test_a_file_that_became_unusable_changes_nothing_and_is_reported_once(
+    tmp_path: Path, text: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.json"
+    alice = add_key(file, "alice", per_minute=100, concurrent=8)
+    keys, good = watch_keys(str(file)), file.read_text()
+    assert keys
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        assert all(keys.find(alice) for _ in range(5))
+    assert [record.message.startswith("the API keys stay as they were") for record in caplog.records] == [True]
+    file.write_text(good)
+    bob = add_key(file, "bob", per_minute=100, concurrent=8)
+    assert keys.find(alice) and keys.find(bob)
+
+
+def test_a_server_looks_at_the_file_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, now, looks = tmp_path / "keys.json", 100.0, 0
+    find_version = auth.KeyFile._find_version
+
+    def counted(self: auth.KeyFile) -> tuple[int, ...] | None:
+        nonlocal looks
+        looks += 1
+        return find_version(self)
+
+    add_key(file, "alice", per_minute=100, concurrent=8)
+    monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: now))
+    keys = watch_keys(str(file))
+    assert keys
+    bob = add_key(file, "bob", per_minute=100, concurrent=8)
+    monkeypatch.setattr(auth.KeyFile, "_find_version", counted)
+    for second in range(3):
+        now = 101.0 + second
+        assert all(keys.find(bob) for _ in range(1000))
+    assert looks == 3
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_a_running_server_takes_new_keys_and_refuses_removed_ones(guarded: Guarded, tmp_path: Path) -> None:
+    assert guarded.request("GET", "/v1/stories", headers=guarded.alice).status_code == 200
+    text, (carol,) = new_keys(tmp_path, "carol")
+    partial = tmp_path / "partial"
+    partial.write_text(text)
+    partial.replace(guarded.file)
+    assert guarded.request("GET", "/v1/stories", headers={"Authorization": f"Bearer {carol}"}).status_code == 200
+    assert_error(guarded.request("GET", "/v1/stories", headers=guarded.alice), 401, says=("asks for a key",))
 
 
 # Who is let in

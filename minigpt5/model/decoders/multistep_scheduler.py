@@ -42,12 +42,13 @@ class MultistepScheduler(DDIMScheduler):
         sample: Tensor,
         *,
         generator: torch.Generator | None = None,
+        return_dict: bool = True,
         **options: Any,
-    ) -> DDIMSchedulerOutput:
+    ) -> DDIMSchedulerOutput | tuple[Tensor, ...]:
         """Step as DDIM does, but add noise to the clean result again while there are restarts left."""
         output = super().step(model_output, timestep, sample, **options)
         if timestep == self.timesteps[-1] and self._num_restarts:
             self._num_restarts -= 1
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             output.prev_sample = self.add_noise(output.prev_sample, noise, self.timesteps[-1:].to(sample.device))
-        return output
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)

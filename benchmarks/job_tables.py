@@ -1,0 +1,178 @@
+"""Tables of crashes, bulk jobs, training runs and batch invariance."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.markdown import Results, reached, table
+
+
+def server_faults(found: Results) -> str:
+    """What kills of a server's processes did to the stories in flight."""
+    kinds = {
+        "generator": "the generator",
+        "decoder": "the decoder",
+        "front": "one of two fronts",
+        "fronts": "both fronts",
+        "ledger": "the fronts' ledger",
+        "proxy": "Serve's proxy",
+        "serve": "the whole server and its Ray",
+        "point": "both fronts, at a failpoint",
+    }
+    columns = {
+        "stories": "stories",
+        "in_flight": "in flight",
+        "lost": "lost",
+        "pages_missing": "pages missing",
+        "pages_twice": "pages twice",
+        "pictures_changed": "finished pictures changed",
+        "pages_told_otherwise": "pages told otherwise",
+        "restarts": "text resets",
+    }
+    rows = []
+    for kind, name in kinds.items():
+        rounds = [one for one in found["faults"]["rounds"] if one["kind"] == kind]
+        rows.append((name, len(rounds), *(sum(one[column] for one in rounds) for column in columns)))
+    return table(("killed", "kills", *columns.values()), rows)
+
+
+def bulk_kills(found: Results) -> str:
+    """What kills of a bulk job's processes did to its rows."""
+    kinds = {
+        "worker": "an engine's process",
+        "raylet": "a node's raylet, with its engines",
+        "driver": "the driver",
+        "job": "the driver and its Ray",
+        "point": "the process that reaches a failpoint",
+    }
+    columns = {
+        "rows": "rows",
+        "rows_lost": "lost",
+        "rows_doubled": "doubled",
+        "files_changed": "finished files changed",
+        "error_rows": "rows with an error",
+    }
+    rows = []
+    for kind, name in kinds.items():
+        jobs = [one for one in found["bulk"]["kills"] if one["kind"] == kind]
+        counts = (sum(one[column] for one in jobs) for column in columns)
+        rows.append((name, sum(one["kills"] for one in jobs), len(jobs), *counts))
+    return table(("killed", "kills", "jobs", *columns.values()), rows)
+
+
+def bulk_speed(found: Results) -> str:
+    """Speed, memory and scaling of bulk jobs."""
+    bulk = found["bulk"]
+    speed, rates = bulk["speed"], bulk["scaling"]["pictures_per_s"]
+    ratio = speed["job_rows_per_s"] / speed["one_process_rows_per_s"]
+    busy = max(pool["utilisation"] for pool in speed["pools"].values())
+    growth = 100 * bulk["memory"]["growth_after_200"]
+    linear = {num: rates[num] / rates["1"] / int(num) for num in rates}
+    rows = [
+        (
+            f"rows/s of a job ({speed['rows']} stories of {speed['pages']} pages, {speed['steps']} steps) "
+            "over the same engines in one process at the best fixed batches",
+            f"{ratio:.2f} ({speed['job_rows_per_s']:.2f} and {speed['one_process_rows_per_s']:.2f})",
+            "at least 0.9",
+            reached(ratio >= 0.9),
+        ),
+        ("busy time of the limiting pool", f"{busy:.2f}", "at least 0.9", reached(busy >= 0.9)),
+        (
+            f"growth of memory (RSS of all processes and object store) over {bulk['memory']['pictures']} pictures "
+            "at 4 steps, from the 400th on, after the generator has ended",
+            f"{growth:.1f} %",
+            "at most 2 %",
+            reached(growth <= 2),
+        ),
+        (
+            f"pictures/s with {', '.join(rates)} simulated decoders of 25 pictures/s each",
+            f"{', '.join(f'{rate:g}' for rate in rates.values())}: {linear['2']:.2f} and {linear['4']:.2f} of linear",
+            "at least 0.9",
+            reached(min(linear.values()) >= 0.9),
+        ),
+    ]
+    return table(("", "measured", "target", "reached"), rows)
+
+
+def training_kills(found: Results) -> str:
+    """What kills of a training run's processes did to its steps and rows."""
+    kinds = {"worker": "a worker", "driver": "the driver; Ray lives on", "job": "the whole job and its Ray"}
+    rows = (
+        (
+            name,
+            len(one["kills"]),
+            one["starts"],
+            f"{one['steps_redone']:g}",
+            one["rows_lost"],
+            one["rows_twice"],
+            f"{one['loss_difference']:g}",
+        )
+        for kind, name in kinds.items()
+        for one in [found["training"]["kills"][kind]]
+    )
+    head = ("killed", "kills", "starts", "steps redone", "rows lost", "rows used twice", "largest loss difference")
+    return table(head, rows)
+
+
+def training_speed(found: Results) -> str:
+    """Seconds of a training step, medians over the runs."""
+    speed = found["training"]["speed"]
+    phases = ("data_s", "forward_s", "backward_s", "optimizer_s", "communication_s")
+
+    def middle(runs: list[dict[str, float]], key: str) -> float:
+        return statistics.median(run[key] for run in runs)
+
+    plain = middle(speed["plain, 2 threads"], "steps_per_s")
+    rows = []
+    for name, runs in speed.items():
+        share = "" if name.startswith("learn") else f"{middle(runs, 'steps_per_s') / plain:.2f}"
+        rows.append(
+            (
+                f"{name}, {len(runs)} run{'s' if len(runs) > 1 else ''}",
+                f"{middle(runs, 'steps_per_s'):.3g}",
+                share,
+                *(f"{middle(runs, phase):.3f}" for phase in phases),
+                f"{middle(runs, 'peak_mib'):,.0f} MiB",
+            )
+        )
+    names = (phase.removesuffix("_s") for phase in phases)
+    return table(("", "steps/s", "of the plain loop", *names, "peak memory of a worker"), rows)
+
+
+def training_curves(found: Results) -> str:
+    """Largest relative difference of a loss from the plain loop of the same precision."""
+    curves = found["training"]["curves"]
+
+    def difference(precision: str, stage: int) -> float:
+        plain, ours = curves[f"{precision}, plain"], curves[f"{precision}, ZeRO {stage}"]
+        return max(abs(a - b) / abs(a) for a, b in zip(plain, ours, strict=True))
+
+    rows = (
+        (precision, *(f"{difference(precision, stage):.1e}" for stage in range(4)), target)
+        for precision, target in (("float32", "1e-3"), ("bfloat16", "none"))
+    )
+    return table(("", *(f"ZeRO {stage}" for stage in range(4)), "target"), rows)
+
+
+def batch_invariance(found: Results) -> str:
+    """Results of the same requests alone and in random batches."""
+    text, pictures, cancels = (found["company"][key] for key in ("text", "pictures", "cancels"))
+    fairness, leaving = found["company"]["fairness"], cancels["leaving_over_a_step"]
+    rows = [
+        ("requests with the same text", f"{text['same_text']} of {text['requests']}", "all"),
+        ("token choices with a margin below 1e-4", text["close_choices"], "reported"),
+        ("largest difference of a voken state", f"{text['largest_voken_difference']:.1e}", "reported"),
+        ("bit-equal PNGs", f"{pictures['bit_equal']} of {pictures['pictures']}", "reported"),
+        ("bit-equal latents", f"{pictures['bit_equal_latents']} of {pictures['pictures']}", "reported"),
+        ("largest difference of a latent", f"{pictures['largest_latent_difference']:.1e}", "1e-4"),
+        ("largest difference of a pixel, in levels", pictures["largest_difference_levels"], "1"),
+        (f"requests in flight after {cancels['cancelled']} random cancels", cancels["in_flight_after"], "0"),
+        ("steps until a cancelled request leaves the generator, at most", f"{leaving['generator']['most']:.2f}", ""),
+        ("steps until a cancelled request leaves the decoder, at most", f"{leaving['decoder']['most']:.2f}", ""),
+        (
+            "time of a one-page story beside 16 of another client, over its time alone",
+            f"{fairness['ratio']:.2f}",
+            "at most 2",
+        ),
+    ]
+    return table(("", "measured", "target"), rows)

@@ -1,0 +1,37 @@
+"""What the machine itself can do, beside the figures of the engines: arithmetic and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+SIDE = 2048
+"""Of the matrices that are multiplied."""
+READ_BYTES = 2**29
+"""More than any cache holds."""
+REPEATS = 5
+
+
+def measure_peak() -> dict[str, float]:
+    """GFLOP/s by precision and GB/s with this process's torch threads, each the best of REPEATS."""
+    figures = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        matrix_SS = torch.randn(SIDE, SIDE).to(dtype)
+        figures[f"{name}_gflops_per_s"] = 2 * SIDE**3 / _best_s(lambda m=matrix_SS: m @ m) / 1e9
+    source = torch.ones(READ_BYTES // 4)
+    target = torch.empty_like(source)
+    figures["read_gb_per_s"] = READ_BYTES / _best_s(source.sum) / 1e9
+    figures["copy_gb_per_s"] = 2 * READ_BYTES / _best_s(lambda: target.copy_(source)) / 1e9  # read and written
+    return figures
+
+
+def _best_s(work: Callable[[], object]) -> float:
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
