@@ -93,6 +93,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "engines-alone": engines_alone,
     "engines-ratios": engines_ratios,
     "engines-more": engines_more,
+    "overload": overload,
     "server-faults": server_faults,
     "bulk-kills": bulk_kills,
     "bulk-speed": bulk_speed,
