@@ -26,6 +26,7 @@ from benchmarks.job_tables import (
     batch_invariance,
     bulk_kills,
     bulk_speed,
+    overload,
     server_faults,
     training_curves,
     training_kills,
