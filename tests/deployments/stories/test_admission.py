@@ -67,6 +67,7 @@ def test_a_denoiser_that_takes_the_guidance_scale_makes_one_prediction_a_step() 
     assert idle_s == pytest.approx(unguided / FIRST_SPEEDS["decoder"])
     with admission.reserve(story()) as reservation:
         for page in range(1, 5):
+            reservation.observe(SlotOpened(page=page))
             reservation.observe(Progress(page=page, step=20, steps=20))
             reservation.observe(dataclasses.replace(PICTURE, page=page))
         assert admission.wait_s(story("b")) == pytest.approx(idle_s), "all that was promised of the decoder is done"
