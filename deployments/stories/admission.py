@@ -22,7 +22,7 @@ Engine = Literal["generator", "decoder"]
 ENGINES: tuple[Engine, ...] = ("generator", "decoder")
 FIRST_SPEEDS: dict[Engine, float] = {"generator": 40.0, "decoder": 40.0}
 """Tokens and UNet samples a second, until it is known how fast the engines are."""
-SPEED_WINDOW_S = 5.0
+SPEED_WINDOW_S = 2.0
 """A speed is known after so much time in which there was work."""
 SPEED_MEMORY_S = 60.0
 """After so much of it, what was measured counts by half: stories that started together end their pages together, and
