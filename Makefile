@@ -126,8 +126,8 @@ $(PEERS_STAMP): $(PEERS)
 bench-engines: $(STAMP)  ## speed of default requests and others, beside the peers, into benchmarks/results/engines.json (QUICK=1: one round)
 	$(RUN) -m benchmarks.engines --serve $(if $(QUICK),--quick)
 
-bench-load: $(STAMP)  ## five times the capacity of a server that runs at PORT=8000, into benchmarks/results/load.json
-	$(RUN) -m benchmarks.overload http://127.0.0.1:$(PORT)
+bench-load: $(STAMP)  ## five times what a server can make, for five minutes, into benchmarks/results/load.json
+	$(RUN) -m benchmarks.overload
 
 bench-batching: $(STAMP)  ## our engine beside transformers' continuous batching, into benchmarks/results/continuous_batching.json
 	$(RUN) -m benchmarks.continuous_batching --threads 1

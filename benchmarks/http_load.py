@@ -144,11 +144,11 @@ def busy_cores(before: Mapping[str, float], after: Mapping[str, float], seconds:
 
 
 @contextlib.contextmanager
-def running_server(model: Path, *, port: int = 8191) -> Iterator[tuple[str, psutil.Process]]:
-    """The URL of `python -m deployments`, and its process."""
+def running_server(model: Path, *arguments: str, port: int = 8191) -> Iterator[tuple[str, psutil.Process]]:
+    """The URL of `python -m deployments` with more `arguments`, and its process."""
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
-        server = subprocess.Popen([*command, "--storage", storage], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([*command, *arguments, "--storage", storage], stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
             for line in server.stdout:

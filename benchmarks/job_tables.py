@@ -36,6 +36,24 @@ def server_faults(found: Results) -> str:
     return table(("killed", "kills", *columns.values()), rows)
 
 
+def overload(found: Results) -> str:
+    """A server that is asked for several times what it can make."""
+    load = found["load"]
+    ends = load["ends"]
+    others = sum(number for end, number in ends.items() if end not in ("done", "503"))
+    rows = [
+        ("capacity, stories a second", f"{load['capacity_stories_per_s']:.2f}"),
+        ("requests, as a multiple of the capacity", f"{load['times_capacity']:g}, for {load['seconds']:g} s"),
+        ("stories made", ends.get("done", 0)),
+        ("answers 503", ends.get("503", 0)),
+        ("other answers", others),
+        ("p50 and p95 of accepted stories", f"{load['accepted_p50_s']:.0f} and {load['accepted_p95_s']:.0f} s"),
+        ("promised (`max_wait_s`)", f"{load['max_wait_s']:g} s"),
+        ("memory, last quarter over the second", f"{load['memory_growth']:.2f}"),
+    ]
+    return table(("overload", "measured"), rows)
+
+
 def bulk_kills(found: Results) -> str:
     """What kills of a bulk job's processes did to its rows."""
     kinds = {

@@ -1,8 +1,9 @@
-"""More stories than a server can make: `python -m benchmarks.overload URL [--pid PID] [--seconds 300]`.
+"""More stories than a server can make: `python -m benchmarks.overload [URL --pid PID] [--seconds 300]`.
 
 Measures how many default stories a second the server makes, then posts five times as many for some minutes. Every
-answer has to be a story or 503; a story that was accepted ends within the server's `max_wait_s`. The memory of the
-server's processes is that of PID and its children. The figures go into benchmarks/results/load.json.
+answer has to be a story or 503; a story that was accepted ends within the server's `max_wait_s`. Without a URL a server
+is started for it. The memory of the server's processes is that of PID and its children. The figures go into
+benchmarks/results/load.json.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -22,11 +24,16 @@ import httpx
 import numpy as np
 import psutil
 
+from benchmarks.http_load import running_server
 from benchmarks.load import WHAT, WHO
+from benchmarks.quality import machine
 from deployments.sse import read_events
+from minigpt5.config import default_model_folder
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 TIMES_CAPACITY = 5
+MAX_WAIT_S = 60.0
+"""Of the server that is started for it."""
 NUM_PROBES = 8
 """Stories at once that the capacity is measured with."""
 MAX_CLIENTS = 512
@@ -110,13 +117,22 @@ def resident_mib(pid: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
-    parser.add_argument("url")
+    parser.add_argument("url", nargs="?", help="of a server that runs (default: one is started)")
     parser.add_argument("--pid", type=int, default=0, help="the server's process, for its memory")
+    parser.add_argument("--max-wait-s", type=float, default=MAX_WAIT_S, help="of the server (default: %(default)g)")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    figures = overload(options.url, seconds=options.seconds, pid=options.pid)
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    if options.url:
+        figures = overload(options.url, seconds=options.seconds, pid=options.pid)
+    else:
+        with running_server(default_model_folder(), f"--max-wait-s={options.max_wait_s:g}") as (url, server):
+            figures = overload(url, seconds=options.seconds, pid=server.pid)
+    figures["max_wait_s"] = options.max_wait_s
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m benchmarks.overload", *given])
+    report = {"figures": figures, "machine": machine(), "command": command}
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(figures))
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from minigpt5.types import DecoderEvent, GeneratorEvent, Progress, TextDelta
 
-TEXT_INTERVAL_S = 0.05
+TEXT_INTERVAL_S = 0.1
 """Minimum time between two pieces of a page's text, and the longest that one is held."""
+TEXTS_PER_S = 50.0
+"""Pieces of text a second of all requests of an engine together, down to LONGEST_INTERVAL_S."""
+LONGEST_INTERVAL_S = 0.5
 PROGRESS_INTERVAL_S = 0.15
 """Minimum time between two Progress events of a picture."""
 
 
+def text_interval_s(num_running: int) -> float:
+    """Minimum time between two pieces of text while so many requests run: many of them write slowly, each."""
+    return min(LONGEST_INTERVAL_S, max(TEXT_INTERVAL_S, num_running / TEXTS_PER_S))
+
+
 async def coalesce_text(
-    events: AsyncIterator[GeneratorEvent], *, interval_s: float = TEXT_INTERVAL_S
+    events: AsyncIterator[GeneratorEvent], *, interval_s: Callable[[], float] = lambda: TEXT_INTERVAL_S
 ) -> AsyncIterator[GeneratorEvent]:
     """Join text that comes sooner than `interval_s` after the last one sent. Held text is sent when the interval is
     over, or before the next event that is not text of its page."""
@@ -28,7 +36,7 @@ async def coalesce_text(
         while True:
             if held and clock() >= send_at:
                 yield held
-                held, send_at = None, clock() + interval_s
+                held, send_at = None, clock() + interval_s()
             await asyncio.wait({arriving}, timeout=send_at - clock() if held else None)
             if not arriving.done():  # the time of the held text has come
                 continue
@@ -38,7 +46,7 @@ async def coalesce_text(
             else:
                 if held:
                     yield held
-                    held, send_at = None, clock() + interval_s
+                    held, send_at = None, clock() + interval_s()
                 if event is None:
                     return
                 if isinstance(event, TextDelta):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 
 from deployments.engines.metrics import watch
 from deployments.engines.placement import device_for, num_gpus_here
-from deployments.engines.throttle import coalesce_text
+from deployments.engines.throttle import coalesce_text, text_interval_s
 from minigpt5.limits import default_limits
 from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
 
@@ -42,7 +42,7 @@ class VokenGenerator:
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
-            async for event in coalesce_text(events):
+            async for event in coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running)):
                 yield event
 
     async def validate_request(self, request: StoryRequest) -> None:

@@ -21,7 +21,7 @@ def test_every_answer_is_a_story_or_a_refusal(tmp_path: Path) -> None:
         overload.main([f"http://127.0.0.1:{port}", "--seconds", "2", "--out", str(out), "--pid", str(os.getpid())])
     finally:
         server.stop()
-    figures = json.loads(out.read_text())
+    figures = json.loads(out.read_text())["figures"]
     assert set(figures["ends"]) <= {"done", "503"}
     assert figures["ends"]["done"] > 0
     assert figures["accepted_p95_s"] >= figures["accepted_p50_s"] > 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.engines.throttle import coalesce_text, throttle_progress
+from deployments.engines.throttle import coalesce_text, text_interval_s, throttle_progress
 from minigpt5.errors import EngineLost
 from minigpt5.types import Picture, Progress, TextDelta, Usage, Vokens
 
@@ -19,7 +19,7 @@ TEXTS = [TextDelta(page=1, text=text) for text in "abcd"]
 Throttle = Callable[..., AsyncIterator[Any]]
 
 
-def collect(throttle: Throttle, events: Iterable[Any], *, interval_s: float, gap_s: float = 0.0) -> list[Any]:
+def collect(throttle: Throttle, events: Iterable[Any], *, interval_s: Any, gap_s: float = 0.0) -> list[Any]:
     async def feed() -> AsyncIterator[Any]:
         for event in events:
             await asyncio.sleep(gap_s)
@@ -33,7 +33,7 @@ def collect(throttle: Throttle, events: Iterable[Any], *, interval_s: float, gap
 
 def test_the_first_text_is_sent_at_once_and_nothing_overtakes_a_text() -> None:
     events = [*TEXTS, VOKENS, TextDelta(page=2, text="e"), TextDelta(page=3, text="f"), USAGE]
-    sent = collect(coalesce_text, events, interval_s=60)
+    sent = collect(coalesce_text, events, interval_s=lambda: 60)
     assert [event.text if isinstance(event, TextDelta) else event for event in sent] == [
         "a",
         "bcd",
@@ -44,12 +44,18 @@ def test_the_first_text_is_sent_at_once_and_nothing_overtakes_a_text() -> None:
     ]
 
 
+def test_many_requests_have_fewer_pieces_of_text_each() -> None:
+    assert text_interval_s(1) == text_interval_s(5) == 0.1
+    assert text_interval_s(16) == pytest.approx(0.32)
+    assert text_interval_s(100) == 0.5
+
+
 def test_held_text_is_sent_when_the_stream_ends() -> None:
-    assert [event.text for event in collect(coalesce_text, TEXTS, interval_s=60)] == ["a", "bcd"]
+    assert [event.text for event in collect(coalesce_text, TEXTS, interval_s=lambda: 60)] == ["a", "bcd"]
 
 
 def test_slow_texts_are_sent_each_by_itself() -> None:
-    assert collect(coalesce_text, TEXTS, interval_s=0.001, gap_s=0.005) == TEXTS
+    assert collect(coalesce_text, TEXTS, interval_s=lambda: 0.001, gap_s=0.005) == TEXTS
 
 
 def test_held_text_is_sent_while_the_stream_stalls() -> None:
@@ -61,7 +67,7 @@ def test_held_text_is_sent_while_the_stream_stalls() -> None:
 
         sent = []
         async with asyncio.timeout(5):
-            async for event in coalesce_text(feed(), interval_s=0.02):
+            async for event in coalesce_text(feed(), interval_s=lambda: 0.02):
                 sent.append(event.text)
                 if "".join(sent) == "abcd":
                     return sent
@@ -78,7 +84,7 @@ def test_text_is_sent_at_most_once_in_an_interval() -> None:
                 yield TEXTS[0]
 
         clock = asyncio.get_running_loop().time
-        return [clock() async for _ in coalesce_text(feed(), interval_s=0.02)]
+        return [clock() async for _ in coalesce_text(feed(), interval_s=lambda: 0.02)]
 
     *times, _ = asyncio.run(main())  # the last is sent as the stream ends
     assert all(later - earlier >= 0.019 for earlier, later in zip(times, times[1:], strict=False))

@@ -11,6 +11,7 @@ import pytest
 from deployments.stories.admission import (
     FINISH_SAMPLES,
     FIRST_SPEEDS,
+    SPEED_UP,
     Admission,
     Overloaded,
     Reservation,
@@ -66,6 +67,7 @@ def test_a_denoiser_that_takes_the_guidance_scale_makes_one_prediction_a_step() 
     assert idle_s == pytest.approx(unguided / FIRST_SPEEDS["decoder"])
     with admission.reserve(story()) as reservation:
         for page in range(1, 5):
+            reservation.observe(SlotOpened(page=page))
             reservation.observe(Progress(page=page, step=20, steps=20))
             reservation.observe(dataclasses.replace(PICTURE, page=page))
         assert admission.wait_s(story("b")) == pytest.approx(idle_s), "all that was promised of the decoder is done"
@@ -163,11 +165,11 @@ def test_speed_is_known_by_the_number_of_requests_at_once() -> None:
     clock.now = 6.0
     speed.add(60.0, 0)
     assert speed.per_s(0) == pytest.approx(10.0), "a measurement replaces the first guess"
-    assert speed.per_s(4) == pytest.approx(10.0), "the nearest that is known"
+    assert speed.per_s(4) == pytest.approx(10.0 * SPEED_UP**4), "from the nearest that is known"
     clock.now = 12.0
     speed.add(240.0, 4)
     assert (speed.per_s(0), speed.per_s(4)) == (pytest.approx(10.0), pytest.approx(40.0))
-    assert speed.per_s(2) == pytest.approx(10.0), "of two that are as near, the lower"
+    assert speed.per_s(2) == pytest.approx(10.0 * SPEED_UP**2), "of two that are as near, from the lower"
     speed.rest()
     clock.now = 1000.0  # time without work says nothing
     speed.wake()
