@@ -27,6 +27,11 @@ SPEED_WINDOW_S = 2.0
 SPEED_MEMORY_S = 60.0
 """After so much of it, what was measured counts by half: stories that started together end their pages together, and
 over less than several pages a speed would swing with them."""
+SPEED_AGE_S = 120.0
+"""A speed that was measured longer ago counts only where none is newer: it may be that of a stall, after which nobody
+was admitted to measure it again."""
+STALL = 10.0
+"""Work that takes so many times as long as it should has waited for something else than the engine."""
 SPEED_UP = 1.35
 """How much more an engine does when twice as many share its steps, until that is measured: for 16 default stories at
 once the storybook model's engines do 3.4 times as much as for one on two cores, which is 1.35 for each doubling."""
@@ -35,10 +40,10 @@ FINISH_SAMPLES = 2.0
 """What the VAE and the PNG of a picture cost, in UNet samples: 1 to 1.7 of the storybook model's, by how many are drawn
 at once. Next to nothing beside forty, a third of a picture that takes four."""
 MAX_RETRY_AFTER_S = 600
-
-
 ARRIVALS_S = 60.0
 """What has come in so much time is taken to come in the next, too."""
+NO_WORK = 1e-6
+"""Sums of costs that were added and taken away end near zero, not at it."""
 
 
 class Overloaded(Exception):
@@ -171,8 +176,11 @@ class Admission:
 
     def _per_s(self, engine: Engine, num: int) -> float:
         """Speed with `num` requests at once, which share the engines' steps. A front only sees what an engine does for
-        itself."""
-        return self._speeds[engine].per_s(_band(num)) + self.others.per_s.get(engine, 0.0)
+        itself: without work of its own it takes the others' speed as the whole."""
+        others = self.others.per_s.get(engine, 0.0)
+        if others and not self._work[engine]:
+            return others
+        return self._speeds[engine].per_s(_band(num)) + others
 
     def _with_arrivals(self, engine: Engine) -> dict[str, float]:
         """Work of each client, and as much more as will come in the place of what is done: requests that run share the
@@ -200,7 +208,7 @@ class Admission:
             self._done[engine][key] += cost
             self._speeds[engine].add(cost, _band(self._num_at_all))
         self._work[engine][key] -= cost
-        if self._work[engine][key] <= 0:
+        if self._work[engine][key] <= NO_WORK:
             del self._work[engine][key]
         if not self._work[engine]:
             self._speeds[engine].rest()
@@ -208,7 +216,7 @@ class Admission:
     def _forget(self, engine: Engine, key: str, done: float) -> None:
         """A request that has done so much runs no longer."""
         self._done[engine][key] -= done
-        if self._done[engine][key] <= 1e-9:
+        if self._done[engine][key] <= NO_WORK:
             del self._done[engine][key]
 
 
@@ -240,6 +248,7 @@ class Reservation:
             self._steps[event.page] = event.step
         elif isinstance(event, Picture):
             self._take("decoder", FINISH_SAMPLES * self._relative_pixels)
+            self._steps.pop(event.page, None)  # another picture of the page begins at its first step
 
     def release(self) -> None:
         """Give the place back; a second time does nothing."""
@@ -251,8 +260,8 @@ class Reservation:
             self._admission._change_running(-1)
 
     def _take(self, engine: Engine, cost: float) -> None:
-        if not self._is_left:
-            cost = min(cost, self._left[engine])
+        cost = min(cost, self._left[engine])
+        if cost > 0 and not self._is_left:
             self._left[engine] -= cost
             self._admission._settle(engine, self._key, cost, is_done=True)
 
@@ -305,16 +314,27 @@ class _Speed:
         self._first, self._clock = first, clock
         self._done: defaultdict[int, float] = defaultdict(float)
         self._busy_s: defaultdict[int, float] = defaultdict(float)
-        self._known: dict[int, float] = {}
+        self._known: dict[int, tuple[float, float]] = {}
+        """Speed, and when it was measured."""
         self._since: float | None = None
         """When the time began that is not counted yet; None: there is no work."""
 
     def per_s(self, band: int) -> float:
         """As measured in this band; else from the nearest one that is known, the lower of two, and SPEED_UP."""
-        if not self._known:
+        newest = {other: speed for other, (speed, _) in self._known.items() if not self._is_old(other)}
+        known = newest or {other: speed for other, (speed, _) in self._known.items()}
+        if not known:
             return self._first
-        nearest = min(self._known, key=lambda known: (abs(known - band), known))
-        return self._known[nearest] * SPEED_UP ** (band - nearest)
+        nearest = min(known, key=lambda other: (abs(other - band), other))
+        return known[nearest] * SPEED_UP ** (band - nearest)
+
+    def _is_old(self, band: int) -> bool:
+        return self._clock() - self._known[band][1] > SPEED_AGE_S
+
+    def _is_stall(self, done: float, band: int) -> bool:
+        """Whether this work came much later than the engine's speed explains."""
+        waited_s = self._clock() - self._since if self._since is not None else 0.0
+        return bool(self._known) and waited_s > max(SPEED_AGE_S, STALL * done / self.per_s(band))
 
     def wake(self) -> None:
         if self._since is None:
@@ -331,10 +351,13 @@ class _Speed:
             self._since = now
 
     def add(self, done: float, band: int) -> None:
+        """Work was done. The time of a stall does not count: a minute of it would take hours to be outweighed."""
+        if self._is_stall(done, band):
+            self._since = self._clock()
         self.count_time(band)
         self._done[band] += done
         if self._busy_s[band] >= SPEED_WINDOW_S:
-            self._known[band] = self._done[band] / self._busy_s[band]
+            self._known[band] = self._done[band] / self._busy_s[band], self._clock()
         if self._busy_s[band] >= SPEED_MEMORY_S:
             self._done[band] /= 2
             self._busy_s[band] /= 2

@@ -265,3 +265,78 @@ def test_stories_that_keep_coming_end_when_it_was_predicted() -> None:
     )
     assert 0.8 <= ratios[len(ratios) // 2] <= 1.2
     assert sum(0.7 <= ratio <= 1.3 for ratio in ratios) >= 0.85 * len(ratios)
+
+
+def test_after_a_stall_others_are_admitted_again() -> None:
+    clock = Clock()
+    admission = make(300.0, clock=clock)
+
+    def tell(stories: list[Reservation], *, stall_s: float = 0.0) -> None:
+        for page in range(1, 5):
+            for reservation in stories:
+                reservation.observe(SlotOpened(page=page))
+                clock.now += 5.0 + (stall_s if page == 4 else 0.0)
+                reservation.observe(Progress(page=page, step=20, steps=20))
+                reservation.observe(dataclasses.replace(PICTURE, page=page))
+        for reservation in stories:
+            reservation.release()
+
+    tell([admission.reserve(story()), admission.reserve(story("b"))])
+    before_s = admission.wait_s(story("c"))
+    tell([admission.reserve(story()), admission.reserve(story("b"))], stall_s=3000.0)
+    assert admission.wait_s(story("c")) == pytest.approx(before_s, rel=0.5)
+    tell([admission.reserve(story())])
+    first = admission.reserve(story())
+    admission.reserve(story("b")).release()
+    first.release()
+
+
+def test_a_speed_of_a_stall_is_forgotten_where_a_newer_one_is_known() -> None:
+    clock = Clock()
+    speed = _Speed(40.0, clock)
+    speed.wake()
+    clock.now += 1000.0
+    speed.add(10.0, 1)
+    assert speed.per_s(1) == pytest.approx(0.01)
+    for _ in range(40):
+        clock.now += 5.0
+        speed.add(100.0, 0)
+    assert speed.per_s(1) == pytest.approx(20.0 * SPEED_UP)
+
+
+def test_nothing_is_left_of_requests_of_one_key_whatever_their_sizes() -> None:
+    rng = random.Random(5)
+    for _ in range(300):
+        admission = make(1e9)
+        running = [(admission.reserve(request), request) for request in (story(pages=rng.randint(1, 8)) for _ in "abc")]
+        for reservation, request in running:
+            for page in range(1, request.pages + 1):
+                reservation.observe(SlotOpened(page=page))
+                reservation.observe(Progress(page=page, step=rng.randint(1, 20), steps=20))
+                reservation.observe(dataclasses.replace(PICTURE, page=page))
+            reservation.release()
+        assert not any(admission.load.work.values()) and not any(map(len, admission._done.values()))
+
+
+def test_several_pictures_of_a_page_are_counted_and_none_divides_by_zero() -> None:
+    clock = Clock()
+    admission = make(1e9, clock=clock)
+    reservation = admission.reserve(story(pages=1), num_pictures=3)
+    for _ in range(3):
+        for step in (10, 20, 20):
+            clock.now += 3.0
+            reservation.observe(Progress(page=1, step=step, steps=20))
+        reservation.observe(PICTURE)
+    assert not admission.load.work["decoder"]
+    clock.now += 6.0
+    reservation.observe(Progress(page=1, step=20, steps=20))
+    other = admission.reserve(story("b"))
+    reservation.observe(PICTURE)
+    assert admission.wait_s(story("c")) > 0
+    other.release()
+
+
+def test_a_front_without_work_takes_the_others_speed_as_the_whole() -> None:
+    busy, idle = make(), make()
+    idle.others = dataclasses.replace(busy.load, num_running=1, per_s={"generator": 10.0, "decoder": 5.0})
+    assert idle.wait_s(story()) == pytest.approx(4 * PICTURE_SAMPLES / 5.0)

@@ -134,7 +134,7 @@ def test_admission_counts_what_other_fronts_have_promised() -> None:
     alone_s = here.wait_s(story())
     there.reserve(story())
     here.others = there.load
-    assert here.wait_s(story()) == pytest.approx(alone_s)  # twice the work, and twice the speed
+    assert here.wait_s(story()) == pytest.approx(2 * alone_s)  # twice the work for the same engines
     reservation = here.reserve(story())
     assert here.is_full
     with pytest.raises(Overloaded, match="2 requests are running"):
