@@ -41,11 +41,18 @@ class Engines:
 
 
 def load_engines(
-    model: Path, *, num_cores: int | None, is_reference: bool = False, context_tokens: int | None = None
+    model: Path,
+    *,
+    num_cores: int,
+    is_reference: bool = False,
+    writes_alone: bool = False,
+    context_tokens: int | None = None,
 ) -> Engines:
     """Both engines with their share of the cores. `is_reference`: float32 and torch's own kernels instead of what is
-    fastest on this machine."""
+    fastest on this machine. `writes_alone`: the generator has all cores."""
     generator_threads, decoder_threads = share(num_cores)
+    if writes_alone:
+        generator_threads = num_cores
     precision, backend = ("float32", "eager") if is_reference else (None, "auto")
     with single_thread():
         config, *parts = load_generator_model(model, precision=precision)

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 from benchmarks.load import Load
 from benchmarks.turns import Program
 
+ONE_BY_ONE = ("llamacpp",)
+"""Peers whose program writes one text after another: their speed with several at once says nothing."""
+
 
 class Stories(Protocol):
     """Streams stories at once, over HTTP."""
@@ -122,6 +125,8 @@ def _measure_alone(programs: Programs, load: Load, figures: Figures) -> None:
     for num in load.text_at_once:
         prompts = programs.text.measure("prompts", num=num)
         for name, writer in {"ours": programs.text, **programs.peers}.items():
+            if name in ONE_BY_ONE and num > 1:
+                continue
             seconds = _write(programs, load, writer, prompts)
             rates = figures.text.setdefault(name, {}).setdefault(str(num), [])
             rates.append(num * load.text_tokens / seconds)

@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.model,
             num_cores=options.cores,
             is_reference=options.way == "published",
+            writes_alone=options.way == "text",
             context_tokens=long_prompt.CONTEXT_TOKENS if options.way == "long" else None,
         )
         return WAYS[options.way](engines, LOADS[options.load])

@@ -308,7 +308,8 @@ def test_nothing_is_left_of_requests_of_one_key_whatever_their_sizes() -> None:
     rng = random.Random(5)
     for _ in range(300):
         admission = make(1e9)
-        running = [(admission.reserve(request), request) for request in (story(pages=rng.randint(1, 8)) for _ in "abc")]
+        requests = [story(pages=rng.randint(1, 8)) for _ in range(3)]
+        running = [(admission.reserve(request), request) for request in requests]
         for reservation, request in running:
             for page in range(1, request.pages + 1):
                 reservation.observe(SlotOpened(page=page))
