@@ -45,6 +45,7 @@ BUILDS = {
 SERVICES = [name for name in BUILDS if name.startswith("overlays/")]
 JOBS = [name for name in BUILDS if name.startswith("jobs/") and name != "jobs/base"]
 APPLIED = [*SERVICES, *JOBS, "prepare", "raycluster"]
+"""What is applied after `common`."""
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = {f"minigpt5:{VERSION}-cpu", f"minigpt5:{VERSION}-gpu", "redis:7.2"}
 GB, GIB = 1e9, 2**30
@@ -141,7 +142,7 @@ def test_the_objects_are_what_kubernetes_and_kuberay_take(name: str) -> None:
         ("overlays/autoscaled", "RayService", "spec/rayClusterConfig/headGroupSpec/template/spec/volume"),
         ("overlays/autoscaled", "PodDisruptionBudget", "spec/min"),
         ("jobs/align", "RayJob", "spec/backoff"),
-        ("jobs/align", "NetworkPolicy", "spec/ingres"),
+        ("common", "NetworkPolicy", "spec/ingres"),
         ("raycluster", "RayCluster", "spec/serveConfigV2"),
     ],
 )
@@ -303,7 +304,7 @@ def test_decoders_run_on_spot_nodes_and_nothing_else_does(name: str) -> None:
 
 @each_applied
 def test_images_volumes_and_probes_exist(name: str) -> None:
-    claims = {manifest["metadata"]["name"] for manifest in of_kind(name, "PersistentVolumeClaim")}
+    claims = {manifest["metadata"]["name"] for manifest in of_kind("common", "PersistentVolumeClaim")}
     images = set()
     for pod in pods(name):
         container = pod.container
@@ -431,9 +432,9 @@ def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return selector.get("matchLabels", {}).items() <= labels.items()
 
 
-def lets_in(name: str, client: dict[str, str] | None, port: int) -> bool:
-    """Whether the build's network policy lets a client with these labels reach a port. None: from outside."""
-    (policy,) = of_kind(name, "NetworkPolicy")
+def lets_in(client: dict[str, str] | None, port: int) -> bool:
+    """Whether the network policy lets a client with these labels reach a port. None: from outside."""
+    (policy,) = of_kind("common", "NetworkPolicy")
     for rule in policy["spec"]["ingress"]:
         is_from = "from" not in rule or (
             client is not None and any(matches(peer["podSelector"], client) for peer in rule["from"])
@@ -445,17 +446,17 @@ def lets_in(name: str, client: dict[str, str] | None, port: int) -> bool:
 
 @each_applied
 def test_strangers_reach_the_http_port_and_no_port_of_ray(name: str) -> None:
-    (policy,) = of_kind(name, "NetworkPolicy")
+    (policy,) = of_kind("common", "NetworkPolicy")
     assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
     operator, prometheus = {"app.kubernetes.io/name": "kuberay-operator"}, {"app.kubernetes.io/name": "prometheus"}
     for pod in pods(name):
         assert matches(policy["spec"]["podSelector"], pod.labels)
-        assert lets_in(name, pod.labels, 12345)
+        assert lets_in(pod.labels, 12345)
     for stranger in (None, {}, {"app": "other"}):
-        reached = {port for port in (*PORTS.values(), 10001, 52365, 12345) if lets_in(name, stranger, port)}
+        reached = {port for port in (*PORTS.values(), 10001, 52365, 12345) if lets_in(stranger, port)}
         assert reached == {PORTS["serve"]}
-    assert lets_in(name, operator, PORTS["dashboard"]) and not lets_in(name, operator, PORTS["gcs"])
-    assert lets_in(name, prometheus, PORTS["metrics"]) and not lets_in(name, prometheus, PORTS["dashboard"])
+    assert lets_in(operator, PORTS["dashboard"]) and not lets_in(operator, PORTS["gcs"])
+    assert lets_in(prometheus, PORTS["metrics"]) and not lets_in(prometheus, PORTS["dashboard"])
 
 
 @each_applied
@@ -506,6 +507,26 @@ def test_the_head_that_may_die_finds_redis() -> None:
     assert redis.container["env"][0]["valueFrom"] == options["redisPassword"]["valueFrom"]
 
 
+# The data outlives what uses it
+
+
+def test_only_common_has_claims_and_nothing_includes_it() -> None:
+    assert {each["metadata"]["name"] for each in of_kind("common", "PersistentVolumeClaim")} == {
+        "minigpt5-data",
+        "minigpt5-stories",
+    }
+    for name in BUILDS:
+        resources = yaml.safe_load((KUBERNETES / name / "kustomization.yaml").read_text())["resources"]
+        assert not [path for path in resources if (KUBERNETES / name / path).resolve() == KUBERNETES / "common"], name
+        if name != "common":  # `kubectl delete -k` deletes what the build has
+            assert not of_kind(name, "PersistentVolumeClaim", "NetworkPolicy"), name
+
+
+def test_common_is_applied_first() -> None:
+    applied = re.findall(r"kubectl apply -k cluster/kubernetes/(\S+)", TEXTS["docs/kubernetes.md"])
+    assert applied[0] == "common" and applied.count("common") == 1
+
+
 # The commands of docs/kubernetes.md
 
 
@@ -519,7 +540,7 @@ def test_the_commands_of_the_page_fit_the_files() -> None:
     lines = "\n".join(blocks("docs/kubernetes.md", "", "sh", "bash")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.split(" #")[0]) for line in lines if line.startswith(("kubectl ", "docker "))]
     applied = {line[line.index("-k") + 1] for line in words if "-k" in line}
-    assert {Path(path).relative_to("cluster/kubernetes").as_posix() for path in applied} <= set(APPLIED)
+    assert {Path(path).relative_to("cluster/kubernetes").as_posix() for path in applied} <= {"common", *APPLIED}
     created = {line[4] for line in words if line[:4] == ["kubectl", "create", "secret", "generic"]}
     needed = set().union(*(secrets_of(name) for name in APPLIED))
     assert created == needed == {"minigpt5-keys", "minigpt5-ray-token", "minigpt5-redis"}
