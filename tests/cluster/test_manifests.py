@@ -371,7 +371,9 @@ def test_a_preparation_installs_what_the_image_has() -> None:
     assert importlib.util.find_spec(module)
     (target,) = re.findall(r"--target (\S+)", script)
     assert target in ENVIRONMENT["PYTHONPATH"].split(":")
-    assert f"{ENVIRONMENT['XDG_CACHE_HOME']}/minigpt5/base-models" in str(pod.container["readinessProbe"])
+    first, *_, touched, last = script.splitlines()
+    assert (first, touched, last) == ("rm -f /data/.prepared", "touch /data/.prepared", "sleep infinity")
+    assert pod.container["readinessProbe"]["exec"]["command"] == ["test", "-f", "/data/.prepared"]
 
 
 def test_jobs_name_modules_and_arguments_that_they_take() -> None:
