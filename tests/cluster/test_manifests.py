@@ -497,6 +497,14 @@ def test_disruption_budgets_keep_the_head_and_a_generator(name: str) -> None:
     assert kept == {"minigpt5-head": {"head"}, "minigpt5-generators": {"generators"}}
 
 
+@each_service
+def test_disruption_budgets_leave_pods_of_jobs_and_clusters_alone(name: str) -> None:
+    others = [pod for other in (*JOBS, "raycluster", "prepare") for pod in pods(other)]
+    assert {"head", "workers", "pod"} == {pod.name for pod in others}
+    for budget in of_kind(name, "PodDisruptionBudget"):
+        assert not [pod for pod in others if matches(budget["spec"]["selector"], pod.labels)]
+
+
 def test_the_head_that_may_die_finds_redis() -> None:
     cluster = ray_cluster("overlays/fault-tolerant")
     assert cluster
