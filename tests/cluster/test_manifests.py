@@ -540,6 +540,19 @@ def test_common_is_applied_first() -> None:
 # The commands of docs/kubernetes.md
 
 
+def test_the_pages_command_writes_a_registry_into_every_image(tmp_path: Path) -> None:
+    (command,) = re.findall("^sed .*$", TEXTS["docs/kubernetes.md"], flags=re.M)
+    shutil.copytree(FOLDER, tmp_path / "cluster")
+    subprocess.run(["bash", "-ec", f"REGISTRY=registry.internal/team; {command}"], cwd=tmp_path, check=True)
+
+    def images(folder: Path) -> list[str]:
+        text = "".join(path.read_text() for path in [*sorted(folder.glob("kubernetes/**/*.yaml")), folder / "ray-up.yaml"])
+        return re.findall(r"[\w./]*minigpt5:[\w.-]+", text)
+
+    assert images(FOLDER) and set(images(FOLDER)) == IMAGES - {"redis:7.2"}
+    assert images(tmp_path / "cluster") == [f"registry.internal/team/{image}" for image in images(FOLDER)]
+
+
 def secrets_of(name: str) -> set[str]:
     """Secrets that the build's objects name."""
     found = re.findall(r"'secretName': '([\w-]+)'|'secretKeyRef': {[^}]*'name': '([\w-]+)'", str(BUILDS[name]))
