@@ -187,10 +187,17 @@ def test_ray_up_takes_its_file() -> None:
     assert sum(each.get("max_workers", 0) for each in types.values()) <= config["max_workers"]
     assert {name for name, each in types.items() if "InstanceMarketOptions" in each["node_config"]} == {"decoders"}
     assert types["decoders"]["labels"]["ray.io/market-type"] == "spot"
-    labels = [each["labels"] for each in types.values() if "labels" in each]
-    for deployment in application("autoscaled")["deployments"]:  # the same places as on Kubernetes
-        selector = deployment["ray_actor_options"]["label_selector"]
-        assert any(selector.items() <= each.items() for each in labels)
+    nodes = [each for each in types.values() if "labels" in each]
+    for name in ("autoscaled", "serve-minigpt5-7b.yaml"):  # the same places as on Kubernetes
+        free = {id(node): node["resources"]["CPU"] for node in nodes}
+        for deployment in application(name)["deployments"]:
+            options = deployment["ray_actor_options"]
+            chosen = [node for node in nodes if options["label_selector"].items() <= node["labels"].items()]
+            assert chosen, deployment["name"]
+            for node in chosen:
+                assert options.get("num_gpus", 0) <= node["resources"]["GPU"]
+                free[id(node)] -= options["num_cpus"]
+        assert all(cpus >= 1 for cpus in free.values()), name  # for Ray itself, beside one replica of each
     assert "RAY_AUTH_MODE=token" in " ".join(config["docker"]["run_options"])
     assert config["provider"]["use_internal_ips"]
 
