@@ -468,6 +468,15 @@ def test_strangers_reach_the_http_port_and_no_port_of_ray(name: str) -> None:
     assert lets_in(prometheus, PORTS["metrics"]) and not lets_in(prometheus, PORTS["dashboard"])
 
 
+def test_pods_reach_the_name_servers_of_usual_clusters() -> None:
+    (policy,) = of_kind("common", "NetworkPolicy")
+    (names,) = (rule for rule in policy["spec"]["egress"] if {"protocol": "UDP", "port": 53} in rule.get("ports", ()))
+    assert {(each["protocol"], each["port"]) for each in names["ports"]} == {
+        (protocol, port) for protocol in ("UDP", "TCP") for port in (53, 5353)
+    }
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in names["to"]
+
+
 @each_applied
 def test_nothing_is_open_to_the_outside_by_its_service(name: str) -> None:
     assert all(service["spec"]["type"] == "ClusterIP" for service in of_kind(name, "Service"))
