@@ -146,5 +146,8 @@ def test_its_commands_install_in_a_fresh_environment(tmp_path: Path) -> None:
     (container,) = yaml.safe_load(PREPARATION.read_text())["spec"]["containers"]
     (script,) = container["args"]
     assert "sleep infinity" in script
-    run(moved(script.replace("sleep infinity", "")), environment)
+    changed = {each["name"]: moved(each["value"]) for each in container["env"]}
+    data.mkdir()
+    run(moved(script.replace("sleep infinity", "")), environment | changed)
+    assert (data / ".prepared").is_file()
     assert run(f"python -c '{IMPORTS}'", environment).split() == [pinned("ray"), pinned("torch")]

@@ -378,6 +378,13 @@ def test_a_preparation_installs_what_the_image_has() -> None:
     assert importlib.util.find_spec(module)
     (target,) = re.findall(r"--target (\S+)", script)
     assert target in ENVIRONMENT["PYTHONPATH"].split(":")
+    environment = ENVIRONMENT | {each["name"]: each["value"] for each in pod.container["env"]}
+    (linked,) = re.findall(r"--link (\S+)", script)
+    assert linked == ENVIRONMENT["MINIGPT5_MODELS"] and environment["MINIGPT5_MODELS"] == ""
+    assert environment["XDG_CACHE_HOME"].startswith("/data/") and environment["HF_HUB_CACHE"].startswith("/data/")
+    assert (environment["HF_HUB_OFFLINE"], ENVIRONMENT["HF_HUB_OFFLINE"]) == ("0", "1")
+    assert ENVIRONMENT["XDG_CACHE_HOME"].startswith("/tmp/")  # the service fills it
+    assert "$HUB_MODELS" in script and "HUB_MODELS" in TEXTS["docs/kubernetes.md"]
     first, *_, touched, last = script.splitlines()
     assert (first, touched, last) == ("rm -f /data/.prepared", "touch /data/.prepared", "sleep infinity")
     assert pod.container["readinessProbe"]["exec"]["command"] == ["test", "-f", "/data/.prepared"]
@@ -562,7 +569,9 @@ def test_the_pages_command_writes_a_registry_into_every_image(tmp_path: Path) ->
     subprocess.run(["bash", "-ec", f"REGISTRY=registry.internal/team; {command}"], cwd=tmp_path, check=True)
 
     def images(folder: Path) -> list[str]:
-        text = "".join(path.read_text() for path in [*sorted(folder.glob("kubernetes/**/*.yaml")), folder / "ray-up.yaml"])
+        text = "".join(
+            path.read_text() for path in [*sorted(folder.glob("kubernetes/**/*.yaml")), folder / "ray-up.yaml"]
+        )
         return re.findall(r"[\w./]*minigpt5:[\w.-]+", text)
 
     assert images(FOLDER) and set(images(FOLDER)) == IMAGES - {"redis:7.2"}

@@ -97,7 +97,7 @@ UNUSABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a short hash": ({}, {"sha256": "a" * 63}, '"sha256" of alice'),
     "no request a minute": ({}, {"per_minute": 0}, '"per_minute" of alice is 0: use a whole number'),
     "less than no request": ({}, {"per_minute": -1}, '"per_minute" of alice is -1'),
-    "a rate in words": ({}, {"per_minute": "60"}, '"per_minute" of alice is \'60\''),
+    "a rate in words": ({}, {"per_minute": "60"}, "\"per_minute\" of alice is '60'"),
     "a rate with a fraction": ({}, {"per_minute": 1.5}, '"per_minute" of alice is 1.5'),
     "no rate": ({}, {"per_minute": None}, '"per_minute" of alice is None'),
     "none at once": ({}, {"concurrent": 0}, '"concurrent" of alice is 0'),
