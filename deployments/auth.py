@@ -19,6 +19,7 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -43,6 +44,7 @@ URL_S = 24 * 3600
 RELOAD_S = 1.0
 """Shortest time between two looks at whether the file has changed."""
 GUARDED = "/v1/"
+SHA256 = re.compile("[0-9a-f]{64}")
 SHARED = (".html", ".epub", ".pdf", ".png")
 """What may be read by a signed URL."""
 
@@ -181,6 +183,8 @@ def load_keys(path: str | None) -> Keys | None:
     if path:
         try:
             text = Path(path).read_text(encoding="utf-8-sig")  # as editors of Windows save it
+        except UnicodeDecodeError as error:
+            raise KeysError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
         except OSError as error:
             raise KeysError(
                 f"{path} cannot be read ({error.strerror}): make it with python -m deployments.auth {path} NAME"
@@ -191,14 +195,36 @@ def load_keys(path: str | None) -> Keys | None:
         values = json.loads(text or "")
         keys = tuple(Key(**key) for key in values["keys"])
         secret = values["secret"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise KeysError(f"{source} is not what python -m deployments.auth writes: {error}") from error
-    names = [key.name for key in keys]
-    if not keys or len(set(names)) < len(names) or not all(_is_name(name) for name in names) or len(secret) < 32:
-        raise KeysError(
-            f"{source} must have a secret of 32 characters and keys of different names (letters, digits, -)"
-        )
+    problem = _find_problem(keys, secret)
+    if problem:
+        raise KeysError(f"{source}: {problem}")
     return Keys(keys=keys, secret=secret)
+
+
+def _find_problem(keys: tuple[Key, ...], secret: object) -> str | None:
+    """What is wrong with the values of a file, and what to do. A secret is not repeated: the answer may be logged."""
+    if not isinstance(secret, str) or len(secret) < 32 or not secret.isascii():
+        kind = f"{len(secret)} characters" if isinstance(secret, str) else type(secret).__name__
+        return f'"secret" ({kind}) must be text of 32 ASCII characters or more: use openssl rand -hex 32'
+    if not keys:
+        return '"keys" is empty: add one with python -m deployments.auth FILE NAME'
+    for number, key in enumerate(keys):
+        if not isinstance(key.name, str) or not _is_name(key.name):
+            return f'"name" of key {number} is {key.name!r}: use 1 to 64 letters, digits and -'
+        if not isinstance(key.sha256, str) or not SHA256.fullmatch(key.sha256):
+            return (
+                f'"sha256" of {key.name} is {key.sha256!r}, not 64 digits of 0-9a-f: make the key again with '
+                f"python -m deployments.auth FILE NAME"
+            )
+        for limit in ("per_minute", "concurrent"):
+            value = getattr(key, limit)
+            if type(value) is not int or value < 1:  # True is an int as well
+                return f'"{limit}" of {key.name} is {value!r}: use a whole number from 1'
+    names = [key.name for key in keys]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return f'the "name" {twice} is there twice: rename one key, or remove it' if twice else None
 
 
 def check_host(host: str, keys: Keys | None) -> None:
@@ -293,6 +319,9 @@ def add_key(path: Path, name: str, *, per_minute: int, concurrent: int) -> str:
     if path.exists():
         load_keys(str(path))
         values = json.loads(path.read_text(encoding="utf-8-sig"))
+    for limit, value in (("--per-minute", per_minute), ("--concurrent", concurrent)):
+        if value < 1:
+            raise KeysError(f"{limit} is {value}: use a whole number from 1")
     if not _is_name(name) or any(key["name"] == name for key in values["keys"]):
         raise KeysError(f"{name!r} is taken, or is no name: use letters, digits and -")
     given = f"mg5-{secrets.token_urlsafe(32)}"

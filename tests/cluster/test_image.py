@@ -30,6 +30,21 @@ import ray, torch
 print(ray.__version__, torch.__version__.partition("+")[0])
 """
 """What the deployments, the jobs and the preparation import."""
+READ = """
+import sys
+from pathlib import Path
+import deployments.application, training.train, batch_jobs.illustrate, benchmarks.quality, minigpt5.base_models
+from minigpt5.storybook.scorer import load_scorer
+load_scorer()
+here = Path.cwd()
+assert Path(sys.modules["minigpt5"].__file__).is_relative_to(here)
+for name, module in list(sys.modules.items()):
+    if name.partition(".")[0] in ("deployments", "training", "batch_jobs", "benchmarks", "minigpt5"):
+        for key, value in vars(module).items():
+            if isinstance(value, Path) and value.is_relative_to(here) and not value.exists():
+                print(name, key, value)
+"""
+"""Prints the paths of the project that are not there."""
 
 
 def rest_of(name: str) -> list[str]:
@@ -43,7 +58,7 @@ ARGUMENTS = dict(argument.split("=", 1) for argument in rest_of("ARG"))
 
 def copied() -> list[str]:
     """Files and folders of the project in the image."""
-    return [name for words in rest_of("COPY") for name in words.split()[:-1]]
+    return [name for words in rest_of("COPY") for name in words.split()[1:-1]]
 
 
 def pinned(package: str) -> str:
@@ -76,11 +91,20 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
 
 
 def test_no_weights_are_inside() -> None:
-    assert "models" not in copied()
+    assert [name for name in copied() if name.startswith("models")] == ["models/scorer"]
     assert not [command for command in rest_of("RUN") if "requirements-weights" in command or "base_models" in command]
     tracked = subprocess.run(["git", "ls-files", *copied()], cwd=ROOT, capture_output=True, text=True, check=True)
     large = [name for name in tracked.stdout.splitlines() if (ROOT / name).stat().st_size > 2**20]
-    assert not [name for name in large if fnmatch.fnmatch(name, "*.safetensors")]
+    assert [name for name in large if fnmatch.fnmatch(name, "*.safetensors")] == ["models/scorer/scorer.safetensors"]
+
+
+def test_what_the_jobs_read_beside_their_code_is_inside(tmp_path: Path) -> None:
+    """The copied files alone: the scorer loads, and every path in a constant of an imported module exists."""
+    for name in copied():
+        subprocess.run(["cp", "-r", "--parents", name, str(tmp_path)], cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", READ], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not done.stdout
 
 
 def test_the_proxies_of_every_node_end_headers_that_do_not_end() -> None:
@@ -113,14 +137,17 @@ def test_its_commands_install_in_a_fresh_environment(tmp_path: Path) -> None:
 
     for instruction, rest in INSTRUCTIONS:
         if instruction == "COPY":
-            *names, target = rest.split()
-            assert target == "./" or names == [target]
-            subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(folder)], check=True)
+            owner, *names, target = rest.split()
+            assert owner == "--chown=1000:100" and (target == "./" or names == [target])
+            subprocess.run(["cp", "-r", "--parents", *names, str(folder)], cwd=ROOT, check=True)
         elif instruction == "RUN":
-            run(rest, {})
+            run(moved(rest), {})
     environment = {name: moved(value) for name, value in ENVIRONMENT.items()}
     (container,) = yaml.safe_load(PREPARATION.read_text())["spec"]["containers"]
     (script,) = container["args"]
     assert "sleep infinity" in script
-    run(moved(script.replace("sleep infinity", "")), environment)
+    changed = {each["name"]: moved(each["value"]) for each in container["env"]}
+    data.mkdir()
+    run(moved(script.replace("sleep infinity", "")), environment | changed)
+    assert (data / ".prepared").is_file()
     assert run(f"python -c '{IMPORTS}'", environment).split() == [pinned("ray"), pinned("torch")]

@@ -45,6 +45,7 @@ BUILDS = {
 SERVICES = [name for name in BUILDS if name.startswith("overlays/")]
 JOBS = [name for name in BUILDS if name.startswith("jobs/") and name != "jobs/base"]
 APPLIED = [*SERVICES, *JOBS, "prepare", "raycluster"]
+"""What is applied after `common`."""
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = {f"minigpt5:{VERSION}-cpu", f"minigpt5:{VERSION}-gpu", "redis:7.2"}
 GB, GIB = 1e9, 2**30
@@ -141,7 +142,7 @@ def test_the_objects_are_what_kubernetes_and_kuberay_take(name: str) -> None:
         ("overlays/autoscaled", "RayService", "spec/rayClusterConfig/headGroupSpec/template/spec/volume"),
         ("overlays/autoscaled", "PodDisruptionBudget", "spec/min"),
         ("jobs/align", "RayJob", "spec/backoff"),
-        ("jobs/align", "NetworkPolicy", "spec/ingres"),
+        ("common", "NetworkPolicy", "spec/ingres"),
         ("raycluster", "RayCluster", "spec/serveConfigV2"),
     ],
 )
@@ -186,10 +187,17 @@ def test_ray_up_takes_its_file() -> None:
     assert sum(each.get("max_workers", 0) for each in types.values()) <= config["max_workers"]
     assert {name for name, each in types.items() if "InstanceMarketOptions" in each["node_config"]} == {"decoders"}
     assert types["decoders"]["labels"]["ray.io/market-type"] == "spot"
-    labels = [each["labels"] for each in types.values() if "labels" in each]
-    for deployment in application("autoscaled")["deployments"]:  # the same places as on Kubernetes
-        selector = deployment["ray_actor_options"]["label_selector"]
-        assert any(selector.items() <= each.items() for each in labels)
+    nodes = [each for each in types.values() if "labels" in each]
+    for name in ("autoscaled", "serve-minigpt5-7b.yaml"):  # the same places as on Kubernetes
+        free = {id(node): node["resources"]["CPU"] for node in nodes}
+        for deployment in application(name)["deployments"]:
+            options = deployment["ray_actor_options"]
+            chosen = [node for node in nodes if options["label_selector"].items() <= node["labels"].items()]
+            assert chosen, deployment["name"]
+            for node in chosen:
+                assert options.get("num_gpus", 0) <= node["resources"]["GPU"]
+                free[id(node)] -= options["num_cpus"]
+        assert all(cpus >= 1 for cpus in free.values()), name  # for Ray itself, beside one replica of each
     assert "RAY_AUTH_MODE=token" in " ".join(config["docker"]["run_options"])
     assert config["provider"]["use_internal_ips"]
 
@@ -303,7 +311,7 @@ def test_decoders_run_on_spot_nodes_and_nothing_else_does(name: str) -> None:
 
 @each_applied
 def test_images_volumes_and_probes_exist(name: str) -> None:
-    claims = {manifest["metadata"]["name"] for manifest in of_kind(name, "PersistentVolumeClaim")}
+    claims = {manifest["metadata"]["name"] for manifest in of_kind("common", "PersistentVolumeClaim")}
     images = set()
     for pod in pods(name):
         container = pod.container
@@ -370,7 +378,16 @@ def test_a_preparation_installs_what_the_image_has() -> None:
     assert importlib.util.find_spec(module)
     (target,) = re.findall(r"--target (\S+)", script)
     assert target in ENVIRONMENT["PYTHONPATH"].split(":")
-    assert f"{ENVIRONMENT['XDG_CACHE_HOME']}/minigpt5/base-models" in str(pod.container["readinessProbe"])
+    environment = ENVIRONMENT | {each["name"]: each["value"] for each in pod.container["env"]}
+    (linked,) = re.findall(r"--link (\S+)", script)
+    assert linked == ENVIRONMENT["MINIGPT5_MODELS"] and environment["MINIGPT5_MODELS"] == ""
+    assert environment["XDG_CACHE_HOME"].startswith("/data/") and environment["HF_HUB_CACHE"].startswith("/data/")
+    assert (environment["HF_HUB_OFFLINE"], ENVIRONMENT["HF_HUB_OFFLINE"]) == ("0", "1")
+    assert ENVIRONMENT["XDG_CACHE_HOME"].startswith("/tmp/")  # the service fills it
+    assert "$HUB_MODELS" in script and "HUB_MODELS" in TEXTS["docs/kubernetes.md"]
+    first, *_, touched, last = script.splitlines()
+    assert (first, touched, last) == ("rm -f /data/.prepared", "touch /data/.prepared", "sleep infinity")
+    assert pod.container["readinessProbe"]["exec"]["command"] == ["test", "-f", "/data/.prepared"]
 
 
 def test_jobs_name_modules_and_arguments_that_they_take() -> None:
@@ -431,9 +448,9 @@ def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return selector.get("matchLabels", {}).items() <= labels.items()
 
 
-def lets_in(name: str, client: dict[str, str] | None, port: int) -> bool:
-    """Whether the build's network policy lets a client with these labels reach a port. None: from outside."""
-    (policy,) = of_kind(name, "NetworkPolicy")
+def lets_in(client: dict[str, str] | None, port: int) -> bool:
+    """Whether the network policy lets a client with these labels reach a port. None: from outside."""
+    (policy,) = of_kind("common", "NetworkPolicy")
     for rule in policy["spec"]["ingress"]:
         is_from = "from" not in rule or (
             client is not None and any(matches(peer["podSelector"], client) for peer in rule["from"])
@@ -445,17 +462,26 @@ def lets_in(name: str, client: dict[str, str] | None, port: int) -> bool:
 
 @each_applied
 def test_strangers_reach_the_http_port_and_no_port_of_ray(name: str) -> None:
-    (policy,) = of_kind(name, "NetworkPolicy")
+    (policy,) = of_kind("common", "NetworkPolicy")
     assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
     operator, prometheus = {"app.kubernetes.io/name": "kuberay-operator"}, {"app.kubernetes.io/name": "prometheus"}
     for pod in pods(name):
         assert matches(policy["spec"]["podSelector"], pod.labels)
-        assert lets_in(name, pod.labels, 12345)
+        assert lets_in(pod.labels, 12345)
     for stranger in (None, {}, {"app": "other"}):
-        reached = {port for port in (*PORTS.values(), 10001, 52365, 12345) if lets_in(name, stranger, port)}
+        reached = {port for port in (*PORTS.values(), 10001, 52365, 12345) if lets_in(stranger, port)}
         assert reached == {PORTS["serve"]}
-    assert lets_in(name, operator, PORTS["dashboard"]) and not lets_in(name, operator, PORTS["gcs"])
-    assert lets_in(name, prometheus, PORTS["metrics"]) and not lets_in(name, prometheus, PORTS["dashboard"])
+    assert lets_in(operator, PORTS["dashboard"]) and not lets_in(operator, PORTS["gcs"])
+    assert lets_in(prometheus, PORTS["metrics"]) and not lets_in(prometheus, PORTS["dashboard"])
+
+
+def test_pods_reach_the_name_servers_of_usual_clusters() -> None:
+    (policy,) = of_kind("common", "NetworkPolicy")
+    (names,) = (rule for rule in policy["spec"]["egress"] if {"protocol": "UDP", "port": 53} in rule.get("ports", ()))
+    assert {(each["protocol"], each["port"]) for each in names["ports"]} == {
+        (protocol, port) for protocol in ("UDP", "TCP") for port in (53, 5353)
+    }
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in names["to"]
 
 
 @each_applied
@@ -494,6 +520,14 @@ def test_disruption_budgets_keep_the_head_and_a_generator(name: str) -> None:
     assert kept == {"minigpt5-head": {"head"}, "minigpt5-generators": {"generators"}}
 
 
+@each_service
+def test_disruption_budgets_leave_pods_of_jobs_and_clusters_alone(name: str) -> None:
+    others = [pod for other in (*JOBS, "raycluster", "prepare") for pod in pods(other)]
+    assert {"head", "workers", "pod"} == {pod.name for pod in others}
+    for budget in of_kind(name, "PodDisruptionBudget"):
+        assert not [pod for pod in others if matches(budget["spec"]["selector"], pod.labels)]
+
+
 def test_the_head_that_may_die_finds_redis() -> None:
     cluster = ray_cluster("overlays/fault-tolerant")
     assert cluster
@@ -506,7 +540,42 @@ def test_the_head_that_may_die_finds_redis() -> None:
     assert redis.container["env"][0]["valueFrom"] == options["redisPassword"]["valueFrom"]
 
 
+# The data outlives what uses it
+
+
+def test_only_common_has_claims_and_nothing_includes_it() -> None:
+    assert {each["metadata"]["name"] for each in of_kind("common", "PersistentVolumeClaim")} == {
+        "minigpt5-data",
+        "minigpt5-stories",
+    }
+    for name in BUILDS:
+        resources = yaml.safe_load((KUBERNETES / name / "kustomization.yaml").read_text())["resources"]
+        assert not [path for path in resources if (KUBERNETES / name / path).resolve() == KUBERNETES / "common"], name
+        if name != "common":  # `kubectl delete -k` deletes what the build has
+            assert not of_kind(name, "PersistentVolumeClaim", "NetworkPolicy"), name
+
+
+def test_common_is_applied_first() -> None:
+    applied = re.findall(r"kubectl apply -k cluster/kubernetes/(\S+)", TEXTS["docs/kubernetes.md"])
+    assert applied[0] == "common" and applied.count("common") == 1
+
+
 # The commands of docs/kubernetes.md
+
+
+def test_the_pages_command_writes_a_registry_into_every_image(tmp_path: Path) -> None:
+    (command,) = re.findall("^sed .*$", TEXTS["docs/kubernetes.md"], flags=re.M)
+    shutil.copytree(FOLDER, tmp_path / "cluster")
+    subprocess.run(["bash", "-ec", f"REGISTRY=registry.internal/team; {command}"], cwd=tmp_path, check=True)
+
+    def images(folder: Path) -> list[str]:
+        text = "".join(
+            path.read_text() for path in [*sorted(folder.glob("kubernetes/**/*.yaml")), folder / "ray-up.yaml"]
+        )
+        return re.findall(r"[\w./]*minigpt5:[\w.-]+", text)
+
+    assert images(FOLDER) and set(images(FOLDER)) == IMAGES - {"redis:7.2"}
+    assert images(tmp_path / "cluster") == [f"registry.internal/team/{image}" for image in images(FOLDER)]
 
 
 def secrets_of(name: str) -> set[str]:
@@ -519,7 +588,7 @@ def test_the_commands_of_the_page_fit_the_files() -> None:
     lines = "\n".join(blocks("docs/kubernetes.md", "", "sh", "bash")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.split(" #")[0]) for line in lines if line.startswith(("kubectl ", "docker "))]
     applied = {line[line.index("-k") + 1] for line in words if "-k" in line}
-    assert {Path(path).relative_to("cluster/kubernetes").as_posix() for path in applied} <= set(APPLIED)
+    assert {Path(path).relative_to("cluster/kubernetes").as_posix() for path in applied} <= {"common", *APPLIED}
     created = {line[4] for line in words if line[:4] == ["kubectl", "create", "secret", "generic"]}
     needed = set().union(*(secrets_of(name) for name in APPLIED))
     assert created == needed == {"minigpt5-keys", "minigpt5-ray-token", "minigpt5-redis"}

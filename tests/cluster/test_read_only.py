@@ -25,30 +25,56 @@ mount --make-rprivate /
 mount -o remount,ro,bind /
 mount -t tmpfs tmpfs {WRITABLE}
 mkdir -p {WRITABLE}/tmp {WRITABLE}/stories
+mount --bind "$1" "$1"
+mount -o remount,ro,bind "$1"
+if touch "$1/.written" 2>/dev/null; then echo "what prepare made is writable" >&2; exit 9; fi
+shift
 if touch "$HOME/.written" 2>/dev/null; then echo "the root file system is writable" >&2; exit 9; fi
 exec "$@"
 """
 
 
-def can_confine() -> bool:
+def can_confine(data: Path) -> bool:
     WRITABLE.mkdir(exist_ok=True)
-    tried = ["unshare", "--mount", "bash", "-c", CONFINE, "confine", "true"]
+    tried = ["unshare", "--mount", "bash", "-c", CONFINE, "confine", str(data), "true"]
     return shutil.which("unshare") is not None and subprocess.run(tried, capture_output=True).returncode == 0
 
 
 @pytest.fixture
-def confined(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
-    """A server on a read-only root, its URL and its log."""
-    if not can_confine():
+def confined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """A server on a read-only root, its URL and its log. Its base models are what the preparation makes, read-only, and
+    its cache begins empty."""
+    data = tmp_path / "data"
+    data.mkdir()
+    if not can_confine(data):
         pytest.skip("mount namespaces need a right that this user does not have")
-    prepare_base_models([])  # cluster/kubernetes/prepare does it
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
+    monkeypatch.delenv("MINIGPT5_MODELS", raising=False)
+    assert prepare_base_models(["--link", str(data / "base-models")]) == 0  # as cluster/kubernetes/prepare does
     port, log = find_free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(MODEL)]
-    # The image has HF_HOME in /tmp as well. TMPDIR stands for the rest of /tmp.
-    environment = os.environ | {"TMPDIR": f"{WRITABLE}/tmp", "HF_HOME": f"{WRITABLE}/tmp/huggingface"}
+    environment = os.environ | {  # as in the image; TMPDIR stands for /tmp
+        "TMPDIR": f"{WRITABLE}/tmp",
+        "MINIGPT5_MODELS": str(data / "base-models"),
+        "XDG_CACHE_HOME": f"{WRITABLE}/tmp/cache",
+        "HF_HOME": f"{WRITABLE}/tmp/huggingface",
+        "HF_HUB_CACHE": str(data / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            ["unshare", "--mount", "bash", "-c", CONFINE, "confine", *command, "--storage", f"{WRITABLE}/stories"],
+            [
+                "unshare",
+                "--mount",
+                "bash",
+                "-c",
+                CONFINE,
+                "confine",
+                str(data),
+                *command,
+                "--storage",
+                f"{WRITABLE}/stories",
+            ],
             cwd=ROOT,
             env=environment,
             stdout=output,

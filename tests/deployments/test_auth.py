@@ -90,6 +90,87 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         load_keys(str(tmp_path / "keys.json"))
 
 
+UNUSABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no hash": ({}, {"sha256": None}, r'"sha256" of alice is None, not 64'),
+    "a hash that is not ASCII": ({}, {"sha256": "\u00e9" * 64}, '"sha256" of alice'),
+    "a hash of other digits": ({}, {"sha256": "x" * 64}, '"sha256" of alice'),
+    "a short hash": ({}, {"sha256": "a" * 63}, '"sha256" of alice'),
+    "no request a minute": ({}, {"per_minute": 0}, '"per_minute" of alice is 0: use a whole number'),
+    "less than no request": ({}, {"per_minute": -1}, '"per_minute" of alice is -1'),
+    "a rate in words": ({}, {"per_minute": "60"}, "\"per_minute\" of alice is '60'"),
+    "a rate with a fraction": ({}, {"per_minute": 1.5}, '"per_minute" of alice is 1.5'),
+    "no rate": ({}, {"per_minute": None}, '"per_minute" of alice is None'),
+    "none at once": ({}, {"concurrent": 0}, '"concurrent" of alice is 0'),
+    "true at once": ({}, {"concurrent": True}, '"concurrent" of alice is True'),
+    "a list at once": ({}, {"concurrent": []}, r'"concurrent" of alice is \[\]'),
+    "a number as name": ({}, {"name": 5}, '"name" of key 0 is 5: use 1 to 64 letters'),
+    "a list as name": ({}, {"name": ["alice"]}, '"name" of key 0'),
+    "a name with a space": ({}, {"name": "a b"}, "\"name\" of key 0 is 'a b'"),
+    "a list as secret": ({"secret": ["a"] * 40}, {}, r'"secret" \(list\) must be text'),
+    "a number as secret": ({"secret": 5}, {}, r'"secret" \(int\) must be text'),
+    "a short secret": ({"secret": "short"}, {}, r'"secret" \(5 characters\) must be text'),
+    "a secret that no UTF-8 holds": ({"secret": "\ud800" * 40}, {}, '"secret"'),
+    "no keys": ({"keys": []}, {}, '"keys" is empty: add one'),
+    "keys that are a number": ({"keys": 5}, {}, "not what python -m deployments.auth writes"),
+    "an unknown field": ({}, {"rate": 5}, "not what python -m deployments.auth writes.*rate"),
+}
+"""Fields of the file and of its key, and what is said of them."""
+
+
+def spoiled(good: str, case: str) -> tuple[bytes, str]:
+    """A file with a value that cannot be used, and what is said of it."""
+    if case == "bytes":
+        return good.encode()[:-3] + b"\xff\xfe", "is not UTF-8 text.*save it as UTF-8"
+    fields, of_key, message = UNUSABLE[case]
+    values = json.loads(good)
+    values["keys"][0] |= of_key
+    return json.dumps(values | fields).encode(), message
+
+
+each_unusable = pytest.mark.parametrize("case", [*UNUSABLE, "bytes"])
+
+
+@each_unusable
+def test_a_value_that_cannot_be_used_is_named(tmp_path: Path, case: str) -> None:
+    file = tmp_path / "keys.json"
+    add_key(file, "alice", per_minute=5, concurrent=2)
+    text, message = spoiled(file.read_text(), case)
+    file.write_bytes(text)
+    with pytest.raises(KeysError, match=f"keys.json.*{message}"):
+        load_keys(str(file))
+
+
+@pytest.mark.usefixtures("no_wait")
+@each_unusable
+def test_a_value_that_cannot_be_used_leaves_the_keys_of_before(
+    tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.json"
+    alice = add_key(file, "alice", per_minute=5, concurrent=2)
+    keys = watch_keys(str(file))
+    assert keys
+    file.write_bytes(spoiled(file.read_text(), case)[0])
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        assert all(keys.find(alice) == keys.named("alice") for _ in range(3))
+    assert [record.message.startswith("the API keys stay as they were") for record in caplog.records] == [True]
+
+
+def test_two_keys_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    add_key(file, "alice", per_minute=5, concurrent=2)
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"keys": values["keys"] * 2}))
+    with pytest.raises(KeysError, match="alice is there twice: rename"):
+        load_keys(str(file))
+
+
+@pytest.mark.parametrize("limits", [{"per_minute": 0, "concurrent": 1}, {"per_minute": 1, "concurrent": -1}])
+def test_a_key_that_may_do_nothing_is_not_made(tmp_path: Path, limits: dict[str, int]) -> None:
+    with pytest.raises(KeysError, match="use a whole number from 1"):
+        add_key(tmp_path / "keys.json", "alice", **limits)
+    assert not (tmp_path / "keys.json").exists()
+
+
 # The file changes
 
 

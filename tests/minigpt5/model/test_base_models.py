@@ -61,6 +61,24 @@ def test_a_path_comes_before_the_models_folder_and_that_before_the_package(
     assert resolve(str(models)) == models
 
 
+def test_the_command_links_packages_by_id_and_takes_ids_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(base_models, "WEIGHT_PACKAGES", {"efficientnet-lite0": EFFICIENTNET})
+    snapshot = hub_snapshot(tmp_path / "hub", files={"config.json": "{}", "model.safetensors": "weights"})
+    links = tmp_path / "links"
+    for _ in range(2):  # the second replaces the links of the first
+        assert base_models.main(["--link", str(links), "someone/something"]) == 0
+    assert [path.name for path in links.iterdir()] == ["efficientnet-lite0"]
+    assert (links / "efficientnet-lite0").resolve().parent == cache
+    assert str(snapshot) in capsys.readouterr().out
+    monkeypatch.setenv("MINIGPT5_MODELS", str(links))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert resolve("efficientnet-lite0") == links / "efficientnet-lite0"
+    assert load_tensors(resolve("efficientnet-lite0")) and not (tmp_path / "empty").exists()
+    assert base_models.main(["nobody/nothing"]) == 1
+
+
 def test_a_hub_id_is_served_from_the_hubs_cache(tmp_path: Path) -> None:
     snapshot = hub_snapshot(tmp_path / "hub", files={"config.json": "{}", "model.safetensors": "weights"})
     assert resolve("someone/something") == snapshot
