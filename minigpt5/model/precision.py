@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from minigpt5.errors import ModelFolderError
+from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.cache import keep_in_cache
 from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.quantised import GROUP, Codes, has_codes
@@ -45,7 +46,11 @@ def choose_precision(base_folder: Path) -> TextPrecision:
     def fill(folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(measure_precisions(*shape), indent=2) + "\n")
 
-    measured: dict[TextPrecision, float] = json.loads((keep_in_cache(name, fill) / FILE).read_text())
+    try:
+        measured: dict[TextPrecision, float] = json.loads((keep_in_cache(name, fill) / FILE).read_text())
+    except MiniGPT5Error as error:  # a cache that cannot be written costs time alone
+        print(f"minigpt5: every start measures the fastest precision: {error}", file=sys.stderr)
+        measured = measure_precisions(*shape)
     return min(measured, key=lambda precision: measured[precision])
 
 

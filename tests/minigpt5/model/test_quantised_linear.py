@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,19 @@ def test_the_fastest_precision_is_kept_for_the_machine(tmp_path: Path, monkeypat
     kept.write_text('{"float32": 2.0, "int4": 1.0}')
     assert choose_precision(folder) == "int4"
     assert min(measure_precisions(64, 64).values()) > 0
+
+
+def test_a_cache_that_cannot_be_written_costs_a_measurement_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = resolve("smollm2-135m-instruct")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root, as in a container, writes in any folder
+    assert choose_precision(folder) in ("float32", "int4")
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "every start measures" in line and "XDG_CACHE_HOME" in line]) == 1
+    assert not list(tmp_path.rglob("precision.json"))
