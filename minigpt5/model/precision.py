@@ -102,7 +102,8 @@ def check_precision(precision: TextPrecision, base_folder: Path, *, is_on_cpu: b
         raise ModelFolderError(f"{precision} weights are for CPUs: on a GPU use bfloat16 or float32")
     if precision == "int4" and not has_codes(base_folder):
         raise ModelFolderError(
-            f"{base_folder} has no quantised weights, which int4 computes with: use float32, bfloat16 or int8"
+            f"{base_folder} has no quantised weights that were made from its float32 weights, and int4 computes with "
+            "them: use float32, bfloat16 or int8"
         )
     if precision == "int8" and not can_multiply_int8():
         raise ModelFolderError(

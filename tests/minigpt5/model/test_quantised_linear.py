@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -48,10 +49,25 @@ def test_codes_of_the_shipped_base_are_its_float32_weights() -> None:
 
 def test_codes_are_read_as_they_were_written(tmp_path: Path) -> None:
     codes = some_codes(48, 64)
+    save_tensors({"one": codes.dequantise()}, tmp_path / "model.safetensors")
     save_codes({"one": codes}, tmp_path)
     read = load_codes(tmp_path)["one"]
     assert torch.equal(read.codes_OI, codes.codes_OI)
     assert torch.equal(read.dequantise(), codes.dequantise())
+
+
+def test_codes_of_other_weights_are_left_alone(tmp_path: Path) -> None:
+    codes = some_codes(48, 64)
+    save_tensors({"one": codes.dequantise()}, tmp_path / "model.safetensors")
+    save_codes({"one": codes}, tmp_path)
+    assert has_codes(tmp_path)
+    save_tensors({"one": codes.dequantise() + 1}, tmp_path / "model.safetensors")
+    assert not has_codes(tmp_path)
+    assert choose_precision(tmp_path) == "float32"
+    with pytest.raises(ModelFolderError, match="made from its float32 weights"):
+        check_precision("int4", tmp_path, is_on_cpu=True)
+    save_tensors(load_file(tmp_path / QUANTISED), tmp_path / QUANTISED)  # as a version before wrote it
+    assert not has_codes(tmp_path)
 
 
 def test_a_damaged_file_of_codes_says_what_it_lacks(tmp_path: Path) -> None:
@@ -70,6 +86,9 @@ def test_a_damaged_file_of_codes_says_what_it_lacks(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelFolderError, match="4 x 64 codes"):
         load_codes(tmp_path)
+    (tmp_path / QUANTISED).write_bytes(b"cut")
+    with pytest.raises(ModelFolderError, match="make the folder again"):
+        has_codes(tmp_path)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
