@@ -18,6 +18,7 @@ from minigpt5.model.lean_layers import Fuse, can_be_lean, make_lean
 from minigpt5.model.packed_linear import PackedLinear, can_pack
 from minigpt5.model.quantised import Codes
 from minigpt5.model.quantised_linear import (
+    OUTPUT_MULTIPLE,
     Bfloat16Linear,
     Int4Linear,
     Int8Linear,
@@ -92,7 +93,7 @@ def _fuse(precision: TextPrecision, codes: CodesByLayer) -> Fuse:
     def fuse(layers: Sequence[Any]) -> nn.Module:
         bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
         is_coded = precision == "int4" and all(base in codes for base in bases)
-        if is_coded and all(_is_plain(layer) for layer in layers):
+        if is_coded and _has_whole_blocks(bases) and all(_is_plain(layer) for layer in layers):
             return Int4Linear(_join_codes([codes[base] for base in bases]), _join_biases(bases), _join_adapters(layers))
         layers = [_merge(layer) for layer in layers]
         weight_OI = torch.cat([layer.weight.detach() for layer in layers])
@@ -100,6 +101,11 @@ def _fuse(precision: TextPrecision, codes: CodesByLayer) -> Fuse:
         return kind(weight_OI, _join_biases(layers))
 
     return fuse
+
+
+def _has_whole_blocks(layers: Sequence[Any]) -> bool:
+    """Whether the 4-bit kernel takes the outputs of layers with the same input, joined."""
+    return sum(layer.out_features for layer in layers) % OUTPUT_MULTIPLE == 0
 
 
 def _is_plain(layer: Any) -> bool:

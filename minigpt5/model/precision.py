@@ -23,7 +23,7 @@ from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.cache import keep_in_cache
 from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.quantised import GROUP, Codes, has_codes
-from minigpt5.model.quantised_linear import Int4Linear, can_multiply_int8
+from minigpt5.model.quantised_linear import OUTPUT_MULTIPLE, Int4Linear, can_multiply_int8
 from minigpt5.types import TextPrecision
 
 MEASURED_WEIGHTS = 2**23
@@ -38,7 +38,7 @@ def choose_precision(base_folder: Path) -> TextPrecision:
     if not has_codes(base_folder):
         return "float32"
     config = AutoConfig.from_pretrained(base_folder).get_text_config()
-    shape = (config.intermediate_size, config.hidden_size)
+    shape = _round_up(config.intermediate_size, OUTPUT_MULTIPLE), _round_up(config.hidden_size, GROUP)
     machine = [platform.machine(), _cpu_name(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
     key = json.dumps([*machine, torch.__version__, *shape])
     name = f"precisions/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -52,6 +52,10 @@ def choose_precision(base_folder: Path) -> TextPrecision:
         print(f"minigpt5: every start measures the fastest precision: {error}", file=sys.stderr)
         measured = measure_precisions(*shape)
     return min(measured, key=lambda precision: measured[precision])
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def measure_precisions(num_outputs: int, num_inputs: int) -> dict[TextPrecision, float]:

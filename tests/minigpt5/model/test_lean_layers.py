@@ -26,6 +26,7 @@ from minigpt5.model.lean_layers import LeanLayer, can_be_lean
 from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.packing import pack_body
 from minigpt5.model.quantised import Codes
+from minigpt5.model.quantised_linear import Int4Linear
 from minigpt5.types import TextPrecision
 
 SHAPE: dict[str, Any] = {
@@ -120,6 +121,17 @@ def _two_adapters(body: Any) -> Any:
     body.add_adapter("second", lora)
     body.base_model.set_adapter(["default", "second"])
     return body
+
+
+def test_widths_that_the_4bit_kernel_refuses_stay_float32() -> None:
+    body = torch.nn.Sequential(torch.nn.Linear(64, 72), torch.nn.Linear(64, 80)).requires_grad_(False)
+    codes = quantise(body)
+    inputs = torch.randn(3, 64)
+    expected = [layer(inputs) for layer in body]
+    packed = pack_body(body, "int4", codes)
+    assert [type(layer) for layer in packed] == [PackedLinear, Int4Linear]
+    for layer, outputs in zip(packed, expected, strict=True):
+        assert (layer(inputs) - outputs).norm() < 0.02 * outputs.norm()
 
 
 ADAPTERS: dict[str, Any] = {

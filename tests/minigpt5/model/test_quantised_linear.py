@@ -215,3 +215,11 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_alone(
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if "every start measures" in line and "XDG_CACHE_HOME" in line]) == 1
     assert not list(tmp_path.rglob("precision.json"))
+
+
+def test_a_base_of_odd_widths_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    LlamaConfig(hidden_size=40, intermediate_size=90, num_attention_heads=2).save_pretrained(tmp_path)
+    save_tensors({"one": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_codes({}, tmp_path)
+    assert choose_precision(tmp_path) in ("float32", "int4")
