@@ -234,7 +234,7 @@ def _is_complete(snapshot: Path) -> bool:
     return any(snapshot.rglob("*.safetensors")) and all(shard.is_file() for shard in shards)
 
 
-_CONVERSION = 2
+_CONVERSION = 3
 """Raised by one whenever a converter below writes something else than before."""
 
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from minigpt5.model.lean_layers import Fuse, can_be_lean, make_lean
 from minigpt5.model.packed_linear import PackedLinear, can_pack
 from minigpt5.model.quantised import Codes
 from minigpt5.model.quantised_linear import (
+    OUTPUT_MULTIPLE,
     Bfloat16Linear,
     Int4Linear,
     Int8Linear,
@@ -50,7 +51,10 @@ def match_codes(causal: nn.Module, codes: Mapping[str, Codes]) -> CodesByLayer:
 def pack_body(body: Any, precision: TextPrecision, codes: CodesByLayer) -> Any:
     """Replace a transformer's layers, and return it without PEFT's wrapper. Its weights can no longer be trained."""
     if isinstance(body, PeftModel):
-        body = body.get_base_model() if precision == "int4" else body.merge_and_unload()
+        if precision == "int4" and _is_beside(body):
+            body = body.get_base_model()
+        else:
+            body, codes = body.merge_and_unload(), {}  # codes do not stand for merged weights
     fuse = _fuse(precision, codes)
     if can_be_lean(body):
         make_lean(
@@ -79,10 +83,17 @@ def _replace_linears(module: nn.Module, fuse: Fuse) -> None:
             _replace_linears(child, fuse)
 
 
+def _is_beside(body: PeftModel) -> bool:
+    """Whether an adapter consists of low-rank matrices beside others, and replaces none."""
+    configs = body.peft_config.values()
+    return all(config.peft_type == PeftType.LORA and not config.modules_to_save for config in configs)
+
+
 def _fuse(precision: TextPrecision, codes: CodesByLayer) -> Fuse:
     def fuse(layers: Sequence[Any]) -> nn.Module:
         bases = [layer.base_layer if isinstance(layer, LoraLinear) else layer for layer in layers]
-        if precision == "int4" and all(base in codes for base in bases):
+        is_coded = precision == "int4" and all(base in codes for base in bases)
+        if is_coded and _has_whole_blocks(bases) and all(_is_plain(layer) for layer in layers):
             return Int4Linear(_join_codes([codes[base] for base in bases]), _join_biases(bases), _join_adapters(layers))
         layers = [_merge(layer) for layer in layers]
         weight_OI = torch.cat([layer.weight.detach() for layer in layers])
@@ -90,6 +101,19 @@ def _fuse(precision: TextPrecision, codes: CodesByLayer) -> Fuse:
         return kind(weight_OI, _join_biases(layers))
 
     return fuse
+
+
+def _has_whole_blocks(layers: Sequence[Any]) -> bool:
+    """Whether the 4-bit kernel takes the outputs of layers with the same input, joined."""
+    return sum(layer.out_features for layer in layers) % OUTPUT_MULTIPLE == 0
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer has no adapter, or one of two matrices and a scaling alone: LoRA, and not its variants."""
+    if not isinstance(layer, LoraLinear):
+        return True
+    name, *others = layer.active_adapters
+    return not (others or layer.merged or name in layer.lora_variant or layer.lora_bias.get(name, True))
 
 
 def _merge(layer: Any) -> Any:
@@ -117,7 +141,7 @@ def _join_biases(layers: Sequence[Any]) -> Tensor | None:
 
 
 def _join_adapters(layers: Sequence[Any]) -> LowRank | None:
-    """The active adapters of layers with the same input, as one."""
+    """The adapters of plain layers with the same input, as one."""
     if not any(isinstance(layer, LoraLinear) for layer in layers):
         return None
     pairs = [

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from minigpt5.errors import ModelFolderError
+from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.cache import keep_in_cache
 from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.quantised import GROUP, Codes, has_codes
-from minigpt5.model.quantised_linear import Int4Linear, can_multiply_int8
+from minigpt5.model.quantised_linear import OUTPUT_MULTIPLE, Int4Linear, can_multiply_int8
 from minigpt5.types import TextPrecision
 
 MEASURED_WEIGHTS = 2**23
@@ -37,7 +38,7 @@ def choose_precision(base_folder: Path) -> TextPrecision:
     if not has_codes(base_folder):
         return "float32"
     config = AutoConfig.from_pretrained(base_folder).get_text_config()
-    shape = (config.intermediate_size, config.hidden_size)
+    shape = _round_up(config.intermediate_size, OUTPUT_MULTIPLE), _round_up(config.hidden_size, GROUP)
     machine = [platform.machine(), _cpu_name(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
     key = json.dumps([*machine, torch.__version__, *shape])
     name = f"precisions/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -45,8 +46,16 @@ def choose_precision(base_folder: Path) -> TextPrecision:
     def fill(folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(measure_precisions(*shape), indent=2) + "\n")
 
-    measured: dict[TextPrecision, float] = json.loads((keep_in_cache(name, fill) / FILE).read_text())
+    try:
+        measured: dict[TextPrecision, float] = json.loads((keep_in_cache(name, fill) / FILE).read_text())
+    except MiniGPT5Error as error:  # a cache that cannot be written costs time alone
+        print(f"minigpt5: every start measures the fastest precision: {error}", file=sys.stderr)
+        measured = measure_precisions(*shape)
     return min(measured, key=lambda precision: measured[precision])
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def measure_precisions(num_outputs: int, num_inputs: int) -> dict[TextPrecision, float]:
@@ -97,7 +106,8 @@ def check_precision(precision: TextPrecision, base_folder: Path, *, is_on_cpu: b
         raise ModelFolderError(f"{precision} weights are for CPUs: on a GPU use bfloat16 or float32")
     if precision == "int4" and not has_codes(base_folder):
         raise ModelFolderError(
-            f"{base_folder} has no quantised weights, which int4 computes with: use float32, bfloat16 or int8"
+            f"{base_folder} has no quantised weights that were made from its float32 weights, and int4 computes with "
+            "them: use float32, bfloat16 or int8"
         )
     if precision == "int8" and not can_multiply_int8():
         raise ModelFolderError(

@@ -7,7 +7,8 @@ For a matrix NAME of O rows and I columns, by its name in the float32 file, it h
     NAME.minima   float16 (O, I / 32)
 
 A weight is `scale * code + minimum`, which is what GGUF's Q4_1 blocks say (Q4_0: the minimum is -8 scales). A matrix
-that is not in the file is read from the float32 weights. Any base model's folder may carry such a file.
+that is not in the file is read from the float32 weights. Any base model's folder may carry such a file. Its metadata
+has `weights_sha256`, the hash of the float32 weights by `cache.hash_weights`: codes of other weights are left alone.
 
 Shape letters: O outputs, I inputs, K groups of 32 inputs.
 """
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor
 
 from minigpt5.errors import ModelFolderError
-from minigpt5.model.cache import QUANTISED
-from minigpt5.model.weights import load_tensors, save_tensors
+from minigpt5.model.cache import QUANTISED, hash_weights
+from minigpt5.model.weights import load_metadata, load_tensors, save_tensors
 
 GROUP = 32
 """Columns that share a scale and a minimum."""
+WEIGHTS_SHA256 = "weights_sha256"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,22 +48,27 @@ class Codes:
 
 
 def save_codes(matrices: dict[str, Codes], folder: Path) -> None:
-    """Write the quantised matrices of a base model into its folder."""
+    """Write the quantised matrices of a base model into its folder, beside the float32 weights that they stand for."""
     tensors = {}
     for name, matrix in matrices.items():
         low, high = matrix.codes_OI[:, 0::2], matrix.codes_OI[:, 1::2]
         tensors[f"{name}.codes"] = low | high << 4
         tensors[f"{name}.scales"], tensors[f"{name}.minima"] = matrix.scales_OK, matrix.minima_OK
-    save_tensors(tensors, folder / QUANTISED)
+    save_tensors(tensors, folder / QUANTISED, metadata={WEIGHTS_SHA256: hash_weights(folder)})
 
 
 def has_codes(folder: Path) -> bool:
-    """Whether a base model's folder carries quantised weights."""
-    return (folder / QUANTISED).is_file()
+    """Whether a base model's folder carries quantised weights that stand for its float32 ones.
+
+    Raises ModelFolderError where the file is damaged.
+    """
+    path = folder / QUANTISED
+    return path.is_file() and load_metadata(path).get(WEIGHTS_SHA256) == hash_weights(folder)
 
 
 def load_codes(folder: Path) -> dict[str, Codes]:
-    """Read the quantised matrices of a base model's folder. Raises ModelFolderError where the file is damaged."""
+    """Read the quantised matrices of a base model's folder that `has_codes`. Raises ModelFolderError where the file is
+    damaged."""
     tensors = load_tensors(folder / QUANTISED)
     matrices = {}
     for name in sorted(key.removesuffix(".codes") for key in tensors if key.endswith(".codes")):

@@ -18,6 +18,8 @@ from minigpt5.model.quantised import GROUP, Codes
 
 MIDDLE = 8
 """The kernel's code that stands for its offset alone: a weight is (code - 8) * scale + offset."""
+OUTPUT_MULTIPLE = 16
+"""Outputs that the 4-bit kernel computes at once: it refuses a matrix with a part of them."""
 RANK_MULTIPLE = 16
 """Ranks of an adapter that the 8-bit kernel takes at once."""
 

@@ -58,8 +58,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelFolderError(f"{path} cannot be read ({error}): make the folder again") from error
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def load_metadata(path: Path) -> dict[str, str]:
+    """Read what a file says beside its tensors. Raises ModelFolderError."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): make the folder again") from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write tensors as they are."""
     from safetensors.torch import save_file
 
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path, metadata)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -23,8 +23,10 @@ from transformers import (
 
 from minigpt5.engine.kv_cache import SlotCache
 from minigpt5.model.lean_layers import LeanLayer, can_be_lean
+from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.packing import pack_body
 from minigpt5.model.quantised import Codes
+from minigpt5.model.quantised_linear import Int4Linear
 from minigpt5.types import TextPrecision
 
 SHAPE: dict[str, Any] = {
@@ -111,6 +113,59 @@ def test_4bit_layers_are_near_the_float32_ones(has_adapter: bool) -> None:
     expected = body(inputs_embeds=embeds_BSH).last_hidden_state
     found = pack_body(body, "int4", codes)(inputs_embeds=embeds_BSH).last_hidden_state
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def _two_adapters(body: Any) -> Any:
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "up_proj"])
+    body = get_peft_model(body, lora)
+    body.add_adapter("second", lora)
+    body.base_model.set_adapter(["default", "second"])
+    return body
+
+
+def test_widths_that_the_4bit_kernel_refuses_stay_float32() -> None:
+    body = torch.nn.Sequential(torch.nn.Linear(64, 72), torch.nn.Linear(64, 80)).requires_grad_(False)
+    codes = quantise(body)
+    inputs = torch.randn(3, 64)
+    expected = [layer(inputs) for layer in body]
+    packed = pack_body(body, "int4", codes)
+    assert [type(layer) for layer in packed] == [PackedLinear, Int4Linear]
+    for layer, outputs in zip(packed, expected, strict=True):
+        assert (layer(inputs) - outputs).norm() < 0.02 * outputs.norm()
+
+
+ADAPTERS: dict[str, Any] = {
+    "dora": lambda body: get_peft_model(
+        body, LoraConfig(r=4, init_lora_weights=False, use_dora=True, target_modules=["q_proj", "up_proj"])
+    ),
+    "bias": lambda body: get_peft_model(
+        body, LoraConfig(r=4, init_lora_weights=False, lora_bias=True, target_modules=["q_proj", "up_proj"])
+    ),
+    "two": _two_adapters,
+    "a whole matrix": lambda body: get_peft_model(
+        body, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["up_proj"])
+    ),
+    "no lora": lambda body: get_peft_model(
+        body,
+        IA3Config(init_ia3_weights=False, target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_that_is_no_plain_lora_is_merged_where_others_are_4bit(kind: str) -> None:
+    body = new_body("llama with biases")
+    codes = quantise(body)
+    body = ADAPTERS[kind](body).eval()
+    for name, parameter in body.named_parameters():
+        if "lora" in name or "ia3" in name or "modules_to_save" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    embeds_BSH = torch.randn(1, 6, 64)
+    expected = body(inputs_embeds=embeds_BSH).last_hidden_state
+    packed = pack_body(body, "int4", codes)
+    found = packed(inputs_embeds=embeds_BSH).last_hidden_state
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    assert isinstance(packed.layers[0].query_key_value, PackedLinear)
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -47,10 +49,25 @@ def test_codes_of_the_shipped_base_are_its_float32_weights() -> None:
 
 def test_codes_are_read_as_they_were_written(tmp_path: Path) -> None:
     codes = some_codes(48, 64)
+    save_tensors({"one": codes.dequantise()}, tmp_path / "model.safetensors")
     save_codes({"one": codes}, tmp_path)
     read = load_codes(tmp_path)["one"]
     assert torch.equal(read.codes_OI, codes.codes_OI)
     assert torch.equal(read.dequantise(), codes.dequantise())
+
+
+def test_codes_of_other_weights_are_left_alone(tmp_path: Path) -> None:
+    codes = some_codes(48, 64)
+    save_tensors({"one": codes.dequantise()}, tmp_path / "model.safetensors")
+    save_codes({"one": codes}, tmp_path)
+    assert has_codes(tmp_path)
+    save_tensors({"one": codes.dequantise() + 1}, tmp_path / "model.safetensors")
+    assert not has_codes(tmp_path)
+    assert choose_precision(tmp_path) == "float32"
+    with pytest.raises(ModelFolderError, match="made from its float32 weights"):
+        check_precision("int4", tmp_path, is_on_cpu=True)
+    save_tensors(load_file(tmp_path / QUANTISED), tmp_path / QUANTISED)  # as a version before wrote it
+    assert not has_codes(tmp_path)
 
 
 def test_a_damaged_file_of_codes_says_what_it_lacks(tmp_path: Path) -> None:
@@ -69,6 +86,9 @@ def test_a_damaged_file_of_codes_says_what_it_lacks(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelFolderError, match="4 x 64 codes"):
         load_codes(tmp_path)
+    (tmp_path / QUANTISED).write_bytes(b"cut")
+    with pytest.raises(ModelFolderError, match="make the folder again"):
+        has_codes(tmp_path)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -179,3 +199,27 @@ def test_the_fastest_precision_is_kept_for_the_machine(tmp_path: Path, monkeypat
     kept.write_text('{"float32": 2.0, "int4": 1.0}')
     assert choose_precision(folder) == "int4"
     assert min(measure_precisions(64, 64).values()) > 0
+
+
+def test_a_cache_that_cannot_be_written_costs_a_measurement_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = resolve("smollm2-135m-instruct")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root, as in a container, writes in any folder
+    assert choose_precision(folder) in ("float32", "int4")
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "every start measures" in line and "XDG_CACHE_HOME" in line]) == 1
+    assert not list(tmp_path.rglob("precision.json"))
+
+
+def test_a_base_of_odd_widths_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    LlamaConfig(hidden_size=40, intermediate_size=90, num_attention_heads=2).save_pretrained(tmp_path)
+    save_tensors({"one": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_codes({}, tmp_path)
+    assert choose_precision(tmp_path) in ("float32", "int4")
