@@ -280,8 +280,9 @@ class SlotCache(Cache):
         return num_blocks(num_positions) + kept <= self.blocks.num_available(idle)
 
     def take(self, slot: int, num_positions: int, *, idle: Iterable[int]) -> None:
-        """Reserve positions for an idle slot, which keeps what it has read; other idle slots forget theirs, one after
-        another, as far as their blocks are needed."""
+        """Reserve positions for an idle slot, which keeps what it has read of so many; other idle slots forget theirs,
+        one after another, as far as their blocks are needed."""
+        self.lengths[slot] = min(self.lengths[slot], num_positions)
         if self.blocks is None:
             return
         for other in idle:
@@ -328,7 +329,8 @@ class SlotCache(Cache):
         return states_1TH[0]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Make `target` begin as `source` does; it then has `length` positions."""
+        """Make `target` begin as `source` does; it then has `length` positions, and none where this fails."""
+        self.lengths[target] = 0
         stores = [*self.stored_keys, *self.stored_values]
         begins: list[tuple[Any, ...]] = [(slot, slice(None), slice(length)) for slot in (source, target)]
         if self.blocks:

@@ -497,6 +497,48 @@ def test_requests_that_share_blocks_wait_for_room_and_are_written_as_in_whole_sl
     assert generator.num_reused_tokens > before
 
 
+def test_a_request_whose_beginning_cannot_be_copied_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot has read more than the request needs, and then holds nothing that can be relied on."""
+    generator = new_generator(num_slots=3, kv_cache_gib=60 * BLOCK_GIB)
+    longest, short = story(prompt=("fox " * 500,), pages=1), story(seed=5, pages=1)
+    expected = text(run(generator, short)[0])
+    for request in (longest, story(seed=6, prompt=("owl " * 300,), pages=1), short):
+        run(generator, request)
+    cache, copy, failed = generator._cache, generator._cache.copy, []
+
+    def fail_once(source: int, target: int, length: int) -> None:
+        if failed:
+            return copy(source, target, length)
+        failed.append(cache.lengths[target])
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "stored_values", [OutOfMemory()])
+            copy(source, target, length)
+
+    monkeypatch.setattr(cache, "copy", fail_once)
+
+    async def both() -> list[list[Any] | BaseException]:
+        async def one(request: StoryRequest) -> list[Any]:
+            return [event async for event in generator.generate(request)]
+
+        found = await asyncio.gather(one(short), one(story(seed=7, pages=2)), return_exceptions=True)
+        return [*found, await one(longest), await one(short)]
+
+    failure, beside, again, later = asyncio.run(asyncio.wait_for(both(), 60))
+    assert isinstance(failure, torch.OutOfMemoryError) and failed
+    assert not isinstance(beside, BaseException) and not isinstance(later, BaseException)
+    assert text(later) == expected
+    assert not isinstance(again, BaseException) and text(again) == text(run(new_generator(), longest)[0])
+    assert cache.blocks and cache.blocks.num_available(generator._free_slots) == cache.blocks.num_blocks
+    assert sorted(generator._free_slots) == [0, 1, 2]
+
+
+class OutOfMemory:
+    """A store of a GPU without memory."""
+
+    def __getitem__(self, where: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_a_request_as_long_as_the_context_takes_the_whole_store_and_its_own_beginning() -> None:
     generator = new_generator(kv_cache_gib=19 * BLOCK_GIB)
     longest = [story(seed=seed, prompt=("fox " * 545,), pages=1) for seed in (1, 2)]
