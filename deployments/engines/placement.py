@@ -5,6 +5,8 @@ A replica without a GPU of its own may see those of its machine: Ray hides none 
 
 from __future__ import annotations
 
+import sys
+
 import ray
 
 
@@ -14,7 +16,13 @@ def num_gpus_here() -> float:
 
 
 def device_for(num_gpus: float) -> str:
-    return "cuda" if num_gpus else "cpu"
+    """Where a replica with so many GPUs computes: on the CPU, and stderr says so, where torch cannot use them."""
+    import torch
+
+    if num_gpus and not torch.cuda.is_available():
+        reason = f"Ray has given {num_gpus:g} GPUs, but torch {torch.__version__} has no CUDA here"
+        print(f"{reason}: this replica computes on the CPU; install a CUDA build of torch", file=sys.stderr, flush=True)
+    return "cuda" if num_gpus and torch.cuda.is_available() else "cpu"
 
 
 def num_gpus_of_cluster() -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from deployments.application import AppArgs, app
 from deployments.engines.placement import device_for, num_gpus_here, num_gpus_of_cluster, share_gpus
@@ -26,7 +27,18 @@ def engines(folder: Path, **settings: object) -> list[Any]:
 
 def test_two_engines_share_one_gpu_and_have_one_each_of_more() -> None:
     assert [share_gpus(num) for num in (0, 1, 2, 8)] == [0, 0.5, 1, 1]
+
+
+def test_a_replica_computes_on_its_gpu_only_where_torch_can(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert (device_for(0), device_for(0.5)) == ("cpu", "cuda")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (device_for(0), device_for(0.5)) == ("cpu", "cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Ray has given 0.5 GPUs") and line.endswith("install a CUDA build of torch")
 
 
 def test_a_replica_has_the_gpus_that_are_asked_for(tmp_path: Path) -> None:
