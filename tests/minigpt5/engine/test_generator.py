@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -498,36 +498,40 @@ def test_requests_that_share_blocks_wait_for_room_and_are_written_as_in_whole_sl
 
 
 def test_a_request_whose_beginning_cannot_be_copied_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its slot has read more than the request needs, and then holds nothing that can be relied on."""
+    """Another goes on meanwhile, and the slot, which had read more, holds nothing that can be relied on."""
     generator = new_generator(num_slots=3, kv_cache_gib=60 * BLOCK_GIB)
-    longest, short = story(prompt=("fox " * 500,), pages=1), story(seed=5, pages=1)
-    expected = text(run(generator, short)[0])
-    for request in (longest, story(seed=6, prompt=("owl " * 300,), pages=1), short):
-        run(generator, request)
-    cache, copy, failed = generator._cache, generator._cache.copy, []
+    longest, short, long = story(prompt=("fox " * 500,), pages=1), story(seed=5, pages=1), story(seed=7, pages=8)
+    expected = [text(run(generator, request)[0]) for request in (short, longest, long)]
+    run(generator, short)
+    cache, copy = generator._cache, generator._cache.copy
+    found: list[tuple[int, int, int]] = []
 
     def fail_once(source: int, target: int, length: int) -> None:
-        if failed:
+        if found or generator.num_running < 2:
             return copy(source, target, length)
-        failed.append(cache.lengths[target])
-        with monkeypatch.context() as patch:
-            patch.setattr(cache, "stored_values", [OutOfMemory()])
-            copy(source, target, length)
+        before = cache.lengths[target]
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(cache, "stored_values", [OutOfMemory()])
+                copy(source, target, length)
+        finally:
+            found.append((generator.num_running, before, cache.lengths[target]))
+
+    async def together() -> list[str]:
+        beside = generator.generate(long)
+        events = [await anext(beside)]
+        with pytest.raises(torch.OutOfMemoryError):
+            await collect(generator.generate(short))
+        events += await collect(beside)
+        return [text(await collect(generator.generate(request))) for request in (short, longest)] + [text(events)]
+
+    async def collect(events: AsyncIterator[GeneratorEvent]) -> list[GeneratorEvent]:
+        return [event async for event in events]
 
     monkeypatch.setattr(cache, "copy", fail_once)
-
-    async def both() -> list[list[Any] | BaseException]:
-        async def one(request: StoryRequest) -> list[Any]:
-            return [event async for event in generator.generate(request)]
-
-        found = await asyncio.gather(one(short), one(story(seed=7, pages=2)), return_exceptions=True)
-        return [*found, await one(longest), await one(short)]
-
-    failure, beside, again, later = asyncio.run(asyncio.wait_for(both(), 60))
-    assert isinstance(failure, torch.OutOfMemoryError) and failed
-    assert not isinstance(beside, BaseException) and not isinstance(later, BaseException)
-    assert text(later) == expected
-    assert not isinstance(again, BaseException) and text(again) == text(run(new_generator(), longest)[0])
+    assert asyncio.run(asyncio.wait_for(together(), 60)) == expected
+    ((num_running, before, after),) = found
+    assert num_running == 2 and before > 0 and after == 0
     assert cache.blocks and cache.blocks.num_available(generator._free_slots) == cache.blocks.num_blocks
     assert sorted(generator._free_slots) == [0, 1, 2]
 
