@@ -200,7 +200,9 @@ def _first_embedding(body: Any) -> Tensor:
 
 
 class Blocks:
-    """Blocks of a store, and which of them each slot has, in the order of its positions."""
+    """Blocks of a store, and which of them each slot has, in the order of its positions.
+
+    The store has one block more, of zeros, which stands where a slot has none: what is masked must be finite."""
 
     def __init__(self, *, num_slots: int, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -221,9 +223,12 @@ class Blocks:
             self._free.append(owned.pop())
 
     def places(self, slots: Sequence[int]) -> Tensor:
-        """The places of the slots' positions, as many as the longest has."""
+        """The places of the slots' positions, as many as the longest has, and then of zeros."""
         longest = max(len(self._of_slots[slot]) for slot in slots)
-        table_NB = torch.tensor([self._of_slots[slot] + [0] * (longest - len(self._of_slots[slot])) for slot in slots])
+        zeros = self.num_blocks
+        table_NB = torch.tensor(
+            [self._of_slots[slot] + [zeros] * (longest - len(self._of_slots[slot])) for slot in slots]
+        )
         return (table_NB[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
 
 
@@ -402,7 +407,7 @@ class SlotCache(Cache):
             shape = self.num_slots, num_heads, self.num_positions, width
             return reserve(shape, like_1GTD.dtype, like_1GTD.device)
         # What is gathered of a place lies together.
-        shape_PGD = self.blocks.num_blocks * BLOCK, num_heads, width
+        shape_PGD = (self.blocks.num_blocks + 1) * BLOCK, num_heads, width
         return reserve(shape_PGD, like_1GTD.dtype, like_1GTD.device).transpose(0, 1)[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

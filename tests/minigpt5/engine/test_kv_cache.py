@@ -209,7 +209,7 @@ def test_a_row_that_is_cut_forgets_what_came_after(num_shared_blocks: int | None
 def test_slots_share_blocks_and_an_idle_one_forgets_where_its_blocks_are_needed() -> None:
     body = body_of("llama")
     cache = SlotCache.for_model(body, num_slots=3, num_positions=8 * BLOCK, num_shared_blocks=8)
-    assert cache.stored_keys[0].shape == (1, 2, 8 * BLOCK, 8)
+    assert cache.stored_keys[0].shape == (1, 2, (8 + 1) * BLOCK, 8)
     cache.take(0, 5 * BLOCK, idle=[])
     assert cache.has_room(3 * BLOCK, idle=[]) and not cache.has_room(3 * BLOCK + 1, idle=[])
     assert not cache.has_room(3 * BLOCK, idle=[], share=0.75)
@@ -224,6 +224,20 @@ def test_slots_share_blocks_and_an_idle_one_forgets_where_its_blocks_are_needed(
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="only Linux says how much memory is really taken")
+def test_a_slot_whose_values_are_not_finite_leaves_the_others_as_they_are() -> None:
+    body = body_of("llama")
+    found = []
+    for factor in (1.0, torch.nan):
+        cache = SlotCache.for_model(body, num_slots=4, num_positions=4 * BLOCK, num_shared_blocks=9)
+        lengths = {1: 70, 2: 5, 3: 100, 0: 20}  # the last has the first block
+        for slot, length in lengths.items():
+            cache.take(slot, length + 1, idle=[])
+        for slot, length in lengths.items():
+            cache.forward(body, embeds(length, slot) * (factor if slot == 0 else 1), [(slot, length)])
+        found.append(cache.forward(body, embeds(3, 9), [(1, 1), (2, 1), (3, 1)]))
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
 def test_rows_take_memory_only_as_they_are_filled() -> None:
     body = body_of("llama")
     cache = SlotCache.for_model(body, num_slots=64, num_positions=32768)
