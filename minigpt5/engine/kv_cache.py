@@ -37,6 +37,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from minigpt5.engine.even_attention import BLOCK as EVEN_BLOCK
 from minigpt5.engine.even_attention import Call, attend_evenly, plan_calls
 from minigpt5.limits import BLOCK
 from minigpt5.model.language import body_inputs
@@ -104,7 +105,8 @@ class View:
 class Pass:
     """Which slot and position each token of a forward pass belongs to."""
 
-    slots_T: Tensor
+    rows_T: Tensor
+    """The slot of each token, or where slots share blocks, its number among those of the pass."""
     positions_1T: Tensor
     where: Where
     """Where its keys and values are stored."""
@@ -114,19 +116,27 @@ class Pass:
     together: Together | None
     num_positions: int
     """Length of the longest slot."""
+    slot_positions: int
+    """Most that a slot may have."""
     last_seen_T: Tensor | None
     """The last position of its slot that each token sees; None: its own."""
     _views: dict[int, tuple[Tensor, list[View], View | None]] = field(default_factory=dict)
     _calls: dict[int, tuple[Tensor, list[Call]]] = field(default_factory=dict)
 
-    def calls(self, mask_11TS: Tensor, num_positions: int) -> list[Call]:
+    def calls(self, mask_11TS: Tensor) -> list[Call]:
         """The calls of even attention by a mask, which layers with the same mask share."""
         if id(mask_11TS) not in self._calls:  # the mask is kept with them, so that its id stays its own
             self._calls[id(mask_11TS)] = (
                 mask_11TS,
-                plan_calls(self.slots_T.tolist(), mask_11TS[0, 0], num_positions),
+                plan_calls(self.rows_T.tolist(), mask_11TS[0, 0], self.slot_positions),
             )
         return self._calls[id(mask_11TS)][1]
+
+    def whole(self, store: Tensor, calls: list[Call]) -> Tensor:
+        """A layer's store as even attention reads it, (R, G, S, D): blocks are gathered as far as the calls see."""
+        if self.places_NS is None:
+            return store
+        return store[0, :, self.places_NS[:, : max(call.positions.stop for call in calls)]].transpose(0, 1)
 
     def views(self, mask_11TS: Tensor, like: Tensor) -> tuple[list[View], View | None]:
         """What each span and `together` see by a mask of (token, position of its slot), on the device and with the
@@ -223,8 +233,10 @@ class Blocks:
             self._free.append(owned.pop())
 
     def places(self, slots: Sequence[int]) -> Tensor:
-        """The places of the slots' positions, as many as the longest has, and then of zeros."""
-        longest = max(len(self._of_slots[slot]) for slot in slots)
+        """The places of the slots' positions, as many as the longest has, and then of zeros; in all a multiple of what
+        even attention takes at once."""
+        step = EVEN_BLOCK // BLOCK
+        longest = -(-max(len(self._of_slots[slot]) for slot in slots) // step) * step
         zeros = self.num_blocks
         table_NB = torch.tensor(
             [self._of_slots[slot] + [zeros] * (longest - len(self._of_slots[slot])) for slot in slots]
@@ -372,13 +384,14 @@ class SlotCache(Cache):
             places_NS = self.blocks.places([slot for slot, _ in counts])
             where, places_NS = upload(places_NS[numbers, positions_T], device), upload(places_NS, device)
         return Pass(
-            slots_T=slots_T,
+            rows_T=slots_T if self.blocks is None else torch.tensor(numbers),
             positions_1T=positions_T[None],
             where=where,
             places_NS=places_NS,
             spans=[span for span in spans if span not in joined],
             together=together,
             num_positions=max(span.length for span in spans),
+            slot_positions=self.num_positions,
             last_seen_T=last_seen_T,
         )
 
@@ -491,10 +504,10 @@ def attend(
     _, num_heads, num_tokens, width = query.shape
     if attention_mask is None or attention_mask.shape[2:] != (num_tokens, slots.num_positions):
         raise ValueError("its attention has masks that transformers' mask functions do not make")
-    is_whole = slots.places_NS is None
-    if is_whole and query.dtype == torch.bfloat16 and query.device.type == "cpu" and not options.keys() & UNEVEN:
-        calls = slots.calls(attention_mask, key.shape[2])
-        return attend_evenly(query, key, value, calls, scaling=options.get("scaling")), None
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not options.keys() & UNEVEN:
+        calls = slots.calls(attention_mask)
+        whole = slots.whole(key, calls), slots.whole(value, calls)
+        return attend_evenly(query, *whole, calls, scaling=options.get("scaling")), None
     views, view_together = slots.views(attention_mask, query)
     out_TAD = query.new_empty(num_tokens, num_heads, value.shape[-1])
     for span, view in zip(slots.spans, views, strict=True):

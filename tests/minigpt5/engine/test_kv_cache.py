@@ -238,6 +238,24 @@ def test_a_slot_whose_values_are_not_finite_leaves_the_others_as_they_are() -> N
     assert torch.equal(*found) and found[0].isfinite().all()
 
 
+def test_in_bfloat16_on_a_cpu_blocks_give_the_bits_that_whole_slots_give() -> None:
+    """Those do not depend on the company."""
+    body = body_of("llama").to(torch.bfloat16)
+    for name, parameter in body.named_parameters():
+        if "self_attn" in name:  # else rounding hides what attention adds
+            parameter.mul_(8)
+    whole = SlotCache.for_model(body, num_slots=6, num_positions=600)
+    shared = SlotCache.for_model(body, num_slots=6, num_positions=600, num_shared_blocks=90)
+    passes = [[(0, 470)], [(4, 231), (1, 1), (2, 500)], [(0, 1), (1, 1), (2, 1), (4, 1)], [(5, 3), (2, 98), (4, 1)]]
+    passes += [[(2, 1), (0, 1)], [(1, 1)]]
+    for slot in range(6):
+        shared.take(slot, {1: 5, 2: 600}.get(slot, 500), idle=[])
+    for seed, counts in enumerate(passes):
+        tokens = embeds(sum(num for _, num in counts), seed).to(torch.bfloat16)
+        expected, found = (cache.forward(body, tokens, counts) for cache in (whole, shared))
+        assert expected.dtype == torch.bfloat16 and torch.equal(expected, found), counts
+
+
 def test_rows_take_memory_only_as_they_are_filled() -> None:
     body = body_of("llama")
     cache = SlotCache.for_model(body, num_slots=64, num_positions=32768)
