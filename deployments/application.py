@@ -11,7 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from deployments.api.routes import Ingress
 from deployments.auth import load_keys
 from deployments.engines.diffusion_decoder import DiffusionDecoder
-from deployments.engines.placement import device_for, num_gpus_of_cluster, share_gpus
+from deployments.engines.placement import num_gpus_of_cluster, share_gpus
 from deployments.engines.voken_generator import VokenGenerator
 from deployments.stories.ledger import LocalLedger
 from minigpt5.config import default_model_folder
@@ -131,7 +131,7 @@ def app(args: AppArgs) -> Application:
         share = share_gpus(num_gpus_of_cluster())
         generator_gpus = share if generator_gpus is None else generator_gpus
         decoder_gpus = share if decoder_gpus is None else decoder_gpus
-    limits = default_limits(device_for(generator_gpus), **args.limits)
+    limits = default_limits("cuda" if generator_gpus else "cpu", **args.limits)  # of a replica, wherever this is
     logging_config = {"log_level": args.log_level}
     generator = serve.deployment(
         VokenGenerator,

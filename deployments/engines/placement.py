@@ -5,7 +5,13 @@ A replica without a GPU of its own may see those of its machine: Ray hides none 
 
 from __future__ import annotations
 
+import os
+import sys
+
+import click  # the command line of Serve is made with it
 import ray
+
+from minigpt5.errors import SettingsError
 
 
 def num_gpus_here() -> float:
@@ -14,16 +20,42 @@ def num_gpus_here() -> float:
 
 
 def device_for(num_gpus: float) -> str:
-    return "cuda" if num_gpus else "cpu"
+    """Where a replica with so many GPUs computes: on the CPU, and stderr says so, where torch cannot use them."""
+    import torch
+
+    if num_gpus and not torch.cuda.is_available():
+        reason = f"Ray has given {num_gpus:g} GPUs, but torch {torch.__version__} has no CUDA here"
+        print(f"{reason}: this replica computes on the CPU; install a CUDA build of torch", file=sys.stderr, flush=True)
+    return "cuda" if num_gpus and torch.cuda.is_available() else "cpu"
 
 
 def num_gpus_of_cluster() -> float:
-    """GPUs of the Ray that this process is in; before there is one, those of this machine, which Ray will find."""
+    """GPUs of the Ray that this process is in; before there is one, those of the Ray that it will connect to, or of
+    this machine, where Ray will start.
+
+    Raises SettingsError where there is no Ray at the address that is given.
+    """
     if ray.is_initialized():
         return float(ray.cluster_resources().get("GPU", 0))
+    if address := _address():
+        try:
+            # `serve run` connects later, with a runtime environment that only it knows.
+            with ray.init(address=address, log_to_driver=False, logging_level="ERROR"):
+                return float(ray.cluster_resources().get("GPU", 0))
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise SettingsError(
+                f"the Ray at {address} does not say how many GPUs it has ({str(error).splitlines()[0]}): "
+                "set generator_num_gpus and decoder_num_gpus"
+            ) from error
     import torch
 
     return float(torch.cuda.device_count())
+
+
+def _address() -> str | None:
+    """The address of a Ray by `serve run --address`, else by RAY_ADDRESS."""
+    command = click.get_current_context(silent=True)
+    return (command.params.get("address") if command else None) or os.environ.get("RAY_ADDRESS")
 
 
 def share_gpus(num_gpus: float) -> float:

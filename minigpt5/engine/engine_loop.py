@@ -127,7 +127,10 @@ class EngineLoop(Generic[J]):
                 job.fail(failure)
         leaving = [job for job in jobs if job.is_done or job.is_cancelled]
         for job in leaving:
-            self._leave(job)
+            try:
+                self._leave(job)
+            except Exception as failure:  # it fails alone
+                job.fail(job.failure or failure)
         with self._signal.changed:
             self._jobs = [job for job in self._jobs if job not in leaving]
             self._signal.has_work = bool(self._jobs)

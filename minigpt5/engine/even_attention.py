@@ -93,7 +93,7 @@ def _plan_call(tokens: list[int], slots: Sequence[int], positions: slice, mask_T
 def attend_evenly(
     query: Tensor, key_RGSD: Tensor, value_RGSD: Tensor, calls: Sequence[Call], *, scaling: float | None
 ) -> Tensor:
-    """Query (1, A, T, D) over the store (R, G, S, D) -> (1, T, A, D)."""
+    """Query (1, A, T, D) over whole slots (R, G, S, D) -> (1, T, A, D)."""
     _, num_heads, num_tokens, _ = query.shape
     query_TGWD = query[0].transpose(0, 1).unflatten(1, (key_RGSD.shape[1], -1))
     if len(calls) == 1 and calls[0].items is None:

@@ -257,8 +257,12 @@ class VokenGenerator:
             share = 1 if is_first else 1 - MIN_SHARE
             if not self._cache.has_room(job.num_positions, idle=self._free_slots, share=share):
                 break
-            self._admit(job)
-        return self._fair.choose([job for job in jobs if job.is_started], key=lambda job: job.key, cost=lambda job: 1)
+            try:
+                self._admit(job)
+            except Exception as failure:  # such as a GPU without memory: one request fails, the others go on
+                job.fail(failure)
+        running = [job for job in jobs if job.is_started and not job.is_done]
+        return self._fair.choose(running, key=lambda job: job.key, cost=lambda job: 1)
 
     def _admit(self, job: _Job) -> None:
         """Take the slot that was unused for longest, and begin it as the slot that has most of the prompt; or take that
@@ -405,11 +409,11 @@ class VokenGenerator:
 
     def _leave(self, job: _Job) -> None:
         """Its slot is free; what it has read may serve one that begins alike."""
-        job.script.close()
-        self.num_close_choices += job.writer.num_close
         if job.slot >= 0:
-            self._cache.trim(job.slot)
             self._free_slots.append(job.slot)
+            self._cache.trim(job.slot)
+        self.num_close_choices += job.writer.num_close
+        job.script.close()
 
 
 def new_cache(language: LanguageModel, limits: Limits, *, num_positions: int) -> SlotCache:

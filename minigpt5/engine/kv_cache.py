@@ -37,6 +37,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from minigpt5.engine.even_attention import BLOCK as EVEN_BLOCK
 from minigpt5.engine.even_attention import Call, attend_evenly, plan_calls
 from minigpt5.limits import BLOCK
 from minigpt5.model.language import body_inputs
@@ -104,7 +105,8 @@ class View:
 class Pass:
     """Which slot and position each token of a forward pass belongs to."""
 
-    slots_T: Tensor
+    rows_T: Tensor
+    """The slot of each token, or where slots share blocks, its number among those of the pass."""
     positions_1T: Tensor
     where: Where
     """Where its keys and values are stored."""
@@ -114,19 +116,27 @@ class Pass:
     together: Together | None
     num_positions: int
     """Length of the longest slot."""
+    slot_positions: int
+    """Most that a slot may have."""
     last_seen_T: Tensor | None
     """The last position of its slot that each token sees; None: its own."""
     _views: dict[int, tuple[Tensor, list[View], View | None]] = field(default_factory=dict)
     _calls: dict[int, tuple[Tensor, list[Call]]] = field(default_factory=dict)
 
-    def calls(self, mask_11TS: Tensor, num_positions: int) -> list[Call]:
+    def calls(self, mask_11TS: Tensor) -> list[Call]:
         """The calls of even attention by a mask, which layers with the same mask share."""
         if id(mask_11TS) not in self._calls:  # the mask is kept with them, so that its id stays its own
             self._calls[id(mask_11TS)] = (
                 mask_11TS,
-                plan_calls(self.slots_T.tolist(), mask_11TS[0, 0], num_positions),
+                plan_calls(self.rows_T.tolist(), mask_11TS[0, 0], self.slot_positions),
             )
         return self._calls[id(mask_11TS)][1]
+
+    def whole(self, store: Tensor, calls: list[Call]) -> Tensor:
+        """A layer's store as even attention reads it, (R, G, S, D): blocks are gathered as far as the calls see."""
+        if self.places_NS is None:
+            return store
+        return store[0, :, self.places_NS[:, : max(call.positions.stop for call in calls)]].transpose(0, 1)
 
     def views(self, mask_11TS: Tensor, like: Tensor) -> tuple[list[View], View | None]:
         """What each span and `together` see by a mask of (token, position of its slot), on the device and with the
@@ -200,7 +210,9 @@ def _first_embedding(body: Any) -> Tensor:
 
 
 class Blocks:
-    """Blocks of a store, and which of them each slot has, in the order of its positions."""
+    """Blocks of a store, and which of them each slot has, in the order of its positions.
+
+    The store has one block more, of zeros, which stands where a slot has none: what is masked must be finite."""
 
     def __init__(self, *, num_slots: int, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -221,9 +233,14 @@ class Blocks:
             self._free.append(owned.pop())
 
     def places(self, slots: Sequence[int]) -> Tensor:
-        """The places of the slots' positions, as many as the longest has."""
-        longest = max(len(self._of_slots[slot]) for slot in slots)
-        table_NB = torch.tensor([self._of_slots[slot] + [0] * (longest - len(self._of_slots[slot])) for slot in slots])
+        """The places of the slots' positions, as many as the longest has, and then of zeros; in all a multiple of what
+        even attention takes at once."""
+        step = EVEN_BLOCK // BLOCK
+        longest = -(-max(len(self._of_slots[slot]) for slot in slots) // step) * step
+        zeros = self.num_blocks
+        table_NB = torch.tensor(
+            [self._of_slots[slot] + [zeros] * (longest - len(self._of_slots[slot])) for slot in slots]
+        )
         return (table_NB[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
 
 
@@ -280,8 +297,9 @@ class SlotCache(Cache):
         return num_blocks(num_positions) + kept <= self.blocks.num_available(idle)
 
     def take(self, slot: int, num_positions: int, *, idle: Iterable[int]) -> None:
-        """Reserve positions for an idle slot, which keeps what it has read; other idle slots forget theirs, one after
-        another, as far as their blocks are needed."""
+        """Reserve positions for an idle slot, which keeps what it has read of so many; other idle slots forget theirs,
+        one after another, as far as their blocks are needed."""
+        self.lengths[slot] = min(self.lengths[slot], num_positions)
         if self.blocks is None:
             return
         for other in idle:
@@ -328,7 +346,8 @@ class SlotCache(Cache):
         return states_1TH[0]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Make `target` begin as `source` does; it then has `length` positions."""
+        """Make `target` begin as `source` does; it then has `length` positions, and none where this fails."""
+        self.lengths[target] = 0
         stores = [*self.stored_keys, *self.stored_values]
         begins: list[tuple[Any, ...]] = [(slot, slice(None), slice(length)) for slot in (source, target)]
         if self.blocks:
@@ -365,13 +384,14 @@ class SlotCache(Cache):
             places_NS = self.blocks.places([slot for slot, _ in counts])
             where, places_NS = upload(places_NS[numbers, positions_T], device), upload(places_NS, device)
         return Pass(
-            slots_T=slots_T,
+            rows_T=slots_T if self.blocks is None else torch.tensor(numbers),
             positions_1T=positions_T[None],
             where=where,
             places_NS=places_NS,
             spans=[span for span in spans if span not in joined],
             together=together,
             num_positions=max(span.length for span in spans),
+            slot_positions=self.num_positions,
             last_seen_T=last_seen_T,
         )
 
@@ -400,7 +420,7 @@ class SlotCache(Cache):
             shape = self.num_slots, num_heads, self.num_positions, width
             return reserve(shape, like_1GTD.dtype, like_1GTD.device)
         # What is gathered of a place lies together.
-        shape_PGD = self.blocks.num_blocks * BLOCK, num_heads, width
+        shape_PGD = (self.blocks.num_blocks + 1) * BLOCK, num_heads, width
         return reserve(shape_PGD, like_1GTD.dtype, like_1GTD.device).transpose(0, 1)[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -484,10 +504,10 @@ def attend(
     _, num_heads, num_tokens, width = query.shape
     if attention_mask is None or attention_mask.shape[2:] != (num_tokens, slots.num_positions):
         raise ValueError("its attention has masks that transformers' mask functions do not make")
-    is_whole = slots.places_NS is None
-    if is_whole and query.dtype == torch.bfloat16 and query.device.type == "cpu" and not options.keys() & UNEVEN:
-        calls = slots.calls(attention_mask, key.shape[2])
-        return attend_evenly(query, key, value, calls, scaling=options.get("scaling")), None
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not options.keys() & UNEVEN:
+        calls = slots.calls(attention_mask)
+        whole = slots.whole(key, calls), slots.whole(value, calls)
+        return attend_evenly(query, *whole, calls, scaling=options.get("scaling")), None
     views, view_together = slots.views(attention_mask, query)
     out_TAD = query.new_empty(num_tokens, num_heads, value.shape[-1])
     for span, view in zip(slots.spans, views, strict=True):

@@ -32,6 +32,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest deviation from torch, as a share of the largest value: a wrong graph is off by more, rounding by less."""
 FORMAT = 1
 """A higher number has everybody convert again."""
+FAILURES = (RuntimeError, ValueError, MemoryError)
+"""Of a call of OpenVINO."""
 MODEL, FAILURE = "model.xml", "failure.txt"
 
 
@@ -59,7 +61,11 @@ class Converted:
             if kind not in self._is_right:
                 self._is_right[kind] = self._compare(self._eager(*args, **kwargs).sample, tensors)
             if self._is_right[kind]:
-                return SimpleNamespace(sample=self._infer(tensors))
+                try:
+                    return SimpleNamespace(sample=self._infer(tensors))
+                except FAILURES as error:
+                    self._is_right[kind] = False
+                    self._say_torch(tensors, one_line(error))
         return self._eager(*args, **kwargs)
 
     def _infer(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -74,15 +80,18 @@ class Converted:
         try:
             found = self._infer(tensors)
             deviation = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        except (RuntimeError, ValueError) as error:
+        except FAILURES as error:
             reason = one_line(error)
         else:
             if deviation <= TOLERANCE.get(self._precision, TOLERANCE[torch.bfloat16]):
                 return True
             reason = f"its values deviate by {deviation:.1g}"
+        self._say_torch(tensors, reason)
+        return False
+
+    def _say_torch(self, tensors: Sequence[Tensor], reason: str) -> None:
         sizes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         _say(f"torch computes {type(self._module).__name__} for inputs of {sizes}, not OpenVINO: {reason}")
-        return False
 
     @property
     def _precision(self) -> torch.dtype:
@@ -116,11 +125,16 @@ def convert(
         started = time.monotonic()
         try:
             _write(module, method, call, partial / MODEL)
-        except Exception as error:  # of any kind: the next start is not to try it again
+        except (OSError, MemoryError):  # the next start tries again
+            raise
+        except Exception as error:  # of any other kind: the next start does not
             (partial / FAILURE).write_text(one_line(error))
         print(f" {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
-    kept = keep_in_cache(f"openvino/{_key(folder)}", fill)
+    try:
+        kept = keep_in_cache(f"openvino/{_key(folder)}", fill)
+    except (OSError, MemoryError) as error:
+        raise Unconvertible(one_line(error)) from error
     if (failure := kept / FAILURE).is_file():
         raise Unconvertible(failure.read_text())
     return Converted(module, method, kept / MODEL, num_threads=num_threads)
@@ -176,9 +190,12 @@ def flatten(args: Any, kwargs: Any) -> tuple[list[Tensor], Hashable]:
 
 
 def _key(folder: Path) -> str:
-    """Of all that a converted model depends on."""
+    """Of all that a converted model depends on. Raises Unconvertible where a version is not known."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    versions = {name: metadata.version(name) for name in ("openvino", "torch", "diffusers")}
+    try:
+        versions = {name: metadata.version(name) for name in ("openvino", "torch", "diffusers")}
+    except metadata.PackageNotFoundError as error:
+        raise Unconvertible(f"no package named {error.name} is installed: pip install {error.name}") from error
     text = json.dumps([FORMAT, versions, [[path.name, hash_file(path)] for path in files]])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

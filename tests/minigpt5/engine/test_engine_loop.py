@@ -46,6 +46,8 @@ class Counter:
 
     def leave(self, job: Count) -> None:
         self.left += 1
+        if job.goal == 7:
+            raise RuntimeError("seven")
 
     async def count(self, goal: int) -> list[int]:
         return [num async for num in self.loop.run(Count(goal))]
@@ -84,6 +86,18 @@ def test_a_failed_step_fails_who_is_there_and_nobody_after() -> None:
     with pytest.raises(RuntimeError, match="thirteen"):
         asyncio.run(counter.count(13))
     assert asyncio.run(counter.count(2)) == [1, 2]
+
+
+def test_a_job_that_cannot_be_let_go_fails_alone() -> None:
+    counter = Counter()
+
+    async def together() -> list[list[int] | BaseException]:
+        return await asyncio.gather(*(counter.count(goal) for goal in (7, 9)), return_exceptions=True)
+
+    failure, counted = asyncio.run(asyncio.wait_for(together(), 20))
+    assert str(failure) == "seven" and counted == list(range(1, 10))
+    assert asyncio.run(counter.count(2)) == [1, 2]
+    assert counter.loop.num_running == 0
 
 
 def test_a_full_engine_refuses_and_takes_again_when_there_is_room() -> None:

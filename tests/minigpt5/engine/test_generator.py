@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -495,6 +495,52 @@ def test_requests_that_share_blocks_wait_for_room_and_are_written_as_in_whole_sl
     before = generator.num_reused_tokens
     assert text(run(generator, requests[-1])[0]) == expected[-1]
     assert generator.num_reused_tokens > before
+
+
+def test_a_request_whose_beginning_cannot_be_copied_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another goes on meanwhile, and the slot, which had read more, holds nothing that can be relied on."""
+    generator = new_generator(num_slots=3, kv_cache_gib=60 * BLOCK_GIB)
+    longest, short, long = story(prompt=("fox " * 500,), pages=1), story(seed=5, pages=1), story(seed=7, pages=8)
+    expected = [text(run(generator, request)[0]) for request in (short, longest, long)]
+    run(generator, short)
+    cache, copy = generator._cache, generator._cache.copy
+    found: list[tuple[int, int, int]] = []
+
+    def fail_once(source: int, target: int, length: int) -> None:
+        if found or generator.num_running < 2:
+            return copy(source, target, length)
+        before = cache.lengths[target]
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(cache, "stored_values", [OutOfMemory()])
+                copy(source, target, length)
+        finally:
+            found.append((generator.num_running, before, cache.lengths[target]))
+
+    async def together() -> list[str]:
+        beside = generator.generate(long)
+        events = [await anext(beside)]
+        with pytest.raises(torch.OutOfMemoryError):
+            await collect(generator.generate(short))
+        events += await collect(beside)
+        return [text(await collect(generator.generate(request))) for request in (short, longest)] + [text(events)]
+
+    async def collect(events: AsyncIterator[GeneratorEvent]) -> list[GeneratorEvent]:
+        return [event async for event in events]
+
+    monkeypatch.setattr(cache, "copy", fail_once)
+    assert asyncio.run(asyncio.wait_for(together(), 60)) == expected
+    ((num_running, before, after),) = found
+    assert num_running == 2 and before > 0 and after == 0
+    assert cache.blocks and cache.blocks.num_available(generator._free_slots) == cache.blocks.num_blocks
+    assert sorted(generator._free_slots) == [0, 1, 2]
+
+
+class OutOfMemory:
+    """A store of a GPU without memory."""
+
+    def __getitem__(self, where: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_request_as_long_as_the_context_takes_the_whole_store_and_its_own_beginning() -> None:

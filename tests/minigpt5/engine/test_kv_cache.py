@@ -209,7 +209,7 @@ def test_a_row_that_is_cut_forgets_what_came_after(num_shared_blocks: int | None
 def test_slots_share_blocks_and_an_idle_one_forgets_where_its_blocks_are_needed() -> None:
     body = body_of("llama")
     cache = SlotCache.for_model(body, num_slots=3, num_positions=8 * BLOCK, num_shared_blocks=8)
-    assert cache.stored_keys[0].shape == (1, 2, 8 * BLOCK, 8)
+    assert cache.stored_keys[0].shape == (1, 2, (8 + 1) * BLOCK, 8)
     cache.take(0, 5 * BLOCK, idle=[])
     assert cache.has_room(3 * BLOCK, idle=[]) and not cache.has_room(3 * BLOCK + 1, idle=[])
     assert not cache.has_room(3 * BLOCK, idle=[], share=0.75)
@@ -224,6 +224,38 @@ def test_slots_share_blocks_and_an_idle_one_forgets_where_its_blocks_are_needed(
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="only Linux says how much memory is really taken")
+def test_a_slot_whose_values_are_not_finite_leaves_the_others_as_they_are() -> None:
+    body = body_of("llama")
+    found = []
+    for factor in (1.0, torch.nan):
+        cache = SlotCache.for_model(body, num_slots=4, num_positions=4 * BLOCK, num_shared_blocks=9)
+        lengths = {1: 70, 2: 5, 3: 100, 0: 20}  # the last has the first block
+        for slot, length in lengths.items():
+            cache.take(slot, length + 1, idle=[])
+        for slot, length in lengths.items():
+            cache.forward(body, embeds(length, slot) * (factor if slot == 0 else 1), [(slot, length)])
+        found.append(cache.forward(body, embeds(3, 9), [(1, 1), (2, 1), (3, 1)]))
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
+def test_in_bfloat16_on_a_cpu_blocks_give_the_bits_that_whole_slots_give() -> None:
+    """Those do not depend on the company."""
+    body = body_of("llama").to(torch.bfloat16)
+    for name, parameter in body.named_parameters():
+        if "self_attn" in name:  # else rounding hides what attention adds
+            parameter.mul_(8)
+    whole = SlotCache.for_model(body, num_slots=6, num_positions=600)
+    shared = SlotCache.for_model(body, num_slots=6, num_positions=600, num_shared_blocks=90)
+    passes = [[(0, 470)], [(4, 231), (1, 1), (2, 500)], [(0, 1), (1, 1), (2, 1), (4, 1)], [(5, 3), (2, 98), (4, 1)]]
+    passes += [[(2, 1), (0, 1)], [(1, 1)]]
+    for slot in range(6):
+        shared.take(slot, {1: 5, 2: 600}.get(slot, 500), idle=[])
+    for seed, counts in enumerate(passes):
+        tokens = embeds(sum(num for _, num in counts), seed).to(torch.bfloat16)
+        expected, found = (cache.forward(body, tokens, counts) for cache in (whole, shared))
+        assert expected.dtype == torch.bfloat16 and torch.equal(expected, found), counts
+
+
 def test_rows_take_memory_only_as_they_are_filled() -> None:
     body = body_of("llama")
     cache = SlotCache.for_model(body, num_slots=64, num_positions=32768)

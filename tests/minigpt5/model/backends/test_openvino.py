@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +166,57 @@ def test_what_cannot_be_converted_is_not_tried_twice(tmp_path: Path, capsys: pyt
         with pytest.raises(Unconvertible, match="not supported|Conversion is failed"):
             converted(module, tmp_path / "part")
     assert capsys.readouterr().err.count("converting Foreign") == 1
+
+
+class Failing(Branching):
+    """Cannot be traced on a machine without room, the first time."""
+
+    failure: BaseException | None = None
+
+    def forward(self, input: Tensor) -> SimpleNamespace:
+        if self.failure:
+            raise self.failure
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), OSError(5, "Input/output error"), OSError(28, "No space left")])
+def test_what_fails_for_want_of_room_is_tried_again(failure: BaseException, tmp_path: Path) -> None:
+    module = Failing().eval()
+    module.failure = failure
+    with pytest.raises((Unconvertible, MiniGPT5Error), match="MemoryError|Input/output|No space"):
+        converted(module, tmp_path / "part")
+    module.failure = None
+    assert converted(module, tmp_path / "part")
+
+
+def test_a_call_that_fails_later_is_torchs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Branching().eval()
+    stand_in, input = converted(module, tmp_path / "part"), torch.ones(2, 4, 4)
+
+    def fail(tensors: list[Tensor]) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with torch.no_grad():
+        stand_in(input)
+        assert True in stand_in._is_right.values()
+        monkeypatch.setattr(stand_in, "_infer", fail)
+        for _ in range(2):
+            assert torch.equal(stand_in(input).sample, module(input).sample)
+    assert capsys.readouterr().err.count("for inputs of (2, 4, 4), not OpenVINO: out of memory") == 1
+
+
+def test_an_openvino_of_another_name_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version is part of what a converted model is known by."""
+    known = metadata.version
+
+    def version(name: str) -> str:
+        return known("openvino-of-another-name" if name == "openvino" else name)
+
+    monkeypatch.setattr("minigpt5.model.backends.openvino.metadata.version", version)
+    with pytest.raises(Unconvertible, match="no package named openvino-of-another-name is installed"):
+        converted(Branching().eval(), tmp_path / "part")
 
 
 def test_folded_upsampling_computes_the_same() -> None:
