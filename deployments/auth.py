@@ -215,8 +215,8 @@ def _find_problem(keys: tuple[Key, ...], secret: object) -> str | None:
             return f'"name" of key {number} is {key.name!r}: use 1 to 64 letters, digits and -'
         if not isinstance(key.sha256, str) or not SHA256.fullmatch(key.sha256):
             return (
-                f'"sha256" of {key.name} ({_describe(key.sha256)}) must be 64 digits of 0-9a-f: make the key again with '
-                f"python -m deployments.auth FILE NAME"
+                f'"sha256" of {key.name} ({_describe(key.sha256)}) must be 64 digits of 0-9a-f: make the key again '
+                f"with python -m deployments.auth FILE NAME"
             )
         for limit in ("per_minute", "concurrent"):
             value = getattr(key, limit)
