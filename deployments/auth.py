@@ -204,10 +204,10 @@ def load_keys(path: str | None) -> Keys | None:
 
 
 def _find_problem(keys: tuple[Key, ...], secret: object) -> str | None:
-    """What is wrong with the values of a file, and what to do. A secret is not repeated: the answer may be logged."""
+    """What is wrong with the values of a file, and what to do. Neither a secret nor a hash, in whose place a person may
+    have put the key, is repeated: the answer is logged."""
     if not isinstance(secret, str) or len(secret) < 32 or not secret.isascii():
-        kind = f"{len(secret)} characters" if isinstance(secret, str) else type(secret).__name__
-        return f'"secret" ({kind}) must be text of 32 ASCII characters or more: use openssl rand -hex 32'
+        return f'"secret" ({_describe(secret)}) must be text of 32 ASCII characters or more: use openssl rand -hex 32'
     if not keys:
         return '"keys" is empty: add one with python -m deployments.auth FILE NAME'
     for number, key in enumerate(keys):
@@ -215,8 +215,8 @@ def _find_problem(keys: tuple[Key, ...], secret: object) -> str | None:
             return f'"name" of key {number} is {key.name!r}: use 1 to 64 letters, digits and -'
         if not isinstance(key.sha256, str) or not SHA256.fullmatch(key.sha256):
             return (
-                f'"sha256" of {key.name} is {key.sha256!r}, not 64 digits of 0-9a-f: make the key again with '
-                f"python -m deployments.auth FILE NAME"
+                f'"sha256" of {key.name} ({_describe(key.sha256)}) must be 64 digits of 0-9a-f: make the key again '
+                f"with python -m deployments.auth FILE NAME"
             )
         for limit in ("per_minute", "concurrent"):
             value = getattr(key, limit)
@@ -225,6 +225,10 @@ def _find_problem(keys: tuple[Key, ...], secret: object) -> str | None:
     names = [key.name for key in keys]
     twice = next((name for name in names if names.count(name) > 1), None)
     return f'the "name" {twice} is there twice: rename one key, or remove it' if twice else None
+
+
+def _describe(value: object) -> str:
+    return f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
 
 
 def check_host(host: str, keys: Keys | None) -> None:

@@ -595,7 +595,11 @@ def test_the_commands_of_the_page_fit_the_files() -> None:
     text = TEXTS["docs/kubernetes.md"]
     for key in ("keys.json", "auth_token", "password"):
         assert f"{key}=" in text or f"--from-file={key}" in text or f"/{key}" in text
-    built = [line for line in words if line[0] == "docker"]
+    built = [line for line in words if line[:2] == ["docker", "build"]]
+    tagged = [line[2:] for line in words if line[:2] == ["docker", "tag"]]
+    pushed = {line[2] for line in words if line[:2] == ["docker", "push"]}
+    assert {image for image, _ in tagged} == IMAGES - {"redis:7.2"}
+    assert all(name == f"$REGISTRY/{image}" for image, name in tagged) and pushed == {name for _, name in tagged}
     assert built and all(line[line.index("-f") + 1] == "cluster/Dockerfile" for line in built)
     assert {line[line.index("-t") + 1] for line in built} == IMAGES - {"redis:7.2"}
     for folder in [*SERVICES, *JOBS]:
