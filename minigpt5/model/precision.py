@@ -21,9 +21,8 @@ from transformers import AutoConfig
 
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.cache import keep_in_cache
-from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.quantised import GROUP, Codes, has_codes
-from minigpt5.model.quantised_linear import OUTPUT_MULTIPLE, Int4Linear, can_multiply_int8
+from minigpt5.model.quantised_linear import OUTPUT_MULTIPLE, Int4Linear, can_multiply_int8, make_float32
 from minigpt5.types import TextPrecision
 
 MEASURED_WEIGHTS = 2**23
@@ -63,7 +62,7 @@ def measure_precisions(num_outputs: int, num_inputs: int) -> dict[TextPrecision,
     torch.manual_seed(0)
     num = max(1, MEASURED_WEIGHTS // (num_outputs * num_inputs))
     makers: dict[TextPrecision, Callable[[], nn.Module]] = {
-        "float32": lambda: PackedLinear(torch.randn(num_outputs, num_inputs)),
+        "float32": lambda: make_float32(torch.randn(num_outputs, num_inputs)),
         "int4": lambda: Int4Linear(_random_codes(num_outputs, num_inputs)),
     }
     return {precision: _measure([make() for _ in range(num)], num_inputs) for precision, make in makers.items()}
