@@ -58,11 +58,10 @@ class Text:
 def weight_bytes(language: LanguageModel) -> int:
     """Bytes of the weights that a token reads, as they lie in memory: all but the embedding, of which it reads one
     row, and but for layers that others have taken the place of."""
-    is_packed = language._packed_head is not None
-    skipped = {id(language.embedding)} | ({id(language.head.weight)} if is_packed else set())
-    if not is_packed:
+    skipped = {id(language.embedding)}
+    if language._packed_head is None:
         skipped.discard(id(language.head.weight))  # an embedding that is the head too is read whole
-    head = language._packed_head if is_packed else language.head
+    head = language._packed_head or language.head
     found = {id(tensor): tensor for part in (language.body, head) for tensor in held_tensors(part)}
     return sum(tensor.numel() * tensor.element_size() for key, tensor in found.items() if key not in skipped)
 

@@ -138,10 +138,11 @@ class VokenGenerator:
         device."""
         from minigpt5.model.folder import default_device, load_generator_model
 
-        threads = torch.get_num_threads()
+        num_threads = num_threads or torch.get_num_threads()
+        device = device or default_device()
         with single_thread():
-            parts = load_generator_model(folder, device=device or default_device(), precision=precision)
-            return cls(*parts, limits=limits, num_threads=num_threads or threads)
+            parts = load_generator_model(folder, device=device, precision=precision, num_threads=num_threads)
+            return cls(*parts, limits=limits, num_threads=num_threads)
 
     @property
     def _device(self) -> torch.device:

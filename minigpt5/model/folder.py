@@ -80,11 +80,16 @@ def default_device() -> str:
 
 
 def load_generator_model(
-    folder: str | Path, *, device: str = "cpu", precision: TextPrecision | None = None
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    precision: TextPrecision | None = None,
+    num_threads: int | None = None,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, LanguageModel, Vision]:
     """What writes, ready to: config, tokenizer, language model with rows and adapter, vision path.
 
-    `precision` of the language model: by default bfloat16 on a GPU, and on a CPU what `choose_precision` says.
+    `precision` of the language model: by default bfloat16 on a GPU, and on a CPU what `choose_precision` says
+    for `num_threads` of torch.
     """
     import torch
 
@@ -98,7 +103,7 @@ def load_generator_model(
     if precision:
         check_precision(precision, base_folder, is_on_cpu=is_on_cpu)
     else:
-        precision = choose_precision(base_folder) if is_on_cpu else "bfloat16"
+        precision = choose_precision(base_folder, num_threads=num_threads) if is_on_cpu else "bfloat16"
     if precision == "int4":
         language, vision = _load_int4(folder, config, base_folder)
     else:
@@ -302,7 +307,7 @@ def save_distilled(
     for name in (VOKENS, MAPPER, VOCABULARY):
         if (start / name).is_file():
             shutil.copyfile(start / name, folder / name)
-    _copy_folders(start, folder, "adapter", "vision", base=config.vision.encoder)
+    _copy_folders(start, folder, "adapter", "vision", "examples", base=config.vision.encoder)
     config = _copy_decoder(folder, config, start=start, decoder=decoder)
     shutil.rmtree(folder / DECODER / DISTILLED_FOLDER, ignore_errors=True)
     save_part(distilled, folder / DECODER / DISTILLED_FOLDER)

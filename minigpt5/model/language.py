@@ -186,6 +186,8 @@ class LanguageModel(nn.Module):
             rows = slice(self.voken_embeddings.first)
             bias = None if self.head.bias is None else self.head.bias[rows]
             self._packed_head = pack_head(self.head.weight[rows], bias, precision)
+            if self.head.weight is not self.embedding:
+                self.head = self._packed_head  # float32 rows that nothing reads any more
 
     def embed(self, ids_BS: Tensor, image_NQH: Tensor | None = None) -> Tensor:
         """Token ids -> embeddings; placeholders take the pictures' embeddings, in reading order: (B, S, H).

@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from minigpt5.model.lean_layers import Fuse, can_be_lean, make_lean
-from minigpt5.model.packed_linear import PackedLinear, can_pack
+from minigpt5.model.packed_linear import can_pack
 from minigpt5.model.quantised import Codes
 from minigpt5.model.quantised_linear import (
     OUTPUT_MULTIPLE,
@@ -24,6 +24,7 @@ from minigpt5.model.quantised_linear import (
     Int8Linear,
     LowRank,
     can_multiply_int8,
+    make_float32,
     stack_adapters,
 )
 from minigpt5.types import TextPrecision
@@ -72,7 +73,7 @@ def pack_head(weight_TH: Tensor, bias_T: Tensor | None, precision: TextPrecision
     """The base model's output layer for some of its rows: with quantised layers, in 8 bits where the CPU can."""
     if precision in ("int8", "int4") and can_multiply_int8():
         return Int8Linear(weight_TH, bias_T)
-    return Bfloat16Linear(weight_TH, bias_T) if precision == "bfloat16" else PackedLinear(weight_TH, bias_T)
+    return Bfloat16Linear(weight_TH, bias_T) if precision == "bfloat16" else make_float32(weight_TH, bias_T)
 
 
 def _replace_linears(module: nn.Module, fuse: Fuse) -> None:
@@ -97,8 +98,8 @@ def _fuse(precision: TextPrecision, codes: CodesByLayer) -> Fuse:
             return Int4Linear(_join_codes([codes[base] for base in bases]), _join_biases(bases), _join_adapters(layers))
         layers = [_merge(layer) for layer in layers]
         weight_OI = torch.cat([layer.weight.detach() for layer in layers])
-        kind = {"int8": Int8Linear, "bfloat16": Bfloat16Linear}.get(precision, PackedLinear)
-        return kind(weight_OI, _join_biases(layers))
+        make = {"int8": Int8Linear, "bfloat16": Bfloat16Linear}.get(precision, make_float32)
+        return make(weight_OI, _join_biases(layers))
 
     return fuse
 

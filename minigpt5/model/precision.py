@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,49 +22,77 @@ from transformers import AutoConfig
 
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.cache import keep_in_cache
-from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.quantised import GROUP, Codes, has_codes
-from minigpt5.model.quantised_linear import OUTPUT_MULTIPLE, Int4Linear, can_multiply_int8
+from minigpt5.model.quantised_linear import OUTPUT_MULTIPLE, Int4Linear, can_multiply_int8, make_float32
 from minigpt5.types import TextPrecision
 
 MEASURED_WEIGHTS = 2**23
 """Of all matrices of a measurement together: more than caches near a core hold."""
 ROWS = (1, 4)
 REPEATS = 5
+MIN_GAIN = 1.2
+"""Times that int4 is faster than float32 before it is chosen: less is within a measurement's noise."""
 FILE = "precision.json"
 
 
-def choose_precision(base_folder: Path) -> TextPrecision:
-    """The fastest precision on this machine that keeps the text of a base model."""
+def choose_precision(base_folder: Path, *, num_threads: int | None = None) -> TextPrecision:
+    """The fastest precision on this machine that keeps the text of a base model.
+
+    `num_threads`: torch threads of the engine, by default as many as here. A measurement says its answer on stderr.
+    """
     if not has_codes(base_folder):
         return "float32"
+    num_threads = num_threads or torch.get_num_threads()
     config = AutoConfig.from_pretrained(base_folder).get_text_config()
     shape = _round_up(config.intermediate_size, OUTPUT_MULTIPLE), _round_up(config.hidden_size, GROUP)
     machine = [platform.machine(), _cpu_name(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
-    key = json.dumps([*machine, torch.__version__, *shape])
+    key = json.dumps([*machine, torch.__version__, num_threads, *shape])
     name = f"precisions/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    measured: dict[TextPrecision, float] = {}
 
     def fill(folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(measure_precisions(*shape), indent=2) + "\n")
+        measured.update(measure_precisions(*shape, num_threads=num_threads))
+        (folder / FILE).write_text(json.dumps(measured, indent=2) + "\n")
 
+    trouble = ""
     try:
-        measured: dict[TextPrecision, float] = json.loads((keep_in_cache(name, fill) / FILE).read_text())
+        found: dict[TextPrecision, float] = json.loads((keep_in_cache(name, fill) / FILE).read_text())
     except MiniGPT5Error as error:  # a cache that cannot be written costs time alone
-        print(f"minigpt5: every start measures the fastest precision: {error}", file=sys.stderr)
-        measured = measure_precisions(*shape)
-    return min(measured, key=lambda precision: measured[precision])
+        trouble = f"; every start measures this: {error}"
+        found = measured = measured or measure_precisions(*shape, num_threads=num_threads)
+    chosen: TextPrecision = "int4" if found["int4"] * MIN_GAIN <= found["float32"] else "float32"
+    if measured:
+        times = ", ".join(f"{precision} {found[precision]:.3f} ms" for precision in ("float32", "int4"))
+        print(f"minigpt5: text is computed in {chosen} ({times}, threads: {num_threads}){trouble}", file=sys.stderr)
+    return chosen
 
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def measure_precisions(num_outputs: int, num_inputs: int) -> dict[TextPrecision, float]:
-    """Milliseconds of a matrix product by precision: the sum over ROWS, medians, on the threads of the caller."""
-    torch.manual_seed(0)
+def measure_precisions(
+    num_outputs: int, num_inputs: int, *, num_threads: int | None = None
+) -> dict[TextPrecision, float]:
+    """Milliseconds of a matrix product by precision: the sum over ROWS, medians. `num_threads`: by default as many as
+    here."""
+    before = torch.get_num_threads()
+
+    def measure() -> dict[TextPrecision, float]:
+        torch.set_num_threads(num_threads or before)
+        return _measure_all(num_outputs, num_inputs)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:  # its team of torch threads ends with it, see engine/threads.py
+            return pool.submit(measure).result()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure_all(num_outputs: int, num_inputs: int) -> dict[TextPrecision, float]:
     num = max(1, MEASURED_WEIGHTS // (num_outputs * num_inputs))
     makers: dict[TextPrecision, Callable[[], nn.Module]] = {
-        "float32": lambda: PackedLinear(torch.randn(num_outputs, num_inputs)),
+        "float32": lambda: make_float32(torch.randn(num_outputs, num_inputs)),
         "int4": lambda: Int4Linear(_random_codes(num_outputs, num_inputs)),
     }
     return {precision: _measure([make() for _ in range(num)], num_inputs) for precision, make in makers.items()}

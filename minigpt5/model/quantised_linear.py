@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minigpt5.model.packed_linear import PackedLinear, can_pack
 from minigpt5.model.quantised import GROUP, Codes
 
 MIDDLE = 8
@@ -106,6 +107,22 @@ class Bfloat16Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input.to(torch.bfloat16), self.weight_OI, self.bias_O).to(input.dtype)
+
+
+class Float32Linear(nn.Module):
+    """float32 weights as torch keeps them, for machines where oneDNN lays none out."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight_OI, self.bias_O = weight_OI.detach(), bias_O
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight_OI, self.bias_O).to(input.dtype)
+
+
+def make_float32(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Module:
+    """The quickest float32 layer of this machine: packed, where oneDNN can."""
+    return PackedLinear(weight_OI, bias_O) if can_pack(weight_OI) else Float32Linear(weight_OI, bias_O)
 
 
 def quantise_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from minigpt5.config import default_model_folder, storybook
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import cache
 from minigpt5.model.cache import KEPT_BYTES
-from minigpt5.model.folder import MAX_EXAMPLE_PICTURE_BYTES, load_example_pictures
+from minigpt5.model.folder import MAX_EXAMPLE_PICTURE_BYTES, load_example_pictures, save_distilled
 from minigpt5.model.folder_config import check_folder, compute_fingerprint, load_config, write_config
-from tests.helpers.tiny import save_tiny, tiny_config
+from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion
 
 WEBP = b"RIFF\x1a\x00\x00\x00WEBPVP8L"
 
@@ -108,6 +108,15 @@ def test_a_picture_that_is_too_large_or_no_webp_is_named(tmp_path: Path, data: b
     put(tmp_path, 1, data)
     with pytest.raises(ModelFolderError, match=complaint):
         load_example_pictures(tmp_path, storybook())
+
+
+def test_a_distilled_folder_keeps_the_pictures_of_its_examples(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    config = save_tiny(start)
+    put(start, 1, WEBP)
+    distilled = tiny_diffusion(config, is_distilled=True).distilled
+    saved = save_distilled(tmp_path / "made", config, start=start, distilled=distilled)
+    assert saved.examples and load_example_pictures(tmp_path / "made", saved) == {1: WEBP}
 
 
 def test_the_shipped_pictures_are_small_and_one_for_each_example() -> None:

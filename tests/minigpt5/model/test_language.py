@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,17 @@ def test_a_tied_head_is_held_once(language: LanguageModel) -> None:
     assert (language.head.weight is language.embedding) == is_tied
     language.to(torch.bfloat16)
     assert (language.head.weight is language.embedding) == is_tied
+
+
+def test_a_packed_head_is_held_once(language: LanguageModel) -> None:
+    is_tied = language.body.config.tie_word_embeddings
+    embeds_1SH = language.embed(torch.tensor([[5, 17, 98]]))
+    expected = language.logits(language.states(embeds_1SH))
+    head = weakref.ref(language.head.weight)
+    language.pack("float32")
+    torch.testing.assert_close(language.logits(language.states(embeds_1SH)), expected, atol=1e-4, rtol=1e-4)
+    gc.collect()
+    assert (head() is not None) == is_tied
 
 
 def test_old_tokens_have_the_base_models_logits(language: LanguageModel) -> None:

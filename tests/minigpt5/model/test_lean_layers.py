@@ -26,7 +26,7 @@ from minigpt5.model.lean_layers import LeanLayer, can_be_lean
 from minigpt5.model.packed_linear import PackedLinear
 from minigpt5.model.packing import pack_body
 from minigpt5.model.quantised import Codes
-from minigpt5.model.quantised_linear import Int4Linear
+from minigpt5.model.quantised_linear import Float32Linear, Int4Linear
 from minigpt5.types import TextPrecision
 
 SHAPE: dict[str, Any] = {
@@ -166,6 +166,20 @@ def test_an_adapter_that_is_no_plain_lora_is_merged_where_others_are_4bit(kind: 
     found = packed(inputs_embeds=embeds_BSH).last_hidden_state
     assert (found - expected).norm() < 0.02 * expected.norm()
     assert isinstance(packed.layers[0].query_key_value, PackedLinear)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4"])
+def test_a_machine_without_onednn_computes_too(precision: TextPrecision, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    body = new_body("llama")
+    codes = quantise(body)
+    del codes[body.layers[0].mlp.down_proj]
+    embeds_BSH = torch.randn(1, 6, 64)
+    expected = body(inputs_embeds=embeds_BSH).last_hidden_state
+    packed = pack_body(body, precision, codes)
+    found = packed(inputs_embeds=embeds_BSH).last_hidden_state
+    assert type(packed.layers[0].down) is Float32Linear
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])

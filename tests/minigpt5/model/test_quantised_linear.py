@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from minigpt5.errors import ModelFolderError
+from minigpt5.model import precision
 from minigpt5.model.base_models import load_tensors, resolve
 from minigpt5.model.packing import _merge, match_codes
 from minigpt5.model.precision import check_precision, choose_precision, measure_precisions
@@ -188,16 +190,22 @@ def test_a_base_without_codes_computes_in_float32(tmp_path: Path) -> None:
         check_precision("int8", tmp_path, is_on_cpu=False)
 
 
-def test_the_fastest_precision_is_kept_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_precision_is_kept_for_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = resolve("smollm2-135m-instruct")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     chosen = choose_precision(folder)
     assert chosen in ("float32", "int4")
+    assert f"text is computed in {chosen}" in capsys.readouterr().err
     (kept,) = tmp_path.rglob("precision.json")
     kept.write_text('{"float32": 1.0, "int4": 2.0}')
     assert choose_precision(folder) == "float32"
-    kept.write_text('{"float32": 2.0, "int4": 1.0}')
+    kept.write_text('{"float32": 1.19, "int4": 1.0}')
+    assert choose_precision(folder) == "float32"
+    kept.write_text('{"float32": 1.21, "int4": 1.0}')
     assert choose_precision(folder) == "int4"
+    assert not capsys.readouterr().err, "nothing was measured"
     assert min(measure_precisions(64, 64).values()) > 0
 
 
@@ -212,8 +220,8 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_alone(
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # root, as in a container, writes in any folder
     assert choose_precision(folder) in ("float32", "int4")
-    lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if "every start measures" in line and "XDG_CACHE_HOME" in line]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "every start measures" in line and "XDG_CACHE_HOME" in line
     assert not list(tmp_path.rglob("precision.json"))
 
 
@@ -223,3 +231,23 @@ def test_a_base_of_odd_widths_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     save_tensors({"one": torch.zeros(1)}, tmp_path / "model.safetensors")
     save_codes({}, tmp_path)
     assert choose_precision(tmp_path) in ("float32", "int4")
+
+
+def test_a_precision_is_measured_with_the_threads_of_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resolve("smollm2-135m-instruct")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen = set()
+
+    def time_layers(*arguments: Any) -> float:
+        seen.add(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr(precision, "_time", time_layers)
+    before = torch.get_num_threads()
+    for num_threads in (1, 2):
+        choose_precision(folder, num_threads=num_threads)
+        assert seen == {num_threads} and torch.get_num_threads() == before
+        seen.clear()
+    assert len(list(tmp_path.rglob("precision.json"))) == 2, "one for each number of threads"
