@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.model.backends.openvino import EXAMPLES, Converted, Unconvertible, convert
+from minigpt5.model.backends.openvino import EXAMPLES, Converted, Unconvertible, convert, one_line
 from minigpt5.model.decoders.diffusion import DECODED_PIXELS, Diffusion
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings
 
@@ -78,13 +78,25 @@ def _convert(diffusion: Diffusion, folder: Path, null_1QD: Tensor, *, distilled:
 @torch.no_grad()
 def warm_up(diffusion: Diffusion, null_1QD: Tensor) -> None:
     """Compile and compare now what the model's own pictures need, rather than with the first of them. Denoisers that
-    are not the default follow when they are asked for."""
-    if not any(isinstance(one, Converted) for one in diffusion.stand_ins.values()):
+    are not the default follow when they are asked for.
+
+    Raises MiniGPT5Error where torch.compile cannot compile on this machine.
+    """
+    if not diffusion.stand_ins:
         return
     example = _example(diffusion, null_1QD, EXAMPLES - 1)
-    example = {name: value.to(diffusion.dtype) for name, value in example.items()}
-    diffusion.predict(diffusion.denoiser_for(DISTILLED if diffusion.distilled is not None else ""), **example)
-    diffusion.to_pixels(example["latents_BCYX"][: max(1, _num_decoded(diffusion) - 1)])
+    device = next(diffusion.denoiser.parameters()).device
+    example = {name: value.to(device, diffusion.dtype) for name, value in example.items()}
+    try:
+        diffusion.predict(diffusion.denoiser_for(DISTILLED if diffusion.distilled is not None else ""), **example)
+        diffusion.to_pixels(example["latents_BCYX"][: max(1, _num_decoded(diffusion) - 1)])
+    except Exception as error:
+        if any(isinstance(one, Converted) for one in diffusion.stand_ins.values()):
+            raise
+        raise MiniGPT5Error(
+            f"decoder_backend is compile, but torch cannot compile here: {one_line(error)}. "
+            "Install the compiler that it names, or set decoder_backend to eager"
+        ) from error
 
 
 def _num_decoded(diffusion: Diffusion) -> int:

@@ -276,3 +276,14 @@ def test_compiled_pictures_are_those_of_torch(tmp_path: Path) -> None:
         use(pair, folder, "compile")
         found = pair.ours.to_pixels(pair.draw([draw], seed=3)[0])
     assert set(pair.ours.stand_ins) == {"denoiser", "vae"} and levels(expected, found) <= 1
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_says_so_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    MAKERS["stable_diffusion"].make(folder, **next(iter(MAKERS["stable_diffusion"].VARIANTS.values())))
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(MiniGPT5Error, match="decoder_backend is compile, but torch cannot compile here: .*to eager"):
+        use(Pair(folder), folder, "compile")
