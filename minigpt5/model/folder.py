@@ -181,8 +181,9 @@ def load_decoder_model(
         prefix=diffusion.DENOISER,
         mend=mend_denoiser if is_on_cpu else lambda denoiser: None,
     )
+    diffusion.to(device)
     warm_up(diffusion, null_1QD)
-    return config, mapper.to(device), diffusion.to(device)
+    return config, mapper.to(device), diffusion
 
 
 Adapter = Literal["merged", "frozen", "trained"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.model.backends.openvino import EXAMPLES, Converted, Unconvertible, convert
-from minigpt5.model.decoders.diffusion import Diffusion
+from minigpt5.model.backends.openvino import EXAMPLES, Converted, Unconvertible, convert, one_line
+from minigpt5.model.decoders.diffusion import DECODED_PIXELS, Diffusion
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings
 
 
@@ -52,21 +52,24 @@ def _compile(diffusion: Diffusion) -> None:
 def _convert(diffusion: Diffusion, folder: Path, null_1QD: Tensor, *, distilled: Path, num_threads: int) -> None:
     """Convert each part, or leave it to torch and say so."""
 
-    example = _example(diffusion, null_1QD, EXAMPLES)
+    example, num_decoded = _example(diffusion, null_1QD, EXAMPLES), _num_decoded(diffusion)
 
     def predict(call: Any) -> Tensor:
         return diffusion.predict(call, **example)
 
     def decode(call: Any) -> Tensor:
-        return call(diffusion.denormalise(example["latents_BCYX"])).sample
+        return call(diffusion.denormalise(example["latents_BCYX"][:num_decoded])).sample
 
     places = [("denoiser", "__call__", folder / diffusion.DENOISER, predict), ("vae", "decode", folder / "vae", decode)]
     if diffusion.distilled is not None:
         places.append(("distilled", "__call__", distilled / DISTILLED_FOLDER, predict))
     for name, method, part, call in places:
         module = getattr(diffusion, name)
+        num_examples = num_decoded if name == "vae" else EXAMPLES
         try:
-            diffusion.stand_ins[name] = convert(module, method, part, call, num_threads=num_threads)
+            diffusion.stand_ins[name] = convert(
+                module, method, part, call, num_threads=num_threads, num_examples=num_examples
+            )
         except (Unconvertible, MiniGPT5Error) as error:
             reason = f"{type(module).__name__} is drawn by torch, not by OpenVINO: {error}"
             print(reason, file=sys.stderr, flush=True)
@@ -75,13 +78,30 @@ def _convert(diffusion: Diffusion, folder: Path, null_1QD: Tensor, *, distilled:
 @torch.no_grad()
 def warm_up(diffusion: Diffusion, null_1QD: Tensor) -> None:
     """Compile and compare now what the model's own pictures need, rather than with the first of them. Denoisers that
-    are not the default follow when they are asked for."""
-    if not any(isinstance(one, Converted) for one in diffusion.stand_ins.values()):
+    are not the default follow when they are asked for.
+
+    Raises MiniGPT5Error where torch.compile cannot compile on this machine.
+    """
+    if not diffusion.stand_ins:
         return
     example = _example(diffusion, null_1QD, EXAMPLES - 1)
-    example = {name: value.to(diffusion.dtype) for name, value in example.items()}
-    diffusion.predict(diffusion.denoiser_for(DISTILLED if diffusion.distilled is not None else ""), **example)
-    diffusion.to_pixels(example["latents_BCYX"])
+    device = next(diffusion.denoiser.parameters()).device
+    example = {name: value.to(device, diffusion.dtype) for name, value in example.items()}
+    try:
+        diffusion.predict(diffusion.denoiser_for(DISTILLED if diffusion.distilled is not None else ""), **example)
+        diffusion.to_pixels(example["latents_BCYX"][: max(1, _num_decoded(diffusion) - 1)])
+    except Exception as error:
+        if any(isinstance(one, Converted) for one in diffusion.stand_ins.values()):
+            raise
+        raise MiniGPT5Error(
+            f"decoder_backend is compile, but torch cannot compile here: {one_line(error)}. "
+            "Install the compiler that it names, or set decoder_backend to eager"
+        ) from error
+
+
+def _num_decoded(diffusion: Diffusion) -> int:
+    """Pictures that the VAE decodes in the call that is traced: no more than in any other."""
+    return min(EXAMPLES, max(1, DECODED_PIXELS // diffusion.native_px**2))
 
 
 def _example(diffusion: Diffusion, null_1QD: Tensor, num: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from minigpt5.model.backends.folded_upsampling import folded_upsampling
 from minigpt5.model.cache import hash_file, keep_in_cache
 
 EXAMPLES = 3
-"""Pictures of the call that is traced."""
+"""Pictures of the call that is traced, or fewer where they would not be drawn in one call."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest deviation from torch, as a share of the largest value: a wrong graph is off by more, rounding by less."""
 FORMAT = 1
@@ -44,10 +44,13 @@ class Unconvertible(Exception):
 class Converted:
     """Stands for `module.method`, for inference. Sizes that OpenVINO does not compute as torch does are torch's."""
 
-    def __init__(self, module: nn.Module, method: str, path: Path, *, num_threads: int) -> None:
-        """`path`: the converted model; `num_threads`: OpenVINO's threads for a call."""
+    def __init__(
+        self, module: nn.Module, method: str, path: Path, *, num_threads: int, num_examples: int = EXAMPLES
+    ) -> None:
+        """`path`: the converted model; `num_threads`: OpenVINO's threads for a call; `num_examples`: pictures of the
+        call that was traced."""
         self._module, self._eager = module, getattr(module, method)
-        self._path, self._num_threads = path, num_threads
+        self._path, self._num_threads, self._num_examples = path, num_threads, num_examples
         self._is_right: dict[Hashable, bool] = {}
         self._lock = threading.Lock()
 
@@ -56,7 +59,7 @@ class Converted:
         return self._module.config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors, kind = flatten(args, kwargs)
+        tensors, kind = flatten(args, kwargs, self._num_examples)
         with self._lock:  # a compiled model has one request
             if kind not in self._is_right:
                 self._is_right[kind] = self._compare(self._eager(*args, **kwargs).sample, tensors)
@@ -113,11 +116,17 @@ class Converted:
 
 
 def convert(
-    module: nn.Module, method: str, folder: Path, call: Callable[[Any], object], *, num_threads: int
+    module: nn.Module,
+    method: str,
+    folder: Path,
+    call: Callable[[Any], object],
+    *,
+    num_threads: int,
+    num_examples: int = EXAMPLES,
 ) -> Converted:
     """Convert `module.method`, or find it in the cache. `folder` has the module's config and weights. `call` is given
-    something to call as the module is called, with EXAMPLES pictures. Raises Unconvertible, or MiniGPT5Error where the
-    cache cannot be written."""
+    something to call as the module is called, with `num_examples` pictures. Raises Unconvertible, or MiniGPT5Error
+    where the cache cannot be written."""
     import_openvino()
 
     def fill(partial: Path) -> None:
@@ -132,12 +141,12 @@ def convert(
         print(f" {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     try:
-        kept = keep_in_cache(f"openvino/{_key(folder)}", fill)
+        kept = keep_in_cache(f"openvino/{_key(folder, num_examples)}", fill)
     except (OSError, MemoryError) as error:
         raise Unconvertible(one_line(error)) from error
     if (failure := kept / FAILURE).is_file():
         raise Unconvertible(failure.read_text())
-    return Converted(module, method, kept / MODEL, num_threads=num_threads)
+    return Converted(module, method, kept / MODEL, num_threads=num_threads, num_examples=num_examples)
 
 
 def _write(module: nn.Module, method: str, call: Callable[[Any], object], path: Path) -> None:
@@ -159,7 +168,7 @@ def _write(module: nn.Module, method: str, call: Callable[[Any], object], path: 
         call(record)
         args, kwargs = seen[0]
         traced = TorchScriptPythonDecoder(
-            _Traced(module, method, args, kwargs), example_input=tuple(flatten(args, kwargs)[0])
+            _Traced(module, method, args, kwargs), example_input=tuple(flatten(args, kwargs, EXAMPLES)[0])
         )
         openvino.save_model(frontend.convert(frontend.load(traced)), path, compress_to_fp16=False)
 
@@ -179,24 +188,24 @@ class _Traced(nn.Module):
         return getattr(self.module, self.method)(*args, **kwargs).sample
 
 
-def flatten(args: Any, kwargs: Any) -> tuple[list[Tensor], Hashable]:
+def flatten(args: Any, kwargs: Any, num_examples: int) -> tuple[list[Tensor], Hashable]:
     """The tensors of a call, and what calls have in common that a conversion may treat alike: all but the number of
     pictures. That of the traced example is told apart, for a trace may have fixed it."""
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = tuple(str(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
-    is_example = len(tensors[0]) == EXAMPLES
+    is_example = len(tensors[0]) == num_examples
     return tensors, (str(spec), others, is_example, *(tensor.shape[1:] for tensor in tensors))
 
 
-def _key(folder: Path) -> str:
+def _key(folder: Path, num_examples: int) -> str:
     """Of all that a converted model depends on. Raises Unconvertible where a version is not known."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     try:
         versions = {name: metadata.version(name) for name in ("openvino", "torch", "diffusers")}
     except metadata.PackageNotFoundError as error:
         raise Unconvertible(f"no package named {error.name} is installed: pip install {error.name}") from error
-    text = json.dumps([FORMAT, versions, [[path.name, hash_file(path)] for path in files]])
+    text = json.dumps([FORMAT, num_examples, versions, [[path.name, hash_file(path)] for path in files]])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -23,7 +23,7 @@ from minigpt5.model.backends.choose import choose, warm_up
 from minigpt5.model.backends.folded_upsampling import FoldedUpsample, folded_upsampling
 from minigpt5.model.backends.openvino import Converted, Unconvertible, convert
 from minigpt5.parity.pictures import Pair
-from minigpt5.types import DecoderBackend
+from minigpt5.types import DecoderBackend, DrawSettings
 from tests.helpers import pipelines
 
 ROOT = Path(__file__).parents[4]
@@ -94,6 +94,28 @@ def test_a_model_is_converted_once(tmp_path: Path, capsys: pytest.CaptureFixture
     pair.ours.vae.save_pretrained(folder / "vae")
     use(Pair(folder), folder)
     assert capsys.readouterr().err.count("converting AutoencoderKL") == 1
+
+
+@pytest.mark.parametrize(("num_allowed", "num_traced"), [(0.5, 1), (1, 1), (2, 2), (8, 3)])
+def test_tracing_decodes_no_more_pictures_at_once_than_drawing(
+    num_allowed: float, num_traced: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    MAKERS["stable_diffusion"].make(folder, **next(iter(MAKERS["stable_diffusion"].VARIANTS.values())))
+    pair = Pair(folder)
+    native_px = pair.ours.native_px
+    for place in ("decoders.diffusion", "backends.choose"):
+        monkeypatch.setattr(f"minigpt5.model.{place}.DECODED_PIXELS", int(num_allowed * native_px**2))
+    nums: list[int] = []
+    pair.ours.vae.decoder.register_forward_hook(lambda module, inputs, output: nums.append(len(inputs[0])))
+    latents_BCYX = torch.randn(4, *pair.ours.latent_shape(DrawSettings()), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pair.ours.to_pixels(latents_BCYX)
+        nums.clear()
+        use(pair, folder)
+        assert max(nums) == num_traced
+        assert levels(expected, pair.ours.to_pixels(latents_BCYX)) <= 1
+    assert "torch" not in capsys.readouterr().err
 
 
 def test_eager_is_left_alone_and_openvino_needs_a_cpu(tmp_path: Path) -> None:
@@ -254,3 +276,14 @@ def test_compiled_pictures_are_those_of_torch(tmp_path: Path) -> None:
         use(pair, folder, "compile")
         found = pair.ours.to_pixels(pair.draw([draw], seed=3)[0])
     assert set(pair.ours.stand_ins) == {"denoiser", "vae"} and levels(expected, found) <= 1
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_says_so_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    MAKERS["stable_diffusion"].make(folder, **next(iter(MAKERS["stable_diffusion"].VARIANTS.values())))
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(MiniGPT5Error, match="decoder_backend is compile, but torch cannot compile here: .*to eager"):
+        use(Pair(folder), folder, "compile")
