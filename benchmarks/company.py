@@ -211,7 +211,7 @@ async def measure_cancel(generator: VokenGenerator, decoder: DiffusionDecoder, v
 async def measure(folder: Path, num: int, precision: Precision) -> tuple[dict[str, float], dict[str, Any]]:
     rng = random.Random(5)
     generator = VokenGenerator.from_pretrained(folder)
-    decoder, again = (Recording(*load_decoder_model(folder, precision=precision)) for _ in range(2))
+    decoder, again = (Recording(*load_decoder_model(folder, precision=precision, backend="auto")) for _ in range(2))
     texts = await compare_texts(generator, num, rng)
     vokens = [
         event async for event in generator.generate(some_stories(1, generator, rng)[0]) if isinstance(event, Vokens)

@@ -28,7 +28,9 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare
-from minigpt5.engine.kv_cache import SlotCache, bytes_per_token, num_blocks, upload
+from minigpt5.engine.kv_blocks import num_blocks
+from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
+from minigpt5.engine.kv_pass import upload
 from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
 from minigpt5.engine.script import Read, Score, Script, Writer
 from minigpt5.engine.threads import single_thread

@@ -1,8 +1,7 @@
 """Keys and values with a length per slot, so that sequences of any lengths share one forward pass.
 
 The tokens of a pass lie one after another in a single sequence. Linear layers see them all at once, and each slot's
-tokens attend to that slot's own past. transformers' models are unchanged. The cache is a `Cache`. The attention and
-its masks are registered under `ATTENTION`, which without a pass masks as transformers' "sdpa" does.
+tokens attend to that slot's own past (`slot_attention.py`). transformers' models are unchanged. The cache is a `Cache`.
 
 Two things decide what a token sees:
 
@@ -15,7 +14,7 @@ Every layer keeps every position, those with a sliding window too: a prompt that
 cut short, continue from any position.
 
 Memory comes in one of two ways. On a CPU each slot has room for all its positions, which the system maps as they are
-filled. Elsewhere slots share `Blocks` of positions (arXiv 2309.06180), and attention gathers those of a slot.
+filled. Elsewhere slots share blocks of positions (`kv_blocks.py`), and attention gathers those of a slot.
 
 Shape letters: R slots, G key heads, A query heads, S positions of a slot, T tokens of a pass, D head width, P places of
 a store in blocks, N slots of a pass, B blocks of a slot.
@@ -26,227 +25,21 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import Cache, DynamicCache
 
-from minigpt5.engine.even_attention import BLOCK as EVEN_BLOCK
-from minigpt5.engine.even_attention import Call, attend_evenly, plan_calls
+from minigpt5.engine.kv_blocks import Blocks, num_blocks
+from minigpt5.engine.kv_pass import PASS, Pass, Span, Where, current_pass, join, upload
+from minigpt5.engine.slot_attention import ATTENTION
 from minigpt5.limits import BLOCK
 from minigpt5.model.language import body_inputs
 
-ATTENTION = "minigpt5_slots"
 WASTE = 2
 """Slots attend in one call while it looks at no more than so many times the slots and positions that it needs."""
-HONOURED = {"dropout", "scaling", "softcap", "s_aux"}
-"""What models ask of their attention, and `attend` does."""
-UNEVEN = {"softcap", "s_aux"}
-"""What even attention does not do."""
-NOT_NEEDED = {"sliding_window", "position_ids", "use_cache", "cache_position"}
-"""What the masks do already, or what other attentions read."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Span:
-    """Tokens of one slot that attend by themselves."""
-
-    slot: int
-    number: int
-    """Of the slots of the pass."""
-    start: int
-    """First token of the pass."""
-    end: int
-    length: int
-    """Length of the slot, these tokens included."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Together:
-    """Slots with one token each, which attend in one call: over a range of whole slots, or over gathered blocks."""
-
-    slots: slice
-    """Their range, where slots are whole. Those between that are not here attend to no purpose."""
-    numbers_there: Tensor
-    """Of the slots of the pass, on the device of the states, as are the next two."""
-    rows_there: Tensor
-    tokens_there: Tensor
-    num_rows: int
-    """Slots of the call."""
-    rows: Tensor
-    """Which of them are here."""
-    tokens: Tensor
-    length: int
-    """Length of the longest."""
-
-
-Where = Tensor | tuple[Tensor | slice | int, ...]
-"""Index of a store: places of a store in blocks; or slots, heads and positions of whole slots."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class View:
-    """Which positions the tokens of a span, or the slots of `Together`, see."""
-
-    where: Where
-    """Keys and values of the positions that any of them sees."""
-    mask: Tensor | None
-    """Of a span (1, 1, T, S): whether a token sees a position; None where causality alone decides it. Of slots together
-    (R, 1, 1, S): added to the scores."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pass:
-    """Which slot and position each token of a forward pass belongs to."""
-
-    rows_T: Tensor
-    """The slot of each token, or where slots share blocks, its number among those of the pass."""
-    positions_1T: Tensor
-    where: Where
-    """Where its keys and values are stored."""
-    places_NS: Tensor | None
-    """Places of its slots' positions; None: slots are whole. What is no position has any place."""
-    spans: list[Span]
-    together: Together | None
-    num_positions: int
-    """Length of the longest slot."""
-    slot_positions: int
-    """Most that a slot may have."""
-    last_seen_T: Tensor | None
-    """The last position of its slot that each token sees; None: its own."""
-    _views: dict[int, tuple[Tensor, list[View], View | None]] = field(default_factory=dict)
-    _calls: dict[int, tuple[Tensor, list[Call]]] = field(default_factory=dict)
-
-    def calls(self, mask_11TS: Tensor) -> list[Call]:
-        """The calls of even attention by a mask, which layers with the same mask share."""
-        if id(mask_11TS) not in self._calls:  # the mask is kept with them, so that its id stays its own
-            self._calls[id(mask_11TS)] = (
-                mask_11TS,
-                plan_calls(self.rows_T.tolist(), mask_11TS[0, 0], self.slot_positions),
-            )
-        return self._calls[id(mask_11TS)][1]
-
-    def whole(self, store: Tensor, calls: list[Call]) -> Tensor:
-        """A layer's store as even attention reads it, (R, G, S, D): blocks are gathered as far as the calls see."""
-        if self.places_NS is None:
-            return store
-        return store[0, :, self.places_NS[:, : max(call.positions.stop for call in calls)]].transpose(0, 1)
-
-    def views(self, mask_11TS: Tensor, like: Tensor) -> tuple[list[View], View | None]:
-        """What each span and `together` see by a mask of (token, position of its slot), on the device and with the
-        type of `like`. Layers with the same mask share the answer."""
-        if id(mask_11TS) not in self._views:  # the mask is kept with them, so that its id stays its own
-            mask_TS = mask_11TS[0, 0]
-            spans = [self._view(span, mask_TS, like) for span in self.spans]
-            together = self._view_together(self.together, mask_TS, like) if self.together else None
-            self._views[id(mask_11TS)] = (mask_11TS, spans, together)
-        return self._views[id(mask_11TS)][1:]
-
-    def _view(self, span: Span, mask_TS: Tensor, like: Tensor) -> View:
-        mask_TS = mask_TS[span.start : span.end, : span.length]
-        first = int(mask_TS.any(dim=0).int().argmax())
-        mask_TS = mask_TS[:, first:]
-        num_tokens, num_seen = mask_TS.shape
-        is_causal = num_tokens in (1, num_seen) and torch.equal(
-            mask_TS, torch.ones_like(mask_TS).tril(num_seen - num_tokens)
-        )
-        seen = slice(first, span.length)
-        return View(
-            where=self._where(slice(span.slot, span.slot + 1), slice(span.number, span.number + 1), seen),
-            mask=None if is_causal else upload(mask_TS[None, None], like.device),
-        )
-
-    def _view_together(self, part: Together, mask_TS: Tensor, like: Tensor) -> View:
-        hidden_RS = torch.zeros(part.num_rows, part.length)  # slots that are not here see all (to see none is NaN)
-        hidden_RS[part.rows] = hidden_RS[part.rows].masked_fill(~mask_TS[part.tokens, : part.length], -torch.inf)
-        first = int(mask_TS[part.tokens].any(dim=0).int().argmax())
-        seen = slice(first, part.length)
-        return View(
-            where=self._where(part.slots, part.numbers_there, seen),
-            mask=upload(hidden_RS[:, None, None, first:].to(like.dtype), like.device),
-        )
-
-    def _where(self, slots: slice, numbers: Tensor | slice, seen: slice) -> Where:
-        """Index of some positions: of a range of whole slots, or of the slots of the pass with these numbers."""
-        return (slots, slice(None), seen) if self.places_NS is None else self.places_NS[numbers, seen]
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. A GPU takes it while the host goes on."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-_PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
-"""The pass that this thread's `SlotCache.forward` is in. Not every model hands arguments on to its attention."""
-
-
-def current_pass() -> Pass:
-    found = _PASS.get()
-    assert found, "a SlotCache is read and written by SlotCache.forward"
-    return found
-
-
-def bytes_per_token(body: Any, bytes_per_value: int | None = None) -> int:
-    """Size of the keys and values of one token in every layer of a transformer, which reads a token to show them; at
-    another width of a value than its own, where that is given."""
-    theirs = DynamicCache()
-    with torch.no_grad():
-        body(inputs_embeds=_first_embedding(body), past_key_values=theirs, use_cache=True)
-    stored = [states for layer in theirs.layers for states in (layer.keys, layer.values)]
-    return sum(states.numel() * (bytes_per_value or states.element_size()) for states in stored)
-
-
-def _first_embedding(body: Any) -> Tensor:
-    embedding: nn.Module = body.get_input_embeddings()
-    return embedding(torch.zeros(1, 1, dtype=torch.long, device=next(embedding.parameters()).device))
-
-
-class Blocks:
-    """Blocks of a store, and which of them each slot has, in the order of its positions.
-
-    The store has one block more, of zeros, which stands where a slot has none: what is masked must be finite."""
-
-    def __init__(self, *, num_slots: int, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks))
-        self._of_slots: list[list[int]] = [[] for _ in range(num_slots)]
-
-    def num_available(self, idle: Iterable[int]) -> int:
-        """Blocks that are free, or that idle slots have."""
-        return len(self._free) + sum(len(self._of_slots[slot]) for slot in idle)
-
-    def resize(self, slot: int, num_positions: int) -> None:
-        """Give a slot blocks for so many positions, and take back what it has beyond them."""
-        owned, needed = self._of_slots[slot], num_blocks(num_positions)
-        assert needed - len(owned) <= len(self._free), "blocks are reserved before they are taken"
-        while len(owned) < needed:
-            owned.append(self._free.pop())
-        while len(owned) > needed:
-            self._free.append(owned.pop())
-
-    def places(self, slots: Sequence[int]) -> Tensor:
-        """The places of the slots' positions, as many as the longest has, and then of zeros; in all a multiple of what
-        even attention takes at once."""
-        step = EVEN_BLOCK // BLOCK
-        longest = -(-max(len(self._of_slots[slot]) for slot in slots) // step) * step
-        zeros = self.num_blocks
-        table_NB = torch.tensor(
-            [self._of_slots[slot] + [zeros] * (longest - len(self._of_slots[slot])) for slot in slots]
-        )
-        return (table_NB[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
-
-
-def num_blocks(num_positions: int) -> int:
-    """Blocks that hold so many positions."""
-    return -(-num_positions // BLOCK)
 
 
 class SlotCache(Cache):
@@ -331,7 +124,7 @@ class SlotCache(Cache):
         """
         planned = self._plan(counts, last_seen_T, embeds_TH.device)
         positions = planned.positions_1T if positions_3T is None else positions_3T[:, None]
-        token = _PASS.set(planned)
+        token = PASS.set(planned)
         try:
             states_1TH = body(
                 **body_inputs(body, embeds_TH[None]),
@@ -340,7 +133,7 @@ class SlotCache(Cache):
                 use_cache=True,
             ).last_hidden_state
         finally:
-            _PASS.reset(token)
+            PASS.reset(token)
         for slot, num_tokens in counts:
             self.lengths[slot] += num_tokens
         return states_1TH[0]
@@ -371,7 +164,7 @@ class SlotCache(Cache):
         single = [span for span in spans if span.end - span.start == 1]
         longest = WASTE * sorted(span.length for span in single)[len(single) // 2] if single else 0
         joined = [span for span in single if span.length <= longest]
-        together = _join(joined, device, is_gathered=self.blocks is not None) if len(joined) > 1 else None
+        together = join(joined, device, is_gathered=self.blocks is not None) if len(joined) > 1 else None
         if together is None or together.num_rows > WASTE * len(joined):
             together, joined = None, []
         slots_T, positions_T = torch.tensor(slots), torch.tensor(positions)
@@ -442,6 +235,21 @@ class SlotCache(Cache):
         return current_pass().num_positions, 0
 
 
+def bytes_per_token(body: Any, bytes_per_value: int | None = None) -> int:
+    """Size of the keys and values of one token in every layer of a transformer, which reads a token to show them; at
+    another width of a value than its own, where that is given."""
+    theirs = DynamicCache()
+    with torch.no_grad():
+        body(inputs_embeds=_first_embedding(body), past_key_values=theirs, use_cache=True)
+    stored = [states for layer in theirs.layers for states in (layer.keys, layer.values)]
+    return sum(states.numel() * (bytes_per_value or states.element_size()) for states in stored)
+
+
+def _first_embedding(body: Any) -> Tensor:
+    embedding: nn.Module = body.get_input_embeddings()
+    return embedding(torch.zeros(1, 1, dtype=torch.long, device=next(embedding.parameters()).device))
+
+
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros (what is masked must be finite), which on the CPU take memory page by page as they are written to."""
     if device.type != "cpu":
@@ -450,122 +258,3 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: else the first token of a slot takes its memory to the last position
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def _join(spans: list[Span], device: torch.device, *, is_gathered: bool) -> Together:
-    first, last = min(span.slot for span in spans), max(span.slot for span in spans)
-    rows = torch.arange(len(spans)) if is_gathered else torch.tensor([span.slot - first for span in spans])
-    tokens = torch.tensor([span.start for span in spans])
-    return Together(
-        slots=slice(first, last + 1),
-        numbers_there=upload(torch.tensor([span.number for span in spans]), device),
-        rows_there=upload(rows, device),
-        tokens_there=upload(tokens, device),
-        num_rows=len(spans) if is_gathered else last - first + 1,
-        rows=rows,
-        tokens=tokens,
-        length=max(span.length for span in spans),
-    )
-
-
-def make_mask(*, q_offset: int | Pass = 0, device: Any = "cpu", **options: Any) -> Tensor | None:
-    """transformers' mask for "sdpa". In a pass it is always made, on the CPU, where `Pass.views` looks into it."""
-    if isinstance(q_offset, Pass):
-        positions_T = q_offset.positions_1T[0]
-        offsets_T = positions_T - torch.arange(len(positions_T))
-        options |= {"q_offset": offsets_T, "device": "cpu", "allow_is_causal_skip": False}
-        mask_11TS = sdpa_mask(**options)
-        if q_offset.last_seen_T is not None:
-            places_S = torch.arange(mask_11TS.shape[-1])
-            mask_11TS |= (places_S > positions_T[:, None]) & (places_S <= q_offset.last_seen_T[:, None])
-        return mask_11TS
-    return sdpa_mask(q_offset=q_offset, device=device, **options)
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention of a pass: query (1, A, T, D) over a layer's stores of keys and values -> (1, T, A, D).
-
-    Raises ValueError where the model asks for something that is not honoured here.
-    """
-    asked = {name for name, option in options.items() if option is not None} - HONOURED - NOT_NEEDED
-    if asked:
-        raise ValueError(f"its attention needs {', '.join(sorted(asked))}")
-    options = {name: options[name] for name in HONOURED & options.keys() if options[name] is not None}
-    slots = _PASS.get()
-    if slots is None:
-        return _attend(module, query, key, value, attention_mask, **options), None
-    _, num_heads, num_tokens, width = query.shape
-    if attention_mask is None or attention_mask.shape[2:] != (num_tokens, slots.num_positions):
-        raise ValueError("its attention has masks that transformers' mask functions do not make")
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not options.keys() & UNEVEN:
-        calls = slots.calls(attention_mask)
-        whole = slots.whole(key, calls), slots.whole(value, calls)
-        return attend_evenly(query, *whole, calls, scaling=options.get("scaling")), None
-    views, view_together = slots.views(attention_mask, query)
-    out_TAD = query.new_empty(num_tokens, num_heads, value.shape[-1])
-    for span, view in zip(slots.spans, views, strict=True):
-        past = _past(key, view), _past(value, view)
-        states = query[:, :, span.start : span.end]
-        out_TAD[span.start : span.end] = _attend(module, states, *past, view.mask, **options)[0]
-    if slots.together and view_together:
-        part = slots.together
-        query_RA1D = query.new_zeros(part.num_rows, num_heads, 1, width)
-        query_RA1D[part.rows_there, :, 0] = query[0, :, part.tokens_there].transpose(0, 1)
-        past = _past(key, view_together), _past(value, view_together)
-        out_R1AD = _attend(module, query_RA1D, *past, view_together.mask, **options)
-        out_TAD[part.tokens_there] = out_R1AD[part.rows_there, 0]
-    return out_TAD[None], None
-
-
-def _past(store: Tensor, view: View) -> Tensor:
-    """The keys or values that a view sees, (R, G, S, D): a part of whole slots' store, or gathered from blocks."""
-    return store[0, :, view.where].transpose(0, 1) if isinstance(view.where, Tensor) else store[view.where]
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-) -> Tensor:
-    """Attention (R, A, T, D) over (R, G, S, D) -> (R, T, A, D), as "sdpa" has it, or "eager" where that cannot.
-
-    `softcap`: scores are capped softly (arXiv 2408.00118, 2). `s_aux`: a score for each head that takes its share of
-    the softmax and adds nothing to the sum (attention sinks, arXiv 2508.10925).
-    """
-    if softcap is None and s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
-    num_groups, num_tokens = query.shape[1] // key.shape[1], query.shape[2]
-    key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
-    scores_RATS = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores_RATS = softcap * torch.tanh(scores_RATS / softcap)
-    if mask is None and num_tokens > 1:
-        mask = torch.ones(num_tokens, key.shape[2], dtype=torch.bool, device=query.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        scores_RATS = scores_RATS.masked_fill(~mask, torch.finfo(scores_RATS.dtype).min)
-    elif mask is not None:
-        scores_RATS = scores_RATS + mask
-    if s_aux is not None:
-        sinks_RAT1 = s_aux.to(scores_RATS).view(1, -1, 1, 1).expand(*scores_RATS.shape[:3], 1)
-        scores_RATS = torch.cat([scores_RATS, sinks_RAT1], dim=-1)
-    shares_RATS = torch.softmax(scores_RATS, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
-    shares_RATS = nn.functional.dropout(shares_RATS, dropout, training=module.training)
-    return (shares_RATS @ value).transpose(1, 2)
-
-
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, make_mask)

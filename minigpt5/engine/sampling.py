@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt5.engine.kv_cache import upload
+from minigpt5.engine.kv_pass import upload
 from minigpt5.types import Sampling
 
 LIKELY = 12.0
