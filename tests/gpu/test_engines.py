@@ -10,7 +10,6 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator, new_cache
 from minigpt5.engine.kv_cache import SlotCache
 from minigpt5.engine.sampling import Draw, draw_token, draw_tokens
-from minigpt5.errors import MiniGPT5Error
+from minigpt5.errors import ModelFolderError
 from minigpt5.limits import BLOCK, KV_CACHE_SHARE, default_limits
 from minigpt5.model.folder import load_generator_model
 from minigpt5.model.language import LanguageModel
@@ -33,10 +32,10 @@ from minigpt5.types import (
     GeneratorEvent,
     InputImage,
     Picture,
-    Precision,
     Sampling,
     StoryRequest,
     TextDelta,
+    TextPrecision,
     Vokens,
 )
 from tests.helpers.tiny import (
@@ -217,12 +216,14 @@ def test_a_compiled_denoiser_predicts_what_the_eager_one_does() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [kind for kind in get_args(Precision) if kind not in ("float32", "float16")])
-def test_the_shipped_model_writes_in_every_precision(kind: Precision) -> None:
-    """A precision that a GPU or the base model does not have is refused with a reason."""
-    try:
-        parts = load_generator_model(default_model_folder(), device="cuda", precision=kind)
-    except MiniGPT5Error as refusal:
-        pytest.skip(str(refusal))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_shipped_model_writes_in_the_precisions_of_a_gpu(precision: TextPrecision) -> None:
+    parts = load_generator_model(default_model_folder(), device="cuda", precision=precision)
     (events,) = write(VokenGenerator(*parts), [StoryRequest(prompt=("A fox",), pages=2)])
     assert sum(isinstance(event, Vokens) for event in events) == 2
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_precisions_of_cpus_are_refused_on_a_gpu_before_weights_are_read(precision: TextPrecision) -> None:
+    with pytest.raises(ModelFolderError, match="on a GPU use bfloat16 or float32"):
+        load_generator_model(default_model_folder(), device="cuda", precision=precision)
