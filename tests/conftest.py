@@ -35,8 +35,10 @@ class ByModule(LoadScopeScheduling):
 
 @pytest.fixture(autouse=True)
 def _as_at_the_start() -> None:
-    """One thread and Python's own Ctrl-C, whatever a test before has left: a library that handles signals itself may put
-    the system's default back, with which Ctrl-C ends the process."""
+    """One thread and Python's own Ctrl-C, whatever a test before has left.
+
+    A library that handles signals itself may put the system's default back, with which Ctrl-C ends the process.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
