@@ -34,13 +34,9 @@ class ByModule(LoadScopeScheduling):
 
 
 @pytest.fixture(autouse=True)
-def _as_at_the_start() -> None:
-    """One thread and Python's own Ctrl-C, whatever a test before has left.
-
-    A library that handles signals itself may put the system's default back, with which Ctrl-C ends the process.
-    """
+def _one_thread() -> None:
+    """A bench that ran in this process has left it with more."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByModule:
