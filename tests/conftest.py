@@ -9,6 +9,7 @@ import pytest
 import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from tests.helpers.processes import Cluster, Server, running_cluster, running_server
 
@@ -31,6 +32,15 @@ class ByModule(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
         return "ray" if STARTS_RAY_MARK in (self.config.rootpath / module).read_text() else module
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Hand out again what a crashed process has not ended.
+
+        pytest-xdist (3.8) hands out the modules that it has ended too, and waits for ever for their tests.
+        """
+        modules = self.assigned_work[node]
+        self.assigned_work[node] = {name: tests for name, tests in modules.items() if not all(tests.values())}
+        return super().remove_node(node)
 
 
 @pytest.fixture(autouse=True)
