@@ -70,6 +70,8 @@ class Preset:
     """If not 0: the run ends after this time even if `steps` are not done; the schedule follows the nearer end."""
     batch_size: int
     """Examples of a batch, of all workers together."""
+    per_gpu_batch_size: int = 0
+    """If not 0: examples of a batch for each worker; replaces `batch_size`."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 1
     num_threads: int = 2
@@ -85,6 +87,8 @@ class Preset:
     """Draw sheets of pictures and write sample stories."""
     log_every: int = 50
     """Steps."""
+    profiles: bool = False
+    """Wait for the GPU after each phase of a step, so that its seconds are its own. Without, a step waits once."""
     log_examples: bool = False
     """Keep the ids of every step's examples in examples-<worker>.jsonl, to say afterwards what was used."""
 
@@ -241,6 +245,14 @@ PUBLISHED: dict[str, Preset] = {
 P = TypeVar("P", bound=Preset)
 
 
+def for_workers(preset: P, num_workers: int) -> P:
+    """The preset with the `batch_size` that follows from `per_gpu_batch_size`, where that is set."""
+    if not preset.per_gpu_batch_size:
+        return preset
+    batch_size = preset.per_gpu_batch_size * max(1, num_workers)
+    return dataclasses.replace(preset, batch_size=batch_size, per_gpu_batch_size=0)
+
+
 def override(preset: P, settings: list[str]) -> P:
     """Apply `key=value` settings: fields of the preset, fields of its optimizer by their own name or as
     `optimizer.name`, fields of other groups as `group.name`, such as `replay.steps=3`.
@@ -259,6 +271,8 @@ def override(preset: P, settings: list[str]) -> P:
     own = changes.pop("", {})
     if "steps" in own:
         own.setdefault("epochs", 0.0)  # a number of steps says how long the run is
+    if {"batch_size", "per_gpu_batch_size"} <= set(own):
+        raise ValueError("batch_size and per_gpu_batch_size are both set: leave one out")
     groups = {group: dataclasses.replace(getattr(preset, group), **values) for group, values in changes.items()}
     return dataclasses.replace(preset, **own, **groups)
 

@@ -47,12 +47,12 @@ class RunFolder:
                 "from its newest checkpoint"
             ) from failure
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Raises TrainingError where it cannot be written; then there is nothing new."""
         with self.writing(name):
             self._write(name, data)
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes | memoryview) -> None:
         path = f"{self._path}/{name}"
         self._files.create_dir(path.rpartition("/")[0], recursive=True)
         if self.local is None:  # an object store shows whole objects only

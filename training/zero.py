@@ -23,7 +23,9 @@ from deepspeed.utils import (
 from torch import Tensor, distributed, nn
 
 from minigpt5.errors import TrainingError
+from training.checkpoint import copy_to_host
 from training.presets import OptimizerConfig
+from training.workers import is_first_worker
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 5_000_000
@@ -33,7 +35,7 @@ BUCKET = 5_000_000
 class ZeroStrategy:
     """An objective under ZeRO; see training.strategy.Strategy. Needs an initialised process group."""
 
-    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
         if not distributed.is_initialized():
             raise TrainingError(
                 f"zero_stage is {config.zero_stage} but there are no workers: set --workers to 1 or more"
@@ -46,14 +48,13 @@ class ZeroStrategy:
         self.communication_s = 0.0
         self.times_communication = config.times_communication
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        self.rates = [group["lr"] for group in groups]
-        plain = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
-        self.counts = [len(group["params"]) for group in plain.param_groups]
-        self.order = [_name_of(p, self.trained) for group in plain.param_groups for p in group["params"]]
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.counts = [len(group["params"]) for group in optimizer.param_groups]
+        self.order = [_name_of(p, self.trained) for group in optimizer.param_groups for p in group["params"]]
         # Gloo moves the data; DeepSpeed's own way through shared memory would compile for minutes on every machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=plain, config=_configuration(config), dist_init_required=False
+            model=objective, optimizer=optimizer, config=_configuration(config), dist_init_required=False
         )
 
         if self.times_communication:
@@ -86,14 +87,15 @@ class ZeroStrategy:
             yield
 
     def state(self) -> dict[str, Any]:
-        """Gather from all workers what `TorchStrategy.state` gives after the same steps. All workers call it."""
+        """Gather from all workers what `TorchStrategy.state` gives after the same steps, a tensor at a time."""
+        keep = copy_to_host if is_first_worker() else lambda gathered: None
         if self.stage == 0:
             values = {name: p.detach() for name, p in self.trained.items()}
-            return {"trained": values, "optimizer": self.engine.optimizer.state_dict()}
+            return keep({"trained": values, "optimizer": self.engine.optimizer.state_dict()})
         self._link_moments()
-        values = {name: safe_get_full_fp32_param(p).detach().clone() for name, p in self.trained.items()}
+        values = {name: keep(safe_get_full_fp32_param(p)) for name, p in self.trained.items()}
         moments = {
-            index: {kind: safe_get_full_optimizer_state(self.trained[name], kind).clone() for kind in MOMENTS}
+            index: {kind: keep(safe_get_full_optimizer_state(self.trained[name], kind)) for kind in MOMENTS}
             | {"step": torch.tensor(float(self._step()))}
             for index, name in enumerate(self.order)
         }
@@ -122,7 +124,7 @@ class ZeroStrategy:
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(self.trained[name], state["optimizer"]["state"][index][kind], kind)
         for moments in self.engine.optimizer.optimizer.state.values():
-            moments["step"] = state["optimizer"]["state"][0]["step"].clone()
+            moments["step"] = state["optimizer"]["state"][0]["step"].to(moments["exp_avg"].device, copy=True)
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find every moment: it makes them at the first step, and then links those of the first group
@@ -132,7 +134,7 @@ class ZeroStrategy:
         for index, partition in enumerate(flat):
             if not zero.optimizer.state[partition]:
                 zeros = {kind: torch.zeros_like(partition) for kind in MOMENTS}
-                zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **zeros}
+                zero.optimizer.state[partition] = {"step": partition.new_zeros(()), **zeros}
             if self.stage < 3:
                 lazy_init_hp_params_optimizer_state(zero.bit16_groups[index], partition, zero.optimizer.state)
 
