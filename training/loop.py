@@ -24,12 +24,11 @@ from training.run_folder import RunFolder
 from training.run_recorder import Report, RunRecorder
 from training.schedule import learning_rate_factor, progress_of
 from training.stage import Stage
-from training.strategy import new_strategy
+from training.strategy import CPU, new_strategy
 from training.workers import agreed_checkpoint, seed_of
 
 SECONDS = ("data_s", "forward_s", "backward_s", "optimizer_s", "communication_s")
 """Phases of a step. Communication is part of the optimizer's phase, under ZeRO of the three phases before it."""
-CPU = torch.device("cpu")
 
 
 def fit(
@@ -50,8 +49,7 @@ def fit(
     `validation` is measured at every checkpoint. Raises NotFinite where the loss is not, TrainingError where the folder
     cannot be written.
     """
-    stage.objective.to(device)
-    strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
+    strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer, device)
     trained = strategy.trained
     state, position = load_checkpoint(folder, trained, name=agreed_checkpoint(folder))
     saved_average: dict[str, Tensor] = {}

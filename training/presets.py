@@ -34,6 +34,8 @@ class OptimizerConfig:
     """ZeRO stage of DeepSpeed, 0 to 3; none: torch's own optimizer."""
     zero_offload: bool = False
     """DeepSpeed keeps the optimizer's state in the host's memory."""
+    zero_live_parameters: int = 1_000_000_000
+    """Elements of the weights that a worker holds whole at once under ZeRO 3, which gathers them layer by layer."""
     times_communication: bool = False
     """Wait for and time each of DeepSpeed's messages. Without, their time is part of the phase that sends them."""
 
@@ -78,7 +80,10 @@ class Preset:
     """torch threads of a worker."""
     bf16: bool = False
     """Run the objective under bfloat16 autocast, but on a CPU without it. What is trained, its optimizer and the
-    losses stay float32; frozen matrices that are never saved are kept in bfloat16."""
+    losses stay float32."""
+    frozen_bf16: bool | None = None
+    """Keep the matrices of frozen base models in bfloat16, mapped from their files where they are stored so: then all
+    workers of a machine share them. None: where `bf16` is on. True needs `bf16`, and computes so on any CPU."""
     validation_batches: int = 0
     """Batches of examples that are never trained on, measured at every checkpoint."""
     checkpoint_every_s: float = 180.0
@@ -91,6 +96,15 @@ class Preset:
     """Wait for the GPU after each phase of a step, so that its seconds are its own. Without, a step waits once."""
     log_examples: bool = False
     """Keep the ids of every step's examples in examples-<worker>.jsonl, to say afterwards what was used."""
+
+    def __post_init__(self) -> None:
+        if self.frozen_bf16 and not self.bf16:
+            raise ValueError("frozen_bf16 is true but bf16 is false: set bf16=true")
+
+    @property
+    def halves_frozen(self) -> bool:
+        """Whether frozen base models are kept in bfloat16."""
+        return self.bf16 if self.frozen_bf16 is None else self.frozen_bf16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,7 +151,7 @@ class RunRecorder:
     def _save_model(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             model = Path(scratch) / "model"
-            with self.strategy.gathered():
+            with self.strategy.gathered(self.stage.saved_parameters()):
                 if is_first_worker():
                     with Averaged(self.strategy.trained, self.average):
                         self.stage.save(model)

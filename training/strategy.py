@@ -14,6 +14,8 @@ from training.data.batches import Batch
 from training.presets import OptimizerConfig
 from training.workers import average_over_workers, is_first_worker
 
+CPU = torch.device("cpu")
+
 
 class Strategy(Protocol):
     """An optimizer, and how the workers share it."""
@@ -31,8 +33,8 @@ class Strategy(Protocol):
     def step(self, factor: float) -> None:
         """Use the gradients, the learning rates multiplied by `factor`."""
 
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Within it every worker holds all that is trained, to read it or, on the first worker, to change it."""
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+        """Within it the first worker holds `parameters` whole, to read them. Called by every worker."""
 
     def state(self) -> dict[str, Any]:
         """Values by name under "trained", and torch's state under "optimizer", as copies in the host's memory. Called
@@ -68,7 +70,7 @@ class TorchStrategy:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def state(self) -> dict[str, Any]:
@@ -84,8 +86,13 @@ class TorchStrategy:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def new_strategy(objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> Strategy:
-    """The strategy that `config.zero_stage` asks for, with AdamW on `groups`."""
+def new_strategy(
+    objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device = CPU
+) -> Strategy:
+    """Move the objective to a worker's device, under the strategy that `config.zero_stage` asks for, with AdamW on
+    `groups`."""
+    if config.zero_stage != 3:  # which shares the weights out first
+        objective.to(device)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     if config.zero_stage is None:
         return TorchStrategy(objective, optimizer, config)

@@ -53,8 +53,11 @@ class ZeroStrategy:
         self.order = [_name_of(p, self.trained) for group in optimizer.param_groups for p in group["params"]]
         # Gloo moves the data; DeepSpeed's own way through shared memory would compile for minutes on every machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        configuration = _configuration(config)
+        if self.stage == 3:
+            _share_out(objective, configuration)
         self.engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=_configuration(config), dist_init_required=False
+            model=objective, optimizer=optimizer, config=configuration, dist_init_required=False
         )
 
         if self.times_communication:
@@ -81,9 +84,8 @@ class ZeroStrategy:
             comm.comms_logger.reset_data()
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        parameters = list(self.engine.module.parameters())
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
             yield
 
     def state(self) -> dict[str, Any]:
@@ -142,12 +144,35 @@ class ZeroStrategy:
         return max(float(moments["step"]) for moments in self.engine.optimizer.optimizer.state.values())
 
 
+def _share_out(objective: nn.Module, configuration: dict[str, Any]) -> None:
+    """Leave each worker its part of every parameter, one parameter at a time: no device ever holds all of them.
+
+    DeepSpeed copies the first worker's values into those of the others, which may lie in a mapped file: a parameter is
+    copied first, since a page that is written to is shared no more.
+    """
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=configuration)
+    for parameter in objective.parameters():
+        parameter.data = parameter.data.clone()
+        init._convert_to_zero_parameters([parameter])
+
+
 def _name_of(parameter: nn.Parameter, trained: dict[str, nn.Parameter]) -> str:
     return next(name for name, other in trained.items() if other is parameter)
 
 
 def _configuration(config: OptimizerConfig) -> dict[str, Any]:
-    sharing: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET, "overlap_comm": False}
+    sharing: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    if config.zero_stage == 3:
+        live = config.zero_live_parameters
+        sharing |= {
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
+            "stage3_prefetch_bucket_size": live // 4,
+        }
     if config.zero_offload:
         sharing["offload_optimizer"] = {"device": "cpu"}
     return {

@@ -23,7 +23,7 @@ from minigpt5.model.language import LanguageModel, pad, padding_id
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.prompt import IGNORED, Segment
-from minigpt5.model.vision import Vision
+from minigpt5.model.vision import NoEncoder, Vision
 from minigpt5.model.vokens import align
 from minigpt5.objective.example import Example
 
@@ -173,7 +173,8 @@ class Objective(nn.Module):
         reads = Example(segments=[prompt.text_segment("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
         draws = Example(segments=[prompt.text_segment("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
         completed = list(examples)
-        needs_read = self.config.vision.family != "none" and not any(example.read for example in examples)
+        reads_pictures = not isinstance(self.vision.encoder, NoEncoder)
+        needs_read = reads_pictures and not any(example.read for example in examples)
         completed += [reads] if needs_read else []
         completed += [] if has_pictures else [draws]
         return completed, has_pictures

@@ -77,6 +77,9 @@ class VaeStage:
         save_sheet(path, [pixels_BCYX[:8], decoded_BCYX[:8], pixels_BCYX[8:], decoded_BCYX[8:]])
 
     @torch.no_grad()
+    def saved_parameters(self) -> list[nn.Parameter]:
+        return list(self.objective.parameters())
+
     def save(self, folder: Path) -> None:
         """Write the VAE with its latents' statistics, which put them on the UNet's scale."""
         self._measure_latents()
