@@ -157,6 +157,37 @@ def training_speed(found: Results) -> str:
     return table(("", "steps/s", "of the plain loop", *names, "peak memory of a worker"), rows)
 
 
+def training_rows(found: Results) -> str:
+    """The cost of a stored row, by the number of rows."""
+    rows = (
+        (
+            f"{int(num_rows):,}",
+            f"{one['us_per_row']:.0f} us",
+            f"{one['opened_us_per_row']:.1f} us",
+            f"{one['sent_mib']:.2f} MiB",
+            f"{one['peak_mib_over_imports']:.0f} MiB",
+        )
+        for num_rows, one in found["training"]["rows"].items()
+    )
+    head = ("rows", "an example", "opening, each row", "sent to a data worker", "memory over the imports")
+    return table(head, rows)
+
+
+def training_memory(found: Results) -> str:
+    """The most memory of a training worker, by its number."""
+    peaks = found["training"]["memory"]
+    ways = dict.fromkeys(name.rpartition(", ")[0] for name in peaks)
+    rows = (
+        (way, *(f"{one['peak_mib']:,.0f} ({one['private_mib']:,.0f})" for one in peaks_of(peaks, way))) for way in ways
+    )
+    return table(("MiB (alone)", "1 worker", "2 workers", "4 workers"), rows)
+
+
+def peaks_of(peaks: dict[str, dict[str, float]], way: str) -> list[dict[str, float]]:
+    """The peaks of a way, by the number of workers."""
+    return [peak for name, peak in peaks.items() if name.rpartition(", ")[0] == way]
+
+
 def training_curves(found: Results) -> str:
     """Largest relative difference of a loss from the plain loop of the same precision."""
     curves = found["training"]["curves"]

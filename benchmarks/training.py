@@ -1,8 +1,9 @@
-"""Training, measured: `python -m benchmarks.training [rows] [speed] [curves] [kills] [--count 10]`.
+"""Training, measured: `python -m benchmarks.training [rows] [memory] [speed] [curves] [kills] [--count 10]`.
 
 Into benchmarks/results/training.json.
 
     rows     the cost of a stored row, and a reader's memory, at 10,000 to 10,000,000 rows
+    memory   what a worker holds with a language model of 0.5 GB: frozen weights in float32 and bfloat16, ZeRO 3
     speed    a worker on Ray Train against the plain loop, both with two threads; two workers; memory by ZeRO stage
     curves   losses of ZeRO 0 to 3 against the plain loop, 50 steps, float32 and bfloat16
     kills    one run of each kind, whose worker, driver or whole job and Ray is killed with SIGKILL again and again at
@@ -28,19 +29,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
-from pyarrow import parquet
 
-from batch_jobs.precompute import to_npy
-from batch_jobs.prepare import GROUP_ROWS
+from benchmarks import training_memory, training_rows
 from benchmarks.quality import machine
-from minigpt5.objective.stored_example import ROW_SCHEMA, SEGMENT
 from tests.training.test_zero import MODEL_WORKER, largest_difference, train
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
+PARTS = ["rows", "memory", "speed", "curves", "kills"]
+NUM_ROWS = (10_000, 1_000_000, 10_000_000)
 KINDS = ("worker", "driver", "job")
 STEPS, BATCH, WORKERS = 150, 4, 2
 KILL_WITHIN_S = 4.0
@@ -308,48 +306,7 @@ def measure_speed(results: dict[str, Any], repeats: int = 3) -> None:
             save(results)
 
 
-# Rows
-
-NUM_ROWS = (10_000, 1_000_000, 10_000_000)
-FILE_ROWS = 100_000
-NUM_READ = 20_000
-READER = """
-import json, pickle, resource, sys, time
-from minigpt5.config import storybook
-from training.data.stored import StoredExamples
-
-def peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-uri, num_read, baseline_mib, began = sys.argv[1], int(sys.argv[2]), peak_mib(), time.perf_counter()
-examples = StoredExamples(uri, storybook(), seed=1, stage="align")
-opened_s = time.perf_counter() - began
-sent = pickle.dumps(examples)
-reader, began = pickle.loads(sent), time.perf_counter()  # as a data worker has it
-for position in range(num_read):
-    reader.example_at(len(reader) + position)
-print(json.dumps({
-    "us_per_row": 1e6 * (time.perf_counter() - began) / num_read,
-    "opened_us_per_row": 1e6 * opened_s / (len(examples) + len(examples.held_out())),
-    "sent_mib": len(sent) / 2**20,
-    "peak_mib_over_imports": peak_mib() - baseline_mib,
-}))
-"""
-
-
-def write_rows(folder: Path, num_rows: int) -> None:
-    """Captions with encoded pictures of no size, which differ by their ids alone."""
-    count = min(num_rows, FILE_ROWS)
-    array = np.zeros((8, 2, 2), np.float16)
-    picture = {"text": None, "moments": to_npy(array)}
-    segments = pa.array([[{"text": "A red fox."}, picture]] * count, pa.list_(SEGMENT))
-    (folder / "rows").mkdir(parents=True)
-    for start in range(0, num_rows, count):
-        ids = pa.array(np.arange(start, start + count)).cast(pa.string())
-        columns = {"id": ids, "source": pa.nulls(count, pa.string()), "kind": pa.array(["caption"] * count)}
-        columns |= {"prompt": pa.nulls(count, pa.string()), "segments": segments}
-        path = folder / "rows" / f"{start:08d}.parquet"
-        parquet.write_table(pa.table(columns, schema=ROW_SCHEMA), path, row_group_size=GROUP_ROWS)
+# Rows and memory
 
 
 def measure_rows(results: dict[str, Any]) -> None:
@@ -357,12 +314,23 @@ def measure_rows(results: dict[str, Any]) -> None:
     for num_rows in NUM_ROWS:
         if str(num_rows) not in found:
             with tempfile.TemporaryDirectory() as folder:
-                write_rows(Path(folder), num_rows)
-                read = [sys.executable, "-c", READER, folder, str(min(NUM_READ, num_rows // 2))]
-                output = subprocess.run(read, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-            found[str(num_rows)] = json.loads(output)
+                found[str(num_rows)] = training_rows.measure(Path(folder), num_rows)
             print(num_rows, found[str(num_rows)], flush=True)
             save(results)
+
+
+def measure_memory(results: dict[str, Any]) -> None:
+    found = results.setdefault("memory", {})
+    with tempfile.TemporaryDirectory() as folder:
+        made = training_memory.make_model(Path(folder))
+        for way in training_memory.WAYS:
+            for num_workers in (1, 2, 4):
+                name = f"{way}, {num_workers}"
+                if name not in found:
+                    out = Path(folder) / "runs" / name
+                    found[name] = training_memory.measure(*made, out, way, num_workers=num_workers)
+                    print(name, found[name], flush=True)
+                    save(results)
 
 
 # Curves
@@ -419,13 +387,15 @@ def save(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["rows", "speed", "curves", "kills", []], help="(default: all)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="(default: all)")
     parser.add_argument("--count", type=int, default=10, help="kills of each kind (default %(default)s)")
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}
-    parts = options.parts or ["rows", "speed", "curves", "kills"]
+    parts = options.parts or PARTS
     if "rows" in parts:
         measure_rows(results)
+    if "memory" in parts:
+        measure_memory(results)
     if "speed" in parts:
         measure_speed(results)
     if "curves" in parts:
