@@ -32,6 +32,7 @@ from training.data import batches as data
 from training.data.batches import StageData
 from training.data.encoded import check_encoders
 from training.data.stored import StoredExamples
+from training.data.tokeniser import Tokeniser
 from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
 from training.run_folder import RunFolder
 from training.stage import build_stage
@@ -54,7 +55,15 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
         raise TrainingError("this model reads pictures as its base model does: begin with the stage align")
     share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
     template = model_folder.load_template(sources.need_model(preset.stage))
-    stored = StoredExamples(uri, config, seed=preset.seed, stage=preset.stage, story_share=share, template=template)
+    stored = StoredExamples(
+        uri,
+        config,
+        seed=preset.seed,
+        stage=preset.stage,
+        story_share=share,
+        template=template,
+        tokenise=Tokeniser(str(sources.start or start)),
+    )
     check_rows(stored, start, config, sources)
     if preset.epochs:
         steps = max(1, round(preset.epochs * len(stored) / data.examples_per_step(preset)))

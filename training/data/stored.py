@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,13 @@ class StoredExamples:
         stage: str,
         story_share: float = 0.0,
         template: Template = PUBLISHED,
+        tokenise: Callable[[Example], Example] | None = None,
     ) -> None:
-        """`story_share`: of whole stories among the examples of rows whose prompt is known. Raises TrainingError where
-        there are no rows of the schema."""
+        """`story_share`: of whole stories among the examples of rows whose prompt is known. `tokenise`: fills an
+        example's tokens; None leaves that to the objective. Raises TrainingError where there are no rows of the
+        schema."""
         self.stage, self.story_share, self.template = stage, story_share, template
+        self.tokenise = tokenise
         self.uri, self.seed, self.is_validation = uri, seed, False
         self.read_px = None if config.vision.family == "none" else config.vision.image_px
         self.draw_px = config.image_px
@@ -121,7 +125,7 @@ class StoredExamples:
             draw_px=self.draw_px,
             template=self.template,
         )
-        return stored["id"], example
+        return stored["id"], self.tokenise(example) if self.tokenise else example
 
     def _fitting(self, position: int) -> dict[str, Any]:
         """The row at a position, or the next one with a picture for a stage that learns from nothing else. Raises
