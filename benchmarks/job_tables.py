@@ -174,18 +174,17 @@ def training_rows(found: Results) -> str:
 
 
 def training_memory(found: Results) -> str:
-    """The most memory of a training worker, by its number."""
-    peaks = found["training"]["memory"]
-    ways = dict.fromkeys(name.rpartition(", ")[0] for name in peaks)
-    rows = (
-        (way, *(f"{one['peak_mib']:,.0f} ({one['private_mib']:,.0f})" for one in peaks_of(peaks, way))) for way in ways
-    )
-    return table(("MiB (alone)", "1 worker", "2 workers", "4 workers"), rows)
+    """The most memory of a training worker, and the seconds of a step, by the number of workers."""
+    measured = found["training"]["memory"]
 
+    def cells(way: str) -> list[str]:
+        of = {num: measured.get(f"{way}, {num}") for num in (1, 2, 4)}
+        held = [f"{one['peak_mib']:,.0f} ({one['private_mib']:,.0f})" if one else "" for one in of.values()]
+        return [*held, *(f"{of[num]['step_s']:.1f} s" for num in (1, 2))]
 
-def peaks_of(peaks: dict[str, dict[str, float]], way: str) -> list[dict[str, float]]:
-    """The peaks of a way, by the number of workers."""
-    return [peak for name, peak in peaks.items() if name.rpartition(", ")[0] == way]
+    ways = dict.fromkeys(name.rpartition(", ")[0] for name in measured)
+    head = ("MiB (alone), step", "1 worker", "2 workers", "4 workers", "step of 1", "step of 2")
+    return table(head, ((way, *cells(way)) for way in ways))
 
 
 def training_curves(found: Results) -> str:

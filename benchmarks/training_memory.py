@@ -1,7 +1,8 @@
-"""What a training worker holds, with a language model of 0.5 GB: the part `memory` of benchmarks.training.
+"""What a training worker holds and how long a step takes, with a model of base models whose language model has 0.5 GB:
+the part `memory` of benchmarks.training.
 
-Workers are processes of this machine that talk through gloo. Each loads the model folder, makes two steps of the stage
-"align" and saves. Memory is read from the kernel 50 times a second and counted over that before the model is loaded,
+Workers are processes of this machine that talk through gloo. Each loads the model folder, makes three steps of the
+stage "align" and saves. Memory is read from the kernel 50 times a second and counted over that before the model is loaded,
 with all libraries imported. A page that several processes map counts in equal parts in each (Pss); what a worker holds
 alone is counted apart.
 """
@@ -28,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 SAMPLE_S = 0.02
 HIDDEN, NUM_LAYERS = 1024, 17
 SETTINGS = [
-    "steps=2",
+    "steps=3",
+    "log_every=1",
     "per_gpu_batch_size=1",
     "gradient_accumulation_steps=1",
     "validation_batches=0",
@@ -40,8 +42,11 @@ SETTINGS = [
 WAYS = {
     "float32": ["frozen_bf16=false"],
     "bfloat16, mapped": ["frozen_bf16=true"],
+    **{f"bfloat16, mapped, ZeRO {stage}": ["frozen_bf16=true", f"zero_stage={stage}"] for stage in (0, 1, 2)},
     "bfloat16, mapped, ZeRO 3": ["frozen_bf16=true", "zero_stage=3", "zero_live_parameters=32000000"],
 }
+WITH_FOUR = ("float32", "bfloat16, mapped", "bfloat16, mapped, ZeRO 3")
+"""Ways that are measured with four workers too."""
 
 
 @dataclass
@@ -168,9 +173,12 @@ def run_workers(model: Path, rows: Path, out: Path, settings: list[str], *, num_
 
 
 def measure(model: Path, rows: Path, out: Path, way: str, *, num_workers: int) -> dict[str, float]:
-    """Mean peaks of a way's workers in MiB."""
+    """Mean peaks of a way's workers in MiB, and the seconds of a step after the first."""
     peaks = run_workers(model, rows, out, WAYS[way], num_workers=num_workers)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    at_s = [line["elapsed_s"] for line in lines if "loss" in line]
     return {
+        "step_s": (at_s[-1] - at_s[0]) / (len(at_s) - 1),
         "peak_mib": statistics.fmean(one.proportional for one in peaks) / 2**20,
         "private_mib": statistics.fmean(one.private for one in peaks) / 2**20,
     }
