@@ -2,9 +2,9 @@
 the part `memory` of benchmarks.training.
 
 Workers are processes of this machine that talk through gloo. Each loads the model folder, makes three steps of the
-stage "align" and saves. Memory is read from the kernel 50 times a second and counted over that before the model is loaded,
-with all libraries imported. A page that several processes map counts in equal parts in each (Pss); what a worker holds
-alone is counted apart.
+stage "align" and saves. Memory is read from the kernel 50 times a second and counted over that before the model is
+loaded, with all libraries imported. A page that several processes map counts in equal parts in each (Pss); what a
+worker holds alone is counted apart.
 """
 
 from __future__ import annotations
