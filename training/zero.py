@@ -7,7 +7,7 @@ into the plain loop's own, so that it belongs to no stage and to no number of wo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -90,7 +90,7 @@ class ZeroStrategy:
 
     def state(self) -> dict[str, Any]:
         """Gather from all workers what `TorchStrategy.state` gives after the same steps, a tensor at a time."""
-        keep = copy_to_host if is_first_worker() else lambda gathered: None
+        keep: Callable[[Any], Any] = copy_to_host if is_first_worker() else lambda gathered: None
         if self.stage == 0:
             values = {name: p.detach() for name, p in self.trained.items()}
             return keep({"trained": values, "optimizer": self.engine.optimizer.state_dict()})

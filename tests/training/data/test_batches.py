@@ -21,7 +21,7 @@ class Source:
         return position, position
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**27)
-found = [batch.ids for batch in ray_batches(Source(), TOY, rank=1, num_workers=2)(47)]
+found = [list(map(int, batch.ids)) for batch in ray_batches(Source(), TOY, rank=1, num_workers=2)(47)]
 print("FOUND", json.dumps(found))
 """
 
