@@ -16,7 +16,7 @@ from batch_jobs.prepare import GROUP_ROWS
 from minigpt5.objective.stored_example import ROW_SCHEMA, SEGMENT
 
 ROOT = Path(__file__).parent.parent
-FILE_ROWS = 100_000
+FILE_ROWS = 10_000
 NUM_READ = 20_000
 READER = """
 import json, pickle, resource, sys, time
