@@ -87,8 +87,7 @@ class StoredExamples:
             raise TrainingError(f"{self.uri} has no rows for {kind}: prepare more")
         self._index = index
         self._order = RowOrder(index.sizes, self.seed)
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        """The rows of some groups that are used."""
+        self._cache: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -101,16 +100,17 @@ class StoredExamples:
             while len(self._cache) > KEPT_GROUPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(place.group)
-        return self._cache[place.group].slice(place.number, 1).to_pylist()[0]
+        return self._cache[place.group][place.number]
 
-    def _read_group(self, group: int) -> pa.Table:
+    def _read_group(self, group: int) -> list[dict[str, Any]]:
+        """The rows of a group that are used."""
         path, number = self._index.group_at(group)
         unread = tuple(f".{name}" for name in ALL_FIELDS if name not in self.fields_read)
         with self._files.open_input_file(path) as file:
             reader = parquet.ParquetFile(file)
             leaves = [reader.schema.column(leaf).path for leaf in range(len(reader.schema))]
             rows = reader.read_row_group(number, columns=[leaf for leaf in leaves if not leaf.endswith(unread)])
-        return rows.filter(pa.array(is_validation(rows["id"]) == self.is_validation))
+        return rows.filter(pa.array(is_validation(rows["id"]) == self.is_validation)).to_pylist()
 
     def example_at(self, position: int) -> tuple[str, Example]:
         """The id of the stored row at a position, and one of the examples that the row gives."""
