@@ -7,6 +7,7 @@ into the plain loop's own, so that it belongs to no stage and to no number of wo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from training.presets import OptimizerConfig
 from training.workers import is_first_worker
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
+"""See mallopt(3)."""
 BUCKET = 5_000_000
 """Elements that are reduced at once."""
 
@@ -55,6 +58,7 @@ class ZeroStrategy:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         configuration = _configuration(config)
         if self.stage == 3:
+            _return_freed_memory()
             _share_out(objective, configuration)
         self.engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=configuration, dist_init_required=False
@@ -142,6 +146,13 @@ class ZeroStrategy:
 
     def _step(self) -> float:
         return max(float(moments["step"]) for moments in self.engine.optimizer.optimizer.state.values())
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give freed blocks of LARGE_BYTES back to the kernel. It would keep them, and no gathered weight fits in
+    the gaps, since tensors are aligned: a worker would come to hold most of the model. Other libraries do so anyway."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _share_out(objective: nn.Module, configuration: dict[str, Any]) -> None:
