@@ -328,7 +328,7 @@ def measure_memory(results: dict[str, Any]) -> None:
                 name = f"{way}, {num_workers}"
                 if name not in found:
                     out = Path(folder) / "runs" / name
-                    found[name] = training_memory.measure(*made, out, way, num_workers=num_workers)
+                    found[name] = training_memory.measure(made, out, way, num_workers=num_workers)
                     print(name, found[name], flush=True)
                     save(results)
 

@@ -2,8 +2,8 @@
 the part `memory` of benchmarks.training.
 
 Workers are processes of this machine that talk through gloo. Each loads the model folder, makes three steps of the
-stage "align" and saves. Memory is read from the kernel 50 times a second and counted over that before the model is
-loaded, with all libraries imported. A page that several processes map counts in equal parts in each (Pss); what a
+stage "align" and saves. Memory is read from the kernel 50 times a second and counted over that of the process after it has
+done the same with a tiny model. A page that several processes map counts in equal parts in each (Pss); what a
 worker holds alone is counted apart.
 """
 
@@ -23,7 +23,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from batch_jobs.prepare import Part, write_part
-from examples.own_model.tiny_bases import make_stable_diffusion, make_tokenizer
+from examples.own_model.tiny_bases import make_qwen3, make_stable_diffusion, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_S = 0.02
@@ -101,11 +101,11 @@ from training.stage import build_stage
 from training.train import find_examples
 from training.weight_sources import WeightSources
 
-start, rows, out, *settings = sys.argv[1:]
+model, warm, rows, out, *settings = sys.argv[1:]
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
-distributed.barrier()
-with PeakMemory() as memory:
+
+def train(start, out, settings):
     sources = WeightSources(runs=Path(out), start=start)
     preset = for_workers(override(PUBLISHED["align"], settings), distributed.get_world_size())
     preset, data = find_examples(preset, sources, rows)
@@ -113,15 +113,33 @@ with PeakMemory() as memory:
     # Each worker takes whole batches of one example here: who learns from which is no matter of memory.
     one = override(preset, ["batch_size=1"])
     loop.fit(build_stage(preset, sources, data), preset, RunFolder(out), local_batches(data.training, one))
+
+train(warm, out + "-warm", [setting for setting in settings if not setting.startswith("zero")])
+distributed.barrier()
+with PeakMemory() as memory:
+    train(model, out, settings)
 print("PEAK", json.dumps(vars(memory.peak)))
 """
 
 
-def make_model(folder: Path) -> tuple[Path, Path]:
-    """A model folder whose language model has 0.5 GB of random weights, stored in bfloat16; and captions."""
+@dataclass(frozen=True)
+class Made:
+    """What workers train on."""
+
+    model: Path
+    """A model folder whose language model has 0.5 GB of random weights, stored in bfloat16."""
+    warm: Path
+    """One whose language model is tiny."""
+    rows: Path
+    """Captions with pictures."""
+
+
+def make_model(folder: Path) -> Made:
+    """Make both models, in `model` and `warm`, from the base models in `language`, `tiny` and `diffusion`."""
     from minigpt5 import new
 
-    language, diffusion, made, rows = (folder / name for name in ("language", "diffusion", "model", "rows"))
+    language, tiny, diffusion = (folder / name for name in ("language", "tiny", "diffusion"))
+    made = Made(folder / "model", folder / "warm", folder / "rows")
     tokenizer = make_tokenizer(language)
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -139,12 +157,15 @@ def make_model(folder: Path) -> tuple[Path, Path]:
     )
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(language)
     make_stable_diffusion(diffusion)
-    new.make_folder(made, language=str(language), diffusion=str(diffusion), context_tokens=512)
-    write_part(Part(number=0, file="", start=0, count=64), layout="storybook:caption", uri="", output=str(rows), seed=3)
-    return made, rows
+    make_qwen3(tiny)
+    for model, base in ((made.model, language), (made.warm, tiny)):
+        new.make_folder(model, language=str(base), diffusion=str(diffusion), context_tokens=512)
+    part = Part(number=0, file="", start=0, count=64)
+    write_part(part, layout="storybook:caption", uri="", output=str(made.rows), seed=3)
+    return made
 
 
-def run_workers(model: Path, rows: Path, out: Path, settings: list[str], *, num_workers: int) -> list[Memory]:
+def run_workers(made: Made, out: Path, settings: list[str], *, num_workers: int) -> list[Memory]:
     """The peak of each worker of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -152,7 +173,7 @@ def run_workers(model: Path, rows: Path, out: Path, settings: list[str], *, num_
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_workers)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(model), str(rows), str(out), *SETTINGS, *settings],
+            [sys.executable, "-c", WORKER, *map(str, (made.model, made.warm, made.rows, out)), *SETTINGS, *settings],
             cwd=ROOT,
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(num_workers)},
             stdout=subprocess.PIPE,
@@ -172,9 +193,9 @@ def run_workers(model: Path, rows: Path, out: Path, settings: list[str], *, num_
     return [Memory(**json.loads(line[4:])) for line in said]
 
 
-def measure(model: Path, rows: Path, out: Path, way: str, *, num_workers: int) -> dict[str, float]:
+def measure(made: Made, out: Path, way: str, *, num_workers: int) -> dict[str, float]:
     """Mean peaks of a way's workers in MiB, and the seconds of a step after the first."""
-    peaks = run_workers(model, rows, out, WAYS[way], num_workers=num_workers)
+    peaks = run_workers(made, out, WAYS[way], num_workers=num_workers)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     at_s = [line["elapsed_s"] for line in lines if "loss" in line]
     return {

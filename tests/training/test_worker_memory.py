@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training_memory import WAYS, Memory, make_model, run_workers
+from benchmarks.training_memory import WAYS, Made, Memory, make_model, run_workers
 from minigpt5.combine import Parts, sketch
 from minigpt5.footprint import count_lora, count_parts, count_trained, memory_gb
 from minigpt5.model.sizes import training_gb
@@ -17,7 +17,7 @@ TOLERANCE = 0.15
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make_model(tmp_path_factory.mktemp("large"))
 
 
@@ -26,8 +26,8 @@ def sketched(model: Path) -> Parts:
     return sketch(language=str(bases / "language"), diffusion=str(bases / "diffusion"), context_tokens=512)
 
 
-def peaks(made: tuple[Path, Path], out: Path, way: str, num_workers: int) -> list[Memory]:
-    return run_workers(*made, out / f"{way}-{num_workers}", WAYS[way], num_workers=num_workers)
+def peaks(made: Made, out: Path, way: str, num_workers: int) -> list[Memory]:
+    return run_workers(made, out / f"{way}-{num_workers}", WAYS[way], num_workers=num_workers)
 
 
 def published_gb(parts: Parts, *, zero: int, workers: int) -> float:
@@ -49,8 +49,8 @@ def published_gb(parts: Parts, *, zero: int, workers: int) -> float:
     return sum(training_gb(named, zero=zero, workers=workers)["stage 1"].values())
 
 
-def test_a_worker_holds_what_the_reports_say(made: tuple[Path, Path], tmp_path: Path) -> None:
-    parts = sketched(made[0])
+def test_a_worker_holds_what_the_reports_say(made: Made, tmp_path: Path) -> None:
+    parts = sketched(made.model)
     assert count_parts(parts)["language model"] * 2 >= 500e6
     said = memory_gb(parts)
     for way, place in (("bfloat16, mapped", "GPU"), ("float32", "CPU")):
@@ -59,8 +59,8 @@ def test_a_worker_holds_what_the_reports_say(made: tuple[Path, Path], tmp_path: 
     assert said["align on a GPU, one worker"] == pytest.approx(published_gb(parts, zero=0, workers=1), rel=0.01)
 
 
-def test_workers_share_mapped_weights_and_zero_3_shares_them_out(made: tuple[Path, Path], tmp_path: Path) -> None:
-    parts = sketched(made[0])
+def test_workers_share_mapped_weights_and_zero_3_shares_them_out(made: Made, tmp_path: Path) -> None:
+    parts = sketched(made.model)
     weights_bytes = 2 * count_parts(parts)["language model"]
     mapped = {workers: peaks(made, tmp_path, "bfloat16, mapped", workers) for workers in (1, 2)}
     for workers, found in mapped.items():
