@@ -2,8 +2,8 @@
 the part `memory` of benchmarks.training.
 
 Workers are processes of this machine that talk through gloo. Each loads the model folder, makes three steps of the
-stage "align" and saves. Memory is read from the kernel 50 times a second and counted over that of the process after it has
-done the same with a tiny model. A page that several processes map counts in equal parts in each (Pss); what a
+stage "align" and saves. Memory is read from the kernel 50 times a second, and counted over that of the process after
+it has done the same with a tiny model. A page that several processes map counts in equal parts in each (Pss); what a
 worker holds alone is counted apart.
 """
 
