@@ -10,6 +10,7 @@ from typing import Protocol
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.observability.story_context import current_story
 from minigpt5.errors import EngineLost, FingerprintMismatch, MiniGPT5Error
 from minigpt5.story.stream import describe
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest
@@ -42,7 +43,8 @@ class ServeEngines:
         self._generator, self._decoder = generator, decoder
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        events = self._generator.options(stream=True, session_id=request.session).generate.remote(request)
+        generator = self._generator.options(stream=True, session_id=request.session)
+        events = generator.generate.remote(request)
         try:
             with _own_errors():
                 async for event in events:
@@ -52,7 +54,9 @@ class ServeEngines:
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         # Serve prefers a decoder that has the picture's style.
-        decoder = self._decoder.options(stream=True, multiplexed_model_id=request.settings.style)
+        decoder = self._decoder.options(
+            stream=True, multiplexed_model_id=request.settings.style, session_id=current_story()
+        )
         events = decoder.decode.remote(request)
         try:
             with _own_errors():
