@@ -1,0 +1,46 @@
+"""`python -m deployments.observability`: write the Grafana dashboard and Prometheus' alert rules, or draw the dashboard
+from what a Prometheus has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from deployments.observability.alerts import rules
+from deployments.observability.dashboard import dashboard
+from deployments.observability.sheet import draw_sheet
+
+FOLDER = Path("cluster/observability")
+SAID = "# Written by `python -m deployments.observability`: change deployments/observability/alerts.py instead.\n"
+
+
+def make_files() -> dict[str, str]:
+    """File name -> what is in it."""
+    alerts = yaml.safe_dump(rules(), sort_keys=False, width=10_000)
+    return {"dashboard.json": json.dumps(dashboard(), indent=2) + "\n", "alerts.yaml": SAID + alerts}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deployments.observability", description=__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the files (default: %(default)s)")
+    parser.add_argument("--sheet", type=Path, help="draw the dashboard into this SVG file instead")
+    parser.add_argument("--prometheus", default="http://127.0.0.1:9090", help="for --sheet (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="that --sheet shows (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.sheet:
+        args.sheet.write_text(draw_sheet(args.prometheus, minutes=args.minutes))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, text in make_files().items():
+        (args.out / name).write_text(text)
+        print(args.out / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
