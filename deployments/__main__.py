@@ -172,7 +172,9 @@ def start(args: argparse.Namespace) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in the place of ours
         signal.signal(number, _interrupt)
-    serve.start(http_options={"host": args.host, "port": args.port}, tracing_config=traces)
+    serve.start(
+        http_options={"host": args.host, "port": args.port}, logging_config={"encoding": "JSON"}, tracing_config=traces
+    )
     try:
         arguments = AppArgs(
             model=args.model,

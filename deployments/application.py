@@ -183,7 +183,7 @@ def app(args: AppArgs) -> Application:
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
-        logging_config=logging_config,
+        logging_config={**logging_config, "enable_access_log": False},  # it has its own
     ).bind(
         generator,
         decoder,

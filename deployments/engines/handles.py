@@ -67,7 +67,7 @@ class ServeEngines:
 
     async def validate_request(self, request: StoryRequest) -> None:
         with _own_errors():
-            await self._generator.validate_request.remote(request)
+            await self._generator.options(session_id=current_story()).validate_request.remote(request)
 
     async def check_ready(self) -> None:
         generator, decoder = await asyncio.gather(

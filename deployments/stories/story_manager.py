@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from deployments.engines.handles import Engines
 from deployments.observability.metrics import ADMITTED_REQUESTS, PAGES, STORIES
 from deployments.observability.recording import begin_at_zero, record
-from deployments.observability.story_context import story_context
+from deployments.observability.story_context import enter_story, story_context
 from deployments.observability.tracing import TRACER, name_span
 from deployments.stories.admission import Admission, Overloaded, Reservation
 from deployments.stories.events import StreamEvent
@@ -255,6 +255,7 @@ class StoryManager:
     ) -> RunningStory:
         """Under the lease with this `number`, which the story keeps to its end."""
         request, story_id, store = builder.request, builder.state().id, self._store.owned(number)
+        enter_story(story_id)
         reservation = self._admission.reserve(request)
         try:
             await self._engines.validate_request(request)
