@@ -15,8 +15,8 @@ POINTS = 120
 """Of a line."""
 RATE_WINDOW = "1m"
 """In the place of the window that Grafana chooses."""
-PANEL_PX, TALL_PX, GAP_PX, TITLE_PX = 400, 190, 16, 34
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 44, 10, 28, 44
+PANEL_PX, TALL_PX, GAP_PX, TITLE_PX = 400, 200, 16, 34
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 44, 10, 28, 60
 """Around a panel's plot."""
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
@@ -91,7 +91,7 @@ def _draw_panel(panel: Panel, lines: list[Line], *, start: float, end: float) ->
             for when, value in line.points
         ]
         parts.append(f'<path d="M{"L".join(xy)}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-    x, y = 10, TALL_PX - 24
+    x, y = 10, TALL_PX - 36
     for colour, line in zip(COLOURS, lines, strict=False):
         wide_px = 16 + 6 * len(line.legend)
         if x + wide_px > PANEL_PX:

@@ -24,28 +24,19 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 def tracing_config(ratio: float) -> TracingConfig | None:
     """Trace this share of the requests; 0: none. Spans go to OTEL_EXPORTER_OTLP_ENDPOINT, else to files in `spans/`
-    of Serve's log folder.
-
-    Raises SettingsError where `ratio` is no share, or the package that sends spans is missing."""
+    of Serve's log folder. Raises SettingsError where `ratio` is no share."""
     if not 0 <= ratio <= 1:
-        raise SettingsError(f"traces is {ratio:g} but must be from 0, for none, to 1, for every request")
+        raise SettingsError(f"traces is {ratio:g} but must be from 0 (no request) to 1 (every request)")
     if not ratio:
         return None
-    sends = bool(os.environ.get(ENDPOINT))
-    if sends:
-        send_by_otlp()
-    return TracingConfig(enabled=True, sampling_ratio=ratio, exporter_import_path=OTLP if sends else "")
+    exporter = OTLP if os.environ.get(ENDPOINT) else ""  # "": Serve's own, which writes files
+    return TracingConfig(enabled=True, sampling_ratio=ratio, exporter_import_path=exporter)
 
 
 def send_by_otlp() -> list[SpanProcessor]:
-    """For Serve's `exporter_import_path`: send spans by HTTP as OpenTelemetry's variables (OTEL_EXPORTER_OTLP_*) say.
+    """For Serve's `exporter_import_path`: send spans by HTTP as the variables OTEL_EXPORTER_OTLP_* say."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # not where tracing is off
 
-    Raises SettingsError."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    except ImportError as error:
-        message = f"{ENDPOINT} is set, but the package opentelemetry-exporter-otlp-proto-http is missing: install it"
-        raise SettingsError(message) from error
     return [BatchSpanProcessor(OTLPSpanExporter())]
 
 

@@ -25,6 +25,7 @@ from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from batch_jobs import illustrate
 from batch_jobs.pipeline import ENGINE_CPUS
 from deployments.application import AppArgs
+from deployments.observability.__main__ import make_files
 from minigpt5.model.sizes import build as build_model
 from minigpt5.model.sizes import counts, print_tables, serving_gb
 from tests.cluster.test_image import ENVIRONMENT, WORKDIR, copied
@@ -176,6 +177,7 @@ def test_every_file_is_a_part_of_something_that_is_tested() -> None:
         used |= {path.parent / name for name in kustomization["resources"]}
         used |= {path.parent / patch["path"] for patch in kustomization.get("patches", ()) if "path" in patch}
     others = {"Dockerfile", "Dockerfile.dockerignore", "ray-up.yaml", "serve-storybook.yaml", "serve-minigpt5-7b.yaml"}
+    others |= {f"observability/{name}" for name in make_files()}
     assert {path for path in FILES} == {path for path in used if path.is_file()} | {FOLDER / name for name in others}
 
 

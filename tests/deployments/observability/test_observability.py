@@ -82,7 +82,7 @@ def test_grafanas_panels_do_not_overlap_and_have_one_data_source() -> None:
 
 def test_an_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
     text = (ROOT / "docs/operations.md").read_text()
-    anchors = {title.lower() for title in re.findall(r"^#### (\w+)$", text, flags=re.M)}
+    anchors = {title.lower() for title in re.findall(r"^### (\w+)$", text, flags=re.M)}
     assert anchors == {alert.anchor for alert in ALERTS}
     found: list[dict[str, Any]] = rules()["groups"][0]["rules"]
     for rule in found:
