@@ -19,20 +19,15 @@ logger = logging.getLogger("ray.serve")
 HEADER = b"x-request-id"
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 RESULTS = {
-    400: "invalid",
     401: "unauthorized",
     404: "not_found",
-    405: "invalid",
     409: "conflict",
     413: "too_large",
     414: "too_large",
-    422: "invalid",
     429: "rate_limited",
-    500: "internal_error",
-    503: "overloaded",
+    503: "overloaded",  # or an engine was lost: the client comes back either way
 }
-"""Status -> what the metric calls it. 503 is also the answer where an engine was lost: the client comes back either
-way."""
+"""Status -> what the metric calls it, where this is not what it calls all of 2xx, 4xx or 5xx."""
 
 
 class AccessLog:
@@ -55,7 +50,7 @@ class AccessLog:
             nonlocal status, result
             if message["type"] == "http.response.start":
                 status = message["status"]
-                result = RESULTS.get(status, "answered")
+                result = _result_of(status)
                 message = {**message, "headers": [*message.get("headers", []), (HEADER, request_id)]}
             await send(message)
 
@@ -71,7 +66,14 @@ class AccessLog:
                 "method": scope["method"],
                 "path": scope["path"][:200],
                 "status": status,
+                "result": result,
                 "seconds": round(time.monotonic() - began, 3),
                 "key": scope.get(CLIENT),
             }
             logger.info("%(method)s %(path)s %(status)s", fields, extra=fields)
+
+
+def _result_of(status: int) -> str:
+    if status < 400:
+        return "answered"
+    return RESULTS.get(status, "invalid" if status < 500 else "internal_error")

@@ -43,8 +43,7 @@ class ServeEngines:
         self._generator, self._decoder = generator, decoder
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        generator = self._generator.options(stream=True, session_id=request.session)
-        events = generator.generate.remote(request)
+        events = self._generator.options(stream=True, session_id=request.session).generate.remote(request)
         try:
             with _own_errors():
                 async for event in events:

@@ -17,7 +17,7 @@ from deployments.observability.metrics import (
     STEPS,
     Metric,
 )
-from deployments.observability.recording import Record, begin_at_zero, record
+from deployments.observability.recording import Record, record
 from minigpt5.engine.fair_share import Occupancy
 from minigpt5.errors import Blocked
 from minigpt5.types import DecoderEvent, Picture, Progress
@@ -61,7 +61,6 @@ def watch(name: str, engine: Engine, values: Mapping[Metric, Callable[[], float]
             report_all()
             time.sleep(PERIOD_S)
 
-    begin_at_zero(metric for metric in values if metric.kind == "counter")
     threading.Thread(target=report_for_ever, name=f"{name}-metrics", daemon=True).start()
 
 

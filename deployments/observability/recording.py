@@ -30,13 +30,15 @@ def record(metric: Metric, value: float, /, **labels: str) -> None:
         instrument.observe(value, tags=labels)
     elif value:
         instrument.inc(value, tags=labels)
+    else:  # which `inc` refuses, and which shows the series
+        instrument._record(0.0, tags=labels)
 
 
 def begin_at_zero(metrics: Iterable[Metric]) -> None:
     """Export all series of these counters from now on. A series that begins at 1 hides its first event from `rate`."""
     for metric in metrics:
         for labels in metric.label_sets:
-            _instrument(metric)._record(0.0, tags=labels)  # `inc` refuses 0
+            record(metric, 0, **labels)
 
 
 @functools.cache

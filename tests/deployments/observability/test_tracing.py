@@ -17,6 +17,7 @@ from deployments.observability.tracing import ENDPOINT, OTLP, send_by_otlp, trac
 from minigpt5.errors import SettingsError
 from tests.helpers.processes import MODEL, Server, running_server
 
+CLIENTS_TRACE = 0xC1
 DEPLOYMENTS = {"Ingress", "VokenGenerator", "DiffusionDecoder"}
 
 
@@ -91,10 +92,11 @@ def traced(tmp_path: Path) -> Iterator[Server]:
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"no model is shipped in {MODEL}")
 def test_each_story_is_one_trace_over_front_generator_and_decoder(traced: Server) -> None:
-    bodies = [{"prompt": prompt, "pages": 2, "seed": 5, "steps": 4} for prompt in ("A fox", "An owl")]
-    ids = {traced.client.post("/v1/stories", json=body).json()["id"] for body in bodies}
-    # A story that goes on after its client has its answer belongs to the same trace.
-    waits_not = traced.client.post("/v1/stories", json={**bodies[0], "prompt": "A bear", "wait": False}).json()["id"]
+    body = {"prompt": "A fox", "pages": 2, "seed": 5, "steps": 4}
+    of_client = {"traceparent": f"00-{CLIENTS_TRACE:032x}-{1:016x}-01"}
+    waited = traced.client.post("/v1/stories", json=body, headers=of_client).json()["id"]
+    # A story that goes on after its client has its answer belongs to the same trace as the request.
+    waits_not = traced.client.post("/v1/stories", json={**body, "prompt": "A bear", "wait": False}).json()["id"]
     assert traced.client.get(f"/v1/stories/{waits_not}", params={"wait": 60}).json()["status"] == "done"
     spans = list(read_spans(traced.logs))
     traces: dict[str, list[dict[str, Any]]] = {}
@@ -107,7 +109,8 @@ def test_each_story_is_one_trace_over_front_generator_and_decoder(traced: Server
         for story_id in named:
             assert story_id not in by_story
             by_story[story_id] = trace
-    assert set(by_story) == {*ids, waits_not}
+    assert set(by_story) == {waited, waits_not}
+    assert {span["context"]["trace_id"] for span in by_story[waited]} == {f"0x{CLIENTS_TRACE:032x}"}
     for story_id, trace in by_story.items():
         assert {span["deployment"] for span in trace} == DEPLOYMENTS
         by_id = {span["context"]["span_id"]: span for span in trace}
