@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,14 +16,27 @@ from deployments.observability.alerts import rules
 from deployments.observability.dashboard import dashboard
 from deployments.observability.sheet import draw_sheet
 
-FOLDER = Path("cluster/observability")
+FOLDER = Path("cluster")
 SAID = "# Written by `python -m deployments.observability`: change deployments/observability/alerts.py instead.\n"
 
 
 def make_files() -> dict[str, str]:
-    """File name -> what is in it."""
-    alerts = yaml.safe_dump(rules(), sort_keys=False, width=10_000)
-    return {"dashboard.json": json.dumps(dashboard(), indent=2) + "\n", "alerts.yaml": SAID + alerts}
+    """Path under `cluster/` -> what is in the file."""
+    rule = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "minigpt5", "labels": {"app": "minigpt5"}},
+        "spec": rules(),
+    }
+    return {
+        "observability/dashboard.json": json.dumps(dashboard(), indent=2) + "\n",
+        "observability/alerts.yaml": f"{SAID}{_to_yaml(rules())}",
+        "kubernetes/monitoring/prometheusrule.yaml": f"# Hardware: any.\n{SAID}{_to_yaml(rule)}",
+    }
+
+
+def _to_yaml(value: dict[str, Any]) -> str:
+    return yaml.safe_dump(value, sort_keys=False, width=10_000)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.sheet:
         args.sheet.write_text(draw_sheet(args.prometheus, minutes=args.minutes))
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, text in make_files().items():
-        (args.out / name).write_text(text)
-        print(args.out / name)
+        path = args.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(path)
     return 0
 
 

@@ -129,7 +129,7 @@ def pods(name: str) -> Iterator[PodTemplate]:
 
 
 @each_build
-def test_the_objects_are_what_kubernetes_and_kuberay_take(name: str) -> None:
+def test_the_objects_are_what_kubernetes_and_its_operators_take(name: str) -> None:
     assert BUILDS[name]
     for manifest in BUILDS[name]:
         assert not errors_of(manifest), manifest["metadata"]["name"]
@@ -145,6 +145,8 @@ def test_the_objects_are_what_kubernetes_and_kuberay_take(name: str) -> None:
         ("jobs/align", "RayJob", "spec/backoff"),
         ("common", "NetworkPolicy", "spec/ingres"),
         ("raycluster", "RayCluster", "spec/serveConfigV2"),
+        ("monitoring", "PodMonitor", "spec/podSelector"),
+        ("monitoring", "PrometheusRule", "spec/rules"),
     ],
 )
 def test_an_unknown_field_is_refused(name: str, kind: str, path: str) -> None:
@@ -177,7 +179,7 @@ def test_every_file_is_a_part_of_something_that_is_tested() -> None:
         used |= {path.parent / name for name in kustomization["resources"]}
         used |= {path.parent / patch["path"] for patch in kustomization.get("patches", ()) if "path" in patch}
     others = {"Dockerfile", "Dockerfile.dockerignore", "ray-up.yaml", "serve-storybook.yaml", "serve-minigpt5-7b.yaml"}
-    others |= {f"observability/{name}" for name in make_files()}
+    others |= {name for name in make_files() if not name.startswith("kubernetes/")}
     assert {path for path in FILES} == {path for path in used if path.is_file()} | {FOLDER / name for name in others}
 
 
@@ -475,6 +477,17 @@ def test_strangers_reach_the_http_port_and_no_port_of_ray(name: str) -> None:
         assert reached == {PORTS["serve"]}
     assert lets_in(operator, PORTS["dashboard"]) and not lets_in(operator, PORTS["gcs"])
     assert lets_in(prometheus, PORTS["metrics"]) and not lets_in(prometheus, PORTS["dashboard"])
+
+
+def test_prometheus_scrapes_every_pod_of_ray() -> None:
+    (monitor,) = of_kind("monitoring", "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for name in APPLIED:
+        for pod in pods(name):
+            if ray_cluster(name) and pod.name != "redis":
+                assert matches(monitor["spec"]["selector"], pod.labels)
+                ports = [port for each in pod.spec["containers"] for port in each.get("ports", ())]
+                assert {"name": endpoint["port"], "containerPort": PORTS["metrics"]} in ports
 
 
 def test_pods_reach_the_name_servers_of_usual_clusters() -> None:

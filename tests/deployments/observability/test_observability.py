@@ -57,8 +57,9 @@ def test_every_metric_is_on_the_dashboard() -> None:
 
 def test_the_committed_files_are_what_the_command_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path)]) == 0
-    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert written == make_files() == {path.name: path.read_text() for path in (ROOT / FOLDER).iterdir()}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in files}
+    assert written == make_files() == {name: (ROOT / FOLDER / name).read_text() for name in written}
     assert len(capsys.readouterr().out.splitlines()) == len(written)
 
 

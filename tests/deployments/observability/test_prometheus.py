@@ -19,7 +19,7 @@ from deployments.observability.__main__ import FOLDER, main
 from deployments.observability.dashboard import PANELS, WINDOW
 from tests.helpers.processes import MODEL, ROOT, Server, answers, find_free_port
 
-RULES = ROOT / FOLDER / "alerts.yaml"
+RULES = ROOT / FOLDER / "observability" / "alerts.yaml"
 START_S = 30
 SCRAPE_S = 2
 LOAD_S = 45
