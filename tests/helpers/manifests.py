@@ -129,7 +129,7 @@ def reduce(definitions: dict[str, Any]) -> dict[str, Any]:
     """The definitions that the kinds in use need, without descriptions."""
     kept: dict[str, Any] = {}
     others = of_operators()
-    todo = [*(name for name in KINDS.values() if name not in others), *(name for name in _named(others) if name not in others)]
+    todo = [name for name in (*KINDS.values(), *_named(others)) if name not in others]
     while todo:
         name = todo.pop()
         if name not in kept:
