@@ -17,7 +17,10 @@ from deployments.observability.dashboard import dashboard
 from deployments.observability.sheet import draw_sheet
 
 FOLDER = Path("cluster")
-SAID = "# Written by `python -m deployments.observability`: change deployments/observability/alerts.py instead.\n"
+SAID = """\
+# Hardware: any.
+# Written by `python -m deployments.observability`: change deployments/observability/alerts.py instead.
+"""
 
 
 def make_files() -> dict[str, str]:
@@ -31,7 +34,7 @@ def make_files() -> dict[str, str]:
     return {
         "observability/dashboard.json": json.dumps(dashboard(), indent=2) + "\n",
         "observability/alerts.yaml": f"{SAID}{_to_yaml(rules())}",
-        "kubernetes/monitoring/prometheusrule.yaml": f"# Hardware: any.\n{SAID}{_to_yaml(rule)}",
+        "kubernetes/monitoring/prometheusrule.yaml": f"{SAID}{_to_yaml(rule)}",
     }
 
 
