@@ -27,6 +27,7 @@ from deployments.observability.metrics import (
     RUNNING_REQUESTS,
     STEPS,
     STORIES,
+    Metric,
 )
 from deployments.observability.queries import REPLICAS, quantile, rate, series, total
 
@@ -50,7 +51,7 @@ class Panel:
     unit: Literal["short", "s", "percentunit", "reqps"] = "short"
 
 
-def by_quantile(metric: Any, *shares: float) -> dict[str, str]:
+def by_quantile(metric: Metric, *shares: float) -> dict[str, str]:
     return {f"p{share * 100:g}": quantile(metric, share, WINDOW) for share in shares}
 
 

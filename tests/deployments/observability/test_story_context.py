@@ -48,7 +48,7 @@ def test_a_storys_task_keeps_the_request_that_began_it(caplog: pytest.LogCapture
         await asyncio.gather(request("a"), request("b"))
 
     with caplog.at_level(logging.INFO, logger="ray.serve"):
-        asyncio.run(main(), debug=False)
+        asyncio.run(main())
     told = [(record.message, *ids(record)) for record in caplog.records]
     assert sorted(told) == [
         ("from the request", "", "req_a"),
