@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 
 from deployments.observability.alerts import rules
@@ -50,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60, help="that --sheet shows (default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.sheet:
-        args.sheet.write_text(draw_sheet(args.prometheus, minutes=args.minutes))
+        try:
+            args.sheet.write_text(draw_sheet(args.prometheus, minutes=args.minutes))
+        except httpx.HTTPError as error:
+            message = f"Prometheus at {args.prometheus} does not answer ({error}): name another with --prometheus"
+            print(f"error: {message}", file=sys.stderr)
+            return 2
         return 0
     for name, text in make_files().items():
         path = args.out / name

@@ -63,6 +63,13 @@ def test_the_committed_files_are_what_the_command_writes(tmp_path: Path, capsys:
     assert len(capsys.readouterr().out.splitlines()) == len(written)
 
 
+def test_a_prometheus_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "sheet.svg"
+    assert main(["--sheet", str(sheet), "--prometheus", "http://127.0.0.1:9"]) == 2
+    assert "Prometheus at http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    assert not sheet.exists()
+
+
 def test_grafanas_panels_do_not_overlap_and_have_one_data_source() -> None:
     board = dashboard()
     assert [variable["type"] for variable in board["templating"]["list"]] == ["datasource"]
