@@ -37,13 +37,13 @@ SETTINGS = [
     "draws_samples=false",
     "checkpoint_every_s=1000000",
     "num_threads=1",
-    "bf16=true",
 ]
+HALVED = ["bf16=true", "frozen_bf16=true"]
 WAYS = {
-    "float32": ["frozen_bf16=false"],
-    "bfloat16, mapped": ["frozen_bf16=true"],
-    **{f"bfloat16, mapped, ZeRO {stage}": ["frozen_bf16=true", f"zero_stage={stage}"] for stage in (0, 1, 2)},
-    "bfloat16, mapped, ZeRO 3": ["frozen_bf16=true", "zero_stage=3", "zero_live_parameters=32000000"],
+    "float32": ["bf16=false"],
+    "bfloat16, mapped": HALVED,
+    "bfloat16, mapped, ZeRO 3": [*HALVED, "zero_stage=3", "zero_live_parameters=32000000"],
+    **{f"bfloat16, mapped, ZeRO {stage}": [*HALVED, f"zero_stage={stage}"] for stage in (0, 1, 2)},
 }
 WITH_FOUR = ("float32", "bfloat16, mapped", "bfloat16, mapped, ZeRO 3")
 """Ways that are measured with four workers too."""
