@@ -40,10 +40,10 @@ SETTINGS = [
 ]
 HALVED = ["bf16=true", "frozen_bf16=true"]
 WAYS = {
-    "float32": ["bf16=false"],
     "bfloat16, mapped": HALVED,
     "bfloat16, mapped, ZeRO 3": [*HALVED, "zero_stage=3", "zero_live_parameters=32000000"],
     **{f"bfloat16, mapped, ZeRO {stage}": [*HALVED, f"zero_stage={stage}"] for stage in (0, 1, 2)},
+    "float32": ["bf16=false"],
 }
 WITH_FOUR = ("float32", "bfloat16, mapped", "bfloat16, mapped, ZeRO 3")
 """Ways that are measured with four workers too."""
