@@ -165,11 +165,10 @@ def training_rows(found: Results) -> str:
             f"{one['us_per_row']:.0f} us",
             f"{one['opened_us_per_row']:.1f} us",
             f"{one['sent_mib']:.2f} MiB",
-            f"{one['peak_mib_over_imports']:.0f} MiB",
         )
         for num_rows, one in found["training"]["rows"].items()
     )
-    head = ("rows", "an example", "opening, each row", "sent to a data worker", "memory over the imports")
+    head = ("rows", "an example", "opening, each row", "sent to a data worker")
     return table(head, rows)
 
 

@@ -2,7 +2,7 @@
 
 Into benchmarks/results/training.json.
 
-    rows     the cost of a stored row, and a reader's memory, at 10,000 to 10,000,000 rows
+    rows     the cost of a stored row, and the size of a reader, at 10,000 to 10,000,000 rows
     memory   what a worker holds with a language model of 0.5 GB: frozen weights in float32 and bfloat16, ZeRO 3
     speed    a worker on Ray Train against the plain loop, both with two threads; two workers; memory by ZeRO stage
     curves   losses of ZeRO 0 to 3 against the plain loop, 50 steps, float32 and bfloat16

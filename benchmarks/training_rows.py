@@ -1,4 +1,4 @@
-"""The cost of a stored row, and a reader's memory, by the number of rows: the part `rows` of benchmarks.training."""
+"""The cost of a stored row, and the size of a reader, by the number of rows: the part `rows` of benchmarks.training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,11 @@ ROOT = Path(__file__).parent.parent
 FILE_ROWS = 10_000
 NUM_READ = 20_000
 READER = """
-import json, pickle, resource, sys, time
+import json, pickle, sys, time
 from minigpt5.config import storybook
 from training.data.stored import StoredExamples
 
-def peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-uri, num_read, baseline_mib, began = sys.argv[1], int(sys.argv[2]), peak_mib(), time.perf_counter()
+uri, num_read, began = sys.argv[1], int(sys.argv[2]), time.perf_counter()
 examples = StoredExamples(uri, storybook(), seed=1, stage="align")
 opened_s = time.perf_counter() - began
 sent = pickle.dumps(examples)
@@ -37,7 +34,6 @@ print(json.dumps({
     "us_per_row": 1e6 * (time.perf_counter() - began) / num_read,
     "opened_us_per_row": 1e6 * opened_s / (len(examples) + len(examples.held_out())),
     "sent_mib": len(sent) / 2**20,
-    "peak_mib_over_imports": peak_mib() - baseline_mib,
 }))
 """
 
