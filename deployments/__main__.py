@@ -21,6 +21,10 @@ from minigpt5.config import ModelConfig, default_model_folder
 
 READY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 10.0
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns of a coming change
+}
 FEWER_HOPS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -66,6 +70,7 @@ def parse_args() -> argparse.Namespace:
 def serve_until_interrupted(args: argparse.Namespace) -> None:
     """Raises StartError, or KeyboardInterrupt at the end, when nothing of ours runs any more."""
     started_at = time.monotonic()
+    set_up_ray()
     check_keys(args.host, args.api_keys)
     check_port(args.host, args.port)
     config = check_model(args.model)
@@ -79,6 +84,15 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
             time.sleep(3600)
     finally:
         end()
+
+
+def set_up_ray() -> None:
+    """Set the variables of Ray and of its processes that are not set. Ray reads some of them when it is imported."""
+    from deployments import loopback
+    from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+
+    for name, value in {**QUIET, **loopback.VARIABLES, CALLBACK_VARIABLE: CALLBACK, **FEWER_HOPS}.items():
+        os.environ.setdefault(name, value)
 
 
 def check_keys(host: str, api_keys: str) -> None:
@@ -136,15 +150,10 @@ def check_storage(uri: str) -> None:
 
 def start(args: argparse.Namespace) -> None:
     """A Ray of our own, then the application in it. Raises StartError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a coming change
-    from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
-
-    for name, value in {CALLBACK_VARIABLE: CALLBACK, **FEWER_HOPS}.items():
-        os.environ.setdefault(name, value)
     import ray
     from ray import serve
 
+    from deployments import loopback
     from deployments.application import AppArgs, app
 
     ray.init(
@@ -153,6 +162,7 @@ def start(args: argparse.Namespace) -> None:
         num_cpus=max(2, os.cpu_count() or 2),
         object_store_memory=256 * 2**20,  # what crosses processes here is small
         include_dashboard=False,  # its processes take CPU time from the engines, and the application has metrics
+        runtime_env={"worker_process_setup_hook": loopback.HOOK},
         log_to_driver=False,
         logging_level="ERROR",
     )
