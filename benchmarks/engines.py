@@ -49,9 +49,8 @@ def running_programs(options: argparse.Namespace, missing: dict[str, str]) -> It
     with contextlib.ExitStack() as stack:
         way = [sys.executable, "-m", "benchmarks.ways"]
         given = ["--model", str(options.model), "--load", options.load, "--cores", str(options.cores)]
-        started = {
-            name: stack.enter_context(running([*way, name, *given])) for name in ("published", "limit", "text", "ours")
-        }
+        names = ("published", "limit", "text", "pictures", "eager", "ours")
+        started = {name: stack.enter_context(running([*way, name, *given])) for name in names}
         peers: dict[str, Program] = {}
         exported = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name, command in peer_commands(options, exported, missing).items():

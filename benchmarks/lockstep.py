@@ -4,22 +4,27 @@ Text and pictures are measured one after the other, each with all threads, at th
 picture goes through the same sampler as the engines' pictures, here for the whole batch at once.
 
 Shape letters: B stories or pictures, S positions, V vokens, H language-model width, Q condition positions, D condition
-width, C latent channels, Y X latent rows and columns.
+width, C latent channels, Y X latent rows and columns, G key heads, D head width.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from benchmarks.engine_pair import Engines
 from benchmarks.load import Load
 from minigpt5.engine.decoder import encode
 from minigpt5.engine.denoising import guide
 from minigpt5.types import StoryRequest
+
+ROOM = 1024
+"""Positions that the keys and values of a story have room for."""
 
 
 class Lockstep:
@@ -39,12 +44,27 @@ class Lockstep:
         return draw(self.engines, story, batch_size)
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for those to come, (B, G, S, D): transformers' own copies all of them at each token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            shape = (*key_states.shape[:2], ROOM, key_states.shape[-1])
+            self.roomy_keys, self.roomy_values = key_states.new_empty(shape), value_states.new_empty(shape)
+        first = self.get_seq_length()
+        last = first + key_states.shape[-2]
+        self.roomy_keys[:, :, first:last], self.roomy_values[:, :, first:last] = key_states, value_states
+        self.keys, self.values = self.roomy_keys[:, :, :last], self.roomy_values[:, :, :last]
+        return self.keys, self.values
+
+
 @torch.no_grad()
 def write(engines: Engines, request: StoryRequest, batch_size: int) -> float:
     """Seconds of text a story: as many tokens, the same in every row, logits computed and not looked at."""
     language = engines.generator.language
     began = time.perf_counter()
-    cache = DynamicCache()
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
 
     def read(ids: list[int]) -> Tensor:
         ids_BS = torch.tensor([ids]).expand(batch_size, -1)

@@ -33,6 +33,8 @@ class Programs:
     published: Program
     limit: Program
     text: Program
+    pictures: Program
+    eager: Program
     ours: Program
     peers: dict[str, Program] = field(default_factory=dict)
     """Name -> a peer that writes text; those that could be started."""
@@ -94,8 +96,8 @@ def _warm_up(programs: Programs, load: Load) -> None:
         if programs.http:
             programs.http.stories(pictures, 1)
     for num in load.picture_batches:
-        programs.limit.measure("ours_pictures", num=num)
-        programs.published.measure("eager_pictures", num=num)
+        programs.pictures.measure("pictures", num=num)
+        programs.eager.measure("pictures", num=num)
     for writer in (programs.text, *programs.peers.values()):
         _write(programs, load, writer, programs.text.measure("prompts", num=1))
 
@@ -103,7 +105,7 @@ def _warm_up(programs: Programs, load: Load) -> None:
 def _measure_once_before(programs: Programs, load: Load, figures: Figures) -> None:
     """What does not change, and the sweep that says which batch sizes the rounds use."""
     figures.weight_bytes = programs.text.measure("weight_bytes")
-    figures.unet["flops_a_sample"] = programs.published.measure("unet_flops")
+    figures.unet["flops_a_sample"] = programs.eager.measure("unet_flops")
     if programs.http:
         figures.server["idle_cores"] = programs.http.idle_cores()
     text_s = {size: programs.limit.measure("text", batch_size=size) for size in load.batch_sizes}
@@ -130,15 +132,11 @@ def _measure_alone(programs: Programs, load: Load, figures: Figures) -> None:
             seconds = _write(programs, load, writer, prompts)
             rates = figures.text.setdefault(name, {}).setdefault(str(num), [])
             rates.append(num * load.text_tokens / seconds)
-    figures.unet.setdefault("seconds_a_sample", []).append(programs.limit.measure("unet"))
-    drawing = {
-        "ours": (programs.limit, "ours_pictures"),
-        "eager": (programs.published, "eager_pictures"),
-        "pipeline": (programs.published, "pipeline_pictures"),
-    }
+    figures.unet.setdefault("seconds_a_sample", []).append(programs.pictures.measure("unet"))
+    drawing = {"ours": programs.pictures, "eager": programs.eager, "pipeline": programs.published}
     for num in load.picture_batches:
-        for name, (program, figure) in drawing.items():
-            seconds = statistics.median(program.measure(figure, num=num) for _ in range(3))
+        for name, program in drawing.items():
+            seconds = statistics.median(program.measure("pictures", num=num) for _ in range(3))
             figures.pictures.setdefault(name, {}).setdefault(str(num), []).append(seconds)
 
 

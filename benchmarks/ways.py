@@ -1,8 +1,10 @@
 """The ways that are compared, each a program that measures in turns: `python -m benchmarks.ways WAY`.
 
-  published  a loop as published, diffusers' pipeline, and the decoder with torch's own kernels ("eager")
-  limit      lockstep, the decoder alone, and the machine's own peak
+  published  a loop as published, and diffusers' pipeline
+  limit      lockstep, and the machine's own peak
   text       the generator alone, with all threads
+  pictures   the decoder alone
+  eager      the decoder alone, with torch's own kernels
   ours       both engines, with their shares of the threads
   long       both engines, with a long context
 
@@ -32,24 +34,18 @@ from minigpt5.config import default_model_folder
 
 
 def published(engines: Engines, load: Load) -> Measurements:
-    way, eager = PublishedWay(engines, load), Pictures(engines.decoder, load)
-    return {
-        "story": way.story,
-        "pipeline_pictures": way.pictures,
-        "eager_pictures": eager.pictures,
-        "unet_flops": eager.unet_flops,
-    }
+    way = PublishedWay(engines, load)
+    return {"story": way.story, "pictures": way.pictures}
 
 
 def limit(engines: Engines, load: Load) -> Measurements:
-    way, alone = Lockstep(engines, load), Pictures(engines.decoder, load)
-    return {
-        "text": way.text,
-        "pictures": way.pictures,
-        "ours_pictures": alone.pictures,
-        "unet": alone.unet,
-        "peak": measure_peak,
-    }
+    way = Lockstep(engines, load)
+    return {"text": way.text, "pictures": way.pictures, "peak": measure_peak}
+
+
+def pictures(engines: Engines, load: Load) -> Measurements:
+    way = Pictures(engines.decoder, load)
+    return {"pictures": way.pictures, "unet": way.unet, "unet_flops": way.unet_flops}
 
 
 def text(engines: Engines, load: Load) -> Measurements:
@@ -74,6 +70,8 @@ WAYS: dict[str, Callable[[Engines, Load], Measurements]] = {
     "published": published,
     "limit": limit,
     "text": text,
+    "pictures": pictures,
+    "eager": pictures,
     "ours": ours,
     "long": long,
 }
@@ -92,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engines = load_engines(
             options.model,
             num_cores=options.cores,
-            is_reference=options.way == "published",
+            is_reference=options.way in ("published", "eager"),
             writes_alone=options.way == "text",
             context_tokens=long_prompt.CONTEXT_TOKENS if options.way == "long" else None,
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from tests.helpers.processes import Cluster, Server, running_cluster, running_server
 
@@ -32,15 +33,20 @@ class ByModule(LoadScopeScheduling):
         module = nodeid.partition("::")[0]
         return "ray" if STARTS_RAY_MARK in (self.config.rootpath / module).read_text() else module
 
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Hand out again what a crashed process has not ended.
+
+        pytest-xdist (3.8) hands out the modules that it has ended too, and waits for ever for their tests.
+        """
+        modules = self.assigned_work[node]
+        self.assigned_work[node] = {name: tests for name, tests in modules.items() if not all(tests.values())}
+        return super().remove_node(node)
+
 
 @pytest.fixture(autouse=True)
-def _as_at_the_start() -> None:
-    """One thread and Python's own Ctrl-C, whatever a test before has left.
-
-    A library that handles signals itself may put the system's default back, with which Ctrl-C ends the process.
-    """
+def _one_thread() -> None:
+    """A bench that ran in this process has left it with more."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByModule:

@@ -103,16 +103,15 @@ class Converted:
     @functools.cached_property
     def _compiled(self) -> Any:
         """Compiled at its first call, with threads that are not bound to cores: other engines have theirs there."""
-        core = import_openvino().Core()
         is_small = self._precision != torch.float32
-        can_be_small = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        can_be_small = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if is_small and can_be_small else "f32",
             "INFERENCE_NUM_THREADS": self._num_threads,
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,
         }
-        return core.compile_model(self._path, "CPU", options)
+        return core().compile_model(self._path, "CPU", options)
 
 
 def convert(
@@ -222,6 +221,16 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise Unconvertible(f"there is no openvino here ({error}): pip install openvino") from error
     return openvino
+
+
+@functools.cache
+def core() -> Any:
+    """The process's one Core, which is never let go.
+
+    Its CPU plugin (2026.4) gives the thread that asks first a stack for signals, and unmaps it at the plugin's end. In
+    another thread, that is before the first one has its old stack back: its next signal, Ctrl-C, ends the process.
+    """
+    return import_openvino().Core()
 
 
 def one_line(error: Exception) -> str:

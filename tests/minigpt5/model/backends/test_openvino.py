@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,31 @@ def test_a_model_is_converted_once(tmp_path: Path, capsys: pytest.CaptureFixture
     pair.ours.vae.save_pretrained(folder / "vae")
     use(Pair(folder), folder)
     assert capsys.readouterr().err.count("converting AutoencoderKL") == 1
+
+
+CTRL_C = """
+import os, signal, threading
+import openvino
+from openvino import opset13
+from minigpt5.model.backends.openvino import core
+
+given = opset13.parameter([1])
+compiled = [core().compile_model(openvino.Model([opset13.relu(given)], [given]), "CPU")]
+thread = threading.Thread(target=compiled.clear)
+thread.start()
+thread.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    thread.join()
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_ctrl_c_is_heard_after_another_thread_has_let_the_last_model_go() -> None:
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.run([sys.executable, "-c", CTRL_C], cwd=ROOT, capture_output=True, text=True, **listening)
+    assert process.stdout == "heard\n", (process.returncode, process.stderr[-1000:])
 
 
 @pytest.mark.parametrize(("num_allowed", "num_traced"), [(0.5, 1), (1, 1), (2, 2), (8, 3)])
