@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import FrameType
 
 from minigpt5.commands import check_default_model, needs_extra
@@ -91,6 +92,8 @@ def set_up_ray() -> None:
     from deployments import loopback
     from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
 
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # its processes run this code, wherever it lies
     for name, value in {**QUIET, **loopback.VARIABLES, CALLBACK_VARIABLE: CALLBACK, **FEWER_HOPS}.items():
         os.environ.setdefault(name, value)
 
@@ -154,7 +157,6 @@ def start(args: argparse.Namespace) -> None:
     from ray import serve
 
     from deployments import loopback
-    from deployments.application import AppArgs, app
 
     ray.init(
         address="local",  # never join a Ray that somebody else has started on this machine
@@ -171,20 +173,29 @@ def start(args: argparse.Namespace) -> None:
         signal.signal(number, _interrupt)
     serve.start(http_options={"host": args.host, "port": args.port})
     try:
-        arguments = AppArgs(
-            model=args.model,
-            storage=args.storage,
-            api_keys=args.api_keys,
-            filters=args.filters,
-            front_replicas=args.fronts,
-            **({} if args.max_wait_s is None else {"max_wait_s": args.max_wait_s}),
-        )
-        serve.run(app(arguments), name="default", route_prefix="/")
+        deploy(args)
     except RuntimeError as error:
         logs = f"{ray._private.worker._global_node.get_logs_dir_path()}/serve"
         raise StartError(
             f"the application did not start: {str(error).strip().splitlines()[-1]}; logs: {logs}"
         ) from None
+
+
+def deploy(args: argparse.Namespace) -> None:
+    """The application, in the Ray that runs; another one is replaced. Raises RuntimeError where it does not start."""
+    from ray import serve
+
+    from deployments.application import AppArgs, app
+
+    arguments = AppArgs(
+        model=args.model,
+        storage=args.storage,
+        api_keys=args.api_keys,
+        filters=args.filters,
+        front_replicas=args.fronts,
+        **({} if args.max_wait_s is None else {"max_wait_s": args.max_wait_s}),
+    )
+    serve.run(app(arguments), name="default", route_prefix="/")
 
 
 def find_logs() -> str:

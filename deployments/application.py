@@ -184,6 +184,7 @@ def app(args: AppArgs) -> Application:
         name="Ingress",
         num_replicas=args.front_replicas,
         max_ongoing_requests=MAX_REQUESTS,
+        graceful_shutdown_timeout_s=args.max_wait_s,  # a front that is replaced ends its streams; Serve's own is 20 s
         max_queued_requests=MAX_REQUESTS,  # where every stream connects once more at the same moment
         backpressure_config={"status_code": 503, "retry_after_s": RETRY_AFTER_S},
         ray_actor_options={"num_cpus": 0.1},

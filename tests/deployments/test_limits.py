@@ -118,7 +118,9 @@ class At:
 
     def full_engine(self) -> httpx.Response:
         served = Served(self.folder)
-        self.patch.setattr(served.front.engines, "validate_request", raises(EngineFull("the decoder takes at most 512")))
+        self.patch.setattr(
+            served.front.engines, "validate_request", raises(EngineFull("the decoder takes at most 512"))
+        )
         return served.post(STORY)
 
     def lost_engine(self) -> httpx.Response:

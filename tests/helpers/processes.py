@@ -41,6 +41,15 @@ class Server:
     port: int
     client: httpx.Client
 
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses and ports on which the server's processes listen."""
+        return {
+            (socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port)
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            for socket in process.net_connections("tcp")
+            if socket.status == psutil.CONN_LISTEN
+        }
+
     def replica(self, deployment: str) -> psutil.Process:
         title = f"ray::ServeReplica:default:{deployment}"
         [process] = [
@@ -57,8 +66,8 @@ def find_free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_server(port: int, storage: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(MODEL)]
+def start_server(port: int, storage: Path, output: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(MODEL), *options]
     # A session of its own, so that a test can send it Ctrl-C as a terminal does: to the whole group.
     return subprocess.Popen(
         [*command, "--storage", str(storage)],
@@ -70,10 +79,11 @@ def start_server(port: int, storage: Path, output: IO[bytes]) -> subprocess.Pope
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[Server]:
+def running_server(folder: Path, *options: str) -> Iterator[Server]:
+    """`options`: of `python -m deployments`."""
     log, port = folder / "log", find_free_port()
     with log.open("wb") as output:
-        process = start_server(port, folder / "storage", output)
+        process = start_server(port, folder / "storage", output, *options)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while "ready after" not in log.read_text():
