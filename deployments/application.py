@@ -25,8 +25,9 @@ from minigpt5.types import DecoderBackend, Precision, TextPrecision
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
 
-MAX_REQUESTS = 1000
-"""Requests of a front at once, streams included; as many wait at each proxy, and Serve refuses more before our code."""
+MAX_REQUESTS = 800
+"""Requests of a front at once, streams included; as many wait at each proxy, and Serve refuses more before our code. Ray
+gives a replica 1000 calls at once: with as many requests, neither its refusals nor its health checks would have one."""
 
 # Serve reads the annotation of `app` itself, so this file must not postpone annotations.
 

@@ -179,12 +179,12 @@ class Client:
         """Wait as long as a busy server says, or for PAUSE_S. Raises ClientError where the failure does not pass, or
         not within PATIENCE_S."""
         passing = (*REFUSED, *NO_ANSWER) if again else REFUSED
-        is_refusal = isinstance(failure, ClientError)
-        is_for_good = is_refusal and failure.status not in passing
-        pause_s = max(PAUSE_S, failure.retry_after_s) if is_refusal else PAUSE_S
+        refusal = failure if isinstance(failure, ClientError) else None
+        is_for_good = refusal is not None and refusal.status not in passing
+        pause_s = max(PAUSE_S, refusal.retry_after_s) if refusal else PAUSE_S
         if is_for_good or time.monotonic() + pause_s - since > PATIENCE_S:
-            if is_refusal:
-                raise failure
+            if refusal:
+                raise refusal
             raise ClientError(f"no answer from {self._peer}: {str(failure) or type(failure).__name__}") from failure
         time.sleep(pause_s)
 

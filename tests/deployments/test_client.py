@@ -110,7 +110,7 @@ def test_an_answer_of_another_server_is_one_line(
         assert "\n" not in str(failure.value)
 
 
-SERVES_REFUSAL = "Request dropped due to backpressure (num_queued_requests=1000, max_queued_requests=1000)."
+SERVES_REFUSAL = "Request dropped due to backpressure (num_queued_requests=800, max_queued_requests=800)."
 OUR_REFUSAL = {"error": {"message": "full", "type": "server_error", "param": None, "code": "overloaded"}}
 
 
