@@ -26,8 +26,8 @@ SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRo
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
 
 MAX_REQUESTS = 800
-"""Requests of a front at once, streams included. As many wait at each proxy, and Serve refuses more before our code. Ray
-gives a replica 1000 calls at once: with 1000 requests there would be none for refusals and health checks."""
+"""Requests of a front at once, streams included. As many wait at each proxy, and Serve refuses more before our code.
+Ray gives a replica 1000 calls at once: with 1000 requests there would be none for refusals and health checks."""
 
 # Serve reads the annotation of `app` itself, so this file must not postpone annotations.
 
