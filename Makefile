@@ -37,7 +37,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install install-peers serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -128,6 +128,9 @@ bench-engines: $(STAMP)  ## speed of default requests and others, beside the pee
 
 bench-load: $(STAMP)  ## five times what a server can make, for five minutes, into benchmarks/results/load.json
 	$(RUN) -m benchmarks.overload
+
+bench-ingress: $(STAMP)  ## a streamed story through each of Serve's ways in, into benchmarks/results/ingress.json
+	$(RUN) -m benchmarks.ingress
 
 bench-batching: $(STAMP)  ## our engine beside transformers' continuous batching, into benchmarks/results/continuous_batching.json
 	$(RUN) -m benchmarks.continuous_batching --threads 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks.markdown import Results, reached, table
 
@@ -194,3 +195,49 @@ def batch_invariance(found: Results) -> str:
         ),
     ]
     return table(("", "measured", "target"), rows)
+
+
+def ingress(found: Results) -> str:
+    """A streamed story by the way in and by stories at once, as medians of the rounds."""
+    rounds = found["ingress"]["rounds"]
+
+    def median(way: str, num: str, *keys: str) -> float:
+        def read(one: Results) -> float:
+            value: Any = one[way][num]
+            for key in keys:
+                value = value.get(key, 0.0)
+            return value
+
+        return statistics.median(read(one) for one in rounds)
+
+    rows = [
+        (
+            way,
+            num,
+            f"{median(way, num, 'first_text_s'):.2f} s",
+            f"{1000 * median(way, num, 'gap_p50_s'):.0f} and {1000 * median(way, num, 'gap_p95_s'):.0f} ms",
+            f"{median(way, num, 'story_s'):.1f} s",
+            *(f"{median(way, num, 'cpu_s_per_story', kind):.2f}" for kind in ("proxy", "front", "ray")),
+            f"{median(way, num, 'cpu_s_per_story', 'generator') + median(way, num, 'cpu_s_per_story', 'decoder'):.1f}",
+        )
+        for way in rounds[0]
+        for num in rounds[0][way]
+    ]
+    head = ("way in", "at once", "first text", "gap between events, p50 and p95", "a story")
+    return table((*head, "CPU seconds a story: proxy", "front", "Ray", "engines"), rows)
+
+
+def front_change(found: Results) -> str:
+    """Streams whose fronts Serve replaced."""
+    rows = [
+        (
+            mode,
+            len(streams),
+            sum(bool(one["cuts_s"]) for one in streams),
+            ", ".join(f"{cut:.0f} s" for one in streams for cut in one["cuts_s"]) or "never",
+            f"{max(one['ended_s'] for one in streams):.0f} s",
+            sum(one["is_whole"] for one in streams),
+        )
+        for mode, streams in found["ingress"]["front_change"].items()
+    ]
+    return table(("way in", "streams", "cut", "cut after the change", "the last ended after", "whole at the end"), rows)

@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from deployments.api.errors import RETRY_AFTER_S
 from deployments.api.routes import Ingress
 from deployments.auth import load_keys
 from deployments.engines.diffusion_decoder import DiffusionDecoder
@@ -23,6 +24,10 @@ from minigpt5.types import DecoderBackend, Precision, TextPrecision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
+
+MAX_REQUESTS = 800
+"""Requests of a front at once, streams included. As many wait at each proxy, and Serve refuses more before our code.
+Ray gives a replica 1000 calls at once: with 1000 requests there would be none for refusals and health checks."""
 
 # Serve reads the annotation of `app` itself, so this file must not postpone annotations.
 
@@ -180,7 +185,10 @@ def app(args: AppArgs) -> Application:
         Ingress,
         name="Ingress",
         num_replicas=args.front_replicas,
-        max_ongoing_requests=1000,
+        max_ongoing_requests=MAX_REQUESTS,
+        graceful_shutdown_timeout_s=args.max_wait_s,  # a front that is replaced ends its streams; Serve's own is 20 s
+        max_queued_requests=MAX_REQUESTS,  # where every stream connects once more at the same moment
+        backpressure_config={"status_code": 503, "retry_after_s": RETRY_AFTER_S},
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
         logging_config={**logging_config, "enable_access_log": False},  # it has its own

@@ -56,6 +56,15 @@ class Server:
         [value] = re.findall(rf"^  {name} +(\S+)$", self.log.read_text(), flags=re.M)
         return value
 
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses and ports on which the server's processes listen."""
+        return {
+            (socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port)
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            for socket in process.net_connections("tcp")
+            if socket.status == psutil.CONN_LISTEN
+        }
+
     def replica(self, deployment: str) -> psutil.Process:
         title = f"ray::ServeReplica:default:{deployment}"
         [process] = [
@@ -86,6 +95,7 @@ def start_server(port: int, storage: Path, output: IO[bytes], *options: str) -> 
 
 @contextlib.contextmanager
 def running_server(folder: Path, *options: str) -> Iterator[Server]:
+    """`options`: of `python -m deployments`."""
     log, port = folder / "log", find_free_port()
     with log.open("wb") as output:
         process = start_server(port, folder / "storage", output, *options)
