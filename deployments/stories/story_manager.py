@@ -27,7 +27,7 @@ from deployments.stories.resume import ResumedEngines
 from deployments.stories.running_story import RunningStory
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.config import ModelConfig
-from minigpt5.errors import MiniGPT5Error, StoryNotFound, StoryTaken
+from minigpt5.errors import MiniGPT5Error, StorageError, StoryNotFound, StoryTaken
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.state import PageState, StoryBuilder, StoryState, new_story_id
 from minigpt5.story.store import STORY_ID, StoryStore
@@ -276,7 +276,8 @@ class StoryManager:
             logger.warning("%s", loss)
             story.is_lost = True
         except Exception as failure:  # whatever it was, its readers must hear of it
-            logger.error("%s failed: %s", story.id, type(getattr(failure, "cause", None) or failure).__name__)
+            cause = failure.__cause__ if isinstance(failure, StorageError) else None
+            logger.error("%s failed: %s", story.id, cause or type(getattr(failure, "cause", None) or failure).__name__)
             final = await self._end(story, builder.state("failed", error=describe(failure)))
         finally:
             reservation.release()

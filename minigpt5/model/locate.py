@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from minigpt5.codec import from_json
 from minigpt5.config import ModelConfig
@@ -15,9 +14,6 @@ from minigpt5.errors import BaseModelNotFound, ModelFolderError
 from minigpt5.model.base_models import is_hub_id, pin, resolve
 from minigpt5.model.cache import hash_weights, keep_in_cache
 from minigpt5.model.folder_config import PICKLES, check_folder
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 COPIED_BYTES = 2**24
 """Bytes of a fetched file that are held at once."""
@@ -55,8 +51,10 @@ def fetch_folder(uri: str) -> Path:
     import pyarrow as pa
     from pyarrow import fs
 
+    from minigpt5.storage import open_place
+
     try:
-        files, path = _open_uri(uri.rstrip("/"))
+        files, path = open_place(uri.rstrip("/"))
         if files.type_name == "local":
             return Path(path)
         with files.open_input_stream(f"{path}/config.json", compression=None) as stream:
@@ -79,12 +77,6 @@ def fetch_folder(uri: str) -> Path:
         return keep_in_cache(f"models/{config.fingerprint}-{hashlib.sha256(raw).hexdigest()[:12]}", fill)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ModelFolderError(f"{uri} cannot be read as a model folder: {error}") from error
-
-
-def _open_uri(uri: str) -> tuple[FileSystem, str]:
-    from pyarrow import fs
-
-    return fs.FileSystem.from_uri(uri)
 
 
 def find_part(folder: str | Path, config: ModelConfig, name: str) -> Path:
