@@ -186,7 +186,7 @@ def test_a_job_from_s3_to_s3_resumes(url: str, tmp_path: Path, monkeypatch: pyte
         run({**environment, "MINIGPT5_FAILPOINT": point}, *command, is_killed_at=point)
         begun = _rows(files, f"{path}/stories")
         assert len(begun) > 0
-        print(run(environment, *command))
+        run(environment, *command)
     found = _rows(files, f"{path}/stories")
     assert sorted(row["id"] for row in found) == ["0", "1", "2", "3"]
     assert all(row["error"] is None and row["pages"][0]["png"].startswith(b"\x89PNG") for row in found)
@@ -202,13 +202,17 @@ def _rows(files: fs.FileSystem, folder: str) -> list[dict]:
 def test_rows_training_and_its_model_over_s3(url: str, tmp_path: Path) -> None:
     environment = {**variables(url), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     place = "s3://bucket/training"
-    print(run(environment, "batch_jobs.prepare", "storybook:story", "--output", f"{place}/rows", "--limit", "60"))
-    print(run(environment, "batch_jobs.precompute", f"{place}/rows", "--output", f"{place}/encoded"))
-    train = ("training.train", "align", "--model", str(MODEL), "--data", f"{place}/encoded", "--out", f"{place}/run")
-    settings = ("batch_size=2", "num_threads=1", "checkpoint_every_s=0")
-    print(run(environment, *train, "steps=2", *settings))
-    print(run(environment, *train, "steps=3", *settings))
-    model = f"{place}/run/model"
-    print(
-        run(environment, "minigpt5", "--model", model, "--pages", "1", "--out", str(tmp_path / "s.html"), "--", "A fox")
-    )
+    run(environment, "batch_jobs.prepare", "storybook:caption", "--output", f"{place}/rows", "--limit", "60")
+    run(environment, "batch_jobs.precompute", f"{place}/rows", "--model", str(MODEL), "--output", f"{place}/encoded")
+    train = ("training.train", "align", "--data", f"{place}/encoded", "--start", str(MODEL), "--out", f"{place}/run")
+    settings = ("batch_size=2", "num_threads=1", "draws_samples=false", "checkpoint_every_s=0")
+    faults = Faults(rate=0.05)
+    with failing_s3(url, faults) as proxy:
+        failing = {**environment, "AWS_ENDPOINT_URL": proxy}
+        first = run(failing, *train, "steps=2", *settings)
+        second = run(failing, *train, "steps=3", *settings)
+        assert "'step': 1" in first and "'step': 1" not in second and "'step': 3" in second
+        model, out = f"{place}/run/model", tmp_path / "story.html"
+        run(failing, "minigpt5", "--model", model, "--pages", "1", "--out", str(out), "--", "A fox")
+    assert out.stat().st_size > 1000 and len(faults.counts) > 2
+    assert len(list((tmp_path / "cache" / "minigpt5" / "models").iterdir())) >= 1
