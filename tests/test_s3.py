@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +113,43 @@ def test_bad_credentials_are_said_at_the_start(tmp_path: Path, monkeypatch: pyte
             monkeypatch.setenv(name, value)
         with pytest.raises(StartError, match="s3://bucket/stories .*AWS_ACCESS_KEY_ID"):
             check_storage("s3://bucket/stories")
+
+
+def test_the_policy_of_the_docs_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [policy] = re.findall(r'^{"Version": "2012-10-17".*$', (ROOT / "docs/operations.md").read_text(), re.M)
+    # Names of requests, which this server asks for in a policy. At Amazon the actions of the policy cover them.
+    policy = policy.replace('"s3:ListBucket"', '"s3:ListBucket", "s3:HeadBucket", "s3:DeleteObjects"')
+    less = policy.replace('"s3:PutObject", ', "")
+    # The making of the bucket, and three requests for each of two users.
+    with running_s3(tmp_path, {"INITIAL_NO_AUTH_ACTION_COUNT": "7"}) as url:
+        keys = {name: _make_user(url, name, text) for name, text in (("able", policy), ("unable", less))}
+        for name, is_able in (("able", True), ("unable", False)):
+            for variable, value in (variables(url) | keys[name]).items():
+                monkeypatch.setenv(variable, value)
+            if is_able:
+                store = StoryStore(f"s3://bucket/{name}")
+                store.save_picture("story_1", picture(1))
+                assert store.load_picture("story_1", 1) == picture(1).png and store.list_ids() == ["story_1"]
+                store.delete("story_1")
+            else:
+                with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID"):
+                    StoryStore(f"s3://bucket/{name}")
+
+
+def _make_user(url: str, name: str, policy: str) -> dict[str, str]:
+    """The credentials of a new user with this policy."""
+
+    def ask(**fields: str) -> str:
+        scope = {"Authorization": "AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/iam/aws4_request"}
+        reply = httpx.post(url, headers=scope, data={"Version": "2010-05-08", **fields}, trust_env=False)
+        assert reply.status_code == 200, reply.text
+        return reply.text
+
+    ask(Action="CreateUser", UserName=name)
+    ask(Action="PutUserPolicy", UserName=name, PolicyName="own", PolicyDocument=policy)
+    made = ask(Action="CreateAccessKey", UserName=name)
+    key, secret = (re.findall(f"<{tag}>(.*?)</{tag}>", made)[0] for tag in ("AccessKeyId", "SecretAccessKey"))
+    return {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
 
 
 @pytest.mark.cluster
