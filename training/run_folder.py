@@ -68,14 +68,3 @@ class RunFolder:
     def drop(self, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             patiently(lambda: self._files.delete_dir(f"{self._path}/{folder}"))
-
-    def fetch(self, folder: str, to: Path) -> Path:
-        """Copy a folder of it to this machine; where it lies here already, it is that."""
-        if self.local is not None:
-            return self.local / folder
-        for info in self._files.get_file_info(fs.FileSelector(f"{self._path}/{folder}", recursive=True)):
-            if info.is_file:
-                path = to / info.path[len(self._path) :].lstrip("/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(self.read(info.path[len(self._path) :].lstrip("/")) or b"")
-        return to / folder
