@@ -26,6 +26,7 @@ from minigpt5.errors import (
     EngineLost,
     FingerprintMismatch,
     InvalidRequest,
+    StorageError,
     StoryNotFound,
     StoryTaken,
 )
@@ -78,7 +79,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         422: "A field is out of range, unknown, or stopped by the text filter",
         429: "More requests than the key has",
         500: "The story failed: its text says why",
-        503: "The server is full, or starting: come back after Retry-After",
+        503: "The server is full or starting, or its storage does not answer: come back after Retry-After",
     }.items()
 }
 """What any route may answer with."""
@@ -138,6 +139,11 @@ def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(EngineLost)
     async def ask_again(request: Request, error: EngineLost) -> JSONResponse:
         return error_response(503, str(error), code="engine_lost", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @api.exception_handler(StorageError)
+    async def wait_for_storage(request: Request, error: StorageError) -> JSONResponse:
+        logger.error("%s", error.__cause__ or error)
+        return error_response(503, str(error), code="storage_unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
 
     @api.exception_handler(KeyTaken)
     async def refuse_key(request: Request, error: KeyTaken) -> JSONResponse:

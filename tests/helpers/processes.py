@@ -81,16 +81,32 @@ def find_free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_server(port: int, storage: Path, output: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(MODEL)]
+def start_server(
+    port: int,
+    storage: Path | str,
+    output: IO[bytes],
+    *options: str,
+    model: Path | str = MODEL,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
     # A session of its own, so that a test can send it Ctrl-C as a terminal does: to the whole group.
     return subprocess.Popen(
         [*command, "--storage", str(storage), *options],
         cwd=ROOT,
+        env=environment,
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while "ready after" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -100,11 +116,7 @@ def running_server(folder: Path, *options: str) -> Iterator[Server]:
     with log.open("wb") as output:
         process = start_server(port, folder / "storage", output, *options)
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "ready after" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        wait_until_ready(process, log)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
             yield Server(process, log, port, client)
     finally:

@@ -12,11 +12,11 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pyarrow import fs, parquet
 
+from minigpt5 import storage
 from minigpt5.config import ModelConfig
-from minigpt5.errors import TrainingError
+from minigpt5.errors import StorageError, TrainingError
 from minigpt5.model.image_transforms import fit_drawn, fit_read
 from minigpt5.model.prompt import Template
 from minigpt5.model.published_template import PUBLISHED
@@ -99,12 +99,16 @@ class StoredExamples:
         group, place = (int(value) for value in self._places[index])
         if group not in self._cache:
             path, number = self._groups[group]
-            with self._files.open_input_file(path) as file:
-                self._cache[group] = parquet.ParquetFile(file).read_row_group(number).to_pylist()
+            self._cache[group] = storage.patiently(lambda: self._read_group(path, number))
             while len(self._cache) > KEPT_GROUPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
         return self._cache[group][place]
+
+    def _read_group(self, path: str, number: int) -> list[dict[str, Any]]:
+        with self._files.open_input_file(path) as file:
+            rows: list[dict[str, Any]] = parquet.ParquetFile(file).read_row_group(number).to_pylist()
+            return rows
 
     def example_at(self, position: int) -> tuple[str, Example]:
         """The id of the stored row at a position, and one of the examples that the row gives."""
@@ -161,9 +165,9 @@ def _unpickle(state: dict[str, Any]) -> StoredExamples:
 def open_place(uri: str) -> tuple[fs.FileSystem, str]:
     """A path or a URI as a file system and the path there. Raises TrainingError."""
     try:
-        return fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
-    except (OSError, pa.ArrowException) as error:
-        raise TrainingError(f"{uri} is no place that can be used ({error}): name a folder or a URI") from error
+        return storage.open_place(uri)
+    except StorageError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _is_validation(row_id: str) -> bool:
