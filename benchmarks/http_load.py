@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -148,9 +149,12 @@ def busy_cores(before: Mapping[str, float], after: Mapping[str, float], seconds:
 
 @contextlib.contextmanager
 def running_server(
-    model: Path, *arguments: str, port: int = 8191, variables: Mapping[str, str] | None = None
+    model: Path, *arguments: str, variables: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, psutil.Process]]:
     """The URL of `python -m deployments` with more `arguments` and environment `variables`, and its process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
         server = subprocess.Popen(
