@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 
 from ray import serve
 
+from deployments.autoscaling.policy import DecoderStats
 from deployments.engines.metrics import watch
 from deployments.engines.placement import device_for, num_gpus_here
+from deployments.engines.stage_clock import StageClock
 from deployments.engines.throttle import throttle_progress
 from minigpt5.types import DecoderBackend, DecoderEvent, DrawRequest, Picture, Precision
 
@@ -42,6 +45,7 @@ class DiffusionDecoder:
             backend=backend,
             max_batch=max_batch,
         )
+        self.clock = StageClock(max_batch)
         watch("decoder", self.engine, {"minigpt5_pictures_reused": lambda: self.engine.num_cache_hits})
 
     @serve.multiplexed(max_num_models_per_replica=MAX_STYLES)
@@ -54,12 +58,19 @@ class DiffusionDecoder:
         if style := request.settings.style:
             self.engine.validate_request(request)
             await self.note_style(style)
-        async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]
-            async for event in throttle_progress(events):
-                seen = event.png if isinstance(event, Picture) else event.preview
-                if self.filter and seen:
-                    await asyncio.to_thread(self.filter.check_picture, seen)
-                yield event
+        with self.clock.running():
+            async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]
+                async for event in throttle_progress(events):
+                    seen = event.png if isinstance(event, Picture) else event.preview
+                    if self.filter and seen:
+                        await asyncio.to_thread(self.filter.check_picture, seen)
+                    if isinstance(event, Picture):
+                        self.clock.finish_item()
+                    yield event
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deployments/autoscaling/policy.py` sees of this replica; Serve asks for it."""
+        return dataclasses.asdict(DecoderStats(pictures=self.clock.num_running, picture_s=self.clock.item_s))
 
     async def fingerprint(self) -> str:
         return self.engine.fingerprint

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import dataclasses
+from collections.abc import AsyncIterator, Iterator, Mapping
 
+from deployments.autoscaling.policy import GeneratorStats
 from deployments.engines.metrics import watch
 from deployments.engines.placement import device_for, num_gpus_here
+from deployments.engines.stage_clock import StageClock
 from deployments.engines.throttle import coalesce_text, text_interval_s
 from minigpt5.limits import default_limits
-from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
+from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision, Vokens
 
 
 class VokenGenerator:
@@ -34,6 +37,8 @@ class VokenGenerator:
             precision=precision,
             limits=default_limits(device, **(limits or {}), gpu_share=min(1.0, num_gpus or 1.0)),
         )
+        self.clock = StageClock(self.engine.limits.max_batch)
+        self._writing: list[_Writing] = []
         totals = {
             "minigpt5_prompt_tokens": lambda: self.engine.num_prompt_tokens,
             "minigpt5_prompt_tokens_reused": lambda: self.engine.num_reused_tokens,
@@ -41,12 +46,45 @@ class VokenGenerator:
         watch("generator", self.engine, totals)
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
-            async for event in coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running)):
-                yield event
+        with self._count(request) as story:
+            async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
+                async for event in coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running)):
+                    if isinstance(event, Vokens):
+                        self.clock.finish_item()
+                        story.pages_left -= 1
+                    yield event
 
     async def validate_request(self, request: StoryRequest) -> None:
         self.engine.validate_request(request)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deployments/autoscaling/policy.py` sees of this replica; Serve asks for it."""
+        stats = GeneratorStats(
+            pages_left=sum(story.pages_left for story in self._writing),
+            pictures_left=sum(story.pages_left for story in self._writing if story.is_drawn),
+            speed=self.clock.speed,
+            page_s=self.clock.item_s,
+        )
+        return dataclasses.asdict(stats)
+
     async def fingerprint(self) -> str:
         return self.engine.fingerprint
+
+    @contextlib.contextmanager
+    def _count(self, request: StoryRequest) -> Iterator[_Writing]:
+        """Count a story's pages as long as it is written, however that ends."""
+        story = _Writing(request.pages + request.num_later, is_drawn=request.pictures != "none")
+        self._writing.append(story)
+        try:
+            with self.clock.running():
+                yield story
+        finally:
+            self._writing.remove(story)
+
+
+@dataclasses.dataclass(eq=False)
+class _Writing:
+    """A story that is being written; a reply may end with fewer pages."""
+
+    pages_left: int
+    is_drawn: bool
