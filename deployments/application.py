@@ -117,8 +117,13 @@ class AppArgs(BaseModel):
 
 
 def app(args: AppArgs) -> Application:
-    """Wire the deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
-    `args.api_keys` has no keys."""
+    """The application. Raises ModelFolderError where `args.model` is no model folder, KeysError where `args.api_keys`
+    has no keys."""
+    return wire(args, VokenGenerator, DiffusionDecoder)
+
+
+def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: type[DiffusionDecoder]) -> Application:
+    """Wire the deployments of these engines."""
     config = load_config(locate(args.model))
     model = shared_name(args.model)
     filters = config.filters if args.filters is None else tuple(args.filters.split(","))
@@ -134,7 +139,7 @@ def app(args: AppArgs) -> Application:
     limits = default_limits("cuda" if generator_gpus else "cpu", **args.limits)  # of a replica, wherever this is
     logging_config = {"log_level": args.log_level}
     generator = serve.deployment(
-        VokenGenerator,
+        generator_class,
         name="VokenGenerator",
         max_ongoing_requests=256,  # above max_running: cancelled stories may take a moment to end
         request_router_config=RequestRouterConfig(request_router_class=SESSION_ROUTER),
@@ -148,7 +153,7 @@ def app(args: AppArgs) -> Application:
         logging_config=logging_config,
     ).bind(model, args.generator_num_threads, args.generator_precision, args.limits)
     decoder = serve.deployment(
-        DiffusionDecoder,
+        decoder_class,
         name="DiffusionDecoder",
         max_ongoing_requests=512,
         autoscaling_config={

@@ -1,4 +1,4 @@
-"""How long a replica takes for one page's text or one picture, in a full batch: what the autoscaling policy plans with."""
+"""How long a replica takes for one page's text or one picture: what the autoscaling policy plans with."""
 
 from __future__ import annotations
 
@@ -25,14 +25,22 @@ class StageClock:
         self._spent_s = self._num_done = 0.0
         self._counted_at = clock()
 
+    def begin(self) -> None:
+        """A request takes part from now on."""
+        self._count(1)
+
+    def end(self) -> None:
+        """A request takes part no longer, whether it is done or not."""
+        self._count(-1)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """A request that takes part."""
-        self._count(1)
+        """A request takes part within the context."""
+        self.begin()
         try:
             yield
         finally:
-            self._count(-1)
+            self.end()
 
     def finish_item(self) -> None:
         """A page's text, or a picture, is done."""
