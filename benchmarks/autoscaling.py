@@ -246,7 +246,10 @@ def main() -> None:
             "scaling": SCALING,
             "max_replicas": MAX_REPLICAS,
             "start_s": start_s,
-            "goals": GOALS,
+            "goals": [
+                {"ratio": name, "value": value, "bound": GOALS[name], "reached": value <= GOALS[name]}
+                for name, value in ratios.items()
+            ],
         },
         "machine": machine(),
         "command": "make bench-autoscaling",
