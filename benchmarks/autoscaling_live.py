@@ -37,7 +37,7 @@ from deployments.profile import measure
 
 LIVE = Path(__file__).parent / "results" / "autoscaling_live.json"
 POLICY = "deployments.autoscaling.policy:StoryPolicy"
-SCALING: dict[str, float] = {"look_back_period_s": 10.0, "upscale_delay_s": 3.0, "downscale_delay_s": 20.0}
+SCALING: dict[str, float] = {"look_back_period_s": 12.0, "upscale_delay_s": 3.0, "downscale_delay_s": 20.0}
 MAX_REPLICAS = {GENERATOR: 2, DECODER: 3}
 ARRIVALS = (
     *(Arrival(at_s=10.0 * number, pages=2) for number in range(8)),

@@ -389,4 +389,5 @@ def _writing(replica: _Replica) -> GeneratorStats:
 
 
 def _drawing(replica: _Replica) -> DecoderStats:
-    return DecoderStats(pictures=replica.num_jobs, picture_s=replica.clock.item_s)
+    clock = replica.clock
+    return DecoderStats(busy=clock.busy, waiting=clock.num_waiting, picture_s=clock.item_s)

@@ -38,8 +38,10 @@ class GeneratorStats:
 class DecoderStats:
     """What a decoder's replica reports of itself."""
 
-    pictures: float = 0.0
-    """Pictures that it draws or holds back."""
+    busy: float = 0.0
+    """Share of its batch that is taken, from 0 to 1."""
+    waiting: float = 0.0
+    """Pictures that wait for a place in its batch."""
     picture_s: float = 0.0
     """Seconds of the replica for one picture, in a full batch; 0: it has drawn none."""
 
@@ -52,8 +54,8 @@ class Engine:
     """Replicas that it should have by the last decision."""
     least: int
     most: int
-    work_s: float
-    """Seconds that one replica would take for the work in sight."""
+    load: float
+    """Replicas that the work in sight would keep busy."""
     is_needed: bool
     """Whether a story runs or waits that needs it."""
 
@@ -62,13 +64,13 @@ class Engine:
 class Settings:
     """Knobs of the policy: `policy_kwargs` in a Serve config."""
 
-    generator_horizon_s: float = 20.0
-    """Generators are as many as would write all text in sight within this time."""
-    decoder_horizon_s: float = 20.0
-    """Decoders are as many as would draw, within this time, what waits and what is asked for within it."""
-    use: float = 0.85
+    text_s: float = 15.0
+    """Generators are as many as would write all text in sight within this time, and decoders follow them."""
+    wait_s: float = 30.0
+    """Decoders are as many more as would draw within this time what waits for a place."""
+    use: float = 0.95
     """Share of a replica's time that is planned with when replicas are added."""
-    use_below: float = 0.6
+    use_below: float = 0.7
     """Replicas are removed where the rest would have less to do than this share. Between the two nothing changes."""
     page_s: float = 1.0
     """Seconds of `GeneratorStats.page_s` until they are measured."""
@@ -113,35 +115,35 @@ class StoryPolicy:
             page_s=_mean(generator, "page_s") or self.settings.page_s,
             picture_s=_mean(decoder, "picture_s") or self.settings.picture_s,
         )
-        is_asked = generator.total_num_requests > 0
-        pages_per_s = writing.speed / self.settings.page_s
-        soon = min(writing.pictures_left, pages_per_s * self.settings.decoder_horizon_s)
-        waiting = drawing.pictures + decoder.total_queued_requests
-        decision = decide(
-            _engine(generator, work_s=writing.pages_left * self.settings.page_s, is_needed=is_asked),
-            _engine(
-                decoder,
-                work_s=(waiting + soon) * self.settings.picture_s,
-                is_needed=is_asked or waiting > 0 or writing.pictures_left > 0,
-            ),
-            self.settings,
+        text = _engine(
+            generator,
+            load=writing.pages_left * self.settings.page_s / self.settings.text_s,
+            is_needed=generator.total_num_requests > 0 or writing.pages_left > 0,
         )
+        # Generators that are only starting will write as well: decoders start beside them.
+        num_writing = max(writing.speed, _desired(text, self.settings))
+        asked_per_s = min(num_writing / self.settings.page_s, writing.pictures_left / self.settings.text_s)
+        waiting = drawing.waiting + decoder.total_queued_requests
+        pictures = _engine(
+            decoder,
+            load=max(asked_per_s * self.settings.picture_s, drawing.busy)
+            + waiting * self.settings.picture_s / self.settings.wait_s,
+            is_needed=text.is_needed,
+        )
+        decision = decide(text, pictures, self.settings)
         return {generator_id: decision[0], decoder_id: decision[1]}, {}
 
 
 def decide(generator: Engine, decoder: Engine, settings: Settings) -> tuple[int, int]:
     """Replicas of both engines, within their bounds and the cost limit."""
-    desired = [
-        _desired(generator, settings.generator_horizon_s, settings),
-        _desired(decoder, settings.decoder_horizon_s, settings),
-    ]
+    desired = [_desired(generator, settings), _desired(decoder, settings)]
     engines, costs = (generator, decoder), (settings.generator_cost, settings.decoder_cost)
     while sum(cost * number for cost, number in zip(costs, desired, strict=True)) > settings.max_cost:
         above = [index for index, engine in enumerate(engines) if desired[index] > max(engine.least, 1)]
         if not above:
             break
         # The engine that the loss of a replica slows down least.
-        desired[min(above, key=lambda index: engines[index].work_s / (desired[index] - 1))] -= 1
+        desired[min(above, key=lambda index: engines[index].load / (desired[index] - 1))] -= 1
     return desired[0], desired[1]
 
 
@@ -153,20 +155,19 @@ def read_stats(context: AutoscalingContext, kind: type[_Stats]) -> _Stats:
 _Stats = TypeVar("_Stats", GeneratorStats, DecoderStats)
 
 
-def _desired(engine: Engine, horizon_s: float, settings: Settings) -> int:
+def _desired(engine: Engine, settings: Settings) -> int:
     """Replicas for the work in sight. The target stays while it lies between the two shares of use."""
-    busy = engine.work_s / horizon_s
-    fewest, most = math.ceil(busy / settings.use), math.ceil(busy / settings.use_below)
+    fewest, most = math.ceil(engine.load / settings.use), math.ceil(engine.load / settings.use_below)
     desired = min(max(engine.target, fewest), most)
     return min(max(desired, engine.least, int(engine.is_needed)), engine.most)
 
 
-def _engine(context: AutoscalingContext, *, work_s: float, is_needed: bool) -> Engine:
+def _engine(context: AutoscalingContext, *, load: float, is_needed: bool) -> Engine:
     return Engine(
         target=context.target_num_replicas,
         least=context.capacity_adjusted_min_replicas,
         most=context.capacity_adjusted_max_replicas,
-        work_s=work_s,
+        load=load,
         is_needed=is_needed,
     )
 

@@ -70,7 +70,8 @@ class DiffusionDecoder:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `deployments/autoscaling/policy.py` sees of this replica; Serve asks for it."""
-        return dataclasses.asdict(DecoderStats(pictures=self.clock.num_running, picture_s=self.clock.item_s))
+        clock = self.clock
+        return dataclasses.asdict(DecoderStats(busy=clock.busy, waiting=clock.num_waiting, picture_s=clock.item_s))
 
     async def fingerprint(self) -> str:
         return self.engine.fingerprint

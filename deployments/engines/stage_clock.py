@@ -57,7 +57,17 @@ class StageClock:
     @property
     def speed(self) -> float:
         """Speed with the requests that run, as a share of a full batch's."""
-        return float((min(self.num_running, self.batch) / self.batch) ** self._exponent) if self.num_running else 0.0
+        return float(self.busy**self._exponent) if self.num_running else 0.0
+
+    @property
+    def busy(self) -> float:
+        """Share of the batch that is taken."""
+        return min(self.num_running, self.batch) / self.batch
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place in the batch."""
+        return max(0, self.num_running - self.batch)
 
     def _count(self, change: int) -> None:
         now = self._clock()

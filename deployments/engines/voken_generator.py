@@ -46,13 +46,15 @@ class VokenGenerator:
         watch("generator", self.engine, totals)
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        with self._count(request) as story:
-            async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
-                async for event in coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running)):
-                    if isinstance(event, Vokens):
-                        self.clock.finish_item()
-                        story.pages_left -= 1
-                    yield event
+        async with contextlib.AsyncExitStack() as stack:  # closed in the other order: pieces read the events
+            story = stack.enter_context(self._count(request))
+            events = await stack.enter_async_context(contextlib.aclosing(self.engine.generate(request)))  # type: ignore[type-var]
+            texts = coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running))
+            async for event in await stack.enter_async_context(contextlib.aclosing(texts)):  # type: ignore[type-var]
+                if isinstance(event, Vokens):
+                    self.clock.finish_item()
+                    story.pages_left -= 1
+                yield event
 
     async def validate_request(self, request: StoryRequest) -> None:
         self.engine.validate_request(request)

@@ -83,7 +83,7 @@ def test_an_application_without_replicas_wakes_up() -> None:
 
 
 def test_the_same_seed_is_the_same_run() -> None:
-    arrivals = LOADS["steady"](1)[:50]
+    arrivals = LOADS["steady"].arrivals(1)[:50]
     first, second = (simulate(arrivals, cluster(max_replicas=3), StoryPolicy(), seed=5) for _ in range(2))
     assert first.first_picture_s == second.first_picture_s and first.series == second.series
     assert steady(0.1, 100, pages=2, seed=1) == steady(0.1, 100, pages=2, seed=1)

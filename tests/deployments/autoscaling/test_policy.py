@@ -74,14 +74,20 @@ def writing(pages_left: float, *, speed: float = 1.0, page_s: float = 1.0, drawn
     return {"pages_left": pages_left, "pictures_left": pages_left * drawn, "speed": speed, "page_s": page_s}
 
 
-def drawing(pictures: float, *, picture_s: float = 2.0) -> dict[str, float]:
-    return {"pictures": pictures, "picture_s": picture_s}
+def drawing(waiting: float, *, picture_s: float = 2.0, busy: float = 0.0) -> dict[str, float]:
+    return {"busy": busy, "waiting": waiting, "picture_s": picture_s}
 
 
 def test_decoders_come_before_the_first_picture_is_asked_for() -> None:
-    generator = context(GENERATOR_ID, writing(160), requests=10)
+    generator = context(GENERATOR_ID, writing(160), requests=10, most=1)
     _, decoders = ask(StoryPolicy(), generator, context(DECODER_ID, drawing(0)))
-    assert decoders == 3  # a page a second, of two seconds each, at 0.85 of their time
+    assert decoders == 3  # a page a second, of two seconds each, at 0.95 of their time
+
+
+def test_decoders_start_beside_the_generators_that_will_ask_them() -> None:
+    decoder = context(DECODER_ID, drawing(0))
+    generator = context(GENERATOR_ID, writing(30), requests=10)
+    assert ask(StoryPolicy(text_s=15), generator, decoder) == (3, 5)  # two pages a second
 
 
 def test_pages_that_draw_nothing_bring_no_decoder() -> None:
@@ -95,17 +101,25 @@ def test_the_last_pages_bring_fewer_decoders_than_many() -> None:
     assert ask(StoryPolicy(), few, decoder)[1] < ask(StoryPolicy(), many, decoder)[1]
 
 
+def test_pictures_that_nobody_writes_for_are_drawn_too() -> None:
+    """Redraws need no generator: decoders follow their own batches and queues then."""
+    idle, policy = context(GENERATOR_ID, NOTHING), StoryPolicy(wait_s=10, use=0.9)
+    full = drawing(0, busy=1.0)
+    assert ask(policy, idle, context(DECODER_ID, full, full, target=2))[1] == 3
+    assert ask(policy, idle, context(DECODER_ID, drawing(20, busy=1.0)))[1] == 6
+
+
 def test_generators_follow_the_text_that_is_left() -> None:
-    policy = StoryPolicy(generator_horizon_s=20)
+    policy = StoryPolicy(text_s=20)
     decoder = context(DECODER_ID, drawing(0))
     assert [
-        ask(policy, context(GENERATOR_ID, writing(pages), requests=1), decoder)[0] for pages in (1, 17, 34, 35, 10_000)
+        ask(policy, context(GENERATOR_ID, writing(pages), requests=1), decoder)[0] for pages in (1, 18, 30, 45, 10_000)
     ] == [1, 1, 2, 3, 8]
 
 
 def test_between_the_two_shares_of_use_nothing_changes() -> None:
     """No flapping: what adds a replica is more than what takes it away again."""
-    policy = StoryPolicy(decoder_horizon_s=10, use=0.9, use_below=0.6)
+    policy = StoryPolicy(wait_s=10, use=0.9, use_below=0.6)
     idle = context(GENERATOR_ID, NOTHING)
 
     def decoders(pictures: float, target: int) -> int:
@@ -116,7 +130,7 @@ def test_between_the_two_shares_of_use_nothing_changes() -> None:
 
 
 def test_a_load_that_swings_inside_the_band_changes_nothing() -> None:
-    policy, target = StoryPolicy(decoder_horizon_s=10, use=0.9, use_below=0.6), 3
+    policy, target = StoryPolicy(wait_s=10, use=0.9, use_below=0.6), 3
     for turn in range(50):
         pictures = 19 if turn % 2 else 14
         decoder = context(DECODER_ID, drawing(pictures, picture_s=1.0), target=target)
@@ -136,12 +150,12 @@ def test_both_engines_go_to_zero_and_come_back() -> None:
 
 
 def test_a_decoder_stays_while_a_story_runs() -> None:
-    generator = context(GENERATOR_ID, writing(1, speed=0.1, page_s=50.0), requests=1)
+    generator = context(GENERATOR_ID, writing(1, drawn=False), requests=1)
     assert ask(StoryPolicy(), generator, context(DECODER_ID, drawing(0), least=0))[1] == 1
 
 
 def test_seconds_are_remembered_where_no_replica_says_them() -> None:
-    policy = StoryPolicy(picture_s=1.0, decoder_horizon_s=10)
+    policy = StoryPolicy(picture_s=1.0, wait_s=10)
     idle = context(GENERATOR_ID, NOTHING)
     ask(policy, idle, context(DECODER_ID, drawing(0, picture_s=8.0)))
     assert ask(policy, idle, context(DECODER_ID, target=0, least=0, requests=3, queued=3))[1] == 3
@@ -177,9 +191,7 @@ def test_an_engine_of_a_fixed_number_leaves_the_other_alone() -> None:
 
 def test_serve_builds_it_once_and_applies_its_bounds() -> None:
     policy = _resolve_policy_callable(
-        AutoscalingPolicy(
-            policy_function="deployments.autoscaling.policy:StoryPolicy", policy_kwargs={"decoder_horizon_s": 10.0}
-        )
+        AutoscalingPolicy(policy_function="deployments.autoscaling.policy:StoryPolicy", policy_kwargs={"wait_s": 10.0})
     )
     assert not isinstance(policy, type)
     contexts = {
@@ -285,15 +297,16 @@ def test_forty_clients_that_vanish_leave_no_counts_behind() -> None:
                 await anext(story)
                 await anext(picture)
             assert (await generator.record_autoscaling_stats())["pages_left"] > 0
-            assert (await decoder.record_autoscaling_stats())["pictures"] == 1
+            assert (await decoder.record_autoscaling_stats())["busy"] > 0
             await story.aclose()
             await picture.aclose()
         stats = await generator.record_autoscaling_stats() | await decoder.record_autoscaling_stats()
-        assert {name: stats[name] for name in ("pages_left", "pictures_left", "speed", "pictures")} == {
+        assert {name: stats[name] for name in ("pages_left", "pictures_left", "speed", "busy", "waiting")} == {
             "pages_left": 0,
             "pictures_left": 0,
             "speed": 0.0,
-            "pictures": 0,
+            "busy": 0.0,
+            "waiting": 0,
         }
         idle = context(GENERATOR_ID, await generator.record_autoscaling_stats())
         rest = context(DECODER_ID, await decoder.record_autoscaling_stats(), target=8)
