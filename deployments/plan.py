@@ -1,9 +1,11 @@
 """`python -m deployments.plan --stories-per-hour N --pages P --profile measured.json`: how many replicas a load needs.
 
-Assumptions, which the output repeats: stories arrive at random (Poisson) and independently. Each replica's batch is so
-many servers, whose seconds grow with the number of items inside. A page waits for its text and then for its picture,
-each in a queue with c servers (M/G/c), whose mean wait is that of M/M/c times (1 + cv^2) / 2 (Allen and Cunneen).
-Replicas are as few as keep their use below `--max-use`. Start times, failures and autoscaling are left out.
+Assumptions, which the output repeats. Stories arrive at random (Poisson) and independently. Each replica's batch is so
+many servers, whose seconds grow with the number of items inside. A story stays with one generator, which is a queue
+of its own. All decoders are one queue. Waits are those of M/G/c by Allen and Cunneen: the mean wait of M/M/c, times
+half the sum of two squared coefficients of variation. That of arrivals is the number of pages that a story asks for
+while a decoder's queue remembers it; that of service was measured. Replicas are as few as keep their use below
+`--max-use`. Start times, failures and autoscaling are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MAX_USE = 0.7
 ASSUMPTIONS = (
     "Poisson arrivals, one story a client, every page with one picture",
     "M/G/c for each stage, waits by Allen and Cunneen",
-    "all replicas are up, and requests go to the emptiest",
+    "a story stays with its generator, and every decoder draws for all",
+    "all replicas are up",
 )
 
 
@@ -64,28 +67,35 @@ def plan(
     decoder_gpus: float = 1.0,
 ) -> Plan:
     pages_per_s = stories_per_hour * pages / 3600
-    text = plan_stage(profile.text, pages_per_s, max_use=max_use)
-    picture = plan_stage(profile.picture, pages_per_s, max_use=max_use)
+    text = plan_text(profile.text, pages_per_s, max_use=max_use)
+    picture = plan_picture(profile.picture, pages_per_s, max_use=max_use, pages=pages, text_s=text.seconds)
     gpus = text.replicas * generator_gpus + picture.replicas * decoder_gpus
     return Plan(text=text, picture=picture, gpus=gpus, gpu_s_per_page=gpus / pages_per_s)
 
 
-def plan_stage(stage: Stage, items_per_s: float, *, max_use: float) -> StagePlan:
-    """The fewest replicas that stay below `max_use`, and their queue."""
-    replicas = max(1, math.ceil(items_per_s * stage.item_s / max_use))
-    inside = _num_inside(stage, items_per_s / replicas)
-    seconds = stage.latency_s(inside)
-    servers = replicas * stage.batch
-    return StagePlan(
-        replicas=replicas,
-        use=items_per_s * stage.item_s / replicas,
-        seconds=seconds,
-        wait_s=erlang_c(servers, items_per_s * seconds)
-        * seconds
-        / (servers - items_per_s * seconds)
-        * (1 + stage.cv**2)
-        / 2,
-    )
+def plan_text(stage: Stage, pages_per_s: float, *, max_use: float) -> StagePlan:
+    """Generators. Stories take turns page by page, so that their lengths do not matter, only how many there are."""
+    replicas, use = _fewest(stage, pages_per_s, max_use)
+    seconds = _seconds(stage, pages_per_s / replicas)
+    wait_s = mmc_wait_s(stage.batch, pages_per_s / replicas, seconds)
+    return StagePlan(replicas=replicas, use=use, seconds=seconds, wait_s=wait_s)
+
+
+def plan_picture(stage: Stage, pictures_per_s: float, *, max_use: float, pages: float, text_s: float) -> StagePlan:
+    """Decoders of stories with so many pages, which ask for a picture every `text_s`."""
+    replicas, use = _fewest(stage, pictures_per_s, max_use)
+    seconds = _seconds(stage, pictures_per_s / replicas)
+    remembered_s = seconds / (1 - use)
+    """How long a queue takes to forget an arrival."""
+    arrivals = min(pages, 1 + remembered_s / text_s)
+    wait_s = mmc_wait_s(replicas * stage.batch, pictures_per_s, seconds) * (arrivals + stage.cv**2) / 2
+    return StagePlan(replicas=replicas, use=use, seconds=seconds, wait_s=wait_s)
+
+
+def mmc_wait_s(servers: int, items_per_s: float, seconds: float) -> float:
+    """Mean wait of M/M/c."""
+    offered = items_per_s * seconds
+    return erlang_c(servers, offered) * seconds / (servers - offered)
 
 
 def erlang_c(servers: int, offered: float) -> float:
@@ -96,12 +106,20 @@ def erlang_c(servers: int, offered: float) -> float:
     return blocked / (1 - offered / servers * (1 - blocked))
 
 
-def _num_inside(stage: Stage, items_per_s: float) -> float:
-    """Mean items inside a replica by Little's law: their number is what makes their seconds."""
-    low, high = 0.0, float(stage.batch)
+def _fewest(stage: Stage, items_per_s: float, max_use: float) -> tuple[int, float]:
+    """Replicas, and the share of their time that is taken."""
+    busy = items_per_s * stage.item_s
+    replicas = max(1, math.ceil(busy / max_use))
+    return replicas, busy / replicas
+
+
+def _seconds(stage: Stage, items_per_s: float) -> float:
+    """Seconds of an item on a replica. It shares the replica with as many as there are on average, and their number
+    follows from their seconds (Little)."""
+    low, high = stage.alone_s, stage.full_s
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if items_per_s * stage.latency_s(middle) > middle else (low, middle)
+        low, high = (middle, high) if stage.latency_s(1 + items_per_s * middle) > middle else (low, middle)
     return high
 
 

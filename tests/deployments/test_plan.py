@@ -10,7 +10,7 @@ import pytest
 from deployments import plan as planner
 from deployments import profile as profiler
 from deployments.autoscaling.stages import Profile, Stage
-from deployments.plan import erlang_c, plan, plan_stage
+from deployments.plan import erlang_c, plan, plan_picture, plan_text
 from minigpt5.errors import SettingsError
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.processes import find_free_port
@@ -30,9 +30,22 @@ def test_erlang_c_is_the_sum_of_the_textbook() -> None:
 
 def test_one_server_waits_as_pollaczek_and_khinchine_say() -> None:
     stage = Stage(alone_s=2.0, full_s=2.0, batch=1, cv=0.5)
-    found = plan_stage(stage, 0.3, max_use=0.7)
+    found = plan_picture(stage, 0.3, max_use=0.7, pages=1, text_s=1.0)
     assert found.replicas == 1
     assert found.wait_s == pytest.approx(0.3 * 2.0**2 * (1 + 0.5**2) / (2 * (1 - 0.6)))
+
+
+def test_pages_of_one_story_wait_for_each_other() -> None:
+    waits = [
+        plan_picture(PROFILE.picture, 0.6, max_use=0.7, pages=pages, text_s=3.0).wait_s for pages in (1, 2, 99, 999)
+    ]
+    assert waits[0] < waits[1] < waits[2] == waits[3]
+
+
+def test_an_item_that_shares_a_replica_takes_longer() -> None:
+    """Processor sharing, where n at once take n times as long: the mean is that of M/M/1."""
+    stage = Stage(alone_s=1.0, full_s=64.0, batch=64)
+    assert plan_text(stage, 0.5, max_use=0.7).seconds == pytest.approx(1.0 / (1 - 0.5), rel=1e-6)
 
 
 def test_a_stage_is_as_slow_as_it_was_measured() -> None:
@@ -69,7 +82,7 @@ def test_the_command_prints_its_plan_and_its_assumptions(tmp_path: Path, capsys:
     assert "deployments.profile" in capsys.readouterr().err
 
 
-def test_the_profile_of_a_server_has_its_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_profile_of_a_server_has_its_seconds(tmp_path: Path) -> None:
     """A page of the fake generator is four words of 20 ms each; its pictures take no time."""
     served = Served(tmp_path / "stories", generator=FakeGenerator(delay_s=0.02), max_running=8)
     port, output = find_free_port(), tmp_path / "measured.json"
@@ -83,5 +96,3 @@ def test_the_profile_of_a_server_has_its_seconds(tmp_path: Path, capsys: pytest.
     assert (found.text.batch, found.picture.batch) == (3, 2)
     assert 0.08 <= found.text.alone_s < 2.0 and found.picture.alone_s < 2.0
     assert served.store.list_ids() == []
-    assert profiler.main([f"http://127.0.0.1:{port}", "--output", str(output)]) == 1
-    assert "error: " in capsys.readouterr().err
