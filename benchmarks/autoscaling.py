@@ -17,7 +17,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,12 @@ BURST, BURST_S = "burst of 16-page stories", (600.0, 900.0)
 PLANNED = ((600, 4), (1200, 4), (2400, 4), (300, 16), (900, 2))
 """Stories an hour and pages of the clusters that the planner is compared with."""
 PLANNED_S = 4 * 3600.0
+PROFILES = {
+    "made: a batch slows its items down": Profile(
+        text=Stage(alone_s=2.0, full_s=5.0, batch=8, cv=0.2), picture=Stage(alone_s=1.5, full_s=4.0, batch=4, cv=0.05)
+    )
+}
+"""Planned beside the measured one, whose engines only wait."""
 GOALS = {
     "p95_first_picture_vs_default_policy": 0.7,
     "replica_seconds_vs_default_policy": 1.02,
@@ -204,10 +210,10 @@ def compare_with_live(live: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare_with_planner(profile: Profile) -> list[dict[str, float]]:
+def compare_with_planner(profiles: Mapping[str, Profile]) -> list[dict[str, Any]]:
     """Clusters of the planner's size, without autoscaling."""
     rows = []
-    for stories_per_hour, pages in PLANNED:
+    for (name, profile), (stories_per_hour, pages) in itertools.product(profiles.items(), PLANNED):
         planned = plan(profile, stories_per_hour=stories_per_hour, pages=pages)
         sizes = {"generator": planned.text.replicas, "decoder": planned.picture.replicas}
         fixed = Cluster(
@@ -220,6 +226,7 @@ def compare_with_planner(profile: Profile) -> list[dict[str, float]]:
         simulated = statistics.mean(simulate(arrivals, fixed, None).first_picture_s)
         rows.append(
             {
+                "profile": name,
                 "stories_per_hour": stories_per_hour,
                 "pages": pages,
                 **sizes,
@@ -240,7 +247,7 @@ def main() -> None:
     live = json.loads(LIVE.read_text())["figures"]
     profile, start_s = load_profile(live), live["start_s"]
     loads = compare_with_default(profile, start_s)
-    beside_live, planner = compare_with_live(live), compare_with_planner(profile)
+    beside_live, planner = compare_with_live(live), compare_with_planner(PROFILES | {"slowed engines": profile})
     ratios = {
         "p95_first_picture_vs_default_policy": loads[BURST]["p95_vs_default"],
         "replica_seconds_vs_default_policy": loads[BURST]["replica_s_vs_default"],

@@ -1,4 +1,4 @@
-"""The autoscaling policy on a real Ray Serve: `python -m benchmarks.autoscaling_live`, in four minutes.
+"""The autoscaling policy on a real Ray Serve: `python -m benchmarks.autoscaling_live`, in five minutes.
 
 The shipped model is served in a Ray of its own with logical CPUs, by the slowed engines of `benchmarks/slowed.py`.
 `deployments.profile` measures their stages, then a burst of stories comes, and Serve scales by the policy. What was
@@ -32,8 +32,9 @@ from benchmarks.quality import machine
 from benchmarks.slowed import PICTURE_BATCH, TEXT_BATCH
 from deployments.__main__ import FEWER_HOPS, check_port, wait_until_ready
 from deployments.autoscaling.policy import DECODER, GENERATOR
+from deployments.autoscaling.stages import Profile
 from deployments.client import Client
-from deployments.profile import measure
+from deployments.profile import PROMPT, measure
 
 LIVE = Path(__file__).parent / "results" / "autoscaling_live.json"
 POLICY = "deployments.autoscaling.policy:StoryPolicy"
@@ -113,16 +114,20 @@ def _all(seen: dict[str, float], name: str) -> float:
     return sum(value for key, value in seen.items() if key.startswith(f"{name}."))
 
 
-def run(url: str, storage: str) -> dict[str, Any]:
+def measure_stages(port: int, storage: str) -> Profile:
+    """What `python -m deployments.profile` says of one replica of each engine."""
+    _deploy(config(storage, policy=None, most=dict.fromkeys(MAX_REPLICAS, 1)), port)
+    with Client(f"http://127.0.0.1:{port}") as client:
+        return measure(client, pages=2, steps=None, text_batch=TEXT_BATCH, picture_batch=PICTURE_BATCH)
+
+
+def run(port: int, storage: str, profile: Profile) -> dict[str, Any]:
     """Figures of the live run."""
-    deploy = _get_global_client().deploy_apps
-    deploy(config(storage, policy=None, most=dict.fromkeys(MAX_REPLICAS, 1)), _blocking=True)
-    wait_until_ready("127.0.0.1", int(url.rpartition(":")[2]))
-    with Client(url) as client:
-        profile = measure(client, pages=2, steps=None, text_batch=TEXT_BATCH, picture_batch=PICTURE_BATCH)
-    print(profile, flush=True)
     kwargs = {"page_s": profile.text.item_s, "picture_s": profile.picture.item_s}
-    deploy(config(storage, policy=kwargs, most=MAX_REPLICAS), _blocking=True)
+    _deploy(config(storage, policy=kwargs, most=MAX_REPLICAS), port)
+    url = f"http://127.0.0.1:{port}"
+    with Client(url) as client:  # the first story is the slowest
+        list(client.create(PROMPT, pages=1))
     since = time.monotonic()
     watch = Watch(since)
 
@@ -158,6 +163,11 @@ def run(url: str, storage: str) -> dict[str, Any]:
     }
 
 
+def _deploy(schema: ServeDeploySchema, port: int) -> None:
+    _get_global_client().deploy_apps(schema, _blocking=True)
+    wait_until_ready("127.0.0.1", port)
+
+
 def _differs(before: dict[str, float], seen: dict[str, float]) -> bool:
     return {**before, "at_s": 0} != {**seen, "at_s": 0}
 
@@ -165,6 +175,7 @@ def _differs(before: dict[str, float], seen: dict[str, float]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.autoscaling_live", description=__doc__)
     parser.add_argument("--port", type=int, default=8197)
+    parser.add_argument("--profile", type=Path, help="of these engines, instead of two minutes of measuring it")
     options = parser.parse_args(arguments)
     check_port("127.0.0.1", options.port)
     os.environ.update(FEWER_HOPS | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
@@ -181,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": options.port})
     try:
         with tempfile.TemporaryDirectory() as storage:
-            figures = run(f"http://127.0.0.1:{options.port}", storage)
+            profile = Profile.load(options.profile) if options.profile else measure_stages(options.port, storage)
+            print(profile, flush=True)
+            figures = run(options.port, storage, profile)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -76,7 +76,7 @@ def plan(
 def plan_text(stage: Stage, pages_per_s: float, *, max_use: float) -> StagePlan:
     """Generators. Stories take turns page by page, so that their lengths do not matter, only how many there are."""
     replicas, use = _fewest(stage, pages_per_s, max_use)
-    seconds = _seconds(stage, pages_per_s / replicas)
+    seconds = _seconds(stage, pages_per_s / replicas, own=1.0)
     wait_s = mmc_wait_s(stage.batch, pages_per_s / replicas, seconds)
     return StagePlan(replicas=replicas, use=use, seconds=seconds, wait_s=wait_s)
 
@@ -84,7 +84,7 @@ def plan_text(stage: Stage, pages_per_s: float, *, max_use: float) -> StagePlan:
 def plan_picture(stage: Stage, pictures_per_s: float, *, max_use: float, pages: float, text_s: float) -> StagePlan:
     """Decoders of stories with so many pages, which ask for a picture every `text_s`."""
     replicas, use = _fewest(stage, pictures_per_s, max_use)
-    seconds = _seconds(stage, pictures_per_s / replicas)
+    seconds = _seconds(stage, pictures_per_s / replicas, own=1 / replicas)
     remembered_s = seconds / (1 - use)
     """How long a queue takes to forget an arrival."""
     arrivals = min(pages, 1 + remembered_s / text_s)
@@ -113,13 +113,13 @@ def _fewest(stage: Stage, items_per_s: float, max_use: float) -> tuple[int, floa
     return replicas, busy / replicas
 
 
-def _seconds(stage: Stage, items_per_s: float) -> float:
-    """Seconds of an item on a replica. It shares the replica with as many as there are on average, and their number
-    follows from their seconds (Little)."""
+def _seconds(stage: Stage, items_per_s: float, *, own: float) -> float:
+    """Seconds of an item on a replica. It shares the replica with as many as there are on average, whose number follows
+    from their seconds (Little). `own`: what it adds to them; the emptiest of several replicas has fewer."""
     low, high = stage.alone_s, stage.full_s
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if stage.latency_s(1 + items_per_s * middle) > middle else (low, middle)
+        low, high = (middle, high) if stage.latency_s(own + items_per_s * middle) > middle else (low, middle)
     return high
 
 
