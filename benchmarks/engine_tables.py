@@ -52,7 +52,7 @@ def engines_load(found: Results) -> str:
         rows += [
             (kind, f"{name}, {num} at once", *story_cells(one))
             for way, name in WAYS.items()
-            for num, one in ways[way].items()
+            for num, one in sorted(ways[way].items(), key=lambda pair: int(pair[0]))
         ]
     return table(("pictures", "", "stories/s", "story s", "first text s", "first picture s"), rows)
 

@@ -19,6 +19,7 @@ from types import FrameType
 from minigpt5.commands import check_default_model, needs_extra
 from minigpt5.config import ModelConfig, default_model_folder
 
+DEFAULT_PORT = 8000
 READY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 10.0
 FEWER_HOPS = {
@@ -53,13 +54,15 @@ def parse_args() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="python -m deployments", description="Serve stories over HTTP; Ctrl-C ends.")
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(default: %(default)s)")
     parser.add_argument("--api-keys", default="", help="file of API keys; needed where others can reach the server")
     parser.add_argument("--filters", help="text,picture, one of them, or none (default: as the model says)")
     parser.add_argument("--fronts", type=int, default=1, help="HTTP fronts (default: %(default)s)")
     parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default: the shipped one)")
     parser.add_argument("--storage", default=default_storage(), help="folder or URI (default: %(default)s)")
     parser.add_argument("--max-wait-s", type=float, help="a request that would take longer is answered with 503")
+    parser.add_argument("--metrics-port", type=int, help="port for Prometheus (default: a free one)")
+    parser.add_argument("--traces", type=float, default=0.0, help="share of requests to trace (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -68,13 +71,17 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
     started_at = time.monotonic()
     check_keys(args.host, args.api_keys)
     check_port(args.host, args.port)
+    if args.metrics_port is not None:
+        check_port("0.0.0.0", args.metrics_port, option="--metrics-port ")
     config = check_model(args.model)
     check_storage(args.storage)
     print("starting ...", flush=True)
     try:
         start(args)
         wait_until_ready(args.host, args.port)
-        print(describe_server(args, config, startup_s=time.monotonic() - started_at), flush=True)
+        startup_s = time.monotonic() - started_at
+        said = describe_server(args, config, startup_s=startup_s, metrics_port=find_metrics_port(), logs=find_logs())
+        print(said, flush=True)
         while True:
             time.sleep(3600)
     finally:
@@ -91,18 +98,17 @@ def check_keys(host: str, api_keys: str) -> None:
         raise StartError(str(error)) from None
 
 
-def check_port(host: str, port: int) -> None:
-    """Serve itself would only say so in a log file."""
+def check_port(host: str, port: int, *, option: str = "make serve PORT=") -> None:
+    """Serve itself, and Ray's agent, would only say so in a log file. `option` sets the port."""
     if not 1 <= port <= 65535:
-        raise StartError(f"port is {port} but must be from 1 to 65535: make serve PORT=8000")
+        raise StartError(f"port is {port} but must be from 1 to 65535: {option}{DEFAULT_PORT}")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
         except OSError as error:
             raise StartError(
-                f"port {port} cannot be used ({error.strerror}): choose another one, such as "
-                f"make serve PORT={port % 65535 + 1}"
+                f"port {port} cannot be used ({error.strerror}): choose another one, such as {option}{port % 65535 + 1}"
             ) from None
 
 
@@ -146,20 +152,29 @@ def start(args: argparse.Namespace) -> None:
     from ray import serve
 
     from deployments.application import AppArgs, app
+    from deployments.observability.tracing import tracing_config
+    from minigpt5.errors import SettingsError
 
+    try:
+        traces = tracing_config(args.traces)
+    except SettingsError as error:
+        raise StartError(str(error)) from None
     ray.init(
         address="local",  # never join a Ray that somebody else has started on this machine
         namespace="serve",
         num_cpus=max(2, os.cpu_count() or 2),
         object_store_memory=256 * 2**20,  # what crosses processes here is small
-        include_dashboard=False,  # its processes take CPU time from the engines, and the application has metrics
+        include_dashboard=False,  # its processes take CPU time from the engines; the node's agent exports metrics
+        _metrics_export_port=args.metrics_port,
         log_to_driver=False,
         logging_level="ERROR",
     )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in the place of ours
         signal.signal(number, _interrupt)
-    serve.start(http_options={"host": args.host, "port": args.port})
+    serve.start(
+        http_options={"host": args.host, "port": args.port}, logging_config={"encoding": "JSON"}, tracing_config=traces
+    )
     try:
         arguments = AppArgs(
             model=args.model,
@@ -175,6 +190,14 @@ def start(args: argparse.Namespace) -> None:
         raise StartError(
             f"the application did not start: {str(error).strip().splitlines()[-1]}; logs: {logs}"
         ) from None
+
+
+def find_metrics_port() -> int:
+    """The port on which Ray's agent of this node answers Prometheus."""
+    import ray
+
+    [node] = ray.nodes()
+    return node["MetricsExportPort"]
 
 
 def find_logs() -> str:
@@ -207,7 +230,9 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
 
 
-def describe_server(args: argparse.Namespace, config: ModelConfig, *, startup_s: float) -> str:
+def describe_server(
+    args: argparse.Namespace, config: ModelConfig, *, startup_s: float, metrics_port: int, logs: str
+) -> str:
     url = f"http://{reachable(args.host)}:{args.port}"
     body = shlex.quote(json.dumps({"prompt": next(iter(config.examples), "A story")}, ensure_ascii=False))
     about = f"           {config.summary}\n" if config.summary else ""
@@ -217,6 +242,8 @@ def describe_server(args: argparse.Namespace, config: ModelConfig, *, startup_s:
         f"  model    {config.name}, {args.model}\n"
         f"{about}"
         f"  stories  {args.storage}\n"
+        f"  metrics  http://127.0.0.1:{metrics_port}/metrics\n"
+        f"  logs     {logs}\n"
         "Ctrl-C ends it.\n"
     )
 

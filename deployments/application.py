@@ -137,7 +137,8 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
         generator_gpus = share if generator_gpus is None else generator_gpus
         decoder_gpus = share if decoder_gpus is None else decoder_gpus
     limits = default_limits("cuda" if generator_gpus else "cpu", **args.limits)  # of a replica, wherever this is
-    logging_config = {"log_level": args.log_level}
+    # JSON: lines of text would be without the ids of story and request.
+    logging_config = {"log_level": args.log_level, "encoding": "JSON"}
     generator = serve.deployment(
         generator_class,
         name="VokenGenerator",
@@ -187,7 +188,7 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
-        logging_config=logging_config,
+        logging_config={**logging_config, "enable_access_log": False},  # it has its own
     ).bind(
         generator,
         decoder,

@@ -26,6 +26,7 @@ from deployments.api.chat import SERVED, CreateChat, StreamOptions
 from deployments.api.images import CreateImages
 from deployments.api.openai_body import IGNORED, OpenAIBody
 from deployments.application import AppArgs
+from deployments.observability.metrics import METRICS
 from deployments.schemas import CreateStory
 from training.presets import PUBLISHED, override
 from training.storybook.presets import STORYBOOK
@@ -363,9 +364,11 @@ def test_the_ignored_and_the_refused_fields_of_openais_routes_are_listed() -> No
 
 
 def test_the_metrics_are_listed() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "deployments" / "engines").glob("*.py"))
-    named = set(re.findall(r"`(minigpt5_\w+)", TEXTS["docs/operations.md"]))
-    assert named == set(re.findall(r'"(minigpt5_\w+)"', source))
+    labels = {metric: f"{{{','.join(metric.labels)}}}" if metric.labels else "" for metric in METRICS}
+    rows = [f"| `{metric.name}{labels[metric]}` | {metric.kind} | {metric.help} |" for metric in METRICS]
+    text = TEXTS["docs/operations.md"]
+    assert "\n".join(rows) in text
+    assert set(re.findall(r"`(minigpt5_\w+)", text)) == {metric.name for metric in METRICS}
 
 
 # The tree

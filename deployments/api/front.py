@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from deployments.api.errors import ApiError
 from deployments.auth import CLIENT, Key, Keys
 from deployments.engines.handles import Engines
+from deployments.observability.story_context import enter_story
 from deployments.schemas import shown
 from deployments.stories.admission import Admission
 from deployments.stories.ledger import Ledger, LocalLedger
@@ -20,7 +21,7 @@ from deployments.stories.story_manager import StoryManager
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
 from minigpt5.story.safety import TextFilter
-from minigpt5.story.store import StoryStore
+from minigpt5.story.store import STORY_ID, StoryStore
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,13 @@ def refuse_unknown_query(request: Request) -> None:
     for name, value in request.query_params.items():
         if name not in known:
             raise ApiError(422, f"query parameter {name[:40]} (value {shown(value)}) is unknown here", param=name[:40])
+
+
+async def note_story(request: Request) -> None:
+    """What a request does to a story is logged under its id."""
+    story_id = request.path_params.get("story_id", "")
+    if STORY_ID.fullmatch(story_id):
+        enter_story(story_id)
 
 
 async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> None:

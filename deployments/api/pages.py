@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from deployments.api.drawing import draw_alone
 from deployments.api.errors import ApiError
-from deployments.api.front import ClientOf, FrontOf, check_owner, check_texts
+from deployments.api.front import ClientOf, FrontOf, check_owner, check_texts, note_story
 from deployments.api.replies import BEGUN, answer, reply
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
 from minigpt5.errors import InvalidRequest
@@ -21,7 +21,7 @@ from minigpt5.types import MAX_PAGES, DrawRequest
 MAX_VARIANTS = 16
 """Pictures of one page."""
 
-pages = APIRouter(dependencies=[Depends(check_owner)])
+pages = APIRouter(dependencies=[Depends(note_story), Depends(check_owner)])
 
 
 @pages.post("/v1/stories/{story_id}/pages", status_code=201, response_model=StoryReply, responses=BEGUN)

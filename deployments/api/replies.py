@@ -149,4 +149,4 @@ async def follow(front: Front, story_id: str, seen: Position | None) -> AsyncGen
             async for event in events:
                 yield dataclasses.replace(event, data=sign_urls(front, event.data)).encode()
     except Exception as failure:
-        logger.warning("a stream of %s is cut off: %s", story_id, describe(failure))
+        logger.warning("a stream of %s is cut off: %s", story_id, describe(failure), extra={"story_id": story_id})

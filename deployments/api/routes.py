@@ -35,6 +35,7 @@ from deployments.api.front import (
     build_front,
     check_owner,
     check_texts,
+    note_story,
     refuse_unknown_query,
 )
 from deployments.api.images import images
@@ -43,6 +44,7 @@ from deployments.api.pages import MAX_VARIANTS, pages
 from deployments.api.replies import BEGUN, RESUMED, EventStream, answer, follow, reply
 from deployments.auth import KeyGuard, check_host, session_cookie, watch_keys
 from deployments.engines.handles import NotReady, ServeEngines
+from deployments.observability.story_context import add_ids_to_log
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
@@ -74,7 +76,7 @@ STUDIO_FILES = {"studio.css": "text/css", "studio.js": "text/javascript"}
 STUDIO_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
 
 
-stories = APIRouter(dependencies=[Depends(refuse_unknown_query), Depends(check_owner)])
+stories = APIRouter(dependencies=[Depends(note_story), Depends(refuse_unknown_query), Depends(check_owner)])
 operations = APIRouter()
 
 
@@ -308,6 +310,7 @@ class Ingress:
         filters: tuple[str, ...] = (),
         ledger: DeploymentHandle | None = None,
     ) -> None:
+        add_ids_to_log()
         keys = watch_keys(api_keys or None)
         check_host(get_host(), keys)
         folder = locate(model)

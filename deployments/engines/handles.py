@@ -10,6 +10,7 @@ from typing import Protocol
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.observability.story_context import current_story
 from minigpt5.errors import EngineLost, FingerprintMismatch, MiniGPT5Error
 from minigpt5.story.stream import describe
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest
@@ -52,7 +53,9 @@ class ServeEngines:
 
     async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         # Serve prefers a decoder that has the picture's style.
-        decoder = self._decoder.options(stream=True, multiplexed_model_id=request.settings.style)
+        decoder = self._decoder.options(
+            stream=True, multiplexed_model_id=request.settings.style, session_id=current_story()
+        )
         events = decoder.decode.remote(request)
         try:
             with _own_errors():
@@ -63,7 +66,7 @@ class ServeEngines:
 
     async def validate_request(self, request: StoryRequest) -> None:
         with _own_errors():
-            await self._generator.validate_request.remote(request)
+            await self._generator.options(session_id=current_story()).validate_request.remote(request)
 
     async def check_ready(self) -> None:
         generator, decoder = await asyncio.gather(

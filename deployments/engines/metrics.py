@@ -1,19 +1,28 @@
-"""What Prometheus sees, through ray.serve.metrics: how busy the engines are, and how long stories take."""
+"""What Prometheus sees of the engines: their load once a second, and where a picture's time goes."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
-from ray.serve.metrics import Counter, Gauge, Histogram
-
-from minigpt5.types import Picture, SlotOpened, StoryEvent, TextDelta
+from deployments.observability.metrics import (
+    DRAWN_PICTURES,
+    MAX_ROWS,
+    PAGE_STAGE,
+    QUEUED_REQUESTS,
+    ROWS,
+    RUNNING_REQUESTS,
+    STEPS,
+    Metric,
+)
+from deployments.observability.recording import Record, record
+from minigpt5.engine.fair_share import Occupancy
+from minigpt5.errors import Blocked
+from minigpt5.types import DecoderEvent, Picture, Progress
 
 PERIOD_S = 1.0
-SECONDS = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
-"""Upper ends of the histograms' parts."""
 
 
 class Engine(Protocol):
@@ -24,77 +33,59 @@ class Engine(Protocol):
     @property
     def num_waiting(self) -> int: ...
     @property
-    def queued_cost(self) -> float: ...
+    def occupancy(self) -> Occupancy: ...
 
 
-def watch(name: str, engine: Engine, totals: Mapping[str, Callable[[], float]]) -> None:
-    """Report an engine's load every second, as long as its process lives; `totals` only grow, and become counters."""
-    in_flight = Gauge("minigpt5_requests_in_flight", description="Requests inside an engine.", tag_keys=("engine",))
-    queue_cost = Gauge(
-        "minigpt5_queue_cost",
-        description="Work that an engine's requests still need: tokens, or UNet samples.",
-        tag_keys=("engine",),
-    )
-    counters = {total: Counter(total, description=f"Of the {name}, since it started.") for total in totals}
-    counted = dict.fromkeys(totals, 0.0)
+def watch(name: str, engine: Engine, values: Mapping[Metric, Callable[[], float]]) -> None:
+    """Record an engine's load every second, as long as its process lives. `values`: what only this engine says of
+    itself, by metric; those of counters only grow."""
+    last: dict[Metric, float] = {}
 
-    def report() -> None:
+    def report(metric: Metric, value: float, **labels: str) -> None:
+        if metric.kind == "counter":  # a counter takes what has been added
+            last[metric], value = value, value - last.get(metric, 0.0)
+        record(metric, value, **labels)
+
+    def report_all() -> None:
+        occupancy = engine.occupancy
+        report(RUNNING_REQUESTS, engine.num_running, engine=name)
+        report(QUEUED_REQUESTS, engine.num_waiting, engine=name)
+        report(STEPS, occupancy.num_steps, engine=name)
+        report(ROWS, occupancy.num_rows, engine=name)
+        report(MAX_ROWS, occupancy.max_rows, engine=name)
+        for metric, read in values.items():
+            report(metric, read())
+
+    def report_for_ever() -> None:
         while True:
-            in_flight.set(engine.num_running + engine.num_waiting, tags={"engine": name})
-            queue_cost.set(engine.queued_cost, tags={"engine": name})
-            for total, counter in counters.items():
-                if (value := totals[total]()) > counted[total]:
-                    counter.inc(value - counted[total])
-                    counted[total] = value
+            report_all()
             time.sleep(PERIOD_S)
 
-    threading.Thread(target=report, name=f"{name}-metrics", daemon=True).start()
+    threading.Thread(target=report_for_ever, name=f"{name}-metrics", daemon=True).start()
 
 
-class StoryTimes:
-    """The histograms of a front."""
-
-    def __init__(self) -> None:
-        self.first_text = Histogram(
-            "minigpt5_time_to_first_text_seconds",
-            description="From a story's acceptance to its first text.",
-            boundaries=SECONDS,
-        )
-        self.first_picture = Histogram(
-            "minigpt5_time_to_first_picture_seconds",
-            description="From a story's acceptance to its first picture.",
-            boundaries=SECONDS,
-        )
-        self.page = Histogram(
-            "minigpt5_page_seconds",
-            description='Of a page: "text" from the page before to its picture\'s slot, "picture" from there on.',
-            boundaries=SECONDS,
-            tag_keys=("stage",),
-        )
-
-    def start(self, clock: Callable[[], float] = time.monotonic) -> StoryClock:
-        return StoryClock(self, clock)
-
-
-class StoryClock:
-    """Times one story by its events."""
-
-    def __init__(self, times: StoryTimes, clock: Callable[[], float]) -> None:
-        self._times, self._clock = times, clock
-        self._started_at = self._text_at = clock()
-        self._opened_at: dict[int, float] = {}
-        self._has_text = self._has_picture = False
-
-    def observe(self, event: StoryEvent) -> None:
-        now = self._clock()
-        if isinstance(event, TextDelta) and not self._has_text:
-            self._has_text = True
-            self._times.first_text.observe(now - self._started_at)
-        elif isinstance(event, SlotOpened):
-            self._times.page.observe(now - self._text_at, tags={"stage": "text"})
-            self._opened_at[event.page] = self._text_at = now
-        elif isinstance(event, Picture):
-            if not self._has_picture:
-                self._has_picture = True
-                self._times.first_picture.observe(now - self._started_at)
-            self._times.page.observe(now - self._opened_at[event.page], tags={"stage": "picture"})
+async def observe_picture(
+    events: AsyncIterator[DecoderEvent], *, record: Record = record, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[DecoderEvent]:
+    """Pass a picture's events on; record where its time goes, and how it ended."""
+    since, has_begun = clock(), False
+    try:
+        async for event in events:
+            now = clock()
+            if isinstance(event, Progress) and not has_begun:
+                record(PAGE_STAGE, now - since, stage="queue")
+                since, has_begun = now, True
+            if isinstance(event, Progress) and event.step == event.steps:
+                record(PAGE_STAGE, now - since, stage="denoise")
+                since = now
+            if isinstance(event, Picture):
+                if has_begun:
+                    record(PAGE_STAGE, now - since, stage="encode")
+                record(DRAWN_PICTURES, 1, result="drawn" if has_begun else "cached")
+            yield event
+    except Blocked:
+        record(DRAWN_PICTURES, 1, result="blocked")
+        raise
+    except Exception:
+        record(DRAWN_PICTURES, 1, result="failed")
+        raise

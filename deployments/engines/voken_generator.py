@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 
 from deployments.autoscaling.policy import GeneratorStats
@@ -11,8 +12,13 @@ from deployments.engines.metrics import watch
 from deployments.engines.placement import device_for, num_gpus_here
 from deployments.engines.stage_clock import StageClock
 from deployments.engines.throttle import coalesce_text, text_interval_s
+from deployments.observability.metrics import GENERATED_TOKENS, PENDING_TOKENS, PROMPT_TOKENS, REUSED_PROMPT_TOKENS
+from deployments.observability.story_context import add_ids_to_log
+from deployments.observability.tracing import name_span
 from minigpt5.limits import default_limits
 from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision, Vokens
+
+logger = logging.getLogger("ray.serve")
 
 
 class VokenGenerator:
@@ -39,14 +45,22 @@ class VokenGenerator:
         )
         self.clock = StageClock(self.engine.limits.max_batch)
         self._writing: list[_Writing] = []
-        totals = {
-            "minigpt5_prompt_tokens": lambda: self.engine.num_prompt_tokens,
-            "minigpt5_prompt_tokens_reused": lambda: self.engine.num_reused_tokens,
-        }
-        watch("generator", self.engine, totals)
+        add_ids_to_log()
+        watch(
+            "generator",
+            self.engine,
+            {
+                PENDING_TOKENS: lambda: self.engine.queued_cost,
+                GENERATED_TOKENS: lambda: self.engine.num_generated_tokens,
+                PROMPT_TOKENS: lambda: self.engine.num_prompt_tokens,
+                REUSED_PROMPT_TOKENS: lambda: self.engine.num_reused_tokens,
+            },
+        )
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
-        async with contextlib.AsyncExitStack() as stack:  # closed in the other order: pieces read the events
+        name_span(pages=request.pages)
+        logger.info("writing", extra={"pages": request.pages, "mode": request.mode})
+        async with contextlib.AsyncExitStack() as stack:  # closed in the other order: texts read the events
             story = stack.enter_context(self._count(request))
             events = await stack.enter_async_context(contextlib.aclosing(self.engine.generate(request)))  # type: ignore[type-var]
             texts = coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running))

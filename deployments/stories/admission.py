@@ -42,6 +42,9 @@ at once. Next to nothing beside forty, a third of a picture that takes four."""
 MAX_RETRY_AFTER_S = 600
 ARRIVALS_S = 60.0
 """What has come in so much time is taken to come in the next, too."""
+LATE_REQUESTS = 40
+"""Requests that were done last, of which one in ten may have taken longer than what new ones are refused by."""
+MAX_LATENESS = 3.0
 NO_WORK = 1e-6
 """Sums of costs that were added and taken away end near zero, not at it."""
 
@@ -105,6 +108,8 @@ class Admission:
         self._clock = clock
         self._arrivals: deque[tuple[float, dict[Engine, float]]] = deque()
         """When what work was accepted, of the last minute."""
+        self._lateness: deque[float] = deque(maxlen=LATE_REQUESTS)
+        """How many times as long as predicted the last requests took."""
 
     @property
     def is_full(self) -> bool:
@@ -153,16 +158,23 @@ class Admission:
                 f"{self.retry_after_s} s",
                 retry_after_s=self.retry_after_s,
             )
-        wait_s = self.wait_s(request, num_pictures=num_pictures)
+        predicted_s = self.wait_s(request, num_pictures=num_pictures)
+        wait_s = predicted_s * self.lateness
         if self._num_at_all and wait_s > self.max_wait_s:
             too_long_s = _whole(wait_s - self.max_wait_s)
             raise Overloaded(
-                f"this request would be done in about {wait_s:.0f} s and the limit is {self.max_wait_s:g} s: "
+                f"this request may take {wait_s:.0f} s and the limit is {self.max_wait_s:g} s: "
                 f"try again in {too_long_s} s, or ask for fewer pages or steps",
                 retry_after_s=too_long_s,
             )
         self._change_running(1)
-        return Reservation(self, request, num_pictures=num_pictures)
+        return Reservation(self, request, num_pictures=num_pictures, predicted_s=predicted_s)
+
+    @property
+    def lateness(self) -> float:
+        """How many times as long as predicted a request may take: nine in ten of the last ones took less, or 1."""
+        late = sorted(self._lateness)
+        return min(MAX_LATENESS, max(1.0, late[len(late) * 9 // 10])) if late else 1.0
 
     def _wait_s(self, engine: Engine, key: str, cost: float) -> float:
         work = self._clients(engine)
@@ -223,8 +235,9 @@ class Admission:
 class Reservation:
     """A request that was taken on. As a context manager it is left in the end."""
 
-    def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int) -> None:
+    def __init__(self, admission: Admission, request: StoryRequest, *, num_pictures: int, predicted_s: float) -> None:
         self._admission, self._key = admission, request.key
+        self._predicted_s, self._began_at = predicted_s, admission._clock()
         self._relative_pixels = admission.relative_pixels(request.draw)
         self._promised = admission.predict(request, num_pictures=num_pictures)
         self._left = dict(self._promised)
@@ -254,6 +267,9 @@ class Reservation:
         """Give the place back; a second time does nothing."""
         if not self._is_left:
             self._is_left = True
+            if all(cost <= NO_WORK for cost in self._left.values()):
+                took_s = self._admission._clock() - self._began_at
+                self._admission._lateness.append(took_s / self._predicted_s)
             for engine, cost in self._left.items():
                 self._admission._settle(engine, self._key, cost, is_done=False)
                 self._admission._forget(engine, self._key, self._promised[engine] - cost)

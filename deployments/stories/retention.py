@@ -50,5 +50,7 @@ async def remove_old(
             continue
         total -= sizes[story_id]
         removed.append(story_id)
-        logger.info("%s is removed: %s", story_id, "its age" if is_old else "the room for stories")
+        logger.info(
+            "%s is removed: %s", story_id, "its age" if is_old else "the room for stories", extra={"story_id": story_id}
+        )
     return removed

@@ -17,7 +17,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 from deployments.engines.handles import Engines
-from deployments.engines.metrics import StoryTimes
+from deployments.observability.metrics import ADMITTED_REQUESTS, PAGES, STORIES
+from deployments.observability.recording import begin_at_zero, record
+from deployments.observability.story_context import enter_story, story_context
+from deployments.observability.tracing import TRACER, name_span
 from deployments.stories.admission import Admission, Overloaded, Reservation
 from deployments.stories.events import StreamEvent
 from deployments.stories.leases import Leases, StoryBusy
@@ -25,9 +28,10 @@ from deployments.stories.ledger import HEARTBEAT_S, Instructions, Ledger
 from deployments.stories.relay import EventRelay
 from deployments.stories.resume import ResumedEngines
 from deployments.stories.running_story import RunningStory
+from deployments.stories.story_clock import StoryClock
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.config import ModelConfig
-from minigpt5.errors import MiniGPT5Error, StoryNotFound, StoryTaken
+from minigpt5.errors import Blocked, MiniGPT5Error, StorageError, StoryNotFound, StoryTaken
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.state import PageState, StoryBuilder, StoryState, new_story_id
 from minigpt5.story.store import STORY_ID, StoryStore
@@ -77,7 +81,6 @@ class StoryManager:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stories: dict[str, RunningStory] = {}
         self._side: set[asyncio.Task[None]] = set()
-        self._times = StoryTimes()
         self.relay = EventRelay(ledger, store, self._stories.get)
 
     @property
@@ -91,7 +94,9 @@ class StoryManager:
         A front that has just started may be refused an orphan, because its owner may still be alive. Recovery is
         therefore repeated."""
         epoch, recover_at = "", 0.0
+        begin_at_zero([STORIES, PAGES])
         while True:
+            record(ADMITTED_REQUESTS, self._admission.num_running)
             try:
                 instructions = await self._ledger.heartbeat(self.front, self._leases.held, self._admission.load)
                 if instructions.epoch != epoch or time.monotonic() >= recover_at:
@@ -115,7 +120,7 @@ class StoryManager:
                 self.relay.publish(story)
         for name in instructions.orphans:
             if name not in self._leases.held:
-                self._spawn(self._recover_exclusively(name))
+                self._spawn(self._recover_exclusively(name), story_context(name))
 
     async def start(self, request: StoryRequest, *, story_id: str = "") -> RunningStory:
         """Begin a new story. Raises Overloaded, or InvalidRequest where the generator cannot write it."""
@@ -159,7 +164,7 @@ class StoryManager:
     async def recover(self) -> None:
         """Resume every unfinished story that no front runs."""
         for story_id in await asyncio.to_thread(self._store.running):
-            await self._recover_exclusively(story_id)
+            await asyncio.create_task(self._recover_exclusively(story_id), context=story_context(story_id))
 
     async def _recover_exclusively(self, story_id: str) -> None:
         try:
@@ -207,8 +212,9 @@ class StoryManager:
         """A lease within the context; a story that was started there keeps it to its end."""
         return self._leases.hold(story_id, is_new=is_new, is_kept=lambda: story_id in self._stories)
 
-    def _spawn(self, work: Coroutine[object, object, object]) -> None:
-        """Run `work` in the background, even where the calling request is cancelled."""
+    def _spawn(self, work: Coroutine[object, object, object], context: contextvars.Context | None = None) -> None:
+        """Run `work` in the background, even where the calling request is cancelled. `context`: by default none of the
+        calling request's."""
 
         async def run() -> None:
             try:
@@ -216,7 +222,7 @@ class StoryManager:
             except Exception as failure:
                 logger.warning("in the background: %s", describe(failure))
 
-        task = asyncio.create_task(run(), context=contextvars.Context())
+        task = asyncio.create_task(run(), context=context or contextvars.Context())
         self._side.add(task)
         task.add_done_callback(self._side.discard)
 
@@ -237,7 +243,6 @@ class StoryManager:
                 await self.relay.wait(story_id, CANCEL_S)
 
     def _lose(self, story: RunningStory) -> None:
-        logger.warning("%s is another front's now", story.id)
         story.is_lost = True
         self._tasks[story.id].cancel()
 
@@ -250,6 +255,7 @@ class StoryManager:
     ) -> RunningStory:
         """Under the lease with this `number`, which the story keeps to its end."""
         request, story_id, store = builder.request, builder.state().id, self._store.owned(number)
+        enter_story(story_id)
         reservation = self._admission.reserve(request)
         try:
             await self._engines.validate_request(request)
@@ -258,27 +264,35 @@ class StoryManager:
         except BaseException:
             reservation.release()
             raise
-        # In a context of its own: Serve cancels what a request's context has started when its client is gone.
-        task = asyncio.create_task(self._run(story, reservation), context=contextvars.Context())
+        task = asyncio.create_task(self._run(story, reservation), context=story_context(story_id))
         self._tasks[story_id], self._stories[story_id] = task, story
         return story
 
     async def _run(self, story: RunningStory, reservation: Reservation) -> None:
-        builder, final = story.builder, None
+        builder, clock, final, outcome = story.builder, StoryClock(known=story.engines.drawn), None, "done"
+        logger.info("story begins", extra={"pages": builder.request.pages})
         try:
-            await self._make(story, reservation)
+            with TRACER.start_as_current_span("story"):
+                name_span(pages=builder.request.pages)
+                await self._make(story, reservation, clock)
             final = await self._end(story, builder.state("done"))
         except asyncio.CancelledError:
             if not story.is_cancelled:  # this process ends, or has lost the story: another one resumes it
+                outcome = "handed_over"
                 raise
+            outcome = "cancelled"
             final = await self._end(story, builder.state("cancelled"))
         except StoryTaken as loss:
             logger.warning("%s", loss)
             story.is_lost = True
         except Exception as failure:  # whatever it was, its readers must hear of it
+            outcome = _outcome(failure)
             logger.error("%s failed: %s", story.id, type(getattr(failure, "cause", None) or failure).__name__)
             final = await self._end(story, builder.state("failed", error=describe(failure)))
         finally:
+            outcome = "handed_over" if story.is_lost else outcome
+            record(STORIES, 1, outcome=outcome)
+            logger.info("story ends", extra={"outcome": outcome, "seconds": round(clock.seconds, 3)})
             reservation.release()
             del self._tasks[story.id], self._stories[story.id]
             if final or story.is_lost:
@@ -287,8 +301,8 @@ class StoryManager:
                 self._leases.abandon(story.id)
             story.end(final)
 
-    async def _make(self, story: RunningStory, reservation: Reservation) -> None:
-        engines, clock = story.engines, self._times.start()
+    async def _make(self, story: RunningStory, reservation: Reservation, clock: StoryClock) -> None:
+        engines = story.engines
         # Calls of one story go to the replica that has its earlier pages.
         request = dataclasses.replace(story.builder.request, session=story.id)
         stream = stream_story(request, engines.generate, engines.decode, story_id=story.id)
@@ -298,9 +312,10 @@ class StoryManager:
                 if self._text_filter and isinstance(event, SlotOpened):
                     self._text_filter.check_text(story.builder.text(event.page), f"page {event.page}")
                 reservation.observe(event)
-                clock.observe(event)
                 if isinstance(event, STORED):  # a thread for each piece of text would cost more than the text
-                    await uninterrupted(asyncio.to_thread(self._keep, story, event))
+                    with clock.storing(event):
+                        await uninterrupted(asyncio.to_thread(self._keep, story, event))
+                clock.observe(event)
                 story.add(_announce(story, event))
 
     async def _end(self, story: RunningStory, state: StoryState) -> StoryState | None:
@@ -335,6 +350,13 @@ class StoryManager:
                 story.store.save_page(story.id, story.page_state(index))
             case PageDone() if event.page.index not in story.engines.drawn:
                 story.store.save_page(story.id, story.page_state(event.page.index))
+
+
+def _outcome(failure: Exception) -> str:
+    """How a story ended that failed, as the metric has it."""
+    if isinstance(failure, OSError | StorageError):
+        return "storage_error"
+    return "blocked" if isinstance(failure, Blocked) else "engine_error"
 
 
 def _begin(store: StoryStore, builder: StoryBuilder, change: Callable[[], None]) -> None:

@@ -27,7 +27,7 @@ from minigpt5.config import ModelConfig, check_sampler
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.engine.engine_loop import EngineLoop, Job
-from minigpt5.engine.fair_share import FairShare
+from minigpt5.engine.fair_share import FairShare, Occupancy
 from minigpt5.engine.threads import Team, single_thread
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.diffusion import Diffusion
@@ -99,6 +99,8 @@ class DiffusionDecoder:
         with torch.no_grad(), single_thread():
             self.null_1QD = mapper.null_condition()
             """The condition that guidance leads away from."""
+        self.num_denoising_steps = 0
+        """Steps of all pictures so far: a step that three share counts three."""
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
         self._fair = FairShare(2 * max_batch, min_places=2)
         self._team = Team(num_threads or torch.get_num_threads())
@@ -146,6 +148,16 @@ class DiffusionDecoder:
     @property
     def num_waiting(self) -> int:
         return self._loop.num_waiting
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full its steps were: a row is a denoiser sample of the model's own size."""
+        return self._fair.occupancy
+
+    @property
+    def num_styles(self) -> int:
+        """Style adapters that the denoiser holds."""
+        return len(self.diffusion.styles.loaded) if self.diffusion.styles else 0
 
     @property
     def queued_cost(self) -> float:
@@ -230,6 +242,7 @@ class DiffusionDecoder:
         running = [(job, job.denoising) for job in jobs if job.denoising is not None]
         with self._team.working():
             advance(self.diffusion, [denoising for _, denoising in running], self.null_1QD)
+        self.num_denoising_steps += len(running)
         for job, denoising in running:
             job.cost = denoising.num_calls_left * job.num_samples
             self._tell(job, denoising)

@@ -4,9 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Occupancy:
+    """How full the steps of an engine were so far."""
+
+    num_steps: int
+    num_rows: float
+    """Places that were taken in all steps together."""
+    max_rows: float
+    """Places of one step. A picture that is larger than a step has one alone, and takes more."""
 
 
 class FairShare:
@@ -19,7 +31,12 @@ class FairShare:
 
     def __init__(self, places: float, *, min_places: float) -> None:
         self.places, self.min_places = places, min_places
+        self._num_steps, self._num_taken = 0, 0.0
         self._store: dict[str, float] = {}
+
+    @property
+    def occupancy(self) -> Occupancy:
+        return Occupancy(num_steps=self._num_steps, num_rows=self._num_taken, max_rows=self.places)
 
     def choose(self, asking: Sequence[T], *, key: Callable[[T], str], cost: Callable[[T], float]) -> list[T]:
         """Some of `asking`, which are in order of age; at least one where there is one."""
@@ -40,6 +57,9 @@ class FairShare:
                 chosen.append(item)
                 taken, free = taken + cost(item), free - cost(item)
             store[name] -= taken
-        share = sum(map(cost, chosen)) / max(1, len(by_key))
+        taken_by_all = sum(map(cost, chosen))
+        self._num_steps += bool(chosen)
+        self._num_taken += taken_by_all
+        share = taken_by_all / max(1, len(by_key))
         self._store = {name: min(max(value + share, -self.places), self.places) for name, value in store.items()}
         return chosen

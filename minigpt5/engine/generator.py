@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from minigpt5.config import ModelConfig
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
-from minigpt5.engine.fair_share import FairShare
+from minigpt5.engine.fair_share import FairShare, Occupancy
 from minigpt5.engine.kv_blocks import num_blocks
 from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
 from minigpt5.engine.kv_pass import upload
@@ -105,6 +105,8 @@ class VokenGenerator:
         the CPU: on a GPU, below float32, every batch may change some."""
         self.num_prompt_tokens = self.num_reused_tokens = 0
         """Tokens of prompts, and how many of them were there already in a slot that begins alike."""
+        self.num_generated_tokens = 0
+        """Tokens drawn so far."""
         self.limits = limits or default_limits(self._device.type)
         self._draws_on_device = self._device.type != "cpu" if draws_on_device is None else draws_on_device
         self._cache = new_cache(language, self.limits, num_positions=config.context_tokens)
@@ -158,6 +160,11 @@ class VokenGenerator:
     @property
     def num_waiting(self) -> int:
         return self._loop.num_waiting
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full its steps were: a row is a request."""
+        return self._fair.occupancy
 
     @property
     def queued_cost(self) -> float:
@@ -394,6 +401,7 @@ class VokenGenerator:
 
     def _draw(self, asked: Sequence[Score]) -> list[Choice]:
         """The tokens that follow some states."""
+        self.num_generated_tokens += len(asked)
         first_voken = self.language.voken_embeddings.first
         logits_RT = self.language.logits(torch.stack([score.state_H for score in asked]))
         draws = [score.draw for score in asked]

@@ -21,9 +21,11 @@ def test_every_answer_is_a_story_or_a_refusal(tmp_path: Path) -> None:
         overload.main([f"http://127.0.0.1:{port}", "--seconds", "2", "--out", str(out), "--pid", str(os.getpid())])
     finally:
         server.stop()
-    figures = json.loads(out.read_text())["figures"]
+    report = json.loads(out.read_text())
+    figures = report["figures"]
     assert set(figures["ends"]) <= {"done", "503"}
     assert figures["ends"]["done"] > 0
     assert figures["accepted_p95_s"] >= figures["accepted_p50_s"] > 0
+    assert report["ratios"]["accepted_p95_vs_max_wait"] == figures["accepted_p95_s"] / overload.MAX_WAIT_S
     assert overload.resident_mib(os.getpid()) > 10
     assert overload.resident_mib(0) == 0

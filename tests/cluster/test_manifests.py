@@ -25,6 +25,7 @@ from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from batch_jobs import illustrate
 from batch_jobs.pipeline import ENGINE_CPUS
 from deployments.application import AppArgs
+from deployments.observability.__main__ import make_files
 from minigpt5.model.sizes import build as build_model
 from minigpt5.model.sizes import counts, print_tables, serving_gb
 from tests.cluster.test_image import ENVIRONMENT, WORKDIR, copied
@@ -128,7 +129,7 @@ def pods(name: str) -> Iterator[PodTemplate]:
 
 
 @each_build
-def test_the_objects_are_what_kubernetes_and_kuberay_take(name: str) -> None:
+def test_the_objects_are_what_kubernetes_and_its_operators_take(name: str) -> None:
     assert BUILDS[name]
     for manifest in BUILDS[name]:
         assert not errors_of(manifest), manifest["metadata"]["name"]
@@ -144,6 +145,8 @@ def test_the_objects_are_what_kubernetes_and_kuberay_take(name: str) -> None:
         ("jobs/align", "RayJob", "spec/backoff"),
         ("common", "NetworkPolicy", "spec/ingres"),
         ("raycluster", "RayCluster", "spec/serveConfigV2"),
+        ("monitoring", "PodMonitor", "spec/podSelector"),
+        ("monitoring", "PrometheusRule", "spec/rules"),
     ],
 )
 def test_an_unknown_field_is_refused(name: str, kind: str, path: str) -> None:
@@ -176,6 +179,7 @@ def test_every_file_is_a_part_of_something_that_is_tested() -> None:
         used |= {path.parent / name for name in kustomization["resources"]}
         used |= {path.parent / patch["path"] for patch in kustomization.get("patches", ()) if "path" in patch}
     others = {"Dockerfile", "Dockerfile.dockerignore", "ray-up.yaml", "serve-storybook.yaml", "serve-minigpt5-7b.yaml"}
+    others |= {name for name in make_files() if not name.startswith("kubernetes/")}
     assert {path for path in FILES} == {path for path in used if path.is_file()} | {FOLDER / name for name in others}
 
 
@@ -207,8 +211,8 @@ def test_ray_up_takes_its_file() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FOLDER).as_posix())
 def test_a_file_begins_with_the_hardware_that_it_is_for(path: Path) -> None:
-    if path.name == "Dockerfile.dockerignore":
-        pytest.skip("a list of files")
+    if path.name in ("Dockerfile.dockerignore", "dashboard.json"):
+        pytest.skip("its format has no place for it")
     assert "Hardware: " in header(path)
 
 
@@ -473,6 +477,17 @@ def test_strangers_reach_the_http_port_and_no_port_of_ray(name: str) -> None:
         assert reached == {PORTS["serve"]}
     assert lets_in(operator, PORTS["dashboard"]) and not lets_in(operator, PORTS["gcs"])
     assert lets_in(prometheus, PORTS["metrics"]) and not lets_in(prometheus, PORTS["dashboard"])
+
+
+def test_prometheus_scrapes_every_pod_of_ray() -> None:
+    (monitor,) = of_kind("monitoring", "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for name in APPLIED:
+        for pod in pods(name):
+            if ray_cluster(name) and pod.name != "redis":
+                assert matches(monitor["spec"]["selector"], pod.labels)
+                ports = [port for each in pod.spec["containers"] for port in each.get("ports", ())]
+                assert {"name": endpoint["port"], "containerPort": PORTS["metrics"]} in ports
 
 
 def test_pods_reach_the_name_servers_of_usual_clusters() -> None:

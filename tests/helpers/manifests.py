@@ -22,13 +22,15 @@ from jsonschema import Draft202012Validator
 Manifest = dict[str, Any]
 DATA = Path(__file__).parent.parent / "data" / "kubernetes"
 KUBERNETES = DATA / "kubernetes-1.37.json.gz"
-KUBERAY = DATA / "kuberay-1.7.yaml"
+OPERATORS = (DATA / "kuberay-1.7.yaml", DATA / "prometheus-operator-0.82.yaml")
 DEFINITIONS = "kubernetes_validate/kubernetes-json-schema/v1.37.0-local-strict/_definitions.json"
 KINDS = {
     ("v1", "PersistentVolumeClaim"): "io.k8s.api.core.v1.PersistentVolumeClaim",
     ("v1", "Pod"): "io.k8s.api.core.v1.Pod",
     ("v1", "Service"): "io.k8s.api.core.v1.Service",
     ("apps/v1", "StatefulSet"): "io.k8s.api.apps.v1.StatefulSet",
+    ("monitoring.coreos.com/v1", "PodMonitor"): "monitoring.coreos.com.v1.PodMonitor",
+    ("monitoring.coreos.com/v1", "PrometheusRule"): "monitoring.coreos.com.v1.PrometheusRule",
     ("networking.k8s.io/v1", "NetworkPolicy"): "io.k8s.api.networking.v1.NetworkPolicy",
     ("policy/v1", "PodDisruptionBudget"): "io.k8s.api.policy.v1.PodDisruptionBudget",
     ("ray.io/v1", "RayCluster"): "ray.io.v1.RayCluster",
@@ -106,8 +108,13 @@ def errors_of(manifest: Manifest) -> list[str]:
 
 @functools.cache
 def validator(name: str) -> Draft202012Validator:
-    definitions = json.loads(gzip.decompress(KUBERNETES.read_bytes())) | _closed(yaml.safe_load(KUBERAY.read_text()))
+    definitions = json.loads(gzip.decompress(KUBERNETES.read_bytes())) | _closed(of_operators())
     return Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": definitions})
+
+
+def of_operators() -> dict[str, Any]:
+    """Schemas of the objects that are not Kubernetes' own."""
+    return {name: schema for path in OPERATORS for name, schema in yaml.safe_load(path.read_text()).items()}
 
 
 def _closed(schema: Any) -> Any:
@@ -121,8 +128,8 @@ def _closed(schema: Any) -> Any:
 def reduce(definitions: dict[str, Any]) -> dict[str, Any]:
     """The definitions that the kinds in use need, without descriptions."""
     kept: dict[str, Any] = {}
-    ray = yaml.safe_load(KUBERAY.read_text())
-    todo = [*(name for name in KINDS.values() if name not in ray), *(name for name in _named(ray) if name not in ray)]
+    others = of_operators()
+    todo = [name for name in (*KINDS.values(), *_named(others)) if name not in others]
     while todo:
         name = todo.pop()
         if name not in kept:

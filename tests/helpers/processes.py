@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -41,6 +42,20 @@ class Server:
     port: int
     client: httpx.Client
 
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus scrapes it."""
+        return self._said("metrics")
+
+    @property
+    def logs(self) -> Path:
+        """The folder of Serve's log files."""
+        return Path(self._said("logs"))
+
+    def _said(self, name: str) -> str:
+        [value] = re.findall(rf"^  {name} +(\S+)$", self.log.read_text(), flags=re.M)
+        return value
+
     def replica(self, deployment: str) -> psutil.Process:
         title = f"ray::ServeReplica:default:{deployment}"
         [process] = [
@@ -57,11 +72,11 @@ def find_free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_server(port: int, storage: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
+def start_server(port: int, storage: Path, output: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(MODEL)]
     # A session of its own, so that a test can send it Ctrl-C as a terminal does: to the whole group.
     return subprocess.Popen(
-        [*command, "--storage", str(storage)],
+        [*command, "--storage", str(storage), *options],
         cwd=ROOT,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -70,10 +85,10 @@ def start_server(port: int, storage: Path, output: IO[bytes]) -> subprocess.Pope
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[Server]:
+def running_server(folder: Path, *options: str) -> Iterator[Server]:
     log, port = folder / "log", find_free_port()
     with log.open("wb") as output:
-        process = start_server(port, folder / "storage", output)
+        process = start_server(port, folder / "storage", output, *options)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while "ready after" not in log.read_text():

@@ -1,4 +1,5 @@
-"""Two generators on a real Ray: calls of one story go to the one that has its beginning, and the metrics say so."""
+"""What is recorded of pictures; and two generators on a real Ray: calls of one story go to the one that has its
+beginning, and the metrics say so."""
 
 from __future__ import annotations
 
@@ -6,17 +7,28 @@ import asyncio
 import re
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray import serve
 
 from deployments.application import AppArgs, app
-from deployments.engines.metrics import StoryTimes
+from deployments.engines.metrics import observe_picture
+from deployments.observability.metrics import (
+    DRAWN_PICTURES,
+    PAGE_STAGE,
+    PENDING_TOKENS,
+    PROMPT_TOKENS,
+    REUSED_PROMPT_TOKENS,
+    RUNNING_REQUESTS,
+    Metric,
+)
 from minigpt5.config import default_model_folder
-from minigpt5.types import Page, Picture, Sampling, SlotOpened, StoryEvent, StoryRequest, TextDelta, Vokens
+from minigpt5.errors import Blocked
+from minigpt5.types import DecoderEvent, Page, Picture, Progress, Sampling, StoryRequest, TextDelta, Vokens
 
 MODEL = default_model_folder()
 METRICS_PORT = 18397
@@ -27,22 +39,58 @@ ROUNDS = 4
 ROUND_S = 30
 
 
-def test_a_story_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = StoryTimes()
-    seen: list[tuple[str, float]] = []
-    for name in ("first_text", "first_picture", "page"):
-        monkeypatch.setattr(
-            getattr(times, name),
-            "observe",
-            lambda value, tags=None, name=name: seen.append((tags["stage"] if tags else name, value)),
-        )
-    now = iter([0.0, 1.0, 2.0, 4.0, 7.0, 9.0, 10.0])
-    clock = times.start(lambda: next(now))
-    picture = Picture(page=1, png=b"", width=1, height=1, seed=0, denoise_steps=1)
-    events: list[StoryEvent] = [TextDelta(page=1, text="a"), TextDelta(page=1, text="b"), SlotOpened(page=1), picture]
-    for event in events:
-        clock.observe(event)
-    assert seen == [("first_text", 1.0), ("text", 4.0), ("first_picture", 7.0), ("picture", 3.0)]
+def test_where_a_pictures_time_goes() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    async def events() -> AsyncIterator[DecoderEvent]:
+        yield Progress(page=1, step=1, steps=3)
+        yield Progress(page=1, step=3, steps=3)
+        yield Picture(page=1, png=b"", width=1, height=1, seed=0, denoise_steps=3)
+
+    now = iter([0.0, 2.0, 5.0, 6.5])
+    observe(events(), seen, clock=lambda: next(now))
+    assert seen == [
+        (PAGE_STAGE, 2.0, "queue"),
+        (PAGE_STAGE, 3.0, "denoise"),
+        (PAGE_STAGE, 1.5, "encode"),
+        (DRAWN_PICTURES, 1, "drawn"),
+    ]
+
+
+def test_a_picture_of_the_cache_has_no_stages() -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    async def events() -> AsyncIterator[DecoderEvent]:
+        yield Picture(page=1, png=b"", width=1, height=1, seed=0, denoise_steps=3)
+
+    observe(events(), seen)
+    assert seen == [(DRAWN_PICTURES, 1, "cached")]
+
+
+@pytest.mark.parametrize(("failure", "result"), [(Blocked("nude"), "blocked"), (RuntimeError("no memory"), "failed")])
+def test_a_picture_that_is_not_drawn_is_counted_by_its_reason(failure: Exception, result: str) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    async def events() -> AsyncIterator[DecoderEvent]:
+        raise failure
+        yield
+
+    with pytest.raises(type(failure)):
+        observe(events(), seen)
+    assert seen == [(DRAWN_PICTURES, 1, result)]
+
+
+def observe(events: AsyncIterator[DecoderEvent], seen: list[tuple[Any, ...]], **options: Any) -> None:
+    """Collect what is recorded of a picture: metric, value, and the values of its labels."""
+
+    def record(metric: Metric, value: float, /, **labels: str) -> None:
+        seen.append((metric, value, *labels.values()))
+
+    async def main() -> None:
+        async for _ in observe_picture(events, record=record, **options):
+            pass
+
+    asyncio.run(main())
 
 
 @pytest.fixture
@@ -66,7 +114,7 @@ def read_counters() -> dict[tuple[str, str], float]:
         text = reply.read().decode()
     found = {}
     for line in text.splitlines():
-        match = re.match(r"ray_(minigpt5_\w+?)(?:_total)?\{.*?replica=\"([^\"]+)\".*\} (\S+)$", line)
+        match = re.match(r"ray_(minigpt5_\w+)\{.*?replica=\"([^\"]+)\".*\} (\S+)$", line)
         if match:
             found[match[1], match[2]] = float(match[3])
     return found
@@ -114,9 +162,9 @@ def test_calls_of_one_story_go_to_the_generator_that_has_its_beginning(
         deadline = time.monotonic() + ROUND_S
         while time.monotonic() < deadline:
             counters = read_counters()
-            prompts = {who: value for (name, who), value in counters.items() if name == "minigpt5_prompt_tokens"}
-            reused = {who: value for (name, who), value in counters.items() if name == "minigpt5_prompt_tokens_reused"}
-            in_flight = [value for (name, _), value in counters.items() if name == "minigpt5_requests_in_flight"]
+            prompts = {who: value for (name, who), value in counters.items() if name == PROMPT_TOKENS.name}
+            reused = {who: value for (name, who), value in counters.items() if name == REUSED_PROMPT_TOKENS.name}
+            in_flight = [value for (name, _), value in counters.items() if name == RUNNING_REQUESTS.name]
             if len(prompts) == 2 and len(reused) == 2 and not any(in_flight):
                 break
             time.sleep(1)
@@ -125,6 +173,6 @@ def test_calls_of_one_story_go_to_the_generator_that_has_its_beginning(
         break
     else:
         pytest.fail(f"both generators were to be called: {prompts}, {reused}")
-    assert {"minigpt5_requests_in_flight", "minigpt5_queue_cost"} <= {name for name, _ in counters}
+    assert {RUNNING_REQUESTS.name, PENDING_TOKENS.name} <= {name for name, _ in counters}
     # Of a story's three calls the second and the third find all but their last page; at the wrong one, next to nothing.
     assert sum(reused.values()) / sum(prompts.values()) > 0.6, (prompts, reused)

@@ -77,10 +77,33 @@ def test_what_would_wait_for_too_long_is_refused_with_the_time_to_come_back() ->
     admission = make(3.5 * STORY_S)
     for _ in range(3):
         admission.reserve(story())
-    with pytest.raises(Overloaded, match="done in about") as refused:
+    with pytest.raises(Overloaded, match="may take") as refused:
         admission.reserve(story())
     assert refused.value.retry_after_s == pytest.approx(0.5 * STORY_S, abs=1)
     admission.reserve(story(pages=1))  # a smaller one still fits
+
+
+def test_requests_that_take_longer_than_predicted_have_new_ones_refused_earlier() -> None:
+    def finish(times: float) -> None:
+        predicted_s = admission.wait_s(story())
+        with admission.reserve(story()) as reservation:
+            clock.now += times * predicted_s
+            for page in range(1, 5):
+                reservation.observe(SlotOpened(page=page))
+                reservation.observe(Progress(page=page, step=20, steps=20))
+                reservation.observe(dataclasses.replace(PICTURE, page=page))
+
+    clock = Clock()
+    admission = make(clock=clock)
+    for times in [0.5] * 8 + [1.8] * 2:
+        finish(times)
+    assert admission.lateness == pytest.approx(1.8)
+    admission.max_wait_s = 2.2 * admission.wait_s(story())
+    with admission.reserve(story()), pytest.raises(Overloaded, match="this request may take"):
+        admission.reserve(story())  # two would take twice as long as one, and 1.8 times as long as that
+    for _ in range(40):
+        finish(0.5)
+    assert admission.lateness == 1.0
 
 
 def test_who_sends_many_stories_waits_for_them_himself() -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from minigpt5.engine.fair_share import FairShare
+from minigpt5.engine.fair_share import FairShare, Occupancy
 
 Item = tuple[str, int, float]
 """Key, age, cost."""
@@ -22,6 +22,13 @@ def items(key: str, num: int, *, cost: float = 2) -> list[Item]:
 
 def test_one_key_has_all_places_and_its_oldest_come_first() -> None:
     assert choose(FairShare(16, min_places=2), items("a", 20)) == items("a", 8)
+
+
+def test_how_full_the_steps_were() -> None:
+    fair = FairShare(16, min_places=2)
+    for asking in (items("a", 8), items("a", 2), []):
+        choose(fair, asking)
+    assert fair.occupancy == Occupancy(num_steps=2, num_rows=20, max_rows=16)
 
 
 def test_one_picture_beside_many_of_another_key_has_half_of_each_step() -> None:

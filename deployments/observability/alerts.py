@@ -1,0 +1,145 @@
+"""The alert rules of Prometheus, over the table's metrics. Each has a section in docs/operations.md that says what to
+do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deployments.observability.metrics import (
+    FIRST_PICTURE,
+    HTTP_REQUESTS,
+    PAGES,
+    QUEUED_REQUESTS,
+    RUNNING_REQUESTS,
+    STORIES,
+    Metric,
+)
+from deployments.observability.queries import REPLICAS, quantile, rate, series, total
+
+DEPLOYMENTS = ("Ingress", "VokenGenerator", "DiffusionDecoder")
+RUNBOOK = "docs/operations.md"
+FIRST_PICTURE_S = 60
+"""p95 above which readers wait too long for a first picture."""
+QUEUE_REQUESTS = 8
+"""Waiting requests below which a growing queue is no news."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alert:
+    """One rule."""
+
+    name: str
+    expression: str
+    """What is true while something is wrong."""
+    lasts: str
+    """How long it must be, such as "5m"."""
+    severity: Literal["critical", "warning"]
+    summary: str
+
+    @property
+    def anchor(self) -> str:
+        """Of its section in the runbook."""
+        return self.name.lower()
+
+
+def share(metric: Metric, window: str, bad: dict[str, str], good: dict[str, str] | None = None) -> str:
+    """Part of a counter's increase that is bad: of all, or of bad and good together."""
+    whole = (
+        rate(metric, window) if good is None else f"({rate(metric, window, **bad)} + {rate(metric, window, **good)})"
+    )
+    return f"{rate(metric, window, **bad)} / {whole}"
+
+
+def no_replica() -> str:
+    """`absent` of a comparison has no labels of its own."""
+    return " or ".join(
+        f'label_replace(absent({REPLICAS}{{deployment="{name}"}} == 1), "deployment", "{name}", "", "")'
+        for name in DEPLOYMENTS
+    )
+
+
+ALERTS = (
+    Alert(
+        name="NoReplica",
+        expression=no_replica(),
+        lasts="3m",
+        severity="critical",
+        summary="{{ $labels.deployment }} has no replica that passes its health checks.",
+    ),
+    Alert(
+        name="MetricsMissing",
+        expression=f"absent({series(RUNNING_REQUESTS)})",
+        lasts="5m",
+        severity="warning",
+        summary="Prometheus finds no metrics of the engines.",
+    ),
+    Alert(
+        name="RequestsRefused",
+        expression=f"{share(HTTP_REQUESTS, '5m', {'result': 'overloaded'})} > 0.05",
+        lasts="10m",
+        severity="warning",
+        summary="{{ $value | humanizePercentage }} of the requests are refused because the server is full.",
+    ),
+    Alert(
+        name="QueueGrowing",
+        expression=(
+            f"{total(QUEUED_REQUESTS, by='engine')} > {QUEUE_REQUESTS} "
+            f"and deriv({total(QUEUED_REQUESTS, by='engine')}[10m:30s]) > 0"
+        ),
+        lasts="10m",
+        severity="warning",
+        summary="{{ $value }} requests wait for the {{ $labels.engine }}, and their number grows.",
+    ),
+    Alert(
+        name="FirstPictureSlow",
+        expression=f"{quantile(FIRST_PICTURE, 0.95, '10m')} > {FIRST_PICTURE_S}",
+        lasts="10m",
+        severity="warning",
+        summary="One story in twenty waits {{ $value | humanizeDuration }} or longer for its first picture.",
+    ),
+    Alert(
+        name="StorageFailing",
+        expression=(
+            f"{rate(STORIES, '5m', outcome='storage_error')} + {rate(HTTP_REQUESTS, '5m', result='storage_error')} > 0"
+        ),
+        lasts="1m",
+        severity="critical",
+        summary="Stories or requests fail because the storage does.",
+    ),
+    Alert(
+        name="EngineErrors",
+        expression=f"{share(STORIES, '10m', {'outcome': 'engine_error'})} > 0.02",
+        lasts="5m",
+        severity="critical",
+        summary="{{ $value | humanizePercentage }} of the stories fail in an engine.",
+    ),
+    Alert(
+        name="PicturesNotDrawn",
+        expression=f"{share(PAGES, '10m', {'picture': 'failed'}, {'picture': 'drawn'})} > 0.05",
+        lasts="10m",
+        severity="warning",
+        summary="{{ $value | humanizePercentage }} of the pictures are not drawn; their pages say why.",
+    ),
+)
+
+
+def rules() -> dict[str, Any]:
+    """Prometheus' rule file."""
+    return {
+        "groups": [
+            {
+                "name": "minigpt5",
+                "rules": [
+                    {
+                        "alert": f"MiniGPT5{alert.name}",
+                        "expr": alert.expression,
+                        "for": alert.lasts,
+                        "labels": {"severity": alert.severity},
+                        "annotations": {"summary": alert.summary, "runbook": f"{RUNBOOK}#{alert.anchor}"},
+                    }
+                    for alert in ALERTS
+                ],
+            }
+        ]
+    }

@@ -1,0 +1,83 @@
+"""How stories and requests end: the log says it in the words of the metrics."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import pytest
+
+from deployments.api.access_log import RESULTS
+from deployments.observability.metrics import HTTP_REQUESTS, STORIES
+from tests.helpers.fakes import FakeGenerator
+from tests.helpers.served import Served
+
+BODY = {"prompt": "A fox", "pages": 2}
+
+
+def fail(*arguments: object, **options: object) -> NoReturn:
+    raise OSError("no space left on device")
+
+
+def told(caplog: pytest.LogCaptureFixture, field: str) -> list[object]:
+    """The values of a field, of the records that have it."""
+    return [vars(record)[field] for record in caplog.records if field in vars(record)]
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ray.serve")
+
+
+def test_a_story_that_is_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert Served(tmp_path).post(BODY).status_code == 201
+    assert told(caplog, "outcome") == ["done"] and told(caplog, "result") == ["answered"]
+
+
+def test_a_story_that_an_engine_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Served(tmp_path, generator=FakeGenerator(fails_on_page=1)).post(BODY)
+    assert told(caplog, "outcome") == ["engine_error"]
+
+
+def test_a_story_that_cannot_be_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(tmp_path)
+    monkeypatch.setattr(served.store, "save_picture", fail)
+    served.post(BODY)
+    assert told(caplog, "outcome") == ["storage_error"]
+
+
+def test_a_story_that_a_client_cancels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = Served(tmp_path)
+    served.generator.gate.clear()
+
+    async def use(client: httpx.AsyncClient) -> None:
+        story = (await client.post("/v1/stories", json={**BODY, "wait": False})).json()
+        assert (await client.post(f"/v1/stories/{story['id']}/cancel")).json()["status"] == "cancelled"
+
+    served.run(use)
+    assert told(caplog, "outcome") == ["cancelled"]
+
+
+def test_a_request_that_the_storage_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(tmp_path)
+    monkeypatch.setattr(served.store, "list_ids", fail)
+    assert served.request("GET", "/v1/stories").status_code == 500
+    assert told(caplog, "result") == ["storage_error"]
+
+
+def test_requests_that_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = Served(tmp_path)
+    for method, path in (("GET", "/v1/stories/story_none"), ("PUT", "/v1/stories"), ("GET", "/v1/stories?limit=x")):
+        served.request(method, path)
+    assert told(caplog, "result") == ["not_found", "invalid", "invalid"]
+
+
+def test_every_end_has_a_place_in_the_table() -> None:
+    assert set(RESULTS.values()) < set(HTTP_REQUESTS.labels["result"])
+    assert {"done", "cancelled", "engine_error", "storage_error", "blocked"} < set(STORIES.labels["outcome"])
