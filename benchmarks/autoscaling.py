@@ -10,6 +10,7 @@ same.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -242,7 +243,8 @@ def load_profile(live: dict[str, Any]) -> Profile:
     return Profile(**{name: Stage(**stage) for name, stage in live["profile"].items()})
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.autoscaling", description=__doc__).parse_args(arguments)
     began = time.perf_counter()
     live = json.loads(LIVE.read_text())["figures"]
     profile, start_s = load_profile(live), live["start_s"]
