@@ -159,13 +159,8 @@ class _Pool:
     def __init__(
         self, name: str, stage: Stage, config: AutoscalingConfig, start_s: float, now: Callable[[], float]
     ) -> None:
-        self.id, self.stage, self.config, self.start_s, self.now = (
-            DeploymentID(name, "default"),
-            stage,
-            config,
-            start_s,
-            now,
-        )
+        self.id, self.stage, self.config = DeploymentID(name, "default"), stage, config
+        self.start_s, self.now = start_s, now
         self.ready = [_Replica(stage, now) for _ in range(config.min_replicas)]
         self.starting: list[float] = []
         """When each will be ready."""
@@ -188,6 +183,10 @@ class _Pool:
     @property
     def num_jobs(self) -> int:
         return sum(replica.num_jobs for replica in (*self.ready, *self.leaving)) + len(self.held)
+
+    @property
+    def num_stories(self) -> int:
+        return sum(len(replica.stories) for replica in (*self.ready, *self.leaving)) + len(self.held)
 
     def tick(self, num_ongoing: float, stats: Callable[[_Replica], GeneratorStats | DecoderStats]) -> None:
         """Sample and push what replicas and handles report."""
@@ -360,11 +359,7 @@ class _Simulation:
                 for call in [pool.held.popleft() for _ in range(len(pool.held))]:
                     call()
             pool.leaving = [replica for replica in pool.leaving if replica.num_jobs or replica.stories]
-        self.generators.tick(
-            sum(len(replica.stories) for replica in (*self.generators.ready, *self.generators.leaving))
-            + len(self.generators.held),
-            _writing,
-        )
+        self.generators.tick(self.generators.num_stories, _writing)
         self.decoders.tick(self.decoders.num_jobs, _drawing)
         if self.policy:
             contexts = {pool.id: pool.context() for pool in self.pools}
@@ -376,7 +371,7 @@ class _Simulation:
                 "at_s": self.now,
                 "generators": len(self.generators.ready),
                 "decoders": len(self.decoders.ready),
-                "stories": sum(len(replica.stories) for replica in (*self.generators.ready, *self.generators.leaving)),
+                "stories": self.generators.num_stories,
                 "pictures": self.decoders.num_jobs,
             }
         )
