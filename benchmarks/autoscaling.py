@@ -187,12 +187,14 @@ def compare_with_default(profile: Profile, start_s: float) -> dict[str, Any]:
 def compare_with_live(live: dict[str, Any]) -> dict[str, Any]:
     """The live run's stories in the simulator, over ten seeds: routing is random in both."""
     profile = load_profile(live)
+
+    def scaling(name: str) -> AutoscalingConfig:
+        return AutoscalingConfig(min_replicas=1, max_replicas=live["max_replicas"][name], **live["scaling"])
+
     both = Cluster(
         profile=profile,
-        **{
-            key: AutoscalingConfig(min_replicas=1, max_replicas=live["max_replicas"][name], **live["scaling"])
-            for key, name in (("generator", GENERATOR), ("decoder", DECODER))
-        },
+        generator=scaling(GENERATOR),
+        decoder=scaling(DECODER),
         generator_start_s=live["start_s"],
         decoder_start_s=live["start_s"],
     )
@@ -224,7 +226,8 @@ def compare_with_planner(profiles: Mapping[str, Profile]) -> list[dict[str, Any]
         sizes = {"generator": planned.text.replicas, "decoder": planned.picture.replicas}
         fixed = Cluster(
             profile=profile,
-            **{key: AutoscalingConfig(min_replicas=size, max_replicas=size) for key, size in sizes.items()},
+            generator=AutoscalingConfig(min_replicas=sizes["generator"], max_replicas=sizes["generator"]),
+            decoder=AutoscalingConfig(min_replicas=sizes["decoder"], max_replicas=sizes["decoder"]),
             generator_start_s=0,
             decoder_start_s=0,
         )

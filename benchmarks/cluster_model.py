@@ -15,6 +15,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
@@ -279,7 +280,7 @@ class _Simulation:
         stories = [_Story(one.at_s, one.pages) for one in arrivals]
         self.num_open = sum(story.pages_left for story in stories)
         for story in stories:
-            self._at(story.arrived_s, lambda story=story: self._arrive(story))
+            self._at(story.arrived_s, partial(self._arrive, story))
         self._at(0.0, self._tick)
         while self.events and (self.num_open or self.now < seconds):
             self.now, _, act = heapq.heappop(self.events)
@@ -298,7 +299,7 @@ class _Simulation:
 
     def _arrive(self, story: _Story) -> None:
         if not self.generators.ready:
-            self.generators.held.append(lambda: self._arrive(story))
+            self.generators.held.append(partial(self._arrive, story))
             return
         story.generator = self.random.choice(self.generators.ready)  # a hash of its session
         story.generator.stories.add(story)
@@ -306,7 +307,7 @@ class _Simulation:
 
     def _write(self, story: _Story) -> None:
         assert story.generator
-        self._give(story.generator, _Job(self._size(self.profile.text), lambda replica: self._written(story, replica)))
+        self._give(story.generator, _Job(self._size(self.profile.text), partial(self._written, story)))
 
     def _written(self, story: _Story, replica: _Replica) -> None:
         story.pages_left -= 1
@@ -319,12 +320,12 @@ class _Simulation:
     def _draw(self, story: _Story) -> None:
         ready = self.decoders.ready
         if not ready:
-            self.decoders.held.append(lambda: self._draw(story))
+            self.decoders.held.append(partial(self._draw, story))
             return
         two = self.random.sample(ready, min(2, len(ready)))  # Serve's power of two choices
         self._give(
             min(two, key=lambda replica: replica.num_jobs),
-            _Job(self._size(self.profile.picture), lambda replica: self._drawn(story, replica)),
+            _Job(self._size(self.profile.picture), partial(self._drawn, story)),
         )
 
     def _drawn(self, story: _Story, replica: _Replica) -> None:
