@@ -55,6 +55,39 @@ def overload(found: Results) -> str:
     return table(("overload", "measured"), rows)
 
 
+def autoscaling(found: Results) -> str:
+    """The story policy beside Serve's default policy at its best targets, in simulated clusters."""
+    rows = []
+    for name, load in found["autoscaling"]["loads"].items():
+        ours, default = load["ours"], load["default"]
+        rows.append(
+            (
+                name,
+                f"{ours['p95_first_picture_s']:.1f} s",
+                f"{default['p95_first_picture_s']:.1f} s",
+                f"{load['p95_vs_default']:.2f}",
+                f"{load['replica_s_vs_default']:.2f}",
+            )
+        )
+    head = ("load", "p95 of the first picture", "default policy", "ratio", "ratio of replica-seconds")
+    return table(head, rows)
+
+
+def autoscaling_goals(found: Results) -> str:
+    """What the autoscaling policy, its simulator and the planner were to reach."""
+    says = {
+        "p95_first_picture_vs_default_policy": "p95 of the first picture over the default policy's, 16-page burst",
+        "replica_seconds_vs_default_policy": "replica-seconds over the default policy's, 16-page burst",
+        "simulator_vs_live": "simulator and live run: difference of mean first picture or replica-seconds",
+        "planner_error": "planner and simulator: largest difference of the mean first picture",
+    }
+    rows = [
+        (says[goal["ratio"]], f"{goal['value']:.2f}", f"at most {goal['bound']:g}", reached(goal["reached"]))
+        for goal in found["autoscaling"]["goals"]
+    ]
+    return table(("figure", "measured", "target", "reached"), rows)
+
+
 def bulk_kills(found: Results) -> str:
     """What kills of a bulk job's processes did to its rows."""
     kinds = {

@@ -23,6 +23,8 @@ from benchmarks.engine_tables import (
     kernels,
 )
 from benchmarks.job_tables import (
+    autoscaling,
+    autoscaling_goals,
     batch_invariance,
     bulk_kills,
     bulk_speed,
@@ -100,6 +102,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "ingress": ingress,
     "front-change": front_change,
     "server-faults": server_faults,
+    "autoscaling": autoscaling,
+    "autoscaling-goals": autoscaling_goals,
     "bulk-kills": bulk_kills,
     "bulk-speed": bulk_speed,
     "training-kills": training_kills,

@@ -122,8 +122,13 @@ class AppArgs(BaseModel):
 
 
 def app(args: AppArgs) -> Application:
-    """Wire the deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
-    `args.api_keys` has no keys."""
+    """The application. Raises ModelFolderError where `args.model` is no model folder, KeysError where `args.api_keys`
+    has no keys."""
+    return wire(args, VokenGenerator, DiffusionDecoder)
+
+
+def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: type[DiffusionDecoder]) -> Application:
+    """Wire the deployments of these engines."""
     config = load_config(locate(args.model))
     model = shared_name(args.model)
     filters = config.filters if args.filters is None else tuple(args.filters.split(","))
@@ -140,7 +145,7 @@ def app(args: AppArgs) -> Application:
     # JSON: lines of text would be without the ids of story and request.
     logging_config = {"log_level": args.log_level, "encoding": "JSON"}
     generator = serve.deployment(
-        VokenGenerator,
+        generator_class,
         name="VokenGenerator",
         max_ongoing_requests=256,  # above max_running: cancelled stories may take a moment to end
         request_router_config=RequestRouterConfig(request_router_class=SESSION_ROUTER),
@@ -154,7 +159,7 @@ def app(args: AppArgs) -> Application:
         logging_config=logging_config,
     ).bind(model, args.generator_num_threads, args.generator_precision, args.limits)
     decoder = serve.deployment(
-        DiffusionDecoder,
+        decoder_class,
         name="DiffusionDecoder",
         max_ongoing_requests=512,
         autoscaling_config={
