@@ -28,7 +28,7 @@ SPEED_UP = 2.0
 
 
 class _Places:
-    """Places of a replica; whoever has one keeps it for at least `least_s`."""
+    """Places of a replica; a request keeps one for at least `least_s`."""
 
     def __init__(self, num: int, least_s: float) -> None:
         self._free, self._least_s = asyncio.Semaphore(num), least_s
