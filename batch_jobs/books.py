@@ -9,10 +9,9 @@ from html import escape
 
 from PIL import Image
 
-from batch_jobs.inputs import open_uri
 from batch_jobs.outputs import RowSink
 from batch_jobs.stages import Row
-from batch_jobs.state import write_whole
+from minigpt5.storage import open_place, write_whole
 from minigpt5.story.export.epub import to_epub
 from minigpt5.story.export.html import to_html
 from minigpt5.types import Page, Picture, Story, Usage
@@ -38,7 +37,7 @@ li {{ margin: .4rem 0; overflow-wrap: anywhere; }} .error {{ color: #a33; }}</st
 
 def write_books(sink: RowSink, *, model: str) -> str:
     """The place of the index page. A book that is already there stays as it is."""
-    files, base = open_uri(sink.uri.rstrip("/"))
+    files, base = open_place(sink.uri.rstrip("/"))
     entries = []
     for row in sink.rows():
         name = hashlib.sha256(row["id"].encode()).hexdigest()[:32]

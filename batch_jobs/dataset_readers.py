@@ -28,13 +28,13 @@ import numpy as np
 from PIL import Image
 from pyarrow import fs
 
-from batch_jobs.inputs import open_uri
 from batch_jobs.text_files import CUT, Line, check_utf8, open_text, parse_json, read_lines, unpack
 from batch_jobs.webdataset import Part, only, read_parts
 from batch_jobs.wml import Macro, macros_in, stories_in
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.objective.stored_example import SPEAKERS, Item, Segment, as_unicode
 from minigpt5.published.data import MAX_TURN_TOKENS, clean_caption
+from minigpt5.storage import open_place
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.dialogues import dialogue_at
 from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
@@ -49,7 +49,7 @@ class Source:
     def __init__(self, uri: str) -> None:
         """Raises InvalidRequest where there is nothing."""
         self.uri = uri
-        self._files, self._path = open_uri(uri)
+        self._files, self._path = open_place(uri)
         kind = self._files.get_file_info(self._path).type
         if kind == fs.FileType.NotFound:
             raise InvalidRequest("source", f"source is {uri}, and there is nothing: name a file or a folder")

@@ -17,7 +17,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from pyarrow import ArrowException, fs, parquet
@@ -27,6 +26,7 @@ from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
+from minigpt5.storage import open_place
 from minigpt5.types import MAX_PAGES
 
 COLUMNS = (
@@ -113,7 +113,7 @@ def read_rows(uri: str) -> Iterator[RawRow]:
     """
     shown = uri
     try:
-        filesystem, path = open_uri(uri)
+        filesystem, path = open_place(uri)
         readers = [(name, _reader_of(name)) for name in _files_at(filesystem, path)]
         for name, reader in readers:
             shown = uri if name == path else f"{uri.rstrip('/')}/{name.rpartition('/')[2]}"
@@ -148,7 +148,7 @@ def digest_of(uri: str) -> str:
     """Hash the content of a file or folder: a job's second run must get the same. Raises StorageError."""
     digest = hashlib.sha256()
     try:
-        filesystem, path = open_uri(uri)
+        filesystem, path = open_place(uri)
         if filesystem.get_file_info(path).type == fs.FileType.Directory:
             found = filesystem.get_file_info(fs.FileSelector(path))
             digest.update(repr(sorted((info.base_name, info.size) for info in found)).encode())
@@ -267,7 +267,7 @@ def load_image(image: str | bytes) -> bytes:
         elif data_url.is_data_url(image):
             data = data_url.decode(image)
         else:
-            filesystem, path = open_uri(image)
+            filesystem, path = open_place(image)
             with filesystem.open_input_stream(path, compression=None) as file:
                 data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, ArrowException, StorageError) as error:
@@ -279,17 +279,6 @@ def load_image(image: str | bytes) -> bytes:
 def prompt_seed(prompt: str) -> int:
     """The seed of a row that names none: the same prompt, the same story, in every run and every row order."""
     return int.from_bytes(_digest(prompt)[:4], "big") >> 1
-
-
-def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """A local path or any URI that pyarrow knows -> its file system and the path there."""
-    if "://" in uri:
-        try:
-            filesystem, path = fs.FileSystem.from_uri(uri)
-        except (OSError, ArrowException) as error:
-            raise StorageError(f"{uri} is no place that can be used ({error}): name a folder or a URI") from error
-        return filesystem, path
-    return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
 
 
 def _json_lines(file: Any, name: str) -> Iterator[RawRow]:

@@ -11,15 +11,17 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import pyarrow as pa
 from pyarrow import ArrowException, dataset, fs, parquet
 
 from batch_jobs.failpoints import FailpointHook, no_failpoint
-from batch_jobs.inputs import BadRow, open_uri
+from batch_jobs.inputs import BadRow
 from batch_jobs.stages import CLOSING_PAGE, ErrorKind, Row
 from batch_jobs.state import PageStore
 from minigpt5.errors import StorageError
+from minigpt5.storage import open_folder, patiently, unusable, write_whole
 
 PAGE = pa.struct(
     {
@@ -131,14 +133,10 @@ class RowSink:
         """`check` raises where nothing may be written any more. Raises StorageError where `uri` cannot be written."""
         self.uri, self.schema, self.store = uri, schema, store
         self._flush_s, self._check, self._failpoint = flush_s, check, failpoint
-        self._files, self._folder = open_uri(uri)
+        self._files, self._folder = open_folder(uri)
         self._rows: list[Row] = []
         self._num_bytes = 0
         self._flushed_at = time.monotonic()
-        try:
-            self._files.create_dir(self._folder, recursive=True)
-        except (OSError, ArrowException) as error:
-            raise self._failure("cannot be written", error) from error
 
     def written(self) -> dict[str, str | None]:
         """Ids of the rows that earlier runs finished, with their errors. Raises StorageError where other data lies
@@ -147,7 +145,8 @@ class RowSink:
             paths = self._paths()
             if not paths:
                 return {}
-            table = dataset.dataset(paths, filesystem=self._files, schema=self.schema).to_table(["id", "error"])
+            data = dataset.dataset(paths, filesystem=self._files, schema=self.schema)
+            table = patiently(lambda: data.to_table(["id", "error"]))
         except (OSError, ArrowException) as error:
             raise self._failure("cannot be read", error) from error
         return dict(zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True))
@@ -155,7 +154,8 @@ class RowSink:
     def rows(self) -> Iterator[Row]:
         """All rows in place, one file at a time in memory."""
         for path in self._paths():
-            yield from parquet.read_table(path, filesystem=self._files, schema=self.schema).to_pylist()
+            read = partial(parquet.read_table, path, filesystem=self._files, schema=self.schema)
+            yield from patiently(read).to_pylist()
 
     def add(self, row: Row) -> None:
         self._rows.append(row)
@@ -174,21 +174,22 @@ class RowSink:
         self._flushed_at = time.monotonic()
         if not self._rows:
             return
-        name = f"part-{secrets.token_hex(8)}.parquet"
-        # Readers of parquet data sets pass over names that begin with a dot.
-        written, final = f"{self._folder}/.{name}", f"{self._folder}/{name}"
         try:
             table = pa.Table.from_pylist([self._with_pictures(row) for row in self._rows], schema=self.schema)
-            parquet.write_table(table, written, filesystem=self._files, compression="zstd")
-            self._failpoint("part-hidden")
-            self._check()
-            self._files.move(written, final)
+            content = pa.BufferOutputStream()
+            parquet.write_table(table, content, compression="zstd")
+            name = f"part-{secrets.token_hex(8)}.parquet"
+            write_whole(self._files, f"{self._folder}/{name}", content.getvalue(), check=self._check_owner)
             self._failpoint("part-written")
             for row in self._rows:
                 self.store.drop(row["id"])
         except (OSError, ArrowException) as error:
             raise self._failure("cannot be written", error) from error
         self._rows, self._num_bytes = [], 0
+
+    def _check_owner(self) -> None:
+        self._failpoint("part-hidden")
+        self._check()
 
     def sweep(self) -> None:
         """Delete what a run that was killed had begun to write."""
@@ -212,8 +213,8 @@ class RowSink:
         return {**page, "png": png}
 
     def _paths(self) -> list[str]:
-        found = self._files.get_file_info(fs.FileSelector(self._folder))
+        found = patiently(lambda: self._files.get_file_info(fs.FileSelector(self._folder)))
         return sorted(info.path for info in found if info.base_name.startswith("part-"))
 
     def _failure(self, what: str, error: Exception) -> StorageError:
-        return StorageError(f"output {self.uri} {what} ({error}): name another folder or URI, or give it permission")
+        return unusable(f"output {self.uri}", what, error)

@@ -22,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyarrow import fs, parquet
 
-from batch_jobs.inputs import open_uri
 from batch_jobs.pipeline import ENGINE_CPUS, check_capacity, connect
 from batch_jobs.prepare import to_parquet
-from batch_jobs.state import read_json, write_whole
 from minigpt5.codec import to_json
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.image_transforms import fit_drawn, fit_read
 from minigpt5.objective.encoders import ALL_FIELDS, fields_read
 from minigpt5.objective.stored_example import ROW_SCHEMA
+from minigpt5.storage import open_place, read_json, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,11 +77,11 @@ class Encode:
         self._source, self._output = source, output
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
-        files, folder = open_uri(self._output)
+        files, folder = open_place(self._output)
         path = f"{folder}/rows/{row['file'].rpartition('/')[2]}"
         if files.get_file_info(path).type == fs.FileType.File:
             return {"pictures": 0, "files": 0}
-        source, _ = open_uri(self._source)
+        source, _ = open_place(self._source)
         with source.open_input_file(row["file"]) as file:
             rows = parquet.read_table(file).to_pylist()
         segments = [one for stored in rows for one in stored["segments"] if one["picture"] is not None]
@@ -144,7 +143,7 @@ def precompute(
     check_default_model(model)
     connect(workers)
     check_capacity(workers, num_gpus)
-    files, folder = open_uri(source)
+    files, folder = open_place(source)
     infos = files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
     names = sorted(info.path for info in infos if info.path.endswith(".parquet"))
     if not names:
@@ -169,7 +168,7 @@ def precompute(
     )
     counts = done.take_all()
     manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}
-    target, place = open_uri(output)
+    target, place = open_place(output)
     write_whole(target, f"{place}/manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
 
@@ -187,7 +186,7 @@ def begin(
     config = load_config(folder)
     encoders = to_json(find_encoders(folder, config, fields=fields))
     asked = {"source": source, "model": config.fingerprint, "encoders": encoders, "keeps_pictures": keeps_pictures}
-    files, place = open_uri(output)
+    files, place = open_place(output)
     begun = read_json(files, f"{place}/plan.json")
     if begun is None and files.get_file_info(f"{place}/rows").type != fs.FileType.NotFound:
         raise InvalidRequest("output", f"{output} has rows and no plan.json, which says what made them: name another")

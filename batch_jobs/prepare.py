@@ -25,12 +25,11 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from batch_jobs.dataset_readers import DATASET_READERS, STORYBOOK, Source, read_items, storybook_item
-from batch_jobs.inputs import open_uri
 from batch_jobs.pipeline import connect
-from batch_jobs.state import read_json, write_whole
 from minigpt5.commands import check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.objective.stored_example import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, as_unicode, to_row
+from minigpt5.storage import open_place, read_json, write_whole
 
 PART_ITEMS = 1_000
 GROUP_ROWS = 64
@@ -60,7 +59,7 @@ def items_of(layout: str, uri: str, part: Part, *, seed: int) -> Iterator[Item]:
 
 def write_part(part: Part, *, layout: str, uri: str, output: str, seed: int) -> dict[str, Any]:
     """Read a part, write its rows and its rejects; the counts. Does nothing but count where that is done already."""
-    files, folder = open_uri(output)
+    files, folder = open_place(output)
     name = f"part-{part.number:06d}"
     done = f"{folder}/parts/{name}.json"
     if (counts := read_json(files, done)) is not None:
@@ -146,7 +145,7 @@ def prepare(layout: str, uri: str, output: str, *, limit: int | None = None, see
 
     check_kept(output, option="--output")
     connect(0)
-    files, folder = open_uri(output)
+    files, folder = open_place(output)
     asked = {"format": FORMAT, "layout": layout, "source": uri, "limit": limit, "seed": seed}
     begun = read_json(files, f"{folder}/plan.json")
     if begun is not None and begun != asked:

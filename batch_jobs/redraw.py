@@ -18,7 +18,7 @@ import ray.data
 from pyarrow import ArrowException, dataset, fs, parquet
 
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import digest_of, open_uri
+from batch_jobs.inputs import digest_of
 from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, run_command, work
 from batch_jobs.outputs import STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import (
@@ -35,6 +35,7 @@ from batch_jobs.report import Report
 from batch_jobs.stages import CLOSING_PAGE, DRAW_COLUMNS, PAGE_SCHEMA, Draw, ErrorKind, Row
 from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.model.decoders.noise import SAMPLERS
+from minigpt5.storage import open_place
 from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import DrawSettings
@@ -62,7 +63,7 @@ class Fetch:
 
     def tables(self, files: pa.Table) -> Iterator[pa.Table]:
         """Each page by itself, so that all decoders share a story's."""
-        filesystem, _ = open_uri(self.uri)
+        filesystem, _ = open_place(self.uri)
         for path in files["path"].to_pylist():
             columns = ["id", "pages", "error", "kind"]
             for batch in parquet.ParquetFile(path, filesystem=filesystem).iter_batches(16, columns=columns):
@@ -130,7 +131,7 @@ def redraw(
 def parts(uri: str) -> list[str]:
     """The data set's files. Raises StorageError where there are none."""
     try:
-        filesystem, folder = open_uri(uri)
+        filesystem, folder = open_place(uri)
         found = filesystem.get_file_info(fs.FileSelector(folder))
     except (OSError, ArrowException) as error:
         raise StorageError(f"{uri} cannot be read ({error}): name the output of batch_jobs.illustrate") from error
@@ -142,7 +143,7 @@ def parts(uri: str) -> list[str]:
 
 def read_stories(uri: str, *, fingerprint: str) -> Iterator[StoredStory]:
     """Raises StorageError, and MiniGPT5Error where another model's vokens are stored."""
-    filesystem, _ = open_uri(uri)
+    filesystem, _ = open_place(uri)
     try:
         table = dataset.dataset(parts(uri), filesystem=filesystem).to_table(["id", "prompt", "seed"])
         vokens = _first_vokens(uri)
@@ -155,7 +156,7 @@ def read_stories(uri: str, *, fingerprint: str) -> Iterator[StoredStory]:
 
 def _first_vokens(uri: str) -> bytes | None:
     """Those of the first page that has any; its picture and those of other pages are not read."""
-    filesystem, _ = open_uri(uri)
+    filesystem, _ = open_place(uri)
     for path in parts(uri):
         file = parquet.ParquetFile(path, filesystem=filesystem)
         for batch in file.iter_batches(16, columns=["pages.list.element.vokens"]):

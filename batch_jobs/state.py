@@ -15,9 +15,9 @@ of it, and one that is stored is never made again. A story whose row lies in the
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
-import os
 import secrets
 import socket
 import time
@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 from pyarrow import ArrowException, fs
 
-from batch_jobs.inputs import open_uri
-from minigpt5.errors import MiniGPT5Error, StorageError
+from minigpt5.errors import MiniGPT5Error
+from minigpt5.storage import open_place, patiently, read_json, read_whole, unusable, write_whole
 
 HEARTBEAT_S = 5.0
 """How often a working job says that it lives."""
@@ -53,7 +53,7 @@ class PageStore:
     def __init__(self, output: str, *, keeps_pictures: bool = False) -> None:
         """`keeps_pictures`: pictures stay files of their own, beside the output."""
         self.output, self.keeps_pictures = output.rstrip("/"), keeps_pictures
-        self._files, base = open_uri(self.output)
+        self._files, base = open_place(self.output)
         self._pages, self._pictures = f"{base}.state/pages", f"{base}.pictures"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,7 +62,7 @@ class PageStore:
     def load_texts(self, story: str) -> list[StoredPage]:
         """The story's pages from the first on, as far as they are written."""
         pages: list[StoredPage] = []
-        while (data := self._read(f"{self._folder(story)}/{len(pages) + 1}.json")) is not None:
+        while (data := read_whole(self._files, f"{self._folder(story)}/{len(pages) + 1}.json")) is not None:
             values = json.loads(data)
             pages.append(StoredPage(text=values["text"], vokens=base64.b64decode(values["vokens"])))
         return pages
@@ -72,10 +72,11 @@ class PageStore:
         write_whole(self._files, f"{self._folder(story)}/{page}.json", json.dumps(values).encode())
 
     def has_picture(self, story: str, page: int) -> bool:
-        return self._files.get_file_info(self._picture(story, page)).type == fs.FileType.File
+        path = self._picture(story, page)
+        return patiently(lambda: self._files.get_file_info(path)).type == fs.FileType.File
 
     def load_picture(self, story: str, page: int) -> bytes | None:
-        return self._read(self._picture(story, page))
+        return read_whole(self._files, self._picture(story, page))
 
     def save_picture(self, story: str, page: int, png: bytes) -> None:
         write_whole(self._files, self._picture(story, page), png)
@@ -86,9 +87,8 @@ class PageStore:
 
     def drop(self, story: str) -> None:
         """Its row is in the output: what was kept for it goes. Pictures that rows name stay."""
-        info = self._files.get_file_info(self._folder(story))
-        if info.type == fs.FileType.Directory:
-            self._files.delete_dir(info.path)
+        with contextlib.suppress(FileNotFoundError):
+            patiently(lambda: self._files.delete_dir(self._folder(story)))
 
     def drop_all_but(self, stories: set[str]) -> int:
         """Keep what belongs to `stories`, of whom some have pages; the number of those."""
@@ -109,13 +109,6 @@ class PageStore:
             return f"{self._pictures}/{_key(story)}-{page}.png"
         return f"{self._folder(story)}/{page}.png"
 
-    def _read(self, path: str) -> bytes | None:
-        try:
-            with self._files.open_input_stream(path, compression=None) as file:
-                return file.read()
-        except FileNotFoundError:
-            return None
-
 
 def _new_page_store(output: str, keeps_pictures: bool) -> PageStore:
     return PageStore(output, keeps_pictures=keeps_pictures)
@@ -134,7 +127,7 @@ class JobState:
 
     def __init__(self, output: str) -> None:
         self.output = output.rstrip("/")
-        self._files, base = open_uri(self.output)
+        self._files, base = open_place(self.output)
         self._manifest, self._owner = f"{base}.state/manifest.json", f"{base}.state/owner.json"
         self._token = secrets.token_hex(8)
         self._plan: dict[str, Any] = {}
@@ -172,9 +165,7 @@ class JobState:
             write_whole(self._files, self._manifest, _to_json({"status": "begun", "plan": plan}))
             self.heartbeat()
         except (OSError, ArrowException) as error:
-            raise StorageError(
-                f"output {self.output} cannot be written ({error}): name another folder or URI, or give it permission"
-            ) from error
+            raise unusable(f"output {self.output}", "cannot be written", error) from error
         return was_begun
 
     def heartbeat(self) -> None:
@@ -228,30 +219,6 @@ def _is_alive(owner: dict[str, Any], read_again: Any) -> bool:
         if again["beat"] != owner["beat"] or again["token"] != owner["token"]:
             return True
     return False
-
-
-def write_whole(files: fs.FileSystem, path: str, data: bytes) -> None:
-    """Put a file in place, whole or not at all: by a rename on a local disk; object stores show only whole ones."""
-    is_local = files.type_name == "local"
-    written = f"{path}.{secrets.token_hex(4)}.tmp" if is_local else path
-    try:
-        stream = files.open_output_stream(written)
-    except FileNotFoundError:
-        files.create_dir(path.rpartition("/")[0], recursive=True)
-        stream = files.open_output_stream(written)
-    with stream:
-        stream.write(data)
-    if is_local:
-        os.replace(written, path)
-
-
-def read_json(files: fs.FileSystem, path: str) -> dict[str, Any] | None:
-    try:
-        with files.open_input_stream(path, compression=None) as file:
-            values: dict[str, Any] = json.loads(file.read())
-            return values
-    except FileNotFoundError:
-        return None
 
 
 def _to_json(values: dict[str, Any]) -> bytes:

@@ -10,7 +10,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from minigpt5.types import StoryRequest
 NUM_OF_MANY = 16
 """Stories of the client that asks for much."""
 HEAD_START_S = 3.0
+PROXIES = {"ProxyActor": "proxy", "HAProxyManager": "proxy", "haproxy": "proxy"}
 GUIDED = "20"
 """Guided steps of the pictures whose fairness is measured."""
 
@@ -98,12 +101,13 @@ def measure_fairness(url: str, load: Load, *, num: int = 5) -> dict[str, Any]:
 
 def cpu_s(server: psutil.Process) -> dict[str, float]:
     """CPU seconds so far by kind of process."""
-    kinds = {"VokenGenerator": "generator", "DiffusionDecoder": "decoder", "Ingress": "front", "ProxyActor": "proxy"}
+    kinds = {"VokenGenerator": "generator", "DiffusionDecoder": "decoder", "Ingress": "front", **PROXIES}
     found: dict[str, float] = {}
     for process in server.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             title = " ".join(process.cmdline())[:80]
-            kind = next((kind for name, kind in kinds.items() if title.startswith("ray::") and name in title), "ray")
+            is_named = title.startswith("ray::") or process.name() == "haproxy"
+            kind = next((kind for name, kind in kinds.items() if is_named and name in title), "ray")
             times = process.cpu_times()
             found[kind] = found.get(kind, 0.0) + times.user + times.system
     return found
@@ -144,11 +148,21 @@ def busy_cores(before: Mapping[str, float], after: Mapping[str, float], seconds:
 
 
 @contextlib.contextmanager
-def running_server(model: Path, *arguments: str, port: int = 8191) -> Iterator[tuple[str, psutil.Process]]:
-    """The URL of `python -m deployments` with more `arguments`, and its process."""
+def running_server(
+    model: Path, *arguments: str, variables: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, psutil.Process]]:
+    """The URL of `python -m deployments` with more `arguments` and environment `variables`, and its process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     with tempfile.TemporaryDirectory() as storage:
         command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
-        server = subprocess.Popen([*command, *arguments, "--storage", storage], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(
+            [*command, *arguments, "--storage", storage],
+            env={**os.environ, **(variables or {})},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         try:
             assert server.stdout is not None
             for line in server.stdout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks.markdown import Results, reached, table
 
@@ -52,6 +53,39 @@ def overload(found: Results) -> str:
         ("memory, last quarter over the second", f"{load['memory_growth']:.2f}"),
     ]
     return table(("overload", "measured"), rows)
+
+
+def autoscaling(found: Results) -> str:
+    """The story policy beside Serve's default policy at its best targets, in simulated clusters."""
+    rows = []
+    for name, load in found["autoscaling"]["loads"].items():
+        ours, default = load["ours"], load["default"]
+        rows.append(
+            (
+                name,
+                f"{ours['p95_first_picture_s']:.1f} s",
+                f"{default['p95_first_picture_s']:.1f} s",
+                f"{load['p95_vs_default']:.2f}",
+                f"{load['replica_s_vs_default']:.2f}",
+            )
+        )
+    head = ("load", "p95 of the first picture", "default policy", "ratio", "ratio of replica-seconds")
+    return table(head, rows)
+
+
+def autoscaling_goals(found: Results) -> str:
+    """What the autoscaling policy, its simulator and the planner were to reach."""
+    says = {
+        "p95_first_picture_vs_default_policy": "p95 of the first picture over the default policy's, 16-page burst",
+        "replica_seconds_vs_default_policy": "replica-seconds over the default policy's, 16-page burst",
+        "simulator_vs_live": "simulator and live run: difference of mean first picture or replica-seconds",
+        "planner_error": "planner and simulator: largest difference of the mean first picture",
+    }
+    rows = [
+        (says[goal["ratio"]], f"{goal['value']:.2f}", f"at most {goal['bound']:g}", reached(goal["reached"]))
+        for goal in found["autoscaling"]["goals"]
+    ]
+    return table(("figure", "measured", "target", "reached"), rows)
 
 
 def bulk_kills(found: Results) -> str:
@@ -223,3 +257,49 @@ def batch_invariance(found: Results) -> str:
         ),
     ]
     return table(("", "measured", "target"), rows)
+
+
+def ingress(found: Results) -> str:
+    """A streamed story by the way in and by stories at once, as medians of the rounds."""
+    rounds = found["ingress"]["rounds"]
+
+    def median(way: str, num: str, *keys: str) -> float:
+        def read(one: Results) -> float:
+            value: Any = one[way][num]
+            for key in keys:
+                value = value.get(key, 0.0)
+            return value
+
+        return statistics.median(read(one) for one in rounds)
+
+    rows = [
+        (
+            way,
+            num,
+            f"{median(way, num, 'first_text_s'):.2f} s",
+            f"{1000 * median(way, num, 'gap_p50_s'):.0f} and {1000 * median(way, num, 'gap_p95_s'):.0f} ms",
+            f"{median(way, num, 'story_s'):.1f} s",
+            *(f"{median(way, num, 'cpu_s_per_story', kind):.2f}" for kind in ("proxy", "front", "ray")),
+            f"{median(way, num, 'cpu_s_per_story', 'generator') + median(way, num, 'cpu_s_per_story', 'decoder'):.1f}",
+        )
+        for way in rounds[0]
+        for num in rounds[0][way]
+    ]
+    head = ("way in", "at once", "first text", "gap between events, p50 and p95", "a story")
+    return table((*head, "CPU seconds a story: proxy", "front", "Ray", "engines"), rows)
+
+
+def front_change(found: Results) -> str:
+    """Streams whose fronts Serve replaced."""
+    rows = [
+        (
+            mode,
+            len(streams),
+            sum(bool(one["cuts_s"]) for one in streams),
+            ", ".join(f"{cut:.0f} s" for one in streams for cut in one["cuts_s"]) or "never",
+            f"{max(one['ended_s'] for one in streams):.0f} s",
+            sum(one["is_whole"] for one in streams),
+        )
+        for mode, streams in found["ingress"]["front_change"].items()
+    ]
+    return table(("way in", "streams", "cut", "cut after the change", "the last ended after", "whole at the end"), rows)

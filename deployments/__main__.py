@@ -14,14 +14,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import FrameType
 
+from deployments import loopback
 from minigpt5.commands import check_default_model, needs_extra
 from minigpt5.config import ModelConfig, default_model_folder
 
 DEFAULT_PORT = 8000
 READY_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 10.0
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns of a coming change
+}
 FEWER_HOPS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -69,10 +75,11 @@ def parse_args() -> argparse.Namespace:
 def serve_until_interrupted(args: argparse.Namespace) -> None:
     """Raises StartError, or KeyboardInterrupt at the end, when nothing of ours runs any more."""
     started_at = time.monotonic()
+    set_up_ray()
     check_keys(args.host, args.api_keys)
     check_port(args.host, args.port)
     if args.metrics_port is not None:
-        check_port("0.0.0.0", args.metrics_port, option="--metrics-port ")
+        check_port(loopback.ADDRESS, args.metrics_port, option="--metrics-port ")
     config = check_model(args.model)
     check_storage(args.storage)
     print("starting ...", flush=True)
@@ -86,6 +93,16 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
             time.sleep(3600)
     finally:
         end()
+
+
+def set_up_ray() -> None:
+    """Set the variables of Ray and of its processes that are not set. Ray reads some of them when it is imported."""
+    from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
+
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # its processes run this code, wherever it lies
+    for name, value in {**QUIET, **loopback.VARIABLES, CALLBACK_VARIABLE: CALLBACK, **FEWER_HOPS}.items():
+        os.environ.setdefault(name, value)
 
 
 def check_keys(host: str, api_keys: str) -> None:
@@ -142,16 +159,9 @@ def check_storage(uri: str) -> None:
 
 def start(args: argparse.Namespace) -> None:
     """A Ray of our own, then the application in it. Raises StartError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a coming change
-    from deployments.proxy import CALLBACK, CALLBACK_VARIABLE
-
-    for name, value in {CALLBACK_VARIABLE: CALLBACK, **FEWER_HOPS}.items():
-        os.environ.setdefault(name, value)
     import ray
     from ray import serve
 
-    from deployments.application import AppArgs, app
     from deployments.observability.tracing import tracing_config
     from minigpt5.errors import SettingsError
 
@@ -165,6 +175,7 @@ def start(args: argparse.Namespace) -> None:
         num_cpus=max(2, os.cpu_count() or 2),
         object_store_memory=256 * 2**20,  # what crosses processes here is small
         include_dashboard=False,  # its processes take CPU time from the engines; the node's agent exports metrics
+        runtime_env={"worker_process_setup_hook": loopback.HOOK},
         _metrics_export_port=args.metrics_port,
         log_to_driver=False,
         logging_level="ERROR",
@@ -176,15 +187,7 @@ def start(args: argparse.Namespace) -> None:
         http_options={"host": args.host, "port": args.port}, logging_config={"encoding": "JSON"}, tracing_config=traces
     )
     try:
-        arguments = AppArgs(
-            model=args.model,
-            storage=args.storage,
-            api_keys=args.api_keys,
-            filters=args.filters,
-            front_replicas=args.fronts,
-            **({} if args.max_wait_s is None else {"max_wait_s": args.max_wait_s}),
-        )
-        serve.run(app(arguments), name="default", route_prefix="/")
+        deploy(args)
     except RuntimeError as error:
         logs = f"{ray._private.worker._global_node.get_logs_dir_path()}/serve"
         raise StartError(
@@ -198,6 +201,23 @@ def find_metrics_port() -> int:
 
     [node] = ray.nodes()
     return node["MetricsExportPort"]
+
+
+def deploy(args: argparse.Namespace) -> None:
+    """The application, in the Ray that runs; another one is replaced. Raises RuntimeError where it does not start."""
+    from ray import serve
+
+    from deployments.application import AppArgs, app
+
+    arguments = AppArgs(
+        model=args.model,
+        storage=args.storage,
+        api_keys=args.api_keys,
+        filters=args.filters,
+        front_replicas=args.fronts,
+        **({} if args.max_wait_s is None else {"max_wait_s": args.max_wait_s}),
+    )
+    serve.run(app(arguments), name="default", route_prefix="/")
 
 
 def find_logs() -> str:

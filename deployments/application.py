@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from deployments.api.errors import RETRY_AFTER_S
 from deployments.api.routes import Ingress
 from deployments.auth import load_keys
 from deployments.engines.diffusion_decoder import DiffusionDecoder
@@ -23,6 +24,10 @@ from minigpt5.types import DecoderBackend, Precision, TextPrecision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
+
+MAX_REQUESTS = 800
+"""Requests of a front at once, streams included. As many wait at each proxy, and Serve refuses more before our code.
+Ray gives a replica 1000 calls at once: with 1000 requests there would be none for refusals and health checks."""
 
 # Serve reads the annotation of `app` itself, so this file must not postpone annotations.
 
@@ -117,8 +122,13 @@ class AppArgs(BaseModel):
 
 
 def app(args: AppArgs) -> Application:
-    """Wire the deployments. Raises ModelFolderError where `args.model` is no model folder, KeysError where
-    `args.api_keys` has no keys."""
+    """The application. Raises ModelFolderError where `args.model` is no model folder, KeysError where `args.api_keys`
+    has no keys."""
+    return wire(args, VokenGenerator, DiffusionDecoder)
+
+
+def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: type[DiffusionDecoder]) -> Application:
+    """Wire the deployments of these engines."""
     config = load_config(locate(args.model))
     model = shared_name(args.model)
     filters = config.filters if args.filters is None else tuple(args.filters.split(","))
@@ -135,7 +145,7 @@ def app(args: AppArgs) -> Application:
     # JSON: lines of text would be without the ids of story and request.
     logging_config = {"log_level": args.log_level, "encoding": "JSON"}
     generator = serve.deployment(
-        VokenGenerator,
+        generator_class,
         name="VokenGenerator",
         max_ongoing_requests=256,  # above max_running: cancelled stories may take a moment to end
         request_router_config=RequestRouterConfig(request_router_class=SESSION_ROUTER),
@@ -149,7 +159,7 @@ def app(args: AppArgs) -> Application:
         logging_config=logging_config,
     ).bind(model, args.generator_num_threads, args.generator_precision, args.limits)
     decoder = serve.deployment(
-        DiffusionDecoder,
+        decoder_class,
         name="DiffusionDecoder",
         max_ongoing_requests=512,
         autoscaling_config={
@@ -180,7 +190,10 @@ def app(args: AppArgs) -> Application:
         Ingress,
         name="Ingress",
         num_replicas=args.front_replicas,
-        max_ongoing_requests=1000,
+        max_ongoing_requests=MAX_REQUESTS,
+        graceful_shutdown_timeout_s=args.max_wait_s,  # a front that is replaced ends its streams; Serve's own is 20 s
+        max_queued_requests=MAX_REQUESTS,  # where every stream connects once more at the same moment
+        backpressure_config={"status_code": 503, "retry_after_s": RETRY_AFTER_S},
         ray_actor_options={"num_cpus": 0.1},
         max_constructor_retry_count=2,
         logging_config={**logging_config, "enable_access_log": False},  # it has its own

@@ -35,15 +35,17 @@ PATIENCE_S = 60.0
 TIMEOUT = httpx.Timeout(10.0, read=60.0)  # a stream is never quiet for longer than 10 s
 REFUSED, NO_ANSWER = (429, 503), (502, 504)
 """Statuses of a server that takes no more, and of a proxy in front of a server that is away."""
+PAUSE_S = 0.5
+"""Between two tries, where the server does not say how long with Retry-After."""
 BOOKS = (".html", ".epub", ".pdf")
 
 
 class ClientError(Exception):
     """A refusal of the server, or none of its answers; the message says what it was."""
 
-    def __init__(self, message: str, *, status: int = 0, code: str | None = None) -> None:
+    def __init__(self, message: str, *, status: int = 0, code: str | None = None, retry_after_s: int = 0) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,7 @@ class Client:
             except (EventTooLong, json.JSONDecodeError) as failure:
                 raise ClientError(f"{self._peer} sent no story's events: {failure}") from failure
             except (httpx.TransportError, ClientError) as failure:
-                self._give_up(failure, heard_at, again=True)
-            time.sleep(0.5)
+                self._wait_after(failure, heard_at, again=True)
 
     def story(self, story_id: str) -> dict[str, Any]:
         return self._ask("GET", f"/v1/stories/{story_id}").json()
@@ -170,19 +171,22 @@ class Client:
             try:
                 return _check(self._http.request(method, path, **options))
             except httpx.TransportError as failure:
-                self._give_up(failure if again else ClientError(f"{method} {path}: {failure}"), began, again=again)
+                self._wait_after(failure if again else ClientError(f"{method} {path}: {failure}"), began, again=again)
             except ClientError as failure:
-                self._give_up(failure, began, again=again)
-            time.sleep(0.5)
+                self._wait_after(failure, began, again=again)
 
-    def _give_up(self, failure: Exception, since: float, *, again: bool) -> None:
-        """Raise ClientError, unless the failure may pass: the server restarts, or is full."""
+    def _wait_after(self, failure: Exception, since: float, *, again: bool) -> None:
+        """Wait as long as a busy server says, or for PAUSE_S. Raises ClientError where the failure does not pass, or
+        not within PATIENCE_S."""
         passing = (*REFUSED, *NO_ANSWER) if again else REFUSED
-        is_for_good = isinstance(failure, ClientError) and failure.status not in passing
-        if is_for_good or time.monotonic() - since > PATIENCE_S:
-            if isinstance(failure, ClientError):
-                raise failure
+        refusal = failure if isinstance(failure, ClientError) else None
+        is_for_good = refusal is not None and refusal.status not in passing
+        pause_s = max(PAUSE_S, refusal.retry_after_s) if refusal else PAUSE_S
+        if is_for_good or time.monotonic() + pause_s - since > PATIENCE_S:
+            if refusal:
+                raise refusal
             raise ClientError(f"no answer from {self._peer}: {str(failure) or type(failure).__name__}") from failure
+        time.sleep(pause_s)
 
 
 def _check(response: httpx.Response) -> httpx.Response:
@@ -194,7 +198,9 @@ def _check(response: httpx.Response) -> httpx.Response:
         message, code = error["message"], error["code"]
     except (ValueError, KeyError, TypeError):  # of a proxy, maybe
         message, code = " ".join(f"{response.status_code} {response.text[:200]}".split()), None
-    raise ClientError(message, status=response.status_code, code=code)
+    given = response.headers.get("Retry-After", "")
+    retry_after_s = int(given) if given.isdecimal() else 0
+    raise ClientError(message, status=response.status_code, code=code, retry_after_s=retry_after_s)
 
 
 def _parse_url(url: str) -> httpx.URL:

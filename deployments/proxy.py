@@ -1,4 +1,5 @@
-"""What Serve's HTTP proxies are given at their start: headers have an end, in bytes and in seconds.
+"""What Serve's HTTP proxies are given at their start: headers have an end, in bytes and in seconds,
+and none of them gives orders to Serve.
 
 Serve reads RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy.guard in the environment of every node. The
 proxies' parser otherwise keeps a header for as long as it grows, before any application hears of the request.
@@ -20,6 +21,8 @@ CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "deployments.proxy.guard"
 MAX_HEADER_BYTES = 64 * 2**10
 HEADER_S = 30.0
+OF_SERVE = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+"""Headers by which Serve would let a client set the timeout of its request, and keep its work going when it leaves."""
 REFUSAL = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
     b'content-length: 144\r\n\r\n{"error": {"message": "headers are over the limit of 65536 bytes", '
@@ -57,6 +60,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_headers, self._num_bytes = False, 0
         self._stop_timer()
+        self.headers[:] = [(name, value) for name, value in self.headers if name not in OF_SERVE]
         if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             return self._refuse()
         return super().on_headers_complete()

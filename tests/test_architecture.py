@@ -36,7 +36,7 @@ Rule = Callable[[str, ast.Module], list[str]]
 
 STAR = ("engine", "objective", "published", "story", "storybook")
 """Sub-packages of minigpt5 that import its root's files and `model`, and never each other."""
-BELOW = ("types", "errors", "config", "codec", "commands", "blocking", "limits", "progress", "pictures")
+BELOW = ("types", "errors", "config", "codec", "commands", "blocking", "limits", "progress", "pictures", "storage")
 """The root's files that everything may import."""
 ABOVE = ("combine", "evaluation", "footprint", "new", "parity", "pipeline", "__main__")
 """What may import all of them."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
 from pyarrow import fs
 
-from minigpt5.errors import TrainingError
+from minigpt5.errors import StorageError, TrainingError
+from minigpt5.storage import open_folder, patiently, read_whole, write_whole
 
 
 class RunFolder:
@@ -21,16 +19,10 @@ class RunFolder:
         """Raises TrainingError where it cannot be written."""
         self.uri = str(uri)
         try:
-            files, path = (
-                fs.FileSystem.from_uri(self.uri)
-                if "://" in self.uri
-                else (fs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute()))
-            )
-            files.create_dir(path, recursive=True)
-        except (OSError, pa.ArrowException) as error:
-            raise TrainingError(f"{uri} cannot be written ({error}): name another folder or URI with --out") from error
-        self._files, self._path = files, path
-        self.local = Path(path) if files.type_name == "local" else None
+            self._files, self._path = open_folder(self.uri)
+        except StorageError as error:
+            raise TrainingError(f"--out {error}") from error
+        self.local = Path(self._path) if self._files.type_name == "local" else None
         """Where it lies on this machine; None on an object store."""
 
     def __reduce__(self) -> tuple[type[RunFolder], tuple[str]]:
@@ -50,26 +42,7 @@ class RunFolder:
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Raises TrainingError where it cannot be written; then there is nothing new."""
         with self.writing(name):
-            self._write(name, data)
-
-    def _write(self, name: str, data: bytes | memoryview) -> None:
-        path = f"{self._path}/{name}"
-        self._files.create_dir(path.rpartition("/")[0], recursive=True)
-        if self.local is None:  # an object store shows whole objects only
-            with self._files.open_output_stream(path) as stream:
-                stream.write(data)
-            return
-        partial = f"{path}.{secrets.token_hex(4)}.tmp"
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # a rename may reach the disk before what is renamed
-            os.replace(partial, path)
-        except OSError:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
-            raise
+            write_whole(self._files, f"{self._path}/{name}", data)
 
     def write_tree(self, name: str, folder: Path) -> None:
         """All files of a local folder."""
@@ -85,29 +58,13 @@ class RunFolder:
             self.write(name, (self.read(name) or b"") + text.encode())
 
     def read(self, name: str) -> bytes | None:
-        try:
-            with self._files.open_input_stream(f"{self._path}/{name}", compression=None) as stream:
-                return stream.read()
-        except FileNotFoundError:
-            return None
+        return read_whole(self._files, f"{self._path}/{name}")
 
     def names(self, folder: str = "") -> list[str]:
         """Files and folders right in it."""
         selector = fs.FileSelector(f"{self._path}/{folder}".rstrip("/"), allow_not_found=True)
-        return sorted(info.base_name for info in self._files.get_file_info(selector))
+        return sorted(info.base_name for info in patiently(lambda: self._files.get_file_info(selector)))
 
     def drop(self, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._files.delete_dir(f"{self._path}/{folder}")
-
-    def fetch(self, folder: str, to: Path) -> Path:
-        """Copy a folder of it to this machine; where it lies here already, it is that."""
-        if self.local is not None:
-            return self.local / folder
-        for info in self._files.get_file_info(fs.FileSelector(f"{self._path}/{folder}", recursive=True)):
-            if info.is_file:
-                path = to / info.path[len(self._path) :].lstrip("/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with self._files.open_input_stream(info.path, compression=None) as stream:
-                    path.write_bytes(stream.read())
-        return to / folder
+            patiently(lambda: self._files.delete_dir(f"{self._path}/{folder}"))

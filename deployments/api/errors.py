@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.schemas import UNION_TAGS, shown
@@ -24,6 +26,7 @@ from minigpt5.errors import (
     EngineLost,
     FingerprintMismatch,
     InvalidRequest,
+    StorageError,
     StoryNotFound,
     StoryTaken,
 )
@@ -33,6 +36,8 @@ logger = logging.getLogger("ray.serve")
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
 MAX_BODY_BYTES = 8 * 2**20
+BODY_S = 120.0
+"""A body that is not complete by then gives its place at the front to another request."""
 MAX_PATH_CHARACTERS = 2000
 """The router cannot read a number of more than 4,300 digits, which a longer path may hold."""
 OPENAI_PATHS = ("/v1/images/", "/v1/chat/")
@@ -67,13 +72,14 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         401: "A key is missing or wrong, where there are keys",
         404: "There is no such story, page, picture or path",
         405: "The path has other methods",
+        408: "The body comes too slowly",
         409: "It is being worked on, or was begun with another body",
         413: "The body is too large",
         414: "The path is too long",
         422: "A field is out of range, unknown, or stopped by the text filter",
         429: "More requests than the key has",
         500: "The story failed: its text says why",
-        503: "The server is full, or starting: come back after Retry-After",
+        503: "The server is full or starting, or its storage does not answer: come back after Retry-After",
     }.items()
 }
 """What any route may answer with."""
@@ -133,6 +139,11 @@ def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(EngineLost)
     async def ask_again(request: Request, error: EngineLost) -> JSONResponse:
         return error_response(503, str(error), code="engine_lost", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @api.exception_handler(StorageError)
+    async def wait_for_storage(request: Request, error: StorageError) -> JSONResponse:
+        logger.error("%s", error.__cause__ or error)
+        return error_response(503, str(error), code="storage_unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
 
     @api.exception_handler(KeyTaken)
     async def refuse_key(request: Request, error: KeyTaken) -> JSONResponse:
@@ -223,11 +234,16 @@ def _path(location: Sequence[str | int]) -> str:
     return "".join(names).removeprefix(".")
 
 
-class BodyLimit:
-    """Reads a request's body up to the limit before anything parses it; a longer one is 413, a long path is 414."""
+class _TooLarge(Exception):
+    """A body is over the limit."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES) -> None:
-        self.app, self.max_bytes = app, max_bytes
+
+class BodyLimit:
+    """Reads a request's body up to the limits before anything parses it: a longer one is 413, a slower one is 408, and
+    a long path is 414."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES, body_s: float = BODY_S) -> None:
+        self.app, self.max_bytes, self.body_s = app, max_bytes, body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -235,23 +251,36 @@ class BodyLimit:
         if (length := len(scope["path"])) > MAX_PATH_CHARACTERS:
             message_text = f"path has {length} characters but must have at most {MAX_PATH_CHARACTERS}"
             return await error_response(414, message_text, code="path_too_long")(scope, receive, send)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        body = bytearray()
-        is_over = declared.isdigit() and (len(declared) > 12 or int(declared) > self.max_bytes)
-        is_complete = False
-        while not is_over and not is_complete:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            is_over = len(body) > self.max_bytes
-            is_complete = not message.get("more_body", False)
-        if is_over:
+        try:
+            async with asyncio.timeout(self.body_s):
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            message_text = f"body was not complete after {self.body_s:g} s"
+            return await error_response(408, message_text, code="body_too_slow")(scope, receive, send)
+        except _TooLarge:
             message_text = f"body is over the limit of {self.max_bytes} bytes"
             return await error_response(413, message_text, code="body_too_large")(scope, receive, send)
-        unread = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        except ClientDisconnect:
+            return None
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
             return unread.pop() if unread else await receive()
 
         return await self.app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body. Raises _TooLarge or ClientDisconnect."""
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and (len(declared) > 12 or int(declared) > self.max_bytes):
+            raise _TooLarge
+        body, is_complete = bytearray(), False
+        while not is_complete:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self.max_bytes:
+                raise _TooLarge
+            is_complete = not message.get("more_body", False)
+        return bytes(body)

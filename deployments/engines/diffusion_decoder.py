@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncIterator
 
 from ray import serve
 
+from deployments.autoscaling.policy import DecoderStats
 from deployments.engines.metrics import observe_picture, watch
 from deployments.engines.placement import device_for, num_gpus_here
+from deployments.engines.stage_clock import StageClock
 from deployments.engines.throttle import throttle_progress
 from deployments.observability.metrics import DENOISING_STEPS, DRAWN_PICTURES, LOADED_ADAPTERS, PENDING_SAMPLES
 from deployments.observability.recording import begin_at_zero
@@ -49,6 +52,7 @@ class DiffusionDecoder:
             backend=backend,
             max_batch=max_batch,
         )
+        self.clock = StageClock(max_batch)
         add_ids_to_log()
         begin_at_zero([DRAWN_PICTURES])
         watch(
@@ -71,9 +75,12 @@ class DiffusionDecoder:
         page, steps = request.vokens.page, request.settings.steps
         name_span(page=page, steps=steps)
         logger.info("drawing", extra={"page": page, "steps": steps})
-        async with contextlib.aclosing(self._decode(request)) as events:  # type: ignore[type-var]
-            async for event in observe_picture(events):
-                yield event
+        with self.clock.running():
+            async with contextlib.aclosing(self._decode(request)) as events:  # type: ignore[type-var]
+                async for event in observe_picture(events):
+                    if isinstance(event, Picture):
+                        self.clock.finish_item()
+                    yield event
 
     async def _decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
         if style := request.settings.style:
@@ -85,6 +92,11 @@ class DiffusionDecoder:
                 if self.filter and seen:
                     await asyncio.to_thread(self.filter.check_picture, seen)
                 yield event
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deployments/autoscaling/policy.py` sees of this replica; Serve asks for it."""
+        clock = self.clock
+        return dataclasses.asdict(DecoderStats(busy=clock.busy, waiting=clock.num_waiting, picture_s=clock.item_s))
 
     async def fingerprint(self) -> str:
         return self.engine.fingerprint

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.observability.story_context import current_story
@@ -92,11 +93,13 @@ class ServeEngines:
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
     """An error of ours that an engine raised comes out as itself, without Ray's wrapping. Raises EngineLost where its
-    process is gone."""
+    process is gone, or Serve has given up starting one."""
     try:
         yield
     except RayActorError as failure:
         raise EngineLost(f"an engine's process died: {describe(failure)}") from failure
+    except DeploymentUnavailableError as failure:
+        raise EngineLost(f"an engine does not start: {failure.message}") from failure
     except RayTaskError as failure:
         if isinstance(failure.cause, MiniGPT5Error):
             raise failure.cause from None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 
+from deployments.autoscaling.policy import GeneratorStats
 from deployments.engines.metrics import watch
 from deployments.engines.placement import device_for, num_gpus_here
+from deployments.engines.stage_clock import StageClock
 from deployments.engines.throttle import coalesce_text, text_interval_s
 from deployments.observability.metrics import GENERATED_TOKENS, PENDING_TOKENS, PROMPT_TOKENS, REUSED_PROMPT_TOKENS
 from deployments.observability.story_context import add_ids_to_log
 from deployments.observability.tracing import name_span
 from minigpt5.limits import default_limits
-from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
+from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision, Vokens
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,6 +43,8 @@ class VokenGenerator:
             precision=precision,
             limits=default_limits(device, **(limits or {}), gpu_share=min(1.0, num_gpus or 1.0)),
         )
+        self.clock = StageClock(self.engine.limits.max_batch)
+        self._writing: list[_Writing] = []
         add_ids_to_log()
         watch(
             "generator",
@@ -55,12 +60,47 @@ class VokenGenerator:
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         name_span(pages=request.pages)
         logger.info("writing", extra={"pages": request.pages, "mode": request.mode})
-        async with contextlib.aclosing(self.engine.generate(request)) as events:  # type: ignore[type-var]
-            async for event in coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running)):
+        async with contextlib.AsyncExitStack() as stack:  # closed in the other order: texts read the events
+            story = stack.enter_context(self._count(request))
+            events = await stack.enter_async_context(contextlib.aclosing(self.engine.generate(request)))  # type: ignore[type-var]
+            texts = coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running))
+            async for event in await stack.enter_async_context(contextlib.aclosing(texts)):  # type: ignore[type-var]
+                if isinstance(event, Vokens):
+                    self.clock.finish_item()
+                    story.pages_left -= 1
                 yield event
 
     async def validate_request(self, request: StoryRequest) -> None:
         self.engine.validate_request(request)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `deployments/autoscaling/policy.py` sees of this replica; Serve asks for it."""
+        stats = GeneratorStats(
+            pages_left=sum(story.pages_left for story in self._writing),
+            pictures_left=sum(story.pages_left for story in self._writing if story.is_drawn),
+            speed=self.clock.speed,
+            page_s=self.clock.item_s,
+        )
+        return dataclasses.asdict(stats)
+
     async def fingerprint(self) -> str:
         return self.engine.fingerprint
+
+    @contextlib.contextmanager
+    def _count(self, request: StoryRequest) -> Iterator[_Writing]:
+        """Count a story's pages as long as it is written, however that ends."""
+        story = _Writing(request.pages + request.num_later, is_drawn=request.pictures != "none")
+        self._writing.append(story)
+        try:
+            with self.clock.running():
+                yield story
+        finally:
+            self._writing.remove(story)
+
+
+@dataclasses.dataclass(eq=False)
+class _Writing:
+    """A story that is being written; a reply may end with fewer pages."""
+
+    pages_left: int
+    is_drawn: bool

@@ -287,7 +287,8 @@ class StoryManager:
             story.is_lost = True
         except Exception as failure:  # whatever it was, its readers must hear of it
             outcome = _outcome(failure)
-            logger.error("%s failed: %s", story.id, type(getattr(failure, "cause", None) or failure).__name__)
+            cause = failure.__cause__ if isinstance(failure, StorageError) else None
+            logger.error("%s failed: %s", story.id, cause or type(getattr(failure, "cause", None) or failure).__name__)
             final = await self._end(story, builder.state("failed", error=describe(failure)))
         finally:
             outcome = "handed_over" if story.is_lost else outcome

@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt5.codec import from_json
 from minigpt5.config import ModelConfig
-from minigpt5.errors import BaseModelNotFound, ModelFolderError
+from minigpt5.errors import BaseModelNotFound, ModelFolderError, StorageError
 from minigpt5.model.base_models import is_hub_id, pin, resolve
 from minigpt5.model.cache import hash_weights, keep_in_cache
 from minigpt5.model.folder_config import PICKLES, check_folder
@@ -55,12 +56,15 @@ def fetch_folder(uri: str) -> Path:
     import pyarrow as pa
     from pyarrow import fs
 
+    from minigpt5.storage import open_place, patiently, read_whole
+
     try:
-        files, path = _open_uri(uri.rstrip("/"))
+        files, path = open_place(uri.rstrip("/"))
         if files.type_name == "local":
             return Path(path)
-        with files.open_input_stream(f"{path}/config.json", compression=None) as stream:
-            raw = stream.read()
+        raw = read_whole(files, f"{path}/config.json", wait_s=0)
+        if raw is None:
+            raise ValueError("it has no config.json")
         config = from_json(ModelConfig, json.loads(raw))
         if not FINGERPRINT.fullmatch(config.fingerprint):
             raise ValueError(f"its fingerprint is {config.fingerprint[:80]!r}")
@@ -71,20 +75,18 @@ def fetch_folder(uri: str) -> Path:
                 if not info.is_file or place.suffix in PICKLES:
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
-                with files.open_input_stream(info.path, compression=None) as stream, place.open("wb") as file:
-                    shutil.copyfileobj(stream, file, COPIED_BYTES)
+                patiently(partial(_copy, files, info.path, place))
             check_folder(target)  # it may be written at this moment
 
         # A changed config, which the fingerprint does not hold, is another folder.
         return keep_in_cache(f"models/{config.fingerprint}-{hashlib.sha256(raw).hexdigest()[:12]}", fill)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, StorageError, pa.ArrowException) as error:
         raise ModelFolderError(f"{uri} cannot be read as a model folder: {error}") from error
 
 
-def _open_uri(uri: str) -> tuple[FileSystem, str]:
-    from pyarrow import fs
-
-    return fs.FileSystem.from_uri(uri)
+def _copy(files: FileSystem, path: str, place: Path) -> None:
+    with files.open_input_stream(path, compression=None) as stream, place.open("wb") as file:
+        shutil.copyfileobj(stream, file, COPIED_BYTES)
 
 
 def find_part(folder: str | Path, config: ModelConfig, name: str) -> Path:

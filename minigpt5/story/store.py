@@ -23,17 +23,21 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyarrow import fs
 
 from minigpt5.codec import from_json, to_json
 from minigpt5.errors import StorageError, StoryNotFound, StoryTaken
+from minigpt5.storage import open_folder, patiently, read_whole, unusable, write_whole
 from minigpt5.story.state import PageState, StoryState
 from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import Page, Picture, Story, StoryRequest, Vokens
 
 IMAGE_NAME = re.compile(r"img_[0-9a-f]{41}\.(png|jpeg|webp)", re.ASCII)
+WAIT_S = 30.0
+"""How long a story that is being made waits for an object store that fails."""
 STORY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
@@ -52,19 +56,13 @@ class StoryStore:
     def __init__(self, uri: str) -> None:
         """Raises StorageError where `uri` cannot be written."""
         try:
-            if "://" in uri:
-                filesystem, base = fs.FileSystem.from_uri(uri)
-            else:
-                filesystem, base = fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
-            filesystem.create_dir(f"{base}/stories", recursive=True)
-            self._is_local = filesystem.type_name == "local"
-            self._base = base
-            self._files = fs.SubTreeFileSystem(base, filesystem)
-            self._write(f"stories/.probe-{secrets.token_hex(4)}", None)
-        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise StorageError(
-                f"storage {uri} cannot be written ({error}): name another folder or URI, or give it write permission"
-            ) from error
+            self._filesystem, self._base = open_folder(uri)
+            self._files = fs.SubTreeFileSystem(self._base, self._filesystem)
+            probe = f"stories/.probe-{secrets.token_hex(4)}"
+            write_whole(self._filesystem, f"{self._base}/{probe}", b"", wait_s=0)
+            self._files.delete_file(probe)
+        except OSError as error:
+            raise unusable(f"storage {uri}", "cannot be written", error) from error
         self.uri = uri
         self._number: int | None = None
 
@@ -100,12 +98,11 @@ class StoryStore:
         """Note that a story is being made, by the owner of this store's number, or no longer. Raises StoryTaken."""
         path = f"running/{_checked(story_id)}"
         if is_running:
-            self._check_owner(story_id, is_first=True)
-            self._write(path, str(self._number or 0).encode())
+            number = str(self._number or 0).encode()
+            self._write(path, number, check=lambda: self._check_owner(story_id, is_first=True))
         else:
             self._check_owner(story_id)
-            with contextlib.suppress(FileNotFoundError):
-                self._files.delete_file(path)
+            self._delete(path)
 
     def _check_owner(self, story_id: str, *, is_first: bool = False) -> None:
         """`is_first`: there need not be one."""
@@ -121,8 +118,7 @@ class StoryStore:
 
     def _write_of(self, story_id: str, name: str, data: bytes) -> None:
         """A file of a story."""
-        self._check_owner(story_id)
-        self._write(f"{_folder(story_id)}/{name}", data)
+        self._write(f"{_folder(story_id)}/{name}", data, check=lambda: self._check_owner(story_id))
 
     def running(self) -> list[str]:
         """Stories that were being made when somebody last looked after them, oldest first."""
@@ -160,8 +156,7 @@ class StoryStore:
         oldest = f"img_{int(time.time() - older_than_s):09x}"
         for name in self._names("images"):
             if IMAGE_NAME.fullmatch(name) and name < oldest:
-                with contextlib.suppress(FileNotFoundError):
-                    self._files.delete_file(f"images/{name}")
+                self._delete(f"images/{name}")
 
     def list_ids(self, *, after: str | None = None) -> list[str]:
         """Newest first, beginning with the one before `after`."""
@@ -181,7 +176,8 @@ class StoryStore:
         """Raises StoryNotFound."""
         self._check_owner(story_id)
         try:
-            self._files.delete_dir(_folder(story_id))
+            with self._answers():
+                patiently(lambda: self._files.delete_dir(_folder(story_id)), wait_s=self._wait_s)
         except FileNotFoundError:
             raise StoryNotFound(f"no story {story_id!r}") from None
 
@@ -254,20 +250,15 @@ class StoryStore:
         folder = f"{_folder(story_id)}/{_page(story_id, page)}"
         for name in self._names(folder):
             if name != "page.json":
-                self._files.delete_file(f"{folder}/{name}")
+                self._delete(f"{folder}/{name}")
 
-    def _write(self, path: str, data: bytes | None) -> None:
-        """Put a whole file in place, for good; `None` only proves that one could be."""
-        # A rename is atomic on a local file system; an object store shows an object only when it is complete.
-        written = f"{path}.{secrets.token_hex(4)}.tmp" if self._is_local else path
-        self._files.create_dir(path.rpartition("/")[0], recursive=True)
-        with self._files.open_output_stream(written) as file:
-            file.write(data or b"")
-        if data is None:
-            self._files.delete_file(written)
-        elif written != path:
-            _to_disk(f"{self._base}/{written}")  # else a power failure could leave an empty file under the name
-            self._files.move(written, path)
+    def _write(self, path: str, data: bytes, *, check: Callable[[], None] = lambda: None) -> None:
+        with self._answers():
+            write_whole(self._filesystem, f"{self._base}/{path}", data, check=check, wait_s=WAIT_S)
+
+    def _delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._answers():
+            patiently(lambda: self._files.delete_file(path), wait_s=self._wait_s)
 
     def _names(self, folder: str) -> list[str]:
         return [info.base_name for info in self._list(folder) if not info.base_name.endswith(".tmp")]
@@ -276,16 +267,32 @@ class StoryStore:
         """What is in a folder; nothing where there is none."""
         selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
         for _ in range(3):
-            with contextlib.suppress(FileNotFoundError):  # a folder that comes into being, or goes, just then
+            # A folder may come into being, or go, just then.
+            with contextlib.suppress(FileNotFoundError), self._answers():
                 return self._files.get_file_info(selector)
         return []
 
     def _read(self, path: str, missing: str) -> bytes:
+        with self._answers():
+            data = read_whole(self._filesystem, f"{self._base}/{path}", wait_s=self._wait_s)
+        if data is None:
+            raise StoryNotFound(missing)
+        return data
+
+    @property
+    def _wait_s(self) -> float:
+        """An owner waits for a store that fails; a mere reader hears of it at once."""
+        return 0.0 if self._number is None else WAIT_S
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Within it a failure of the file system is a StorageError, which says no more than a client may know."""
         try:
-            with self._files.open_input_stream(path, compression=None) as file:
-                return file.read()
+            yield
         except FileNotFoundError:
-            raise StoryNotFound(missing) from None
+            raise
+        except OSError as error:
+            raise StorageError("the storage of the stories does not answer: try again later") from error
 
 
 def _checked(story_id: str) -> str:
@@ -309,14 +316,6 @@ def _page(story_id: str, page: int) -> str:
 
 def _picture_name(variant: int) -> str:
     return f"picture-{variant}.png" if variant else "picture.png"
-
-
-def _to_disk(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _to_bytes(values: dict[str, object]) -> bytes:

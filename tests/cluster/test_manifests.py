@@ -595,8 +595,8 @@ def test_the_pages_command_writes_a_registry_into_every_image(tmp_path: Path) ->
 
 def secrets_of(name: str) -> set[str]:
     """Secrets that the build's objects name."""
-    found = re.findall(r"'secretName': '([\w-]+)'|'secretKeyRef': {[^}]*'name': '([\w-]+)'", str(BUILDS[name]))
-    return {one or other for one, other in found}
+    pattern = r"'secretName': '([\w-]+)'|'secretKeyRef': {[^}]*'name': '([\w-]+)'|'secretRef': {[^}]*'name': '([\w-]+)'"
+    return {secret for found in re.findall(pattern, str(BUILDS[name])) for secret in found if secret}
 
 
 def test_the_commands_of_the_page_fit_the_files() -> None:
@@ -606,7 +606,7 @@ def test_the_commands_of_the_page_fit_the_files() -> None:
     assert {Path(path).relative_to("cluster/kubernetes").as_posix() for path in applied} <= {"common", *APPLIED}
     created = {line[4] for line in words if line[:4] == ["kubectl", "create", "secret", "generic"]}
     needed = set().union(*(secrets_of(name) for name in APPLIED))
-    assert created == needed == {"minigpt5-keys", "minigpt5-ray-token", "minigpt5-redis"}
+    assert created == needed == {"minigpt5-keys", "minigpt5-ray-token", "minigpt5-redis", "minigpt5-s3"}
     text = TEXTS["docs/kubernetes.md"]
     for key in ("keys.json", "auth_token", "password"):
         assert f"{key}=" in text or f"--from-file={key}" in text or f"/{key}" in text

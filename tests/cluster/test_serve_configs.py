@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import yaml
 from ray.serve import Deployment
+from ray.serve._private.autoscaling_state import _resolve_policy_callable
 from ray.serve._private.build_app import build_app
+from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 from deployments.__main__ import parse_args
 from deployments.application import AppArgs, app
 from deployments.auth import LOOPBACK, add_key
+from deployments.autoscaling.policy import DECODER, GENERATOR, StoryPolicy
 from minigpt5.config import default_model_folder
 from minigpt5.model.sizes import build as build_model
 from minigpt5.model.sizes import counts, serving_gb
@@ -85,6 +88,21 @@ def test_the_application_builds_and_has_every_deployment_that_is_named(name: str
         assert changed.ray_actor_options is not None
         assert config["ray_actor_options"].items() <= changed.ray_actor_options.items()
         assert "num_replicas" not in config  # `front_replicas` brings the ledger as well
+
+
+@pytest.mark.parametrize("name", ["serve-storybook.yaml", "serve-minigpt5-7b.yaml", "autoscaled", "fault-tolerant"])
+def test_replicas_follow_the_story_policy(name: str, tmp_path: Path) -> None:
+    """Serve builds the policy of the config with its settings, for engines that the policy knows by their names."""
+    (one,) = ServeDeploySchema.model_validate(CONFIGS[name]).applications
+    policy = _resolve_policy_callable(AutoscalingPolicy(**(one.autoscaling_policy or {})))
+    assert type(policy).__name__ == StoryPolicy.__name__  # Serve unpickles a class of its own
+    deployments = dry_build(AppArgs.model_validate(one.args), tmp_path)
+    for config in application(name)["deployments"]:
+        deployments[config["name"]] = overridden(deployments[config["name"]], config)
+    scaled = {key for key, found in deployments.items() if found._deployment_config.autoscaling_config}
+    assert scaled == {GENERATOR, DECODER}
+    limit = sum(deployments[key]._deployment_config.autoscaling_config.max_replicas for key in scaled)
+    assert policy.settings.max_cost >= limit
 
 
 def test_a_setting_that_serve_does_not_know_is_seen(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -107,6 +108,32 @@ def test_an_answer_of_another_server_is_one_line(
         with pytest.raises(ClientError, match=says) as failure:
             list(client.follow("story_1"))
         assert "\n" not in str(failure.value)
+
+
+SERVES_REFUSAL = "Request dropped due to backpressure (num_queued_requests=800, max_queued_requests=800)."
+OUR_REFUSAL = {"error": {"message": "full", "type": "server_error", "param": None, "code": "overloaded"}}
+
+
+@pytest.mark.parametrize("body", [{"text": SERVES_REFUSAL}, {"json": OUR_REFUSAL}], ids=["Serve's", "ours"])
+def test_a_full_server_is_asked_again_when_it_says(monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    replies = [httpx.Response(503, headers={"Retry-After": "5"}, **body), httpx.Response(200, json={"id": "story_1"})]
+    with Client(transport=httpx.MockTransport(lambda request: replies.pop(0))) as client:
+        assert client.story("story_1") == {"id": "story_1"}
+    assert waited == [5]
+
+
+@pytest.mark.parametrize("after", ["300", "Wed, 21 Oct 2026 07:28:00 GMT"])
+def test_a_server_that_is_full_for_long_is_given_up(monkeypatch: pytest.MonkeyPatch, after: str) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    monkeypatch.setattr(module, "PATIENCE_S", 60.0 if after.isdecimal() else 0.0)
+    reply = httpx.Response(503, headers={"Retry-After": after}, json=OUR_REFUSAL)
+    transport = httpx.MockTransport(lambda request: reply)
+    with Client(transport=transport) as client, pytest.raises(ClientError, match="full") as refusal:
+        client.story("story_1")
+    assert (refusal.value.status, refusal.value.code, waited) == (503, "overloaded", [])
 
 
 @pytest.mark.parametrize("end", [b"", b": keep-alive\n\n"])

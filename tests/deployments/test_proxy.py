@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
+from ray.serve._private import constants
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments import proxy
-from deployments.proxy import MAX_HEADER_BYTES, BoundedProtocol, guard
+from deployments.proxy import MAX_HEADER_BYTES, OF_SERVE, BoundedProtocol, guard
 from tests.helpers.processes import find_free_port
 
 
@@ -82,3 +84,15 @@ def test_a_proxy_takes_it_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> Non
     config = uvicorn.Config(echo)
     config.load()
     assert config.http_protocol_class is BoundedProtocol
+
+
+def test_a_client_gives_serve_no_orders(port: int) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        plain = client.get("/").json()["headers"]
+        orders = {"X-Request-Timeout-Seconds": "0.1", "x-request-disconnect-disabled": "?1", "X-Other": "1"}
+        assert client.get("/", headers=orders).json()["headers"] == plain + 1
+
+
+def test_serve_has_no_other_header_that_gives_orders() -> None:
+    names = {value for name, value in vars(constants).items() if re.fullmatch("SERVE_HTTP_REQUEST_.*_HEADER", name)}
+    assert {name.encode() for name in names - {"x-request-id"}} == set(OF_SERVE)

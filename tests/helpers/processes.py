@@ -56,6 +56,15 @@ class Server:
         [value] = re.findall(rf"^  {name} +(\S+)$", self.log.read_text(), flags=re.M)
         return value
 
+    def listening(self) -> set[tuple[str, int]]:
+        """Addresses and ports on which the server's processes listen."""
+        return {
+            (socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port)
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            for socket in process.net_connections("tcp")
+            if socket.status == psutil.CONN_LISTEN
+        }
+
     def replica(self, deployment: str) -> psutil.Process:
         title = f"ray::ServeReplica:default:{deployment}"
         [process] = [
@@ -72,29 +81,42 @@ def find_free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_server(port: int, storage: Path, output: IO[bytes], *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(MODEL)]
+def start_server(
+    port: int,
+    storage: Path | str,
+    output: IO[bytes],
+    *options: str,
+    model: Path | str = MODEL,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "deployments", "--port", str(port), "--model", str(model)]
     # A session of its own, so that a test can send it Ctrl-C as a terminal does: to the whole group.
     return subprocess.Popen(
         [*command, "--storage", str(storage), *options],
         cwd=ROOT,
+        env=environment,
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
 
 
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while "ready after" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
 @contextlib.contextmanager
 def running_server(folder: Path, *options: str) -> Iterator[Server]:
+    """`options`: of `python -m deployments`."""
     log, port = folder / "log", find_free_port()
     with log.open("wb") as output:
         process = start_server(port, folder / "storage", output, *options)
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "ready after" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        wait_until_ready(process, log)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
             yield Server(process, log, port, client)
     finally:

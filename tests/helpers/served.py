@@ -90,9 +90,10 @@ class Served:
 class Listening:
     """A front on a socket, which may be cut off and come back."""
 
-    def __init__(self, served: Served, port: int) -> None:
-        config = uvicorn.Config(create_api(served.front), port=port, log_level="error", timeout_graceful_shutdown=0)
-        self.server = uvicorn.Server(config)
+    def __init__(self, served: Served, port: int, **options: Any) -> None:
+        """`options`: of uvicorn."""
+        options = {"log_level": "error", "timeout_graceful_shutdown": 0, **options}
+        self.server = uvicorn.Server(uvicorn.Config(create_api(served.front), port=port, **options))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:

@@ -7,10 +7,9 @@ reader needs few groups at a time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from pyarrow import fs, parquet
 
 from minigpt5.errors import TrainingError
 from minigpt5.objective.stored_example import ROW_SCHEMA
+from minigpt5.storage import patiently
 
 WINDOW_GROUPS = 8
 VALIDATION_SHARE = 50
@@ -59,13 +59,9 @@ def index_rows(files: fs.FileSystem, paths: list[str]) -> tuple[RowIndex, RowInd
     first_groups, training, validation = [], list[int](), list[int]()
     for path in paths:
         first_groups.append(len(training))
-        with files.open_input_file(path) as file:
-            reader = parquet.ParquetFile(file)
-            if not set(ROW_SCHEMA.names) <= set(reader.schema_arrow.names):
-                raise TrainingError(f"{path} has no training rows: make them with python -m batch_jobs.prepare")
-            for size, num_held_out in _count_held_out(reader):
-                training.append(size - num_held_out)
-                validation.append(num_held_out)
+        for size, num_held_out in patiently(functools.partial(_count_held_out, files, path)):
+            training.append(size - num_held_out)
+            validation.append(num_held_out)
     starts = np.array(first_groups, np.int64)
     return (
         RowIndex(paths=paths, first_groups=starts, sizes=np.array(training, np.int32)),
@@ -73,14 +69,19 @@ def index_rows(files: fs.FileSystem, paths: list[str]) -> tuple[RowIndex, RowInd
     )
 
 
-def _count_held_out(reader: parquet.ParquetFile) -> Iterator[tuple[int, int]]:
-    """Rows of each group, and how many of them are never trained on."""
-    ids = reader.read(columns=["id"])["id"]
-    start = 0
-    for number in range(reader.num_row_groups):
-        size = reader.metadata.row_group(number).num_rows
-        yield size, int(is_validation(ids.slice(start, size)).sum())
-        start += size
+def _count_held_out(files: fs.FileSystem, path: str) -> list[tuple[int, int]]:
+    """Rows of each group of a file, and how many of them are never trained on. Raises TrainingError."""
+    with files.open_input_file(path) as file:
+        reader = parquet.ParquetFile(file)
+        if not set(ROW_SCHEMA.names) <= set(reader.schema_arrow.names):
+            raise TrainingError(f"{path} has no training rows: make them with python -m batch_jobs.prepare")
+        ids = reader.read(columns=["id"])["id"]
+        sizes = [reader.metadata.row_group(number).num_rows for number in range(reader.num_row_groups)]
+    starts = np.cumsum([0, *sizes])
+    return [
+        (size, int(is_validation(ids.slice(int(start), size)).sum()))
+        for start, size in zip(starts[:-1], sizes, strict=True)
+    ]
 
 
 def is_validation(ids: pa.ChunkedArray) -> np.ndarray:
@@ -97,8 +98,8 @@ class RowOrder:
         """`sizes`: rows of each group."""
         self.sizes, self.seed = sizes, seed
         self.num_rows = int(sizes.sum())
-        self._epoch = lru_cache(maxsize=1)(self._new_epoch)
-        self._window = lru_cache(maxsize=2)(self._new_window)
+        self._epoch = functools.lru_cache(maxsize=1)(self._new_epoch)
+        self._window = functools.lru_cache(maxsize=2)(self._new_window)
 
     def place_at(self, position: int) -> Place:
         """The row at a position, counted over epochs."""

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs, parquet
 
+from minigpt5 import storage
 from minigpt5.config import ModelConfig
-from minigpt5.errors import TrainingError
+from minigpt5.errors import StorageError, TrainingError
 from minigpt5.model.image_transforms import fit_drawn, fit_read
 from minigpt5.model.prompt import Template
 from minigpt5.model.published_template import PUBLISHED
@@ -96,7 +97,7 @@ class StoredExamples:
         """The row at a position, counted over epochs, as it is stored, without what the stage does not read."""
         place = self._order.place_at(position)
         if place.group not in self._cache:
-            self._cache[place.group] = self._read_group(place.group)
+            self._cache[place.group] = storage.patiently(lambda: self._read_group(place.group))
             while len(self._cache) > KEPT_GROUPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(place.group)
@@ -150,9 +151,9 @@ class StoredExamples:
 def open_place(uri: str) -> tuple[fs.FileSystem, str]:
     """A path or a URI as a file system and the path there. Raises TrainingError."""
     try:
-        return fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
-    except (OSError, pa.ArrowException) as error:
-        raise TrainingError(f"{uri} is no place that can be used ({error}): name a folder or a URI") from error
+        return storage.open_place(uri)
+    except StorageError as error:
+        raise TrainingError(str(error)) from error
 
 
 def to_example(

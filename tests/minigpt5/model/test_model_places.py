@@ -23,7 +23,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def from_uri(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.SubTreeFileSystem(str(root), fs.LocalFileSystem()), uri.removeprefix("bucket://")
 
-    monkeypatch.setattr("minigpt5.model.locate._open_uri", from_uri)
+    monkeypatch.setattr("minigpt5.storage.open_place", from_uri)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return root
 
