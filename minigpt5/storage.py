@@ -133,8 +133,9 @@ def patiently(work: Callable[[], T], *, wait_s: float = WAIT_S) -> T:
 def _put(files: fs.FileSystem, path: str, data: bytes | pa.Buffer, check: Callable[[], None]) -> None:
     """Needs no rename: a store shows an object only when it is complete, and the earlier one until then."""
     check()
-    with files.open_output_stream(path) as stream:
-        stream.write(data)
+    stream = files.open_output_stream(path)
+    stream.write(data)
+    stream.close()  # only now: closing after a failed write may put an empty object in place
 
 
 def _write_local(path: Path, data: bytes | pa.Buffer, check: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from deployments.api.access_log import RESULTS
 from deployments.observability.metrics import HTTP_REQUESTS, STORIES
+from minigpt5.errors import StorageError
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.served import Served
 
@@ -19,6 +20,10 @@ BODY = {"prompt": "A fox", "pages": 2}
 
 def fail(*arguments: object, **options: object) -> NoReturn:
     raise OSError("no space left on device")
+
+
+def throw(*arguments: object, **options: object) -> NoReturn:
+    raise StorageError("the store does not answer")
 
 
 def told(caplog: pytest.LogCaptureFixture, field: str) -> list[object]:
@@ -68,7 +73,9 @@ def test_a_request_that_the_storage_fails(
     served = Served(tmp_path)
     monkeypatch.setattr(served.store, "list_ids", fail)
     assert served.request("GET", "/v1/stories").status_code == 500
-    assert told(caplog, "result") == ["storage_error"]
+    monkeypatch.setattr(served.store, "list_ids", throw)
+    assert served.request("GET", "/v1/stories").status_code == 503
+    assert told(caplog, "result") == ["storage_error", "storage_error"]
 
 
 def test_requests_that_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
