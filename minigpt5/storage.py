@@ -133,7 +133,11 @@ def patiently(work: Callable[[], T], *, wait_s: float = WAIT_S) -> T:
 def _put(files: fs.FileSystem, path: str, data: bytes | pa.Buffer, check: Callable[[], None]) -> None:
     """Needs no rename: a store shows an object only when it is complete, and the earlier one until then."""
     check()
-    stream = files.open_output_stream(path)
+    try:
+        stream = files.open_output_stream(path)
+    except FileNotFoundError:  # one that has folders, as HDFS
+        files.create_dir(path.rpartition("/")[0], recursive=True)
+        stream = files.open_output_stream(path)
     stream.write(data)
     stream.close()  # only now: closing after a failed write may put an empty object in place
 
