@@ -31,6 +31,8 @@ PASSES = re.compile(
     r"|HTTP status (429|5\d\d)|curlCode|truncated|Expected \d+ bytes"
 )
 """Failures of an object store that another try may not meet."""
+PASSWORD = re.compile(r"[^/]*//[^/@:]*:(?!\d+/)[^@]*@")
+"""A URI with a password, which may hold slashes; and not one with a port."""
 ADVICE = {
     "NO_SUCH_BUCKET|Bucket '.*' not found": "create the bucket, or name another one",
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_TOKEN|HTTP status 40[13]": (
@@ -49,10 +51,10 @@ def open_place(place: str | Path) -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     parts = urlsplit(uri)
-    if "@" in parts.netloc and parts.scheme == "s3":
+    if ("@" in parts.netloc and parts.scheme == "s3") or PASSWORD.match(uri):
         raise StorageError(
-            f"the URI of {parts.hostname} holds credentials, which logs would show: give them as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY"
+            f"this {parts.scheme}:// URI holds credentials, which logs would show: give them by the provider's "
+            "variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     if parts.scheme == "s3":  # one request for a small file, in place of the three of a multipart upload
         uri += f"{'&' if parts.query else '?'}allow_delayed_open=true"

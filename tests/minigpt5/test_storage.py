@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from minigpt5.storage import write_whole
+from minigpt5.errors import StorageError
+from minigpt5.storage import open_place, write_whole
 
 
 class FailingStream:
@@ -36,3 +37,14 @@ def test_a_write_that_fails_leaves_the_earlier_object() -> None:
     with pytest.raises(OSError, match="ACCESS_DENIED"):
         write_whole(store, "bucket/object", b"new")
     assert not store.stream.is_closed
+
+
+@pytest.mark.parametrize("uri", ["s3://key:abc/def@bucket/x", "s3://key@bucket/x", "abfs://account:secret@container/x"])
+def test_a_uri_with_credentials_is_refused_without_showing_them(uri: str) -> None:
+    with pytest.raises(StorageError, match="holds credentials") as refusal:
+        open_place(uri)
+    assert not {"key", "abc", "secret"} & set(str(refusal.value).replace("/", " ").replace(":", " ").split())
+
+
+def test_a_path_may_hold_an_at_sign() -> None:
+    assert open_place("s3://bucket/a@b:c@d?region=eu-west-1")[1] == "bucket/a@b:c@d"
