@@ -12,6 +12,8 @@ import pytest
 from deployments.api.access_log import RESULTS
 from deployments.observability.metrics import HTTP_REQUESTS, STORIES
 from minigpt5.errors import StorageError
+from minigpt5.story.state import StoryState
+from minigpt5.story.store import StoryStore
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.served import Served
 
@@ -51,6 +53,20 @@ def test_a_story_that_cannot_be_stored(
 ) -> None:
     served = Served(tmp_path)
     monkeypatch.setattr(served.store, "save_picture", fail)
+    served.post(BODY)
+    assert told(caplog, "outcome") == ["storage_error"]
+
+
+def test_a_story_whose_end_cannot_be_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(tmp_path)
+    save = StoryStore.save
+
+    def fail_at_the_end(store: StoryStore, state: StoryState) -> None:
+        return throw() if state.status == "done" else save(store, state)
+
+    monkeypatch.setattr(StoryStore, "save", fail_at_the_end)
     served.post(BODY)
     assert told(caplog, "outcome") == ["storage_error"]
 
