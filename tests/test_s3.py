@@ -32,7 +32,7 @@ from training.checkpoint import newest_step
 from training.run_folder import RunFolder
 from training.train import main as train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
