@@ -26,6 +26,8 @@ WAIT_S = 300.0
 """How long jobs and training wait for an object store that fails. Each try of its client has an end of its own."""
 PAUSE_S, MAX_PAUSE_S = 0.5, 15.0
 """The first and the longest pause between two tries."""
+READ_BYTES = 2**26
+"""Bytes of a file that one request to an object store asks for."""
 PASSES = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT)"
     r"|HTTP status (429|5\d\d)|curlCode|truncated|Expected \d+ bytes"
@@ -103,8 +105,8 @@ def read_whole(files: fs.FileSystem, path: str, *, wait_s: float = WAIT_S) -> by
 
     def read() -> bytes | None:
         try:
-            with files.open_input_stream(path, compression=None) as stream:
-                return stream.read()
+            with files.open_input_file(path) as file:  # a stream would be read by 256 KiB, each a request
+                return b"".join(iter(lambda: file.read(READ_BYTES), b""))
         except FileNotFoundError:
             return None
 

@@ -23,7 +23,7 @@ from minigpt5 import MiniGPT5
 from minigpt5.errors import StorageError, StoryNotFound
 from minigpt5.model.folder_config import check_folder
 from minigpt5.model.locate import locate
-from minigpt5.storage import open_place, read_whole, write_whole
+from minigpt5.storage import READ_BYTES, open_place, read_whole, write_whole
 from minigpt5.story.store import StoryStore
 from minigpt5.types import DrawSettings, Picture
 from tests.helpers.processes import MODEL, ROOT, find_free_port, start_server, wait_until_ready
@@ -79,6 +79,18 @@ def test_a_small_file_is_one_request(s3: str, monkeypatch: pytest.MonkeyPatch) -
         before = sum(faults.counts.values())
         write_whole(files, f"{path}/file", b"x" * 1000)
         assert sum(faults.counts.values()) == before + 1
+
+
+def test_a_large_file_is_read_in_few_requests(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, path = open_place("s3://bucket/large")
+    data = os.urandom(READ_BYTES + 1000)
+    write_whole(files, path, data)
+    with failing_s3(s3, faults := Faults()) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        files, path = open_place("s3://bucket/large")
+        before = sum(faults.counts.values())
+        assert read_whole(files, path) == data
+        assert sum(faults.counts.values()) == before + 3  # its size, and two parts
 
 
 def test_a_failing_server_loses_nothing(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
