@@ -63,7 +63,7 @@ def test_no_key_of_a_store_leaves_the_cache(store: Path, tmp_path: Path, monkeyp
         """Its keys may hold any text."""
 
         type_name = "s3"
-        open_input_stream = fs.LocalFileSystem().open_input_stream
+        open_input_file = fs.LocalFileSystem().open_input_file
 
         def get_file_info(self, selector: fs.FileSelector) -> list[SimpleNamespace]:
             return [SimpleNamespace(path=f"{selector.base_dir}/../../../escaped.txt", is_file=True)]
