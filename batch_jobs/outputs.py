@@ -180,12 +180,12 @@ class RowSink:
             parquet.write_table(table, content, compression="zstd")
             name = f"part-{secrets.token_hex(8)}.parquet"
             write_whole(self._files, f"{self._folder}/{name}", content.getvalue(), check=self._check_owner)
+            rows, self._rows, self._num_bytes = self._rows, [], 0  # whatever follows, they are written once
             self._failpoint("part-written")
-            for row in self._rows:
+            for row in rows:
                 self.store.drop(row["id"])
         except (OSError, ArrowException) as error:
             raise self._failure("cannot be written", error) from error
-        self._rows, self._num_bytes = [], 0
 
     def _check_owner(self) -> None:
         self._failpoint("part-hidden")

@@ -161,23 +161,19 @@ class JobState:
             )
         was_begun = self.manifest() is not None
         self._plan = plan
-        try:
-            write_whole(self._files, self._manifest, _to_json({"status": "begun", "plan": plan}))
-            self.heartbeat()
-        except (OSError, ArrowException) as error:
-            raise unusable(f"output {self.output}", "cannot be written", error) from error
+        self._put(self._manifest, {"status": "begun", "plan": plan})
+        self.heartbeat()
         return was_begun
 
     def heartbeat(self) -> None:
         """Say that this process lives, at most every HEARTBEAT_S."""
         if self._num_heartbeats and time.monotonic() - self._heartbeat_at < HEARTBEAT_S:
             return
-        self._check_owner()
-        self._num_heartbeats, self._heartbeat_at = self._num_heartbeats + 1, time.monotonic()
-        process = psutil.Process()
+        process, began = psutil.Process(), time.monotonic()
         owner = {"token": self._token, "host": socket.gethostname(), "pid": process.pid}
-        owner |= {"started": process.create_time(), "beat": self._num_heartbeats}
-        write_whole(self._files, self._owner, _to_json(owner))
+        owner |= {"started": process.create_time(), "beat": self._num_heartbeats + 1}
+        self._put(self._owner, owner)
+        self._num_heartbeats, self._heartbeat_at = self._num_heartbeats + 1, began
 
     def check_owner(self) -> None:
         """Raise MiniGPT5Error where another process took over: nothing may be put into the output any more."""
@@ -186,13 +182,20 @@ class JobState:
 
     def finish(self, counts: dict[str, Any]) -> None:
         self.check_owner()
-        write_whole(self._files, self._manifest, _to_json({"status": "finished", "plan": self._plan, **counts}))
+        self._put(self._manifest, {"status": "finished", "plan": self._plan, **counts})
 
     def release(self) -> None:
         """Give the output back, so that another run may take it."""
         owner = read_json(self._files, self._owner)
         if owner and owner["token"] == self._token:
             self._files.delete_file(self._owner)
+
+    def _put(self, path: str, content: dict[str, Any]) -> None:
+        """Raises MiniGPT5Error where another process took over, also while the store did not answer."""
+        try:
+            write_whole(self._files, path, _to_json(content), check=self._check_owner)
+        except (OSError, ArrowException) as error:
+            raise unusable(f"output {self.output}", "cannot be written", error) from error
 
     def _check_owner(self) -> None:
         owner = read_json(self._files, self._owner) if self._num_heartbeats else None

@@ -26,11 +26,15 @@ WAIT_S = 300.0
 """How long jobs and training wait for an object store that fails. Each try of its client has an end of its own."""
 PAUSE_S, MAX_PAUSE_S = 0.5, 15.0
 """The first and the longest pause between two tries."""
+READ_BYTES = 2**26
+"""Bytes of a file that one request to an object store asks for."""
 PASSES = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|THROTTLING|REQUEST_TIMEOUT)"
     r"|HTTP status (429|5\d\d)|curlCode|truncated|Expected \d+ bytes"
 )
 """Failures of an object store that another try may not meet."""
+PASSWORD = re.compile(r"[^/]*//[^/@:]*:(?!\d+/)[^@]*@")
+"""A URI with a password, which may hold slashes; and not one with a port."""
 ADVICE = {
     "NO_SUCH_BUCKET|Bucket '.*' not found": "create the bucket, or name another one",
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_TOKEN|HTTP status 40[13]": (
@@ -49,10 +53,10 @@ def open_place(place: str | Path) -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     parts = urlsplit(uri)
-    if "@" in parts.netloc and parts.scheme == "s3":
+    if ("@" in parts.netloc and parts.scheme == "s3") or PASSWORD.match(uri):
         raise StorageError(
-            f"the URI of {parts.hostname} holds credentials, which logs would show: give them as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY"
+            f"this {parts.scheme}:// URI holds credentials, which logs would show: give them by the provider's "
+            "variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     if parts.scheme == "s3":  # one request for a small file, in place of the three of a multipart upload
         uri += f"{'&' if parts.query else '?'}allow_delayed_open=true"
@@ -101,8 +105,8 @@ def read_whole(files: fs.FileSystem, path: str, *, wait_s: float = WAIT_S) -> by
 
     def read() -> bytes | None:
         try:
-            with files.open_input_stream(path, compression=None) as stream:
-                return stream.read()
+            with files.open_input_file(path) as file:  # a stream would be read by 256 KiB, each a request
+                return b"".join(iter(lambda: file.read(READ_BYTES), b""))
         except FileNotFoundError:
             return None
 
@@ -133,8 +137,13 @@ def patiently(work: Callable[[], T], *, wait_s: float = WAIT_S) -> T:
 def _put(files: fs.FileSystem, path: str, data: bytes | memoryview | pa.Buffer, check: Callable[[], None]) -> None:
     """Needs no rename: a store shows an object only when it is complete, and the earlier one until then."""
     check()
-    with files.open_output_stream(path) as stream:
-        stream.write(data)
+    try:
+        stream = files.open_output_stream(path)
+    except FileNotFoundError:  # one that has folders, as HDFS
+        files.create_dir(path.rpartition("/")[0], recursive=True)
+        stream = files.open_output_stream(path)
+    stream.write(data)
+    stream.close()  # only now: closing after a failed write may put an empty object in place
 
 
 def _write_local(path: Path, data: bytes | memoryview | pa.Buffer, check: Callable[[], None]) -> None:

@@ -40,7 +40,7 @@ SHELL = ("", "sh", "bash")
 CLUSTER = (". .venv/bin/activate", "export RAY_AUTH_MODE=token", "ray ")
 """Commands of docs/bulk.md that tests/batch_jobs/test_submitted.py runs, or its cluster stands for."""
 KUBERNETES = ("kubectl ", "docker build ", "docker tag ", "docker push ", "sed -i ")
-"""Commands of docs/kubernetes.md; tests/cluster/test_manifests.py compares them with the files."""
+"""Commands of docs/kubernetes.md; tests/cluster/test_kubernetes_page.py compares them with the files."""
 OURS = re.compile(r"python -m ((?:minigpt5|deployments|training|batch_jobs|benchmarks|tests)[\w.]*)([^`#\n]*)")
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|\[.*|key=value")
 

@@ -10,21 +10,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 from pyarrow import fs, parquet
 
+from batch_jobs.prepare import Part, write_part
 from deployments.__main__ import StartError, check_storage
+from minigpt5 import MiniGPT5
 from minigpt5.errors import StorageError, StoryNotFound
-from minigpt5.storage import open_place, read_whole, write_whole
+from minigpt5.model.folder_config import check_folder
+from minigpt5.model.locate import locate
+from minigpt5.storage import READ_BYTES, open_place, read_whole, write_whole
 from minigpt5.story.store import StoryStore
-from minigpt5.types import Picture
+from minigpt5.types import DrawSettings, Picture
 from tests.helpers.processes import MODEL, ROOT, find_free_port, start_server, wait_until_ready
 from tests.helpers.s3 import FAULTS, Faults, failing_s3, running_s3, variables
+from training.checkpoint import newest_step
+from training.run_folder import RunFolder
+from training.train import main as train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,18 @@ def test_a_small_file_is_one_request(s3: str, monkeypatch: pytest.MonkeyPatch) -
         before = sum(faults.counts.values())
         write_whole(files, f"{path}/file", b"x" * 1000)
         assert sum(faults.counts.values()) == before + 1
+
+
+def test_a_large_file_is_read_in_few_requests(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, path = open_place("s3://bucket/large")
+    data = os.urandom(READ_BYTES + 1000)
+    write_whole(files, path, data)
+    with failing_s3(s3, faults := Faults()) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        files, path = open_place("s3://bucket/large")
+        before = sum(faults.counts.values())
+        assert read_whole(files, path) == data
+        assert sum(faults.counts.values()) == before + 3  # its size, and two parts
 
 
 def test_a_failing_server_loses_nothing(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +221,7 @@ def _end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
 
 
 def run(environment: dict[str, str], *command: str, is_killed_at: str = "") -> str:
-    """Run one of our modules to its end, or kill it once its output holds a text; its output."""
+    """Run one of our modules to its end, or to a failpoint that kills it; its output."""
     process = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
@@ -236,21 +256,45 @@ def _rows(files: fs.FileSystem, folder: str) -> list[dict]:
     return [row for path in paths for row in parquet.read_table(path, filesystem=files).to_pylist()]
 
 
+@pytest.fixture(scope="module")
+def encoded(url: str) -> str:
+    """Rows that are prepared here and encoded by a job, over a server that fails now and then."""
+    with pytest.MonkeyPatch.context() as patch, failing_s3(url, Faults(rate=0.05)) as proxy:
+        for name, value in variables(proxy).items():
+            patch.setenv(name, value)
+        part = Part(number=0, file="", start=0, count=40)
+        write_part(part, layout="storybook:caption", uri="", output="s3://bucket/rows", seed=3)
+        command = (
+            "batch_jobs.precompute",
+            "s3://bucket/rows",
+            "--model",
+            str(MODEL),
+            "--output",
+            "s3://bucket/encoded",
+        )
+        run(dict(os.environ), *command)
+    return "s3://bucket/encoded"
+
+
 @pytest.mark.cluster
-def test_rows_training_and_its_model_over_s3(url: str, tmp_path: Path) -> None:
-    environment = {**variables(url), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    place = "s3://bucket/training"
-    run(environment, "batch_jobs.prepare", "storybook:caption", "--output", f"{place}/rows", "--limit", "60")
-    run(environment, "batch_jobs.precompute", f"{place}/rows", "--model", str(MODEL), "--output", f"{place}/encoded")
-    train = ("training.train", "align", "--data", f"{place}/encoded", "--start", str(MODEL), "--out", f"{place}/run")
-    settings = ("batch_size=2", "num_threads=1", "draws_samples=false", "checkpoint_every_s=0")
-    faults = Faults(rate=0.05)
-    with failing_s3(url, faults) as proxy:
-        failing = {**environment, "AWS_ENDPOINT_URL": proxy}
-        first = run(failing, *train, "steps=2", *settings)
-        second = run(failing, *train, "steps=3", *settings)
-        assert "'step': 1" in first and "'step': 1" not in second and "'step': 3" in second
-        model, out = f"{place}/run/model", tmp_path / "story.html"
-        run(failing, "minigpt5", "--model", model, "--pages", "1", "--out", str(out), "--", "A fox")
-    assert out.stat().st_size > 1000 and len(faults.counts) > 2
-    assert len(list((tmp_path / "cache" / "minigpt5" / "models").iterdir())) >= 1
+def test_training_and_its_model_over_s3(encoded: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = "s3://bucket/align"
+    command = ["align", "--preset", "storybook", "--data", encoded, "--start", str(MODEL), "--out", out]
+    command += ["--workers", "0", "batch_size=2", "num_threads=1", "warmup_steps=1", "log_every=1", "replay.steps=1"]
+    command += ["draws_samples=false", "checkpoint_every_s=0"]
+    with failing_s3(s3, faults := Faults(rate=0.1)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        assert train([*command, "steps=2"]) == 0
+        assert newest_step(RunFolder(out)) == 2
+        assert train([*command, "steps=3"]) == 0
+        lines = [json.loads(line) for line in (RunFolder(out).read("log.jsonl") or b"").splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3], lines
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+            with ThreadPoolExecutor() as threads:
+                found, again = threads.map(locate, [f"{out}/model"] * 2)
+            assert found == again and check_folder(found).fingerprint in found.name
+            assert found.is_relative_to(tmp_path) and not list(tmp_path.rglob("*.partial"))
+    assert set(faults.counts) == {"", *FAULTS}
+    story = MiniGPT5.from_pretrained(found).write("A fox", pages=1, seed=1, draw=DrawSettings(steps=1))
+    assert story.pages[0].text and story.pages[0].picture

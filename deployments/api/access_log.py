@@ -8,6 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.api.errors import RESULT
 from deployments.auth import CLIENT
 from deployments.observability.metrics import HTTP_REQUESTS
 from deployments.observability.recording import begin_at_zero, record
@@ -25,7 +26,7 @@ RESULTS = {
     413: "too_large",
     414: "too_large",
     429: "rate_limited",
-    503: "overloaded",  # or an engine was lost: the client comes back either way
+    503: "overloaded",
 }
 """Status -> what the metric calls it, where this is not what it calls all of 2xx, 4xx or 5xx."""
 
@@ -50,7 +51,7 @@ class AccessLog:
             nonlocal status, result
             if message["type"] == "http.response.start":
                 status = message["status"]
-                result = _result_of(status)
+                result = scope.get(RESULT) or _result_of(status)
                 message = {**message, "headers": [*message.get("headers", []), (HEADER, request_id)]}
             await send(message)
 

@@ -33,6 +33,8 @@ from minigpt5.errors import (
 
 logger = logging.getLogger("ray.serve")
 
+RESULT = "minigpt5.result"
+"""Key of a scope under which a handler says how the request ended, where its status does not."""
 RETRY_AFTER_S = 5
 """Where it is not known how long something takes."""
 MAX_BODY_BYTES = 8 * 2**20
@@ -138,11 +140,13 @@ def install_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(EngineLost)
     async def ask_again(request: Request, error: EngineLost) -> JSONResponse:
+        request.scope[RESULT] = "internal_error"
         return error_response(503, str(error), code="engine_lost", headers={"Retry-After": str(RETRY_AFTER_S)})
 
     @api.exception_handler(StorageError)
     async def wait_for_storage(request: Request, error: StorageError) -> JSONResponse:
         logger.error("%s", error.__cause__ or error)
+        request.scope[RESULT] = "storage_error"
         return error_response(503, str(error), code="storage_unavailable", headers={"Retry-After": str(RETRY_AFTER_S)})
 
     @api.exception_handler(KeyTaken)

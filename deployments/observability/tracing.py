@@ -19,17 +19,17 @@ from minigpt5.errors import SettingsError
 
 TRACER = trace.get_tracer("minigpt5")
 OTLP = "deployments.observability.tracing:send_by_otlp"
-ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 def tracing_config(ratio: float) -> TracingConfig | None:
-    """Trace this share of the requests; 0: none. Spans go to OTEL_EXPORTER_OTLP_ENDPOINT, else to files in `spans/`
-    of Serve's log folder. Raises SettingsError where `ratio` is no share."""
+    """Trace this share of the requests; 0: none. Spans go where ENDPOINTS say, else to files in `spans/` of Serve's
+    log folder. Raises SettingsError where `ratio` is no share."""
     if not 0 <= ratio <= 1:
         raise SettingsError(f"traces is {ratio:g} but must be from 0 (no request) to 1 (every request)")
     if not ratio:
         return None
-    exporter = OTLP if os.environ.get(ENDPOINT) else ""  # "": Serve's own, which writes files
+    exporter = OTLP if any(os.environ.get(name) for name in ENDPOINTS) else ""  # "": Serve's own, which writes files
     return TracingConfig(enabled=True, sampling_ratio=ratio, exporter_import_path=exporter)
 
 

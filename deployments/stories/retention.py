@@ -9,7 +9,7 @@ import time
 
 from deployments.stories.leases import StoryBusy
 from deployments.stories.story_manager import StoryManager
-from minigpt5.errors import StoryNotFound
+from minigpt5.errors import StorageError, StoryNotFound
 from minigpt5.story.store import StoryStore
 
 logger = logging.getLogger("ray.serve")
@@ -24,9 +24,12 @@ async def keep_within(
 ) -> None:
     """Look now and then, without end."""
     while True:
-        await asyncio.to_thread(store.delete_images, older_than_s=IMAGE_S)
-        if max_age_s is not None or max_bytes is not None:
-            await remove_old(store, story_manager, max_age_s=max_age_s, max_bytes=max_bytes)
+        try:
+            await asyncio.to_thread(store.delete_images, older_than_s=IMAGE_S)
+            if max_age_s is not None or max_bytes is not None:
+                await remove_old(store, story_manager, max_age_s=max_age_s, max_bytes=max_bytes)
+        except (OSError, StorageError) as failure:  # of a store that answers again later
+            logger.error("old stories stay for now: %s", failure.__cause__ or failure)
         await asyncio.sleep(LOOK_S)
 
 

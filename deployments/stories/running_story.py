@@ -24,6 +24,8 @@ class RunningStory:
         """Whether this process has no more work on it."""
         self.is_lost = False
         """Another front has taken it."""
+        self.is_stored = True
+        """How it ended is stored, or is not known yet."""
         self.is_cancelled = False
         """A client has cancelled it."""
         self._changed = asyncio.Event()

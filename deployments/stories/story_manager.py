@@ -291,7 +291,10 @@ class StoryManager:
             logger.error("%s failed: %s", story.id, cause or type(getattr(failure, "cause", None) or failure).__name__)
             final = await self._end(story, builder.state("failed", error=describe(failure)))
         finally:
-            outcome = "handed_over" if story.is_lost else outcome
+            if not story.is_stored:
+                outcome = "storage_error"
+            elif story.is_lost:
+                outcome = "handed_over"
             record(STORIES, 1, outcome=outcome)
             logger.info("story ends", extra={"outcome": outcome, "seconds": round(clock.seconds, 3)})
             reservation.release()
@@ -321,7 +324,6 @@ class StoryManager:
 
     async def _end(self, story: RunningStory, state: StoryState) -> StoryState | None:
         """Store how a story ended, and its pages as far as they are; None where it is another front's now."""
-
         store = story.store
 
         def keep() -> StoryState:
@@ -340,6 +342,7 @@ class StoryManager:
             return None
         except (OSError, MiniGPT5Error) as failure:  # the storage may be what failed
             logger.error("%s: how it ended is not stored: %s", story.id, failure)
+            story.is_stored = False
             return state
 
     def _keep(self, story: RunningStory, event: StoryEvent) -> None:

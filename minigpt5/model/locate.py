@@ -72,6 +72,8 @@ def fetch_folder(uri: str) -> Path:
         def fill(target: Path) -> None:
             for info in files.get_file_info(fs.FileSelector(path, recursive=True)):
                 place = target / info.path[len(path) :].lstrip("/")
+                if ".." in place.parts:  # a store's keys may hold any text
+                    raise ValueError(f"it has a file named {info.path[:200]!r}")
                 if not info.is_file or place.suffix in PICKLES:
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)

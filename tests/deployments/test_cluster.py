@@ -142,7 +142,7 @@ def test_a_second_server_on_the_port_says_what_to_do(server: Server, tmp_path: P
 
 
 def test_ctrl_c_ends_every_process(server: Server) -> None:
-    """Last in this file: the server is gone afterwards."""
+    """Last of the files that share the server, too: it is gone afterwards."""
     processes = psutil.Process(server.process.pid).children(recursive=True)
     assert len(processes) > 5
     os.killpg(server.process.pid, signal.SIGINT)

@@ -43,7 +43,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_the_start_says_what_the_model_is_for_and_asks_for_its_first_example() -> None:
     args = Namespace(host="0.0.0.0", port=8123, model="runs/bears/model", storage="stories")
     config = dataclasses.replace(storybook(), name="bears", about="Draws bears.\nNo foxes.", examples=("A bear's den",))
-    said = describe_server(args, config, startup_s=3.2, metrics_port=8999, logs="/tmp/ray/logs/serve")
+    said = describe_server(args, config, startup_s=3.2, metrics_port=8999, logs="session/logs/serve")
     assert "  model    bears, runs/bears/model\n           Draws bears.\n  stories  stories\n" in said
     [curl] = [line for line in said.splitlines() if "curl" in line]
     assert json.loads(shlex.split(curl)[-1]) == {"prompt": "A bear's den"}

@@ -13,7 +13,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 
-from deployments.observability.tracing import ENDPOINT, OTLP, send_by_otlp, tracing_config
+from deployments.observability.tracing import ENDPOINTS, OTLP, send_by_otlp, tracing_config
 from minigpt5.errors import SettingsError
 from tests.helpers.processes import MODEL, Server, running_server
 
@@ -27,11 +27,13 @@ def test_no_request_is_traced_unless_it_is_asked_for() -> None:
         tracing_config(2)
 
 
-def test_spans_go_to_files_or_to_the_endpoint_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENDPOINT, raising=False)
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_spans_go_to_files_or_to_the_endpoint_that_is_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in ENDPOINTS:
+        monkeypatch.delenv(one, raising=False)
     files = tracing_config(0.25)
     assert files and files.enabled and (files.sampling_ratio, files.exporter_import_path) == (0.25, "")
-    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:4318")
+    monkeypatch.setenv(name, "http://127.0.0.1:4318")
     sent = tracing_config(1)
     assert sent and sent.exporter_import_path == OTLP
 
@@ -51,7 +53,7 @@ def test_spans_reach_an_otlp_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
     collector = HTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=collector.serve_forever, daemon=True).start()
-    monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{collector.server_port}")
+    monkeypatch.setenv(ENDPOINTS[0], f"http://127.0.0.1:{collector.server_port}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     provider = TracerProvider()

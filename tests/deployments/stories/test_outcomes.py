@@ -11,6 +11,9 @@ import pytest
 
 from deployments.api.access_log import RESULTS
 from deployments.observability.metrics import HTTP_REQUESTS, STORIES
+from minigpt5.errors import StorageError
+from minigpt5.story.state import StoryState
+from minigpt5.story.store import StoryStore
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.served import Served
 
@@ -19,6 +22,10 @@ BODY = {"prompt": "A fox", "pages": 2}
 
 def fail(*arguments: object, **options: object) -> NoReturn:
     raise OSError("no space left on device")
+
+
+def throw(*arguments: object, **options: object) -> NoReturn:
+    raise StorageError("the store does not answer")
 
 
 def told(caplog: pytest.LogCaptureFixture, field: str) -> list[object]:
@@ -50,6 +57,20 @@ def test_a_story_that_cannot_be_stored(
     assert told(caplog, "outcome") == ["storage_error"]
 
 
+def test_a_story_whose_end_cannot_be_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(tmp_path)
+    save = StoryStore.save
+
+    def fail_at_the_end(store: StoryStore, state: StoryState) -> None:
+        return throw() if state.status == "done" else save(store, state)
+
+    monkeypatch.setattr(StoryStore, "save", fail_at_the_end)
+    served.post(BODY)
+    assert told(caplog, "outcome") == ["storage_error"]
+
+
 def test_a_story_that_a_client_cancels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     served = Served(tmp_path)
     served.generator.gate.clear()
@@ -68,7 +89,9 @@ def test_a_request_that_the_storage_fails(
     served = Served(tmp_path)
     monkeypatch.setattr(served.store, "list_ids", fail)
     assert served.request("GET", "/v1/stories").status_code == 500
-    assert told(caplog, "result") == ["storage_error"]
+    monkeypatch.setattr(served.store, "list_ids", throw)
+    assert served.request("GET", "/v1/stories").status_code == 503
+    assert told(caplog, "result") == ["storage_error", "storage_error"]
 
 
 def test_requests_that_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,8 +7,10 @@ import dataclasses
 from pathlib import Path
 
 import httpx
+import pytest
 
-from deployments.stories.retention import remove_old
+from deployments.stories.retention import keep_within, remove_old
+from minigpt5.errors import StorageError
 from tests.helpers.served import Served
 
 BODY = {"prompt": "A fox", "pages": 1, "seed": 7}
@@ -50,3 +52,20 @@ def test_what_is_being_made_stays(tmp_path: Path) -> None:
 
     served.run(use)
     assert len(remove(served, max_bytes=0)) == 1
+
+
+def test_a_store_that_fails_once_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+
+    def delete_images(*, older_than_s: float) -> None:
+        calls.append(older_than_s)
+        if len(calls) == 1:
+            raise StorageError("the store does not answer")
+        raise asyncio.CancelledError
+
+    served = Served(tmp_path)
+    monkeypatch.setattr(served.store, "delete_images", delete_images)
+    monkeypatch.setattr("deployments.stories.retention.LOOK_S", 0.0)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(keep_within(served.store, served.front.story_manager, max_age_s=None, max_bytes=None))
+    assert len(calls) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pyarrow import fs
@@ -55,6 +56,25 @@ def test_a_uri_that_holds_no_model_says_so(store: Path) -> None:
     (store / "evil" / "config.json").write_text(text.replace(fingerprint, "../../outside"))
     with pytest.raises(ModelFolderError, match="its fingerprint is"):
         locate("bucket://evil")
+
+
+def test_no_key_of_a_store_leaves_the_cache(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        """Its keys may hold any text."""
+
+        type_name = "s3"
+        open_input_file = fs.LocalFileSystem().open_input_file
+
+        def get_file_info(self, selector: fs.FileSelector) -> list[SimpleNamespace]:
+            return [SimpleNamespace(path=f"{selector.base_dir}/../../../escaped.txt", is_file=True)]
+
+    save_tiny(store / "runs" / "model")
+    (tmp_path / "escaped.txt").write_text("mine")
+    (store / "escaped.txt").write_text("theirs")
+    monkeypatch.setattr("minigpt5.storage.open_place", lambda uri: (Store(), str(store / "runs" / "model")))
+    with pytest.raises(ModelFolderError, match="it has a file named .*escaped.txt"):
+        locate("bucket://runs/model")
+    assert not list((tmp_path / "cache").rglob("escaped.txt")) and (tmp_path / "escaped.txt").read_text() == "mine"
 
 
 def test_a_path_is_itself_and_a_missing_one_is_said(tmp_path: Path) -> None:
