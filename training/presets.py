@@ -85,7 +85,7 @@ class Preset:
     """Keep the matrices of frozen base models in bfloat16, mapped from their files where they are stored so: then all
     workers of a machine share them. None: where `bf16` is on. True needs `bf16`, and computes so on any CPU."""
     validation_batches: int = 0
-    """Batches of examples that are never trained on, measured at every checkpoint."""
+    """Batches of examples that are never trained on, measured before the first step and at every checkpoint."""
     checkpoint_every_s: float = 180.0
     sheet_every_s: float = 300.0
     draws_samples: bool = True

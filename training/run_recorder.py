@@ -60,6 +60,9 @@ class RunRecorder:
         self._next_save_s = position.elapsed_s + preset.checkpoint_every_s
 
     def __enter__(self) -> RunRecorder:
+        """Measure the losses of a fresh run on what it never trains on, before its first step."""
+        if self.validation and not self.position.step:
+            self._validate(self.position)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
