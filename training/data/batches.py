@@ -157,4 +157,6 @@ def _ray_examples(source: ExampleSource, preset: Preset, *, first_step: int, ran
     share = preset.batch_size // num_workers
     num_examples = (preset.steps - first_step) * preset.optimizer.gradient_accumulation_steps * share
     blocks = min(MAX_BLOCKS, max(1, num_examples // (8 * share)))
-    return ray.data.range(num_examples, override_num_blocks=blocks).map_batches(make, batch_size=share)
+    examples = ray.data.range(num_examples, override_num_blocks=blocks).map_batches(make, batch_size=share)
+    examples.context.enable_progress_bars = False
+    return examples
