@@ -55,8 +55,8 @@ class Step:
     arguments: list[str]
 
 
-def plan(place: Path, data: Path, *, scale: float = 1.0) -> list[Step]:
-    """All commands, in order; `scale` multiplies the steps of training."""
+def plan(place: Path, data: Path, *, scale: float = 1.0, workers: int = 1) -> list[Step]:
+    """All commands, in order; `scale` multiplies the steps of training, by so many workers."""
     model, rows, books = (str(place / name) for name in ("new", "rows", "books"))
     bases = ["--language", "smollm2-135m-instruct", "--vision", "efficientnet-lite0"]
     bases += ["--diffusion", str(place / "diffusion"), "--condition", "32", "--context", "1536"]
@@ -72,7 +72,8 @@ def plan(place: Path, data: Path, *, scale: float = 1.0) -> list[Step]:
     for stage in STEPS:
         encoded, out = f"{rows}/{'tales' if stage == 'learn' else 'stamps'}-encoded", str(place / stage)
         settings = [f"steps={max(2, round(scale * STEPS[stage]))}", f"batch_size={BATCH[stage]}", *SETTINGS]
-        arguments = [stage, "--data", encoded, "--start", start, "--out", out, *settings, *RATES[stage]]
+        arguments = [stage, "--data", encoded, "--start", start, "--out", out, "--workers", str(workers)]
+        arguments += [*settings, *RATES[stage]]
         steps.append(Step(stage, "training.train", arguments))
         start = f"{out}/model"
     arguments = [str(place / "prompts.jsonl"), "--model", start, "--output", books, "--books"]
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/from-packages"))
     parser.add_argument("--data", type=Path, help="the unpacked Debian packages (default: FOLDER/data, downloaded)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of training (default 1)")
+    parser.add_argument("--workers", type=int, default=1, help="0: training without Ray (default %(default)s)")
     options = parser.parse_args()
     place = options.folder.absolute()
     place.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def main() -> None:
     fetch_data(data)
     make_diffusion_base(place / "diffusion")
     write_prompts(place / "prompts.jsonl")
-    for step in plan(place, data, scale=options.scale):
+    for step in plan(place, data, scale=options.scale, workers=options.workers):
         run(step, place / "done" / f"{step.name.replace(' ', '-')}.json")
     print(f"wrote {write_page(place, list(STEPS))}")
 
