@@ -39,9 +39,10 @@ SETTINGS = [
     "num_threads=1",
 ]
 HALVED = ["bf16=true", "frozen_bf16=true"]
+LIVE_PARAMETERS = 32_000_000
 WAYS = {
     "bfloat16, mapped": HALVED,
-    "bfloat16, mapped, ZeRO 3": [*HALVED, "zero_stage=3", "zero_live_parameters=32000000"],
+    "bfloat16, mapped, ZeRO 3": [*HALVED, "zero_stage=3", f"zero_live_parameters={LIVE_PARAMETERS}"],
     **{f"bfloat16, mapped, ZeRO {stage}": [*HALVED, f"zero_stage={stage}"] for stage in (0, 1, 2)},
     "float32": ["bf16=false"],
 }
