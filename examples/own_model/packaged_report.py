@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from training.report import PAGE
 
@@ -60,7 +63,9 @@ def read_figures(place: Path, stages: list[str]) -> dict[str, Any]:
 def write_page(place: Path, stages: list[str]) -> Path:
     """Write both files; returns the page."""
     figures = read_figures(place, stages)
-    (place / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    machine = {"cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    whole = {"figures": figures, "machine": machine, "command": "make own-model"}
+    (place / "figures.json").write_text(json.dumps(whole, indent=1) + "\n")
     rows = [
         f"<tr><td>{stage}</td><td>{name}</td><td>{loss['before']:.4f}</td><td>{loss['after']:.4f}</td></tr>"
         for stage, found in figures["stages"].items()

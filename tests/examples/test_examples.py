@@ -116,7 +116,7 @@ def test_bases_that_packages_carry_learn_from_stamps_and_campaigns(tmp_path: Pat
     assert "-m training.train align" in run(*arguments)
     page = (place / "report.html").read_text()
     assert page.count("data:image/png") == 2 and "books/" in page
-    figures = json.loads((place / "figures.json").read_text())
+    figures = json.loads((place / "figures.json").read_text())["figures"]
     assert figures["data"]["stamps"]["rows"] == 90 and figures["stages"]["align"]["steps"] == 2
     assert {"before", "after"} == set(figures["stages"]["learn"]["picture"])
     assert "python -m" not in run(*arguments), "all is done"
