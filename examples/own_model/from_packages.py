@@ -20,7 +20,7 @@ from packaged_bases import STAMPS, WESNOTH, fetch_data, make_diffusion_base  # n
 from packaged_report import write_page  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-STEPS = {"vision": 200, "align": 900, "learn": 200}
+STEPS = {"vision": 100, "align": 1000, "learn": 100}
 """Optimizer steps of each stage."""
 BATCH = {"vision": 8, "align": 16, "learn": 2}
 DRAWS = ["caption_weight=1.0", "picture_weight=0.1", "samples_latents=false"]
@@ -38,7 +38,7 @@ SETTINGS = [
     "warmup_steps=20",
     "max_grad_norm=1.0",
     "validation_batches=4",
-    "checkpoint_every_s=120",
+    "checkpoint_every_s=300",
     "log_every=5",
 ]
 PAGES = ["A red apple.", "A sailing boat.", "A green frog.", "A castle.", "A yellow car.", "A brown owl."]
@@ -55,8 +55,8 @@ class Step:
     arguments: list[str]
 
 
-def plan(place: Path, data: Path, *, scale: float = 1.0, workers: int = 1) -> list[Step]:
-    """All commands, in order; `scale` multiplies the steps of training, by so many workers."""
+def plan(place: Path, data: Path, *, scale: float = 1.0, workers: int = 1, threads: int = 2) -> list[Step]:
+    """All commands, in order; `scale` multiplies the steps of training, by so many workers of so many threads."""
     model, rows, books = (str(place / name) for name in ("new", "rows", "books"))
     bases = ["--language", "smollm2-135m-instruct", "--vision", "efficientnet-lite0"]
     bases += ["--diffusion", str(place / "diffusion"), "--condition", "32", "--context", "1536"]
@@ -71,9 +71,9 @@ def plan(place: Path, data: Path, *, scale: float = 1.0, workers: int = 1) -> li
     start = model
     for stage in STEPS:
         encoded, out = f"{rows}/{'tales' if stage == 'learn' else 'stamps'}-encoded", str(place / stage)
-        settings = [f"steps={max(2, round(scale * STEPS[stage]))}", f"batch_size={BATCH[stage]}", *SETTINGS]
+        settings = [f"steps={max(2, round(scale * STEPS[stage]))}", f"batch_size={BATCH[stage]}"]
         arguments = [stage, "--data", encoded, "--start", start, "--out", out, "--workers", str(workers)]
-        arguments += [*settings, *RATES[stage]]
+        arguments += [*settings, f"num_threads={threads}", *SETTINGS, *RATES[stage]]
         steps.append(Step(stage, "training.train", arguments))
         start = f"{out}/model"
     arguments = [str(place / "prompts.jsonl"), "--model", start, "--output", books, "--books"]
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the unpacked Debian packages (default: FOLDER/data, downloaded)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of training (default 1)")
     parser.add_argument("--workers", type=int, default=1, help="0: training without Ray (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of a worker (default %(default)s)")
     options = parser.parse_args()
     place = options.folder.absolute()
     place.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,8 @@ def main() -> None:
     fetch_data(data)
     make_diffusion_base(place / "diffusion")
     write_prompts(place / "prompts.jsonl")
-    for step in plan(place, data, scale=options.scale, workers=options.workers):
+    steps = plan(place, data, scale=options.scale, workers=options.workers, threads=options.threads)
+    for step in steps:
         run(step, place / "done" / f"{step.name.replace(' ', '-')}.json")
     print(f"wrote {write_page(place, list(STEPS))}")
 
