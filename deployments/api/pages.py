@@ -13,8 +13,8 @@ from deployments.api.drawing import draw_alone
 from deployments.api.errors import ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_owner, check_texts, note_story
 from deployments.api.replies import BEGUN, answer, reply
+from deployments.engines.handover import read_page
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
-from deployments.stories.resume import read_page
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.state import PageState, StoryState, image_state
 from minigpt5.types import MAX_PAGES, DrawRequest, Vokens
@@ -91,9 +91,14 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
         vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
         seed, draw = redrawn(body, old.image, front.config)
-        if vokens.fingerprint != front.config.fingerprint:
+
+        async def read_again() -> Vokens:
+            nonlocal vokens
             vokens = await _read_again(front, story_id, page, key=client)
-        picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
+            return vokens
+
+        request = DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client)
+        picture = await draw_alone(front, request, read_again)
         image = image_state(picture, draw, fingerprint=vokens.fingerprint)
         number = len(variants)
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
