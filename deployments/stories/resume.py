@@ -113,7 +113,8 @@ class ResumedEngines:
                 yield event
 
     def _keep(self, vokens: Vokens) -> Vokens:
-        """The stored ones, or these from now on. Another model's are kept for a picture that is drawn alone."""
+        """The stored ones, or these from now on. Those of another model stay only with the picture that was drawn from
+        them."""
         if vokens.page in self._written:
             with contextlib.suppress(StoryNotFound):
                 stored = self._store.load_vokens(self._story_id, vokens.page)
