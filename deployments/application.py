@@ -44,7 +44,8 @@ class AppArgs(BaseModel):
     model: str = Field(default_factory=lambda: str(default_model_folder()))
     """Model folder."""
     front_replicas: int = Field(default=1, ge=1)
-    """HTTP fronts. Several share their stories' leases, limits and events through one more deployment."""
+    """HTTP fronts. They share their stories' leases, limits and events through one more deployment, the ledger: one
+    front too, for an upgrade has the next one beside it."""
     storage: str = Field(default_factory=default_storage)
     """Folder or URI that keeps the stories."""
     api_keys: str = ""
@@ -212,5 +213,5 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
         args.keep_gib and args.keep_gib * 2**30,
         api_keys,
         filters,
-        ledger.bind() if args.front_replicas > 1 else None,
+        ledger.bind(),
     )

@@ -305,11 +305,11 @@ class Ingress:
         storage: str,
         max_wait_s: float,
         max_running: int,
-        max_age_s: float | None = None,
-        max_bytes: float | None = None,
-        api_keys: str = "",
-        filters: tuple[str, ...] = (),
-        ledger: DeploymentHandle | None = None,
+        max_age_s: float | None,
+        max_bytes: float | None,
+        api_keys: str,
+        filters: tuple[str, ...],
+        ledger: DeploymentHandle,
     ) -> None:
         add_ids_to_log()
         keys = watch_keys(api_keys or None)
@@ -326,7 +326,7 @@ class Ingress:
             max_bytes=max_bytes,
             keys=keys,
             text_filter=TextFilter() if "text" in filters else None,
-            ledger=ServeLedger(ledger) if ledger else None,
+            ledger=ServeLedger(ledger),
             example_pictures=load_example_pictures(folder, config),
         )
 
