@@ -189,7 +189,7 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
         num_replicas=1,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0.1},
-        logging_config=logging_config,
+        logging_config={**logging_config, "enable_access_log": False},  # each front sends two heartbeats a second
     )
     return serve.deployment(
         Ingress,

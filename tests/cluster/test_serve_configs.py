@@ -192,7 +192,9 @@ def test_the_gpus_of_the_published_system_hold_what_its_comments_add_up() -> Non
     # Weights are read in float32 into the host's memory, before they go to the GPU.
     deployments = application("serve-minigpt5-7b.yaml")["deployments"]
     host = {deployment["name"]: deployment["ray_actor_options"].get("memory") for deployment in deployments}
-    assert host["VokenGenerator"] > 4 * (sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"])
+    assert host["VokenGenerator"] > 4 * (
+        sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"]
+    )
     assert host["DiffusionDecoder"] > 4 * (sizes["UNet"] + sizes["VAE"] + sizes["mapper"])
 
 
