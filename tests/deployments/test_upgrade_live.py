@@ -51,7 +51,8 @@ class Deployed:
         config = yaml.safe_load(file.read_text())
         config["http_options"]["port"] = self.port
         [application] = config["applications"]
-        application["args"] |= {"model": str(model), "storage": str(self.folder / "storage")}
+        # Nothing is refused: engines that load a model beside others are slow, and admission says so with 503.
+        application["args"] |= {"model": str(model), "storage": str(self.folder / "storage"), "max_wait_s": 1200}
         application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
         copy = self.folder / file.name
         copy.write_text(yaml.safe_dump(config))
