@@ -9,7 +9,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from minigpt5.errors import StorageError, TrainingError
-from minigpt5.storage import open_folder, patiently, read_whole, write_whole
+from minigpt5.storage import open_folder, read_whole, write_whole
 
 
 class RunFolder:
@@ -63,8 +63,8 @@ class RunFolder:
     def names(self, folder: str = "") -> list[str]:
         """Files and folders right in it."""
         selector = fs.FileSelector(f"{self._path}/{folder}".rstrip("/"), allow_not_found=True)
-        return sorted(info.base_name for info in patiently(lambda: self._files.get_file_info(selector)))
+        return sorted(info.base_name for info in self._files.get_file_info(selector))
 
     def drop(self, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            patiently(lambda: self._files.delete_dir(f"{self._path}/{folder}"))
+            self._files.delete_dir(f"{self._path}/{folder}")

@@ -99,7 +99,7 @@ class StoredExamples:
         group, place = (int(value) for value in self._places[index])
         if group not in self._cache:
             path, number = self._groups[group]
-            self._cache[group] = storage.patiently(lambda: self._read_group(path, number))
+            self._cache[group] = self._read_group(path, number)
             while len(self._cache) > KEPT_GROUPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(group)
