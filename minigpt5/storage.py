@@ -104,8 +104,8 @@ def open_folder(place: str | Path, *, wait_s: float = WAIT_S) -> tuple[fs.FileSy
 def patient(files: fs.FileSystem, *, wait_s: float) -> fs.FileSystem:
     """The same files, whose requests are made again for `wait_s` seconds while the store fails. A local file system
     stays as it is: its failures do not pass."""
-    if isinstance(files, fs.PyFileSystem) and isinstance(files.handler, _PatientFiles):
-        files = files.handler.files
+    if handler := _patience_of(files):
+        files = handler.files
     if files.type_name == "local" or not wait_s:
         return files
     return fs.PyFileSystem(_PatientFiles(files, wait_s))
@@ -127,8 +127,8 @@ def write_whole(
     if files.type_name == "local":
         _write_local(Path(path), data, check)
         return
-    wait_s = files.handler.wait_s if isinstance(files, fs.PyFileSystem) else 0.0
-    patiently(lambda: _put(files, path, data, check), wait_s=wait_s)
+    handler = _patience_of(files)
+    patiently(lambda: _put(files, path, data, check), wait_s=handler.wait_s if handler else 0)
 
 
 def read_whole(files: fs.FileSystem, path: str) -> bytes | None:
@@ -248,6 +248,11 @@ class _PatientFiles(fs.FileSystemHandler):
 
     def copy_file(self, src: str, dest: str) -> None:
         self._again(lambda: self.files.copy_file(src, dest))
+
+
+def _patience_of(files: fs.FileSystem) -> _PatientFiles | None:
+    is_patient = isinstance(files, fs.PyFileSystem) and isinstance(files.handler, _PatientFiles)
+    return cast(_PatientFiles, files.handler) if is_patient else None
 
 
 class _PatientReader:

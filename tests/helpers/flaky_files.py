@@ -23,6 +23,7 @@ class FlakyFiles(fs.FileSystemHandler):
         self.does_it_first = False
         """The answer is lost, and not the request."""
         self.requests: list[str] = []
+        self.num_listed = 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FlakyFiles) and self.files == other.files
@@ -49,7 +50,9 @@ class FlakyFiles(fs.FileSystemHandler):
         return self._do(f"info {paths}", lambda: self.files.get_file_info(paths))
 
     def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        return self._do(f"list {selector.base_dir}", lambda: self.files.get_file_info(selector))
+        infos = self._do(f"list {selector.base_dir}", lambda: self.files.get_file_info(selector))
+        self.num_listed += len(infos)
+        return infos
 
     def open_input_file(self, path: str) -> pa.NativeFile:
         file = self._do(f"open {path}", lambda: self.files.open_input_file(path))
