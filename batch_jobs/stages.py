@@ -176,8 +176,8 @@ class Write:
                 try:
                     check_deaths(num_deaths)
                     for known in self._new_pages(job, stored):
+                        self.store.save_text(job.id, num_stored + 1, known)
                         num_stored += 1
-                        self.store.save_text(job.id, num_stored, known)
                         self.failpoint("text-written")
                         yield {**common, **_page_row(job, num_stored, known)}
                 except InvalidRequest as refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ class FlakyFiles(fs.FileSystemHandler):
     def __init__(self, folder: Path) -> None:
         self.files = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem())
         self.failures_left, self.num_failures = 0, 0
+        self.broken = ""
+        """Requests that match it always fail."""
         self.num_reads, self.failing_read = 0, 0
         self.error: Exception = OSError("AWS Error INTERNAL_FAILURE during a request")
         self.does_it_first = False
@@ -32,6 +35,8 @@ class FlakyFiles(fs.FileSystemHandler):
 
     def _do(self, name: str, work: Callable[[], T]) -> T:
         self.requests.append(name)
+        if self.broken and re.search(self.broken, name):
+            self.failures_left += 1
         if not self.failures_left:
             return work()
         self.failures_left -= 1
