@@ -347,6 +347,9 @@ def test_pictures_of_a_prompt_come_from_files_and_data_urls(tmp_path: Path) -> N
     for image, complaint in ((str(tmp_path / "no.png"), "no.png"), (b"not a picture", "13 bytes"), ("data:,x", "read")):
         with pytest.raises(InvalidRequest, match=complaint):
             load_image(image)
+    for name in ("x" * 300 + ".png", "", "nosuch://a/b.png"):
+        with pytest.raises(InvalidRequest, match="cannot be read"):
+            load_image(name if "://" in name else str(tmp_path / name))
     rows = check({"id": "a", "prompt": "a", "images": str(tmp_path / "no.png")}, {"id": "b", "prompt": "b"})
     report = illustrate_here(rows, new_output(tmp_path))
     assert report.kinds == {"input": 1} and report.stories == 1
