@@ -49,7 +49,8 @@ FINAL_KINDS = (
 FINAL_NUMBERS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 FINAL_TEXT = re.compile(
     r"AWS Error (NO_SUCH_(BUCKET|KEY)|RESOURCE_NOT_FOUND|ACCESS_DENIED|\w*INVALID\w*|SIGNATURE_DOES_NOT_MATCH"
-    r"|EXPIRED_TOKEN)|is a directory|Not a (regular file|directory)|Bucket '.*' not found|(HTTP status|Azure Error: \[\w*\]) 4(?!08|29)\d\d"
+    r"|EXPIRED_TOKEN)|is a directory|Not a (regular file|directory)|Bucket '.*' not found"
+    r"|(HTTP status|Azure Error: \[\w*\]) 4(?!08|29)\d\d"
 )
 """Failures that say no more than OSError by their kind. S3 and Azure have such; GCS has kinds for all."""
 PASSWORD = re.compile(r"[^/]*//[^/@:]*:(?!\d+/)[^@]*@")
