@@ -272,8 +272,14 @@ class _PatientReader:
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._size - self._at)
         size = left if size < 0 else min(size, left)
-        data = self._again(lambda: self._file.read_at(size, self._at)) if size else b""
-        self._at += len(data)
+        data = self._again(lambda: self._read_part(size))
+        self._at += size
+        return data
+
+    def _read_part(self, size: int) -> bytes:
+        data = bytes(self._file.read_at(size, self._at)) if size else b""
+        if len(data) < size:
+            raise OSError(f"the store sent {len(data)} bytes of {size}")
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

@@ -21,7 +21,7 @@ class FlakyFiles(fs.FileSystemHandler):
         self.failures_left, self.num_failures = 0, 0
         self.broken = ""
         """Requests that match it always fail."""
-        self.num_reads, self.failing_read = 0, 0
+        self.num_reads, self.failing_read, self.cuts = 0, 0, False
         self.error: Exception = OSError("AWS Error INTERNAL_FAILURE during a request")
         self.does_it_first = False
         """The answer is lost, and not the request."""
@@ -95,7 +95,7 @@ class FlakyFiles(fs.FileSystemHandler):
 
 
 class _CountedFile:
-    """One whose read number `failing_read` fails."""
+    """One whose read number `failing_read` fails, or is cut."""
 
     def __init__(self, file: pa.NativeFile, store: FlakyFiles) -> None:
         self._file, self._store = file, store
@@ -103,6 +103,8 @@ class _CountedFile:
     def read(self, size: int = -1) -> bytes:
         self._store.num_reads += 1
         if self._store.num_reads == self._store.failing_read:
+            if self._store.cuts:
+                return self._file.read(size // 2)
             raise self._store.error
         return self._file.read(None if size < 0 else size)
 

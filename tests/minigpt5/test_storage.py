@@ -93,14 +93,15 @@ def test_every_request_waits_for_a_store_that_fails(flaky: tuple[fs.FileSystem, 
     assert not (tmp_path / "a/b").exists() and not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("cuts", [False, True])
 def test_a_part_of_a_large_file_is_asked_for_again_alone(
-    flaky: tuple[fs.FileSystem, FlakyFiles], monkeypatch: pytest.MonkeyPatch
+    flaky: tuple[fs.FileSystem, FlakyFiles], monkeypatch: pytest.MonkeyPatch, cuts: bool
 ) -> None:
     files, store = flaky
     data = bytes(range(256)) * 40
     write_whole(files, "large", data)
     monkeypatch.setattr(storage, "READ_BYTES", 1000)
-    store.num_reads, store.failing_read = 0, 4
+    store.num_reads, store.failing_read, store.cuts = 0, 4, cuts
     assert read_whole(files, "large") == data
     assert store.num_reads == 12  # eleven parts, one of them twice
 
