@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from minigpt5 import storage
 from minigpt5.errors import StorageError
 from minigpt5.storage import is_final, open_place, patient, read_whole, write_whole
 from tests.helpers.flaky_files import FlakyFiles
+from tests.helpers.processes import find_free_port
 
 
 class FailingStream:
@@ -200,3 +202,13 @@ def test_the_errors_of_every_provider_are_told_apart(
         with pytest.raises((OSError, ArrowException)) as caught:
             files.get_file_info(fs.FileSelector("bucket/folder"))
         assert is_final(caught.value) == (status not in passing), (status, caught.value)
+
+
+def test_the_client_of_gcs_gives_up_before_its_own_15_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "TRY_S", 1)
+    place = f"gs://anonymous@bucket/x?scheme=http&endpoint_override=127.0.0.1%3A{find_free_port()}"
+    files, path = open_place(place, wait_s=0)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="UNAVAILABLE"):
+        files.get_file_info(path)
+    assert time.monotonic() - began < 20
