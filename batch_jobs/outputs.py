@@ -107,11 +107,9 @@ class Gathered:
 
 def _reason(failed: Row) -> str:
     """Why a story has an error, by its closing row or a page."""
-    return (
-        failed["error"]
-        if failed["page"] == CLOSING_PAGE
-        else (f"page {failed['page']} has no picture: {failed['error']}")
-    )
+    if failed["page"] == CLOSING_PAGE:
+        return str(failed["error"])
+    return f"page {failed['page']} has no picture: {failed['error']}"
 
 
 def bad_story(row: BadRow) -> Row:
