@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 from pyarrow import fs
@@ -61,7 +61,7 @@ class FlakyFiles(fs.FileSystemHandler):
 
     def open_input_file(self, path: str) -> pa.NativeFile:
         file = self._do(f"open {path}", lambda: self.files.open_input_file(path))
-        return pa.PythonFile(_CountedFile(file, self), mode="r")  # type: ignore[arg-type]
+        return pa.PythonFile(cast(Any, _CountedFile(file, self)), mode="r")
 
     open_input_stream = open_input_file
 
