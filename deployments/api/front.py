@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from deployments.observability.story_context import enter_story
 from deployments.schemas import shown
 from deployments.stories.admission import Admission
 from deployments.stories.ledger import Ledger, LocalLedger
+from deployments.stories.store_threads import reading
 from deployments.stories.story_manager import StoryManager
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
@@ -146,5 +146,5 @@ async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> Non
     is_shared = request.scope.get(CLIENT, "") is None
     if not front.keys or not story_id or is_shared:
         return
-    if await asyncio.to_thread(front.store.load_owner, story_id) != client:
+    if await reading(front.store.load_owner, story_id) != client:
         raise StoryNotFound(f"no story {story_id[:80]!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 
@@ -14,6 +13,7 @@ from deployments.api.errors import ApiError
 from deployments.api.front import ClientOf, FrontOf, check_owner, check_texts, note_story
 from deployments.api.replies import BEGUN, answer, reply
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
+from deployments.stories.store_threads import reading, writing
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.state import PageState, StoryState, image_state
 from minigpt5.types import MAX_PAGES, DrawRequest
@@ -30,8 +30,8 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 
     async def begin() -> str:
         async with front.story_manager.exclusive(story_id) as store:
-            state = await asyncio.to_thread(front.store.load, story_id)
-            request = await asyncio.to_thread(front.store.load_request, story_id)
+            state = await reading(front.store.load, story_id)
+            request = await reading(front.store.load_request, story_id)
             num_complete = len(_complete(state))
             if num_complete + body.count > MAX_PAGES:
                 raise InvalidRequest(
@@ -49,13 +49,13 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
     """Edit a page's text: the model reads new vokens from it and draws a new picture; later pages stay. Or choose one
     of its pictures."""
     async with front.story_manager.exclusive(story_id) as store:
-        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        old = await reading(front.store.load_page, story_id, page)
         if body.variant is not None:
             chosen = _choose(old, body.variant)
-            await asyncio.to_thread(store.save_page, story_id, chosen)
+            await writing(store.save_page, story_id, chosen)
             return reply(front, page_reply(story_id, chosen))
-        state = await asyncio.to_thread(front.store.load, story_id)
-        request = await asyncio.to_thread(front.store.load_request, story_id)
+        state = await reading(front.store.load, story_id)
+        request = await reading(front.store.load_request, story_id)
         request = dataclasses.replace(request, draw=front.config.drawable(request.draw), key=client)
         check_texts(front, [body.text], "text")
         new = PageState(index=page, text=(body.text or "").strip())
@@ -71,7 +71,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 
         await front.story_manager.resume(state, request, store, change=change)
     await front.story_manager.relay.wait(story_id)
-    return reply(front, page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page)))
+    return reply(front, page_reply(story_id, await reading(front.store.load_page, story_id, page)))
 
 
 @pages.post(
@@ -84,11 +84,11 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
     """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
     work."""
     async with front.story_manager.exclusive(story_id) as store:
-        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        old = await reading(front.store.load_page, story_id, page)
         variants = old.variants or ((old.image,) if old.image else ())
         if len(variants) >= MAX_VARIANTS:
             raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
-        vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+        vokens = await reading(front.store.load_vokens, story_id, page)
         seed, draw = redrawn(body, old.image, front.config)
         picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
         image = image_state(picture, draw)
@@ -99,7 +99,7 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             store.save_picture(story_id, picture, variant=number)
             store.save_page(story_id, new)
 
-        await asyncio.to_thread(keep)
+        await writing(keep)
     return reply(front, page_reply(story_id, new), 201)
 
 

@@ -60,6 +60,7 @@ from deployments.schemas import (
 from deployments.stories.events import Position, has_ended_for
 from deployments.stories.retention import keep_within
 from deployments.stories.serve_ledger import ServeLedger
+from deployments.stories.store_threads import reading, writing
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
 from minigpt5.model.folder import load_example_pictures
 from minigpt5.model.folder_config import load_config
@@ -112,7 +113,7 @@ async def list_stories(
 
     def load() -> StoryList:
         found: list[StoryReply] = []
-        for story_id in front.store.list_ids(after=after):
+        for story_id in front.store.list_ids(owner=client if front.keys else None, after=after):
             with contextlib.suppress(StoryNotFound):  # deleted meanwhile
                 state = front.store.load(story_id)
                 if front.keys is None or state.owner == client:
@@ -121,7 +122,7 @@ async def list_stories(
                     found.append(story_reply(state))
         return StoryList(data=found, has_more=False)
 
-    return reply(front, await asyncio.to_thread(load))
+    return reply(front, await reading(load))
 
 
 @stories.get("/v1/stories/{story_id}", response_model=StoryReply, response_model_exclude_none=True)
@@ -129,7 +130,7 @@ async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(
     """A story as far as it is; with `wait`, after its end or so many seconds."""
     if wait:
         await front.story_manager.relay.wait(story_id, wait)
-    return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
+    return reply(front, story_reply(await reading(front.store.load, story_id)))
 
 
 @stories.get("/v1/stories/{story_id}/events", response_class=Response, responses=RESUMED)
@@ -142,7 +143,7 @@ async def get_events(
         seen = Position.parse(last_event_id) if last_event_id else None
     except ValueError as error:
         raise ApiError(422, str(error), param="Last-Event-ID", code="invalid_value") from error
-    state = await asyncio.to_thread(front.store.load, story_id)
+    state = await reading(front.store.load, story_id)
     if seen and await has_ended_for(state, seen):
         return Response(status_code=204, headers={"Cache-Control": "no-cache"})
     return EventStream(follow(front, story_id, seen), error_name="error")
@@ -153,7 +154,7 @@ async def delete_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work and remove all that is stored of it."""
     await front.story_manager.cancel(story_id)
     async with front.story_manager.exclusive(story_id) as store:
-        await asyncio.to_thread(store.delete, story_id)
+        await writing(store.delete, story_id)
     return Response(status_code=204)
 
 
@@ -167,7 +168,7 @@ async def get_picture(
         chosen = front.store.load_page(story_id, page).variant if variant is None else variant
         return front.store.load_picture(story_id, page, variant=chosen)
 
-    return Response(await asyncio.to_thread(load), media_type="image/png")
+    return Response(await reading(load), media_type="image/png")
 
 
 @stories.get(
@@ -177,7 +178,7 @@ async def get_picture(
 )
 async def get_vokens(story_id: str, page: int, front: FrontOf) -> Response:
     """What a page's picture was drawn from, as safetensors: it can be drawn again with other settings."""
-    vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+    vokens = await reading(front.store.load_vokens, story_id, page)
     return Response(pack(vokens), media_type="application/octet-stream")
 
 
@@ -197,7 +198,7 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
 async def cancel_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work; what was finished stays. A story that has ended stays as it is."""
     await front.story_manager.cancel(story_id)
-    return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
+    return reply(front, story_reply(await reading(front.store.load, story_id)))
 
 
 @operations.get("/healthz", response_model=StatusReply)

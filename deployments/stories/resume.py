@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from deployments.engines.handles import Engines
+from deployments.stories.store_threads import writing
 from minigpt5.errors import EngineLost, StoryNotFound
 from minigpt5.story.state import PageState
 from minigpt5.story.store import StoryStore
@@ -85,7 +86,7 @@ class ResumedEngines:
                         yield shown
                     texts[event.page] = new
                 passed.add(event.page)
-                yield await asyncio.to_thread(self._keep, event)
+                yield await writing(self._keep, event)
             else:
                 yield event
 
@@ -102,7 +103,7 @@ class ResumedEngines:
         page = request.vokens.page
         if page in self.drawn:
             try:
-                picture = await asyncio.to_thread(self._store.load_shown, self._story_id, self.drawn[page])
+                picture = await writing(self._store.load_shown, self._story_id, self.drawn[page])
                 assert picture
                 yield picture
                 return

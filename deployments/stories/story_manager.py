@@ -28,6 +28,7 @@ from deployments.stories.ledger import HEARTBEAT_S, Instructions, Ledger
 from deployments.stories.relay import EventRelay
 from deployments.stories.resume import ResumedEngines
 from deployments.stories.running_story import RunningStory
+from deployments.stories.store_threads import writing
 from deployments.stories.story_clock import StoryClock
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.config import ModelConfig
@@ -134,15 +135,15 @@ class StoryManager:
         `digest`: of the request's body. Raises KeyTaken, or as `start` does."""
         name = hashlib.sha256(f"{request.key}\0{key}".encode()).hexdigest()
         async with self._leases.wait_for(f"once-{name}"):
-            if known := await asyncio.to_thread(self._store.load_once, name):
+            if known := await writing(self._store.load_once, name):
                 story_id, digest_of_first = known
                 if digest_of_first != digest:
                     raise KeyTaken(f"this key has begun {story_id} with another body: send another key")
                 with contextlib.suppress(StoryNotFound):  # it was not begun after all, or is deleted
-                    await asyncio.to_thread(self._store.load, story_id)
+                    await writing(self._store.load, story_id)
                     return story_id
             story_id = known[0] if known else new_story_id()
-            await asyncio.to_thread(self._store.save_once, name, story_id, digest)
+            await writing(self._store.save_once, name, story_id, digest)
             await self.start(request, story_id=story_id)
             return story_id
 
@@ -163,7 +164,7 @@ class StoryManager:
 
     async def recover(self) -> None:
         """Resume every unfinished story that no front runs."""
-        for story_id in await asyncio.to_thread(self._store.running):
+        for story_id in await writing(self._store.running):
             await asyncio.create_task(self._recover_exclusively(story_id), context=story_context(story_id))
 
     async def _recover_exclusively(self, story_id: str) -> None:
@@ -176,16 +177,16 @@ class StoryManager:
             logger.error("%s cannot be resumed: %s", story_id, describe(failure))
 
     async def _recover(self, story_id: str, store: StoryStore) -> None:
-        if not STORY_ID.fullmatch(story_id) or story_id not in await asyncio.to_thread(store.running):
+        if not STORY_ID.fullmatch(story_id) or story_id not in await writing(store.running):
             return
-        await asyncio.to_thread(store.mark, story_id, is_running=True)
+        await writing(store.mark, story_id, is_running=True)
         try:
-            state = await asyncio.to_thread(store.load, story_id)
+            state = await writing(store.load, story_id)
         except StoryNotFound:  # it was never accepted, or is deleted
-            return await asyncio.to_thread(store.mark, story_id, is_running=False)
+            return await writing(store.mark, story_id, is_running=False)
         if state.status != "drawing":  # only the mark was left
-            return await asyncio.to_thread(store.mark, story_id, is_running=False)
-        request = await asyncio.to_thread(store.load_request, story_id)
+            return await writing(store.mark, story_id, is_running=False)
+        request = await writing(store.load_request, story_id)
         request = dataclasses.replace(request, draw=self._config.drawable(request.draw))
         while True:
             try:
@@ -200,13 +201,13 @@ class StoryManager:
         it."""
         async with self._lease(story_id) as number:
             store = self._store.owned(number)
-            await asyncio.to_thread(store.mark, story_id, is_running=True)
+            await writing(store.mark, story_id, is_running=True)
             try:
                 yield store
             finally:
                 if story_id not in self._stories:
                     with contextlib.suppress(StoryTaken):
-                        await uninterrupted(asyncio.to_thread(store.mark, story_id, is_running=False))
+                        await uninterrupted(writing(store.mark, story_id, is_running=False))
 
     def _lease(self, story_id: str, *, is_new: bool = False) -> contextlib.AbstractAsyncContextManager[int]:
         """A lease within the context; a story that was started there keeps it to its end."""
@@ -260,7 +261,7 @@ class StoryManager:
         try:
             await self._engines.validate_request(request)
             story = RunningStory(builder, ResumedEngines(self._engines, store, story_id, pages), store, number)
-            await asyncio.to_thread(_begin, store, builder, change)
+            await writing(_begin, store, builder, change)
         except BaseException:
             reservation.release()
             raise
@@ -318,7 +319,7 @@ class StoryManager:
                 reservation.observe(event)
                 if isinstance(event, STORED):  # a thread for each piece of text would cost more than the text
                     with clock.storing(event):
-                        await uninterrupted(asyncio.to_thread(self._keep, story, event))
+                        await uninterrupted(writing(self._keep, story, event))
                 clock.observe(event)
                 story.add(_announce(story, event))
 
@@ -336,7 +337,7 @@ class StoryManager:
             return ended
 
         try:
-            return await asyncio.to_thread(keep)
+            return await writing(keep)
         except StoryTaken:
             story.is_lost = True
             return None
