@@ -31,9 +31,12 @@ from benchmarks.job_tables import (
     front_change,
     ingress,
     overload,
+    own_model,
     server_faults,
     training_curves,
     training_kills,
+    training_memory,
+    training_rows,
     training_speed,
 )
 from benchmarks.markdown import Results, interval, table
@@ -106,7 +109,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "autoscaling-goals": autoscaling_goals,
     "bulk-kills": bulk_kills,
     "bulk-speed": bulk_speed,
+    "own-model": own_model,
     "training-kills": training_kills,
+    "training-memory": training_memory,
+    "training-rows": training_rows,
     "training-speed": training_speed,
     "training-curves": training_curves,
     "batch-invariance": batch_invariance,

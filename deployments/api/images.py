@@ -29,6 +29,7 @@ from deployments.engines.handover import draw_across_models, read_caption
 from deployments.schemas import Style, check_prompt_text, shown
 from deployments.sse import encode
 from deployments.stories.admission import Reservation
+from deployments.stories.store_threads import reading, writing
 from minigpt5.config import ModelConfig
 from minigpt5.types import NUM_PREVIEWS, DrawRequest, DrawSettings, Picture, Progress, StoryRequest, Usage, Vokens
 
@@ -219,7 +220,7 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
     for picture, file in zip(pictures, files, strict=True):
         item = {"b64_json": base64.b64encode(file).decode()}
         if body.response_format == "url":
-            name = await asyncio.to_thread(front.store.save_image, file, kind=output.kind)
+            name = await writing(front.store.save_image, file, kind=output.kind)
             item = {"url": f"/v1/images/{name}"}
         data.append({**item, "x_seed": picture.seed})
     return JSONResponse(
@@ -289,7 +290,7 @@ async def stream_images(front: Front, body: CreateImages, request: StoryRequest,
 @images.get("/v1/images/{name}", response_class=Response, responses=FILE)
 async def get_image(name: str, front: FrontOf) -> Response:
     """A picture whose URL was asked for; it is there for an hour."""
-    data = await asyncio.to_thread(front.store.load_image, name)
+    data = await reading(front.store.load_image, name)
     return Response(data, media_type=f"image/{name.rpartition('.')[2]}")
 
 

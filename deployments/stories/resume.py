@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 
 from deployments.engines.handles import Engines
 from deployments.engines.handover import draw_across_models, read_page
+from deployments.stories.store_threads import writing
 from minigpt5.errors import EngineLost, StoryNotFound
 from minigpt5.story.state import PageState
 from minigpt5.story.store import StoryStore
@@ -106,7 +107,7 @@ class ResumedEngines:
                     texts[event.page] = new
                 passed.add(event.page)
                 self.writers.setdefault(event.page, event.fingerprint)
-                yield await asyncio.to_thread(self._keep, event)
+                yield await writing(self._keep, event)
                 if event.fingerprint in self._refused and event.page < last:
                     raise _Replaced
             else:
@@ -128,7 +129,7 @@ class ResumedEngines:
         page = request.vokens.page
         if page in self.drawn:
             try:
-                picture = await asyncio.to_thread(self._store.load_shown, self._story_id, self.drawn[page])
+                picture = await writing(self._store.load_shown, self._story_id, self.drawn[page])
                 assert picture
                 yield picture
                 return
@@ -161,7 +162,7 @@ class ResumedEngines:
         request, complete = self._sources[page]
         request = dataclasses.replace(request, pages=page - len(request.previous), num_later=0)
         vokens = await read_page(self._engines, request, _beginning(complete, request))
-        await asyncio.to_thread(self._store.save_vokens, self._story_id, vokens)
+        await writing(self._store.save_vokens, self._story_id, vokens)
         return vokens
 
     async def _get_over(self, loss: EngineLost, attempt: int) -> None:
