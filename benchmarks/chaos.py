@@ -66,10 +66,13 @@ class NotHere(Exception):
 class Trial:
     """One round: stories that are asked for one after another, while something breaks."""
 
-    def __init__(self, chaos: Chaos, name: str, seed: int) -> None:
-        self.cluster, self.store, self.name, self.seed = chaos.cluster, chaos.store, name, seed
+    def __init__(
+        self, url: str, store: StoryStore, name: str, seed: int, *, num: int = NUM_STORIES, gap_s: float = GAP_S
+    ) -> None:
+        """`num` stories, each `gap_s` after the one before, from the server at `url` with this `store`."""
+        self.url, self.store, self.name, self.seed, self._gap_s = url, store, name, seed, gap_s
         self.random = random.Random(f"{name}/{seed}")
-        self.readers = [self._reader(number) for number in range(NUM_STORIES)]
+        self.readers = [self._reader(number) for number in range(num)]
         self.marks: list[tuple[float, list[Reader]]] = []
         self.before: dict[tuple[str, int], str] = {}
         self._known = set(self.store.list_ids())
@@ -81,7 +84,7 @@ class Trial:
             "pages": NUM_PAGES,
             "seed": 100 * self.seed + number,
         }
-        return Reader(self.cluster.url, body, key=f"{self.name}-{self.seed}-{number}")
+        return Reader(self.url, body, key=f"{self.name}-{self.seed}-{number}")
 
     def mark(self) -> None:
         """Note that what broke a moment ago may recover from now on, and which stories are in flight."""
@@ -96,7 +99,7 @@ class Trial:
         posting = threading.Thread(target=self._post, daemon=True)
         posting.start()
         wait_for(lambda: any(reader.has("text") for reader in self.readers))
-        after_s = self.random.uniform(1, 2 * NUM_STORIES * GAP_S / 3)
+        after_s = self.random.uniform(0.1, 0.7) * len(self.readers) * self._gap_s
         time.sleep(after_s)
         more = strike(self)
         posting.join()
@@ -107,7 +110,7 @@ class Trial:
     def _post(self) -> None:
         began = time.monotonic()
         for number, reader in enumerate(self.readers):
-            time.sleep(max(0.0, began + number * GAP_S - time.monotonic()))
+            time.sleep(max(0.0, began + number * self._gap_s - time.monotonic()))
             reader.start()
 
     def _figures(self) -> Row:
@@ -152,6 +155,10 @@ class Chaos:
         self.cluster.deploy(storage=self._storage, **args)
         self.store = StoryStore(self._storage)
 
+    def trial(self, name: str, seed: int) -> Trial:
+        """A round on this cluster."""
+        return Trial(self.cluster.url, self.store, name, seed)
+
     def busiest_worker(self) -> Node:
         """The worker that has most replicas."""
         return max(self.cluster.workers, key=Node.num_replicas)
@@ -164,7 +171,7 @@ def nothing(chaos: Chaos, name: str, seed: int) -> Row:
         trial.mark()
         return {}
 
-    return Trial(chaos, name, seed).run(strike)
+    return chaos.trial(name, seed).run(strike)
 
 
 def kill_process(chaos: Chaos, name: str, seed: int) -> Row:
@@ -177,7 +184,7 @@ def kill_process(chaos: Chaos, name: str, seed: int) -> Row:
         trial.note_pictures()
         return {"of": len(victims)}
 
-    return Trial(chaos, name, seed).run(strike)
+    return chaos.trial(name, seed).run(strike)
 
 
 def kill_raylet(chaos: Chaos, name: str, seed: int) -> Row:
@@ -193,7 +200,7 @@ def kill_raylet(chaos: Chaos, name: str, seed: int) -> Row:
         chaos.cluster.add_worker()
         return found
 
-    return Trial(chaos, name, seed).run(strike)
+    return chaos.trial(name, seed).run(strike)
 
 
 def kill_head(chaos: Chaos, name: str, seed: int) -> Row:
@@ -210,7 +217,7 @@ def kill_head(chaos: Chaos, name: str, seed: int) -> Row:
         chaos.cluster.start_head()
         return {"head_back_s": round(time.monotonic() - killed_at, 1)}
 
-    return Trial(chaos, name, seed).run(strike)
+    return chaos.trial(name, seed).run(strike)
 
 
 def drain(chaos: Chaos, name: str, seed: int) -> Row:
@@ -231,7 +238,7 @@ def drain(chaos: Chaos, name: str, seed: int) -> Row:
         trial.note_pictures()
         return found
 
-    return Trial(chaos, name, seed).run(strike)
+    return chaos.trial(name, seed).run(strike)
 
 
 def fill_disk(chaos: Chaos, name: str, seed: int) -> Row:
@@ -249,7 +256,7 @@ def fill_disk(chaos: Chaos, name: str, seed: int) -> Row:
     with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder)) as disk:
         chaos.serve(str(disk / "stories"))
         try:
-            return Trial(chaos, name, seed).run(strike)
+            return chaos.trial(name, seed).run(strike)
         finally:
             chaos.serve()
 
@@ -274,7 +281,7 @@ def fail_storage(chaos: Chaos, name: str, seed: int) -> Row:
 
     chaos.serve("s3://bucket/stories")
     try:
-        return Trial(chaos, name, seed).run(strike)
+        return chaos.trial(name, seed).run(strike)
     finally:
         chaos.faults.rate = 0.0
         chaos.serve()
