@@ -16,8 +16,11 @@ from deployments.engines.handles import Engines
 from deployments.observability.story_context import enter_story
 from deployments.schemas import shown
 from deployments.stories.admission import Admission
+from deployments.stories.coordinator import Coordinator
+from deployments.stories.leases import Leases
 from deployments.stories.ledger import Ledger, LocalLedger
-from deployments.stories.story_manager import StoryManager
+from deployments.stories.relay import EventRelay
+from deployments.stories.story_runner import StoryRunner
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
 from minigpt5.story.safety import TextFilter
@@ -46,7 +49,10 @@ class Front:
     engines: Engines
     store: StoryStore
     admission: Admission
-    story_manager: StoryManager
+    leases: Leases
+    runner: StoryRunner
+    relay: EventRelay
+    coordinator: Coordinator
     quota: FrontQuota
     max_age_s: float | None = None
     max_bytes: float | None = None
@@ -80,14 +86,19 @@ def build_front(
         relative_pixels=config.relative_pixels,
         guides_in_one_call=config.guides_in_one_call,
     )
-    story_manager = StoryManager(engines, store, admission, ledger, config=config, text_filter=text_filter)
+    leases = Leases(ledger, store)
+    runner = StoryRunner(engines, admission, leases, config=config, text_filter=text_filter)
+    relay = EventRelay(ledger, store, runner.find)
     return Front(
         config=config,
         engines=engines,
         store=store,
         admission=admission,
-        story_manager=story_manager,
-        quota=FrontQuota(ledger, story_manager.front),
+        leases=leases,
+        runner=runner,
+        relay=relay,
+        coordinator=Coordinator(ledger, store, admission, leases, runner, relay),
+        quota=FrontQuota(ledger, leases.front),
         max_age_s=max_age_s,
         max_bytes=max_bytes,
         keys=keys,

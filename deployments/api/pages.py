@@ -29,7 +29,7 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
     """Add `count` pages to a story, after those that are complete."""
 
     async def begin() -> str:
-        async with front.story_manager.exclusive(story_id) as store:
+        async with front.leases.exclusive(story_id) as lease:
             state = await asyncio.to_thread(front.store.load, story_id)
             request = await asyncio.to_thread(front.store.load_request, story_id)
             num_complete = len(_complete(state))
@@ -39,7 +39,7 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
                 )
             draw = front.config.drawable(request.draw)
             request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
-            return (await front.story_manager.resume(state, request, store)).id
+            return (await front.runner.resume(state, request, lease)).id
 
     return await answer(front, begin, stream=body.stream, wait=body.wait)
 
@@ -48,11 +48,11 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> Response:
     """Edit a page's text: the model reads new vokens from it and draws a new picture; later pages stay. Or choose one
     of its pictures."""
-    async with front.story_manager.exclusive(story_id) as store:
+    async with front.leases.exclusive(story_id) as lease:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         if body.variant is not None:
             chosen = _choose(old, body.variant)
-            await asyncio.to_thread(store.save_page, story_id, chosen)
+            await asyncio.to_thread(lease.store.save_page, story_id, chosen)
             return reply(front, page_reply(story_id, chosen))
         state = await asyncio.to_thread(front.store.load, story_id)
         request = await asyncio.to_thread(front.store.load_request, story_id)
@@ -66,11 +66,11 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 
         def change() -> None:
             # In this order: after a crash the store has either the old page, or the new one without a picture.
-            store.forget_drawing(story_id, page)
-            store.save_page(story_id, new)
+            lease.store.forget_drawing(story_id, page)
+            lease.store.save_page(story_id, new)
 
-        await front.story_manager.resume(state, request, store, change=change)
-    await front.story_manager.relay.wait(story_id)
+        await front.runner.resume(state, request, lease, change=change)
+    await front.relay.wait(story_id)
     return reply(front, page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page)))
 
 
@@ -83,7 +83,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> Response:
     """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
     work."""
-    async with front.story_manager.exclusive(story_id) as store:
+    async with front.leases.exclusive(story_id) as lease:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         variants = old.variants or ((old.image,) if old.image else ())
         if len(variants) >= MAX_VARIANTS:
@@ -96,8 +96,8 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
 
         def keep() -> None:
-            store.save_picture(story_id, picture, variant=number)
-            store.save_page(story_id, new)
+            lease.store.save_picture(story_id, picture, variant=number)
+            lease.store.save_page(story_id, new)
 
         await asyncio.to_thread(keep)
     return reply(front, page_reply(story_id, new), 201)

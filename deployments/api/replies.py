@@ -47,7 +47,7 @@ async def answer(front: Front, begin: Callable[[], Awaitable[str]], *, stream: b
     story_id = await begin()
     path = f"/v1/stories/{story_id}"
     if wait:
-        await front.story_manager.relay.wait(story_id)
+        await front.relay.wait(story_id)
     state = await asyncio.to_thread(front.store.load, story_id)
     if state.status == "failed":
         message = f"{story_id} failed: {state.error}; what was finished is at {path}"
@@ -145,7 +145,7 @@ async def follow(front: Front, story_id: str, seen: Position | None) -> AsyncGen
     The story goes on at the server where this fails: the stream then ends without `done` and without `error`, and its
     reader comes back."""
     try:
-        async with contextlib.aclosing(front.story_manager.relay.follow(story_id, seen)) as events:
+        async with contextlib.aclosing(front.relay.follow(story_id, seen)) as events:
             async for event in events:
                 yield dataclasses.replace(event, data=sign_urls(front, event.data)).encode()
     except Exception as failure:

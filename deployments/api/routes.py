@@ -1,4 +1,4 @@
-"""The HTTP front: routes over the story manager, the store and the engines. Loads no torch."""
+"""The HTTP front: routes over the running stories, the store and the engines. Loads no torch."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ from deployments.schemas import (
     to_story_request,
 )
 from deployments.stories.events import Position, has_ended_for
+from deployments.stories.idempotency import start_once
 from deployments.stories.retention import keep_within
 from deployments.stories.serve_ledger import ServeLedger
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
@@ -94,9 +95,9 @@ async def create_story(
 
     async def begin() -> str:
         if idempotency_key is None:
-            return (await front.story_manager.start(request)).id
+            return (await front.runner.start(request)).id
         digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-        return await front.story_manager.start_once(request, idempotency_key, digest)
+        return await start_once(front.leases, front.runner, request, key=idempotency_key, digest=digest)
 
     return await answer(front, begin, stream=body.stream, wait=body.wait)
 
@@ -128,7 +129,7 @@ async def list_stories(
 async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0) -> Response:
     """A story as far as it is; with `wait`, after its end or so many seconds."""
     if wait:
-        await front.story_manager.relay.wait(story_id, wait)
+        await front.relay.wait(story_id, wait)
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
@@ -151,9 +152,9 @@ async def get_events(
 @stories.delete("/v1/stories/{story_id}", status_code=204)
 async def delete_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work and remove all that is stored of it."""
-    await front.story_manager.cancel(story_id)
-    async with front.story_manager.exclusive(story_id) as store:
-        await asyncio.to_thread(store.delete, story_id)
+    await front.coordinator.cancel(story_id)
+    async with front.leases.exclusive(story_id) as lease:
+        await asyncio.to_thread(lease.store.delete, story_id)
     return Response(status_code=204)
 
 
@@ -196,7 +197,7 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
 @stories.post("/v1/stories/{story_id}/cancel", response_model=StoryReply, response_model_exclude_none=True)
 async def cancel_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work; what was finished stays. A story that has ended stays as it is."""
-    await front.story_manager.cancel(story_id)
+    await front.coordinator.cancel(story_id)
     return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
 
 
@@ -251,9 +252,9 @@ async def _look_after_stories(api: FastAPI) -> AsyncIterator[None]:
     """Resume stories that were cut off, and remove those that are too old, until the front ends."""
     front: Front = api.state.front
     tasks = [
-        asyncio.create_task(front.story_manager.keep_alive()),
+        asyncio.create_task(front.coordinator.keep_alive()),
         asyncio.create_task(
-            keep_within(front.store, front.story_manager, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
+            keep_within(front.store, front.leases, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
         ),
     ]
     yield

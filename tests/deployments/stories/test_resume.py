@@ -95,12 +95,15 @@ def test_a_stream_goes_on_after_any_event_and_misses_nothing(tmp_path: Path, is_
 
     async def use(client: httpx.AsyncClient) -> None:
         served.generator.gate.clear()
-        story = await served.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await served.front.runner.start(to_story_request(CreateStory(**BODY), CONFIG))
         path = f"/v1/stories/{story.id}/events"
         served.generator.gate.set()
         whole = read_events((await client.get(path)).text)
         if is_running:
-            served.front.story_manager._stories[story.id] = story  # its events are still here
+            served.front.runner._running[story.id] = (
+                story,
+                asyncio.create_task(asyncio.sleep(0)),
+            )  # its events are still here
         assert whole[-1][1] == "done"
         for number, (position, _, _) in enumerate(whole[:-1]):
             rest = read_events((await client.get(path, headers={"Last-Event-ID": position})).text)
@@ -192,7 +195,7 @@ def test_a_story_that_runs_elsewhere_can_be_followed(tmp_path: Path) -> None:
     owner, other = Served(tmp_path, generator=FakeGenerator(delay_s=0.1)), Served(tmp_path)
 
     async def use(client: httpx.AsyncClient) -> None:
-        story = await owner.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await owner.front.runner.start(to_story_request(CreateStory(**BODY), CONFIG))
         events = read_events((await client.get(f"/v1/stories/{story.id}/events")).text)
         assert told(events)[3]["whole"]["text"] == "Page 3 of 7."
         assert len({position for position, _, _ in events}) == len(events)
@@ -251,9 +254,9 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
 
     async def begin_and_die(client: httpx.AsyncClient) -> None:
         nonlocal story_id
-        story = await served.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await served.front.runner.start(to_story_request(CreateStory(**BODY), CONFIG))
         story_id = story.id
-        served.front.story_manager._end = never  # type: ignore[method-assign]
+        served.front.runner._end = never  # type: ignore[method-assign]
         await asyncio.sleep(rng.uniform(0, 0.06))
 
     async def never(*arguments: object) -> None:
@@ -268,7 +271,7 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
     again = Served(tmp_path)
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await again.front.story_manager.recover()
+        await again.front.coordinator.recover()
         story = (await client.get(f"/v1/stories/{story_id}?wait=20")).json()
         assert story["status"] == "done"
         assert [page["text"] for page in story["pages"]] == [f"Page {n} of 7." for n in (1, 2, 3)]
@@ -293,7 +296,7 @@ def test_a_front_that_is_stopped_leaves_its_stories_to_the_next(tmp_path: Path) 
     again = Served(tmp_path)
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await again.front.story_manager.recover()
+        await again.front.coordinator.recover()
         assert (await client.get(f"/v1/stories/{story_id}?wait=20")).json()["status"] == "done"
 
     again.run(recover)
@@ -307,7 +310,7 @@ def test_what_cannot_be_taken_up_does_not_stop_the_rest(tmp_path: Path) -> None:
     (tmp_path / "stories" / broken / "story.json").write_text("{}")
     ended = served.post(BODY).json()["id"]
     served.store.mark(ended, is_running=True)
-    asyncio.run(served.front.story_manager.recover())
+    asyncio.run(served.front.coordinator.recover())
     assert served.store.running() == [broken]
     assert served.store.load(ended).status == "done"
 
@@ -327,7 +330,7 @@ def test_vokens_that_are_stored_are_drawn_and_not_those_that_come_anew(tmp_path:
     served.decoder.requests.clear()
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await served.front.story_manager.recover()
+        await served.front.coordinator.recover()
         assert (await client.get(f"/v1/stories/{story['id']}?wait=20")).json() == story
 
     served.run(recover)
@@ -401,7 +404,7 @@ def test_a_story_left_to_a_model_without_its_sampler_is_drawn_with_the_model_s_o
     again = Served(tmp_path, config=config)
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await again.front.story_manager.recover()
+        await again.front.coordinator.recover()
         assert (await client.get(f"/v1/stories/{story_id}?wait=20")).json()["status"] == "done"
 
     again.run(recover)
