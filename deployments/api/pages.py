@@ -11,12 +11,13 @@ from fastapi.responses import Response
 
 from deployments.api.drawing import draw_alone
 from deployments.api.errors import ApiError
-from deployments.api.front import ClientOf, FrontOf, check_owner, check_texts, note_story
+from deployments.api.front import ClientOf, Front, FrontOf, check_owner, check_texts, note_story
 from deployments.api.replies import BEGUN, answer, reply
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
+from deployments.stories.resume import read_page
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.state import PageState, StoryState, image_state
-from minigpt5.types import MAX_PAGES, DrawRequest
+from minigpt5.types import MAX_PAGES, DrawRequest, Vokens
 
 MAX_VARIANTS = 16
 """Pictures of one page."""
@@ -81,8 +82,8 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
     response_model_exclude_none=True,
 )
 async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> Response:
-    """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
-    work."""
+    """Draw a page once more, from its stored vokens; the earlier pictures are kept. Where another model made the
+    vokens, this one reads the page's text first. A client that goes away stops the work."""
     async with front.leases.exclusive(story_id) as lease:
         old = await asyncio.to_thread(front.store.load_page, story_id, page)
         variants = old.variants or ((old.image,) if old.image else ())
@@ -90,17 +91,28 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
         vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
         seed, draw = redrawn(body, old.image, front.config)
+        if vokens.fingerprint != front.config.fingerprint:
+            vokens = await _read_again(front, story_id, page, key=client)
         picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
-        image = image_state(picture, draw)
+        image = image_state(picture, draw, fingerprint=vokens.fingerprint)
         number = len(variants)
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
 
         def keep() -> None:
+            lease.store.save_vokens(story_id, vokens)
             lease.store.save_picture(story_id, picture, variant=number)
             lease.store.save_page(story_id, new)
 
         await asyncio.to_thread(keep)
     return reply(front, page_reply(story_id, new), 201)
+
+
+async def _read_again(front: Front, story_id: str, page: int, *, key: str) -> Vokens:
+    """A page's vokens by the generator that is there now."""
+    state = await asyncio.to_thread(front.store.load, story_id)
+    request = await asyncio.to_thread(front.store.load_request, story_id)
+    request = dataclasses.replace(request, pages=page, key=key, session=story_id)
+    return await read_page(front.engines, request, tuple(one.text for one in _complete(state))[:page])
 
 
 def _complete(state: StoryState) -> list[PageState]:

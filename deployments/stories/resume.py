@@ -1,7 +1,8 @@
 """Resuming a story: a story that was cut off is run again, and what is stored of it is not made again.
 
 The generator reads stored pages instead of writing them, stored vokens and pictures take the place of new ones, and
-new ones are stored before they are announced. A story survives the death of an engine's process in the same way.
+new ones are stored before they are announced. A story survives the death of an engine's process in the same way, and
+the change of the model under it: finished pages stay, and the new model goes on after them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import AsyncIterator
 
 from deployments.engines.handles import Engines
-from minigpt5.errors import EngineLost, StoryNotFound
+from minigpt5.errors import EngineLost, FingerprintMismatch, StoryNotFound
 from minigpt5.story.state import PageState
 from minigpt5.story.store import StoryStore
 from minigpt5.types import (
@@ -32,6 +34,14 @@ MAX_LOSSES = 5
 """Deaths of an engine under one request that are got over."""
 LOSS_PAUSE_S = 0.5
 """Before another replica is asked; twice as long each time."""
+UPGRADE_S = 600.0
+"""How long a page waits for engines of one model, while Serve replaces those of another."""
+UPGRADE_PAUSE_S = 1.0
+"""Before both engines are asked again meanwhile."""
+
+
+class _Replaced(Exception):
+    """The generator's model is one whose vokens a decoder has refused."""
 
 
 class ResumedEngines:
@@ -43,6 +53,14 @@ class ResumedEngines:
         self._written = {page.index: page for page in pages if page.is_written}
         self.drawn = {page.index: page for page in pages if page.image}
         """Pages that are finished, and stay as they are stored."""
+        self.writers = {index: page.fingerprint for index, page in self._written.items()}
+        """Page -> fingerprint of the model that wrote its text."""
+        self.drawers: dict[int, str] = {}
+        """Page -> fingerprint of the model that drew its picture, of those that were drawn here."""
+        self._sources: dict[int, tuple[StoryRequest, dict[int, str]]] = {}
+        """Page -> the request that its vokens came from, and the complete texts, by page."""
+        self._refused: set[str] = set()
+        """Fingerprints of models whose vokens a decoder has refused."""
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         """Generate as the generator does; a page's text continues where it was, or starts over after TextReset."""
@@ -51,22 +69,28 @@ class ResumedEngines:
         complete = {index: page.text for index, page in self._written.items()}
         passed: set[int] = set()
         """Pages whose vokens were passed on."""
-        for attempt in range(MAX_LOSSES + 1):
+        last, num_losses = len(request.previous) + request.pages, 0
+        while True:
             given = dataclasses.replace(request, given=_beginning(complete, request))
             try:
                 async with contextlib.aclosing(self._engines.generate(given)) as events:  # type: ignore[type-var]
-                    async for event in self._continue(events, texts, passed):
+                    async for event in self._continue(events, texts, passed, last):
                         if isinstance(event, Vokens):
                             complete[event.page] = texts.get(event.page, "").strip()
+                            self._sources[event.page] = request, complete
                         yield event
                 return
+            except _Replaced:
+                logger.info("%s is handed over to the generator of another model", self._story_id)
             except EngineLost as loss:
-                await self._get_over(loss, attempt)
+                await self._get_over(loss, num_losses)
+                num_losses += 1
 
     async def _continue(
-        self, events: AsyncIterator[GeneratorEvent], texts: dict[int, str], passed: set[int]
+        self, events: AsyncIterator[GeneratorEvent], texts: dict[int, str], passed: set[int], last: int
     ) -> AsyncIterator[GeneratorEvent]:
-        """Without what was passed on before."""
+        """Without what was passed on before. Raises _Replaced at the end of a page before the `last`, where the model
+        has been replaced."""
         again: dict[int, str] = {}
         async for event in events:
             if isinstance(event, TextDelta | Vokens) and event.page in passed:
@@ -85,15 +109,20 @@ class ResumedEngines:
                         yield shown
                     texts[event.page] = new
                 passed.add(event.page)
+                self.writers.setdefault(event.page, event.fingerprint)
                 yield await asyncio.to_thread(self._keep, event)
+                if event.fingerprint in self._refused and event.page < last:
+                    raise _Replaced
             else:
                 yield event
 
     def _keep(self, vokens: Vokens) -> Vokens:
-        """The stored ones, or these from now on."""
+        """The stored ones, or these from now on. Another model's are kept for a picture that is drawn alone."""
         if vokens.page in self._written:
             with contextlib.suppress(StoryNotFound):
-                return self._store.load_vokens(self._story_id, vokens.page)
+                stored = self._store.load_vokens(self._story_id, vokens.page)
+                if stored.fingerprint == vokens.fingerprint or vokens.page in self.drawn:
+                    return stored
         self._store.save_vokens(self._story_id, vokens)
         return vokens
 
@@ -110,12 +139,43 @@ class ResumedEngines:
                 del self.drawn[page]
         for attempt in range(MAX_LOSSES + 1):
             try:
-                async with contextlib.aclosing(self._engines.decode(request)) as events:  # type: ignore[type-var]
-                    async for event in events:
-                        yield event
+                async for event in self._draw(request):
+                    yield event
                 return
             except EngineLost as loss:
                 await self._get_over(loss, attempt)
+
+    async def _draw(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        """Draw, and where the decoder has another model than the vokens, have the generator read the page again.
+
+        Raises FingerprintMismatch where both engines do not have one model within UPGRADE_S."""
+        until = time.monotonic() + UPGRADE_S
+        while True:
+            vokens = request.vokens
+            try:
+                async with contextlib.aclosing(self._engines.decode(request)) as events:  # type: ignore[type-var]
+                    async for event in events:
+                        self.drawers[vokens.page] = vokens.fingerprint
+                        yield event
+                self._refused.discard(vokens.fingerprint)
+                return
+            except FingerprintMismatch as mismatch:
+                if vokens.fingerprint not in self._refused:
+                    logger.info("%s: page %d is read again: %s", self._story_id, vokens.page, mismatch)
+                self._refused.add(vokens.fingerprint)
+                if time.monotonic() >= until:
+                    raise
+                request = dataclasses.replace(request, vokens=await self._read_again(vokens))
+                if request.vokens.fingerprint in self._refused:  # the generator is not replaced yet, or the decoder
+                    await asyncio.sleep(UPGRADE_PAUSE_S)
+
+    async def _read_again(self, vokens: Vokens) -> Vokens:
+        """The same page's vokens by the generator that is there now, from the page's text; stored."""
+        request, complete = self._sources[vokens.page]
+        request = dataclasses.replace(request, pages=vokens.page - len(request.previous), num_later=0)
+        again = await read_page(self._engines, request, _beginning(complete, request))
+        await asyncio.to_thread(self._store.save_vokens, self._story_id, again)
+        return again
 
     async def _get_over(self, loss: EngineLost, attempt: int) -> None:
         """Raises `loss` where there were too many."""
@@ -123,6 +183,21 @@ class ResumedEngines:
         if attempt == MAX_LOSSES:
             raise loss
         await asyncio.sleep(LOSS_PAUSE_S * 2**attempt)
+
+
+async def read_page(engines: Engines, request: StoryRequest, texts: tuple[str, ...]) -> Vokens:
+    """The vokens of a request's last page, from `texts` of all of its pages: nothing is written.
+
+    Raises FingerprintMismatch where a text is missing or empty."""
+    page = len(request.previous) + request.pages
+    if len(texts) < request.pages:
+        raise FingerprintMismatch(f"page {page} is of another model, and has no text that this one could read")
+    reading = dataclasses.replace(request, given=texts)
+    async with contextlib.aclosing(engines.generate(reading)) as events:  # type: ignore[type-var]
+        async for event in events:
+            if isinstance(event, Vokens) and event.page == page:
+                return event
+    raise EngineLost("the generator ended without the page's vokens")
 
 
 def _beginning(complete: dict[int, str], request: StoryRequest) -> tuple[str, ...]:

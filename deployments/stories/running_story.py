@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 
 from deployments.stories.events import Numbering, StreamEvent
@@ -56,7 +57,11 @@ class RunningStory:
         self._wake_readers()
 
     def page_state(self, index: int) -> PageState:
-        return self.engines.drawn.get(index) or self.builder.page_state(index)
+        if index in self.engines.drawn:
+            return self.engines.drawn[index]
+        page = self.builder.page_state(index)
+        image = page.image and dataclasses.replace(page.image, fingerprint=self.engines.drawers.get(index, ""))
+        return dataclasses.replace(page, image=image, fingerprint=self.engines.writers.get(index, ""))
 
     async def follow(self) -> AsyncIterator[StreamEvent]:
         """All events from the first, then the coming ones as they come."""
@@ -93,7 +98,7 @@ class RunningStory:
         """Store how the story ended, and its pages as far as they are. Returns what the store has of it then."""
         for page in state.pages:
             if state.status != "done" and not page.image and page.index not in self.engines.drawn:
-                self.store.save_page(state.id, page)
+                self.store.save_page(state.id, self.page_state(page.index))
         self.store.save(state)
         ended = self.store.load(state.id)
         self.store.mark(state.id, is_running=False)

@@ -24,10 +24,10 @@ from deployments.stories.running_story import STORED, RunningStory
 from deployments.stories.story_clock import StoryClock
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.config import ModelConfig
-from minigpt5.errors import Blocked, MiniGPT5Error, StorageError, StoryNotFound, StoryTaken
+from minigpt5.errors import Blocked, InvalidRequest, MiniGPT5Error, StorageError, StoryNotFound, StoryTaken
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.state import PageState, StoryBuilder, StoryState, new_story_id
-from minigpt5.story.store import STORY_ID
+from minigpt5.story.store import STORY_ID, StoryStore
 from minigpt5.story.stream import describe, stream_story
 from minigpt5.types import SlotOpened, StoryRequest
 
@@ -124,6 +124,8 @@ class StoryRunner:
                 return
             except Overloaded as refusal:
                 await asyncio.sleep(refusal.retry_after_s)
+            except InvalidRequest as refusal:  # by another model than the one that accepted it
+                return await asyncio.to_thread(_fail, store, state, str(refusal))
 
     async def _start(
         self,
@@ -213,3 +215,9 @@ class StoryRunner:
             logger.error("%s: how it ended is not stored: %s", story.id, failure.__cause__ or failure)
             story.is_stored = False
             return None
+
+
+def _fail(store: StoryStore, state: StoryState, error: str) -> None:
+    """Store that a story has failed before it ran."""
+    store.save(dataclasses.replace(state, status="failed", error=error))
+    store.mark(state.id, is_running=False)

@@ -441,8 +441,8 @@ def test_a_story_waits_for_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.
                     names.append(event.name)
                     if event.name == "image" and not is_full.is_set():
                         is_full.set()
-                        threading.Timer(1.0, is_full.clear).start()
                         assert client.post("/v1/stories", json=BODY).status_code == 503
+                        threading.Timer(1.0, is_full.clear).start()
             story = client.get(f"/v1/stories/{story['id']}").json()
     finally:
         listening.stop()
