@@ -116,3 +116,15 @@ def test_rows_without_a_trial_count_nowhere(tmp_path: Path) -> None:
         "memory_after_overload": None,
     }
     assert report["figures"]["scenarios"] == rows
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_generator_of_a_cluster_dies(tmp_path: Path) -> None:
+    out = tmp_path / "chaos.json"
+    chaos.main(["--only", "generator", "--out", str(out)])
+    [row] = json.loads(out.read_text())["figures"]["scenarios"]
+    assert row["of"] == 2 and row["in_flight"] > 0
+    assert row["accepted"] == row["finished"] > 0
+    assert row["lost"] == row["doubled"] == row["damaged"] == 0
