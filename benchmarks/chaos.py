@@ -7,9 +7,9 @@
     raylet                        Ray's own process of the worker that has most replicas
     head                          every process of the head at once; Redis keeps the state, and the next head comes
     drain                         a worker is announced to go, and goes
+    overload                      five times what the cluster can make, for five minutes
     disk-full                     the file system of the stories has no room for a while
     storage-slow, storage-lost    the S3 server of the stories is slow and fails, or answers nothing for a while
-    overload                      five times what the cluster can make, for five minutes
 
 The cluster is `benchmarks/local_cluster.py`. A dozen stories are asked for, one after another, each with an
 Idempotency-Key, and followed as a browser does. Something breaks at a seeded moment. Then every accepted story has to
@@ -98,7 +98,7 @@ class Trial:
         """The figures. `strike`: breaks something and marks the moment; returns what else is to be reported."""
         posting = threading.Thread(target=self._post, daemon=True)
         posting.start()
-        wait_for(lambda: any(reader.has("text") for reader in self.readers))
+        wait_for(lambda: any(reader.has("text") for reader in self.readers), pause_s=0.02)
         after_s = self.random.uniform(0.1, 0.7) * len(self.readers) * self._gap_s
         time.sleep(after_s)
         more = strike(self)
@@ -145,19 +145,20 @@ class Chaos:
     """The cluster, its storage, and what can be done to them."""
 
     def __init__(self, cluster: LocalCluster, folder: Path, faults: Faults) -> None:
-        self.cluster, self.faults, self._folder = cluster, faults, folder
+        self.cluster, self.faults, self.folder = cluster, faults, folder
         self._storage = ""
-        self.serve()
 
-    def serve(self, storage: str = "", **args: Any) -> None:
-        """Deploy the application on a storage, by default a folder."""
-        self._storage = storage or str(self._folder / "stories")
-        self.cluster.deploy(storage=self._storage, **args)
-        self.store = StoryStore(self._storage)
+    def serve(self, storage: str = "") -> StoryStore:
+        """Have the application on a storage, by default a folder. Serve starts all replicas again where it changes."""
+        storage = storage or str(self.folder / "stories")
+        if storage != self._storage:
+            self.cluster.deploy(storage=storage, max_wait_s=MAX_WAIT_S)
+            self._storage = storage
+        return StoryStore(storage)
 
-    def trial(self, name: str, seed: int) -> Trial:
+    def trial(self, name: str, seed: int, *, storage: str = "") -> Trial:
         """A round on this cluster."""
-        return Trial(self.cluster.url, self.store, name, seed)
+        return Trial(self.cluster.url, self.serve(storage), name, seed)
 
     def busiest_worker(self) -> Node:
         """The worker that has most replicas."""
@@ -193,11 +194,11 @@ def kill_raylet(chaos: Chaos, name: str, seed: int) -> Row:
     def strike(trial: Trial) -> Row:
         node = chaos.busiest_worker()
         found = {"replicas": node.num_replicas()}
-        kill([node.raylet()])
+        node.kill_raylet()
         trial.mark()
         trial.note_pictures()
-        node.kill_raylet()
         chaos.cluster.add_worker()
+        node.clean_up()
         return found
 
     return chaos.trial(name, seed).run(strike)
@@ -254,11 +255,7 @@ def fill_disk(chaos: Chaos, name: str, seed: int) -> Row:
         return {"seconds": FULL_S}
 
     with tempfile.TemporaryDirectory() as folder, small_disk(Path(folder)) as disk:
-        chaos.serve(str(disk / "stories"))
-        try:
-            return chaos.trial(name, seed).run(strike)
-        finally:
-            chaos.serve()
+        return chaos.trial(name, seed, storage=str(disk / "stories")).run(strike)
 
 
 def fail_storage(chaos: Chaos, name: str, seed: int) -> Row:
@@ -279,26 +276,18 @@ def fail_storage(chaos: Chaos, name: str, seed: int) -> Row:
             trial.mark()
         return {"seconds": OUTAGE_S if is_lost else SLOW_S, "faults": dict(faults.counts)}
 
-    chaos.serve("s3://bucket/stories")
-    try:
-        return chaos.trial(name, seed).run(strike)
-    finally:
-        chaos.faults.rate = 0.0
-        chaos.serve()
+    return chaos.trial(name, seed, storage="s3://bucket/stories").run(strike)
 
 
 def ask_too_much(chaos: Chaos, name: str, seed: int, *, seconds: float = OVERLOAD_S) -> Row:
     """Ask for five times what the cluster can make."""
-    chaos.serve(max_wait_s=MAX_WAIT_S)
-    known = set(chaos.store.list_ids())
-    try:
-        found = overload(chaos.cluster.url, seconds=seconds, roots=chaos.cluster.roots)
-    finally:
-        chaos.serve()
+    store = chaos.serve()
+    known = set(store.list_ids())
+    found = overload(chaos.cluster.url, seconds=seconds, roots=chaos.cluster.roots)
     ends = found["ends"]
     refused = sum(number for end, number in ends.items() if end.isdigit())
     accepted, finished = sum(ends.values()) - refused, ends.get("done", 0)
-    made = len(set(chaos.store.list_ids()) - known) - found["probes"]
+    made = len(set(store.list_ids()) - known) - found["probes"]
     return {
         "scenario": name,
         "seed": seed,
@@ -318,9 +307,9 @@ SCENARIOS: dict[str, Callable[[Chaos, str, int], Row]] = {
     "raylet": kill_raylet,
     "head": kill_head,
     "drain": drain,
+    "overload": ask_too_much,
     "disk-full": fill_disk,
     **dict.fromkeys(("storage-slow", "storage-lost"), fail_storage),
-    "overload": ask_too_much,
 }
 
 

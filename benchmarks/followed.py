@@ -22,6 +22,8 @@ POST_S = 60.0
 """How long a post without an answer is repeated, under the same Idempotency-Key."""
 RETRY_S = 0.3
 ACCEPTED = 202
+UNKNOWN = (500, 502, 504)
+"""Answers of a proxy whose server died over the request: nobody knows whether the story has begun."""
 WRONG = ("lost", "pages_missing", "pages_twice", "pictures_missing", "pictures_changed", "pages_told_otherwise")
 """Counts of `verdict` that have to be 0."""
 
@@ -53,9 +55,10 @@ class Reader(threading.Thread):
         while not self.status and time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
                 reply = httpx.post(f"{self.url}/v1/stories", json=body, headers=headers, timeout=60, trust_env=False)
-                self.status = reply.status_code
-                self.story_id = reply.json()["id"] if self.is_accepted else ""
-                return
+                if reply.status_code not in UNKNOWN:
+                    self.status = reply.status_code
+                    self.story_id = reply.json()["id"] if self.is_accepted else ""
+                    return
             time.sleep(RETRY_S)
 
     def _follow(self) -> None:

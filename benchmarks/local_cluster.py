@@ -31,7 +31,7 @@ NUM_WORKERS = 2
 WORKER_CPUS = 4
 """Logical ones of a worker: one of two takes all replicas."""
 REPLICAS = {"Ingress": 2, "VokenGenerator": 2, "DiffusionDecoder": 2, "Ledger": 1}
-START_S, END_S = 120.0, 30.0
+START_S, END_S, PAUSE_S = 240.0, 30.0, 0.2
 RECONNECT_S = 120
 """How long a worker's raylet waits for the GCS of a head that is away."""
 
@@ -40,7 +40,6 @@ class Node:
     """`ray start --block`, and all that it starts."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
-        """Returns when the node is up: nodes that start at once on one machine take each other's sockets."""
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *command],
@@ -51,9 +50,7 @@ class Node:
                 start_new_session=True,
             )
         self.root = psutil.Process(self.process.pid)
-        wait_for(lambda: "Ray runtime started" in log.read_text() or not self.is_alive(), START_S)
-        if not self.is_alive():
-            raise RuntimeError(f"a node did not start: {log.read_text()[-2000:]}")
+        self._left: list[psutil.Process] = []
 
     def is_alive(self) -> bool:
         return self.process.poll() is None
@@ -72,10 +69,13 @@ class Node:
 
     def kill_raylet(self) -> None:
         """Ray's own process of the node alone. Its workers end when they miss it."""
-        processes = family([self.root])
+        self._left = family([self.root])
         kill([self.raylet()])
-        psutil.wait_procs(processes, timeout=END_S)
-        kill(processes)
+
+    def clean_up(self) -> None:
+        """Wait for what a node without a raylet has left, and kill the rest."""
+        psutil.wait_procs(self._left, timeout=END_S)
+        kill(self._left)
         self.process.wait()
 
 
@@ -106,45 +106,60 @@ class LocalCluster:
         )
         self.url = f"http://127.0.0.1:{self._http}"
         self.has_redis = shutil.which("redis-server") is not None
-        self._redis = self._start_redis() if self.has_redis else None
-        self.workers: list[Node] = []
-        self.head = self.start_head()
+        self._redis: list[subprocess.Popen[bytes]] = []
+        self._redis_password = secrets.token_hex(16)
+        self._nodes: list[Node] = []
+        """All that were ever started."""
+
+    def start(self) -> None:
+        """Start Redis, where it is there, and the nodes."""
+        if self.has_redis:
+            self._start_redis()
+        self.start_head()
         for _ in range(NUM_WORKERS):
             self.add_worker()
 
-    def _start_redis(self) -> subprocess.Popen[bytes]:
-        port, password = find_free_port(), secrets.token_hex(16)
+    def _start_redis(self) -> None:
+        port, password = find_free_port(), self._redis_password
         command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--requirepass", password]
         self._environment |= {"RAY_REDIS_ADDRESS": f"127.0.0.1:{port}", "RAY_external_storage_namespace": "chaos"}
-        self._redis_password = password
+        command += ["--dir", str(self._folder), "--save", "", "--appendonly", "yes"]
         with (self._folder / "redis.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*command, "--dir", str(self._folder), "--save", "", "--appendonly", "yes"],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        return process
+            self._redis = [subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)]
 
-    def start_head(self) -> Node:
+    def start_head(self) -> None:
         """Start the head, or after its death the next one with the same state."""
         command = ["--head", "--num-cpus=0", f"--port={self._port}", f"--dashboard-port={self._dashboard}"]
         command += [f"--temp-dir={self._folder}", f"--ray-client-server-port={find_free_port()}"]
         if self._redis:
             command += [f"--redis-password={self._redis_password}"]
-        self.head = self._start(command, "head.log")
-        wait_for(self._answers, START_S)
-        return self.head
+        self.head = self._start(command)
+        wait_for(self._answers, START_S, pause_s=PAUSE_S)
 
-    def add_worker(self) -> Node:
+    def add_worker(self) -> None:
         command = [f"--address=127.0.0.1:{self._port}", f"--num-cpus={WORKER_CPUS}"]
-        worker = self._start(command, f"worker-{time.monotonic_ns()}.log")
-        self.workers = [*(other for other in self.workers if other.is_alive()), worker]
-        return worker
+        self._start(command)
 
-    def _start(self, command: list[str], log: str) -> Node:
-        ports = [f"--dashboard-agent-listen-port={find_free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
-        return Node([*command, *ports, f"--object-store-memory={2**27}"], self._environment, self._folder / log)
+    def _start(self, command: list[str]) -> Node:
+        """Returns when the node is up: nodes that start at once on one machine take each other's sockets."""
+        command += [f"--dashboard-agent-listen-port={find_free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
+        log = self._folder / f"node-{len(self._nodes)}.log"
+        node = Node([*command, f"--object-store-memory={2**27}"], self._environment, log)
+        self._nodes.append(node)
+        wait_for(lambda: "Ray runtime started" in log.read_text() or not node.is_alive(), START_S, pause_s=PAUSE_S)
+        if not node.is_alive():
+            raise RuntimeError(f"a node did not start: {log.read_text()[-2000:]}")
+        return node
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Those that live."""
+        return [node for node in self._nodes if node.is_alive()]
+
+    @property
+    def workers(self) -> list[Node]:
+        """Those that live, but for the head."""
+        return [node for node in self.nodes if node is not self.head]
 
     def _answers(self) -> bool:
         try:
@@ -155,7 +170,7 @@ class LocalCluster:
     @property
     def roots(self) -> list[psutil.Process]:
         """`ray start` of each node that lives."""
-        return [node.root for node in (self.head, *self.workers) if node.is_alive()]
+        return [node.root for node in self.nodes]
 
     def deploy(self, **args: Any) -> None:
         """`serve deploy`: the application with these arguments; what changed is replaced. Returns when all replicas
@@ -182,23 +197,23 @@ class LocalCluster:
         time.sleep(2)  # the controller takes it up in its next turn
         self.wait_until_whole()
 
-    def deployments(self) -> dict[str, Any]:
-        """Serve's account of each deployment. Raises httpx.HTTPError."""
-        found = self._api.get("/api/serve/applications/").raise_for_status().json()
-        return found["applications"].get(APPLICATION, {}).get("deployments", {})
+    def application(self) -> dict[str, Any]:
+        """Serve's account of the application. Raises httpx.HTTPError, or KeyError where there is none."""
+        return self._api.get("/api/serve/applications/").raise_for_status().json()["applications"][APPLICATION]
 
     def is_whole(self) -> bool:
-        """Whether every replica runs and the server answers."""
+        """Whether every replica runs, none of an earlier deployment does, and the server answers."""
         try:
-            found = self.deployments()
-            states = {name: [one["state"] for one in found[name]["replicas"]] for name in REPLICAS}
+            found = self.application()
+            states = {name: [one["state"] for one in found["deployments"][name]["replicas"]] for name in REPLICAS}
             is_ready = httpx.get(f"{self.url}/readyz", timeout=10, trust_env=False).status_code == 200
         except (httpx.HTTPError, KeyError):
             return False
-        return is_ready and all(states[name] == ["RUNNING"] * number for name, number in REPLICAS.items())
+        are_running = all(states[name] == ["RUNNING"] * number for name, number in REPLICAS.items())
+        return found["status"] == "RUNNING" and is_ready and are_running
 
     def wait_until_whole(self) -> None:
-        wait_for(self.is_whole, START_S)
+        wait_for(self.is_whole, START_S, pause_s=PAUSE_S)
 
     def node_id(self, node: Node) -> str:
         """Ray's name of a node."""
@@ -214,12 +229,11 @@ class LocalCluster:
 
     def end(self) -> None:
         """Kill every process."""
-        for node in (*self.workers, self.head):
-            if node.is_alive():
-                node.kill()
-        if self._redis:
-            self._redis.kill()
-            self._redis.wait()
+        for node in self.nodes:
+            node.kill()
+        for process in self._redis:
+            process.kill()
+            process.wait()
         self._api.close()
 
 
@@ -228,6 +242,7 @@ def local_cluster(folder: Path, variables: Mapping[str, str]) -> Iterator[LocalC
     """A cluster for the time of the context."""
     cluster = LocalCluster(folder, variables)
     try:
+        cluster.start()
         yield cluster
     finally:
         cluster.end()
