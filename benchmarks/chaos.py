@@ -137,7 +137,7 @@ class Trial:
         num = 0
         for story_id in set(self.store.list_ids()) - self._known - accepted.keys():
             with contextlib.suppress(StoryNotFound):
-                num += self.store.load(story_id).prompt in [(prompt,) for prompt in accepted.values()]
+                num += self.store.load(story_id).prompt in accepted.values()
         return num
 
 

@@ -49,6 +49,23 @@ def test_stories_outlive_a_front_and_none_is_lost_or_doubled(tmp_path: Path) -> 
     assert 0 < row["next_page_s"] < 30
 
 
+def test_a_story_that_was_begun_twice_is_counted(tmp_path: Path) -> None:
+    port = find_free_port()
+    front = Listening(Served(tmp_path, max_running=8), port)
+
+    def strike(trial: Trial) -> dict[str, Any]:
+        Reader(url, trial.readers[0].body, key="another key").post()
+        Reader(url, {"prompt": "A story of somebody else", "pages": 1}, key="a third key").post()
+        return {}
+
+    try:
+        url = f"http://127.0.0.1:{port}"
+        row = Trial(url, StoryStore(str(tmp_path)), "front", 1, num=2, gap_s=0.3).run(strike)
+    finally:
+        front.stop()
+    assert row["lost"] == 0 and row["doubled"] == 1
+
+
 def test_what_is_missing_or_changed_or_told_otherwise_is_counted(tmp_path: Path) -> None:
     port = find_free_port()
     front = Listening(Served(tmp_path), port)
