@@ -117,8 +117,8 @@ def test_a_story_that_was_cut_off_is_resumed_from_its_stored_page(stories: Path)
     final: list[StoryState] = []
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await served.front.story_manager.recover()
-        await served.front.story_manager.relay.wait(CUT_OFF)
+        await served.front.coordinator.recover()
+        await served.front.relay.wait(CUT_OFF)
         final.append(store.load(CUT_OFF))
 
     served.run(recover)

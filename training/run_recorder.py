@@ -108,6 +108,8 @@ class RunRecorder:
             self._log(metrics)
             self.report(metrics)
             self._sums = {}
+        if is_saved:
+            self._keep_curves()
         if position.elapsed_s >= self._next_sheet_s:
             self._draw(f"{position.step:06d}")
             if is_first_worker():
@@ -117,6 +119,7 @@ class RunRecorder:
     def finish(self, position: Position) -> None:
         self._save(position)
         self._writer.finish()
+        self._keep_curves()
         self._save_model()
         self._draw()
         if is_first_worker():
@@ -167,8 +170,11 @@ class RunRecorder:
                 for name, value in metrics.items():
                     self._curves.add_scalar(name, value, int(metrics["step"]))
                 self._curves.flush()
-            if self.folder.local is None:
-                self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
+
+    def _keep_curves(self) -> None:
+        """Copy TensorBoard's files to an object store, whole: with each checkpoint, and not with each line."""
+        if self._curves and self.folder.local is None:
+            self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
 
     def _draw(self, suffix: str = "") -> None:
         """Write a sample sheet and a sample story with the weights as they are; not under ZeRO 3, where one worker

@@ -17,7 +17,6 @@ from pyarrow import fs, parquet
 
 from minigpt5.errors import TrainingError
 from minigpt5.objective.stored_example import ROW_SCHEMA
-from minigpt5.storage import patiently
 
 WINDOW_GROUPS = 8
 VALIDATION_SHARE = 50
@@ -59,7 +58,7 @@ def index_rows(files: fs.FileSystem, paths: list[str]) -> tuple[RowIndex, RowInd
     first_groups, training, validation = [], list[int](), list[int]()
     for path in paths:
         first_groups.append(len(training))
-        for size, num_held_out in patiently(functools.partial(_count_held_out, files, path)):
+        for size, num_held_out in _count_held_out(files, path):
             training.append(size - num_held_out)
             validation.append(num_held_out)
     starts = np.array(first_groups, np.int64)

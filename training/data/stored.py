@@ -97,7 +97,7 @@ class StoredExamples:
         """The row at a position, counted over epochs, as it is stored, without what the stage does not read."""
         place = self._order.place_at(position)
         if place.group not in self._cache:
-            self._cache[place.group] = storage.patiently(lambda: self._read_group(place.group))
+            self._cache[place.group] = self._read_group(place.group)
             while len(self._cache) > KEPT_GROUPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(place.group)

@@ -136,7 +136,7 @@ def test_what_is_announced_can_be_fetched_at_once(tmp_path: Path) -> None:
     served = Served(tmp_path, generator=FakeGenerator(delay_s=0.002))
 
     async def use(client: httpx.AsyncClient) -> None:
-        story = await served.front.story_manager.start(to_story_request(CreateStory(prompt="A fox"), CONFIG))
+        story = await served.front.runner.start(to_story_request(CreateStory(prompt="A fox"), CONFIG))
         async for event in story.follow():
             data = event.data
             if event.name == "image":
