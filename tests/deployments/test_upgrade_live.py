@@ -51,7 +51,7 @@ class Deployed:
         config = yaml.safe_load(file.read_text())
         config["http_options"]["port"] = self.port
         [application] = config["applications"]
-        # Nothing is refused: engines that load a model beside others are slow, and admission says so with 503.
+        # Engines that load a model beside others are slow, and admission would refuse long stories by that speed.
         application["args"] |= {"model": str(model), "storage": str(self.folder / "storage"), "max_wait_s": 1200}
         application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
         copy = self.folder / file.name
@@ -82,7 +82,7 @@ class Reader:
     """Streams a story as a browser does: a stream that is cut resumes after its last event."""
 
     def __init__(self, url: str, seed: int, first: threading.Barrier) -> None:
-        self.url, self.first, self.num_cuts = url, first, 0
+        self.url, self.first, self.num_cuts, self.num_refused = url, first, 0, 0
         self.body = {"prompt": f"A fox and {seed} balloons", "seed": seed, "pages": NUM_PAGES, "stream": True}
         self.texts: dict[int, str] = {}
         self.restarts: list[int] = []
@@ -101,6 +101,11 @@ class Reader:
                     request = client.build_request("GET", f"/v1/stories/{self._story_id}/events", headers=headers)
                 try:
                     reply = client.send(request, stream=True)
+                    if reply.status_code == 503 and not self._story_id:  # admission, by the speed of engines that start
+                        self.num_refused += 1
+                        reply.close()
+                        time.sleep(2)
+                        continue
                     assert reply.status_code == 200, reply.read()
                     self._read(reply)
                 except httpx.TransportError:
@@ -194,7 +199,8 @@ def check(deployed: Deployed, readers: list[Reader], before: str, after: str) ->
         counts = Counter(zip(writers, drawers, strict=True))
         kinds = {(before, before): "old", (before, after): "old text, new picture", (after, after): "new"}
         told = ", ".join(f"{kinds.get(kind, kind)}: {number}" for kind, number in counts.items())
-        print(f"{reader.story['id']}: {told}; cuts {reader.num_cuts}, restarts {reader.restarts}")
+        print(f"{reader.story['id']}: {told}; cuts {reader.num_cuts}, restarts {reader.restarts}, ", end="")
+        print(f"refused at first {reader.num_refused} times", flush=True)
     assert both, "the stories ended before the model was replaced"
 
 
