@@ -40,7 +40,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults own-model storybook-model clean
+.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -162,6 +162,9 @@ fuzz: $(STAMP)  ## requests of all kinds, made from the API's own document (EXAM
 
 faults: $(STAMP)  ## a server whose processes are killed while stories are made, into benchmarks/results/faults.json
 	$(RUN) -m benchmarks.faults
+
+chaos: $(STAMP) $(S3_STAMP)  ## a local Ray cluster that breaks while stories are made, into benchmarks/results/chaos.json
+	$(RUN) -m benchmarks.chaos
 
 bench-training: $(STAMP)  ## training: speed, ZeRO, kills, into benchmarks/results/training.json
 	$(RUN) -m benchmarks.training

@@ -37,6 +37,33 @@ def server_faults(found: Results) -> str:
     return table(("killed", "kills", *columns.values()), rows)
 
 
+def chaos(found: Results) -> str:
+    """What a local cluster that broke did to the stories that were asked for meanwhile."""
+    names = {
+        "nothing": "nothing",
+        "generator": "one of two generators",
+        "decoder": "one of two decoders",
+        "front": "one of two fronts",
+        "ledger": "the fronts' ledger",
+        "controller": "Serve's controller",
+        "proxy": "one of Serve's proxies",
+        "raylet": "the raylet of a worker",
+        "head": "the whole head, with Redis",
+        "drain": "a worker, announced before",
+        "disk-full": "no room on the disk",
+        "storage-slow": "half of the requests to S3",
+        "storage-lost": "every request to S3",
+        "overload": "nothing, at five times the capacity",
+    }
+    rows = []
+    for row in found["chaos"]["scenarios"]:
+        counts = (row.get(key, "") for key in ("accepted", "finished", "refused", "lost", "doubled"))
+        wait = row.get("next_page_s")
+        rows.append((names[row["scenario"]], *counts, row.get("reason") or ("" if wait is None else f"{wait:g} s")))
+    head = ("what failed", "accepted", "finished", "refused", "lost", "doubled", "to the next page")
+    return table(head, rows)
+
+
 def overload(found: Results) -> str:
     """A server that is asked for several times what it can make."""
     load = found["load"]
@@ -218,17 +245,6 @@ def training_memory(found: Results) -> str:
     ways = dict.fromkeys(name.rpartition(", ")[0] for name in measured)
     head = ("MiB (alone), step", "1 worker", "2 workers", "4 workers", "step of 1", "step of 2")
     return table(head, ((way, *cells(way)) for way in ways))
-
-
-def own_model(found: Results) -> str:
-    """Losses on rows that a model from packages never trained on, before and after each stage."""
-    rows = (
-        (stage, measured["steps"], f"{measured['minutes']:.0f}", name, f"{loss['before']:.3f}", f"{loss['after']:.3f}")
-        for stage, measured in found["own_model"]["stages"].items()
-        for name, loss in measured.items()
-        if isinstance(loss, dict)
-    )
-    return table(("stage", "steps", "minutes", "loss", "before", "after"), rows)
 
 
 def training_curves(found: Results) -> str:

@@ -38,7 +38,7 @@ class RunningStory:
         self.is_lost = False
         """Another front has taken it."""
         self.is_stored = True
-        """How it ended is stored, or is not known yet."""
+        """The storage has taken what it was given."""
         self.is_cancelled = False
         """A client has cancelled it."""
         self._changed = asyncio.Event()

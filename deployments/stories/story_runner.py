@@ -38,8 +38,9 @@ logger = logging.getLogger("ray.serve")
 class StoryRunner:
     """Starts stories, and owns each until its end. A story ends here once: done, failed, cancelled, or handed over.
 
-    A story that is handed over ends without being stored as ended: this process ends, or another front has taken the
-    story. Its lease is then left to expire, and the front that recovers it resumes it.
+    A story that is handed over ends without being stored as ended: this process ends, another front has taken the
+    story, or the storage fails. Its lease is then left to expire. The front that recovers it resumes it, and its
+    readers wait for that.
     """
 
     def __init__(
@@ -165,10 +166,12 @@ class StoryRunner:
         except StoryTaken as loss:
             logger.warning("%s", loss)
             story.is_lost = True
+        except StorageError as failure:  # what is stored stays: a front resumes the story when the storage answers
+            logger.error("%s waits for the storage: %s", story.id, failure.__cause__ or failure)
+            story.is_stored = False
         except Exception as failure:  # whatever it was, its readers must hear of it
-            outcome = _outcome(failure)
-            cause = failure.__cause__ if isinstance(failure, StorageError) else None
-            logger.error("%s failed: %s", story.id, cause or type(getattr(failure, "cause", None) or failure).__name__)
+            outcome = "blocked" if isinstance(failure, Blocked) else "engine_error"
+            logger.error("%s failed: %s", story.id, type(getattr(failure, "cause", None) or failure).__name__)
             final = await self._end(story, builder.state("failed", error=describe(failure)))
         finally:
             if not story.is_stored:
@@ -203,26 +206,19 @@ class StoryRunner:
                 story.announce(event)
 
     async def _end(self, story: RunningStory, state: StoryState) -> StoryState | None:
-        """Store how a story ended; None where it is another front's now."""
+        """Store how a story ended; None where it is another front's now, or the storage fails."""
         try:
             return await writing(story.keep_end, state)
         except StoryTaken:
             story.is_lost = True
             return None
-        except (OSError, MiniGPT5Error) as failure:  # the storage may be what failed
-            logger.error("%s: how it ended is not stored: %s", story.id, failure)
+        except (OSError, MiniGPT5Error) as failure:
+            logger.error("%s: how it ended is not stored: %s", story.id, failure.__cause__ or failure)
             story.is_stored = False
-            return state
+            return None
 
 
 def _fail(store: StoryStore, state: StoryState, error: str) -> None:
     """Store that a story has failed before it ran."""
     store.save(dataclasses.replace(state, status="failed", error=error))
     store.mark(state.id, is_running=False)
-
-
-def _outcome(failure: Exception) -> str:
-    """How a story ended that failed, as the metric has it."""
-    if isinstance(failure, OSError | StorageError):
-        return "storage_error"
-    return "blocked" if isinstance(failure, Blocked) else "engine_error"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from minigpt5.model.base_models import resolve
@@ -16,6 +17,7 @@ from minigpt5.model.base_models import resolve
 STORYBOOK = Path(__file__).parents[2] / "models" / "storybook"
 CAMPAIGNS = "did dm dw ei httt l low nr sof sota sotbe thot trow tsg ttb utbs"
 PACKAGES = ["tuxpaint-stamps-default", "wesnoth-1.16-data", *(f"wesnoth-1.16-{name}" for name in CAMPAIGNS.split())]
+TOOLS = ("apt-get", "dpkg-deb", "rsvg-convert")
 STAMPS, WESNOTH = "usr/share/tuxpaint/stamps", "usr/share/games/wesnoth/1.16"
 NO_PICTURES = ("symbols", "military")
 """Folders of stamps that are letters, money and flags, or that are not for a child."""
@@ -34,14 +36,20 @@ def make_diffusion_base(folder: Path) -> Path:
 
 
 def fetch_data(folder: Path) -> None:
-    """Unpack the Debian packages into a folder, without installing them, and draw the stamps that are SVG. It needs
-    apt-get, dpkg-deb and rsvg-convert (package librsvg2-bin)."""
+    """Unpack the Debian packages into a folder, without installing them, and draw the stamps that are SVG. Exits where
+    a tool is missing or apt-get cannot bring the packages."""
     if folder.exists():
         return
+    if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
+        sys.exit(
+            f"error: there is no {', '.join(missing)}: on Debian, apt-get install librsvg2-bin; or name unpacked "
+            "packages with --data"
+        )
     partial = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "deb").mkdir(parents=True)
-    subprocess.run(["apt-get", "download", "-qq", *PACKAGES], cwd=partial / "deb", check=True)
+    if subprocess.run(["apt-get", "download", "-qq", *PACKAGES], cwd=partial / "deb").returncode:
+        sys.exit("error: apt-get could not bring all packages: run apt-get update, or name them with --data")
     for package in sorted((partial / "deb").glob("*.deb")):
         subprocess.run(["dpkg-deb", "-x", package, partial], check=True)
     shutil.rmtree(partial / "deb")

@@ -80,7 +80,7 @@ class StoryStore:
     def save(self, state: StoryState) -> None:
         """Everything but the pages, which `save_page` writes each by itself."""
         if state.status == "drawing":
-            self._write(_entry(state.owner, state.id), b"")  # before the story: whoever has one is found
+            self._write(_entry(state.owner, state.id), b"")  # before the story: no story is missing from it
         self._write_of(state.id, "story.json", _to_bytes(to_json(dataclasses.replace(state, pages=()))))
 
     def save_page(self, story_id: str, page: PageState) -> None:

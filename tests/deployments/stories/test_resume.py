@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
+import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from pyarrow import fs
 
+from deployments import sse
 from deployments.schemas import CreateStory, to_story_request
+from deployments.stories import coordinator
 from deployments.stories import resume as replay
 from deployments.stories.events import Numbering, Position, StreamEvent, after, stored_events
 from minigpt5.errors import EngineLost
+from minigpt5.story import store as stored
 from minigpt5.story.state import PageState, StoryState
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest, TextDelta, Vokens
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
-from tests.helpers.served import CONFIG, Served, assert_error, read_events
+from tests.helpers.processes import find_free_port
+from tests.helpers.served import CONFIG, Listening, Served, assert_error, read_events
 
 BODY = {"prompt": "A fox", "pages": 3, "seed": 7}
 MAX_STEPS = 3
@@ -409,3 +417,34 @@ def test_a_story_left_to_a_model_without_its_sampler_is_drawn_with_the_model_s_o
 
     again.run(recover)
     assert {request.settings.scheduler for request in again.decoder.requests} == {"euler"}
+
+
+def test_a_story_waits_for_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader hears of no end before the story is done."""
+    monkeypatch.setattr(coordinator, "RECOVER_S", 0.2)
+    write, is_full = stored.write_whole, threading.Event()
+
+    def write_where_there_is_room(files: fs.FileSystem, path: str, data: bytes, **options: Any) -> None:
+        if is_full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(files, path, data, **options)
+
+    port = find_free_port()
+    listening = Listening(Served(tmp_path, generator=FakeGenerator(delay_s=0.05)), port)
+    monkeypatch.setattr(stored, "write_whole", write_where_there_is_room)
+    names: list[str] = []
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            story = client.post("/v1/stories", json={**BODY, "wait": False}).json()
+            with client.stream("GET", f"/v1/stories/{story['id']}/events") as reply:
+                for event in sse.read_events(reply.iter_bytes()):
+                    names.append(event.name)
+                    if event.name == "image" and not is_full.is_set():
+                        is_full.set()
+                        assert client.post("/v1/stories", json=BODY).status_code == 503
+                        threading.Timer(1.0, is_full.clear).start()
+            story = client.get(f"/v1/stories/{story['id']}").json()
+    finally:
+        listening.stop()
+    assert names.count("page") == BODY["pages"] and names[-1] == "done"
+    assert story["status"] == "done" and all("image" in page for page in story["pages"])
