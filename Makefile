@@ -11,6 +11,7 @@ SEED ?= 7
 OUT ?= story.html
 EXAMPLES ?= 200
 QUICK ?=
+SCALE ?= 1
 
 RUN := .venv/bin/python
 STAMP := .venv/.installed
@@ -39,7 +40,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos storybook-model clean
+.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -170,6 +171,9 @@ bench-training: $(STAMP)  ## training: speed, ZeRO, kills, into benchmarks/resul
 
 bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, scaling, into benchmarks/results/bulk.json
 	$(RUN) -m benchmarks.bulk
+
+own-model: $(STAMP)  ## a model from bases and data that packages carry, trained on real pictures, in runs/from-packages (SCALE=0.1: shorter)
+	$(RUN) examples/own_model/from_packages.py --scale $(SCALE)
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, stage by stage; resumes after a stop
 	for stage in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$stage --preset storybook || exit 1; done

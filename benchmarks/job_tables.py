@@ -218,6 +218,35 @@ def training_speed(found: Results) -> str:
     return table(("", "steps/s", "of the plain loop", *names, "peak memory of a worker"), rows)
 
 
+def training_rows(found: Results) -> str:
+    """The cost of a stored row, by the number of rows."""
+    rows = (
+        (
+            f"{int(num_rows):,}",
+            f"{one['us_per_row']:.0f} us",
+            f"{one['opened_us_per_row']:.1f} us",
+            f"{one['sent_mib']:.2f} MiB",
+        )
+        for num_rows, one in found["training"]["rows"].items()
+    )
+    head = ("rows", "an example", "opening, each row", "sent to a data worker")
+    return table(head, rows)
+
+
+def training_memory(found: Results) -> str:
+    """The most memory of a training worker, and the seconds of a step, by the number of workers."""
+    measured = found["training"]["memory"]
+
+    def cells(way: str) -> list[str]:
+        of = {num: measured.get(f"{way}, {num}") for num in (1, 2, 4)}
+        held = [f"{one['peak_mib']:,.0f} ({one['private_mib']:,.0f})" if one else "" for one in of.values()]
+        return [*held, *(f"{of[num]['step_s']:.1f} s" for num in (1, 2))]
+
+    ways = dict.fromkeys(name.rpartition(", ")[0] for name in measured)
+    head = ("MiB (alone), step", "1 worker", "2 workers", "4 workers", "step of 1", "step of 2")
+    return table(head, ((way, *cells(way)) for way in ways))
+
+
 def training_curves(found: Results) -> str:
     """Largest relative difference of a loss from the plain loop of the same precision."""
     curves = found["training"]["curves"]

@@ -35,6 +35,8 @@ from benchmarks.job_tables import (
     server_faults,
     training_curves,
     training_kills,
+    training_memory,
+    training_rows,
     training_speed,
 )
 from benchmarks.markdown import Results, interval, table
@@ -109,6 +111,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "bulk-kills": bulk_kills,
     "bulk-speed": bulk_speed,
     "training-kills": training_kills,
+    "training-memory": training_memory,
+    "training-rows": training_rows,
     "training-speed": training_speed,
     "training-curves": training_curves,
     "batch-invariance": batch_invariance,

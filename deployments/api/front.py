@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from deployments.stories.coordinator import Coordinator
 from deployments.stories.leases import Leases
 from deployments.stories.ledger import Ledger, LocalLedger
 from deployments.stories.relay import EventRelay
+from deployments.stories.store_threads import reading
 from deployments.stories.story_runner import StoryRunner
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
@@ -157,5 +157,5 @@ async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> Non
     is_shared = request.scope.get(CLIENT, "") is None
     if not front.keys or not story_id or is_shared:
         return
-    if await asyncio.to_thread(front.store.load_owner, story_id) != client:
+    if await reading(front.store.load_owner, story_id) != client:
         raise StoryNotFound(f"no story {story_id[:80]!r}")

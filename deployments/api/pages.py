@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 
@@ -13,8 +12,9 @@ from deployments.api.drawing import draw_alone
 from deployments.api.errors import ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_owner, check_texts, note_story
 from deployments.api.replies import BEGUN, answer, reply
+from deployments.engines.handover import read_page
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
-from deployments.stories.resume import read_page
+from deployments.stories.store_threads import reading, writing
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.state import PageState, StoryState, image_state
 from minigpt5.types import MAX_PAGES, DrawRequest, Vokens
@@ -31,8 +31,8 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 
     async def begin() -> str:
         async with front.leases.exclusive(story_id) as lease:
-            state = await asyncio.to_thread(front.store.load, story_id)
-            request = await asyncio.to_thread(front.store.load_request, story_id)
+            state = await reading(front.store.load, story_id)
+            request = await reading(front.store.load_request, story_id)
             num_complete = len(_complete(state))
             if num_complete + body.count > MAX_PAGES:
                 raise InvalidRequest(
@@ -50,13 +50,13 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
     """Edit a page's text: the model reads new vokens from it and draws a new picture; later pages stay. Or choose one
     of its pictures."""
     async with front.leases.exclusive(story_id) as lease:
-        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        old = await reading(front.store.load_page, story_id, page)
         if body.variant is not None:
             chosen = _choose(old, body.variant)
-            await asyncio.to_thread(lease.store.save_page, story_id, chosen)
+            await writing(lease.store.save_page, story_id, chosen)
             return reply(front, page_reply(story_id, chosen))
-        state = await asyncio.to_thread(front.store.load, story_id)
-        request = await asyncio.to_thread(front.store.load_request, story_id)
+        state = await reading(front.store.load, story_id)
+        request = await reading(front.store.load_request, story_id)
         request = dataclasses.replace(request, draw=front.config.drawable(request.draw), key=client)
         check_texts(front, [body.text], "text")
         new = PageState(index=page, text=(body.text or "").strip())
@@ -72,7 +72,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 
         await front.runner.resume(state, request, lease, change=change)
     await front.relay.wait(story_id)
-    return reply(front, page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page)))
+    return reply(front, page_reply(story_id, await reading(front.store.load_page, story_id, page)))
 
 
 @pages.post(
@@ -85,15 +85,20 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
     """Draw a page once more, from its stored vokens; the earlier pictures are kept. Where another model made the
     vokens, this one reads the page's text first. A client that goes away stops the work."""
     async with front.leases.exclusive(story_id) as lease:
-        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+        old = await reading(front.store.load_page, story_id, page)
         variants = old.variants or ((old.image,) if old.image else ())
         if len(variants) >= MAX_VARIANTS:
             raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
-        vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+        vokens = await reading(front.store.load_vokens, story_id, page)
         seed, draw = redrawn(body, old.image, front.config)
-        if vokens.fingerprint != front.config.fingerprint:
+
+        async def read_again() -> Vokens:
+            nonlocal vokens
             vokens = await _read_again(front, story_id, page, key=client)
-        picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
+            return vokens
+
+        request = DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client)
+        picture = await draw_alone(front, request, read_again)
         image = image_state(picture, draw, fingerprint=vokens.fingerprint)
         number = len(variants)
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
@@ -103,14 +108,14 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             lease.store.save_picture(story_id, picture, variant=number)
             lease.store.save_page(story_id, new)
 
-        await asyncio.to_thread(keep)
+        await writing(keep)
     return reply(front, page_reply(story_id, new), 201)
 
 
 async def _read_again(front: Front, story_id: str, page: int, *, key: str) -> Vokens:
     """A page's vokens by the generator that is there now."""
-    state = await asyncio.to_thread(front.store.load, story_id)
-    request = await asyncio.to_thread(front.store.load_request, story_id)
+    state = await reading(front.store.load, story_id)
+    request = await reading(front.store.load_request, story_id)
     request = dataclasses.replace(request, pages=page, key=key, session=story_id)
     return await read_page(front.engines, request, tuple(one.text for one in _complete(state))[:page])
 

@@ -22,6 +22,7 @@ from deployments.api.front import Front
 from deployments.schemas import StoryReply, story_reply
 from deployments.sse import KEEP_ALIVE, encode
 from deployments.stories.events import Position
+from deployments.stories.store_threads import reading
 from minigpt5.errors import EngineLost
 from minigpt5.story.stream import describe
 
@@ -48,7 +49,7 @@ async def answer(front: Front, begin: Callable[[], Awaitable[str]], *, stream: b
     path = f"/v1/stories/{story_id}"
     if wait:
         await front.relay.wait(story_id)
-    state = await asyncio.to_thread(front.store.load, story_id)
+    state = await reading(front.store.load, story_id)
     if state.status == "failed":
         message = f"{story_id} failed: {state.error}; what was finished is at {path}"
         return error_response(500, message, code="story_failed", headers={"Location": path})

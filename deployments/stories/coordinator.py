@@ -16,6 +16,7 @@ from deployments.stories.admission import Admission
 from deployments.stories.leases import Leases
 from deployments.stories.ledger import HEARTBEAT_S, Instructions, Ledger
 from deployments.stories.relay import EventRelay
+from deployments.stories.store_threads import writing
 from deployments.stories.story_runner import StoryRunner
 from minigpt5.errors import StoryNotFound
 from minigpt5.story.store import StoryStore
@@ -71,7 +72,7 @@ class Coordinator:
 
     async def recover(self) -> None:
         """Resume every unfinished story that no front runs."""
-        for story_id in await asyncio.to_thread(self._store.running):
+        for story_id in await writing(self._store.running):
             await asyncio.create_task(self._runner.recover(story_id), context=story_context(story_id))
 
     async def cancel(self, story_id: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from deployments.stories.ledger import Ledger
+from deployments.stories.store_threads import writing
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.errors import StoryTaken
 from minigpt5.story.store import StoryStore
@@ -76,13 +77,13 @@ class Leases:
 
         Raises StoryBusy while the story runs, or while another request changes it."""
         async with self.hold(story_id) as lease:
-            await asyncio.to_thread(lease.store.mark, story_id, is_running=True)
+            await writing(lease.store.mark, story_id, is_running=True)
             try:
                 yield lease
             finally:
                 if not lease.is_kept:
                     with contextlib.suppress(StoryTaken):
-                        await uninterrupted(asyncio.to_thread(lease.store.mark, story_id, is_running=False))
+                        await uninterrupted(writing(lease.store.mark, story_id, is_running=False))
 
     @contextlib.asynccontextmanager
     async def wait_for(self, name: str) -> AsyncIterator[Lease]:

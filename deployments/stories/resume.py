@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import AsyncIterator
 
 from deployments.engines.handles import Engines
-from minigpt5.errors import EngineLost, FingerprintMismatch, StoryNotFound
+from deployments.engines.handover import draw_across_models, read_page
+from deployments.stories.store_threads import writing
+from minigpt5.errors import EngineLost, StoryNotFound
 from minigpt5.story.state import PageState
 from minigpt5.story.store import StoryStore
 from minigpt5.types import (
@@ -34,10 +35,6 @@ MAX_LOSSES = 5
 """Deaths of an engine under one request that are got over."""
 LOSS_PAUSE_S = 0.5
 """Before another replica is asked; twice as long each time."""
-UPGRADE_S = 600.0
-"""How long a page waits for engines of one model, while Serve replaces those of another."""
-UPGRADE_PAUSE_S = 1.0
-"""Before both engines are asked again meanwhile."""
 
 
 class _Replaced(Exception):
@@ -110,14 +107,15 @@ class ResumedEngines:
                     texts[event.page] = new
                 passed.add(event.page)
                 self.writers.setdefault(event.page, event.fingerprint)
-                yield await asyncio.to_thread(self._keep, event)
+                yield await writing(self._keep, event)
                 if event.fingerprint in self._refused and event.page < last:
                     raise _Replaced
             else:
                 yield event
 
     def _keep(self, vokens: Vokens) -> Vokens:
-        """The stored ones, or these from now on. Another model's are kept for a picture that is drawn alone."""
+        """The stored ones, or these from now on. Those of another model stay only with the picture that was drawn from
+        them."""
         if vokens.page in self._written:
             with contextlib.suppress(StoryNotFound):
                 stored = self._store.load_vokens(self._story_id, vokens.page)
@@ -131,7 +129,7 @@ class ResumedEngines:
         page = request.vokens.page
         if page in self.drawn:
             try:
-                picture = await asyncio.to_thread(self._store.load_shown, self._story_id, self.drawn[page])
+                picture = await writing(self._store.load_shown, self._story_id, self.drawn[page])
                 assert picture
                 yield picture
                 return
@@ -146,36 +144,26 @@ class ResumedEngines:
                 await self._get_over(loss, attempt)
 
     async def _draw(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
-        """Draw, and where the decoder has another model than the vokens, have the generator read the page again.
+        page = request.vokens.page
+        self.drawers[page] = request.vokens.fingerprint
 
-        Raises FingerprintMismatch where both engines do not have one model within UPGRADE_S."""
-        until = time.monotonic() + UPGRADE_S
-        while True:
-            vokens = request.vokens
-            try:
-                async with contextlib.aclosing(self._engines.decode(request)) as events:  # type: ignore[type-var]
-                    async for event in events:
-                        self.drawers[vokens.page] = vokens.fingerprint
-                        yield event
-                self._refused.discard(vokens.fingerprint)
-                return
-            except FingerprintMismatch as mismatch:
-                if vokens.fingerprint not in self._refused:
-                    logger.info("%s: page %d is read again: %s", self._story_id, vokens.page, mismatch)
-                self._refused.add(vokens.fingerprint)
-                if time.monotonic() >= until:
-                    raise
-                request = dataclasses.replace(request, vokens=await self._read_again(vokens))
-                if request.vokens.fingerprint in self._refused:  # the generator is not replaced yet, or the decoder
-                    await asyncio.sleep(UPGRADE_PAUSE_S)
+        async def read_again() -> Vokens:
+            self._refused.add(self.drawers[page])
+            vokens = await self._read_again(page)
+            self.drawers[page] = vokens.fingerprint
+            return vokens
 
-    async def _read_again(self, vokens: Vokens) -> Vokens:
-        """The same page's vokens by the generator that is there now, from the page's text; stored."""
-        request, complete = self._sources[vokens.page]
-        request = dataclasses.replace(request, pages=vokens.page - len(request.previous), num_later=0)
-        again = await read_page(self._engines, request, _beginning(complete, request))
-        await asyncio.to_thread(self._store.save_vokens, self._story_id, again)
-        return again
+        async for event in draw_across_models(self._engines, request, read_again):
+            yield event
+        self._refused.discard(self.drawers[page])
+
+    async def _read_again(self, page: int) -> Vokens:
+        """A page's vokens by the generator that is there now, from the page's text; stored."""
+        request, complete = self._sources[page]
+        request = dataclasses.replace(request, pages=page - len(request.previous), num_later=0)
+        vokens = await read_page(self._engines, request, _beginning(complete, request))
+        await writing(self._store.save_vokens, self._story_id, vokens)
+        return vokens
 
     async def _get_over(self, loss: EngineLost, attempt: int) -> None:
         """Raises `loss` where there were too many."""
@@ -183,21 +171,6 @@ class ResumedEngines:
         if attempt == MAX_LOSSES:
             raise loss
         await asyncio.sleep(LOSS_PAUSE_S * 2**attempt)
-
-
-async def read_page(engines: Engines, request: StoryRequest, texts: tuple[str, ...]) -> Vokens:
-    """The vokens of a request's last page, from `texts` of all of its pages: nothing is written.
-
-    Raises FingerprintMismatch where a text is missing or empty."""
-    page = len(request.previous) + request.pages
-    if len(texts) < request.pages:
-        raise FingerprintMismatch(f"page {page} is of another model, and has no text that this one could read")
-    reading = dataclasses.replace(request, given=texts)
-    async with contextlib.aclosing(engines.generate(reading)) as events:  # type: ignore[type-var]
-        async for event in events:
-            if isinstance(event, Vokens) and event.page == page:
-                return event
-    raise EngineLost("the generator ended without the page's vokens")
 
 
 def _beginning(complete: dict[int, str], request: StoryRequest) -> tuple[str, ...]:

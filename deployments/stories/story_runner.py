@@ -21,6 +21,7 @@ from deployments.stories.admission import Admission, Overloaded, Reservation
 from deployments.stories.leases import Lease, Leases, StoryBusy
 from deployments.stories.resume import ResumedEngines
 from deployments.stories.running_story import STORED, RunningStory
+from deployments.stories.store_threads import writing
 from deployments.stories.story_clock import StoryClock
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.config import ModelConfig
@@ -107,16 +108,16 @@ class StoryRunner:
 
     async def _recover(self, story_id: str, lease: Lease) -> None:
         store = lease.store
-        if not STORY_ID.fullmatch(story_id) or story_id not in await asyncio.to_thread(store.running):
+        if not STORY_ID.fullmatch(story_id) or story_id not in await writing(store.running):
             return
-        await asyncio.to_thread(store.mark, story_id, is_running=True)
+        await writing(store.mark, story_id, is_running=True)
         try:
-            state = await asyncio.to_thread(store.load, story_id)
+            state = await writing(store.load, story_id)
         except StoryNotFound:  # it was never accepted, or is deleted
-            return await asyncio.to_thread(store.mark, story_id, is_running=False)
+            return await writing(store.mark, story_id, is_running=False)
         if state.status != "drawing":  # only the mark was left
-            return await asyncio.to_thread(store.mark, story_id, is_running=False)
-        request = await asyncio.to_thread(store.load_request, story_id)
+            return await writing(store.mark, story_id, is_running=False)
+        request = await writing(store.load_request, story_id)
         request = dataclasses.replace(request, draw=self._config.drawable(request.draw))
         while True:
             try:
@@ -125,7 +126,7 @@ class StoryRunner:
             except Overloaded as refusal:
                 await asyncio.sleep(refusal.retry_after_s)
             except InvalidRequest as refusal:  # by another model than the one that accepted it
-                return await asyncio.to_thread(_fail, store, state, str(refusal))
+                return await writing(_fail, store, state, str(refusal))
 
     async def _start(
         self,
@@ -139,7 +140,7 @@ class StoryRunner:
         try:
             await self._engines.validate_request(builder.request)
             story = RunningStory(builder, ResumedEngines(self._engines, lease.store, lease.name, pages), lease)
-            await asyncio.to_thread(story.keep_request, change)
+            await writing(story.keep_request, change)
         except BaseException:
             reservation.release()
             raise
@@ -200,14 +201,14 @@ class StoryRunner:
                 reservation.observe(event)
                 if isinstance(event, STORED):  # a thread for each piece of text would cost more than the text
                     with clock.storing(event):
-                        await uninterrupted(asyncio.to_thread(story.keep, event))
+                        await uninterrupted(writing(story.keep, event))
                 clock.observe(event)
                 story.announce(event)
 
     async def _end(self, story: RunningStory, state: StoryState) -> StoryState | None:
         """Store how a story ended; None where it is another front's now, or the storage fails."""
         try:
-            return await asyncio.to_thread(story.keep_end, state)
+            return await writing(story.keep_end, state)
         except StoryTaken:
             story.is_lost = True
             return None

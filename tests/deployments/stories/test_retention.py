@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
-from deployments.stories.retention import keep_within, remove_old
+from deployments.stories.retention import ONCE_S, keep_within, remove_old
 from minigpt5.errors import StorageError
 from tests.helpers.served import Served
 
@@ -69,3 +71,24 @@ def test_a_store_that_fails_once_is_looked_at_again(tmp_path: Path, monkeypatch:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(keep_within(served.store, served.front.leases, max_age_s=None, max_bytes=None))
     assert len(calls) == 2
+
+
+def test_keys_of_requests_are_forgotten_after_a_day_and_owners_indexed(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    headers = {"Idempotency-Key": "fox-1"}
+    first, again = (served.request("POST", "/v1/stories", json=BODY, headers=headers).json()["id"] for _ in range(2))
+    assert first == again
+    [marker] = (tmp_path / "once").iterdir()
+
+    async def look_once() -> None:
+        task = asyncio.create_task(keep_within(served.store, served.front.leases, max_age_s=None, max_bytes=None))
+        await asyncio.sleep(0.5)
+        task.cancel()
+
+    asyncio.run(look_once())
+    assert marker.exists() and served.store.list_ids(owner="somebody else") == []
+    old = time.time() - ONCE_S - 60
+    os.utime(marker, (old, old))
+    asyncio.run(look_once())
+    assert not marker.exists()
+    assert served.request("POST", "/v1/stories", json=BODY, headers=headers).json()["id"] != first

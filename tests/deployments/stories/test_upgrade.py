@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.stories import resume
+from deployments.engines import handover
 from minigpt5.config import ModelConfig
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest, TextDelta, Vokens
 from tests.deployments.stories.test_resume import told
@@ -64,7 +64,7 @@ class Upgraded(Served):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "UPGRADE_PAUSE_S", 0.01)
+    monkeypatch.setattr(handover, "UPGRADE_PAUSE_S", 0.01)
 
 
 def check(story: dict[str, Any], events: list[tuple[str, str, dict[str, Any]]]) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def test_the_next_servers_model_goes_on_with_what_is_stored_and_back(tmp_path: P
 
 
 def test_engines_that_stay_of_two_models_draw_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "UPGRADE_S", 0.05)
+    monkeypatch.setattr(handover, "UPGRADE_S", 0.05)
     served = Served(tmp_path, decoder=FakeDecoder(fingerprint=NEW))
     story = served.post({**BODY, "pages": 2}).json()
     assert [page["error"] for page in story["pages"]] == ["vokens of another model"] * 2
@@ -197,3 +197,25 @@ def test_a_story_that_the_new_model_cannot_write_ends_and_says_why(tmp_path: Pat
     assert (state.status, state.error) == ("failed", "prompt takes 2 tokens but the window is 1")
     assert new.store.running() == [] and new.front.leases.held == {}
     assert_error(new.request("GET", "/v1/stories/story_none"), 404)
+
+
+def test_pictures_outside_of_stories_are_drawn_by_one_model_too(tmp_path: Path) -> None:
+    """The decoder is replaced between a text and its picture."""
+    for number, (path, body) in enumerate(
+        [
+            (
+                "/v1/chat/completions",
+                {"messages": [{"role": "user", "content": "Draw"}], "seed": 7, "modalities": ["text", "image"]},
+            ),
+            ("/v1/images/generations", {"prompt": "A fox", "n": 2}),
+            ("/v1/images/generations", {"prompt": "A fox", "stream": True}),
+        ]
+    ):
+        served = Upgraded(tmp_path / str(number), generator_after=2, decoder_after=0)
+        reply = served.post(body, path)
+        assert reply.status_code == 200 and "error" not in reply.text
+        assert not served.old_decoder.requests
+        drawn = [one.vokens for one in served.new_decoder.requests if one.vokens.fingerprint == NEW]
+        assert len(drawn) == body.get("n", 1) and {vokens.page for vokens in drawn} == {1}
+        asked = served.new.requests[-1]
+        assert (asked.mode, asked.prompt_text) == ("caption", "A fox" if "prompt" in body else "Page 1 of 7.")
