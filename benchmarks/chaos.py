@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -350,8 +350,9 @@ def made_chaos() -> Iterator[Chaos]:
         yield Chaos(cluster, folder, faults)
 
 
-def save(rows: Sequence[Row], out: Path) -> None:
-    """Rows and ratios; a row that could not be tried counts nowhere."""
+def save(found: Mapping[str, Row], out: Path) -> None:
+    """A row of each scenario, and ratios; one that was not tried has a reason, and counts nowhere."""
+    rows = [found.get(name, {"scenario": name, "reason": "not run"}) for name in SCENARIOS]
     tried = [row for row in rows if "reason" not in row]
     waits = {row["scenario"]: row["next_page_s"] for row in tried if row["next_page_s"] is not None}
     memory = [row["memory_after"] for row in tried if "memory_after" in row]
@@ -390,14 +391,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     until = time.monotonic() + options.seconds
     known = json.loads(options.out.read_text())["figures"]["scenarios"] if options.out.exists() else []
-    rows = {row["scenario"]: row for row in known}
+    rows = {row["scenario"]: row for row in known if "reason" not in row}
     names = [name for name in options.only if not (options.missing and name in rows)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster ends, too
     with made_chaos() as chaos:
         for name in names:
             if time.monotonic() < until:
                 rows[name] = try_one(chaos, name, options.seed)
-                save([rows[name] for name in SCENARIOS if name in rows], options.out)
+                save(rows, options.out)
                 print(json.dumps(rows[name]), flush=True)
 
 

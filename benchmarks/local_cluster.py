@@ -133,6 +133,8 @@ class LocalCluster:
         command += [f"--temp-dir={self._folder}", f"--ray-client-server-port={find_free_port()}"]
         if self._redis:
             command += [f"--redis-password={self._redis_password}"]
+        # Ray would take the last head for alive; on the next machine it does not find this file.
+        (self._folder / "ray_current_cluster").unlink(missing_ok=True)
         self.head = self._start(command)
         wait_for(self._answers, START_S, pause_s=PAUSE_S)
 
