@@ -26,11 +26,13 @@ the caption's own condition, the third row what it draws from the vokens.</p>"""
 
 
 def read_stage(run: Path) -> dict[str, Any]:
-    """A run's steps, minutes and losses on rows that it never trained on, before its first step and after its last."""
+    """A run's losses on rows that it never trained on, before its first step and when they were last measured, with the
+    steps and minutes until then."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "validation_loss" in line]
-    trained = [line for line in lines if "elapsed_s" in line]
-    found = {"steps": trained[-1]["step"], "minutes": trained[-1]["elapsed_s"] / 60}
+    steps = measured[-1]["step"]
+    trained = [line for line in lines if "elapsed_s" in line and line["step"] <= steps]
+    found = {"steps": steps, "minutes": trained[-1]["elapsed_s"] / 60}
     for name in LOSSES:
         if (key := f"validation_{name}") in measured[0]:
             found[name] = {"before": measured[0][key], "after": measured[-1][key]}

@@ -113,6 +113,7 @@ def test_bases_that_packages_carry_learn_from_stamps_and_campaigns(tmp_path: Pat
     parts = '[part]\nstory= _ "The men came to a field."\nbackground=story/field.png\n[/part]\n' * 2
     (campaigns / "1.cfg").write_text(f"[story]\n{parts}[/story]\n" * 60)
     arguments = ("own_model/from_packages.py", str(place), "--data", str(data), "--scale", "0.001")
+    arguments += ("--workers", "0", "--threads", "1")
     assert "-m training.train align" in run(*arguments)
     page = (place / "report.html").read_text()
     assert page.count("data:image/png") == 2 and "books/" in page
