@@ -247,6 +247,17 @@ def training_memory(found: Results) -> str:
     return table(head, ((way, *cells(way)) for way in ways))
 
 
+def own_model(found: Results) -> str:
+    """Losses on rows that a model from packages never trained on, before and after each stage."""
+    rows = (
+        (stage, measured["steps"], f"{measured['minutes']:.0f}", name, f"{loss['before']:.3f}", f"{loss['after']:.3f}")
+        for stage, measured in found["own_model"]["stages"].items()
+        for name, loss in measured.items()
+        if isinstance(loss, dict)
+    )
+    return table(("stage", "steps", "minutes", "loss", "before", "after"), rows)
+
+
 def training_curves(found: Results) -> str:
     """Largest relative difference of a loss from the plain loop of the same precision."""
     curves = found["training"]["curves"]
