@@ -46,6 +46,15 @@ def check_workers(preset: Preset, num_workers: int) -> None:
         )
 
 
+def check_gpus(num_workers: int, num_gpus: float, there: float) -> None:
+    """Raise TrainingError where a Ray of our own has `there` GPUs: nobody will add any, and Ray would wait for ever."""
+    if num_workers * num_gpus > there:
+        raise TrainingError(
+            f"{num_workers} workers of {num_gpus:g} GPUs do not fit this machine, which has {there:g}: set --gpus or "
+            "--workers, or name a cluster with RAY_ADDRESS"
+        )
+
+
 def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
     """Train with `num_workers` workers; the folders of `run` must be ones that all of them see.
 
@@ -58,6 +67,8 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
         num_cpus = max(os.cpu_count() or 1, num_workers + math.ceil(num_workers / 2))
         own = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         ray.init(**({} if "RAY_ADDRESS" in os.environ else own))
+    if "RAY_ADDRESS" not in os.environ:
+        check_gpus(num_workers, num_gpus, ray.cluster_resources().get("GPU", 0))
     settings = {"run": dataclasses.replace(run, owner=checkpoint.claim(run.out))}
     resources = {"CPU": 0.5} | ({"GPU": num_gpus} if num_gpus else {})
     with tempfile.TemporaryDirectory() as scratch:
