@@ -31,7 +31,7 @@ NUM_WORKERS = 2
 WORKER_CPUS = 4
 """Logical ones of a worker: one of two takes all replicas."""
 REPLICAS = {"Ingress": 2, "VokenGenerator": 2, "DiffusionDecoder": 2, "Ledger": 1}
-START_S, END_S, PAUSE_S = 240.0, 30.0, 0.2
+START_S, END_S, PAUSE_S, TRIES = 240.0, 30.0, 0.2, 3
 RECONNECT_S = 120
 """How long a worker's raylet waits for the GCS of a head that is away."""
 
@@ -143,15 +143,22 @@ class LocalCluster:
         self._start(command)
 
     def _start(self, command: list[str]) -> Node:
-        """Returns when the node is up: nodes that start at once on one machine take each other's sockets."""
-        command += [f"--dashboard-agent-listen-port={find_free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
-        log = self._folder / f"node-{len(self._nodes)}.log"
-        node = Node([*command, f"--object-store-memory={2**27}"], self._environment, log)
-        self._nodes.append(node)
-        wait_for(lambda: "Ray runtime started" in log.read_text() or not node.is_alive(), START_S, pause_s=PAUSE_S)
-        if not node.is_alive():
-            raise RuntimeError(f"a node did not start: {log.read_text()[-2000:]}")
-        return node
+        """Start a node, and once more where it dies: Ray gives it 30 s, which a busy machine may not have.
+
+        Returns when the node is up: nodes that start at once on one machine take each other's sockets."""
+        for _ in range(TRIES):
+            ports = [f"--dashboard-agent-listen-port={find_free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
+            log = self._folder / f"node-{len(self._nodes)}.log"
+            node = Node([*command, *ports, f"--object-store-memory={2**27}"], self._environment, log)
+            self._nodes.append(node)
+            wait_for(
+                lambda log=log, node=node: "Ray runtime started" in log.read_text() or not node.is_alive(),
+                START_S,
+                pause_s=PAUSE_S,
+            )
+            if node.is_alive():
+                return node
+        raise RuntimeError(f"a node did not start: {log.read_text()[-2000:]}")
 
     @property
     def nodes(self) -> list[Node]:
