@@ -152,7 +152,7 @@ def inception_score(
 
 
 def efficientnet_distance(
-    drawn: Sequence[np.ndarray], true: Sequence[np.ndarray], network: EfficientNetFeatures | None = None
+    drawn: Sequence[np.ndarray], true: Sequence[np.ndarray], network: nn.Module | None = None
 ) -> float:
     """Frechet distance on EfficientNet-Lite0 features. It is not an FID."""
     features = network or EfficientNetFeatures()

@@ -101,14 +101,19 @@ def _longest_common(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
 def load_wordnet(folder: str | Path = "/usr/share/wordnet") -> WordNetCorpusReader:
     """Open a WordNet database in Princeton's form, for `meteor`; the default is where Debian's wordnet-base has it.
     Raises BaseModelNotFound."""
+    import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
-    missing = [name for name in WORDNET_FILES if not (Path(folder) / name).is_file()]
+    folder = Path(folder).absolute()
+    missing = [name for name in WORDNET_FILES if not (folder / name).is_file()]
     if missing:
         raise BaseModelNotFound(
             f"{folder} is no WordNet database, it lacks {', '.join(missing)}: run `apt-get install wordnet-base`, or give "
             "the folder dict/ of Princeton's WordNet 3.0"
         )
+
+    if str(folder) not in nltk.data.path:  # nltk reads from folders of this list alone
+        nltk.data.path.append(str(folder))
 
     class Reader(WordNetCorpusReader):
         """Debian leaves out lexnames, the names of the files that lexicographers wrote. METEOR reads none of them."""
