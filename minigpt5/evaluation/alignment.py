@@ -38,7 +38,9 @@ class Clip:
 
         path = resolve(folder)
         if (kind := AutoConfig.from_pretrained(path).model_type) != "clip":
-            raise ModelFolderError(f"{path} is a {kind} model: give a CLIP model, such as openai/clip-vit-large-patch14")
+            raise ModelFolderError(
+                f"{path} is a {kind} model: give a CLIP model, such as openai/clip-vit-large-patch14"
+            )
         model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
         self.model = model.eval().requires_grad_(False).to(device)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)

@@ -61,7 +61,9 @@ class EfficientNetFeatures(nn.Module):
         super().__init__()
         from minigpt5.model.vision import EfficientNetEncoder
 
-        config = VisionConfig(encoder="efficientnet-lite0", encoder_width=1280, num_features=49, hidden=1)
+        config = VisionConfig(
+            encoder="efficientnet-lite0", encoder_width=1280, num_features=49, hidden=1, num_layers=1, num_heads=1
+        )
         self.encoder = EfficientNetEncoder(config)
         self.encoder.network.load_state_dict(load_tensors(resolve("efficientnet-lite0")))
 
@@ -69,7 +71,9 @@ class EfficientNetFeatures(nn.Module):
         return self.encoder(self.encoder.prepare(pictures_BCYX.float())).mean(1)
 
 
-def extract(pictures: Sequence[np.ndarray], network: nn.Module, *, batch_size: int = 16, px: int | None = None) -> Tensor:
+def extract(
+    pictures: Sequence[np.ndarray], network: nn.Module, *, batch_size: int = 16, px: int | None = None
+) -> Tensor:
     """Pictures (Y, X, 3) uint8 -> their features (B, D). `px`: bring all to this side first, bilinearly; without it
     they must be of one size."""
     if not len(pictures):
@@ -78,7 +82,9 @@ def extract(pictures: Sequence[np.ndarray], network: nn.Module, *, batch_size: i
     for start in range(0, len(pictures), batch_size):
         batch = [_to_uint8(one, px) for one in pictures[start : start + batch_size]]
         if len({one.shape for one in batch}) > 1:
-            raise InvalidRequest("pictures", f"pictures of sizes {sorted({tuple(one.shape[1:]) for one in batch})}: give px")
+            raise InvalidRequest(
+                "pictures", f"pictures of sizes {sorted({tuple(one.shape[1:]) for one in batch})}: give px"
+            )
         batches.append(network(torch.stack(batch)).float())
     return torch.cat(batches)
 
@@ -108,7 +114,9 @@ def frechet_distance(features_BD: Tensor, other_BD: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     if min(len(features_BD), len(other_BD)) < 2:
-        raise InvalidRequest("pictures", f"{len(features_BD)} and {len(other_BD)} pictures: at least two of each needed")
+        raise InvalidRequest(
+            "pictures", f"{len(features_BD)} and {len(other_BD)} pictures: at least two of each needed"
+        )
     metric = FrechetInceptionDistance(feature=_Given(features_BD.shape[1]))
     metric.update(features_BD.double(), real=True)
     metric.update(other_BD.double(), real=False)
@@ -141,7 +149,9 @@ def inception_score(
     from torchmetrics.image.inception import InceptionScore
 
     if len(drawn) < splits or splits < 2:
-        raise InvalidRequest("drawn", f"{len(drawn)} pictures in {splits} parts: at least two parts of one picture each")
+        raise InvalidRequest(
+            "drawn", f"{len(drawn)} pictures in {splits} parts: at least two parts of one picture each"
+        )
     logits_BD = extract(drawn, inception, px=px)
     with warnings.catch_warnings():  # torchmetrics warns that it keeps the logits
         warnings.simplefilter("ignore", UserWarning)

@@ -13,7 +13,16 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from examples.own_model.tiny_bases import clip_text_config, make_clip_tokenizer
 from minigpt5.errors import BaseModelNotFound, InvalidRequest, ModelFolderError
-from minigpt5.evaluation.alignment import Clip, Turn, clip_f1_published, clip_i, clip_score, clip_t, gill_vist, mm_relevance
+from minigpt5.evaluation.alignment import (
+    Clip,
+    Turn,
+    clip_f1_published,
+    clip_i,
+    clip_score,
+    clip_t,
+    gill_vist,
+    mm_relevance,
+)
 from minigpt5.evaluation.perceptual import Lpips
 
 TEXTS = ["a fox", "a red balloon over the sea", "x" * 200]
@@ -30,9 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
-    config = CLIPConfig(
-        text_config=clip_text_config().to_dict(), vision_config=vision.to_dict(), projection_dim=16
-    )
+    config = CLIPConfig(text_config=clip_text_config().to_dict(), vision_config=vision.to_dict(), projection_dim=16)
     CLIPModel(config).save_pretrained(path)
     make_clip_tokenizer().save_pretrained(path)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(path)
@@ -109,7 +116,9 @@ def test_published_clip_f1_counts_missing_and_superfluous_items(clip: Clip) -> N
     one, two, three = noise(3, seed=5)
     replies = [Turn("a", one), Turn("b", two), Turn("")]
     references = [Turn("c", three), Turn("d"), Turn("e")]
-    total = float(clip.embed("a") @ clip.embed("c") + clip.embed("b") @ clip.embed("d") + clip.embed(one) @ clip.embed(three))
+    total = float(
+        clip.embed("a") @ clip.embed("c") + clip.embed("b") @ clip.embed("d") + clip.embed(one) @ clip.embed(three)
+    )
     precision, recall = total / 4, total / 4
     assert clip_f1_published(replies, references, clip) == pytest.approx(
         2 * precision * recall / (precision + recall), abs=1e-5
