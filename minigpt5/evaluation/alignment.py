@@ -1,8 +1,7 @@
 """Texts with pictures and pictures with pictures, by a CLIP model: CLIP-I, CLIP-T, MM-Relevance and the published
 "CLIP F1".
 
-CLIP's weights come from a folder; nothing is downloaded here unless the folder is a model's id on the hub. The published
-figures are of ViT-L/14, those of MMDialog of ViT-B/32.
+CLIP's weights come from a folder or from a hub id. The published figures are of ViT-L/14, and of ViT-B/32 on MMDialog.
 
 Shape letters: B texts or pictures, D the common embedding.
 """
@@ -33,7 +32,8 @@ class Clip:
     """A CLIP model of transformers with its own processor."""
 
     def __init__(self, folder: str, *, batch_size: int = 16, device: str = "cpu") -> None:
-        """`folder`: a folder with CLIP's safetensors weights, or a hub id. Raises BaseModelNotFound, ModelFolderError."""
+        """`folder`: a folder with CLIP's safetensors weights, or a hub id. Raises BaseModelNotFound,
+        ModelFolderError."""
         from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         path = resolve(folder)

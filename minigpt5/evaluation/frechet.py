@@ -3,8 +3,8 @@
 Only a distance on Inception-v3's features is an FID. Where these weights are not, the distance on EfficientNet features
 compares models with each other; its values are on another scale.
 
-Inception-v3 comes as a graph in an ONNX or OpenVINO file. Such a file holds operations and numbers and runs no Python, as
-a pickle would, and OpenVINO, which draws here too, computes it. docs/evaluation.md says how to make one.
+Inception-v3 comes as a graph in an ONNX or OpenVINO file. Such a file holds operations and numbers and runs no Python,
+as a pickle would. OpenVINO, which draws here too, computes it. docs/evaluation.md says how to make one.
 
 Shape letters: B pictures, D features, C channels, Y and X rows and columns.
 """
@@ -90,7 +90,7 @@ def extract(
 
 
 def _to_uint8(picture: np.ndarray, px: int | None) -> Tensor:
-    pixels_CYX = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+    pixels_CYX = torch.from_numpy(picture.copy()).permute(2, 0, 1)
     if px is None:
         return pixels_CYX
     resized = nn.functional.interpolate(pixels_CYX[None].float(), size=(px, px), mode="bilinear", antialias=True)

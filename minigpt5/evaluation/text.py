@@ -35,7 +35,7 @@ def check_pairs(predictions: Sequence[object], references: Sequence[object]) -> 
     if len(predictions) != len(references) or not len(predictions):
         raise InvalidRequest(
             "predictions",
-            f"{len(predictions)} predictions and {len(references)} references: give one reference for each, at least one",
+            f"{len(predictions)} predictions and {len(references)} references: give one for each, at least one",
         )
 
 
@@ -108,8 +108,8 @@ def load_wordnet(folder: str | Path = "/usr/share/wordnet") -> WordNetCorpusRead
     missing = [name for name in WORDNET_FILES if not (folder / name).is_file()]
     if missing:
         raise BaseModelNotFound(
-            f"{folder} is no WordNet database, it lacks {', '.join(missing)}: run `apt-get install wordnet-base`, or give "
-            "the folder dict/ of Princeton's WordNet 3.0"
+            f"{folder} is no WordNet database, it lacks {', '.join(missing)}: run `apt-get install wordnet-base`, or "
+            "give the folder dict/ of Princeton's WordNet 3.0"
         )
 
     if str(folder) not in nltk.data.path:  # nltk reads from folders of this list alone
@@ -123,13 +123,18 @@ def load_wordnet(folder: str | Path = "/usr/share/wordnet") -> WordNetCorpusRead
                 return io.StringIO("".join(f"{number:02} {number} 0\n" for number in range(NUM_LEXICOGRAPHER_FILES)))
             return super().open(file)
 
+        def map_wn(self, version: str = "wordnet") -> None:
+            """No mapping to another version of WordNet, which only other languages need."""
+
     with warnings.catch_warnings():  # nltk warns that there are no languages but English
         warnings.simplefilter("ignore", UserWarning)
         return Reader(str(folder), omw_reader=None)
 
 
 def meteor(predictions: Sequence[str], references: Sequence[str], wordnet: WordNetCorpusReader) -> float:
-    """Mean METEOR, from 0 to 1, by nltk (alpha 0.9, beta 3, gamma 0.5): equal words, stems, then WordNet's synonyms."""
+    """Mean METEOR, from 0 to 1, by nltk (alpha 0.9, beta 3, gamma 0.5): equal words, stems, then WordNet's synonyms.
+
+    nltk looks synonyms up by the *stems* of words, so "auto" meets "car" and "automobile" (stem "automobil") does not."""
     from nltk.tokenize import NLTKWordTokenizer
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -176,7 +181,7 @@ def sbert(predictions: Sequence[str], references: Sequence[str], encoder: Senten
 
 
 def published_text(reply: str) -> str:
-    """The part of a reply that metric.py compares: up to the first voken, without "###"; nothing where it is punctuation
-    alone."""
+    """The part of a reply that metric.py compares: up to the first voken, without "###"; nothing where it is
+    punctuation alone."""
     text = reply.replace("###", "").split("[IMG0]")[0].strip()
     return text if re.search(r"[^!-/:-@\[-`{-~]", text) else ""

@@ -14,7 +14,8 @@ FACTS = ("who", "what", "side", "place", "time")
 
 
 def facts_shown(pixels: np.ndarray, asked: Sequence[Facts], scorer: Scorer) -> dict[str, np.ndarray]:
-    """Whether each picture (B, 128, 128, 3) uint8 shows each fact as it was asked for, and all of them: (B,) bool each."""
+    """Whether each picture (B, 128, 128, 3) uint8 shows each fact as it was asked for, and all of them: (B,) bool
+    each."""
     check_pairs(pixels, asked)
     pairs = list(zip(scorer.score(pixels), asked, strict=True))
     right = {name: [getattr(answer, name) == getattr(facts, name) for answer, facts in pairs] for name in FACTS}
