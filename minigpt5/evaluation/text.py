@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ WORDNET_FILES = [
 NUM_LEXICOGRAPHER_FILES = 45
 
 
-def check_pairs(predictions: Sequence[object], references: Sequence[object]) -> None:
+def check_pairs(predictions: Sized, references: Sized) -> None:
     """Raise InvalidRequest unless there are as many predictions as references, and some."""
     if len(predictions) != len(references) or not len(predictions):
         raise InvalidRequest(
@@ -134,7 +134,8 @@ def load_wordnet(folder: str | Path = "/usr/share/wordnet") -> WordNetCorpusRead
 def meteor(predictions: Sequence[str], references: Sequence[str], wordnet: WordNetCorpusReader) -> float:
     """Mean METEOR, from 0 to 1, by nltk (alpha 0.9, beta 3, gamma 0.5): equal words, stems, then WordNet's synonyms.
 
-    nltk looks synonyms up by the *stems* of words, so "auto" meets "car" and "automobile" (stem "automobil") does not."""
+    nltk looks synonyms up by the *stems* of words, so "auto" is a synonym of "car", and
+    "automobile", whose stem is "automobil", is not."""
     from nltk.tokenize import NLTKWordTokenizer
     from nltk.translate.meteor_score import single_meteor_score
 
