@@ -23,7 +23,7 @@ S3 := tests/requirements-s3.txt
 S3_STAMP := .venv-s3/.installed
 REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
-ALL := serve,train,batch,dev
+ALL := serve,train,batch,evaluation,dev
 NEWEST := build/venv-newest/bin/python
 SBOM := build/venv-sbom/bin
 CYCLONEDX := cyclonedx-bom==7.5.0
