@@ -66,9 +66,7 @@ def to_html(design: Design, *, inline: bool) -> str:
     }
     html = (ASSETS / "study.html").read_text()
     before, *rest = html.split("@@")  # text, name, text, name, text: no replaced text is looked into again
-    return before + "".join(
-        parts[name] + text for name, text in zip(rest[::2], rest[1::2], strict=True)
-    )
+    return before + "".join(parts[name] + text for name, text in zip(rest[::2], rest[1::2], strict=True))
 
 
 def _json(content: dict[str, object]) -> str:
