@@ -74,6 +74,7 @@ def test_a_rater_answers_by_keys_and_clicks_and_the_tally_reads_it(page: Any, st
     shown = [sides(page)]
     page.keyboard.press("Enter")
     assert "answer each question" in page.inner_text("#status")
+    assert page.evaluate("document.getElementById('status').getBoundingClientRect().bottom < innerHeight")
     for key in "123":  # left, a tie, right
         page.keyboard.press(key)
     page.keyboard.press("Enter")  # the focus is on Next

@@ -7,7 +7,7 @@ from html import escape
 from itertools import groupby
 
 from minigpt5.evaluation.study.design import QUESTIONS
-from minigpt5.evaluation.study.statistics import Estimate, PairResult
+from minigpt5.evaluation.study.statistics import LEVEL, Estimate, PairResult
 
 WIDTH, LABEL, BAR, STEP, HEAD = 420, 150, 20, 32, 34
 """Pixels: the bars' width, the names beside them, a bar's height, rows' and titles' distance."""
@@ -17,7 +17,15 @@ WON, TIED, LOST, INK = "#b5552b", "#e4dccb", "#2b6cb5", "#2e2a25"
 def plot(pairs: Sequence[PairResult], scores: Mapping[str, Mapping[str, Estimate] | None]) -> str:
     """Draw the whiskers at the first run's wins, and at each score."""
     parts: list[str] = []
-    y = 8
+    parts.append(
+        _text(
+            LABEL,
+            16,
+            f"Bars: wins of the left run, ties, wins of the right run. Whiskers: {LEVEL:.0%} intervals, "
+            "under a bar of the left run's wins.",
+        )
+    )
+    y = 16
     for question, rows in groupby(pairs, key=lambda pair: pair.question):
         y += HEAD
         parts.append(_text(LABEL, y - 10, QUESTIONS[question][0], bold=True))
@@ -30,7 +38,7 @@ def plot(pairs: Sequence[PairResult], scores: Mapping[str, Mapping[str, Estimate
         y += HEAD
         parts.append(_text(LABEL, y - 10, f"{QUESTIONS[question][0]}: Bradley-Terry score", bold=True))
         for run, score in one.items():
-            parts += _dot(y, run, score, low=min(ends), high=max(ends))
+            parts += _dot(y, run, score, low=min(0.0, *ends), high=max(0.0, *ends))
             y += STEP
     size = f"{2 * LABEL + WIDTH} {y + 12}"
     return (
@@ -62,7 +70,9 @@ def _dot(y: int, run: str, score: Estimate, *, low: float, high: float) -> list[
     def place(value: float) -> float:
         return LABEL + (value - low) / ((high - low) or 1) * WIDTH
 
+    zero = place(0)
     return [
+        f'<path d="M{zero:.1f} {y - 2}v{STEP}" stroke="{TIED}"/>',
         _text(LABEL - 8, y + 14, run, anchor="end"),
         _whisker(place(score.low), place(score.high), y + 10),
         f'<circle cx="{place(score.value):.1f}" cy="{y + 10}" r="4" fill="{WON}"/>',
