@@ -95,7 +95,7 @@ class Trial:
         self.before = finished_pictures(self.store, [one.story_id for one in self.readers if one.is_accepted])
 
     def run(self, strike: Callable[[Trial], Row]) -> Row:
-        """The figures. `strike`: breaks something and marks the moment; returns what else is to be reported."""
+        """The figures. `strike`: breaks something and marks the moment; returns what else the row reports."""
         posting = threading.Thread(target=self._post, daemon=True)
         posting.start()
         wait_for(lambda: any(reader.has("text") for reader in self.readers), pause_s=0.02)

@@ -10,12 +10,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from pyarrow import fs
-
 from minigpt5.errors import StorageError
 from minigpt5.evaluation.study.design import Design
 from minigpt5.evaluation.study.runs import StudyError
-from minigpt5.storage import write_whole
+from minigpt5.storage import open_place, write_whole
 
 MAX_BYTES = 2**26
 """Largest page that is written as one file: browsers get slow beyond it."""
@@ -39,7 +37,7 @@ def write_study(design: Design, out: Path) -> tuple[Path, Path]:
     try:
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(fs.LocalFileSystem(), str(path.resolve()), data)
+            write_whole(*open_place(path), data)
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error.strerror}): name another place") from error
     return page, key

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pyarrow import ArrowException, dataset, fs
 
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.storage import open_place, patiently, read_whole, unusable
+from minigpt5.storage import open_place, read_whole, unusable
 
 COLUMNS = ("id", "prompt", "pages", "error")
 """What is read of batch_jobs' STORY_SCHEMA."""
@@ -56,14 +56,14 @@ class Run:
         self.name, self.place = name, place
         files, folder = open_place(place)
         try:
-            found = patiently(lambda: files.get_file_info(fs.FileSelector(folder)))
+            found = files.get_file_info(fs.FileSelector(folder))
             parts = sorted(info.path for info in found if re.fullmatch(r"part-.*\.parquet", info.base_name))
             if not parts:
                 raise StudyError(f"{place} has no part-*.parquet: name the --output of python -m batch_jobs.illustrate")
             self._data = dataset.dataset(parts, filesystem=files)
             if lacking := set(COLUMNS) - set(self._data.schema.names):
                 raise StudyError(f"{place} has rows without {', '.join(sorted(lacking))}: they are no stories")
-            rows = patiently(lambda: self._data.to_table(["id", "prompt", "error"])).to_pylist()
+            rows = self._data.to_table(["id", "prompt", "error"]).to_pylist()
         except (OSError, ArrowException) as error:
             raise unusable(place, "cannot be read", error) from error
         self.outlines = {row["id"]: Outline(prompt=row["prompt"], error=row["error"]) for row in rows}
@@ -75,7 +75,7 @@ class Run:
         """Read the pages of some rows, pictures included. Raises StorageError."""
         try:
             wanted = dataset.field("id").isin(list(ids))
-            rows = patiently(lambda: self._data.to_table(["id", "pages"], filter=wanted)).to_pylist()
+            rows = self._data.to_table(["id", "pages"], filter=wanted).to_pylist()
             return {
                 row["id"]: [
                     StoryPage(text=page["text"] or "", picture=_picture(page))
