@@ -11,6 +11,7 @@ SEED ?= 7
 OUT ?= story.html
 EXAMPLES ?= 200
 QUICK ?=
+SCALE ?= 1
 
 RUN := .venv/bin/python
 STAMP := .venv/.installed
@@ -22,7 +23,7 @@ S3 := tests/requirements-s3.txt
 S3_STAMP := .venv-s3/.installed
 REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
-ALL := serve,train,batch,dev
+ALL := serve,train,batch,evaluation,dev
 NEWEST := build/venv-newest/bin/python
 SBOM := build/venv-sbom/bin
 CYCLONEDX := cyclonedx-bom==7.5.0
@@ -39,7 +40,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults storybook-model clean
+.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -162,11 +163,17 @@ fuzz: $(STAMP)  ## requests of all kinds, made from the API's own document (EXAM
 faults: $(STAMP)  ## a server whose processes are killed while stories are made, into benchmarks/results/faults.json
 	$(RUN) -m benchmarks.faults
 
+chaos: $(STAMP) $(S3_STAMP)  ## a local Ray cluster that breaks while stories are made, into benchmarks/results/chaos.json
+	$(RUN) -m benchmarks.chaos
+
 bench-training: $(STAMP)  ## training: speed, ZeRO, kills, into benchmarks/results/training.json
 	$(RUN) -m benchmarks.training
 
 bench-bulk: $(STAMP)  ## bulk jobs: killed at random moments, speed, memory, scaling, into benchmarks/results/bulk.json
 	$(RUN) -m benchmarks.bulk
+
+own-model: $(STAMP)  ## a model from bases and data that packages carry, trained on real pictures, in runs/from-packages (SCALE=0.1: shorter)
+	$(RUN) examples/own_model/from_packages.py --scale $(SCALE)
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, stage by stage; resumes after a stop
 	for stage in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$stage --preset storybook || exit 1; done

@@ -26,7 +26,7 @@ from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
-from minigpt5.storage import open_place
+from minigpt5.storage import is_final, open_place
 from minigpt5.types import MAX_PAGES
 
 COLUMNS = (
@@ -259,7 +259,8 @@ def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRo
 
 
 def load_image(image: str | bytes) -> bytes:
-    """Read a picture's file. Raises InvalidRequest where it cannot be read, BadPicture where it is no picture."""
+    """Read a picture's file. Raises InvalidRequest where it cannot be read, BadPicture where it is no picture, and
+    StorageError where another run may read it."""
     shown = f"{len(image)} bytes" if isinstance(image, bytes) else f"{image:.80}"
     try:
         if isinstance(image, bytes):
@@ -271,7 +272,10 @@ def load_image(image: str | bytes) -> bytes:
             with filesystem.open_input_stream(path, compression=None) as file:
                 data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, ArrowException, StorageError) as error:
-        raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a picture file") from error
+        cause = error.__cause__ if isinstance(error, StorageError) else error  # without one the place itself is none
+        if cause is None or is_final(cause):
+            raise InvalidRequest("image", f"image {shown} cannot be read ({error}): name a picture file") from error
+        raise StorageError(f"image {shown} cannot be read now ({error}): try again later") from error
     open_picture(data, name=f"image {shown}")
     return data
 

@@ -25,7 +25,7 @@ from batch_jobs.inputs import RawRow, read_rows
 from batch_jobs.outputs import FLUSH_S, RowSink
 from batch_jobs.pipeline import Limits, Pool
 from batch_jobs.report import Report
-from batch_jobs.stages import Decoder, Generator, Row
+from batch_jobs.stages import Decoder, ErrorKind, Generator, Row
 from batch_jobs.state import JobState, PageStore
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.config import ModelConfig, default_model_folder
@@ -81,8 +81,9 @@ def work(
 ) -> Report:
     """Do all items that `output` does not hold yet. `make` gives finished rows, in any order, and None now and then.
 
-    A job that an earlier run finished is left alone: `Report.skipped` is all of it. Raises MiniGPT5Error where the
-    output is another job's, and what `items` raises.
+    A job that an earlier run finished is left alone: `Report.skipped` is all of it. A row that met a failing store is
+    not put into the output, and the job is not finished. Raises MiniGPT5Error where the output is another job's, and
+    what `items` raises.
     """
     if output.state.is_finished(output.plan):
         manifest = output.state.manifest() or {}
@@ -99,7 +100,7 @@ def work(
         new = [item for item in items if item.id not in done]
         report = Report(rows=len(items), skipped=len(items) - len(new))
         _take_in(make(new, report) if new else (), output, report, max_errors=max_errors, say=say)
-        if report.stopped_at is None:
+        if report.stopped_at is None and not report.left:
             errors = sum(error is not None for error in output.sink.written().values())
             output.state.finish({**report.counts(), "done": len(items), "errors": errors, "skipped": report.skipped})
             output.store.drop_all_but(set())
@@ -117,13 +118,15 @@ def _take_in(
     try:
         for row in rows:
             output.state.heartbeat()
-            if row is not None:
+            if row is not None and row.get("kind") == ErrorKind.STORAGE:
+                report.leave(row)
+            elif row is not None:
                 output.sink.add(row)
                 report.add(row)
             output.sink.tick()
             report.seconds = time.monotonic() - started
-            if max_errors is not None and report.errors > max_errors:
-                report.stopped_at = report.errors
+            if max_errors is not None and report.errors + report.left > max_errors:
+                report.stopped_at = report.errors + report.left
                 break
             if time.monotonic() - said >= REPORT_S:
                 said = time.monotonic()
@@ -249,5 +252,12 @@ def run_command(run: Callable[[argparse.Namespace, FailpointHook], Report], opti
     print(f"{report}\noutput: {options.output}", flush=True)
     if report.stopped_at is not None:
         print(f"error: gave up after {report.stopped_at} errors, see --max-errors", file=sys.stderr)
+        return 1
+    if report.left:
+        print(
+            f"error: {report.left} rows are left, because a store failed ({report.left_because}): the same command "
+            "does them",
+            file=sys.stderr,
+        )
         return 1
     return 0

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import pyarrow as pa
 from pyarrow import ArrowException, dataset, fs, parquet
@@ -21,7 +20,7 @@ from batch_jobs.inputs import BadRow
 from batch_jobs.stages import CLOSING_PAGE, ErrorKind, Row
 from batch_jobs.state import PageStore
 from minigpt5.errors import StorageError
-from minigpt5.storage import open_folder, patiently, unusable, write_whole
+from minigpt5.storage import open_folder, unusable, write_whole
 
 PAGE = pa.struct(
     {
@@ -83,10 +82,15 @@ class Gathered:
         return self.closing is not None and len(self.pages) == self.closing["num_pages"]
 
     def story(self) -> Row:
-        """A row of STORY_SCHEMA, but for its pictures. Its error is its own, else of its first page without one."""
+        """A row of STORY_SCHEMA, but for its pictures. Its error is its own, else of its first page without one; that
+        of a store comes before all others, for it leaves the story to the next run."""
         assert self.closing is not None
         pages = [self.pages[index] for index in sorted(self.pages)]
-        failed = (f"page {page['page']} has no picture: {page['error']}" for page in pages if page["error"])
+        parts = [self.closing, *pages]
+        failed = sorted(
+            (part for part in parts if part["error"]), key=lambda part: part.get("kind") != ErrorKind.STORAGE
+        )
+        error, kind = (_reason(failed[0]), failed[0].get("kind")) if failed else (None, None)
         return {
             "id": self.id,
             "prompt": self.prompt,
@@ -96,9 +100,16 @@ class Gathered:
                 "write_s": self.closing["seconds"],
                 "draw_s": sum(page["seconds"] or 0.0 for page in pages),
             },
-            "error": self.closing["error"] or next(failed, None),
-            "kind": self.closing["kind"] or next((page["kind"] for page in pages if page["error"]), None),
+            "error": error,
+            "kind": kind,
         }
+
+
+def _reason(failed: Row) -> str:
+    """Why a story has an error, by its closing row or a page."""
+    if failed["page"] == CLOSING_PAGE:
+        return str(failed["error"])
+    return f"page {failed['page']} has no picture: {failed['error']}"
 
 
 def bad_story(row: BadRow) -> Row:
@@ -146,7 +157,7 @@ class RowSink:
             if not paths:
                 return {}
             data = dataset.dataset(paths, filesystem=self._files, schema=self.schema)
-            table = patiently(lambda: data.to_table(["id", "error"]))
+            table = data.to_table(["id", "error"])
         except (OSError, ArrowException) as error:
             raise self._failure("cannot be read", error) from error
         return dict(zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True))
@@ -154,8 +165,7 @@ class RowSink:
     def rows(self) -> Iterator[Row]:
         """All rows in place, one file at a time in memory."""
         for path in self._paths():
-            read = partial(parquet.read_table, path, filesystem=self._files, schema=self.schema)
-            yield from patiently(read).to_pylist()
+            yield from parquet.read_table(path, filesystem=self._files, schema=self.schema).to_pylist()
 
     def add(self, row: Row) -> None:
         self._rows.append(row)
@@ -213,7 +223,7 @@ class RowSink:
         return {**page, "png": png}
 
     def _paths(self) -> list[str]:
-        found = patiently(lambda: self._files.get_file_info(fs.FileSelector(self._folder)))
+        found = self._files.get_file_info(fs.FileSelector(self._folder))
         return sorted(info.path for info in found if info.base_name.startswith("part-"))
 
     def _failure(self, what: str, error: Exception) -> StorageError:

@@ -262,11 +262,12 @@ def connect(num_engines: int) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-def check_capacity(num_engines: int) -> None:
-    """Raise MiniGPT5Error where the cluster has not the CPUs for `num_engines`."""
-    needed, available = num_engines * ENGINE_CPUS, ray.cluster_resources().get("CPU", 0)
-    if needed > available:
-        raise MiniGPT5Error(
-            f"{num_engines} engines need {needed:g} CPUs but the cluster has {available:g}: ask for fewer engines "
-            "(--generators, --decoders, --workers), or add nodes"
-        )
+def check_capacity(num_engines: int, num_gpus: float = 0.0) -> None:
+    """Raise MiniGPT5Error where the cluster has not the CPUs for `num_engines`, or `num_gpus` for each of them."""
+    for kind, needed in (("CPU", num_engines * ENGINE_CPUS), ("GPU", num_engines * num_gpus)):
+        available = ray.cluster_resources().get(kind, 0)
+        if needed > available:
+            raise MiniGPT5Error(
+                f"{num_engines} engines need {needed:g} {kind}s but the cluster has {available:g}: ask for fewer "
+                "engines (--generators, --decoders, --workers), or add nodes"
+            )

@@ -1,10 +1,12 @@
 """Training rows -> training rows whose pictures are read and encoded already, as a Ray Data job.
 
     python -m batch_jobs.precompute /data/vist --model models/storybook --output /data/vist-encoded
+    python -m batch_jobs.precompute /data/cc3m --model /data/own --output /data/cc3m-encoded --stages align --gpus 1
 
 Each picture is replaced by the VAE's moments and the vision encoder's features, both float16: what training would
-compute from it at every epoch. Both are as the encoders give them: training draws from the moments, and normalises what
-it has drawn. A file that is written is never written again: the same command resumes where it stopped.
+compute from it at every epoch. With `--stages` rows hold what those stages read and no more: `align` needs no features.
+Both are as the encoders give them: training draws from the moments, and normalises what it has drawn. A file that is
+written is never written again: the same command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyarrow import fs, parquet
@@ -25,16 +28,33 @@ from minigpt5.codec import to_json
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.image_transforms import fit_drawn, fit_read
+from minigpt5.objective.encoders import ALL_FIELDS, fields_read
 from minigpt5.objective.stored_example import ROW_SCHEMA
 from minigpt5.storage import open_place, read_json, write_whole
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 BATCH_PICTURES = 16
+STAGES = ("vision", "align", "learn", "refine", "distill")
+"""Stages of training that read what is encoded."""
 
 
 class Encode:
     """Files of rows -> files of encoded rows; holds the two encoders."""
 
-    def __init__(self, *, model: str, source: str, output: str, keeps_pictures: bool, num_threads: int) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        source: str,
+        output: str,
+        keeps_pictures: bool,
+        num_threads: int,
+        fields: tuple[str, ...] = ALL_FIELDS,
+        device: str = "cpu",
+    ) -> None:
+        """`fields`: which of ALL_FIELDS it makes."""
         import torch
 
         from minigpt5.model.decoders.load import load_diffusion
@@ -45,9 +65,14 @@ class Encode:
         torch.set_num_threads(num_threads)
         folder = locate(model)
         self.config = load_config(folder)
-        self.vision = load_vision(folder, self.config).eval()
-        base = find_part(folder, self.config, self.config.diffusion)
-        self.diffusion = load_diffusion(base, has_denoiser=False).eval()
+        self.vision = self.diffusion = None
+        if "features" in fields and self.config.vision.family != "none":
+            self.vision = load_vision(folder, self.config).eval().to(device)
+        if "moments" in fields:
+            base = find_part(folder, self.config, self.config.diffusion)
+            self.diffusion = load_diffusion(base, has_denoiser=False).eval()
+            self.diffusion.vae.to(device)
+        self.device = device
         self.keeps_pictures = keeps_pictures
         self._source, self._output = source, output
 
@@ -68,32 +93,48 @@ class Encode:
     def _encode(self, segments: list[dict[str, Any]]) -> None:
         import torch
 
-        from minigpt5.model.pixels import to_tensor
-
-        drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
         with torch.no_grad():
-            moments_BMYX = self.diffusion.to_moments(to_tensor(drawn)).half().numpy()
-        for segment, moments_MYX in zip(segments, moments_BMYX, strict=True):
-            segment["moments"] = _save(moments_MYX)
-        if self.config.vision.family != "none":
-            read = [fit_read(one["picture"], self.config.vision.image_px) for one in segments]
-            for segment, features_FE in zip(segments, self.vision.encode(read).half().numpy(), strict=True):
-                segment["features"] = _save(features_FE)
+            if self.diffusion:
+                self._store("moments", segments, self._encode_drawn(segments))
+            if self.vision:
+                read = [fit_read(one["picture"], self.config.vision.image_px) for one in segments]
+                self._store("features", segments, self.vision.encode(read))
         for segment in segments:
             if not self.keeps_pictures:
                 segment["picture"] = None
 
+    def _encode_drawn(self, segments: list[dict[str, Any]]) -> Tensor:
+        from minigpt5.model.pixels import to_tensor
 
-def _save(array: np.ndarray) -> bytes:
+        drawn = np.stack([fit_drawn(one["picture"], self.config.image_px) for one in segments])
+        assert self.diffusion
+        return self.diffusion.to_moments(to_tensor(drawn).to(self.device))
+
+    def _store(self, field: str, segments: list[dict[str, Any]], encoded: Tensor) -> None:
+        for segment, array in zip(segments, encoded.half().cpu().numpy(), strict=True):
+            segment[field] = to_npy(array)
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    """An array in NumPy's own format, as training reads it."""
     file = io.BytesIO()
     np.lib.format.write_array(file, array, allow_pickle=False)
     return file.getvalue()
 
 
 def precompute(
-    source: str, output: str, *, model: str, keeps_pictures: bool, workers: int, num_threads: int
+    source: str,
+    output: str,
+    *,
+    model: str,
+    keeps_pictures: bool,
+    workers: int,
+    num_threads: int,
+    stages: Sequence[str] = STAGES,
+    num_gpus: float = 0.0,
 ) -> dict[str, Any]:
-    """The whole job; returns the manifest. Raises InvalidRequest, also where OUTPUT holds another data set."""
+    """The whole job; returns the manifest. `num_gpus` of each worker. Raises InvalidRequest, also where OUTPUT holds
+    another data set."""
     import ray
 
     from minigpt5.model.locate import shared_name
@@ -101,13 +142,15 @@ def precompute(
     check_kept(output, option="--output")
     check_default_model(model)
     connect(workers)
-    check_capacity(workers)
+    check_capacity(workers, num_gpus)
     files, folder = open_place(source)
     infos = files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
     names = sorted(info.path for info in infos if info.path.endswith(".parquet"))
     if not names:
         raise InvalidRequest("source", f"no rows under {source}/rows: make them with python -m batch_jobs.prepare")
-    asked = begin(source, output, model=model, keeps_pictures=keeps_pictures)
+    read = {field for stage in stages for field in fields_read(stage, reads_pictures=True)}
+    fields = tuple(field for field in ALL_FIELDS if field in read)
+    asked = begin(source, output, model=model, keeps_pictures=keeps_pictures, fields=fields)
     done = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names)).map(
         Encode,
         fn_constructor_kwargs={
@@ -116,9 +159,12 @@ def precompute(
             "output": absolute(output),
             "keeps_pictures": keeps_pictures,
             "num_threads": num_threads,
+            "fields": fields,
+            "device": "cuda" if num_gpus else "cpu",
         },
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=ENGINE_CPUS,
+        num_gpus=num_gpus or None,
     )
     counts = done.take_all()
     manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}
@@ -127,7 +173,9 @@ def precompute(
     return manifest
 
 
-def begin(source: str, output: str, *, model: str, keeps_pictures: bool) -> dict[str, Any]:
+def begin(
+    source: str, output: str, *, model: str, keeps_pictures: bool, fields: tuple[str, ...] = ALL_FIELDS
+) -> dict[str, Any]:
     """Write OUTPUT/plan.json, which says what the rows are encoded from and by, and return it. Raises InvalidRequest
     where OUTPUT was begun otherwise."""
     from minigpt5.model.folder_config import load_config
@@ -136,14 +184,16 @@ def begin(source: str, output: str, *, model: str, keeps_pictures: bool) -> dict
 
     folder = locate(model)
     config = load_config(folder)
-    encoders = to_json(find_encoders(folder, config))
+    encoders = to_json(find_encoders(folder, config, fields=fields))
     asked = {"source": source, "model": config.fingerprint, "encoders": encoders, "keeps_pictures": keeps_pictures}
     files, place = open_place(output)
     begun = read_json(files, f"{place}/plan.json")
     if begun is None and files.get_file_info(f"{place}/rows").type != fs.FileType.NotFound:
         raise InvalidRequest("output", f"{output} has rows and no plan.json, which says what made them: name another")
     if begun is not None and {**asked, **begun} != asked:  # an earlier version noted no encoders
-        raise InvalidRequest("output", f"{output} was begun from another source or model: name another")
+        raise InvalidRequest(
+            "output", f"{output} was begun from another source or model, or for other stages: name another"
+        )
     write_whole(files, f"{place}/plan.json", json.dumps(asked).encode())
     return asked
 
@@ -166,6 +216,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder or URI")
     parser.add_argument("--keep-pictures", action="store_true", help="beside what is made of them")
     parser.add_argument("--workers", type=int, default=1, help="encoders at once (default %(default)s)")
+    parser.add_argument("--gpus", type=float, default=0.0, help="of each encoder (default %(default)g)")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        metavar="STAGE",
+        help="encode only what these stages of training read (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each (default %(default)s)")
     return parser
 
@@ -180,6 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
             keeps_pictures=options.keep_pictures,
             workers=options.workers,
             num_threads=options.threads,
+            stages=options.stages,
+            num_gpus=options.gpus,
         )
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)

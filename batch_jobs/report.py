@@ -28,6 +28,10 @@ class Report:
     figures: Figures = field(default_factory=Figures)
     gpus: dict[str, float] = field(default_factory=dict)
     """GPUs of one engine of each pool."""
+    left: int = 0
+    """Rows that met a store that failed for too long: the next run does them."""
+    left_because: str = ""
+    """The first such failure."""
     stopped_at: int | None = None
     """The number of errors at which the run gave up."""
 
@@ -42,6 +46,11 @@ class Report:
         self.pictures += sum(bool(page["has_picture"]) for page in pages)
         if row["error"] is not None:
             self.kinds[row.get("kind") or "other"] += 1
+
+    def leave(self, row: Row) -> None:
+        """Count a row that is left to the next run."""
+        self.left += 1
+        self.left_because = self.left_because or str(row["error"])
 
     def progress(self) -> str:
         """One line while the run is under way, with what remains."""

@@ -26,7 +26,7 @@ from batch_jobs.failpoints import FailpointHook, no_failpoint
 from batch_jobs.inputs import ImageJob, StoryJob, load_image
 from batch_jobs.monitor import DiedTooOften, Seat, Watch, check_deaths
 from batch_jobs.state import PageStore, StoredPage
-from minigpt5.errors import InvalidRequest
+from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.story.stream import describe, page_seed
 from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import (
@@ -74,6 +74,8 @@ class ErrorKind(StrEnum):
     DECODER_DEATHS = "decoder deaths"
     DESCRIBING = "describing"
     EARLIER_JOB = "earlier job"
+    STORAGE = "storage"
+    """A store failed for longer than it is waited for. Such a row is not put into the output: the next run does it."""
 
     @property
     def is_of_a_picture(self) -> bool:
@@ -157,27 +159,33 @@ class Write:
     def write(self, job: StoryJob) -> Iterator[Row]:
         """The pages of one story and its closing row. A story that fails keeps the pages that it has."""
         common = {"id": job.id, **{name: getattr(job, name) for name in DRAW_COLUMNS}}
-        stored = self.store.load_texts(job.id)
+        error, kind = None, None
+        started = time.monotonic()
+        stored: list[StoredPage] = []
+        try:
+            stored = self.store.load_texts(job.id)
+        except StorageError as failure:
+            error, kind = describe(failure), ErrorKind.STORAGE
         num_stored = len(stored)
         for page, known in enumerate(stored, start=1):
             yield {**common, **_page_row(job, page, known)}
-        error, kind = None, None
-        started = time.monotonic()
-        if num_stored < job.pages:
+        if error is None and num_stored < job.pages:
             if num_stored:
                 self.failpoint("recovering")
             with self.seat.row(job.id) as num_deaths:
                 try:
                     check_deaths(num_deaths)
                     for known in self._new_pages(job, stored):
+                        self.store.save_text(job.id, num_stored + 1, known)
                         num_stored += 1
-                        self.store.save_text(job.id, num_stored, known)
                         self.failpoint("text-written")
                         yield {**common, **_page_row(job, num_stored, known)}
                 except InvalidRequest as refusal:
                     error, kind = str(refusal), ErrorKind.INPUT
                 except DiedTooOften as deaths:
                     error, kind = str(deaths), ErrorKind.GENERATOR_DEATHS
+                except StorageError as failure:
+                    error, kind = describe(failure), ErrorKind.STORAGE
                 except Exception as failure:  # one story fails, the others go on
                     error, kind = f"writing failed: {describe(failure)}", ErrorKind.WRITING
         yield {
@@ -253,10 +261,13 @@ class Draw:
 
     def draw(self, page: Row) -> Row:
         """One page whose picture is stored, or with the reason why it has none."""
-        if self.store.has_picture(page["id"], page["page"]):
-            return {**page, "has_picture": True, "seconds": 0.0}
         error, kind = None, None
         started = time.monotonic()
+        try:
+            if self.store.has_picture(page["id"], page["page"]):
+                return {**page, "has_picture": True, "seconds": 0.0}
+        except StorageError as failure:
+            return {**page, "has_picture": False, "error": describe(failure), "kind": ErrorKind.STORAGE, "seconds": 0.0}
         with self.seat.row(f"{page['id']}/{page['page']}") as num_deaths:
             try:
                 check_deaths(num_deaths)
@@ -264,6 +275,8 @@ class Draw:
                 self.failpoint("picture-written")
             except DiedTooOften as deaths:
                 error, kind = str(deaths), ErrorKind.DECODER_DEATHS
+            except StorageError as failure:
+                error, kind = describe(failure), ErrorKind.STORAGE
             except Exception as failure:  # one picture fails, the others go on
                 error, kind = describe(failure), ErrorKind.DRAWING
         seconds = time.monotonic() - started
@@ -320,6 +333,8 @@ class Tell:
                 error, kind = str(refusal), ErrorKind.INPUT
             except DiedTooOften as deaths:
                 error, kind = str(deaths), ErrorKind.GENERATOR_DEATHS
+            except StorageError as failure:
+                error, kind = describe(failure), ErrorKind.STORAGE
             except Exception as failure:  # one picture fails, the others go on
                 error, kind = f"describing failed: {describe(failure)}", ErrorKind.DESCRIBING
         return {

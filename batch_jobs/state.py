@@ -21,6 +21,7 @@ import json
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ import psutil
 from pyarrow import ArrowException, fs
 
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.storage import open_place, patiently, read_json, read_whole, unusable, write_whole
+from minigpt5.storage import open_place, read_json, read_whole, unusable, write_whole
 
 HEARTBEAT_S = 5.0
 """How often a working job says that it lives."""
@@ -45,7 +46,8 @@ class StoredPage:
 
 
 class PageStore:
-    """Pages that are made but not yet in the output. Cheap to open: every actor opens its own.
+    """Pages that are made but not yet in the output. Cheap to open: every actor opens its own. All raises StorageError
+    where the store fails.
 
     Example: PageStore("s3://bucket/stories").save_text("fox", 1, StoredPage(text="...", vokens=b"..."))
     """
@@ -62,24 +64,25 @@ class PageStore:
     def load_texts(self, story: str) -> list[StoredPage]:
         """The story's pages from the first on, as far as they are written."""
         pages: list[StoredPage] = []
-        while (data := read_whole(self._files, f"{self._folder(story)}/{len(pages) + 1}.json")) is not None:
+        while (data := self._read(f"{self._folder(story)}/{len(pages) + 1}.json")) is not None:
             values = json.loads(data)
             pages.append(StoredPage(text=values["text"], vokens=base64.b64decode(values["vokens"])))
         return pages
 
     def save_text(self, story: str, page: int, stored: StoredPage) -> None:
         values = {"text": stored.text, "vokens": base64.b64encode(stored.vokens).decode()}
-        write_whole(self._files, f"{self._folder(story)}/{page}.json", json.dumps(values).encode())
+        self._write(f"{self._folder(story)}/{page}.json", json.dumps(values).encode())
 
     def has_picture(self, story: str, page: int) -> bool:
         path = self._picture(story, page)
-        return patiently(lambda: self._files.get_file_info(path)).type == fs.FileType.File
+        with self._answers():
+            return self._files.get_file_info(path).type == fs.FileType.File
 
     def load_picture(self, story: str, page: int) -> bytes | None:
-        return read_whole(self._files, self._picture(story, page))
+        return self._read(self._picture(story, page))
 
     def save_picture(self, story: str, page: int, png: bytes) -> None:
-        write_whole(self._files, self._picture(story, page), png)
+        self._write(self._picture(story, page), png)
 
     def picture_uri(self, story: str, page: int) -> str:
         """Where a picture that is kept lies, beside the output and named as the output is."""
@@ -87,19 +90,36 @@ class PageStore:
 
     def drop(self, story: str) -> None:
         """Its row is in the output: what was kept for it goes. Pictures that rows name stay."""
-        with contextlib.suppress(FileNotFoundError):
-            patiently(lambda: self._files.delete_dir(self._folder(story)))
+        with self._answers(), contextlib.suppress(FileNotFoundError):
+            self._files.delete_dir(self._folder(story))
 
     def drop_all_but(self, stories: set[str]) -> int:
         """Keep what belongs to `stories`, of whom some have pages; the number of those."""
         keys = {_key(story) for story in stories}
         kept = 0
-        for info in self._files.get_file_info(fs.FileSelector(self._pages, allow_not_found=True)):
-            if info.base_name in keys:
-                kept += 1
-            else:
-                self._files.delete_dir(info.path)
+        with self._answers():
+            for info in self._files.get_file_info(fs.FileSelector(self._pages, allow_not_found=True)):
+                if info.base_name in keys:
+                    kept += 1
+                else:
+                    self._files.delete_dir(info.path)
         return kept
+
+    def _read(self, path: str) -> bytes | None:
+        with self._answers():
+            return read_whole(self._files, path)
+
+    def _write(self, path: str, data: bytes) -> None:
+        with self._answers():
+            write_whole(self._files, path, data)
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Within it a failure of the file system is a StorageError."""
+        try:
+            yield
+        except (OSError, ArrowException) as error:
+            raise unusable(f"output {self.output}", "does not answer", error) from error
 
     def _folder(self, story: str) -> str:
         return f"{self._pages}/{_key(story)}"

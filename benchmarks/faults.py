@@ -17,15 +17,12 @@ The same command resumes after a stop; the figures go into benchmarks/results/fa
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,24 +31,18 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.followed import ROUND_S, WRONG, Reader, finished_pictures, verdict, wait_for
 from benchmarks.quality import machine
-from deployments.sse import read_events
+from benchmarks.victims import TITLES, find, kill
+from minigpt5.story.store import StoryStore
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
-TITLES = {
-    "generator": "ray::ServeReplica:default:VokenGenerator",
-    "decoder": "ray::ServeReplica:default:DiffusionDecoder",
-    "front": "ray::ServeReplica:default:Ingress",
-    "fronts": "ray::ServeReplica:default:Ingress",
-    "ledger": "ray::ServeReplica:default:Ledger",
-    "proxy": "ray::ProxyActor",
-}
-KINDS = (*TITLES, "serve")
+KINDS = ("generator", "decoder", "front", "fronts", "ledger", "proxy", "serve")
 POINTS = ("before-text", "mid-text", "mid-picture", "picture-written", "recovering")
 NUM_FRONTS = 2
 NUM_STORIES, NUM_PAGES, STEPS = 3, 3, 12
-START_S, ROUND_S = 240.0, 240.0
+START_S = 240.0
 
 
 class Server:
@@ -59,7 +50,7 @@ class Server:
 
     def __init__(self, folder: Path, port: int) -> None:
         self.storage, self.log, self.port = folder / "storage", folder / "log", port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url, self.store = f"http://127.0.0.1:{port}", StoryStore(str(self.storage))
         self.num_kills = 0
         """Kills of a single front."""
         self.start()
@@ -82,12 +73,7 @@ class Server:
 
     def find(self, kind: str) -> list[psutil.Process]:
         """The processes of a kind that live now."""
-        found = []
-        for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if kind == "serve" or " ".join(process.cmdline()).startswith(TITLES[kind]):
-                    found.append(process)
-        return found
+        return find([psutil.Process(self.process.pid)], "" if kind == "serve" else TITLES[kind])
 
     def kill(self, kind: str) -> int:
         """SIGKILL; how many processes it hit."""
@@ -95,9 +81,7 @@ class Server:
         if kind == "front":
             victims = victims[: self.num_kills % 2 + 1][-1:]  # one, then the other
             self.num_kills += 1
-        for process in victims:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(victims)
         if kind == "serve":
             self.process.wait()
             psutil.wait_procs(victims, timeout=30)
@@ -109,136 +93,47 @@ class Server:
         self.process.wait(60)
 
 
-class Reader(threading.Thread):
-    """Follows a story as a browser does, until its end."""
-
-    def __init__(self, url: str, story_id: str) -> None:
-        super().__init__(daemon=True)
-        self.url, self.story_id = f"{url}/v1/stories/{story_id}/events", story_id
-        self.last = ""
-        self.texts: dict[int, str] = {}
-        self.names: list[tuple[str, int]] = []
-        self.num_lost = self.num_restarts = 0
-        self.end: dict[str, Any] | None = None
-
-    def run(self) -> None:
-        deadline = time.monotonic() + ROUND_S
-        while self.end is None and time.monotonic() < deadline:
-            headers = {"Last-Event-ID": self.last} if self.last else {}
-            try:
-                with httpx.stream("GET", self.url, headers=headers, timeout=30, trust_env=False) as reply:
-                    if reply.status_code == 200:
-                        self._read(reply)
-            except httpx.HTTPError:
-                pass
-            if self.end is None:
-                self.num_lost += 1
-                time.sleep(0.3)
-
-    def _read(self, reply: httpx.Response) -> None:
-        for event in read_events(reply.iter_bytes()):
-            data = json.loads(event.data)
-            page = data.get("page", data.get("index", 0))
-            if event.name == "text":
-                self.texts[page] = self.texts.get(page, "") + data["delta"]
-            elif event.name == "restart":
-                self.texts[page] = ""
-                self.num_restarts += 1
-            elif event.name in ("done", "error"):
-                self.end = data
-            self.names.append((event.name, page))
-            self.last = event.id
-
-    def has(self, name: str) -> bool:
-        return any(event == name for event, _ in self.names)
-
-
-def post_stories(server: Server, seed: int) -> list[str]:
-    ids = []
+def post_stories(server: Server, seed: int) -> list[Reader]:
+    readers = []
     for number in range(NUM_STORIES):
         body = {
             "prompt": f"A fox and {number} balloons, number {seed}",
             "pages": NUM_PAGES,
             "seed": 100 * seed + number,
             "steps": STEPS,
-            "wait": False,
         }
-        headers = {"Idempotency-Key": f"{seed}-{number}"}
-        reply = httpx.post(f"{server.url}/v1/stories", json=body, headers=headers, timeout=60, trust_env=False)
-        assert reply.status_code == 202, reply.text
-        ids.append(reply.json()["id"])
-    return ids
-
-
-def finished_pictures(server: Server, ids: list[str]) -> dict[str, str]:
-    """Path -> digest of every picture whose page says that it is there."""
-    found = {}
-    for story_id in ids:
-        for page in (server.storage / "stories" / story_id / "pages").glob("*/page.json"):
-            with contextlib.suppress(FileNotFoundError):
-                if json.loads(page.read_text()).get("image"):
-                    picture = page.with_name("picture.png")
-                    found[str(picture)] = hashlib.sha256(picture.read_bytes()).hexdigest()
-    return found
+        reader = Reader(server.url, body, key=f"{seed}-{number}")
+        reader.post()
+        assert reader.is_accepted, f"a story was not accepted: {reader.status}"
+        readers.append(reader)
+    return readers
 
 
 def round_of(server: Server, kind: str, seed: int, *, moment: Callable[[list[Reader]], None]) -> dict[str, Any]:
     """One kill, when `moment` returns, and what came of it."""
-    ids = post_stories(server, seed)
-    readers = [Reader(server.url, story_id) for story_id in ids]
+    readers = post_stories(server, seed)
     for reader in readers:
         reader.start()
     began = time.monotonic()
     moment(readers)
-    in_flight = sum(reader.end is None for reader in readers)
+    in_flight = sum(reader.is_under_way for reader in readers)
     after_s = time.monotonic() - began
     num_killed = server.kill(kind)
-    before = finished_pictures(server, ids)  # nothing is written any more by who is dead
+    # Nothing is written any more by who is dead.
+    before = finished_pictures(server.store, [reader.story_id for reader in readers])
     for reader in readers:
         reader.join(ROUND_S)
     recovered_s = time.monotonic() - began - after_s
-    stories = [stored(server, story_id) for story_id in ids]
-    changed = sum(hashlib.sha256(Path(path).read_bytes()).hexdigest() != digest for path, digest in before.items())
-    wrong = 0
-    for reader, story in zip(readers, stories, strict=True):
-        wrong += sum(reader.texts.get(page["index"]) != page["text"] for page in story["pages"])
-    pages = [[page["index"] for page in story["pages"]] for story in stories]
-    whole = list(range(1, NUM_PAGES + 1))
     return {
         "kind": kind,
         "seed": seed,
         "after_s": round(after_s, 2),
         "killed": num_killed,
-        "stories": len(ids),
+        "stories": len(readers),
         "in_flight": in_flight,
-        "lost": sum(story["status"] != "done" for story in stories),
-        "pages_missing": sum(len(set(whole) - set(numbers)) for numbers in pages),
-        "pages_twice": sum(len(numbers) - len(set(numbers)) for numbers in pages),
-        "pictures_missing": sum("image" not in page for story in stories for page in story["pages"]),
-        "pictures_finished_before": len(before),
-        "pictures_changed": changed,
-        "pages_told_otherwise": wrong,
-        "restarts": sum(reader.num_restarts for reader in readers),
-        "streams_lost": sum(reader.num_lost for reader in readers),
+        **verdict(readers, server.store, before),
         "recovered_s": round(recovered_s, 1),
     }
-
-
-def stored(server: Server, story_id: str) -> dict[str, Any]:
-    for _ in range(100):
-        with contextlib.suppress(httpx.HTTPError):
-            reply = httpx.get(f"{server.url}/v1/stories/{story_id}", timeout=30, trust_env=False)
-            if reply.status_code == 200:
-                return reply.json()
-        time.sleep(0.3)
-    raise AssertionError(f"{story_id} cannot be read")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + ROUND_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def kill_at(server: Server, point: str, seed: int) -> dict[str, Any]:
@@ -285,8 +180,7 @@ def table(rounds: list[dict[str, Any]]) -> str:
 
 
 def save(rounds: list[dict[str, Any]]) -> None:
-    bad = ("lost", "pages_missing", "pages_twice", "pictures_missing", "pictures_changed", "pages_told_otherwise")
-    ratios = {key: sum(one[key] for one in rounds) for key in bad} | {"kills": len(rounds)}
+    ratios = {key: sum(one[key] for one in rounds) for key in WRONG} | {"kills": len(rounds)}
     report = {"ratios": ratios, "figures": {"rounds": rounds}, "machine": machine(), "command": "make faults"}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -37,6 +37,33 @@ def server_faults(found: Results) -> str:
     return table(("killed", "kills", *columns.values()), rows)
 
 
+def chaos(found: Results) -> str:
+    """What a local cluster that broke did to the stories that were asked for meanwhile."""
+    names = {
+        "nothing": "nothing",
+        "generator": "one of two generators",
+        "decoder": "one of two decoders",
+        "front": "one of two fronts",
+        "ledger": "the fronts' ledger",
+        "controller": "Serve's controller",
+        "proxy": "one of Serve's proxies",
+        "raylet": "the raylet of a worker",
+        "head": "the whole head, with Redis",
+        "drain": "a worker, announced before",
+        "disk-full": "no room on the disk",
+        "storage-slow": "half of the requests to S3",
+        "storage-lost": "every request to S3",
+        "overload": "nothing, at five times the capacity",
+    }
+    rows = []
+    for row in found["chaos"]["scenarios"]:
+        counts = (row.get(key, "") for key in ("accepted", "finished", "refused", "lost", "doubled"))
+        wait = row.get("next_page_s")
+        rows.append((names[row["scenario"]], *counts, row.get("reason") or ("" if wait is None else f"{wait:g} s")))
+    head = ("what failed", "accepted", "finished", "refused", "lost", "doubled", "to the next page")
+    return table(head, rows)
+
+
 def overload(found: Results) -> str:
     """A server that is asked for several times what it can make."""
     load = found["load"]
@@ -189,6 +216,46 @@ def training_speed(found: Results) -> str:
         )
     names = (phase.removesuffix("_s") for phase in phases)
     return table(("", "steps/s", "of the plain loop", *names, "peak memory of a worker"), rows)
+
+
+def training_rows(found: Results) -> str:
+    """The cost of a stored row, by the number of rows."""
+    rows = (
+        (
+            f"{int(num_rows):,}",
+            f"{one['us_per_row']:.0f} us",
+            f"{one['opened_us_per_row']:.1f} us",
+            f"{one['sent_mib']:.2f} MiB",
+        )
+        for num_rows, one in found["training"]["rows"].items()
+    )
+    head = ("rows", "an example", "opening, each row", "sent to a data worker")
+    return table(head, rows)
+
+
+def training_memory(found: Results) -> str:
+    """The most memory of a training worker, and the seconds of a step, by the number of workers."""
+    measured = found["training"]["memory"]
+
+    def cells(way: str) -> list[str]:
+        of = {num: measured.get(f"{way}, {num}") for num in (1, 2, 4)}
+        held = [f"{one['peak_mib']:,.0f} ({one['private_mib']:,.0f})" if one else "" for one in of.values()]
+        return [*held, *(f"{of[num]['step_s']:.1f} s" for num in (1, 2))]
+
+    ways = dict.fromkeys(name.rpartition(", ")[0] for name in measured)
+    head = ("MiB (alone), step", "1 worker", "2 workers", "4 workers", "step of 1", "step of 2")
+    return table(head, ((way, *cells(way)) for way in ways))
+
+
+def own_model(found: Results) -> str:
+    """Losses on rows that a model from packages never trained on, before and after each stage."""
+    rows = (
+        (stage, measured["steps"], f"{measured['minutes']:.0f}", name, f"{loss['before']:.3f}", f"{loss['after']:.3f}")
+        for stage, measured in found["own_model"]["stages"].items()
+        for name, loss in measured.items()
+        if isinstance(loss, dict)
+    )
+    return table(("stage", "steps", "minutes", "loss", "before", "after"), rows)
 
 
 def training_curves(found: Results) -> str:

@@ -27,6 +27,7 @@ import psutil
 from benchmarks.http_load import running_server
 from benchmarks.load import WHAT, WHO
 from benchmarks.quality import machine
+from benchmarks.victims import family
 from deployments.sse import read_events
 from minigpt5.config import default_model_folder
 
@@ -40,6 +41,8 @@ PROBE_TURNS = 3
 """Of which the quickest counts: a server that has just started is slower."""
 MAX_CLIENTS = 512
 MEMORY_PERIOD_S = 2.0
+SETTLE_S = 5.0
+"""From the last answer to the last look at the memory."""
 
 
 def tell(url: str, index: int) -> tuple[str, float]:
@@ -61,16 +64,20 @@ def tell(url: str, index: int) -> tuple[str, float]:
     return name, time.perf_counter() - began
 
 
-def overload(url: str, *, seconds: float, times: float = TIMES_CAPACITY, pid: int = 0) -> dict[str, Any]:
-    """Figures of a server that is asked for `times` what it can make, for so many seconds."""
+def overload(
+    url: str, *, seconds: float, times: float = TIMES_CAPACITY, roots: Sequence[psutil.Process] = ()
+) -> dict[str, Any]:
+    """Figures of a server that is asked for `times` what it can make, for so many seconds. `roots`: the processes that
+    have started all of it, for its memory."""
     capacity = max(measure_capacity(url, start=turn * NUM_PROBES) for turn in range(PROBE_TURNS))
+    before_mib = resident_mib(roots)
 
     memory_mib: list[float] = []
     is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(MEMORY_PERIOD_S):
-            memory_mib.append(resident_mib(pid))
+            memory_mib.append(resident_mib(roots))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -85,6 +92,8 @@ def overload(url: str, *, seconds: float, times: float = TIMES_CAPACITY, pid: in
     finally:
         is_over.set()
         watcher.join()
+    time.sleep(SETTLE_S)
+    after_mib = resident_mib(roots)
     done = [took for end, took in ends if end == "done"]
     quarter = max(1, len(memory_mib) // 4)
     return {
@@ -96,8 +105,11 @@ def overload(url: str, *, seconds: float, times: float = TIMES_CAPACITY, pid: in
         "accepted_p95_s": float(np.percentile(done, 95)) if done else None,
         "refused_p95_s": float(np.percentile([took for end, took in ends if end == "503"] or [0.0], 95)),
         "memory_growth": float(np.mean(memory_mib[-quarter:]) / np.mean(memory_mib[quarter : 2 * quarter]))
-        if pid and len(memory_mib) >= 4
+        if roots and len(memory_mib) >= 4
         else None,
+        "probes": PROBE_TURNS * NUM_PROBES,
+        "memory_mib": [round(before_mib), round(after_mib)],
+        "memory_after": after_mib / before_mib if roots else None,
     }
 
 
@@ -111,14 +123,12 @@ def measure_capacity(url: str, *, start: int) -> float:
     return ends.count("done") / (time.perf_counter() - began)
 
 
-def resident_mib(pid: int) -> float:
-    """Of a process and all that it started; 0 where there is none."""
+def resident_mib(roots: Sequence[psutil.Process]) -> float:
+    """Of processes and all that they started."""
     total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        server = psutil.Process(pid) if pid else None
-        for process in [server, *server.children(recursive=True)] if server else []:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
+    for process in family(roots):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
     return total / 2**20
 
 
@@ -131,10 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.url:
-        figures = overload(options.url, seconds=options.seconds, pid=options.pid)
+        roots = [psutil.Process(options.pid)] if options.pid else []
+        figures = overload(options.url, seconds=options.seconds, roots=roots)
     else:
         with running_server(default_model_folder(), f"--max-wait-s={options.max_wait_s:g}") as (url, server):
-            figures = overload(url, seconds=options.seconds, pid=server.pid)
+            figures = overload(url, seconds=options.seconds, roots=[server])
     figures["max_wait_s"] = options.max_wait_s
     ratios = {
         "accepted_p95_vs_max_wait": figures["accepted_p95_s"] and figures["accepted_p95_s"] / options.max_wait_s,

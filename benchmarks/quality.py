@@ -6,7 +6,7 @@ default request, one seed for each caption, no selection; the scorer reads them.
 Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and from pictures of
 the same facts and noise through the diffusion model's own text encoder; its lead is the alignment gap, in points. How
 near the reconstructions come to true scenes, and drawn pictures to themselves with new sprites at the same places:
-perceptual.py.
+minigpt5/evaluation/perceptual.py.
 
 Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
 texts in books.json, the pictures of the best and the worst in books.png. Given stories say how well pictures show what
@@ -31,13 +31,14 @@ import torch
 from torch import nn
 
 from benchmarks.goals import compare, to_text
-from benchmarks.perceptual import Lpips, psnr_db
 from benchmarks.pixels import pixels_of, png_of
 from benchmarks.referring import reference
 from benchmarks.shares import mean, points_lost, share
 from benchmarks.stories import save_books, summary, tell
 from minigpt5.config import default_model_folder
 from minigpt5.engine.denoising import denoise
+from minigpt5.evaluation.perceptual import Lpips, psnr_db
+from minigpt5.evaluation.world import facts_shown
 from minigpt5.model.base_models import resolve
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.pixels import to_pixels, to_tensor
@@ -55,7 +56,6 @@ BATCH_SIZE = 8
 TINY = 24
 NUM_CRISP = 100
 """Pictures of each kind whose crispness is measured."""
-FACTS = ("who", "what", "side", "place", "time")
 STORY_FACTS = ("who", "what", "place", "time")
 
 
@@ -136,10 +136,7 @@ def reconstruct(diffusion: Diffusion, pixels: np.ndarray) -> np.ndarray:
 
 def rights(scorer: Scorer, pixels: np.ndarray, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
     """Whether each picture shows each fact as it was asked for, and all of them: (B,) bool each."""
-    pairs = [(answer, one.facts) for answer, one in zip(scorer.score(pixels), asked, strict=True)]
-    right = {name: [getattr(answer, name) == getattr(facts, name) for answer, facts in pairs] for name in FACTS}
-    right["all"] = [answer == facts for answer, facts in pairs]
-    return {name: np.array(values) for name, values in right.items()}
+    return facts_shown(pixels, [one.facts for one in asked], scorer)
 
 
 def accuracy(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:

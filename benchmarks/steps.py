@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from benchmarks.pixels import pixels_of
-from benchmarks.quality import FACTS, Asked, accuracy, ask, crisp, machine, rights
+from benchmarks.quality import Asked, accuracy, ask, crisp, machine, rights
 from minigpt5.config import default_model_folder, fits_distilled
 from minigpt5.engine.denoising import Denoising
+from minigpt5.evaluation.world import FACTS
 from minigpt5.model.decoders.noise import SAMPLERS
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.scorer import Scorer, load_scorer

@@ -1,7 +1,9 @@
-"""Training, measured: `python -m benchmarks.training [speed] [curves] [kills] [--count 10]`.
+"""Training, measured: `python -m benchmarks.training [rows] [memory] [speed] [curves] [kills] [--count 10]`.
 
 Into benchmarks/results/training.json.
 
+    rows     the cost of a stored row, and the size of a reader, at 10,000 to 10,000,000 rows
+    memory   what a worker holds with a language model of 0.5 GB: frozen weights in float32 and bfloat16, ZeRO 3
     speed    a worker on Ray Train against the plain loop, both with two threads; two workers; memory by ZeRO stage
     curves   losses of ZeRO 0 to 3 against the plain loop, 50 steps, float32 and bfloat16
     kills    one run of each kind, whose worker, driver or whole job and Ray is killed with SIGKILL again and again at
@@ -29,11 +31,14 @@ from typing import Any
 
 import psutil
 
+from benchmarks import training_memory, training_rows
 from benchmarks.quality import machine
 from tests.training.test_zero import MODEL_WORKER, largest_difference, train
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
+PARTS = ["rows", "memory", "speed", "curves", "kills"]
+NUM_ROWS = (10_000, 1_000_000, 10_000_000)
 KINDS = ("worker", "driver", "job")
 STEPS, BATCH, WORKERS = 150, 4, 2
 KILL_WITHIN_S = 4.0
@@ -301,6 +306,33 @@ def measure_speed(results: dict[str, Any], repeats: int = 3) -> None:
             save(results)
 
 
+# Rows and memory
+
+
+def measure_rows(results: dict[str, Any]) -> None:
+    found = results.setdefault("rows", {})
+    for num_rows in NUM_ROWS:
+        if str(num_rows) not in found:
+            with tempfile.TemporaryDirectory() as folder:
+                found[str(num_rows)] = training_rows.measure(Path(folder), num_rows)
+            print(num_rows, found[str(num_rows)], flush=True)
+            save(results)
+
+
+def measure_memory(results: dict[str, Any]) -> None:
+    found = results.setdefault("memory", {})
+    with tempfile.TemporaryDirectory() as folder:
+        made = training_memory.make_model(Path(folder))
+        for way in training_memory.WAYS:
+            for num_workers in (1, 2, 4) if way in training_memory.WITH_FOUR else (1, 2):
+                name = f"{way}, {num_workers}"
+                if name not in found:
+                    out = Path(folder) / "runs" / name
+                    found[name] = training_memory.measure(made, out, way, num_workers=num_workers)
+                    print(name, found[name], flush=True)
+                    save(results)
+
+
 # Curves
 
 
@@ -335,6 +367,9 @@ def save(results: dict[str, Any]) -> None:
         if plain and others:
             key = "loss_largest_difference" + ("" if precision == "float32" else "_bfloat16")
             ratios[key] = max(largest_difference(curve, plain) for curve in others)
+    if rows := results.get("rows"):
+        costs = [one["us_per_row"] for one in rows.values()]
+        ratios["row_cost_largest_over_smallest"] = max(costs) / min(costs)
     if kills:
         runs = kills.values()
         ratios["rows_lost"] = sum(one["rows_lost"] for one in runs)
@@ -352,11 +387,15 @@ def save(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["speed", "curves", "kills", []], help="(default: all)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="(default: all)")
     parser.add_argument("--count", type=int, default=10, help="kills of each kind (default %(default)s)")
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}
-    parts = options.parts or ["speed", "curves", "kills"]
+    parts = options.parts or PARTS
+    if "rows" in parts:
+        measure_rows(results)
+    if "memory" in parts:
+        measure_memory(results)
     if "speed" in parts:
         measure_speed(results)
     if "curves" in parts:

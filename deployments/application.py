@@ -44,7 +44,8 @@ class AppArgs(BaseModel):
     model: str = Field(default_factory=lambda: str(default_model_folder()))
     """Model folder."""
     front_replicas: int = Field(default=1, ge=1)
-    """HTTP fronts. Several share their stories' leases, limits and events through one more deployment."""
+    """HTTP fronts. They share their stories' leases, limits and events through one more deployment, the ledger: one
+    front too, for an upgrade has the next one beside it."""
     storage: str = Field(default_factory=default_storage)
     """Folder or URI that keeps the stories."""
     api_keys: str = ""
@@ -144,10 +145,13 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
     limits = default_limits("cuda" if generator_gpus else "cpu", **args.limits)  # of a replica, wherever this is
     # JSON: lines of text would be without the ids of story and request.
     logging_config = {"log_level": args.log_level, "encoding": "JSON"}
+    # A replica that is replaced ends what it has begun; Serve's own limit of 20 s would tear pages.
+    drain_s = args.max_wait_s
     generator = serve.deployment(
         generator_class,
         name="VokenGenerator",
         max_ongoing_requests=256,  # above max_running: cancelled stories may take a moment to end
+        graceful_shutdown_timeout_s=drain_s,
         request_router_config=RequestRouterConfig(request_router_class=SESSION_ROUTER),
         autoscaling_config={
             "min_replicas": args.generator_min_replicas,
@@ -162,6 +166,7 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
         decoder_class,
         name="DiffusionDecoder",
         max_ongoing_requests=512,
+        graceful_shutdown_timeout_s=drain_s,
         autoscaling_config={
             "min_replicas": args.decoder_min_replicas,
             "max_replicas": args.decoder_max_replicas,
@@ -184,14 +189,14 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
         num_replicas=1,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0.1},
-        logging_config=logging_config,
+        logging_config={**logging_config, "enable_access_log": False},  # each front sends two heartbeats a second
     )
     return serve.deployment(
         Ingress,
         name="Ingress",
         num_replicas=args.front_replicas,
         max_ongoing_requests=MAX_REQUESTS,
-        graceful_shutdown_timeout_s=args.max_wait_s,  # a front that is replaced ends its streams; Serve's own is 20 s
+        graceful_shutdown_timeout_s=drain_s,  # a front ends its streams
         max_queued_requests=MAX_REQUESTS,  # where every stream connects once more at the same moment
         backpressure_config={"status_code": 503, "retry_after_s": RETRY_AFTER_S},
         ray_actor_options={"num_cpus": 0.1},
@@ -208,5 +213,5 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
         args.keep_gib and args.keep_gib * 2**30,
         api_keys,
         filters,
-        ledger.bind() if args.front_replicas > 1 else None,
+        ledger.bind(),
     )

@@ -29,15 +29,13 @@ Result = TypeVar("Result")
 
 
 def measure(client: Client, *, pages: int, steps: int | None, text_batch: int, picture_batch: int) -> Profile:
-    """Both stages. Raises ClientError where the server refuses or fails."""
+    """Both stages. Raises ClientError where the server refuses, or a story fails: its times are those of no story."""
     settings = {"pages": pages} | ({"steps": steps} if steps else {})
     seeds = iter(range(FIRST_SEED, FIRST_SEED + 1_000_000))
     with contextlib.ExitStack() as stories:
 
         def write(_: int) -> tuple[str, list[float]]:
-            name, seconds = _write(client, seed=next(seeds), **settings)
-            stories.callback(client.delete, name)
-            return name, seconds
+            return _write(client, lambda name: stories.callback(client.delete, name), seed=next(seeds), **settings)
 
         def redraw(name: str) -> float:
             began = time.perf_counter()
@@ -57,16 +55,20 @@ def measure(client: Client, *, pages: int, steps: int | None, text_batch: int, p
     )
 
 
-def _write(client: Client, **settings: int) -> tuple[str, list[float]]:
-    """A story's id, and the seconds of each page's text."""
+def _write(client: Client, note: Callable[[str], object], **settings: int) -> tuple[str, list[float]]:
+    """A story's id, which `note` hears as soon as there is one, and the seconds of each page's text."""
     name, page_s, began = "", [], time.perf_counter()
     for event in client.create(PROMPT, **settings):
-        if event.name == "slot":
+        if event.name == "story":
+            name = event.data["id"]
+            note(name)
+        elif event.name == "slot":
             now = time.perf_counter()
             page_s.append(now - began)
             began = now
-        elif event.name == "done":
-            name = event.data["id"]
+        elif event.name == "error" or (event.name == "done" and event.data["status"] != "done"):
+            why = event.data["error"]["message"] if event.name == "error" else f"it is {event.data['status']}"
+            raise ClientError(f"story {name} has no times ({why}): mend that on the server, then measure again")
     return name, page_s
 
 

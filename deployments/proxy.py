@@ -1,5 +1,5 @@
 """What Serve's HTTP proxies are given at their start: headers have an end, in bytes and in seconds,
-and none of them gives orders to Serve.
+and none of them gives orders to Serve or decides what is traced.
 
 Serve reads RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy.guard in the environment of every node. The
 proxies' parser otherwise keeps a header for as long as it grows, before any application hears of the request.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import uvicorn.config
@@ -23,6 +24,11 @@ MAX_HEADER_BYTES = 64 * 2**10
 HEADER_S = 30.0
 OF_SERVE = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 """Headers by which Serve would let a client set the timeout of its request, and keep its work going when it leaves."""
+OF_TRACES = (b"traceparent", b"tracestate")
+"""Headers by which a client would make its request a part of its own trace. Serve then samples as the client says, and
+not by its own ratio."""
+TRUST_VARIABLE = "MINIGPT5_TRUST_TRACEPARENT"
+"""1 where all clients are trusted, as behind a gateway that writes `traceparent` itself."""
 REFUSAL = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
     b'content-length: 144\r\n\r\n{"error": {"message": "headers are over the limit of 65536 bytes", '
@@ -60,7 +66,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_headers, self._num_bytes = False, 0
         self._stop_timer()
-        self.headers[:] = [(name, value) for name, value in self.headers if name not in OF_SERVE]
+        ignored = OF_SERVE if os.environ.get(TRUST_VARIABLE) == "1" else OF_SERVE + OF_TRACES
+        self.headers[:] = [(name, value) for name, value in self.headers if name not in ignored]
         if sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             return self._refuse()
         return super().on_headers_complete()

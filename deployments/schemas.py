@@ -245,6 +245,8 @@ class ImageReply(BaseModel):
     seed: int
     resampled: bool | None = None
     """True where the model drew the picture in its own size, which was then resampled; else left out."""
+    fingerprint: str | None = None
+    """Of the model folder that drew it; left out where it is not known."""
 
 
 class VariantReply(BaseModel):
@@ -257,6 +259,7 @@ class VariantReply(BaseModel):
     height: int
     style: str | None = None
     """Left out where the picture has none."""
+    fingerprint: str | None = None
 
 
 class PageReply(BaseModel):
@@ -267,6 +270,8 @@ class PageReply(BaseModel):
     variants: list[VariantReply] | None = None
     """All pictures of the page; `variant` is the one that `image` is."""
     variant: int | None = None
+    fingerprint: str | None = None
+    """Of the model folder that wrote the text; left out where it is not known, or the text was edited."""
 
 
 class UsageReply(BaseModel):
@@ -296,7 +301,7 @@ def picture_url(story_id: str, page: int) -> str:
 
 
 def page_reply(story_id: str, page: PageState) -> PageReply:
-    reply = PageReply(index=page.index, text=page.text, error=page.error)
+    reply = PageReply(index=page.index, text=page.text, error=page.error, fingerprint=page.fingerprint or None)
     if page.image:
         url = picture_url(story_id, page.index)
         image = ImageReply(
@@ -305,6 +310,7 @@ def page_reply(story_id: str, page: PageState) -> PageReply:
             height=page.image.height,
             seed=page.image.seed,
             resampled=page.image.is_resampled or None,
+            fingerprint=page.image.fingerprint or None,
         )
         variants = [
             VariantReply(
@@ -316,6 +322,7 @@ def page_reply(story_id: str, page: PageState) -> PageReply:
                 width=variant.width,
                 height=variant.height,
                 style=variant.draw.style or None,
+                fingerprint=variant.fingerprint or None,
             )
             for k, variant in enumerate(page.variants or (page.image,))
         ]

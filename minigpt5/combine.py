@@ -80,7 +80,7 @@ def combine(
     from minigpt5.model.language import load_base
     from minigpt5.model.mapper import Mapper
     from minigpt5.model.text_encoder import load_text_encoder
-    from minigpt5.model.vision import TowerEncoder, Vision
+    from minigpt5.model.vision import Vision, load_tower
     from minigpt5.model.vision_language import OwnEncoder
 
     torch.manual_seed(SEED)
@@ -98,7 +98,7 @@ def combine(
     elif vision == "none":
         encoder, vision_config = None, NO_VISION
     else:
-        encoder = TowerEncoder(bases[vision])
+        encoder = load_tower(bases[vision])
         vision_config = tower_config(encoder, ids[vision])
     model = load_diffusion(bases[diffusion])
     config = ModelConfig(
@@ -151,7 +151,7 @@ def sketch(
     from minigpt5.model.decoders.load import sketch_diffusion, sketch_text_encoder
     from minigpt5.model.language import LanguageModel, load_base
     from minigpt5.model.mapper import Mapper
-    from minigpt5.model.vision import TowerEncoder, Vision
+    from minigpt5.model.vision import Vision, load_tower
     from minigpt5.model.vision_language import OwnEncoder
 
     bases = {base: resolve(base, has_weights=False) for base in _named(language, diffusion, vision)}
@@ -164,7 +164,7 @@ def sketch(
     elif vision == "none":
         encoder, vision_config = None, NO_VISION
     else:
-        encoder = TowerEncoder(bases[vision], has_weights=False)
+        encoder = load_tower(bases[vision], has_weights=False)
         vision_config = tower_config(encoder, vision)
     config = ModelConfig(
         name="sketch",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minigpt5.combine import Parts
+from minigpt5.objective.encoders import fields_read
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +54,8 @@ def count_trained(parts: Parts) -> dict[str, int]:
 
 def memory_gb(parts: Parts) -> dict[str, float]:
     """Memory of weights, the KV store and optimizer states, on a CPU (float32) and on a GPU (language and diffusion
-    model in bfloat16, and the frozen base models while training)."""
+    model in bfloat16, and the frozen base models while training). A worker's language model and diffusion model need
+    no memory of their own on the host where they are stored in the type that it keeps: their files are mapped."""
     from minigpt5.engine.kv_cache import bytes_per_token
     from minigpt5.limits import ON_CPU
 
@@ -69,21 +71,25 @@ def memory_gb(parts: Parts) -> dict[str, float]:
         found[f"DiffusionDecoder on a {place}, weights"] = (width * draws + 4 * sizes["mapper"]) / 1e9
         if place == "CPU":
             found["VokenGenerator on a CPU, KV store at most"] = ON_CPU.num_slots * longest / 1e9
-    held = _frozen_bytes(parts) + 4 * (sizes["Q-Former"] + sizes["voken embeddings"] + sizes["mapper"])
-    for stage, number in count_trained(parts).items():
-        if number:  # beside the weights: gradients and AdamW's two moments, in float32
-            lora = 4 * count_lora(parts) if stage == "learn" else 0
-            found[f"{stage} on a GPU, one worker"] = (held + lora + 12 * number) / 1e9
-    found["training, on the host while it loads"] = 4 * sum(sizes.values()) / 1e9
+    for place, width in (("CPU", 4), ("GPU", 2)):
+        for stage, number in count_trained(parts).items():
+            if number:  # beside the weights: gradients and AdamW's two moments, in float32
+                held = _frozen_bytes(parts, stage, width) + 12 * number
+                held += 4 * (sizes["Q-Former"] + sizes["voken embeddings"] + sizes["mapper"])
+                held += 4 * count_lora(parts) if stage == "learn" else 0
+                found[f"{stage} on a {place}, one worker"] = held / 1e9
     return found
 
 
-def _frozen_bytes(parts: Parts) -> int:
-    """Bytes of the base models in training under bfloat16, which halves their matrices (training/stages/model.py)."""
+def _frozen_bytes(parts: Parts, stage: str, width: int) -> int:
+    """Bytes of the base models that a stage of training loads, with matrices of `width` bytes an element: bfloat16
+    halves them (training/stages/model.py)."""
     diffusion = parts.diffusion
-    frozen = (parts.language.body, parts.language.head, parts.vision.encoder, diffusion.denoiser, diffusion.vae)
-    parameters = {parameter for part in (*frozen, parts.text_encoder) for parameter in part.parameters()}
-    return sum(parameter.numel() * (2 if parameter.dim() > 1 else 4) for parameter in parameters)
+    frozen = [parts.language.body, parts.language.head, diffusion.denoiser, diffusion.vae, parts.text_encoder]
+    if fields_read(stage, reads_pictures=True) != ("moments",):
+        frozen.append(parts.vision.encoder)
+    parameters = {parameter for part in frozen for parameter in part.parameters()}
+    return sum(parameter.numel() * (width if parameter.dim() > 1 else 4) for parameter in parameters)
 
 
 def _count(module: nn.Module) -> int:

@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         "--vision",
         metavar="BASE",
         help="reads pictures: own (the vision-language model's, the default where there is one), none, or a tower: "
-        "CLIP, SigLIP, DINOv2",
+        "CLIP, SigLIP, DINOv2, EfficientNet-Lite0",
     )
     parser.add_argument("--image-px", type=int, help="side of a picture that own reads: more pixels take more tokens")
     parser.add_argument("--context", type=int, help=f"tokens of a story with its prompt (default {DEFAULT_CONTEXT})")

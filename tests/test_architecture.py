@@ -115,6 +115,7 @@ def only_zero_imports_deepspeed(file: str, tree: ast.Module) -> list[str]:
 def few_files_touch_weights(file: str, tree: ast.Module) -> list[str]:
     """safetensors.numpy's save and load are free, and their error: they make the bytes of vokens, not weight files."""
     if file in (
+        "minigpt5/evaluation/perceptual.py",
         "minigpt5/model/decoders/styles.py",
         "minigpt5/model/folder.py",
         "minigpt5/model/weights.py",
@@ -427,3 +428,10 @@ def calls(tree: ast.Module) -> Iterator[ast.Call]:
 def test_shipped_models_name_no_folder_of_a_machine() -> None:
     for path in (ROOT / "models").rglob("*.json"):
         assert not re.search(r'": "/', path.read_text()), f"{path} holds an absolute path"
+
+
+def test_one_module_opens_file_systems() -> None:
+    """So that every request to an object store waits for it."""
+    opens = re.compile(r"\.from_uri\(|\b(S3|Gcs|Azure|Hadoop|Local|Py)FileSystem\(|_resolve_filesystem")
+    paths = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py") if opens.search(path.read_text())]
+    assert [path.relative_to(ROOT).as_posix() for path in paths] == ["minigpt5/storage.py"]

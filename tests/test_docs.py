@@ -39,6 +39,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 SHELL = ("", "sh", "bash")
 CLUSTER = (". .venv/bin/activate", "export RAY_AUTH_MODE=token", "ray ")
 """Commands of docs/bulk.md that tests/batch_jobs/test_submitted.py runs, or its cluster stands for."""
+UPGRADE = ("serve deploy cluster/serve-storybook.yaml",)
+"""The command of docs/operations.md that tests/deployments/test_upgrade_live.py runs."""
 KUBERNETES = ("kubectl ", "docker build ", "docker tag ", "docker push ", "sed -i ")
 """Commands of docs/kubernetes.md; tests/cluster/test_kubernetes_page.py compares them with the files."""
 OURS = re.compile(r"python -m ((?:minigpt5|deployments|training|batch_jobs|benchmarks|tests)[\w.]*)([^`#\n]*)")
@@ -73,7 +75,17 @@ def commands() -> list[list[str]]:
 
 @each_page
 def test_every_line_of_a_shell_block_is_a_command_that_a_test_reads(page: str) -> None:
-    starts = ("git clone ", "make ", "curl ", ".venv/bin/python -m ", "python -m ", ".ci/run", *CLUSTER, *KUBERNETES)
+    starts = (
+        "git clone ",
+        "make ",
+        "curl ",
+        ".venv/bin/python -m ",
+        "python -m ",
+        ".ci/run",
+        *CLUSTER,
+        *UPGRADE,
+        *KUBERNETES,
+    )
     lines = "\n".join(blocks(page, *SHELL)).replace("\\\n", " ").splitlines()
     assert not [line for line in lines if line and not line.lstrip().startswith(starts)]
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("minigpt5", "deployments", "training", "batch_jobs")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT: dict[str, Any] = PYPROJECT["project"]
-EXTRAS_OF_CI = ("serve", "train", "batch", "dev")
+EXTRAS_OF_CI = ("serve", "train", "batch", "evaluation", "dev")
 """CI has no browser."""
 OF_A_CUDA_BUILD = ("nvidia-", "cuda-", "triton")
 """What torch wants besides where its build is one for GPUs."""

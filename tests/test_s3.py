@@ -287,7 +287,7 @@ def test_training_and_its_model_over_s3(encoded: str, s3: str, tmp_path: Path, m
         assert train([*command, "steps=2"]) == 0
         assert newest_step(RunFolder(out)) == 2
         assert train([*command, "steps=3"]) == 0
-        lines = [json.loads(line) for line in (RunFolder(out).read("log.jsonl") or b"").splitlines()]
+        lines = [json.loads(line) for line in RunFolder(out).read_log("log.jsonl").splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3], lines
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path))

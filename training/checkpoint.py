@@ -1,4 +1,7 @@
-"""Checkpoints of a run: complete or not there, read back with weights_only. The two newest are kept."""
+"""Checkpoints of a run: complete or not there, read back with weights_only. The two newest are kept.
+
+A run writes them in the background: see CheckpointWriter.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import io
 import json
 import secrets
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +44,7 @@ def save_checkpoint(folder: RunFolder, position: Position, state: dict[str, Any]
     try:
         content = io.BytesIO()
         torch.save({**state, "average": average}, content)
-        folder.write(f"{name}/state.pt", content.getvalue())
+        folder.write(f"{name}/state.pt", content.getbuffer())
         folder.write(f"{name}/position.json", json.dumps(vars(position)).encode())  # last: it says that all is there
     except TrainingError as failure:
         folder.drop(name)
@@ -50,6 +54,45 @@ def save_checkpoint(folder: RunFolder, position: Position, state: dict[str, Any]
     for old in checkpoints(folder)[:-KEPT]:
         folder.drop(old)
     return name
+
+
+def copy_to_host(value: Any) -> Any:
+    """Copy every tensor of nested dicts and lists to the host's memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_host(one) for key, one in value.items()}
+    return [copy_to_host(one) for one in value] if isinstance(value, list) else value
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of the run with the token `owner` in a thread: training goes on meanwhile. A checkpoint
+    waits for the one before it, so that at most one is on its way."""
+
+    def __init__(self, folder: RunFolder, owner: str) -> None:
+        self.folder, self.owner = folder, owner
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def write(self, position: Position, state: dict[str, Any], average: dict[str, Tensor]) -> None:
+        """Begin a checkpoint of tensors that nobody changes any more. Raises as `finish` does."""
+        self.finish()
+        self._last = self._thread.submit(self._write, position, state, average)
+
+    def _write(self, position: Position, state: dict[str, Any], average: dict[str, Tensor]) -> None:
+        check_owner(self.folder, self.owner)
+        save_checkpoint(self.folder, position, state, average)
+
+    def check(self) -> None:
+        """Raise TrainingError where the last checkpoint is known to have failed; see `save_checkpoint`."""
+        if self._last and self._last.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises TrainingError, once, where it failed."""
+        last, self._last = self._last, None
+        if last:
+            last.result()
 
 
 def load_checkpoint(

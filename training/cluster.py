@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import tempfile
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import ray
 import ray.train
 import torch
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from minigpt5.errors import NotFinite, TrainingError
@@ -34,7 +35,6 @@ class Run:
     sources: WeightSources
     out: RunFolder
     data: StageData
-    first_step: int = 0
     owner: str = ""
 
 
@@ -43,6 +43,15 @@ def check_workers(preset: Preset, num_workers: int) -> None:
     if preset.batch_size % num_workers:
         raise TrainingError(
             f"batch_size is {preset.batch_size} but must be a multiple of the {num_workers} workers: set batch_size="
+        )
+
+
+def check_gpus(num_workers: int, num_gpus: float, there: float) -> None:
+    """Raise TrainingError where a Ray of our own has `there` GPUs: nobody will add any, and Ray would wait for ever."""
+    if num_workers * num_gpus > there:
+        raise TrainingError(
+            f"{num_workers} workers of {num_gpus:g} GPUs do not fit this machine, which has {there:g}: set --gpus or "
+            "--workers, or name a cluster with RAY_ADDRESS"
         )
 
 
@@ -58,9 +67,9 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
         num_cpus = max(os.cpu_count() or 1, num_workers + math.ceil(num_workers / 2))
         own = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         ray.init(**({} if "RAY_ADDRESS" in os.environ else own))
-    owner = checkpoint.claim(run.out)
-    first_step = checkpoint.newest_step(run.out)
-    settings = {"run": Run(**{**vars(run), "first_step": first_step, "owner": owner})}
+    if "RAY_ADDRESS" not in os.environ:
+        check_gpus(num_workers, num_gpus, ray.cluster_resources().get("GPU", 0))
+    settings = {"run": dataclasses.replace(run, owner=checkpoint.claim(run.out))}
     resources = {"CPU": 0.5} | ({"GPU": num_gpus} if num_gpus else {})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
@@ -76,13 +85,6 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
-            datasets={
-                f"train-{rank}": batches.ray_examples(
-                    run.data.training, run.preset, first_step=first_step, rank=rank, num_workers=num_workers
-                )
-                for rank in range(num_workers)
-            },
-            dataset_config=DataConfig(datasets_to_split=[]),
         )
         try:
             result = trainer.fit()
@@ -111,19 +113,14 @@ def work(settings: dict[str, object]) -> str | None:
     preset = devices.for_device(run.preset, device)
     torch.set_num_threads(preset.num_threads)
     context = ray.train.get_context()
-    own = batches.ray_batches(
-        ray.train.get_dataset_shard(f"train-{context.get_world_rank()}"),
-        preset,
-        first_step=run.first_step,
-        num_workers=context.get_world_size(),
-    )
+    share = {"rank": context.get_world_rank(), "num_workers": context.get_world_size()}
     try:
         loop.fit(
             build_stage(preset, run.sources, run.data),
             preset,
             run.out,
-            own,
-            validation=batches.validation_batches(run.data.validation, preset),
+            batches.ray_batches(run.data.training, preset, **share),
+            validation=batches.validation_batches(run.data.validation, preset, **share),
             owner=run.owner,
             report=Reports(),
             device=device,

@@ -18,8 +18,8 @@ def own_device() -> torch.device:
 
 def for_device(preset: Preset, device: torch.device) -> Preset:
     """The preset as the device can run it: on a CPU without bfloat16 instructions bfloat16 takes ten times as long as
-    float32, and float32 is the more exact."""
-    if preset.bf16 and device.type == "cpu" and not _has_bfloat16():
+    float32, and float32 is the more exact. With `frozen_bf16` the memory is worth it."""
+    if preset.bf16 and not preset.frozen_bf16 and device.type == "cpu" and not _has_bfloat16():
         print("bf16 is true, but this CPU has no bfloat16 instructions: computing in float32", flush=True)
         return dataclasses.replace(preset, bf16=False)
     return preset

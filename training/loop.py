@@ -24,12 +24,11 @@ from training.run_folder import RunFolder
 from training.run_recorder import Report, RunRecorder
 from training.schedule import learning_rate_factor, progress_of
 from training.stage import Stage
-from training.strategy import new_strategy
-from training.workers import agreed_checkpoint, seed_of, stop_if_not_finite
+from training.strategy import CPU, new_strategy
+from training.workers import agreed_checkpoint, seed_of
 
 SECONDS = ("data_s", "forward_s", "backward_s", "optimizer_s", "communication_s")
 """Phases of a step. Communication is part of the optimizer's phase, under ZeRO of the three phases before it."""
-CPU = torch.device("cpu")
 
 
 def fit(
@@ -50,8 +49,7 @@ def fit(
     `validation` is measured at every checkpoint. Raises NotFinite where the loss is not, TrainingError where the folder
     cannot be written.
     """
-    stage.objective.to(device)
-    strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
+    strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer, device)
     trained = strategy.trained
     state, position = load_checkpoint(folder, trained, name=agreed_checkpoint(folder))
     saved_average: dict[str, Tensor] = {}
@@ -64,39 +62,47 @@ def fit(
         for name, value in average.items():  # of a run without an average: it begins at the weights as they are
             value.copy_(saved_average.get(name, value))
     saved_average = {}
-    run = RunRecorder(stage, preset, folder, strategy, average, position, validation, owner, report)
     stream = batches(position.step)
-    while (progress := progress_of(preset, position)) < 1:
-        torch.manual_seed(seed_of(preset, position.step))
-        rate = learning_rate_factor(position.step, progress, preset)
-        seconds = dict.fromkeys(SECONDS, 0.0)
-        communicated_s = strategy.communication_s
-        parts: list[dict[str, float]] = []
-        for _ in range(preset.optimizer.gradient_accumulation_steps):
-            with _timed(seconds, "data_s"):
-                batch = dataclasses.replace(next(stream), step=position.step)
-            with _timed(seconds, "forward_s"), autocast(preset, device):
-                losses: dict[str, Tensor] = strategy.losses(batch, progress)
-            stop_if_not_finite(losses["loss"], position.step, batch)
-            with _timed(seconds, "backward_s"):
-                strategy.backward(losses["loss"] / preset.optimizer.gradient_accumulation_steps)
-            parts.append({name: loss.item() for name, loss in losses.items()})
-            run.note_examples(batch, parts[-1]["loss"])
-        with _timed(seconds, "optimizer_s"):
-            strategy.step(rate)
-        seconds["communication_s"] = strategy.communication_s - communicated_s
-        position = run.advance(parts, seconds, rate)
-        for name, value in average.items():
-            decay = min(preset.optimizer.ema_decay, (1 + position.step) / (10 + position.step))
-            value.lerp_(trained[name].detach(), 1 - decay)
-        run.keep_up(position)
-    run.finish(position)
+    with RunRecorder(stage, preset, folder, strategy, average, position, validation, owner, report) as run:
+        while (progress := progress_of(preset, position)) < 1:
+            torch.manual_seed(seed_of(preset, position.step))
+            rate = learning_rate_factor(position.step, progress, preset)
+            timer = PhaseTimer(waits=preset.profiles and device.type == "cuda")
+            communicated_s = strategy.communication_s
+            learnt: list[Batch[Any]] = []
+            parts: list[dict[str, Tensor]] = []
+            for _ in range(preset.optimizer.gradient_accumulation_steps):
+                with timer.phase("data_s"):
+                    batch = dataclasses.replace(next(stream), step=position.step)
+                with timer.phase("forward_s"), autocast(preset, device):
+                    losses: dict[str, Tensor] = strategy.losses(batch, progress)
+                with timer.phase("backward_s"):
+                    strategy.backward(losses["loss"] / preset.optimizer.gradient_accumulation_steps)
+                learnt.append(batch)
+                parts.append({name: loss.detach() for name, loss in losses.items()})
+            run.agree(learnt, parts)
+            with timer.phase("optimizer_s"):
+                strategy.step(rate)
+            timer.seconds["communication_s"] = strategy.communication_s - communicated_s
+            position = run.advance(timer.seconds, rate)
+            for name, value in average.items():
+                decay = min(preset.optimizer.ema_decay, (1 + position.step) / (10 + position.step))
+                value.lerp_(trained[name].detach(), 1 - decay)
+            run.keep_up(position)
+        run.finish(position)
 
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a GPU is given its work, and does it later
-    seconds[name] += time.perf_counter() - began
+class PhaseTimer:
+    """Seconds of a step's phases. A GPU is given its work and does it later: `waits` for it at the end of a phase;
+    else the phase in which the step first needs a result counts for the others."""
+
+    def __init__(self, *, waits: bool) -> None:
+        self.seconds, self.waits = dict.fromkeys(SECONDS, 0.0), waits
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.waits:
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - began

@@ -34,6 +34,8 @@ class OptimizerConfig:
     """ZeRO stage of DeepSpeed, 0 to 3; none: torch's own optimizer."""
     zero_offload: bool = False
     """DeepSpeed keeps the optimizer's state in the host's memory."""
+    zero_live_parameters: int = 1_000_000_000
+    """Elements of the weights that a worker holds whole at once under ZeRO 3, which gathers them layer by layer."""
     times_communication: bool = False
     """Wait for and time each of DeepSpeed's messages. Without, their time is part of the phase that sends them."""
 
@@ -70,23 +72,39 @@ class Preset:
     """If not 0: the run ends after this time even if `steps` are not done; the schedule follows the nearer end."""
     batch_size: int
     """Examples of a batch, of all workers together."""
+    per_gpu_batch_size: int = 0
+    """If not 0: examples of a batch for each worker; replaces `batch_size`."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 1
     num_threads: int = 2
     """torch threads of a worker."""
     bf16: bool = False
     """Run the objective under bfloat16 autocast, but on a CPU without it. What is trained, its optimizer and the
-    losses stay float32; frozen matrices that are never saved are kept in bfloat16."""
+    losses stay float32."""
+    frozen_bf16: bool | None = None
+    """Keep the matrices of frozen base models in bfloat16, mapped from their files where they are stored so: then all
+    workers of a machine share them. None: where `bf16` is on. True needs `bf16`, and computes so on any CPU."""
     validation_batches: int = 0
-    """Batches of examples that are never trained on, measured at every checkpoint."""
+    """Batches of examples that are never trained on, measured before the first step and at every checkpoint."""
     checkpoint_every_s: float = 180.0
     sheet_every_s: float = 300.0
     draws_samples: bool = True
     """Draw sheets of pictures and write sample stories."""
     log_every: int = 50
     """Steps."""
+    profiles: bool = False
+    """Wait for the GPU after each phase of a step, so that its seconds are its own. Without, a step waits once."""
     log_examples: bool = False
     """Keep the ids of every step's examples in examples-<worker>.jsonl, to say afterwards what was used."""
+
+    def __post_init__(self) -> None:
+        if self.frozen_bf16 and not self.bf16:
+            raise ValueError("frozen_bf16 is true but bf16 is false: set bf16=true")
+
+    @property
+    def halves_frozen(self) -> bool:
+        """Whether frozen base models are kept in bfloat16."""
+        return self.bf16 if self.frozen_bf16 is None else self.frozen_bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +259,14 @@ PUBLISHED: dict[str, Preset] = {
 P = TypeVar("P", bound=Preset)
 
 
+def for_workers(preset: P, num_workers: int) -> P:
+    """The preset with the `batch_size` that follows from `per_gpu_batch_size`, where that is set."""
+    if not preset.per_gpu_batch_size:
+        return preset
+    batch_size = preset.per_gpu_batch_size * max(1, num_workers)
+    return dataclasses.replace(preset, batch_size=batch_size, per_gpu_batch_size=0)
+
+
 def override(preset: P, settings: list[str]) -> P:
     """Apply `key=value` settings: fields of the preset, fields of its optimizer by their own name or as
     `optimizer.name`, fields of other groups as `group.name`, such as `replay.steps=3`.
@@ -259,6 +285,8 @@ def override(preset: P, settings: list[str]) -> P:
     own = changes.pop("", {})
     if "steps" in own:
         own.setdefault("epochs", 0.0)  # a number of steps says how long the run is
+    if {"batch_size", "per_gpu_batch_size"} <= set(own):
+        raise ValueError("batch_size and per_gpu_batch_size are both set: leave one out")
     groups = {group: dataclasses.replace(getattr(preset, group), **values) for group, values in changes.items()}
     return dataclasses.replace(preset, **own, **groups)
 

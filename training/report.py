@@ -27,7 +27,7 @@ th:first-child, td:first-child {{ text-align: left }}</style></head>
 
 def write_report(folder: RunFolder) -> str:
     """RUN/report.html, one self-contained file; returns its name."""
-    lines = [json.loads(line) for line in (folder.read("log.jsonl") or b"").splitlines()]
+    lines = [json.loads(line) for line in folder.read_log("log.jsonl").splitlines()]
     title = f"Run {folder.uri.rstrip('/').rpartition('/')[2]}"
     body = [_summary(lines, folder), *(_curve(lines, name) for name in CURVES if _points(lines, name))]
     for name in folder.names():

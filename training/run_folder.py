@@ -9,7 +9,10 @@ from pathlib import Path
 from pyarrow import fs
 
 from minigpt5.errors import StorageError, TrainingError
-from minigpt5.storage import open_folder, patiently, read_whole, write_whole
+from minigpt5.storage import open_folder, read_whole, write_whole
+
+PART_BYTES = 2**16
+"""A log on an object store is in parts of about this size: a line costs at most the writing of one part."""
 
 
 class RunFolder:
@@ -24,6 +27,8 @@ class RunFolder:
             raise TrainingError(f"--out {error}") from error
         self.local = Path(self._path) if self._files.type_name == "local" else None
         """Where it lies on this machine; None on an object store."""
+        self._last_parts: dict[str, tuple[int, bytes]] = {}
+        """Name of a log on an object store -> the number of its last part, and what is in it."""
 
     def __reduce__(self) -> tuple[type[RunFolder], tuple[str]]:
         return RunFolder, (self.uri,)
@@ -39,7 +44,7 @@ class RunFolder:
                 "from its newest checkpoint"
             ) from failure
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Raises TrainingError where it cannot be written; then there is nothing new."""
         with self.writing(name):
             write_whole(self._files, f"{self._path}/{name}", data)
@@ -51,11 +56,31 @@ class RunFolder:
                 self.write(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def append(self, name: str, text: str) -> None:
+        """Add lines to a log, which one process writes. Objects cannot grow: on a store a log is `name`, `name.1`,
+        `name.2` and so on, of which the last is written again."""
         if self.local is not None:
             with self.writing(name), (self.local / name).open("a") as file:
                 file.write(text)
-        else:
-            self.write(name, (self.read(name) or b"") + text.encode())
+            return
+        if name not in self._last_parts:
+            parts = self._log_parts(name) or [b""]
+            self._last_parts[name] = (len(parts) - 1, parts[-1])
+        number, part = self._last_parts[name]
+        if len(part) >= PART_BYTES:
+            number, part = number + 1, b""
+        part += text.encode()
+        self.write(_part_name(name, number), part)
+        self._last_parts[name] = (number, part)
+
+    def read_log(self, name: str) -> bytes:
+        """All lines that were appended, in order."""
+        return b"".join(self._log_parts(name))
+
+    def _log_parts(self, name: str) -> list[bytes]:
+        parts: list[bytes] = []
+        while (part := self.read(_part_name(name, len(parts)))) is not None:
+            parts.append(part)
+        return parts
 
     def read(self, name: str) -> bytes | None:
         return read_whole(self._files, f"{self._path}/{name}")
@@ -63,8 +88,12 @@ class RunFolder:
     def names(self, folder: str = "") -> list[str]:
         """Files and folders right in it."""
         selector = fs.FileSelector(f"{self._path}/{folder}".rstrip("/"), allow_not_found=True)
-        return sorted(info.base_name for info in patiently(lambda: self._files.get_file_info(selector)))
+        return sorted(info.base_name for info in self._files.get_file_info(selector))
 
     def drop(self, folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            patiently(lambda: self._files.delete_dir(f"{self._path}/{folder}"))
+            self._files.delete_dir(f"{self._path}/{folder}")
+
+
+def _part_name(name: str, number: int) -> str:
+    return f"{name}.{number}" if number else name

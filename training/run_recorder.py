@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -16,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from minigpt5.errors import TrainingError
 from minigpt5.model.language import evaluating
-from training.checkpoint import Position, check_owner, save_checkpoint
+from training.checkpoint import CheckpointWriter, Position, copy_to_host
 from training.data.batches import Batch
 from training.devices import autocast
 from training.presets import Preset
@@ -25,7 +26,7 @@ from training.run_folder import RunFolder
 from training.schedule import progress_of
 from training.stage import Stage
 from training.strategy import Strategy
-from training.workers import agree, is_first_worker, own_rank
+from training.workers import agree, is_first_worker, mean_over_workers, num_workers, own_rank
 
 Report = Callable[[dict[str, float]], None]
 
@@ -47,7 +48,8 @@ class RunRecorder:
     ) -> None:
         self.stage, self.preset, self.folder, self.strategy = stage, preset, folder, strategy
         self.average, self.validation, self.report = average, validation, report
-        self.position, self.owner = position, owner
+        self.position, self._elapsed_s = position, position.elapsed_s
+        self._writer = CheckpointWriter(folder, owner)
         self._scratch = tempfile.TemporaryDirectory()
         local = folder.local / "tensorboard" if folder.local else Path(self._scratch.name)
         self._curves = SummaryWriter(str(local)) if is_first_worker() else None
@@ -57,25 +59,45 @@ class RunRecorder:
         self._next_sheet_s = position.elapsed_s + preset.sheet_every_s
         self._next_save_s = position.elapsed_s + preset.checkpoint_every_s
 
-    def advance(self, parts: list[dict[str, float]], seconds: dict[str, float], rate: float) -> Position:
-        """Count a finished step and its losses."""
-        for one in parts:
-            for name, loss in one.items():
+    def __enter__(self) -> RunRecorder:
+        """Measure the losses of a fresh run on what it never trains on, before its first step."""
+        if self.validation and not self.position.step:
+            self._validate(self.position)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last checkpoint, whatever ends the run."""
+        with contextlib.suppress(TrainingError) if kind else contextlib.nullcontext():
+            self._writer.finish()
+
+    def agree(self, batches: list[Batch[Any]], parts: list[dict[str, Tensor]]) -> None:
+        """Note the losses of a step's batches before they change the weights, and the time, which all workers have from
+        the first. Raises NotFinite on all workers where a loss of any is not finite."""
+        found = [dict(zip(part, torch.stack(list(part.values())).tolist(), strict=True)) for part in parts]
+        losses = [part["loss"] for part in found]
+        self._elapsed_s = agree(self._started_s + time.monotonic() - self._clock, losses, batches)
+        for batch, loss in zip(batches, losses, strict=True):
+            self._note_examples(batch, loss)
+        for part in found:
+            for name, loss in part.items():
                 self._sums.setdefault(name, []).append(loss)
+
+    def advance(self, seconds: dict[str, float], rate: float) -> Position:
+        """Count a finished step."""
         for name, spent in seconds.items():
             self._sums.setdefault(name, []).append(spent)
         self._rate = rate
-        elapsed_s = agree(self._started_s + time.monotonic() - self._clock)
-        self.position = Position(self.position.step + 1, elapsed_s)
+        self.position = Position(self.position.step + 1, self._elapsed_s)
         return self.position
 
-    def note_examples(self, batch: Batch[Any], loss: float) -> None:
+    def _note_examples(self, batch: Batch[Any], loss: float) -> None:
         if self.preset.log_examples:
             line = {"step": batch.step, "ids": batch.ids, "loss": loss}
             self.folder.append(f"examples-{own_rank()}.jsonl", json.dumps(line) + "\n")
 
     def keep_up(self, position: Position) -> None:
-        """Save, log and draw when they are due."""
+        """Save, log and draw when they are due. Raises TrainingError where the last checkpoint could not be written."""
+        self._writer.check()
         is_saved = position.elapsed_s >= self._next_save_s
         if is_saved:
             self._save(position)
@@ -86,6 +108,8 @@ class RunRecorder:
             self._log(metrics)
             self.report(metrics)
             self._sums = {}
+        if is_saved:
+            self._keep_curves()
         if position.elapsed_s >= self._next_sheet_s:
             self._draw(f"{position.step:06d}")
             if is_first_worker():
@@ -94,6 +118,8 @@ class RunRecorder:
 
     def finish(self, position: Position) -> None:
         self._save(position)
+        self._writer.finish()
+        self._keep_curves()
         self._save_model()
         self._draw()
         if is_first_worker():
@@ -103,8 +129,7 @@ class RunRecorder:
     def _save(self, position: Position) -> None:
         state = self.strategy.state()  # of all workers, called by all of them
         if is_first_worker():
-            check_owner(self.folder, self.owner)
-            save_checkpoint(self.folder, position, state, self.average)
+            self._writer.write(position, state, copy_to_host(self.average))
         if self.validation:
             self._validate(position)
 
@@ -113,14 +138,16 @@ class RunRecorder:
         progress = progress_of(self.preset, position)
         random_state = torch.get_rng_state()
         with torch.no_grad(), Averaged(self.strategy.trained, self.average), evaluating(objective):
-            for number, batch in enumerate(self.validation):
+            for turn, batch in enumerate(self.validation):
+                number = own_rank() + turn * num_workers()
                 torch.manual_seed(number)
                 with autocast(self.preset, next(objective.parameters()).device):
-                    for name, loss in self.strategy.losses(batch, min(progress, 1.0)).items():
+                    losses = self.strategy.losses(batch, min(progress, 1.0))
+                if number < self.preset.validation_batches:
+                    for name, loss in losses.items():
                         sums.setdefault(f"validation_{name}", []).append(loss.item())
         torch.set_rng_state(random_state)
-        metrics = {name: sum(values) / len(values) for name, values in sums.items()}
-        metrics["validation_loss"] = agree(metrics["validation_loss"])
+        metrics = mean_over_workers(sums)
         self._log({"step": position.step, **metrics})
         if is_first_worker():
             best = json.loads(self.folder.read("best.json") or b"{}")
@@ -130,7 +157,7 @@ class RunRecorder:
     def _save_model(self) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             model = Path(scratch) / "model"
-            with self.strategy.gathered():
+            with self.strategy.gathered(self.stage.saved_parameters()):
                 if is_first_worker():
                     with Averaged(self.strategy.trained, self.average):
                         self.stage.save(model)
@@ -143,8 +170,11 @@ class RunRecorder:
                 for name, value in metrics.items():
                     self._curves.add_scalar(name, value, int(metrics["step"]))
                 self._curves.flush()
-            if self.folder.local is None:
-                self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
+
+    def _keep_curves(self) -> None:
+        """Copy TensorBoard's files to an object store, whole: with each checkpoint, and not with each line."""
+        if self._curves and self.folder.local is None:
+            self.folder.write_tree("tensorboard", Path(self._curves.log_dir))
 
     def _draw(self, suffix: str = "") -> None:
         """Write a sample sheet and a sample story with the weights as they are; not under ZeRO 3, where one worker

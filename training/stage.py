@@ -29,6 +29,9 @@ class Stage(Protocol):
     def write_sample(self) -> bytes | None:
         """Write and draw a sample story: an HTML page; None where the stage teaches no writing."""
 
+    def saved_parameters(self) -> list[nn.Parameter]:
+        """All that `save` writes: workers that share out weights gather no others for it."""
+
     def save(self, folder: Path) -> None:
         """Write what later stages start from."""
 

@@ -9,9 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from training.checkpoint import copy_to_host
 from training.data.batches import Batch
 from training.presets import OptimizerConfig
-from training.workers import average_over_workers
+from training.workers import average_over_workers, is_first_worker
+
+CPU = torch.device("cpu")
 
 
 class Strategy(Protocol):
@@ -30,11 +33,12 @@ class Strategy(Protocol):
     def step(self, factor: float) -> None:
         """Use the gradients, the learning rates multiplied by `factor`."""
 
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Within it every worker holds all that is trained, to read it or, on the first worker, to change it."""
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+        """Within it the first worker holds `parameters` whole, to read them. Called by every worker."""
 
     def state(self) -> dict[str, Any]:
-        """Values by name under "trained", and torch's state under "optimizer". Called by every worker."""
+        """Values by name under "trained", and torch's state under "optimizer", as copies in the host's memory. Called
+        by every worker, and complete on the first."""
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a state, of any strategy and any number of workers. Called by every worker."""
@@ -43,11 +47,11 @@ class Strategy(Protocol):
 class TorchStrategy:
     """Torch's AdamW; every worker holds everything."""
 
-    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        self.objective, self.max_grad_norm, self.communication_s = objective, config.max_grad_norm, 0.0
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+        self.objective, self.optimizer, self.max_grad_norm = objective, optimizer, config.max_grad_norm
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        groups = [{**group, "initial_lr": group["lr"]} for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.communication_s = 0.0
 
     def losses(self, batch: Batch[Any], progress: float) -> dict[str, Tensor]:
         return self.objective(batch, progress)
@@ -56,8 +60,8 @@ class TorchStrategy:
         loss.backward()
 
     def step(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
         began = time.perf_counter()
         average_over_workers(self.trained)
         self.communication_s += time.perf_counter() - began
@@ -66,27 +70,32 @@ class TorchStrategy:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def state(self) -> dict[str, Any]:
+        if not is_first_worker():
+            return {}
         trained = {name: p.detach() for name, p in self.trained.items()}
-        return {"trained": trained, "optimizer": self.optimizer.state_dict()}
+        return copy_to_host({"trained": trained, "optimizer": self.optimizer.state_dict()})
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         for name, value in state["trained"].items():
             self.trained[name].copy_(value)
-        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, initial, strict=True):
-            group["initial_lr"] = rate
 
 
-def new_strategy(objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> Strategy:
-    """The strategy that `config.zero_stage` asks for."""
+def new_strategy(
+    objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig, device: torch.device = CPU
+) -> Strategy:
+    """Move the objective to a worker's device, under the strategy that `config.zero_stage` asks for, with AdamW on
+    `groups`."""
+    if config.zero_stage != 3:  # which shares the weights out first
+        objective.to(device)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     if config.zero_stage is None:
-        return TorchStrategy(objective, groups, config)
+        return TorchStrategy(objective, optimizer, config)
     from training.zero import ZeroStrategy
 
-    return ZeroStrategy(objective, groups, config)
+    return ZeroStrategy(objective, optimizer, config)

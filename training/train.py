@@ -32,6 +32,7 @@ from training.data import batches as data
 from training.data.batches import StageData
 from training.data.encoded import check_encoders
 from training.data.stored import StoredExamples
+from training.data.tokeniser import Tokeniser
 from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
 from training.run_folder import RunFolder
 from training.stage import build_stage
@@ -54,16 +55,21 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
         raise TrainingError("this model reads pictures as its base model does: begin with the stage align")
     share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
     template = model_folder.load_template(sources.need_model(preset.stage))
-    open_data = partial(
-        StoredExamples, uri, config, seed=preset.seed, stage=preset.stage, story_share=share, template=template
+    stored = StoredExamples(
+        uri,
+        config,
+        seed=preset.seed,
+        stage=preset.stage,
+        story_share=share,
+        template=template,
+        tokenise=Tokeniser(str(sources.start or start)),
     )
-    stored = open_data()
     check_rows(stored, start, config, sources)
     if preset.epochs:
         steps = max(1, round(preset.epochs * len(stored) / data.examples_per_step(preset)))
         preset = dataclasses.replace(preset, steps=steps, epochs=0.0)
     try:
-        held_out = open_data(is_validation=True)
+        held_out = stored.held_out()
     except TrainingError as error:
         if preset.validation_batches:
             raise TrainingError(f"{error}, or set validation_batches=0") from None
@@ -80,7 +86,8 @@ def check_rows(stored: StoredExamples, start: Path, config: ModelConfig, sources
     remedy = f"encode them again with python -m batch_jobs.precompute --model {sources.start or start}"
     if not is_own_vae and stored.stage != "vision":
         remedy = f"name the rows as they were before precompute, since the VAE of this run is that in {vae_of}"
-    check_encoders(stored, lambda: find_encoders(start, config, vae_of=vae_of), remedy=remedy)
+    find_own = partial(find_encoders, start, config, fields=stored.fields_read, vae_of=vae_of)
+    check_encoders(stored, find_own, remedy=remedy)
 
 
 def picture_world(preset: Preset, sources: WeightSources) -> StageData:
@@ -135,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.data and options.preset != "storybook":
         parser.error("examples are missing: name those that python -m batch_jobs.prepare wrote, with --data")
     try:
-        preset = presets.override(known[options.stage], options.settings)
+        preset = presets.for_workers(presets.override(known[options.stage], options.settings), options.workers)
     except ValueError as error:
         parser.error(str(error))
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from minigpt5.errors import NotFinite
 from training.checkpoint import checkpoints
@@ -18,6 +18,10 @@ from training.run_folder import RunFolder
 
 def own_rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def num_workers() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_first_worker() -> bool:
@@ -39,31 +43,40 @@ def agreed_checkpoint(folder: RunFolder) -> str | None:
     return everyone[0]
 
 
-def agree(elapsed_s: float) -> float:
-    """The first worker's clock: what ends a run or makes a checkpoint must be the same for all."""
-    if not distributed.is_initialized():
-        return elapsed_s
-    clock = torch.tensor([elapsed_s], dtype=torch.float64)
-    distributed.broadcast(clock, src=0)
-    return clock.item()
-
-
-def stop_if_not_finite(loss: Tensor, step: int, batch: Batch[Any]) -> None:
-    """Raise NotFinite on every worker where the loss of any is not finite: one alone would leave the others
-    waiting for its gradients."""
-    found = [f"{loss.item()}, examples {batch.ids}"] if not math.isfinite(loss.item()) else []
+def mean_over_workers(found: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each name's values, of all workers together."""
+    everyone: list[dict[str, list[float]]] = [found]
     if distributed.is_initialized():
-        is_broken = torch.tensor(float(len(found)))
-        distributed.all_reduce(is_broken)
-        if is_broken:
+        everyone = [{} for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(everyone, found)
+    names = dict.fromkeys(name for one in everyone for name in one)
+    values = {name: [value for one in everyone for value in one.get(name, [])] for name in names}
+    return {name: sum(some) / len(some) for name, some in values.items()}
+
+
+def agree(elapsed_s: float, losses: list[float], batches: list[Batch[Any]]) -> float:
+    """The first worker's clock: what ends a run or makes a checkpoint must be the same for all.
+
+    Raises NotFinite on every worker where a loss of any is not: one alone would leave the others waiting for its
+    gradients. `losses` are those of `batches`, all of a step. One message carries both.
+    """
+    together = list(zip(losses, batches, strict=True))
+    found = [f"{loss}, examples {batch.ids}" for loss, batch in together if not math.isfinite(loss)]
+    if distributed.is_initialized():
+        clock = elapsed_s if is_first_worker() else 0.0
+        said = torch.tensor([len(found), clock], dtype=torch.float64)
+        distributed.all_reduce(said)
+        num_broken, elapsed_s = said.tolist()
+        if num_broken:
             everyone: list[list[str]] = [[] for _ in range(distributed.get_world_size())]
             distributed.all_gather_object(everyone, found)
             found = [entry for entries in everyone for entry in entries]
     if found:
         raise NotFinite(
-            f"the loss at step {step} is not finite: {'; '.join(found)}: "
+            f"the loss at step {batches[0].step} is not finite: {'; '.join(found)}: "
             "lower the learning rate or look at these examples; the last checkpoint is kept"
         )
+    return elapsed_s
 
 
 def average_over_workers(trained: dict[str, nn.Parameter]) -> None:

@@ -7,7 +7,8 @@ into the plain loop's own, so that it belongs to no stage and to no number of wo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -23,9 +24,13 @@ from deepspeed.utils import (
 from torch import Tensor, distributed, nn
 
 from minigpt5.errors import TrainingError
+from training.checkpoint import copy_to_host
 from training.presets import OptimizerConfig
+from training.workers import is_first_worker
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
+"""See mallopt(3)."""
 BUCKET = 5_000_000
 """Elements that are reduced at once."""
 
@@ -33,7 +38,7 @@ BUCKET = 5_000_000
 class ZeroStrategy:
     """An objective under ZeRO; see training.strategy.Strategy. Needs an initialised process group."""
 
-    def __init__(self, objective: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
         if not distributed.is_initialized():
             raise TrainingError(
                 f"zero_stage is {config.zero_stage} but there are no workers: set --workers to 1 or more"
@@ -46,14 +51,17 @@ class ZeroStrategy:
         self.communication_s = 0.0
         self.times_communication = config.times_communication
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        self.rates = [group["lr"] for group in groups]
-        plain = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
-        self.counts = [len(group["params"]) for group in plain.param_groups]
-        self.order = [_name_of(p, self.trained) for group in plain.param_groups for p in group["params"]]
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.counts = [len(group["params"]) for group in optimizer.param_groups]
+        self.order = [_name_of(p, self.trained) for group in optimizer.param_groups for p in group["params"]]
         # Gloo moves the data; DeepSpeed's own way through shared memory would compile for minutes on every machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        configuration = _configuration(config)
+        if self.stage == 3:
+            _return_freed_memory()
+            _share_out(objective, configuration)
         self.engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=plain, config=_configuration(config), dist_init_required=False
+            model=objective, optimizer=optimizer, config=configuration, dist_init_required=False
         )
 
         if self.times_communication:
@@ -80,20 +88,20 @@ class ZeroStrategy:
             comm.comms_logger.reset_data()
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        parameters = list(self.engine.module.parameters())
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self.stage == 3):
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
             yield
 
     def state(self) -> dict[str, Any]:
-        """Gather from all workers what `TorchStrategy.state` gives after the same steps. All workers call it."""
+        """Gather from all workers what `TorchStrategy.state` gives after the same steps, a tensor at a time."""
+        keep: Callable[[Any], Any] = copy_to_host if is_first_worker() else lambda gathered: None
         if self.stage == 0:
             values = {name: p.detach() for name, p in self.trained.items()}
-            return {"trained": values, "optimizer": self.engine.optimizer.state_dict()}
+            return keep({"trained": values, "optimizer": self.engine.optimizer.state_dict()})
         self._link_moments()
-        values = {name: safe_get_full_fp32_param(p).detach().clone() for name, p in self.trained.items()}
+        values = {name: keep(safe_get_full_fp32_param(p)) for name, p in self.trained.items()}
         moments = {
-            index: {kind: safe_get_full_optimizer_state(self.trained[name], kind).clone() for kind in MOMENTS}
+            index: {kind: keep(safe_get_full_optimizer_state(self.trained[name], kind)) for kind in MOMENTS}
             | {"step": torch.tensor(float(self._step()))}
             for index, name in enumerate(self.order)
         }
@@ -122,7 +130,7 @@ class ZeroStrategy:
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(self.trained[name], state["optimizer"]["state"][index][kind], kind)
         for moments in self.engine.optimizer.optimizer.state.values():
-            moments["step"] = state["optimizer"]["state"][0]["step"].clone()
+            moments["step"] = state["optimizer"]["state"][0]["step"].to(moments["exp_avg"].device, copy=True)
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find every moment: it makes them at the first step, and then links those of the first group
@@ -132,7 +140,7 @@ class ZeroStrategy:
         for index, partition in enumerate(flat):
             if not zero.optimizer.state[partition]:
                 zeros = {kind: torch.zeros_like(partition) for kind in MOMENTS}
-                zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **zeros}
+                zero.optimizer.state[partition] = {"step": partition.new_zeros(()), **zeros}
             if self.stage < 3:
                 lazy_init_hp_params_optimizer_state(zero.bit16_groups[index], partition, zero.optimizer.state)
 
@@ -140,12 +148,42 @@ class ZeroStrategy:
         return max(float(moments["step"]) for moments in self.engine.optimizer.optimizer.state.values())
 
 
+def _return_freed_memory() -> None:
+    """Let glibc give freed blocks of LARGE_BYTES back to the kernel. It would keep them, and no gathered weight fits in
+    the gaps, since tensors are aligned: a worker would come to hold most of the model. Other libraries do so anyway."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def _share_out(objective: nn.Module, configuration: dict[str, Any]) -> None:
+    """Leave each worker its part of every parameter, one parameter at a time: no device ever holds all of them.
+
+    DeepSpeed copies the first worker's values into those of the others, which may lie in a mapped file: a parameter is
+    copied first, since a page that is written to is shared no more.
+    """
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=configuration)
+    for parameter in objective.parameters():
+        parameter.data = parameter.data.clone()
+        init._convert_to_zero_parameters([parameter])
+
+
 def _name_of(parameter: nn.Parameter, trained: dict[str, nn.Parameter]) -> str:
     return next(name for name, other in trained.items() if other is parameter)
 
 
 def _configuration(config: OptimizerConfig) -> dict[str, Any]:
-    sharing: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET, "overlap_comm": False}
+    sharing: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    if config.zero_stage == 3:
+        live = config.zero_live_parameters
+        sharing |= {
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
+            "stage3_prefetch_bucket_size": live // 4,
+        }
     if config.zero_offload:
         sharing["offload_optimizer"] = {"device": "cpu"}
     return {

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -25,12 +25,15 @@ from deployments.api.front import ClientOf, Front, FrontOf, check_texts
 from deployments.api.messages import MAX_MESSAGES, Message, read_messages
 from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note, refuse_unserved
 from deployments.api.replies import EventStream
+from deployments.engines.handover import draw_across_models, read_caption
 from deployments.schemas import Body
 from deployments.sse import encode
 from minigpt5.config import ModelConfig
 from minigpt5.story.stream import stream_story
 from minigpt5.types import (
     MAX_PAGES,
+    DecoderEvent,
+    DrawRequest,
     Picture,
     PictureFailed,
     SlotOpened,
@@ -39,6 +42,7 @@ from minigpt5.types import (
     StoryStarted,
     TextDelta,
     Usage,
+    Vokens,
 )
 
 MAX_STOPS = 4
@@ -202,10 +206,23 @@ async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEve
     InvalidRequest before the first one."""
     with front.admission.reserve(request) as reservation:
         await front.engines.validate_request(request)
-        events = stream_story(request, front.engines.generate, front.engines.decode)
+        texts: dict[int, str] = {}
+
+        def decode(drawing: DrawRequest) -> AsyncIterator[DecoderEvent]:
+            page = drawing.vokens.page
+
+            async def read_again() -> Vokens:  # a reply cannot be read in its place: each page by itself
+                text = texts.get(page, "").strip() or request.prompt_text
+                return await read_caption(front.engines, text, page=page, key=request.key)
+
+            return draw_across_models(front.engines, drawing, read_again)
+
+        events = stream_story(request, front.engines.generate, decode)
         async with contextlib.aclosing(events):
             async for event in events:
                 reservation.observe(event)
+                if isinstance(event, TextDelta):
+                    texts[event.page] = texts.get(event.page, "") + event.text
                 if isinstance(event, PictureFailed):
                     raise ApiError(500, f"a picture could not be drawn: {event.error}", code="picture_failed")
                 yield event

@@ -5,21 +5,27 @@ from __future__ import annotations
 import contextlib
 
 from deployments.api.front import Front
+from deployments.engines.handover import ReadAgain, draw_across_models
 from deployments.stories.admission import Reservation
 from minigpt5.types import DrawRequest, Picture, StoryRequest
 
 
-async def draw_alone(front: Front, request: DrawRequest) -> Picture:
+async def draw_alone(front: Front, request: DrawRequest, read_again: ReadAgain | None = None) -> Picture:
     """With a place of its own. Raises Overloaded, or what the decoder does."""
     # What admission is told of: one picture, and no text.
     story = StoryRequest(prompt=("",), pages=1, mode="caption", draw=request.settings, key=request.key)
     with front.admission.reserve(story) as reservation:
-        return await draw(front, reservation, request)
+        return await draw(front, reservation, request, read_again)
 
 
-async def draw(front: Front, reservation: Reservation, request: DrawRequest) -> Picture:
-    """Draw in a place that was taken. Cancelling the caller cancels the drawing."""
-    async with contextlib.aclosing(front.engines.decode(request)) as events:  # type: ignore[type-var]
+async def draw(
+    front: Front, reservation: Reservation, request: DrawRequest, read_again: ReadAgain | None = None
+) -> Picture:
+    """Draw in a place that was taken. Cancelling the caller cancels the drawing. `read_again`: see
+    draw_across_models; without it vokens of another model are refused."""
+    decode = front.engines.decode
+    drawing = draw_across_models(front.engines, request, read_again) if read_again else decode(request)
+    async with contextlib.aclosing(drawing) as events:  # type: ignore[type-var]
         async for event in events:
             reservation.observe(event)
             if isinstance(event, Picture):

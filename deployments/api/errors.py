@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.schemas import UNION_TAGS, shown
 from deployments.stories.admission import Overloaded
+from deployments.stories.idempotency import KeyTaken
 from deployments.stories.leases import StoryBusy
-from deployments.stories.story_manager import KeyTaken
 from minigpt5.errors import (
     Blocked,
     EngineFull,

@@ -3,7 +3,6 @@ key."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from fastapi import APIRouter, Depends
@@ -12,6 +11,7 @@ from fastapi.responses import Response
 from deployments.api.errors import document
 from deployments.api.front import Front, FrontOf, check_owner
 from deployments.schemas import ShareReply, ShareStory
+from deployments.stories.store_threads import reading
 from minigpt5.story.export.epub import MIMETYPE
 from minigpt5.story.export.html import to_book
 
@@ -44,13 +44,13 @@ async def get_pdf(story_id: str, front: FrontOf) -> Response:
 
 
 async def _book(front: Front, story_id: str, suffix: str) -> bytes:
-    return await asyncio.to_thread(lambda: to_book(front.store.load_story(story_id), suffix))
+    return await reading(lambda: to_book(front.store.load_story(story_id), suffix))
 
 
 @exports.post("/v1/stories/{story_id}/share", response_model=ShareReply)
 async def share_story(story_id: str, body: ShareStory, front: FrontOf) -> ShareReply:
     """Links to the book that need no key, until they expire."""
-    await asyncio.to_thread(front.store.load, story_id)
+    await reading(front.store.load, story_id)
     expires = int(time.time()) + body.expires_s
 
     def link(suffix: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,12 @@ from deployments.engines.handles import Engines
 from deployments.observability.story_context import enter_story
 from deployments.schemas import shown
 from deployments.stories.admission import Admission
+from deployments.stories.coordinator import Coordinator
+from deployments.stories.leases import Leases
 from deployments.stories.ledger import Ledger, LocalLedger
-from deployments.stories.story_manager import StoryManager
+from deployments.stories.relay import EventRelay
+from deployments.stories.store_threads import reading
+from deployments.stories.story_runner import StoryRunner
 from minigpt5.config import ModelConfig
 from minigpt5.errors import StoryNotFound
 from minigpt5.story.safety import TextFilter
@@ -46,7 +49,10 @@ class Front:
     engines: Engines
     store: StoryStore
     admission: Admission
-    story_manager: StoryManager
+    leases: Leases
+    runner: StoryRunner
+    relay: EventRelay
+    coordinator: Coordinator
     quota: FrontQuota
     max_age_s: float | None = None
     max_bytes: float | None = None
@@ -80,14 +86,19 @@ def build_front(
         relative_pixels=config.relative_pixels,
         guides_in_one_call=config.guides_in_one_call,
     )
-    story_manager = StoryManager(engines, store, admission, ledger, config=config, text_filter=text_filter)
+    leases = Leases(ledger, store)
+    runner = StoryRunner(engines, admission, leases, config=config, text_filter=text_filter)
+    relay = EventRelay(ledger, store, runner.find)
     return Front(
         config=config,
         engines=engines,
         store=store,
         admission=admission,
-        story_manager=story_manager,
-        quota=FrontQuota(ledger, story_manager.front),
+        leases=leases,
+        runner=runner,
+        relay=relay,
+        coordinator=Coordinator(ledger, store, admission, leases, runner, relay),
+        quota=FrontQuota(ledger, leases.front),
         max_age_s=max_age_s,
         max_bytes=max_bytes,
         keys=keys,
@@ -146,5 +157,5 @@ async def check_owner(request: Request, front: FrontOf, client: ClientOf) -> Non
     is_shared = request.scope.get(CLIENT, "") is None
     if not front.keys or not story_id or is_shared:
         return
-    if await asyncio.to_thread(front.store.load_owner, story_id) != client:
+    if await reading(front.store.load_owner, story_id) != client:
         raise StoryNotFound(f"no story {story_id[:80]!r}")

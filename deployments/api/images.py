@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import re
 import secrets
@@ -24,9 +25,11 @@ from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
 from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note
 from deployments.api.replies import EventStream, sign_urls
+from deployments.engines.handover import draw_across_models, read_caption
 from deployments.schemas import Style, check_prompt_text, shown
 from deployments.sse import encode
 from deployments.stories.admission import Reservation
+from deployments.stories.store_threads import reading, writing
 from minigpt5.config import ModelConfig
 from minigpt5.types import NUM_PREVIEWS, DrawRequest, DrawSettings, Picture, Progress, StoryRequest, Usage, Vokens
 
@@ -217,7 +220,7 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
     for picture, file in zip(pictures, files, strict=True):
         item = {"b64_json": base64.b64encode(file).decode()}
         if body.response_format == "url":
-            name = await asyncio.to_thread(front.store.save_image, file, kind=output.kind)
+            name = await writing(front.store.save_image, file, kind=output.kind)
             item = {"url": f"/v1/images/{name}"}
         data.append({**item, "x_seed": picture.seed})
     return JSONResponse(
@@ -269,7 +272,9 @@ async def stream_images(front: Front, body: CreateImages, request: StoryRequest,
                 num_previews=body.partial_images or 0,
             )
             num_shown, fields = 0, dict[str, Any]()
-            async with contextlib.aclosing(front.engines.decode(drawing)) as events:  # type: ignore[type-var]
+            again = functools.partial(_write_again, front, request)
+            drawn = draw_across_models(front.engines, drawing, again)
+            async with contextlib.aclosing(drawn) as events:  # type: ignore[type-var]
                 async for told in events:
                     reservation.observe(told)
                     if isinstance(told, Progress) and told.preview:
@@ -285,7 +290,7 @@ async def stream_images(front: Front, body: CreateImages, request: StoryRequest,
 @images.get("/v1/images/{name}", response_class=Response, responses=FILE)
 async def get_image(name: str, front: FrontOf) -> Response:
     """A picture whose URL was asked for; it is there for an hour."""
-    data = await asyncio.to_thread(front.store.load_image, name)
+    data = await reading(front.store.load_image, name)
     return Response(data, media_type=f"image/{name.rpartition('.')[2]}")
 
 
@@ -302,6 +307,11 @@ async def _write_vokens(front: Front, reservation: Reservation, request: StoryRe
     return vokens, usage
 
 
+async def _write_again(front: Front, request: StoryRequest) -> Vokens:
+    """The same vokens by the generator that is there now."""
+    return await read_caption(front.engines, request.prompt_text, page=1, key=request.key)
+
+
 async def _draw_all(
     front: Front, reservation: Reservation, request: StoryRequest, vokens: Vokens, *, seeds: range
 ) -> list[Picture]:
@@ -309,7 +319,8 @@ async def _draw_all(
     try:
         async with asyncio.TaskGroup() as drawing:
             requests = [DrawRequest(vokens=vokens, seed=seed, settings=request.draw, key=request.key) for seed in seeds]
-            tasks = [drawing.create_task(draw(front, reservation, one)) for one in requests]
+            again = functools.partial(_write_again, front, request)
+            tasks = [drawing.create_task(draw(front, reservation, one, again)) for one in requests]
     except* Exception as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]

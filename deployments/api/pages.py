@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 
@@ -11,12 +10,14 @@ from fastapi.responses import Response
 
 from deployments.api.drawing import draw_alone
 from deployments.api.errors import ApiError
-from deployments.api.front import ClientOf, FrontOf, check_owner, check_texts, note_story
+from deployments.api.front import ClientOf, Front, FrontOf, check_owner, check_texts, note_story
 from deployments.api.replies import BEGUN, answer, reply
+from deployments.engines.handover import read_page
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
+from deployments.stories.store_threads import reading, writing
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.state import PageState, StoryState, image_state
-from minigpt5.types import MAX_PAGES, DrawRequest
+from minigpt5.types import MAX_PAGES, DrawRequest, Vokens
 
 MAX_VARIANTS = 16
 """Pictures of one page."""
@@ -29,9 +30,9 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
     """Add `count` pages to a story, after those that are complete."""
 
     async def begin() -> str:
-        async with front.story_manager.exclusive(story_id) as store:
-            state = await asyncio.to_thread(front.store.load, story_id)
-            request = await asyncio.to_thread(front.store.load_request, story_id)
+        async with front.leases.exclusive(story_id) as lease:
+            state = await reading(front.store.load, story_id)
+            request = await reading(front.store.load_request, story_id)
             num_complete = len(_complete(state))
             if num_complete + body.count > MAX_PAGES:
                 raise InvalidRequest(
@@ -39,7 +40,7 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
                 )
             draw = front.config.drawable(request.draw)
             request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
-            return (await front.story_manager.resume(state, request, store)).id
+            return (await front.runner.resume(state, request, lease)).id
 
     return await answer(front, begin, stream=body.stream, wait=body.wait)
 
@@ -48,14 +49,14 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
 async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf, client: ClientOf) -> Response:
     """Edit a page's text: the model reads new vokens from it and draws a new picture; later pages stay. Or choose one
     of its pictures."""
-    async with front.story_manager.exclusive(story_id) as store:
-        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+    async with front.leases.exclusive(story_id) as lease:
+        old = await reading(front.store.load_page, story_id, page)
         if body.variant is not None:
             chosen = _choose(old, body.variant)
-            await asyncio.to_thread(store.save_page, story_id, chosen)
+            await writing(lease.store.save_page, story_id, chosen)
             return reply(front, page_reply(story_id, chosen))
-        state = await asyncio.to_thread(front.store.load, story_id)
-        request = await asyncio.to_thread(front.store.load_request, story_id)
+        state = await reading(front.store.load, story_id)
+        request = await reading(front.store.load_request, story_id)
         request = dataclasses.replace(request, draw=front.config.drawable(request.draw), key=client)
         check_texts(front, [body.text], "text")
         new = PageState(index=page, text=(body.text or "").strip())
@@ -66,12 +67,12 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 
         def change() -> None:
             # In this order: after a crash the store has either the old page, or the new one without a picture.
-            store.forget_drawing(story_id, page)
-            store.save_page(story_id, new)
+            lease.store.forget_drawing(story_id, page)
+            lease.store.save_page(story_id, new)
 
-        await front.story_manager.resume(state, request, store, change=change)
-    await front.story_manager.relay.wait(story_id)
-    return reply(front, page_reply(story_id, await asyncio.to_thread(front.store.load_page, story_id, page)))
+        await front.runner.resume(state, request, lease, change=change)
+    await front.relay.wait(story_id)
+    return reply(front, page_reply(story_id, await reading(front.store.load_page, story_id, page)))
 
 
 @pages.post(
@@ -81,26 +82,42 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
     response_model_exclude_none=True,
 )
 async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, client: ClientOf) -> Response:
-    """Draw a page once more, from its stored vokens; the earlier pictures are kept. A client that goes away stops the
-    work."""
-    async with front.story_manager.exclusive(story_id) as store:
-        old = await asyncio.to_thread(front.store.load_page, story_id, page)
+    """Draw a page once more, from its stored vokens; the earlier pictures are kept. Where another model made the
+    vokens, this one reads the page's text first. A client that goes away stops the work."""
+    async with front.leases.exclusive(story_id) as lease:
+        old = await reading(front.store.load_page, story_id, page)
         variants = old.variants or ((old.image,) if old.image else ())
         if len(variants) >= MAX_VARIANTS:
             raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
-        vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+        vokens = await reading(front.store.load_vokens, story_id, page)
         seed, draw = redrawn(body, old.image, front.config)
-        picture = await draw_alone(front, DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client))
-        image = image_state(picture, draw)
+
+        async def read_again() -> Vokens:
+            nonlocal vokens
+            vokens = await _read_again(front, story_id, page, key=client)
+            return vokens
+
+        request = DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client)
+        picture = await draw_alone(front, request, read_again)
+        image = image_state(picture, draw, fingerprint=vokens.fingerprint)
         number = len(variants)
         new = dataclasses.replace(old, image=image, error=None, variants=(*variants, image), variant=number)
 
         def keep() -> None:
-            store.save_picture(story_id, picture, variant=number)
-            store.save_page(story_id, new)
+            lease.store.save_vokens(story_id, vokens)
+            lease.store.save_picture(story_id, picture, variant=number)
+            lease.store.save_page(story_id, new)
 
-        await asyncio.to_thread(keep)
+        await writing(keep)
     return reply(front, page_reply(story_id, new), 201)
+
+
+async def _read_again(front: Front, story_id: str, page: int, *, key: str) -> Vokens:
+    """A page's vokens by the generator that is there now."""
+    state = await reading(front.store.load, story_id)
+    request = await reading(front.store.load_request, story_id)
+    request = dataclasses.replace(request, pages=page, key=key, session=story_id)
+    return await read_page(front.engines, request, tuple(one.text for one in _complete(state))[:page])
 
 
 def _complete(state: StoryState) -> list[PageState]:

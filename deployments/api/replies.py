@@ -22,6 +22,7 @@ from deployments.api.front import Front
 from deployments.schemas import StoryReply, story_reply
 from deployments.sse import KEEP_ALIVE, encode
 from deployments.stories.events import Position
+from deployments.stories.store_threads import reading
 from minigpt5.errors import EngineLost
 from minigpt5.story.stream import describe
 
@@ -47,8 +48,8 @@ async def answer(front: Front, begin: Callable[[], Awaitable[str]], *, stream: b
     story_id = await begin()
     path = f"/v1/stories/{story_id}"
     if wait:
-        await front.story_manager.relay.wait(story_id)
-    state = await asyncio.to_thread(front.store.load, story_id)
+        await front.relay.wait(story_id)
+    state = await reading(front.store.load, story_id)
     if state.status == "failed":
         message = f"{story_id} failed: {state.error}; what was finished is at {path}"
         return error_response(500, message, code="story_failed", headers={"Location": path})
@@ -145,7 +146,7 @@ async def follow(front: Front, story_id: str, seen: Position | None) -> AsyncGen
     The story goes on at the server where this fails: the stream then ends without `done` and without `error`, and its
     reader comes back."""
     try:
-        async with contextlib.aclosing(front.story_manager.relay.follow(story_id, seen)) as events:
+        async with contextlib.aclosing(front.relay.follow(story_id, seen)) as events:
             async for event in events:
                 yield dataclasses.replace(event, data=sign_urls(front, event.data)).encode()
     except Exception as failure:

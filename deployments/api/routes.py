@@ -1,4 +1,4 @@
-"""The HTTP front: routes over the story manager, the store and the engines. Loads no torch."""
+"""The HTTP front: routes over the running stories, the store and the engines. Loads no torch."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ from deployments.schemas import (
     to_story_request,
 )
 from deployments.stories.events import Position, has_ended_for
+from deployments.stories.idempotency import start_once
 from deployments.stories.retention import keep_within
 from deployments.stories.serve_ledger import ServeLedger
+from deployments.stories.store_threads import reading, writing
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, StoryNotFound
 from minigpt5.model.folder import load_example_pictures
 from minigpt5.model.folder_config import load_config
@@ -94,9 +96,9 @@ async def create_story(
 
     async def begin() -> str:
         if idempotency_key is None:
-            return (await front.story_manager.start(request)).id
+            return (await front.runner.start(request)).id
         digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
-        return await front.story_manager.start_once(request, idempotency_key, digest)
+        return await start_once(front.leases, front.runner, request, key=idempotency_key, digest=digest)
 
     return await answer(front, begin, stream=body.stream, wait=body.wait)
 
@@ -112,7 +114,7 @@ async def list_stories(
 
     def load() -> StoryList:
         found: list[StoryReply] = []
-        for story_id in front.store.list_ids(after=after):
+        for story_id in front.store.list_ids(owner=client if front.keys else None, after=after):
             with contextlib.suppress(StoryNotFound):  # deleted meanwhile
                 state = front.store.load(story_id)
                 if front.keys is None or state.owner == client:
@@ -121,15 +123,15 @@ async def list_stories(
                     found.append(story_reply(state))
         return StoryList(data=found, has_more=False)
 
-    return reply(front, await asyncio.to_thread(load))
+    return reply(front, await reading(load))
 
 
 @stories.get("/v1/stories/{story_id}", response_model=StoryReply, response_model_exclude_none=True)
 async def get_story(story_id: str, front: FrontOf, wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S)] = 0) -> Response:
     """A story as far as it is; with `wait`, after its end or so many seconds."""
     if wait:
-        await front.story_manager.relay.wait(story_id, wait)
-    return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
+        await front.relay.wait(story_id, wait)
+    return reply(front, story_reply(await reading(front.store.load, story_id)))
 
 
 @stories.get("/v1/stories/{story_id}/events", response_class=Response, responses=RESUMED)
@@ -142,7 +144,7 @@ async def get_events(
         seen = Position.parse(last_event_id) if last_event_id else None
     except ValueError as error:
         raise ApiError(422, str(error), param="Last-Event-ID", code="invalid_value") from error
-    state = await asyncio.to_thread(front.store.load, story_id)
+    state = await reading(front.store.load, story_id)
     if seen and await has_ended_for(state, seen):
         return Response(status_code=204, headers={"Cache-Control": "no-cache"})
     return EventStream(follow(front, story_id, seen), error_name="error")
@@ -151,9 +153,9 @@ async def get_events(
 @stories.delete("/v1/stories/{story_id}", status_code=204)
 async def delete_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work and remove all that is stored of it."""
-    await front.story_manager.cancel(story_id)
-    async with front.story_manager.exclusive(story_id) as store:
-        await asyncio.to_thread(store.delete, story_id)
+    await front.coordinator.cancel(story_id)
+    async with front.leases.exclusive(story_id) as lease:
+        await writing(lease.store.delete, story_id)
     return Response(status_code=204)
 
 
@@ -167,7 +169,7 @@ async def get_picture(
         chosen = front.store.load_page(story_id, page).variant if variant is None else variant
         return front.store.load_picture(story_id, page, variant=chosen)
 
-    return Response(await asyncio.to_thread(load), media_type="image/png")
+    return Response(await reading(load), media_type="image/png")
 
 
 @stories.get(
@@ -177,7 +179,7 @@ async def get_picture(
 )
 async def get_vokens(story_id: str, page: int, front: FrontOf) -> Response:
     """What a page's picture was drawn from, as safetensors: it can be drawn again with other settings."""
-    vokens = await asyncio.to_thread(front.store.load_vokens, story_id, page)
+    vokens = await reading(front.store.load_vokens, story_id, page)
     return Response(pack(vokens), media_type="application/octet-stream")
 
 
@@ -196,8 +198,8 @@ async def draw_vokens(body: CreatePicture, front: FrontOf, client: ClientOf) -> 
 @stories.post("/v1/stories/{story_id}/cancel", response_model=StoryReply, response_model_exclude_none=True)
 async def cancel_story(story_id: str, front: FrontOf) -> Response:
     """Stop a story's work; what was finished stays. A story that has ended stays as it is."""
-    await front.story_manager.cancel(story_id)
-    return reply(front, story_reply(await asyncio.to_thread(front.store.load, story_id)))
+    await front.coordinator.cancel(story_id)
+    return reply(front, story_reply(await reading(front.store.load, story_id)))
 
 
 @operations.get("/healthz", response_model=StatusReply)
@@ -251,9 +253,9 @@ async def _look_after_stories(api: FastAPI) -> AsyncIterator[None]:
     """Resume stories that were cut off, and remove those that are too old, until the front ends."""
     front: Front = api.state.front
     tasks = [
-        asyncio.create_task(front.story_manager.keep_alive()),
+        asyncio.create_task(front.coordinator.keep_alive()),
         asyncio.create_task(
-            keep_within(front.store, front.story_manager, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
+            keep_within(front.store, front.leases, max_age_s=front.max_age_s, max_bytes=front.max_bytes)
         ),
     ]
     yield
@@ -304,11 +306,11 @@ class Ingress:
         storage: str,
         max_wait_s: float,
         max_running: int,
-        max_age_s: float | None = None,
-        max_bytes: float | None = None,
-        api_keys: str = "",
-        filters: tuple[str, ...] = (),
-        ledger: DeploymentHandle | None = None,
+        max_age_s: float | None,
+        max_bytes: float | None,
+        api_keys: str,
+        filters: tuple[str, ...],
+        ledger: DeploymentHandle,
     ) -> None:
         add_ids_to_log()
         keys = watch_keys(api_keys or None)
@@ -325,7 +327,7 @@ class Ingress:
             max_bytes=max_bytes,
             keys=keys,
             text_filter=TextFilter() if "text" in filters else None,
-            ledger=ServeLedger(ledger) if ledger else None,
+            ledger=ServeLedger(ledger),
             example_pictures=load_example_pictures(folder, config),
         )
 

@@ -15,7 +15,7 @@ from deployments.observability.metrics import (
     STORIES,
     Metric,
 )
-from deployments.observability.queries import REPLICAS, quantile, rate, series, total
+from deployments.observability.queries import PROXY_ERRORS, PROXY_REQUESTS, REPLICAS, quantile, rate, series, total
 
 DEPLOYMENTS = ("Ingress", "VokenGenerator", "DiffusionDecoder")
 RUNBOOK = "docs/operations.md"
@@ -51,6 +51,12 @@ def share(metric: Metric, window: str, bad: dict[str, str], good: dict[str, str]
     return f"{rate(metric, window, **bad)} / {whole}"
 
 
+def refused(window: str) -> str:
+    """Part of the requests that get 503, from a front or from a proxy whose queue is full or that finds no front."""
+    refusals = f'sum(rate({PROXY_ERRORS}{{error_code="503"}}[{window}]))'
+    return f"{refusals} / sum(rate({PROXY_REQUESTS}[{window}]))"
+
+
 def no_replica() -> str:
     """`absent` of a comparison has no labels of its own."""
     return " or ".join(
@@ -76,10 +82,10 @@ ALERTS = (
     ),
     Alert(
         name="RequestsRefused",
-        expression=f"{share(HTTP_REQUESTS, '5m', {'result': 'overloaded'})} > 0.05",
+        expression=f"{refused('5m')} > 0.05",
         lasts="10m",
         severity="warning",
-        summary="{{ $value | humanizePercentage }} of the requests are refused because the server is full.",
+        summary="{{ $value | humanizePercentage }} of the requests are refused with 503.",
     ),
     Alert(
         name="QueueGrowing",

@@ -29,7 +29,7 @@ from deployments.observability.metrics import (
     STORIES,
     Metric,
 )
-from deployments.observability.queries import REPLICAS, quantile, rate, series, total
+from deployments.observability.queries import PROXY_ERRORS, REPLICAS, quantile, rate, series, total
 
 SCHEMA_VERSION = 41
 """Of Grafana 12. Later ones migrate it by themselves."""
@@ -84,6 +84,12 @@ ROWS_OF_PANELS: dict[str, list[Panel]] = {
             title="Requests by result",
             help=HTTP_REQUESTS.help,
             expressions={"{{result}}": rate(HTTP_REQUESTS, WINDOW, by="result")},
+            unit="reqps",
+        ),
+        Panel(
+            title="Errors by status",
+            help="Errors as clients see them: the fronts' own, and those of Serve's proxies, which no front hears of.",
+            expressions={"{{error_code}}": f"sum by (error_code) (rate({PROXY_ERRORS}[{WINDOW}]))"},
             unit="reqps",
         ),
         Panel(

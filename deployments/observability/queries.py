@@ -8,6 +8,11 @@ from deployments.observability.metrics import METRICS, Metric
 
 REPLICAS = "ray_serve_deployment_replica_healthy"
 """1 of each replica that passes its health checks; Serve's own."""
+PROXY_REQUESTS = "ray_serve_num_http_requests_total"
+"""Requests that Serve's proxies have answered, those that they refused themselves included; Serve's own."""
+PROXY_ERRORS = "ray_serve_num_http_error_requests_total"
+"""Those of them with a status from 400 on, by the label `error_code`; Serve's own."""
+OF_SERVE = {REPLICAS, PROXY_REQUESTS, PROXY_ERRORS}
 NAME = re.compile(r"\bray_\w+")
 
 
@@ -40,7 +45,7 @@ def quantile(metric: Metric, share: float, window: str, *, by: str = "") -> str:
 def names(expression: str) -> set[str]:
     """The metrics that an expression asks for, as the table has them; Serve's own as they are."""
     found = {re.sub(r"_bucket$", "", name) for name in NAME.findall(expression)}
-    known = {metric.exported for metric in METRICS} | {REPLICAS}
+    known = {metric.exported for metric in METRICS} | OF_SERVE
     assert found <= known, found - known
     return found
 

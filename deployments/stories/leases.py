@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from deployments.stories.ledger import Ledger
+from deployments.stories.store_threads import writing
 from deployments.stories.uninterrupted import uninterrupted
+from minigpt5.errors import StoryTaken
+from minigpt5.story.store import StoryStore
 from minigpt5.story.stream import describe
 
 logger = logging.getLogger("ray.serve")
@@ -22,13 +26,29 @@ class StoryBusy(Exception):
     """A story cannot be changed now."""
 
 
-class Leases:
-    """Leases that this front holds, by name. The ledger grants them and numbers them."""
+@dataclass(eq=False, kw_only=True)
+class Lease:
+    """A right to work on a name, such as a story's id, that no other front has at the same time.
 
-    def __init__(self, ledger: Ledger) -> None:
+    Example: Lease(name="story_3f", number=1767225600000000000, store=store.owned(1767225600000000000))
+    """
+
+    name: str
+    number: int
+    """The fencing number: each lease on a name has a greater one than the lease before."""
+    store: StoryStore
+    """The stories, as the lease's holder may change them: writes raise StoryTaken once another front has the story."""
+    is_kept: bool = False
+    """Its holder keeps it beyond the context that took it, and then calls `release` or `abandon`."""
+
+
+class Leases:
+    """Leases that this front holds. The ledger grants and numbers them, and ends those of a front that is silent."""
+
+    def __init__(self, ledger: Ledger, store: StoryStore) -> None:
         self.front = secrets.token_hex(8)
         """The front's name in the ledger."""
-        self._ledger = ledger
+        self._ledger, self._store = ledger, store
         self._held: dict[str, int] = {}
 
     @property
@@ -37,47 +57,61 @@ class Leases:
         return dict(self._held)
 
     @contextlib.asynccontextmanager
-    async def hold(
-        self, name: str, *, is_new: bool = False, is_kept: Callable[[], bool] = lambda: False
-    ) -> AsyncIterator[int]:
-        """Hold a lease within the context, or longer where `is_kept` says so at its end: then `release` gives it back.
+    async def hold(self, name: str, *, is_new: bool = False) -> AsyncIterator[Lease]:
+        """Hold a lease within the context, or longer where its `is_kept` is set.
 
-        `is_new`: nobody can have it yet. Raises StoryBusy where somebody has it.
+        `is_new`: nobody can have it yet. Raises StoryBusy where another request or front has it.
         """
-        number = await self._claim(name, is_new=is_new)
-        if number is None:
+        lease = await self._claim(name, is_new=is_new)
+        if lease is None:
             raise StoryBusy(f"{name} is being worked on: wait for its end, or cancel it")
         try:
-            yield number
+            yield lease
         finally:
-            if not is_kept():
-                await self.release(name, number)
+            if not lease.is_kept:
+                await self.release(lease)
 
     @contextlib.asynccontextmanager
-    async def wait_for(self, name: str) -> AsyncIterator[None]:
-        """Hold a lease within the context, after the present holder."""
-        while (number := await self._claim(name)) is None:
+    async def exclusive(self, story_id: str) -> AsyncIterator[Lease]:
+        """Hold a story to change it. The store has it marked as running, so that a change that was cut off is found.
+
+        Raises StoryBusy while the story runs, or while another request changes it."""
+        async with self.hold(story_id) as lease:
+            await writing(lease.store.mark, story_id, is_running=True)
+            try:
+                yield lease
+            finally:
+                if not lease.is_kept:
+                    with contextlib.suppress(StoryTaken):
+                        await uninterrupted(writing(lease.store.mark, story_id, is_running=False))
+
+    @contextlib.asynccontextmanager
+    async def wait_for(self, name: str) -> AsyncIterator[Lease]:
+        """Hold a lease within the context, after its present holder."""
+        while (lease := await self._claim(name)) is None:
             await asyncio.sleep(POLL_S)
         try:
-            yield
+            yield lease
         finally:
-            await self.release(name, number)
+            await self.release(lease)
 
-    async def release(self, name: str, number: int) -> None:
-        """Give a lease back. Does nothing where it is another one by now."""
-        if self._held.get(name) == number:
-            del self._held[name]
+    async def release(self, lease: Lease) -> None:
+        """Give a lease back. Does nothing where this front holds it no longer."""
+        if self._held.get(lease.name) == lease.number:
+            del self._held[lease.name]
             try:
-                await uninterrupted(self._ledger.release(name, number))
+                await uninterrupted(self._ledger.release(lease.name, lease.number))
             except Exception as failure:  # then it expires
-                logger.warning("the lease on %s is not given back: %s", name, describe(failure))
+                logger.warning("the lease on %s is not given back: %s", lease.name, describe(failure))
 
-    def abandon(self, name: str) -> None:
+    def abandon(self, lease: Lease) -> None:
         """Hold a lease no longer, and let it expire in the ledger: another front recovers the story then."""
-        self._held.pop(name, None)
+        if self._held.get(lease.name) == lease.number:
+            del self._held[lease.name]
 
-    async def _claim(self, name: str, *, is_new: bool = False) -> int | None:
+    async def _claim(self, name: str, *, is_new: bool = False) -> Lease | None:
         number = None if name in self._held else await self._ledger.claim(self.front, name, is_new=is_new)
-        if number is not None:
-            self._held[name] = number
-        return number
+        if number is None:
+            return None
+        self._held[name] = number
+        return Lease(name=name, number=number, store=self._store.owned(number))

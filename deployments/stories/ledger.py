@@ -1,7 +1,8 @@
 """What fronts must agree on: who owns a running story, what each client has sent, how much work there is.
 
-One ledger serves all fronts: within the front's process where there is one, else as a deployment of one replica. It
-holds nothing that could be lost with it, because each front repeats what it holds with every heartbeat.
+One ledger serves all fronts, as a deployment of one replica: also where there is one front, since Serve starts the next
+one beside it when it replaces it. The ledger holds nothing that could be lost with it, because each front repeats what
+it holds with every heartbeat.
 """
 
 from __future__ import annotations

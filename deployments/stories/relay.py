@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from deployments.stories.events import ENDS, Position, StreamEvent, after, stored_events
 from deployments.stories.ledger import Ledger
 from deployments.stories.running_story import RunningStory
+from deployments.stories.store_threads import reading
 from minigpt5.story.store import StoryStore
 
 POLL_S = 0.1
@@ -70,7 +71,7 @@ class EventRelay:
             async for event in story.follow():
                 yield event
             return
-        state = await asyncio.to_thread(self._store.load, story_id)
+        state = await reading(self._store.load, story_id)
         part = await self._ledger.read(story_id, 0) if state.status == "drawing" else None
         if part is None:  # it has ended, or no front runs it at present
             for event in stored_events(state):

@@ -1,7 +1,8 @@
 """Resuming a story: a story that was cut off is run again, and what is stored of it is not made again.
 
 The generator reads stored pages instead of writing them, stored vokens and pictures take the place of new ones, and
-new ones are stored before they are announced. A story survives the death of an engine's process in the same way.
+new ones are stored before they are announced. A story survives the death of an engine's process in the same way, and
+the change of the model under it: finished pages stay, and the new model goes on after them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import logging
 from collections.abc import AsyncIterator
 
 from deployments.engines.handles import Engines
+from deployments.engines.handover import draw_across_models, read_page
+from deployments.stories.store_threads import writing
 from minigpt5.errors import EngineLost, StoryNotFound
 from minigpt5.story.state import PageState
 from minigpt5.story.store import StoryStore
@@ -34,6 +37,10 @@ LOSS_PAUSE_S = 0.5
 """Before another replica is asked; twice as long each time."""
 
 
+class _Replaced(Exception):
+    """The generator's model is one whose vokens a decoder has refused."""
+
+
 class ResumedEngines:
     """The two engines as one story sees them."""
 
@@ -43,6 +50,14 @@ class ResumedEngines:
         self._written = {page.index: page for page in pages if page.is_written}
         self.drawn = {page.index: page for page in pages if page.image}
         """Pages that are finished, and stay as they are stored."""
+        self.writers = {index: page.fingerprint for index, page in self._written.items()}
+        """Page -> fingerprint of the model that wrote its text."""
+        self.drawers: dict[int, str] = {}
+        """Page -> fingerprint of the model that drew its picture, of those that were drawn here."""
+        self._sources: dict[int, tuple[StoryRequest, dict[int, str]]] = {}
+        """Page -> the request that its vokens came from, and the complete texts, by page."""
+        self._refused: set[str] = set()
+        """Fingerprints of models whose vokens a decoder has refused."""
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         """Generate as the generator does; a page's text continues where it was, or starts over after TextReset."""
@@ -51,22 +66,28 @@ class ResumedEngines:
         complete = {index: page.text for index, page in self._written.items()}
         passed: set[int] = set()
         """Pages whose vokens were passed on."""
-        for attempt in range(MAX_LOSSES + 1):
+        last, num_losses = len(request.previous) + request.pages, 0
+        while True:
             given = dataclasses.replace(request, given=_beginning(complete, request))
             try:
                 async with contextlib.aclosing(self._engines.generate(given)) as events:  # type: ignore[type-var]
-                    async for event in self._continue(events, texts, passed):
+                    async for event in self._continue(events, texts, passed, last):
                         if isinstance(event, Vokens):
                             complete[event.page] = texts.get(event.page, "").strip()
+                            self._sources[event.page] = request, complete
                         yield event
                 return
+            except _Replaced:
+                logger.info("%s is handed over to the generator of another model", self._story_id)
             except EngineLost as loss:
-                await self._get_over(loss, attempt)
+                await self._get_over(loss, num_losses)
+                num_losses += 1
 
     async def _continue(
-        self, events: AsyncIterator[GeneratorEvent], texts: dict[int, str], passed: set[int]
+        self, events: AsyncIterator[GeneratorEvent], texts: dict[int, str], passed: set[int], last: int
     ) -> AsyncIterator[GeneratorEvent]:
-        """Without what was passed on before."""
+        """Without what was passed on before. Raises _Replaced at the end of a page before the `last`, where the model
+        has been replaced."""
         again: dict[int, str] = {}
         async for event in events:
             if isinstance(event, TextDelta | Vokens) and event.page in passed:
@@ -85,15 +106,21 @@ class ResumedEngines:
                         yield shown
                     texts[event.page] = new
                 passed.add(event.page)
-                yield await asyncio.to_thread(self._keep, event)
+                self.writers.setdefault(event.page, event.fingerprint)
+                yield await writing(self._keep, event)
+                if event.fingerprint in self._refused and event.page < last:
+                    raise _Replaced
             else:
                 yield event
 
     def _keep(self, vokens: Vokens) -> Vokens:
-        """The stored ones, or these from now on."""
+        """The stored ones, or these from now on. Those of another model stay only with the picture that was drawn from
+        them."""
         if vokens.page in self._written:
             with contextlib.suppress(StoryNotFound):
-                return self._store.load_vokens(self._story_id, vokens.page)
+                stored = self._store.load_vokens(self._story_id, vokens.page)
+                if stored.fingerprint == vokens.fingerprint or vokens.page in self.drawn:
+                    return stored
         self._store.save_vokens(self._story_id, vokens)
         return vokens
 
@@ -102,7 +129,7 @@ class ResumedEngines:
         page = request.vokens.page
         if page in self.drawn:
             try:
-                picture = await asyncio.to_thread(self._store.load_shown, self._story_id, self.drawn[page])
+                picture = await writing(self._store.load_shown, self._story_id, self.drawn[page])
                 assert picture
                 yield picture
                 return
@@ -110,12 +137,33 @@ class ResumedEngines:
                 del self.drawn[page]
         for attempt in range(MAX_LOSSES + 1):
             try:
-                async with contextlib.aclosing(self._engines.decode(request)) as events:  # type: ignore[type-var]
-                    async for event in events:
-                        yield event
+                async for event in self._draw(request):
+                    yield event
                 return
             except EngineLost as loss:
                 await self._get_over(loss, attempt)
+
+    async def _draw(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        page = request.vokens.page
+        self.drawers[page] = request.vokens.fingerprint
+
+        async def read_again() -> Vokens:
+            self._refused.add(self.drawers[page])
+            vokens = await self._read_again(page)
+            self.drawers[page] = vokens.fingerprint
+            return vokens
+
+        async for event in draw_across_models(self._engines, request, read_again):
+            yield event
+        self._refused.discard(self.drawers[page])
+
+    async def _read_again(self, page: int) -> Vokens:
+        """A page's vokens by the generator that is there now, from the page's text; stored."""
+        request, complete = self._sources[page]
+        request = dataclasses.replace(request, pages=page - len(request.previous), num_later=0)
+        vokens = await read_page(self._engines, request, _beginning(complete, request))
+        await writing(self._store.save_vokens, self._story_id, vokens)
+        return vokens
 
     async def _get_over(self, loss: EngineLost, attempt: int) -> None:
         """Raises `loss` where there were too many."""

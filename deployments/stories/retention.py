@@ -1,5 +1,5 @@
 """Old stories go, where an operator says how many may stay: by age, by bytes, or both. None goes without being told.
-Pictures outside of stories go after an hour."""
+Pictures outside of stories go after an hour, Idempotency-Keys after a day. The index of owners is kept right."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import asyncio
 import logging
 import time
 
-from deployments.stories.leases import StoryBusy
-from deployments.stories.story_manager import StoryManager
+from deployments.stories.leases import Leases, StoryBusy
+from deployments.stories.store_threads import writing
 from minigpt5.errors import StorageError, StoryNotFound
 from minigpt5.story.store import StoryStore
 
@@ -17,38 +17,40 @@ logger = logging.getLogger("ray.serve")
 LOOK_S = 600.0
 IMAGE_S = 3600.0
 """A picture outside of any story stays under its URL for this long."""
+ONCE_S = 86400.0
+"""An Idempotency-Key is known for this long."""
 
 
-async def keep_within(
-    store: StoryStore, story_manager: StoryManager, *, max_age_s: float | None, max_bytes: float | None
-) -> None:
+async def keep_within(store: StoryStore, leases: Leases, *, max_age_s: float | None, max_bytes: float | None) -> None:
     """Look now and then, without end."""
     while True:
         try:
-            await asyncio.to_thread(store.delete_images, older_than_s=IMAGE_S)
+            await writing(store.index_owners)
+            await writing(store.delete_images, older_than_s=IMAGE_S)
+            await writing(store.delete_once, older_than_s=ONCE_S)
             if max_age_s is not None or max_bytes is not None:
-                await remove_old(store, story_manager, max_age_s=max_age_s, max_bytes=max_bytes)
+                await remove_old(store, leases, max_age_s=max_age_s, max_bytes=max_bytes)
         except (OSError, StorageError) as failure:  # of a store that answers again later
             logger.error("old stories stay for now: %s", failure.__cause__ or failure)
         await asyncio.sleep(LOOK_S)
 
 
 async def remove_old(
-    store: StoryStore, story_manager: StoryManager, *, max_age_s: float | None, max_bytes: float | None
+    store: StoryStore, leases: Leases, *, max_age_s: float | None, max_bytes: float | None
 ) -> list[str]:
     """Remove stories that have ended, oldest first, until the rest fits; returns their ids. Those under way stay."""
     removed: list[str] = []
-    sizes = await asyncio.to_thread(store.sizes)
+    sizes = await writing(store.sizes)
     total = sum(sizes.values())
     for story_id in sorted(sizes):
         try:
-            async with story_manager.exclusive(story_id) as owned:
-                state = await asyncio.to_thread(store.load, story_id)
+            async with leases.exclusive(story_id) as lease:
+                state = await writing(store.load, story_id)
                 is_old = max_age_s is not None and time.time() - state.created > max_age_s
                 is_too_much = max_bytes is not None and total > max_bytes
                 if state.status == "drawing" or not (is_old or is_too_much):
                     continue
-                await asyncio.to_thread(owned.delete, story_id)
+                await writing(lease.store.delete, story_id)
         except (StoryBusy, StoryNotFound):
             continue
         total -= sizes[story_id]

@@ -14,7 +14,7 @@ class BoundedCache(Generic[V]):
     """At most `max_bytes` of values, as `size_bytes` counts them. Any thread may use it."""
 
     def __init__(self, max_bytes: int, *, size_bytes: Callable[[V], int]) -> None:
-        self.max_bytes, self.num_bytes, self.num_hits = max_bytes, 0, 0
+        self.max_bytes, self.num_bytes = max_bytes, 0
         self._size_bytes = size_bytes
         self._values: OrderedDict[Hashable, V] = OrderedDict()
         self._lock = threading.Lock()
@@ -24,7 +24,6 @@ class BoundedCache(Generic[V]):
             if key not in self._values:
                 return None
             self._values.move_to_end(key)
-            self.num_hits += 1
             return self._values[key]
 
     def put(self, key: Hashable, value: V) -> None:

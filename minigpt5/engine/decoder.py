@@ -165,11 +165,6 @@ class DiffusionDecoder:
         guided."""
         return self._loop.queued_cost
 
-    @property
-    def num_cache_hits(self) -> int:
-        """Pictures that were answered without drawing."""
-        return self._pictures.num_hits
-
     def validate_request(self, request: DrawRequest) -> None:
         """Raise where `request` cannot be drawn: FingerprintMismatch or InvalidRequest."""
         vokens, settings = request.vokens, request.settings

@@ -110,11 +110,11 @@ def tower_config(tower: Any, base_id: str) -> VisionConfig:
     import torch
 
     prepared_1CYX = tower.prepare(torch.zeros(1, 3, 64, 64))
-    features_1FE = tower(prepared_1CYX.to(tower.network.device))
+    features_1FE = tower(prepared_1CYX.to(next(tower.parameters()).device))
     hidden = min(QFORMER_WIDTH, features_1FE.shape[2])
     heads = max(1, hidden // HEAD_WIDTH)
     return VisionConfig(
-        family="tower",
+        family=tower.FAMILY,
         encoder=base_id,
         image_px=prepared_1CYX.shape[-1],
         encoder_width=features_1FE.shape[2],

@@ -191,18 +191,24 @@ Adapter = Literal["merged", "frozen", "trained"]
 
 
 def load_language_and_vision(
-    folder: Path, config: ModelConfig, *, adapter: Adapter = "merged"
+    folder: Path,
+    config: ModelConfig,
+    *,
+    adapter: Adapter = "merged",
+    has_encoder: bool = True,
+    keeps_dtype: bool = False,
 ) -> tuple[LanguageModel, Vision]:
-    """All that reads and writes. A vision-language model, which is both, is read once."""
-    if config.vision.family != "own":
-        return load_language(folder, config, adapter=adapter), load_vision(folder, config)
+    """All that reads and writes. A vision-language model, which is both, is read once. Without `has_encoder`, its
+    vision path reads no pictures. `keeps_dtype` of the language model: see `stored_dtype`."""
     from minigpt5.model.language import load_base
     from minigpt5.model.vision import Vision
 
     found = find_part(folder, config, config.language_model)
-    base = load_base(found)
+    base = load_base(found, keeps_dtype=keeps_dtype)
     language = load_language(folder, config, adapter=adapter, base=base)
-    return language, Vision.from_base(config, base, found)
+    if config.vision.family == "own" and has_encoder:
+        return language, Vision.from_base(config, base, found)
+    return language, load_vision(folder, config, has_encoder=has_encoder)
 
 
 def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merged", base: Any = None) -> LanguageModel:
@@ -245,9 +251,12 @@ def load_mapper(folder: Path, config: ModelConfig) -> Mapper:
     return mapper
 
 
-def load_vision(folder: Path, config: ModelConfig) -> Vision:
-    """The vision path of a model folder: its frozen encoder, from the folder or a base model, and its Q-Former."""
-    vision = new_vision(config, folder=folder)
+def load_vision(folder: Path, config: ModelConfig, *, has_encoder: bool = True) -> Vision:
+    """The vision path of a model folder: its frozen encoder, from the folder or a base model, and its Q-Former.
+    Without `has_encoder`, the Q-Former alone."""
+    from minigpt5.model.vision import NoEncoder, Vision
+
+    vision = new_vision(config, folder=folder) if has_encoder else Vision(config, NoEncoder())
     if config.vision.has_qformer:
         load_module(vision.qformer, folder / QFORMER)
     return vision

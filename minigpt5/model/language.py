@@ -39,7 +39,7 @@ from minigpt5.model.packing import CodesByLayer, pack_body, pack_head
 from minigpt5.model.positions import grid_positions, last_seen
 from minigpt5.model.vision_language import is_vision_language
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
-from minigpt5.model.weights import load_quietly
+from minigpt5.model.weights import load_quietly, stored_dtype
 from minigpt5.types import TextPrecision
 
 
@@ -63,13 +63,14 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_base(folder: str | Path, *, has_weights: bool = True) -> Any:
+def load_base(folder: str | Path, *, has_weights: bool = True, keeps_dtype: bool = False) -> Any:
     """transformers' own model, frozen, in float32: a causal language model or a vision-language model. Without
-    `has_weights` it lies on the meta device, from its config file alone."""
+    `has_weights` it lies on the meta device, from its config file alone. `keeps_dtype`: see `stored_dtype`."""
     load_quietly()
     auto = AutoModelForImageTextToText if is_vision_language(folder) else AutoModelForCausalLM
     if has_weights:
-        base = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        dtype = stored_dtype(folder) if keeps_dtype else torch.float32
+        base = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     else:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):  # where no other way to run a mixture of experts gives shapes

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,13 +55,13 @@ def fetch_folder(uri: str) -> Path:
     import pyarrow as pa
     from pyarrow import fs
 
-    from minigpt5.storage import open_place, patiently, read_whole
+    from minigpt5.storage import open_place, read_whole
 
     try:
         files, path = open_place(uri.rstrip("/"))
         if files.type_name == "local":
             return Path(path)
-        raw = read_whole(files, f"{path}/config.json", wait_s=0)
+        raw = read_whole(files, f"{path}/config.json")
         if raw is None:
             raise ValueError("it has no config.json")
         config = from_json(ModelConfig, json.loads(raw))
@@ -77,7 +76,7 @@ def fetch_folder(uri: str) -> Path:
                 if not info.is_file or place.suffix in PICKLES:
                     continue
                 place.parent.mkdir(parents=True, exist_ok=True)
-                patiently(partial(_copy, files, info.path, place))
+                _copy(files, info.path, place)
             check_folder(target)  # it may be written at this moment
 
         # A changed config, which the fingerprint does not hold, is another folder.

@@ -192,14 +192,15 @@ def serving_gb(sizes: dict[str, int], *, card_bytes: int, pictures: int) -> dict
 
 
 def training_gb(sizes: dict[str, int], *, zero: int, workers: int) -> dict[str, dict[str, float]]:
-    """Memory of one worker in GB, by stage: frozen language model and vision encoder in bf16, all else in float32; what
-    is trained with its gradients and AdamW's two moments, which ZeRO 1, 2 and 3 divide among workers (arXiv 1910.02054,
-    3); frozen parts stay whole below ZeRO 3. Activations come on top: they depend on the batch."""
-    halved = sizes["language model"] + sizes["vision encoder"]
-    kept = sum(sizes[name] for name in ("Q-Former and projection", "UNet", "VAE", "text encoder"))
+    """Memory of one worker in GB, by stage: frozen base models in bf16, all else in float32; what is trained with its
+    gradients and AdamW's two moments, which ZeRO 1, 2 and 3 divide among workers (arXiv 1910.02054, 3); frozen parts
+    stay whole below ZeRO 3. The first stage reads no pictures. Activations come on top: they depend on the batch."""
     table = {}
-    for stage in ("stage 1", "stage 2"):
+    for stage, more_halved, more_kept in (("stage 1", (), ()), ("stage 2", ("vision encoder",), ("LoRA",))):
         trained = sizes[f"{stage}, trained"]
+        halved = sum(sizes[name] for name in ("language model", "UNet", "VAE", "text encoder", *more_halved))
+        made = ("Q-Former and projection", "mapper", "fc", "queries", "new vocabulary rows", *more_kept)
+        kept = sum(sizes[name] for name in made) - trained
         table[stage] = {
             "frozen": (2 * halved + 4 * kept) / GB / (workers if zero == 3 else 1),
             "trained": 4 * trained / GB / (workers if zero == 3 else 1),

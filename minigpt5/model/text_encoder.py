@@ -37,10 +37,12 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(folder: str | Path, config: ModelConfig) -> nn.Module:
-    """The text encoder of a base model's folder: a diffusion model's own, or a sentence encoder."""
+    """The text encoder of a base model's folder: a diffusion model's own, or a sentence encoder. One that has its
+    tokenizer beside it, and not in `tokenizer/` as in diffusers' layout, is a sentence encoder too."""
     load_quietly()
-    if (Path(folder) / "text_encoder").is_dir():
+    folder = Path(folder)
+    if (own := folder / "text_encoder").is_dir() and not (own / "tokenizer.json").is_file():
         family = find_family(folder)
         quirks = {"published_quirks": True} if config.published_quirks else {}
         return family.load_text_encoder(folder, num_positions=config.condition_length, **quirks)
-    return TextEncoder(folder, num_positions=config.condition_length)
+    return TextEncoder(own if own.is_dir() else folder, num_positions=config.condition_length)

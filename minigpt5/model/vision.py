@@ -9,9 +9,10 @@ Shape letters: N pictures, F encoder features, E encoder width, Q queries, H lan
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,9 +54,13 @@ class EfficientNetEncoder(nn.Module):
     image_px).
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    FAMILY: ClassVar = "efficientnet"
+    MODEL_TYPE: ClassVar = "efficientnet-lite0"
+    """How the config of a base model's folder names it."""
+
+    def __init__(self, config: VisionConfig | None = None) -> None:
         super().__init__()
-        self.image_px = config.image_px
+        self.image_px = config.image_px if config else VisionConfig.image_px
         self.network = EfficientNet.from_name("efficientnet-lite0")
         self.eval().requires_grad_(False)
 
@@ -116,6 +121,8 @@ class TowerEncoder(nn.Module):
     `forward` gives the last hidden states of the tower, without pooling.
     """
 
+    FAMILY: ClassVar = "tower"
+
     def __init__(self, folder: str | Path, *, has_weights: bool = True) -> None:
         """Read the tower and its processor from a base model's folder; without `has_weights` the tower lies on the
         meta device. Raises ModelFolderError."""
@@ -146,6 +153,19 @@ class TowerEncoder(nn.Module):
     def forward(self, pixels_NCYX: Tensor) -> Tensor:
         """(N, 3, height, width) -> (N, F, E)."""
         return self.network(pixel_values=pixels_NCYX).last_hidden_state
+
+
+def load_tower(folder: Path, *, has_weights: bool = True) -> EfficientNetEncoder | TowerEncoder:
+    """The frozen encoder in a base model's folder, of the family that its config names. Without `has_weights` it lies
+    on the meta device. Raises ModelFolderError."""
+    config = folder / "config.json"
+    if not (config.is_file() and json.loads(config.read_text()).get("model_type") == EfficientNetEncoder.MODEL_TYPE):
+        return TowerEncoder(folder, has_weights=has_weights)
+    with torch.device("cpu" if has_weights else "meta"):
+        encoder = EfficientNetEncoder()
+    if has_weights:
+        load_module(encoder.network, folder / "model.safetensors")
+    return encoder
 
 
 class NoEncoder(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from minigpt5.errors import ModelFolderError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -20,6 +22,28 @@ def load_quietly() -> None:
     for library in ("transformers", "diffusers"):
         if library in sys.modules:
             importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The type of the largest tensor in a folder's weights; float32 where that is no floating-point type.
+
+    Weights that are loaded as this type are not copied: they lie in the mapped file, whose pages all processes of a
+    machine share. Raises ModelFolderError.
+    """
+    import safetensors
+    import torch
+
+    known = {"BF16": torch.bfloat16, "F16": torch.float16}
+    path = next(iter(sorted(Path(folder).glob("*.safetensors"))), None)
+    if path is None:
+        return torch.float32
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+            largest = max(slices, key=lambda one: math.prod(one.get_shape()))
+            return known.get(largest.get_dtype(), torch.float32)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): restore it") from error
 
 
 def load_module(module: nn.Module, path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minigpt5.model.prompt import Segment
+from minigpt5.model.prompt import Segment, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,8 @@ class Example:
     """A training sequence with the pictures that it reads and those that it draws, both in reading order."""
 
     segments: list[Segment]
+    tokens: Tokens | None = None
+    """The segments as the language model reads them, where a data worker has tokenised them."""
     read: list[np.ndarray]
     """uint8 (side, side, 3) each, of any sizes, or the vision encoder's features of it, float16 (F, E)."""
     shown: list[str] = field(default_factory=list)

@@ -23,7 +23,7 @@ from minigpt5.model.language import LanguageModel, pad, padding_id
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.prompt import IGNORED, Segment
-from minigpt5.model.vision import Vision
+from minigpt5.model.vision import NoEncoder, Vision
 from minigpt5.model.vokens import align
 from minigpt5.objective.example import Example
 
@@ -173,7 +173,8 @@ class Objective(nn.Module):
         reads = Example(segments=[prompt.text_segment("."), prompt.READ], read=[black[0]], drawn=[], captions=[])
         draws = Example(segments=[prompt.text_segment("."), prompt.DRAW], read=[], drawn=[black[1]], captions=[""])
         completed = list(examples)
-        needs_read = self.config.vision.family != "none" and not any(example.read for example in examples)
+        reads_pictures = not isinstance(self.vision.encoder, NoEncoder)
+        needs_read = reads_pictures and not any(example.read for example in examples)
         completed += [reads] if needs_read else []
         completed += [] if has_pictures else [draws]
         return completed, has_pictures
@@ -237,19 +238,23 @@ class Objective(nn.Module):
         )
         return tokens.ids, tokens.labels
 
+    def _tokens_of(self, example: Example) -> tuple[list[int], list[int]]:
+        """Ids and labels."""
+        return (example.tokens.ids, example.tokens.labels) if example.tokens else self.encode(example.segments)
+
     def _read_captions(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
-        ids_BS, mask_BS = self._pad(
-            [self.encode(example.segments[:1])[0] for example in examples], padding_id(self.tokenizer)
-        )
+        first = self.language.voken_embeddings.first
+        whole = [self._tokens_of(example)[0] for example in examples]
+        ids_BS, mask_BS = self._pad([ids[: ids.index(first)] for ids in whole], padding_id(self.tokenizer))
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
-        first_B = torch.full((len(examples),), self.language.voken_embeddings.first, device=self.device)
+        first_B = torch.full((len(examples),), first, device=self.device)
         return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
 
     def read(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Read whole sequences: the voken states of their pictures (P, V, H), and the text loss. Logits are computed at
         the learnt positions only."""
-        encoded = [self.encode(example.segments) for example in examples]
+        encoded = [self._tokens_of(example) for example in examples]
         ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], padding_id(self.tokenizer))
         labels_BS, _ = self._pad([labels for _, labels in encoded], IGNORED)
         labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)

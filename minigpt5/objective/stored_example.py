@@ -18,8 +18,9 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 from PIL import Image
 
-from minigpt5.errors import BadPicture, MiniGPT5Error
+from minigpt5.errors import BadPicture, MiniGPT5Error, StorageError
 from minigpt5.pictures import open_picture
+from minigpt5.storage import is_final
 
 Kind = Literal["caption", "story", "dialogue"]
 SPEAKERS = ("Human", "Assistant")
@@ -140,6 +141,8 @@ def _to_segment(segment: Segment, read: Callable[[str], bytes]) -> dict[str, Any
     except FileNotFoundError:
         raise BadRow(f"missing file: {where}") from None
     except (OSError, ValueError) as error:
+        if not is_final(error):
+            raise StorageError(f"{where} cannot be read now ({error}): run the same command again") from error
         raise BadRow(f"unreadable file: {where}: {error}") from None
     assert isinstance(data, bytes)
     return empty | {"picture": check_picture(data, name=where or "picture"), "caption": segment.caption or None}

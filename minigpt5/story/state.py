@@ -40,6 +40,8 @@ class ImageState:
     draw: DrawSettings
     is_resampled: bool = False
     """Whether the model drew it in its own size."""
+    fingerprint: str = ""
+    """Fingerprint of the model folder that drew it; "": it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class PageState:
     """All pictures that were drawn of the page, in the order of drawing; none where there is only the first."""
     variant: int = 0
     """Which of them `image` is."""
+    fingerprint: str = ""
+    """Fingerprint of the model folder that wrote the text; "": it is not known, or a client has edited the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +184,13 @@ class StoryBuilder:
         return self._pages.get(index) or Page(index=index, text="")
 
 
-def image_state(picture: Picture, draw: DrawSettings) -> ImageState:
-    """What is stored of a picture that was drawn with these settings."""
+def image_state(picture: Picture, draw: DrawSettings, *, fingerprint: str = "") -> ImageState:
+    """What is stored of a picture that was drawn with these settings, by the model of this fingerprint."""
     return ImageState(
         width=picture.width,
         height=picture.height,
         seed=picture.seed,
         draw=draw,
         is_resampled=picture.is_resampled,
+        fingerprint=fingerprint,
     )

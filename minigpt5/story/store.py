@@ -7,6 +7,7 @@ stories/<id>/pages/<n>/vokens.safetensors
 stories/<id>/pages/<n>/picture.png       the first picture; later variants are picture-1.png, picture-2.png, ...
 images/<name>.<png, jpeg or webp>        pictures outside of stories, for an hour
 once/<name>.json                         the story that a request which may come twice has begun
+owners/<digest>/<id>                     an index: the stories of one owner; empty files
 running/<id>                             while a story is being made: its owner's number; a process that resumes it
                                          finds it there
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -26,18 +28,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pyarrow import fs
+from pyarrow import ArrowException, fs
 
 from minigpt5.codec import from_json, to_json
 from minigpt5.errors import StorageError, StoryNotFound, StoryTaken
-from minigpt5.storage import open_folder, patiently, read_whole, unusable, write_whole
+from minigpt5.storage import open_folder, patient, read_whole, unusable, write_whole
 from minigpt5.story.state import PageState, StoryState
 from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import Page, Picture, Story, StoryRequest, Vokens
 
 IMAGE_NAME = re.compile(r"img_[0-9a-f]{41}\.(png|jpeg|webp)", re.ASCII)
 WAIT_S = 30.0
-"""How long a story that is being made waits for an object store that fails."""
+"""How long what is written waits for an object store that fails; and a read for a story that is being made."""
 STORY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
@@ -56,25 +58,29 @@ class StoryStore:
     def __init__(self, uri: str) -> None:
         """Raises StorageError where `uri` cannot be written."""
         try:
-            self._filesystem, self._base = open_folder(uri)
-            self._files = fs.SubTreeFileSystem(self._base, self._filesystem)
-            probe = f"stories/.probe-{secrets.token_hex(4)}"
-            write_whole(self._filesystem, f"{self._base}/{probe}", b"", wait_s=0)
-            self._files.delete_file(probe)
-        except OSError as error:
+            self._readable, self._base = open_folder(uri, wait_s=0)
+            probe = f"{self._base}/stories/.probe-{secrets.token_hex(4)}"
+            write_whole(self._readable, probe, b"")
+            self._readable.delete_file(probe)
+        except (OSError, ArrowException) as error:
             raise unusable(f"storage {uri}", "cannot be written", error) from error
+        self._writable = patient(self._readable, wait_s=WAIT_S)
         self.uri = uri
         self._number: int | None = None
+        self._is_indexed = False
 
     def owned(self, number: int) -> StoryStore:
         """The same stories, for who changes one under a lease with this number: what is written after somebody with a
-        higher one has taken the story raises StoryTaken."""
+        higher one has taken the story raises StoryTaken. Its reads wait for a store that fails, as all writes do; a
+        mere reader hears of it at once."""
         store = copy.copy(self)
-        store._number = number
+        store._number, store._readable = number, self._writable
         return store
 
     def save(self, state: StoryState) -> None:
         """Everything but the pages, which `save_page` writes each by itself."""
+        if state.status == "drawing":
+            self._write(_entry(state.owner, state.id), b"")  # before the story: no story is missing from it
         self._write_of(state.id, "story.json", _to_bytes(to_json(dataclasses.replace(state, pages=()))))
 
     def save_page(self, story_id: str, page: PageState) -> None:
@@ -136,6 +142,13 @@ class StoryStore:
             return None
         return values["id"], values["digest"]
 
+    def delete_once(self, *, older_than_s: float) -> None:
+        """Forget which stories requests began that long ago."""
+        oldest = time.time() - older_than_s
+        for info in self._list("once"):
+            if info.is_file and info.mtime.timestamp() < oldest:
+                self._delete(info.path)
+
     def save_image(self, data: bytes, *, kind: str) -> str:
         """Keep a picture outside of any story. Returns its file name, which nobody guesses; later ones are greater.
 
@@ -158,10 +171,24 @@ class StoryStore:
             if IMAGE_NAME.fullmatch(name) and name < oldest:
                 self._delete(f"images/{name}")
 
-    def list_ids(self, *, after: str | None = None) -> list[str]:
-        """Newest first, beginning with the one before `after`."""
-        ids = sorted(filter(STORY_ID.fullmatch, self._names("stories")), reverse=True)
+    def list_ids(self, *, owner: str | None = None, after: str | None = None) -> list[str]:
+        """Newest first, beginning with the one before `after`. With `owner` its own alone, once `index_owners` has
+        run; those of all until then."""
+        folder = "stories" if owner is None or not self._is_indexed else f"owners/{_digest(owner)}"
+        ids = sorted(filter(STORY_ID.fullmatch, self._names(folder)), reverse=True)
         return [story_id for story_id in ids if after is None or story_id < after]
+
+    def index_owners(self) -> None:
+        """Add to the index the stories that are not in it, as those of earlier versions, and take out the deleted."""
+        listed = self._list("owners", recursive=True)
+        entries = {info.base_name: info.path for info in listed if STORY_ID.fullmatch(info.base_name) and info.is_file}
+        stories = set(self.list_ids())  # after the entries: a story that begins now is not taken for a deleted one
+        for story_id in stories - entries.keys():
+            with contextlib.suppress(StoryNotFound):  # deleted meanwhile
+                self._write(_entry(self.load_owner(story_id), story_id), b"")
+        for story_id in entries.keys() - stories:
+            self._delete(entries[story_id])
+        self._is_indexed = True
 
     def sizes(self) -> dict[str, int]:
         """Bytes by story."""
@@ -175,11 +202,16 @@ class StoryStore:
     def delete(self, story_id: str) -> None:
         """Raises StoryNotFound."""
         self._check_owner(story_id)
+        entry = ""
+        with contextlib.suppress(StoryNotFound):  # one that was not begun after all has a folder and no owner
+            entry = _entry(self.load_owner(story_id), story_id)
         try:
             with self._answers():
-                patiently(lambda: self._files.delete_dir(_folder(story_id)), wait_s=self._wait_s)
+                self._writable.delete_dir(f"{self._base}/{_folder(story_id)}")
         except FileNotFoundError:
             raise StoryNotFound(f"no story {story_id!r}") from None
+        if entry:
+            self._delete(entry)
 
     def load_owner(self, story_id: str) -> str:
         """Load the owner of a story. Raises StoryNotFound."""
@@ -254,35 +286,31 @@ class StoryStore:
 
     def _write(self, path: str, data: bytes, *, check: Callable[[], None] = lambda: None) -> None:
         with self._answers():
-            write_whole(self._filesystem, f"{self._base}/{path}", data, check=check, wait_s=WAIT_S)
+            write_whole(self._writable, f"{self._base}/{path}", data, check=check)
 
     def _delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), self._answers():
-            patiently(lambda: self._files.delete_file(path), wait_s=self._wait_s)
+            self._writable.delete_file(f"{self._base}/{path}")
 
     def _names(self, folder: str) -> list[str]:
         return [info.base_name for info in self._list(folder) if not info.base_name.endswith(".tmp")]
 
     def _list(self, folder: str, *, recursive: bool = False) -> list[fs.FileInfo]:
-        """What is in a folder; nothing where there is none."""
+        """What is in a folder, by paths in this store; nothing where there is none."""
+        files = fs.SubTreeFileSystem(self._base, self._readable)
         selector = fs.FileSelector(folder, allow_not_found=True, recursive=recursive)
         for _ in range(3):
             # A folder may come into being, or go, just then.
             with contextlib.suppress(FileNotFoundError), self._answers():
-                return self._files.get_file_info(selector)
+                return files.get_file_info(selector)
         return []
 
     def _read(self, path: str, missing: str) -> bytes:
         with self._answers():
-            data = read_whole(self._filesystem, f"{self._base}/{path}", wait_s=self._wait_s)
+            data = read_whole(self._readable, f"{self._base}/{path}")
         if data is None:
             raise StoryNotFound(missing)
         return data
-
-    @property
-    def _wait_s(self) -> float:
-        """An owner waits for a store that fails; a mere reader hears of it at once."""
-        return 0.0 if self._number is None else WAIT_S
 
     @contextlib.contextmanager
     def _answers(self) -> Iterator[None]:
@@ -291,7 +319,7 @@ class StoryStore:
             yield
         except FileNotFoundError:
             raise
-        except OSError as error:
+        except (OSError, ArrowException) as error:
             raise StorageError("the storage of the stories does not answer: try again later") from error
 
 
@@ -305,6 +333,16 @@ def _checked(story_id: str) -> str:
 def _folder(story_id: str) -> str:
     """Where a story lies."""
     return f"stories/{_checked(story_id)}"
+
+
+def _digest(owner: str) -> str:
+    """An owner as a folder's name: owners may hold anything."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:32]
+
+
+def _entry(owner: str, story_id: str) -> str:
+    """Where the index of owners has a story."""
+    return f"owners/{_digest(owner)}/{_checked(story_id)}"
 
 
 def _page(story_id: str, page: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
@@ -22,20 +23,21 @@ import pyarrow as pa
 import pytest
 import ray
 from PIL import Image
-from pyarrow import csv, dataset, parquet
+from pyarrow import csv, dataset, fs, parquet
 
 from batch_jobs import books, failpoints, illustrate
 from batch_jobs.illustrate import Engines, make_pages_on_ray
 from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows, load_image, prompt_seed, read_rows
-from batch_jobs.job import Output
+from batch_jobs.job import Output, run_command
 from batch_jobs.monitor import Monitor, Seat
 from batch_jobs.outputs import STORY_SCHEMA
 from batch_jobs.pipeline import Limits, Pool, check_failures, check_started
 from batch_jobs.report import Report
 from batch_jobs.stages import Draw, Row, Write, as_table, unpack
-from batch_jobs.state import PageStore
+from batch_jobs.state import PageStore, _key
 from minigpt5.config import default_model_folder, storybook
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
+from minigpt5.storage import patient
 from minigpt5.story.stream import page_seed, write_story
 from minigpt5.types import DrawSettings, StoryRequest
 from tests.helpers.batch_fakes import (
@@ -47,6 +49,7 @@ from tests.helpers.batch_fakes import (
     FakeGenerator,
 )
 from tests.helpers.fakes import make_png
+from tests.helpers.flaky_files import FlakyFiles
 from tests.helpers.processes import ROOT, Cluster
 
 CONFIG = storybook()
@@ -344,6 +347,9 @@ def test_pictures_of_a_prompt_come_from_files_and_data_urls(tmp_path: Path) -> N
     for image, complaint in ((str(tmp_path / "no.png"), "no.png"), (b"not a picture", "13 bytes"), ("data:,x", "read")):
         with pytest.raises(InvalidRequest, match=complaint):
             load_image(image)
+    for name in ("x" * 300 + ".png", "", "nosuch://a/b.png"):
+        with pytest.raises(InvalidRequest, match="cannot be read"):
+            load_image(name if "://" in name else str(tmp_path / name))
     rows = check({"id": "a", "prompt": "a", "images": str(tmp_path / "no.png")}, {"id": "b", "prompt": "b"})
     report = illustrate_here(rows, new_output(tmp_path))
     assert report.kinds == {"input": 1} and report.stories == 1
@@ -367,6 +373,57 @@ def test_a_row_that_was_in_flight_at_two_engine_deaths_becomes_an_error(tmp_path
     found = read_output(tmp_path)
     assert found["fox"]["error"] == "in flight at 2 engine deaths: it is not tried again" and not found["fox"]["pages"]
     assert [page["error"] is None for page in found["owl"]["pages"]] == [True, False]
+
+
+@pytest.fixture
+def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FlakyFiles:
+    """A store that every place is on, and that is waited for shortly."""
+    store = FlakyFiles(tmp_path)
+    files = patient(fs.PyFileSystem(store), wait_s=0.1)
+    monkeypatch.setattr("minigpt5.storage.PAUSE_S", 0.01)
+    for module in ("inputs", "state"):
+        monkeypatch.setattr(f"batch_jobs.{module}.open_place", lambda uri: (files, uri.removeprefix(f"{tmp_path}/")))
+    return store
+
+
+STAGES_OF_A_ROW = {
+    "its texts are read": ("fox", "open out.state/pages/{key}/"),
+    "its text is stored": ("fox", "write out.state/pages/{key}/2.json"),
+    "its picture is looked for": ("fox", r"info \['out.state/pages/{key}/1.png"),
+    "its picture is stored": ("fox", "write out.state/pages/{key}/2.png"),
+    "a picture of its prompt is read": ("fox", "open fox.png"),
+}
+
+
+@pytest.mark.parametrize("case", STAGES_OF_A_ROW)
+def test_a_row_that_meets_a_failing_store_is_left_to_the_next_run(
+    tmp_path: Path, flaky: FlakyFiles, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fox.png").write_bytes(make_png())
+    rows = check(
+        {"id": "fox", "prompt": "a fox", "pages": 2, "images": "fox.png"}, {"id": "owl", "prompt": "an owl", "pages": 2}
+    )
+    name, broken = STAGES_OF_A_ROW[case]
+    flaky.broken = broken.format(key=_key(name))
+    report = illustrate_here(rows, new_output(tmp_path))
+    assert flaky.num_failures > 2, "it was asked again"
+    assert (report.done, report.left, report.errors) == (1, 1, 0) and "INTERNAL_FAILURE" in report.left_because
+    assert set(read_output(tmp_path)) == {"owl"}
+    assert run_command(lambda options, failpoint: report, argparse.Namespace(output="out")) == 1
+    assert "1 rows are left, because a store failed" in capsys.readouterr().err
+    flaky.broken = ""
+    again = illustrate_here(rows, new_output(tmp_path))
+    assert (again.skipped, again.done, again.left, again.errors) == (1, 1, 0, 0)
+    found = read_output(tmp_path)["fox"]
+    assert found["error"] is None and [page["png"] is not None for page in found["pages"]] == [True, True]
+    assert illustrate_here(rows, new_output(tmp_path)).skipped == 2
+
+
+def test_rows_that_are_left_count_for_the_limit_of_errors(tmp_path: Path, flaky: FlakyFiles) -> None:
+    flaky.broken = "open out.state/pages/[0-9a-f]+/1.json"
+    rows = check(*({"id": str(number), "prompt": "a fox", "pages": 1} for number in range(4)))
+    report = illustrate_here(rows, new_output(tmp_path), max_errors=1)
+    assert (report.stopped_at, report.done) == (2, 0)
 
 
 def test_engines_that_die_too_often_or_cannot_start_end_the_run() -> None:

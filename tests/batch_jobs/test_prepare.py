@@ -19,6 +19,7 @@ from batch_jobs import prepare as module
 from batch_jobs.dataset_readers import DATASET_READERS, Source, storybook_item
 from batch_jobs.prepare import Part, main, write_part
 from batch_jobs.wml import macros_in, stories_in
+from minigpt5.errors import StorageError
 from minigpt5.objective import stored_example
 from minigpt5.objective.stored_example import MAX_STORED_PIXELS, BadRow, Item, Segment, check_picture, to_row
 from minigpt5.pictures import open_picture
@@ -599,3 +600,22 @@ def test_the_job_on_ray_goes_on_where_it_was_stopped(
         assert "its files of layout cc3m have no rows" in capsys.readouterr().err
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), StorageError),
+        (OSError(5, "Input/output error"), StorageError),
+        (PermissionError(13, "denied"), BadRow),
+        (OSError("AWS Error ACCESS_DENIED during HeadObject"), BadRow),
+        (OSError(36, "File name too long"), BadRow),
+    ],
+)
+def test_only_what_no_time_mends_becomes_a_reject(failure: OSError, outcome: type[Exception]) -> None:
+    def read(name: str) -> bytes:
+        raise failure
+
+    segments = (Segment(text="a fox"), Segment(picture="fox.png", caption="a fox"))
+    with pytest.raises(outcome, match=r"fox\.png"):
+        to_row(Item(id="x", kind="story", segments=segments), source="s", read=read)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import pytest
 from pyarrow import dataset, parquet
 from ray._private.runtime_env.packaging import create_package
 
-from batch_jobs import precompute
 from batch_jobs.prepare import Part, write_part
 from minigpt5.commands import check_kept
 from minigpt5.config import default_model_folder
@@ -99,15 +99,14 @@ def test_the_commands_of_the_pages_run_as_submitted_jobs(tmp_path: Path, cluster
     missing = cluster.submit(*illustrate[:-1], str(tmp_path / "others"), "--model", str(tmp_path / "none"))
     assert missing.returncode != 0 and f"error: {tmp_path / 'none'} is not a model folder" in missing.stdout
 
-    model = str(default_model_folder())
-    (tmp_path / "storybook").symlink_to(model)
+    (tmp_path / "storybook").symlink_to(default_model_folder())
+    shutil.rmtree(tmp_path / "rows")
     for number, kind in enumerate(("caption", "story")):
         part = Part(number=number, file="", start=0, count=12)
-        write_part(part, layout=f"storybook:{kind}", uri="", output=str(tmp_path / "plain"), seed=3)
-    places = {"source": str(tmp_path / "plain"), "output": str(tmp_path / "encoded")}
-    encode = precompute.Encode(model=model, keeps_pictures=False, num_threads=1, **places)
-    for path in sorted((tmp_path / "plain" / "rows").iterdir()):
-        encode({"file": str(path)})
+        write_part(part, layout=f"storybook:{kind}", uri="", output=str(tmp_path / "rows"), seed=3)
+    no_gpus = ("--gpus", "0")  # the page's cluster has some, this one has none
+    encode = documented("training.md", "batch_jobs.precompute", tmp_path)
+    assert "pictures encoded, 2 files" in succeed(cluster, *encode, *no_gpus)
     train = documented("training.md", "training.train", tmp_path)
-    succeed(cluster, *train, "steps=2", "batch_size=2", "num_threads=1", "replay.steps=0", "ema_decay=0")
+    succeed(cluster, *train, *no_gpus, "steps=2", "batch_size=2", "num_threads=1", "replay.steps=0", "ema_decay=0")
     assert (tmp_path / "align" / "model" / "config.json").is_file()

@@ -37,7 +37,11 @@ def test_the_commands_of_the_page_fit_the_files() -> None:
     lines = "\n".join(blocks("docs/kubernetes.md", "", "sh", "bash")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.split(" #")[0]) for line in lines if line.startswith(("kubectl ", "docker "))]
     applied = {line[line.index("-k") + 1] for line in words if "-k" in line}
-    assert {Path(path).relative_to("cluster/kubernetes").as_posix() for path in applied} <= {"common", *APPLIED}
+    assert {Path(path).relative_to("cluster/kubernetes").as_posix() for path in applied} <= {
+        "common",
+        "egress",
+        *APPLIED,
+    }
     created = {line[4] for line in words if line[:4] == ["kubectl", "create", "secret", "generic"]}
     needed = set().union(*(secrets_of(name) for name in APPLIED))
     assert created == needed == {"minigpt5-keys", "minigpt5-ray-token", "minigpt5-redis", "minigpt5-s3"}

@@ -44,6 +44,9 @@ from tests.helpers.cluster_files import (
 from tests.helpers.manifests import Manifest, build, errors_of
 from tests.test_docs import TEXTS
 
+DRAIN_MARGIN_S = 30
+"""Between the end of a front's streams and the kill of its pod: the grace of Kubernetes without any setting."""
+
 # Schemas
 
 
@@ -290,6 +293,24 @@ def test_the_application_finds_its_folders_in_the_pods(name: str) -> None:
         for value in ENVIRONMENT.values():
             for path in re.findall(r"/[\w/.-]+", value):
                 assert path.startswith((f"{WORKDIR}", "/data/", "/tmp/"))
+
+
+@each_service
+def test_pods_outlive_the_drain_of_their_fronts(name: str, tmp_path: Path) -> None:
+    one = application(Path(name).name)
+    deployments = dry_build(AppArgs.model_validate(one["args"]), tmp_path)
+    for config in one.get("deployments", ()):
+        deployments[config["name"]] = overridden(deployments[config["name"]], config)
+    drain_s = max(each._deployment_config.graceful_shutdown_timeout_s for each in deployments.values())
+    assert drain_s == AppArgs.model_validate(one["args"]).max_wait_s
+    workers = [pod for pod in pods(name) if pod.ray_labels]
+    assert workers
+    for pod in workers:
+        assert pod.spec["terminationGracePeriodSeconds"] >= drain_s + DRAIN_MARGIN_S, pod.name
+    (service,) = of_kind(name, "RayService")
+    upgrade = service["spec"]["upgradeStrategy"].get("clusterUpgradeOptions")
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] >= drain_s
+    assert upgrade is None or upgrade["intervalSeconds"] >= drain_s
 
 
 def test_a_preparation_installs_what_the_image_has() -> None:

@@ -19,6 +19,7 @@ from tests.helpers.cluster_files import (
     pods,
     ray_cluster,
 )
+from tests.helpers.manifests import Manifest
 from tests.test_docs import TEXTS
 
 
@@ -71,6 +72,19 @@ def test_pods_reach_the_name_servers_of_usual_clusters() -> None:
         (protocol, port) for protocol in ("UDP", "TCP") for port in (53, 5353)
     }
     assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in names["to"]
+
+
+def test_ports_of_other_stores_and_collectors_are_opened_by_a_policy_that_adds_to_the_first() -> None:
+    (first,), (more,) = of_kind("common", "NetworkPolicy"), of_kind("egress", "NetworkPolicy")
+    assert more["metadata"]["name"] != first["metadata"]["name"]
+    assert more["spec"]["podSelector"] == first["spec"]["podSelector"]
+    assert more["spec"]["policyTypes"] == ["Egress"]  # what comes in stays as it was
+
+    def ports(policy: Manifest) -> set[int]:
+        return {port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", ())}
+
+    assert {9000, 4318} <= ports(more) and not ports(more) & ports(first)
+    assert {443, 6443} < ports(first)
 
 
 @each_applied
@@ -138,7 +152,9 @@ def test_only_common_has_claims_and_nothing_includes_it() -> None:
         resources = yaml.safe_load((KUBERNETES / name / "kustomization.yaml").read_text())["resources"]
         assert not [path for path in resources if (KUBERNETES / name / path).resolve() == KUBERNETES / "common"], name
         if name != "common":  # `kubectl delete -k` deletes what the build has
-            assert not of_kind(name, "PersistentVolumeClaim", "NetworkPolicy"), name
+            assert not of_kind(name, "PersistentVolumeClaim"), name
+        if name not in ("common", "egress"):
+            assert not of_kind(name, "NetworkPolicy"), name
 
 
 def test_common_is_applied_first() -> None:

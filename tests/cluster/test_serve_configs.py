@@ -139,7 +139,7 @@ def test_the_storybook_overlay_leaves_every_default(name: str) -> None:
     assert set(application(name)["args"]) == {"model", "storage", "api_keys"}
 
 
-def test_the_autoscaled_overlay_is_the_7b_file_with_a_ledger() -> None:
+def test_the_autoscaled_overlay_is_the_7b_file_with_two_fronts() -> None:
     overlay, file = application("autoscaled"), application("serve-minigpt5-7b.yaml")
     configs = {config["name"]: config for config in overlay["deployments"]}
     assert set(configs) == set(LABELLED)
@@ -191,14 +191,17 @@ def test_the_gpus_of_the_published_system_hold_what_its_comments_add_up() -> Non
         assert sum(found.values()) < int(card) * 2**30 / 1e9
     # Weights are read in float32 into the host's memory, before they go to the GPU.
     deployments = application("serve-minigpt5-7b.yaml")["deployments"]
-    host = [deployment["ray_actor_options"].get("memory") for deployment in deployments]
-    assert host[1] > 4 * (sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"])
-    assert host[2] > 4 * (sizes["UNet"] + sizes["VAE"] + sizes["mapper"])
+    host = {deployment["name"]: deployment["ray_actor_options"].get("memory") for deployment in deployments}
+    assert host["VokenGenerator"] > 4 * (
+        sizes["language model"] + sizes["vision encoder"] + sizes["Q-Former and projection"]
+    )
+    assert host["DiffusionDecoder"] > 4 * (sizes["UNet"] + sizes["VAE"] + sizes["mapper"])
 
 
 def test_two_cpus_have_room_for_one_storybook_replica_of_each_engine() -> None:
-    asked = [config["ray_actor_options"]["num_cpus"] for config in application("serve-storybook.yaml")["deployments"]]
-    assert sum(asked) <= 2 < sum(asked) + min(asked[1:])
+    deployments = application("serve-storybook.yaml")["deployments"]
+    asked = {config["name"]: config["ray_actor_options"]["num_cpus"] for config in deployments}
+    assert sum(asked.values()) <= 2 < sum(asked.values()) + min(asked["VokenGenerator"], asked["DiffusionDecoder"])
 
 
 def test_the_application_keeps_the_link_to_a_mounted_secret(tmp_path: Path) -> None:

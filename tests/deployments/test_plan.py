@@ -96,3 +96,15 @@ def test_the_profile_of_a_server_has_its_seconds(tmp_path: Path) -> None:
     assert (found.text.batch, found.picture.batch) == (3, 2)
     assert 0.08 <= found.text.alone_s < 2.0 and found.picture.alone_s < 2.0
     assert served.store.list_ids() == []
+
+
+def test_a_story_that_fails_ends_the_profile_and_is_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = Served(tmp_path / "stories", generator=FakeGenerator(fails_on_page=2), max_running=8)
+    port, output = find_free_port(), tmp_path / "measured.json"
+    listening = Listening(served, port)
+    try:
+        assert profiler.main([f"http://127.0.0.1:{port}", "--pages", "2", "--output", str(output)]) == 1
+    finally:
+        listening.stop()
+    assert "has no times (" in capsys.readouterr().err
+    assert not output.exists() and served.store.list_ids() == []

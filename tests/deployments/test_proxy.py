@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments import proxy
-from deployments.proxy import MAX_HEADER_BYTES, OF_SERVE, BoundedProtocol, guard
+from deployments.proxy import MAX_HEADER_BYTES, OF_SERVE, TRUST_VARIABLE, BoundedProtocol, guard
 from tests.helpers.processes import find_free_port
 
 
@@ -91,6 +91,17 @@ def test_a_client_gives_serve_no_orders(port: int) -> None:
         plain = client.get("/").json()["headers"]
         orders = {"X-Request-Timeout-Seconds": "0.1", "x-request-disconnect-disabled": "?1", "X-Other": "1"}
         assert client.get("/", headers=orders).json()["headers"] == plain + 1
+
+
+@pytest.mark.parametrize(("trusted", "num_passed"), [("", 0), ("0", 0), ("1", 2)])
+def test_a_client_decides_what_is_traced_only_where_it_is_trusted(
+    port: int, monkeypatch: pytest.MonkeyPatch, trusted: str, num_passed: int
+) -> None:
+    monkeypatch.setenv(TRUST_VARIABLE, trusted)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        plain = client.get("/").json()["headers"]
+        trace = {"Traceparent": f"00-{7:032x}-{1:016x}-01", "tracestate": "a=1"}
+        assert client.get("/", headers=trace).json()["headers"] == plain + num_passed
 
 
 def test_serve_has_no_other_header_that_gives_orders() -> None:

@@ -95,3 +95,29 @@ def test_the_shipped_model_is_trained_on_a_folder(tmp_path: Path) -> None:
     said = run("train_on_your_folder.py", str(tmp_path), "2")
     assert f"make serve MODEL={tmp_path / 'align' / 'model'}" in said
     assert json.loads((tmp_path / "align" / "model" / "config.json").read_text())["name"] == "storybook"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_bases_that_packages_carry_learn_from_stamps_and_campaigns(tmp_path: Path) -> None:
+    """The real bases, with drawings of this test in the places where Debian's packages have theirs."""
+    data, place = tmp_path / "data", tmp_path / "run"
+    stamps, campaigns = data / "usr/share/tuxpaint/stamps", data / "usr/share/games/wesnoth/1.16/data/campaigns/One"
+    (campaigns / "images/story").mkdir(parents=True)
+    stamps.mkdir(parents=True)
+    for number in range(90):
+        Image.new("RGB", (40, 40), (number, 90, 160)).save(stamps / f"{number}.png")
+        (stamps / f"{number}.txt").write_text(f"A blue square of {number}.")
+    Image.new("RGB", (60, 40), (90, 160, 30)).save(campaigns / "images/story/field.png")
+    parts = '[part]\nstory= _ "The men came to a field."\nbackground=story/field.png\n[/part]\n' * 2
+    (campaigns / "1.cfg").write_text(f"[story]\n{parts}[/story]\n" * 60)
+    arguments = ("own_model/from_packages.py", str(place), "--data", str(data), "--scale", "0.001")
+    arguments += ("--workers", "0", "--threads", "1")
+    assert "-m training.train align" in run(*arguments)
+    page = (place / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "books/" in page
+    figures = json.loads((place / "figures.json").read_text())["figures"]
+    assert figures["data"]["stamps"]["rows"] == 90 and figures["stages"]["align"]["steps"] == 2
+    assert {"before", "after"} == set(figures["stages"]["learn"]["picture"])
+    assert "python -m" not in run(*arguments), "all is done"

@@ -24,7 +24,7 @@ BUILDS = {
 SERVICES = [name for name in BUILDS if name.startswith("overlays/")]
 JOBS = [name for name in BUILDS if name.startswith("jobs/") and name != "jobs/base"]
 APPLIED = [*SERVICES, *JOBS, "prepare", "raycluster"]
-"""What is applied after `common`."""
+"""What is applied after `common` and asks for pods."""
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 IMAGES = {f"minigpt5:{VERSION}-cpu", f"minigpt5:{VERSION}-gpu", "redis:7.2"}
 GB, GIB = 1e9, 2**30

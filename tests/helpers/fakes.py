@@ -65,11 +65,12 @@ class FakeGenerator:
             if request.mode == "caption":
                 yield self._vokens(1)
             else:
-                for page in range(1, request.pages + 1):
+                first = len(request.previous) + 1
+                for page in range(first, first + request.pages):
                     if page == self.fails_on_page:
                         raise RuntimeError("the generator broke")
-                    if page <= len(request.given):
-                        yield TextDelta(page=page, text=request.given[page - 1])
+                    if page - first < len(request.given):
+                        yield TextDelta(page=page, text=request.given[page - first])
                         yield self._vokens(page)
                         continue
                     for word in ["Page", f" {page}", " of", f" {request.seed}."]:

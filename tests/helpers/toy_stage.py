@@ -53,6 +53,9 @@ class ToyStage:
 
     def draw_sheet(self, path: Path) -> None: ...
     def write_sample(self) -> bytes | None: ...
+    def saved_parameters(self) -> list[nn.Parameter]:
+        return list(self.objective.parameters())
+
     def save(self, folder: Path) -> None: ...
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
+from examples.own_model.packaged_bases import STORYBOOK, make_diffusion_base
 from examples.own_model.tiny_bases import make_stable_diffusion, make_tokenizer
 from minigpt5 import new
 from minigpt5.combine import combine, sketch
 from minigpt5.footprint import count_parts, report
+from minigpt5.model.base_models import resolve
+from minigpt5.model.folder import load_vision
+from minigpt5.model.folder_config import load_config
+from minigpt5.model.text_encoder import load_text_encoder
 from tests.helpers.pipelines import flux, stable_diffusion_3
 from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, make_vision_language
 
@@ -77,3 +84,20 @@ def test_a_dry_run_refuses_a_size_that_cannot_be_read(
     assert new.main(options) == 1
     error = capsys.readouterr().err
     assert "image_px is 7 but" in error and error.count("\n") == 1
+
+
+def test_bases_that_packages_carry_become_a_model(tmp_path: Path) -> None:
+    """EfficientNet reads pictures, and MiniLM lies in the place of a text encoder, with its tokenizer beside it."""
+    base = make_diffusion_base(tmp_path / "diffusion")
+    make_tokenizer(tmp_path / "language")
+    AutoModelForCausalLM.from_config(EXPERTS["Qwen 3 MoE"]).save_pretrained(tmp_path / "language")
+    bases = {"language": str(tmp_path / "language"), "diffusion": str(base), "vision": "efficientnet-lite0"}
+    parts = combine(**bases, condition_length=32)
+    assert report(sketch(**bases, condition_length=32)) == report(parts)
+    assert parts.config.vision.family == "efficientnet"
+    shipped = load_config(STORYBOOK)
+    own = load_vision(STORYBOOK, shipped)
+    picture = np.random.default_rng(0).integers(256, size=(90, 90, 3), dtype=np.uint8)
+    assert torch.equal(parts.vision.encode([picture]), own.encode([picture]))
+    expected = load_text_encoder(resolve(shipped.text_encoder), shipped)(["a red fox", ""])
+    assert torch.equal(parts.text_encoder(["a red fox", ""]), expected)

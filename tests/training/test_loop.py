@@ -8,6 +8,7 @@ import math
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,6 +65,10 @@ def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset
     return stage
 
 
+def local_batches(preset: presets.Preset) -> Callable[[int], Iterator[data.Batch[object]]]:
+    return data.local_batches(StorybookExamples(preset), preset)
+
+
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     every_step = dataclasses.replace(TINY, checkpoint_every_s=0.0)
@@ -95,6 +100,53 @@ def test_a_checkpoint_that_does_not_fit_keeps_the_one_before(tmp_path: Path) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == [good]
     assert checkpoint.load_checkpoint(folder, ["weight"])[1] == checkpoint.Position(1)
+
+
+class SlowFolder(RunFolder):
+    """A disk on which the checkpoint of step 1 is written when the test allows it, and those of `broken` never."""
+
+    def __init__(self, path: Path, *, broken: str = "") -> None:
+        super().__init__(path)
+        self.broken, self.may_write = broken, threading.Event()
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        if name == "checkpoint-00000001/state.pt":
+            assert self.may_write.wait(60)
+        if self.broken and name.startswith(self.broken):
+            raise TrainingError(f"{name} cannot be written: no room")
+        super().write(name, data)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    preset, folder = dataclasses.replace(TINY, checkpoint_every_s=0.0), SlowFolder(tmp_path)
+    seen: list[tuple[float, int]] = []
+
+    def report(metrics: dict[str, float]) -> None:
+        seen.append((metrics["step"], checkpoint.newest_step(folder)))
+        folder.may_write.set()
+
+    loop.fit(new_stage(preset, tmp_path), preset, folder, local_batches(preset), report=report)
+    assert seen[0] == (1, 0), "the step was done before its checkpoint was there"
+    assert all(newest >= step - 1 for step, newest in seen), "at most one is behind"
+    assert checkpoint.newest_step(folder) == preset.steps
+
+
+def test_a_checkpoint_that_fails_in_the_background_is_said_at_the_next_step_and_loses_nothing(tmp_path: Path) -> None:
+    preset, steps = dataclasses.replace(TINY, checkpoint_every_s=0.0), list[float]()
+    folder = SlowFolder(tmp_path / "run", broken="checkpoint-00000002")
+    folder.may_write.set()
+    with pytest.raises(TrainingError, match="checkpoint-00000002.*no room; checkpoint-00000001 is kept"):
+        loop.fit(
+            new_stage(preset, tmp_path),
+            preset,
+            folder,
+            local_batches(preset),
+            report=lambda metrics: steps.append(metrics["step"]),
+        )
+    assert steps == [1, 2] and checkpoint.newest_step(folder) == 1
+    whole, resumed = train(tmp_path / "whole"), train(tmp_path / "run")
+    for one, other in zip(whole.vae.parameters(), resumed.vae.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
@@ -130,6 +182,28 @@ def test_a_batch_is_the_same_examples_for_any_number_of_workers_and_wherever_a_r
                     together = np.concatenate([positions[at : at + share] for positions in found])
                     start = (step * 2 + part) * 8
                     assert together.tolist() == list(range(start, start + 8))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
+def test_workers_share_out_the_same_validation_batches(num_workers: int) -> None:
+    preset = presets.override(TINY, ["validation_batches=5", "batch_size=12"])
+    source = StorybookExamples(preset)
+    alone = [batch.ids for batch in data.validation_batches(source, preset)]
+    shares = [
+        [batch.ids for batch in data.validation_batches(source, preset, rank=rank, num_workers=num_workers)]
+        for rank in range(num_workers)
+    ]
+    assert len({len(share) for share in shares}) == 1, "all workers make as many calls"
+    dealt = [share[turn] for turn in range(len(shares[0])) for share in shares]
+    assert dealt[:5] == alone and len(dealt) - 5 < num_workers
+
+
+def test_a_batch_has_as_many_examples_for_each_worker() -> None:
+    preset = presets.override(TINY, ["per_gpu_batch_size=3"])
+    assert [presets.for_workers(preset, workers).batch_size for workers in (0, 1, 4)] == [3, 3, 12]
+    assert presets.for_workers(TINY, 4) == TINY
+    with pytest.raises(ValueError, match="batch_size and per_gpu_batch_size are both set"):
+        presets.override(TINY, ["per_gpu_batch_size=3", "batch_size=6"])
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_examples(tmp_path: Path) -> None:
@@ -217,8 +291,8 @@ def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
     loop.fit(stage, preset, RunFolder(tmp_path), batches, validation=validation)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    assert losses[-1] == losses[-2] and len(losses) == 4  # the last step, and once more at the end
-    assert len(set(losses)) == 3
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 1, 2, 3, 3]  # once more at the end
+    assert losses[-1] == losses[-2] and len(set(losses)) == 4
     best = json.loads((tmp_path / "best.json").read_text())
     assert best["validation_loss"] == min(losses)
     report = (tmp_path / "report.html").read_text()

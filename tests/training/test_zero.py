@@ -82,6 +82,7 @@ class Stage:
         return [{"params": list(part.parameters()), "lr": 1e-3} for part in trained]
     def draw_sheet(self, path): ...
     def write_sample(self): ...
+    def saved_parameters(self): return list(model.parameters())
     def save(self, folder): ...
 
 model.calls_alike = True  # in all stages, so that they draw the same random numbers
@@ -154,6 +155,18 @@ if distributed.get_rank() == 0:
     print("LOSSES", json.dumps(losses))
 """
 
+VALIDATED_WORKER = WORKER.replace(
+    "report=report)",
+    """report=report, validation=validation)""",
+).replace(
+    "try:",
+    """held_out = [next(batches(0, 1)(1000 + number)) for number in range(3)]
+rank, world = distributed.get_rank(), distributed.get_world_size()
+validation = [held_out[(rank + turn * world) % 3] for turn in range(-(-3 // world))]
+preset = dataclasses.replace(preset, validation_batches=3)
+try:""",
+)
+
 
 def train(
     folder: Path, zero_stage: int | None, *, workers: int = 2, steps: int = 50, worker: str = WORKER
@@ -208,6 +221,16 @@ def test_two_workers_checkpoint_goes_on_with_one_and_with_four(tmp_path: Path, z
         first = train(folder, zero_stage, steps=20)
         rest = train(folder, zero_stage, workers=workers)
         assert largest_difference(first + rest, whole) < 1e-3
+
+
+@pytest.mark.timeout(600)
+def test_workers_validate_together_as_one_does_alone(tmp_path: Path) -> None:
+    best = []
+    for workers in (1, 2):
+        train(tmp_path / str(workers), None, workers=workers, steps=3, worker=VALIDATED_WORKER)
+        best.append(json.loads((tmp_path / str(workers) / "best.json").read_text()))
+    assert best[0]["step"] == best[1]["step"]
+    assert best[0]["validation_loss"] == pytest.approx(best[1]["validation_loss"], rel=1e-5)
 
 
 @pytest.mark.timeout(600)

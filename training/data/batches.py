@@ -6,6 +6,7 @@ with any number of workers.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 from training.presets import Preset
 
 if TYPE_CHECKING:
-    from ray.data import DataIterator, Dataset
+    from ray.data import Dataset
 
 VALIDATION_BATCH = 8
 MAX_BLOCKS = 1_000
@@ -70,12 +71,20 @@ def _batch(found: list[tuple[Any, Any]]) -> Batch[Any]:
     return Batch(ids=[own_id for own_id, _ in found], examples=[example for _, example in found])
 
 
-def validation_batches(source: ExampleSource | None, preset: Preset) -> list[Batch[Any]]:
-    """Batches of examples that are never trained on: the first ones, always the same."""
+def validation_batches(
+    source: ExampleSource | None, preset: Preset, *, rank: int = 0, num_workers: int = 1
+) -> list[Batch[Any]]:
+    """A worker's share of the batches that are never trained on: the first ones, always the same, dealt out in turn.
+
+    All workers have as many, since some strategies need all of them for a call: the last round begins again at the
+    first batch. `preset.validation_batches` says which of them count.
+    """
     if source is None:
         return []
-    size = min(preset.batch_size, VALIDATION_BATCH)
-    return [batch_at(source, number * size, size) for number in range(preset.validation_batches)]
+    size, num_batches = min(preset.batch_size, VALIDATION_BATCH), preset.validation_batches
+    rounds = math.ceil(num_batches / num_workers)
+    numbers = [(rank + turn * num_workers) % num_batches for turn in range(rounds)]
+    return [batch_at(source, number * size, size) for number in numbers]
 
 
 def examples_per_step(preset: Preset) -> int:
@@ -120,9 +129,22 @@ def worker_positions(ids: np.ndarray, preset: Preset, *, first_step: int, rank: 
     )
 
 
-def ray_examples(source: ExampleSource, preset: Preset, *, first_step: int, rank: int, num_workers: int) -> Dataset:
-    """A worker's examples as a Ray Data pipeline, in order, from `first_step` to the end of the preset. Each worker has
-    a pipeline of its own: a shared one would give each worker what is ready first."""
+def ray_batches(
+    source: ExampleSource, preset: Preset, *, rank: int, num_workers: int
+) -> Callable[[int], Iterator[Batch[Any]]]:
+    """A worker's batches, in order, made by Ray Data's tasks from a step on: a worker that resumes there makes none of
+    those before. Each worker has a pipeline of its own: a shared one would give each worker what is ready first."""
+
+    def batches(step: int) -> Iterator[Batch[Any]]:
+        examples = _ray_examples(source, preset, first_step=step, rank=rank, num_workers=num_workers)
+        for block in examples.iter_batches(batch_size=preset.batch_size // num_workers, batch_format="numpy"):
+            yield _batch(list(block["example"]))
+
+    return batches
+
+
+def _ray_examples(source: ExampleSource, preset: Preset, *, first_step: int, rank: int, num_workers: int) -> Dataset:
+    """A worker's examples from `first_step` to the end of the preset."""
     import ray
 
     def make(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -135,20 +157,6 @@ def ray_examples(source: ExampleSource, preset: Preset, *, first_step: int, rank
     share = preset.batch_size // num_workers
     num_examples = (preset.steps - first_step) * preset.optimizer.gradient_accumulation_steps * share
     blocks = min(MAX_BLOCKS, max(1, num_examples // (8 * share)))
-    return ray.data.range(num_examples, override_num_blocks=blocks).map_batches(make, batch_size=share)
-
-
-def ray_batches(
-    shard: DataIterator, preset: Preset, *, first_step: int, num_workers: int
-) -> Callable[[int], Iterator[Batch[Any]]]:
-    """A worker's batches of `ray_examples`, from a step on."""
-
-    def batches(step: int) -> Iterator[Batch[Any]]:
-        size = preset.batch_size // num_workers
-        for index, block in enumerate(shard.iter_batches(batch_size=size, batch_format="numpy")):
-            if (
-                index >= (step - first_step) * preset.optimizer.gradient_accumulation_steps
-            ):  # a restarted worker has done the earlier ones
-                yield _batch(list(block["example"]))
-
-    return batches
+    examples = ray.data.range(num_examples, override_num_blocks=blocks).map_batches(make, batch_size=share)
+    examples.context.enable_progress_bars = False
+    return examples

@@ -9,7 +9,7 @@ from typing import Any
 from minigpt5.codec import from_json
 from minigpt5.errors import TrainingError
 from minigpt5.objective.encoders import Encoders
-from training.data.stored import DRAWS_CAPTIONS, StoredExamples, open_place
+from training.data.stored import StoredExamples, open_place
 
 ENCODED = {"moments": ("vae", "VAE"), "features": ("vision", "vision encoder")}
 """A field of stored pictures: the encoder that fills it, and its name."""
@@ -31,7 +31,7 @@ def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *
             f"the first {PROBED_ROWS} rows in {examples.uri} have no pictures, which stage {examples.stage} learns "
             "from: prepare rows with pictures, or leave these out"
         )
-    for field in fields_read(examples):
+    for field in examples.fields_read:
         part, name = ENCODED[field]
         if picture[field] is None:
             if picture["picture"] is None:
@@ -56,15 +56,8 @@ def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *
 
 
 def _first_picture(examples: StoredExamples) -> dict[str, Any] | None:
-    rows = (examples.stored(index) for index in range(min(PROBED_ROWS, len(examples))))
+    rows = (examples.stored(position) for position in range(min(PROBED_ROWS, len(examples))))
     return next((one for row in rows for one in row["segments"] if one["text"] is None), None)
-
-
-def fields_read(examples: StoredExamples) -> tuple[str, ...]:
-    """What a stage reads of pictures: see `training.data.stored.to_example`."""
-    if examples.stage == "vision":
-        return ("features",)
-    return ("moments",) if examples.stage in DRAWS_CAPTIONS or examples.read_px is None else ("moments", "features")
 
 
 def load_encoders(uri: str) -> Encoders | None:

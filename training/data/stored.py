@@ -1,17 +1,18 @@
 """Stored rows -> training examples, in an order that is a pure function of the seed.
 
-Every row comes once an epoch. Files are read by row groups: an epoch's order shuffles the groups, and then the rows
-within windows of some groups, so that a reader needs few groups at a time.
+Every row comes once an epoch: see row_index.py.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import io
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from pyarrow import fs, parquet
 
 from minigpt5 import storage
@@ -20,8 +21,8 @@ from minigpt5.errors import StorageError, TrainingError
 from minigpt5.model.image_transforms import fit_drawn, fit_read
 from minigpt5.model.prompt import Template
 from minigpt5.model.published_template import PUBLISHED
+from minigpt5.objective.encoders import ALL_FIELDS, DRAWS_CAPTIONS, fields_read
 from minigpt5.objective.example import Example
-from minigpt5.objective.stored_example import ROW_SCHEMA
 from minigpt5.published.data import (
     COMMAND_EVERY,
     COMMANDS,
@@ -32,15 +33,11 @@ from minigpt5.published.data import (
     sample_segments,
     vist_samples,
 )
+from training.data.row_index import WINDOW_GROUPS, RowIndex, RowOrder, index_rows, is_validation
 
-NEEDS_PICTURES = ("vision", "align", "distill")
+NEEDS_PICTURES = ("vision", *DRAWS_CAPTIONS)
 """Stages that learn from pictures and their captions alone."""
-DRAWS_CAPTIONS = ("align", "distill")
-"""Those whose pictures are drawn."""
-WINDOW_GROUPS = 8
 KEPT_GROUPS = 2 * WINDOW_GROUPS
-VALIDATION_SHARE = 50
-"""One row of so many is never trained on: those whose id's hash says so."""
 
 
 class StoredExamples:
@@ -57,58 +54,64 @@ class StoredExamples:
         seed: int,
         stage: str,
         story_share: float = 0.0,
-        is_validation: bool = False,
         template: Template = PUBLISHED,
+        tokenise: Callable[[Example], Example] | None = None,
     ) -> None:
-        """`story_share`: of whole stories among the examples of rows whose prompt is known. Raises TrainingError where
-        there are no rows of the schema."""
+        """`story_share`: of whole stories among the examples of rows whose prompt is known. `tokenise`: fills an
+        example's tokens; None leaves that to the objective. Raises TrainingError where there are no rows of the
+        schema."""
         self.stage, self.story_share, self.template = stage, story_share, template
-        self.uri, self.seed, self.is_validation = uri, seed, is_validation
+        self.tokenise = tokenise
+        self.uri, self.seed, self.is_validation = uri, seed, False
         self.read_px = None if config.vision.family == "none" else config.vision.image_px
         self.draw_px = config.image_px
+        self.fields_read = fields_read(stage, reads_pictures=self.read_px is not None)
+        """Which of what precompute.py stores of a picture the stage reads."""
         self._files, folder = open_place(uri)
         infos = self._files.get_file_info(fs.FileSelector(f"{folder}/rows", allow_not_found=True))
-        self._paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
-        if not self._paths:
+        paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
+        if not paths:
             raise TrainingError(f"no rows under {uri}/rows: make them with python -m batch_jobs.prepare")
-        self._groups: list[tuple[str, int]] = []
-        """File and row group."""
-        places: list[tuple[int, int]] = []
-        """Group and place in the group, for each row."""
-        for path in self._paths:
-            places += self._index(path)
-        self._places = np.array(places, np.int64).reshape(-1, 2)
+        training, self._held_out_index = index_rows(self._files, paths)
+        self._use(training)
+
+    def held_out(self) -> StoredExamples:
+        """The examples of the rows that are never trained on. Raises TrainingError where there are none."""
+        other = copy.copy(self)
+        other.is_validation = True
+        other._use(self._held_out_index)
+        return other
+
+    def _use(self, index: RowIndex) -> None:
+        if not len(index):
+            kind = "validation" if self.is_validation else "training"
+            raise TrainingError(f"{self.uri} has no rows for {kind}: prepare more")
+        self._index = index
+        self._order = RowOrder(index.sizes, self.seed)
         self._cache: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
-        self._orders: dict[int, np.ndarray] = {}
-        """The order of the present epoch."""
-        if not len(self._places):
-            raise TrainingError(f"{uri} has no rows for {'validation' if is_validation else 'training'}: prepare more")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._index)
 
-    def index_at(self, position: int) -> int:
-        """Which row comes at `position`, counted over epochs."""
-        epoch, place = divmod(position, len(self))
-        if epoch not in self._orders:
-            self._orders = {epoch: _order(self._places[:, 0], self.seed, epoch)}
-        return int(self._orders[epoch][place])
-
-    def stored(self, index: int) -> dict[str, Any]:
-        """A row as it is stored."""
-        group, place = (int(value) for value in self._places[index])
-        if group not in self._cache:
-            path, number = self._groups[group]
-            self._cache[group] = storage.patiently(lambda: self._read_group(path, number))
+    def stored(self, position: int) -> dict[str, Any]:
+        """The row at a position, counted over epochs, as it is stored, without what the stage does not read."""
+        place = self._order.place_at(position)
+        if place.group not in self._cache:
+            self._cache[place.group] = self._read_group(place.group)
             while len(self._cache) > KEPT_GROUPS:
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(group)
-        return self._cache[group][place]
+        self._cache.move_to_end(place.group)
+        return self._cache[place.group][place.number]
 
-    def _read_group(self, path: str, number: int) -> list[dict[str, Any]]:
+    def _read_group(self, group: int) -> list[dict[str, Any]]:
+        """The rows of a group that are used."""
+        path, number = self._index.group_at(group)
+        unread = tuple(f".{name}" for name in ALL_FIELDS if name not in self.fields_read)
         with self._files.open_input_file(path) as file:
-            rows: list[dict[str, Any]] = parquet.ParquetFile(file).read_row_group(number).to_pylist()
-            return rows
+            reader = parquet.ParquetFile(file)
+            leaves = [reader.schema.column(leaf).path for leaf in range(len(reader.schema))]
+            rows = reader.read_row_group(number, columns=[leaf for leaf in leaves if not leaf.endswith(unread)])
+        return rows.filter(pa.array(is_validation(rows["id"]) == self.is_validation)).to_pylist()
 
     def example_at(self, position: int) -> tuple[str, Example]:
         """The id of the stored row at a position, and one of the examples that the row gives."""
@@ -123,43 +126,26 @@ class StoredExamples:
             draw_px=self.draw_px,
             template=self.template,
         )
-        return stored["id"], example
+        return stored["id"], self.tokenise(example) if self.tokenise else example
 
     def _fitting(self, position: int) -> dict[str, Any]:
         """The row at a position, or the next one with a picture for a stage that learns from nothing else. Raises
         TrainingError where no row has one."""
         for later in range(len(self)):
-            stored = self.stored(self.index_at(position + later))
+            stored = self.stored(position + later)
             if self.stage not in NEEDS_PICTURES or any(map(_is_picture, stored["segments"])):
                 return stored
         raise TrainingError(
             f"no row of {self.uri} has a picture, which {self.stage} learns from: prepare rows with some"
         )
 
-    def _index(self, path: str) -> list[tuple[int, int]]:
-        with self._files.open_input_file(path) as file:
-            reader = parquet.ParquetFile(file)
-            if not set(ROW_SCHEMA.names) <= set(reader.schema_arrow.names):
-                raise TrainingError(f"{path} has no training rows: make them with python -m batch_jobs.prepare")
-            found = []
-            for number in range(reader.num_row_groups):
-                ids = reader.read_row_group(number, columns=["id"])["id"].to_pylist()
-                self._groups.append((path, number))
-                kept = [place for place, name in enumerate(ids) if _is_validation(name) == self.is_validation]
-                found += [(len(self._groups) - 1, place) for place in kept]
-            return found
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         """Sent to another process without what is cached."""
-        return _unpickle, (
-            {key: value for key, value in vars(self).items() if key not in ("_files", "_cache", "_orders")},
-        )
+        return {key: value for key, value in vars(self).items() if key not in ("_files", "_order", "_cache")}
 
-
-def _unpickle(state: dict[str, Any]) -> StoredExamples:
-    examples = StoredExamples.__new__(StoredExamples)
-    vars(examples).update(state, _files=open_place(state["uri"])[0], _cache=OrderedDict(), _orders={})
-    return examples
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _files=open_place(state["uri"])[0])
+        self._use(self._index)
 
 
 def open_place(uri: str) -> tuple[fs.FileSystem, str]:
@@ -168,20 +154,6 @@ def open_place(uri: str) -> tuple[fs.FileSystem, str]:
         return storage.open_place(uri)
     except StorageError as error:
         raise TrainingError(str(error)) from error
-
-
-def _is_validation(row_id: str) -> bool:
-    return int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:4], "big") % VALIDATION_SHARE == 0
-
-
-def _order(group_of: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the rows, whose groups are given."""
-    rng = np.random.default_rng([seed, epoch])
-    rank = rng.permutation(group_of.max() + 1)
-    by_group = np.argsort(rank[group_of], kind="stable")
-    windows = rank[group_of][by_group] // WINDOW_GROUPS
-    ends = np.flatnonzero(np.diff(windows)) + 1
-    return np.concatenate([rng.permutation(part) for part in np.split(by_group, ends)])
 
 
 def to_example(

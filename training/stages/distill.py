@@ -194,7 +194,7 @@ class DistillStage:
             guidance_scale=self.config.draw.guidance_scale,
             guidance_rescale=self.config.guidance_rescale,
         )
-        if preset.bf16 and self.start:  # without a start, `save` writes the frozen parts too
+        if preset.halves_frozen and self.start:  # without a start, `save` writes the frozen parts too
             halve_frozen(self.objective)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -229,6 +229,9 @@ class DistillStage:
 
     def write_sample(self) -> bytes | None:
         return None
+
+    def saved_parameters(self) -> list[nn.Parameter]:
+        return list((self.diffusion.distilled if self.start else self.diffusion).parameters())
 
     def save(self, folder: Path) -> None:
         if self.start is None:

@@ -25,6 +25,7 @@ from minigpt5.model.folder_config import load_config
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.locate import contains, find_part
 from minigpt5.model.text_encoder import load_text_encoder
+from minigpt5.objective.encoders import fields_read
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import Objective
 from minigpt5.types import DISTILLED_FOLDER
@@ -40,10 +41,11 @@ NUM_SHEET_EXAMPLES = 64
 
 def halve_frozen(module: nn.Module) -> None:
     """Keep a part's frozen matrices in bfloat16, which is what autocast makes of them at every use: half the memory,
-    and the same numbers. For parts that are read and never saved; an adapter, which is, stays as it is."""
+    and the same numbers. Matrices that are stored so stay in their mapped files. All else is float32. For parts that
+    are read and never saved; an adapter, which is, stays as it is."""
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad and parameter.dim() > 1 and "lora_" not in name:
-            parameter.data = parameter.data.bfloat16()
+        if not parameter.requires_grad and "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16 if parameter.dim() > 1 else torch.float32)
 
 
 class ModelStage(ABC):
@@ -68,13 +70,17 @@ class ModelStage(ABC):
         self.start = start = sources.need_model(preset.stage)
         self.config = load_config(start)
         self.language, self.vision = model_folder.load_language_and_vision(
-            start, self.config, adapter="trained" if trains_adapter else "frozen"
+            start,
+            self.config,
+            adapter="trained" if trains_adapter else "frozen",
+            has_encoder="features" in fields_read(preset.stage, reads_pictures=self.config.vision.family != "none"),
+            keeps_dtype=preset.halves_frozen,
         )
         if trains_adapter and not (start / "adapter").is_dir():
             self.language.add_adapter(self.config.lora)
         self.mapper = model_folder.load_mapper(start, self.config)
         self._decoder = find_decoder(start, self.config, sources)
-        self.diffusion = self._decoder.load()
+        self.diffusion = self._decoder.load(keeps_dtype=preset.halves_frozen)
         self.config = model_folder.draws_with(self.config, self.diffusion)
         text_encoder = load_text_encoder(find_part(start, self.config, self.config.text_encoder), self.config)
         self.freeze()
@@ -93,7 +99,7 @@ class ModelStage(ABC):
             samples_latents=samples_latents,
             keeps_replay=keeps_replay,
         )
-        if preset.bf16:
+        if preset.halves_frozen:
             for part in (self.language.body, self.language.head, self.vision.encoder, self.diffusion, text_encoder):
                 halve_frozen(part)
         self.model.calls_alike = preset.optimizer.zero_stage == 3
@@ -145,6 +151,11 @@ class ModelStage(ABC):
     def write_sample(self) -> bytes | None:
         return None
 
+    def saved_parameters(self) -> list[nn.Parameter]:
+        adapter = [one for name, one in self.language.body.named_parameters() if "lora_" in name]
+        parts = (self.language.voken_embeddings, self.mapper, self.vision.qformer)
+        return [*adapter, *(one for part in parts for one in part.parameters())]
+
     def sample_examples(self) -> list[Example]:
         """The first held-out examples, or the first ones of the run where none are held out."""
         return [self.data.samples.example_at(position)[1] for position in range(NUM_SHEET_EXAMPLES)]
@@ -172,12 +183,13 @@ class FoundDecoder:
     is_own: bool
     """Whether any comes from elsewhere than the folder that the config names."""
 
-    def load(self) -> Diffusion:
-        """Read it as float32, with its distilled denoiser where there is one."""
+    def load(self, *, keeps_dtype: bool = False) -> Diffusion:
+        """Read it, with its distilled denoiser where there is one. `keeps_dtype`: see `stored_dtype`."""
         return self.family.from_folders(
             vae=self.parts["vae"],
             denoiser=self.parts[self.family.DENOISER],
             distilled=self.parts.get(DISTILLED_FOLDER),
+            keeps_dtype=keeps_dtype,
         )
 
 

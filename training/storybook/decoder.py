@@ -92,6 +92,9 @@ class DecoderStage:
     def draw_sheet(self, path: Path) -> None:
         save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, self.config, self.config.draw)
 
+    def saved_parameters(self) -> list[nn.Parameter]:
+        return list(self.objective.parameters())
+
     def save(self, folder: Path) -> None:
         model_folder.save_diffusion(self.diffusion, folder)
 

@@ -68,6 +68,9 @@ class UnetStage:
     def draw_sheet(self, path: Path) -> None:
         save_captioned_sheet(path, self.diffusion, self.objective.text_encoder, self.config, self.config.draw)
 
+    def saved_parameters(self) -> list[nn.Parameter]:
+        return list(self.objective.parameters())
+
     def save(self, folder: Path) -> None:
         """Without a UNet that was distilled from what this one was before."""
         model_folder.save_diffusion(self.diffusion, folder)

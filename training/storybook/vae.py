@@ -76,6 +76,9 @@ class VaeStage:
         print(f"validation mse {F.mse_loss(decoded_BCYX, pixels_BCYX).item():.5f}", flush=True)
         save_sheet(path, [pixels_BCYX[:8], decoded_BCYX[:8], pixels_BCYX[8:], decoded_BCYX[8:]])
 
+    def saved_parameters(self) -> list[nn.Parameter]:
+        return list(self.objective.parameters())
+
     @torch.no_grad()
     def save(self, folder: Path) -> None:
         """Write the VAE with its latents' statistics, which put them on the UNet's scale."""

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.noise import NoiseProcess
 from minigpt5.model.decoders.styles import Styles
+from minigpt5.model.weights import stored_dtype
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings
 
-LOADING = {"torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
 DECODED_PIXELS = 2**21
 """Pixels that the VAE encodes or decodes in one call; a larger picture is decoded in tiles."""
 PREVIEWED_LATENTS = 4
@@ -95,14 +95,21 @@ class Diffusion(nn.Module, ABC):
         return cls.from_folders(vae=folder, denoiser=folder)
 
     @classmethod
-    def from_folders(cls, *, vae: str | Path, denoiser: str | Path, distilled: str | Path | None = None) -> Diffusion:
+    def from_folders(
+        cls,
+        *,
+        vae: str | Path,
+        denoiser: str | Path,
+        distilled: str | Path | None = None,
+        keeps_dtype: bool = False,
+    ) -> Diffusion:
         """Read the VAE from one folder and all else from another, as float32. `distilled`: the folder that has
-        `unet_distilled/`, where that is not the denoiser's."""
+        `unet_distilled/`, where that is not the denoiser's. `keeps_dtype`: see `stored_dtype`."""
         return cls(
-            load_part(vae, "vae"),
-            load_part(denoiser, cls.DENOISER),
+            load_part(vae, "vae", keeps_dtype=keeps_dtype),
+            load_part(denoiser, cls.DENOISER, keeps_dtype=keeps_dtype),
             cls.load_noise(denoiser),
-            load_distilled(distilled or denoiser),
+            load_distilled(distilled or denoiser, keeps_dtype=keeps_dtype),
         )
 
     @classmethod
@@ -360,18 +367,21 @@ def join_pooled(states_BQD: Tensor, pooled_BP: Tensor) -> Tensor:
     return torch.cat([states_BQD, F.pad(pooled_BP, (0, missing))[:, None].to(states_BQD)], dim=1)
 
 
-def load_part(folder: str | Path, name: str) -> Any:
-    """A model of diffusers in a folder, of the class that its config names, as float32. Raises ModelFolderError."""
+def load_part(folder: str | Path, name: str, *, keeps_dtype: bool = False) -> Any:
+    """A model of diffusers in a folder, of the class that its config names, as float32. `keeps_dtype`: see
+    `stored_dtype`. Raises ModelFolderError."""
     path = Path(folder) / name
     model = getattr(diffusers, str(read_config(path)["_class_name"]), None)
     if model is None or not hasattr(model, "from_pretrained"):
         raise ModelFolderError(f"{path} is a {read_config(path)['_class_name']}, which diffusers does not have")
-    return model.from_pretrained(path, **LOADING)
+    dtype = stored_dtype(path) if keeps_dtype else torch.float32
+    return model.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=keeps_dtype)
 
 
-def load_distilled(folder: str | Path) -> Any | None:
-    """The distilled denoiser in `unet_distilled/`, as float32; None where there is none."""
-    return load_part(folder, DISTILLED_FOLDER) if (Path(folder) / DISTILLED_FOLDER).is_dir() else None
+def load_distilled(folder: str | Path, *, keeps_dtype: bool = False) -> Any | None:
+    """The distilled denoiser in `unet_distilled/`, as `load_part` reads it; None where there is none."""
+    has_one = (Path(folder) / DISTILLED_FOLDER).is_dir()
+    return load_part(folder, DISTILLED_FOLDER, keeps_dtype=keeps_dtype) if has_one else None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from deployments.api.images import CreateImages, Output
+from deployments.engines import handover
 from deployments.schemas import CreateStory, to_story_request
 from deployments.stories.events import Position
 from minigpt5.story.stream import page_seed
@@ -54,7 +55,9 @@ def test_a_story_comes_back_whole(served: Served) -> None:
         "width": 16,
         "height": 16,
         "seed": page_seed(7, 2),
+        "fingerprint": FINGERPRINT,
     }
+    assert story["pages"][1]["fingerprint"] == FINGERPRINT
     assert story["usage"] == {"prompt_tokens": 5, "completion_tokens": 48, "images": 4, "denoise_steps": 12}
     assert isinstance(story["created"], int)
 
@@ -136,7 +139,7 @@ def test_what_is_announced_can_be_fetched_at_once(tmp_path: Path) -> None:
     served = Served(tmp_path, generator=FakeGenerator(delay_s=0.002))
 
     async def use(client: httpx.AsyncClient) -> None:
-        story = await served.front.story_manager.start(to_story_request(CreateStory(prompt="A fox"), CONFIG))
+        story = await served.front.runner.start(to_story_request(CreateStory(prompt="A fox"), CONFIG))
         async for event in story.follow():
             data = event.data
             if event.name == "image":
@@ -195,7 +198,8 @@ def test_a_broken_generator_fails_the_story_and_keeps_what_was_finished(tmp_path
     assert served.front.admission.num_running == 0
 
 
-def test_a_decoder_of_another_model_is_named(tmp_path: Path) -> None:
+def test_a_decoder_of_another_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "UPGRADE_S", 0.0)
     served = Served(tmp_path, decoder=FakeDecoder(fingerprint="cd" * 32))
     story = served.post({"prompt": "A fox", "pages": 1}).json()
     assert story["pages"][0]["error"] == "vokens of another model"

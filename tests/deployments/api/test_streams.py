@@ -241,7 +241,7 @@ def test_a_stream_whose_story_cannot_be_read_ends_without_an_end(
         raise OSError("the storage is away")
         yield
 
-    served.front.story_manager.relay.follow = fail  # type: ignore[method-assign]
+    served.front.relay.follow = fail  # type: ignore[method-assign]
     reply = served.request("GET", f"/v1/stories/{story['id']}/events")
     assert (reply.status_code, reply.content) == (200, b"")
 

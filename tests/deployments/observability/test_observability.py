@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve._private.common import RequestProtocol
+from ray.serve._private.request_ingress_metrics import RequestIngressMetrics
 
 from deployments.observability.__main__ import FOLDER, main, make_files
 from deployments.observability.alerts import ALERTS, rules
 from deployments.observability.dashboard import PANELS, dashboard
 from deployments.observability.metrics import METRICS, STORIES, Metric
-from deployments.observability.queries import REPLICAS, names, series
+from deployments.observability.queries import OF_SERVE, PROXY_ERRORS, PROXY_REQUESTS, REPLICAS, names, series
 
 ROOT = Path(__file__).parents[3]
 SUFFIX = {"counter": "_total", "gauge": "", "histogram": ""}
@@ -52,7 +54,18 @@ def test_every_metric_is_on_the_dashboard() -> None:
     for panel in PANELS:
         for expression in panel.expressions.values():
             shown |= names(expression)
-    assert shown == {metric.exported for metric in METRICS} | {REPLICAS}
+    assert shown == {metric.exported for metric in METRICS} | {REPLICAS, PROXY_ERRORS}
+
+
+def test_serve_counts_requests_under_the_names_that_are_asked_for() -> None:
+    """The proxies make these counters; Ray adds `ray_` and `_total`."""
+    metrics = RequestIngressMetrics(protocol=RequestProtocol.HTTP, source="proxy", node_id="a", node_ip_address="b")
+    names_of_serve = {
+        f"ray_{counter.info['name']}_total": counter.info["tag_keys"]
+        for counter in (metrics.request_counter, metrics.request_error_counter)
+    }
+    assert set(names_of_serve) == {PROXY_REQUESTS, PROXY_ERRORS} < OF_SERVE
+    assert "error_code" in names_of_serve[PROXY_ERRORS]
 
 
 def test_the_committed_files_are_what_the_command_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_promtool_takes_the_rules() -> None:
 def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
     """Refusals for half an hour, and a decoder that goes away after ten minutes while the others stay."""
     healthy = "ray_serve_deployment_replica_healthy"
-    requests = "ray_minigpt5_http_requests_total"
+    requests, errors = "ray_serve_num_http_requests_total", "ray_serve_num_http_error_requests_total"
     unit = {
         "rule_files": [str(RULES)],
         "evaluation_interval": "1m",
@@ -54,8 +54,11 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
             {
                 "interval": "1m",
                 "input_series": [
-                    {"series": f'{requests}{{result="answered"}}', "values": "0+90x30"},
-                    {"series": f'{requests}{{result="overloaded"}}', "values": "0+10x30"},
+                    {"series": f'{requests}{{status_code="201"}}', "values": "0+80x30"},
+                    {"series": f'{requests}{{status_code="503"}}', "values": "0+10x30"},
+                    {"series": f'{requests}{{status_code="404"}}', "values": "0+10x30"},
+                    {"series": f'{errors}{{error_code="503"}}', "values": "0+10x30"},
+                    {"series": f'{errors}{{error_code="404"}}', "values": "0+10x30"},
                     {"series": f'{healthy}{{deployment="Ingress",replica="a"}}', "values": "1x30"},
                     {"series": f'{healthy}{{deployment="VokenGenerator",replica="b"}}', "values": "1x30"},
                     {"series": f'{healthy}{{deployment="DiffusionDecoder",replica="c"}}', "values": "1x10 0x20"},
@@ -66,7 +69,7 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
                         "RequestsRefused",
                         "15m",
                         {"severity": "warning"},
-                        "10% of the requests are refused because the server is full.",
+                        "10% of the requests are refused with 503.",
                     ),
                     expect("NoReplica", "10m", None),
                     expect(
@@ -130,6 +133,7 @@ def test_prometheus_answers_every_panel_and_evaluates_every_rule(
         seed += 1
         body = {"prompt": "A fox who finds a kite", "pages": 2, "seed": seed // 2, "steps": 4}
         assert server.client.post("/v1/stories", json=body).status_code == 201
+        assert server.client.get("/v1/stories/none").status_code == 404
     empty = []
     for panel in PANELS:
         for expression in panel.expressions.values():

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from deployments.api.routes import create_api
-from deployments.stories import leases, ledger, relay, story_manager
+from deployments.stories import coordinator, leases, ledger, relay
 from deployments.stories.ledger import LocalLedger
 from minigpt5.errors import StoryTaken
 from minigpt5.story.state import PageState
@@ -28,19 +28,19 @@ BODY = {"prompt": "A fox", "pages": 3, "seed": 7}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story_manager, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(coordinator, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(ledger, "LEASE_S", 0.3)
     monkeypatch.setattr(ledger, "GRACE_S", 0.1)
     monkeypatch.setattr(leases, "POLL_S", 0.01)
     monkeypatch.setattr(relay, "POLL_S", 0.01)
     monkeypatch.setattr(relay, "RETRY_S", 0.02)
-    monkeypatch.setattr(story_manager, "RECOVER_S", 0.05)
+    monkeypatch.setattr(coordinator, "RECOVER_S", 0.05)
 
 
 @contextlib.asynccontextmanager
 async def alive(*fronts: Served) -> AsyncIterator[list[httpx.AsyncClient]]:
     """Clients of fronts that beat."""
-    watches = [asyncio.create_task(served.front.story_manager.keep_alive()) for served in fronts]
+    watches = [asyncio.create_task(served.front.coordinator.keep_alive()) for served in fronts]
     async with contextlib.AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(
@@ -165,8 +165,8 @@ def test_the_stories_of_a_front_that_died_are_gone_on_with_by_the_other(tmp_path
                 story = (await here.post("/v1/stories", json={**BODY, "wait": False})).json()
                 reading = asyncio.create_task(there.get(f"/v1/stories/{story['id']}/events"))
                 await asyncio.sleep(0.15)
-                one.front.story_manager._end = never  # type: ignore[method-assign]
-                one.front.story_manager._tasks[story["id"]].cancel()
+                one.front.runner._end = never  # type: ignore[method-assign]
+                one.front.runner._running[story["id"]][1].cancel()
             events = read_events((await reading).text)
             assert events[-1][1] == "done"
             assert [page["text"] for page in events[-1][2]["pages"]] == [f"Page {n} of 7." for n in (1, 2, 3)]
@@ -191,9 +191,9 @@ def test_what_was_cut_off_is_gone_on_with_though_both_fronts_start_at_once(tmp_p
     one, other = two(tmp_path)
 
     async def use() -> None:
-        shared = one.front.story_manager._ledger
+        shared = one.front.coordinator._ledger
         for front in (one, other):
-            await shared.heartbeat(front.front.story_manager.front, {}, front.front.admission.load)
+            await shared.heartbeat(front.front.leases.front, {}, front.front.admission.load)
         async with alive(one, other) as (here, _):
             assert (await here.get(f"/v1/stories/{story_id}?wait=10")).json()["status"] == "done"
         assert len(one.generator.requests) + len(other.generator.requests) == 1
@@ -217,7 +217,7 @@ def test_a_front_that_was_thought_dead_stores_nothing_more(tmp_path: Path) -> No
             before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
             one.generator.gate.set()
             assert read_events((await reading).text)[-1][1] == "done"
-            assert one.front.story_manager.find(story["id"]) is None
+            assert one.front.runner.find(story["id"]) is None
             assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
     asyncio.run(use())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import NoReturn
@@ -33,6 +34,20 @@ def told(caplog: pytest.LogCaptureFixture, field: str) -> list[object]:
     return [vars(record)[field] for record in caplog.records if field in vars(record)]
 
 
+def leave(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Ask for a story that the storage fails: it is left as it is, for a front to resume."""
+
+    async def use(client: httpx.AsyncClient) -> None:
+        story = (await client.post("/v1/stories", json={**BODY, "wait": False})).json()
+        while not told(caplog, "outcome"):
+            await asyncio.sleep(0.01)
+        assert (await client.get(f"/v1/stories/{story['id']}")).json()["status"] == "drawing"
+
+    served.run(use)
+    assert told(caplog, "outcome") == ["storage_error"]
+    assert len(served.store.running()) == 1
+
+
 @pytest.fixture(autouse=True)
 def _log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="ray.serve")
@@ -51,24 +66,20 @@ def test_a_story_that_an_engine_fails(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_story_that_cannot_be_stored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = Served(tmp_path)
-    monkeypatch.setattr(served.store, "save_picture", fail)
-    served.post(BODY)
-    assert told(caplog, "outcome") == ["storage_error"]
+    monkeypatch.setattr(StoryStore, "save_picture", throw)
+    leave(Served(tmp_path), caplog)
 
 
 def test_a_story_whose_end_cannot_be_stored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = Served(tmp_path)
     save = StoryStore.save
 
     def fail_at_the_end(store: StoryStore, state: StoryState) -> None:
         return throw() if state.status == "done" else save(store, state)
 
     monkeypatch.setattr(StoryStore, "save", fail_at_the_end)
-    served.post(BODY)
-    assert told(caplog, "outcome") == ["storage_error"]
+    leave(Served(tmp_path), caplog)
 
 
 def test_a_story_that_a_client_cancels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

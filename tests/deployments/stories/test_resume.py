@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
+import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from pyarrow import fs
 
+from deployments import sse
 from deployments.schemas import CreateStory, to_story_request
+from deployments.stories import coordinator
 from deployments.stories import resume as replay
 from deployments.stories.events import Numbering, Position, StreamEvent, after, stored_events
 from minigpt5.errors import EngineLost
+from minigpt5.story import store as stored
 from minigpt5.story.state import PageState, StoryState
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest, TextDelta, Vokens
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
-from tests.helpers.served import CONFIG, Served, assert_error, read_events
+from tests.helpers.processes import find_free_port
+from tests.helpers.served import CONFIG, Listening, Served, assert_error, read_events
 
 BODY = {"prompt": "A fox", "pages": 3, "seed": 7}
 MAX_STEPS = 3
@@ -95,12 +103,15 @@ def test_a_stream_goes_on_after_any_event_and_misses_nothing(tmp_path: Path, is_
 
     async def use(client: httpx.AsyncClient) -> None:
         served.generator.gate.clear()
-        story = await served.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await served.front.runner.start(to_story_request(CreateStory(**BODY), CONFIG))
         path = f"/v1/stories/{story.id}/events"
         served.generator.gate.set()
         whole = read_events((await client.get(path)).text)
         if is_running:
-            served.front.story_manager._stories[story.id] = story  # its events are still here
+            served.front.runner._running[story.id] = (
+                story,
+                asyncio.create_task(asyncio.sleep(0)),
+            )  # its events are still here
         assert whole[-1][1] == "done"
         for number, (position, _, _) in enumerate(whole[:-1]):
             rest = read_events((await client.get(path, headers={"Last-Event-ID": position})).text)
@@ -192,7 +203,7 @@ def test_a_story_that_runs_elsewhere_can_be_followed(tmp_path: Path) -> None:
     owner, other = Served(tmp_path, generator=FakeGenerator(delay_s=0.1)), Served(tmp_path)
 
     async def use(client: httpx.AsyncClient) -> None:
-        story = await owner.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await owner.front.runner.start(to_story_request(CreateStory(**BODY), CONFIG))
         events = read_events((await client.get(f"/v1/stories/{story.id}/events")).text)
         assert told(events)[3]["whole"]["text"] == "Page 3 of 7."
         assert len({position for position, _, _ in events}) == len(events)
@@ -251,9 +262,9 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
 
     async def begin_and_die(client: httpx.AsyncClient) -> None:
         nonlocal story_id
-        story = await served.front.story_manager.start(to_story_request(CreateStory(**BODY), CONFIG))
+        story = await served.front.runner.start(to_story_request(CreateStory(**BODY), CONFIG))
         story_id = story.id
-        served.front.story_manager._end = never  # type: ignore[method-assign]
+        served.front.runner._end = never  # type: ignore[method-assign]
         await asyncio.sleep(rng.uniform(0, 0.06))
 
     async def never(*arguments: object) -> None:
@@ -268,7 +279,7 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
     again = Served(tmp_path)
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await again.front.story_manager.recover()
+        await again.front.coordinator.recover()
         story = (await client.get(f"/v1/stories/{story_id}?wait=20")).json()
         assert story["status"] == "done"
         assert [page["text"] for page in story["pages"]] == [f"Page {n} of 7." for n in (1, 2, 3)]
@@ -293,7 +304,7 @@ def test_a_front_that_is_stopped_leaves_its_stories_to_the_next(tmp_path: Path) 
     again = Served(tmp_path)
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await again.front.story_manager.recover()
+        await again.front.coordinator.recover()
         assert (await client.get(f"/v1/stories/{story_id}?wait=20")).json()["status"] == "done"
 
     again.run(recover)
@@ -307,7 +318,7 @@ def test_what_cannot_be_taken_up_does_not_stop_the_rest(tmp_path: Path) -> None:
     (tmp_path / "stories" / broken / "story.json").write_text("{}")
     ended = served.post(BODY).json()["id"]
     served.store.mark(ended, is_running=True)
-    asyncio.run(served.front.story_manager.recover())
+    asyncio.run(served.front.coordinator.recover())
     assert served.store.running() == [broken]
     assert served.store.load(ended).status == "done"
 
@@ -327,7 +338,7 @@ def test_vokens_that_are_stored_are_drawn_and_not_those_that_come_anew(tmp_path:
     served.decoder.requests.clear()
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await served.front.story_manager.recover()
+        await served.front.coordinator.recover()
         assert (await client.get(f"/v1/stories/{story['id']}?wait=20")).json() == story
 
     served.run(recover)
@@ -401,8 +412,39 @@ def test_a_story_left_to_a_model_without_its_sampler_is_drawn_with_the_model_s_o
     again = Served(tmp_path, config=config)
 
     async def recover(client: httpx.AsyncClient) -> None:
-        await again.front.story_manager.recover()
+        await again.front.coordinator.recover()
         assert (await client.get(f"/v1/stories/{story_id}?wait=20")).json()["status"] == "done"
 
     again.run(recover)
     assert {request.settings.scheduler for request in again.decoder.requests} == {"euler"}
+
+
+def test_a_story_waits_for_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader hears of no end before the story is done."""
+    monkeypatch.setattr(coordinator, "RECOVER_S", 0.2)
+    write, is_full = stored.write_whole, threading.Event()
+
+    def write_where_there_is_room(files: fs.FileSystem, path: str, data: bytes, **options: Any) -> None:
+        if is_full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(files, path, data, **options)
+
+    port = find_free_port()
+    listening = Listening(Served(tmp_path, generator=FakeGenerator(delay_s=0.05)), port)
+    monkeypatch.setattr(stored, "write_whole", write_where_there_is_room)
+    names: list[str] = []
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            story = client.post("/v1/stories", json={**BODY, "wait": False}).json()
+            with client.stream("GET", f"/v1/stories/{story['id']}/events") as reply:
+                for event in sse.read_events(reply.iter_bytes()):
+                    names.append(event.name)
+                    if event.name == "image" and not is_full.is_set():
+                        is_full.set()
+                        assert client.post("/v1/stories", json=BODY).status_code == 503
+                        threading.Timer(1.0, is_full.clear).start()
+            story = client.get(f"/v1/stories/{story['id']}").json()
+    finally:
+        listening.stop()
+    assert names.count("page") == BODY["pages"] and names[-1] == "done"
+    assert story["status"] == "done" and all("image" in page for page in story["pages"])

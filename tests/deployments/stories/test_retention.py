@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
-from deployments.stories.retention import keep_within, remove_old
+from deployments.stories.retention import ONCE_S, keep_within, remove_old
 from minigpt5.errors import StorageError
 from tests.helpers.served import Served
 
@@ -17,7 +19,7 @@ BODY = {"prompt": "A fox", "pages": 1, "seed": 7}
 
 
 def remove(served: Served, *, max_age_s: float | None = None, max_bytes: float | None = None) -> list[str]:
-    return asyncio.run(remove_old(served.store, served.front.story_manager, max_age_s=max_age_s, max_bytes=max_bytes))
+    return asyncio.run(remove_old(served.store, served.front.leases, max_age_s=max_age_s, max_bytes=max_bytes))
 
 
 def test_old_stories_go_and_young_ones_stay(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_what_is_being_made_stays(tmp_path: Path) -> None:
     async def use(client: httpx.AsyncClient) -> None:
         served.generator.gate.clear()
         path = (await client.post("/v1/stories", json={**BODY, "wait": False})).headers["location"]
-        assert await remove_old(served.store, served.front.story_manager, max_age_s=-1, max_bytes=0) == []
+        assert await remove_old(served.store, served.front.leases, max_age_s=-1, max_bytes=0) == []
         served.generator.gate.set()
         assert (await client.get(f"{path}?wait=10")).json()["status"] == "done"
 
@@ -67,5 +69,26 @@ def test_a_store_that_fails_once_is_looked_at_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(served.store, "delete_images", delete_images)
     monkeypatch.setattr("deployments.stories.retention.LOOK_S", 0.0)
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(keep_within(served.store, served.front.story_manager, max_age_s=None, max_bytes=None))
+        asyncio.run(keep_within(served.store, served.front.leases, max_age_s=None, max_bytes=None))
     assert len(calls) == 2
+
+
+def test_keys_of_requests_are_forgotten_after_a_day_and_owners_indexed(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    headers = {"Idempotency-Key": "fox-1"}
+    first, again = (served.request("POST", "/v1/stories", json=BODY, headers=headers).json()["id"] for _ in range(2))
+    assert first == again
+    [marker] = (tmp_path / "once").iterdir()
+
+    async def look_once() -> None:
+        task = asyncio.create_task(keep_within(served.store, served.front.leases, max_age_s=None, max_bytes=None))
+        await asyncio.sleep(0.5)
+        task.cancel()
+
+    asyncio.run(look_once())
+    assert marker.exists() and served.store.list_ids(owner="somebody else") == []
+    old = time.time() - ONCE_S - 60
+    os.utime(marker, (old, old))
+    asyncio.run(look_once())
+    assert not marker.exists()
+    assert served.request("POST", "/v1/stories", json=BODY, headers=headers).json()["id"] != first

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import fs
 
+from minigpt5 import storage
 from minigpt5.errors import StorageError, StoryNotFound
+from minigpt5.story import store as store_module
 from minigpt5.story.state import StoryBuilder, new_story_id
 from minigpt5.story.store import StoryStore, default_storage
 from minigpt5.types import DrawSettings, Page, PageDone, Picture, StoryRequest, Vokens
 from tests.helpers.fakes import make_png
+from tests.helpers.flaky_files import FlakyFiles
 
 REQUEST = StoryRequest(prompt=("A fox",), pages=12, seed=7, draw=DrawSettings(steps=4))
 
@@ -83,3 +89,88 @@ def test_the_default_storage_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> Non
     assert default_storage() == "/somewhere/minigpt5"
     monkeypatch.delenv("XDG_DATA_HOME")
     assert default_storage() == os.path.expanduser("~/.local/share/minigpt5")
+
+
+def begin(store: StoryStore, owner: str) -> str:
+    request = dataclasses.replace(REQUEST, key=owner)
+    state = StoryBuilder(request, story_id=new_story_id(), model="storybook").state()
+    store.save(state)
+    return state.id
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StoryStore, FlakyFiles]:
+    """A store that is not local, and what is asked of it."""
+    files = FlakyFiles(tmp_path)
+    monkeypatch.setattr(store_module, "open_folder", lambda uri, wait_s: (fs.PyFileSystem(files), "store"))
+    return StoryStore("s3://bucket/store"), files
+
+
+def test_a_listing_costs_the_same_however_many_stories_others_have(remote: tuple[StoryStore, FlakyFiles]) -> None:
+    store, files = remote
+    own = [begin(store, "alice") for _ in range(3)]
+    store.index_owners()
+    num_requests = []
+    for num_others in (0, 40):
+        for _ in range(num_others):
+            begin(store, "bob")
+        files.requests, files.num_listed = [], 0
+        assert store.list_ids(owner="alice") == own[::-1]
+        num_requests.append((len(files.requests), files.num_listed))
+    assert num_requests[0] == num_requests[1] == (1, 3)
+    assert store.list_ids(owner="alice", after=own[1]) == own[:1]
+    assert store.list_ids(owner="carol") == []
+    assert len(store.list_ids()) == 43
+
+
+def test_stories_of_an_earlier_version_are_found_and_then_indexed(remote: tuple[StoryStore, FlakyFiles]) -> None:
+    store, files = remote
+    own, other = begin(store, "alice"), begin(store, "bob")
+    fs.PyFileSystem(files).delete_dir("store/owners")
+    assert own in store.list_ids(owner="alice")  # among all: the caller looks whose they are
+    store.index_owners()
+    assert store.list_ids(owner="alice") == [own] and store.list_ids(owner="bob") == [other]
+    files.requests = []
+    store.index_owners()
+    assert files.requests == ["list store/owners", "list store/stories"]  # no story is read again
+
+
+def test_a_deleted_story_leaves_the_index(remote: tuple[StoryStore, FlakyFiles]) -> None:
+    store, files = remote
+    first, second = begin(store, "alice"), begin(store, "alice")
+    store.index_owners()
+    store.delete(first)
+    assert store.list_ids(owner="alice") == [second]
+    fs.PyFileSystem(files).delete_dir(f"store/stories/{second}")  # as by a process that died while it deleted
+    assert store.list_ids(owner="alice") == [second]
+    store.index_owners()
+    assert store.list_ids(owner="alice") == []
+
+
+def test_what_a_request_has_begun_is_forgotten_in_time(tmp_path: Path) -> None:
+    store = StoryStore(str(tmp_path))
+    for name in ("aa", "bb"):
+        store.save_once(name, "story_1", "digest")
+    old = time.time() - 100
+    os.utime(tmp_path / "once/aa.json", (old, old))
+    store.delete_once(older_than_s=50)
+    assert store.load_once("aa") is None and store.load_once("bb") == ("story_1", "digest")
+
+
+def test_a_reader_hears_at_once_of_a_store_that_fails_and_an_owner_waits(
+    remote: tuple[StoryStore, FlakyFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PAUSE_S", 0.01)
+    store, files = remote
+    story_id = begin(store, "alice")
+    owned = store.owned(1)
+    files.failures_left = 1
+    with pytest.raises(StorageError, match="does not answer"):
+        store.load_owner(story_id)
+    files.failures_left = 2
+    assert owned.load_owner(story_id) == "alice" and files.failures_left == 0
+    files.failures_left = 2
+    assert owned.list_ids() == [story_id] and files.failures_left == 0
+    files.failures_left = 2
+    store.save_once("aa", story_id, "digest")
+    assert files.failures_left == 0

@@ -21,7 +21,7 @@ from minigpt5 import new
 from minigpt5.errors import InvalidRequest, TrainingError
 from minigpt5.model import folder as model_folder
 from minigpt5.model.folder_config import load_config, write_config
-from minigpt5.objective.encoders import find_encoders
+from minigpt5.objective.encoders import ALL_FIELDS, find_encoders
 from minigpt5.objective.stored_example import ROW_SCHEMA
 from training.presets import PUBLISHED
 from training.train import find_examples, main
@@ -72,12 +72,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def encode(plain: str, output: Path, model: Path, *, keeps_pictures: bool = False) -> Path:
+def encode(
+    plain: str, output: Path, model: Path, *, keeps_pictures: bool = False, fields: tuple[str, ...] = ALL_FIELDS
+) -> Path:
     """What `python -m batch_jobs.precompute` does, in this process."""
-    precompute.begin(plain, str(output), model=str(model), keeps_pictures=keeps_pictures)
-    actor = precompute.Encode(
-        model=str(model), source=plain, output=str(output), keeps_pictures=keeps_pictures, num_threads=1
-    )
+    how = {"model": str(model), "keeps_pictures": keeps_pictures, "fields": fields}
+    precompute.begin(plain, str(output), **how)
+    actor = precompute.Encode(source=plain, output=str(output), num_threads=1, **how)
     for path in sorted((Path(plain) / "rows").iterdir()):
         actor({"file": str(path)})
     return output
@@ -202,6 +203,21 @@ def test_rows_that_name_no_encoders_are_taken_with_a_warning(
         start("align", earlier, models["own"])
 
 
+def test_rows_for_one_stage_hold_what_it_reads_and_no_other_stage_takes_them(
+    plain: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = encode(plain, tmp_path / "rows", models["own"], fields=("moments",))
+    stored = [row for path in sorted((rows / "rows").iterdir()) for row in parquet.read_table(path).to_pylist()]
+    pictures = [one for row in stored for one in row["segments"] if one["text"] is None]
+    assert pictures and all(one["moments"] and not one["features"] and not one["picture"] for one in pictures)
+    start("align", rows, models["own"])
+    for stage in ("vision", "learn"):
+        with pytest.raises(TrainingError, match="neither pictures nor what a vision encoder makes of them"):
+            start(stage, rows, models["own"])
+    with pytest.raises(InvalidRequest, match="or for other stages"):
+        precompute.begin(plain, str(rows), model=str(models["own"]), keeps_pictures=False)
+
+
 def test_a_job_goes_on_with_its_own_encoders_alone(
     encoded: Path, plain: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -210,7 +226,7 @@ def test_a_job_goes_on_with_its_own_encoders_alone(
     plan = precompute.begin(plain, str(rows), **again)
     assert plan["encoders"]["vae"]["image_px"] == 32
     for model in ("other-vae", "other-vision", "blind"):
-        with pytest.raises(InvalidRequest, match="begun from another source or model"):
+        with pytest.raises(InvalidRequest, match="begun from another source or model, or for other stages"):
             precompute.begin(plain, str(rows), model=str(models[model]), keeps_pictures=False)
     earlier = {key: value for key, value in plan.items() if key != "encoders"}
     (rows / "plan.json").write_text(json.dumps(earlier))

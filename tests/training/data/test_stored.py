@@ -21,6 +21,7 @@ from minigpt5.objective.stored_example import ROW_SCHEMA, to_row
 from minigpt5.published.data import COMMANDS
 from tests.helpers.tiny import tiny_config
 from tests.minigpt5.objective.test_losses import new_objective
+from training.data.row_index import RowOrder
 from training.data.stored import StoredExamples, to_example
 
 CONFIG = storybook()
@@ -46,30 +47,48 @@ def spell(row: Any) -> str:
     return "".join({"text": one.text, "read": "<R>", "draw": "<D>"}[one.kind] for one in row.segments)
 
 
+def ids_at(rows: StoredExamples, start: int, count: int) -> list[str]:
+    return [rows.stored(start + place)["id"] for place in range(count)]
+
+
 def test_every_row_comes_once_in_an_epoch_and_none_of_those_kept_for_validation(tmp_path: Path) -> None:
-    uri = prepare(tmp_path, "caption", 950)
-    rows = StoredExamples(uri, CONFIG, stage="align", seed=1)
-    kept = StoredExamples(uri, CONFIG, stage="align", seed=1, is_validation=True)
-    assert len(rows) + len(kept) == 950 and 5 < len(kept) < 40
-    epochs = [[rows.index_at(epoch * len(rows) + place) for place in range(len(rows))] for epoch in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(len(rows)))
-    assert epochs[0] != epochs[1] != epochs[2]
-    again = StoredExamples(uri, CONFIG, stage="align", seed=1)
-    assert [again.index_at(place) for place in range(100)] == epochs[0][:100]
-    assert [StoredExamples(uri, CONFIG, stage="align", seed=2).index_at(place) for place in range(100)] != epochs[0][
-        :100
-    ]
-    names = {rows.stored(index)["id"] for index in range(len(rows))}
-    assert not names & {kept.stored(index)["id"] for index in range(len(kept))}
-
-
-def test_few_groups_are_read_at_a_time(tmp_path: Path) -> None:
     rows = StoredExamples(prepare(tmp_path, "caption", 950), CONFIG, stage="align", seed=1)
-    groups = [rows._places[rows.index_at(place)][0] for place in range(len(rows))]
-    window = 8 * 64
-    for start in range(0, len(groups) - window, window):
-        assert len(set(groups[start : start + window])) <= 17
+    kept = rows.held_out()
+    assert len(rows) + len(kept) == 950 and 5 < len(kept) < 40
+    epochs = [ids_at(rows, epoch * len(rows), len(rows)) for epoch in range(3)]
+    held_out = ids_at(kept, 0, len(kept))
+    for epoch in epochs:
+        assert len({*epoch, *held_out}) == 950
+    assert epochs[0] != epochs[1] != epochs[2]
+    again, other = (StoredExamples(str(tmp_path), CONFIG, stage="align", seed=seed) for seed in (1, 2))
+    assert ids_at(again, 0, 100) == epochs[0][:100] != ids_at(other, 0, 100)
+
+
+def test_few_groups_are_read_at_a_time_and_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    read_group = StoredExamples._read_group
+    monkeypatch.setattr(StoredExamples, "_read_group", lambda self, at: read.append(at) or read_group(self, at))
+    rows = StoredExamples(prepare(tmp_path, "caption", 950), CONFIG, stage="align", seed=1)
+    ids_at(rows, 0, 200)
+    assert len(read) <= 8
+    ids_at(rows, 200, len(rows) - 200)
+    assert sorted(read) == sorted(set(read)) and len(rows._cache) <= 16
+
+
+def test_a_stage_reads_no_column_that_it_does_not_use(tmp_path: Path) -> None:
+    uri = prepare(tmp_path, "caption", 60)
+    for stage, unread in (("align", {"features"}), ("vision", {"moments"}), ("learn", set())):
+        segment = StoredExamples(uri, CONFIG, stage=stage, seed=1).stored(0)["segments"][0]
+        assert set(segment) == {"text", "speaker", "picture", "caption", "moments", "features"} - unread
+
+
+@pytest.mark.parametrize("sizes", [[3], [0, 0, 5], [1] * 40, [64] * 24, [0] * 20 + [7] + [0] * 20])
+def test_an_order_has_every_row_of_every_group_once_an_epoch(sizes: list[int]) -> None:
+    order = RowOrder(np.array(sizes, np.int32), seed=5)
+    expected = sorted((group, number) for group, size in enumerate(sizes) for number in range(size))
+    for epoch in range(2):
+        places = [order.place_at(epoch * len(expected) + at) for at in range(len(expected))]
+        assert sorted((place.group, place.number) for place in places) == expected
 
 
 def test_a_reader_is_sent_to_another_process(tmp_path: Path) -> None:

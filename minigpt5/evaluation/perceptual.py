@@ -40,7 +40,7 @@ class _ArraysUnpickler(pickle.Unpickler):
 
 def _new_array(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
     """The empty array that a pickle then fills."""
-    return np.ndarray.__new__(np.ndarray, shape, code)
+    return np.ndarray.__new__(np.ndarray, shape, np.dtype(code.decode()))
 
 
 def convert(source: Path, target: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarks import perceptual
-from benchmarks.perceptual import Lpips, psnr_db
+from minigpt5.evaluation import perceptual
+from minigpt5.evaluation.perceptual import Lpips, psnr_db
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
 
