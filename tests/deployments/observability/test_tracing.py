@@ -18,7 +18,7 @@ from minigpt5.errors import SettingsError
 from tests.helpers.processes import MODEL, Server, running_server
 
 CLIENTS_TRACE = 0xC1
-DEPLOYMENTS = {"Ingress", "VokenGenerator", "DiffusionDecoder"}
+DEPLOYMENTS = {"Ingress", "Ledger", "VokenGenerator", "DiffusionDecoder"}
 
 
 def test_no_request_is_traced_unless_it_is_asked_for() -> None:
