@@ -10,11 +10,7 @@ worker holds alone is counted apart.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +20,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from batch_jobs.prepare import Part, write_part
 from examples.own_model.tiny_bases import make_qwen3, make_stable_diffusion, make_tokenizer
+from tests.helpers.ranks import run_ranks
 
-ROOT = Path(__file__).parent.parent
 SAMPLE_S = 0.02
 HIDDEN, NUM_LAYERS = 1024, 17
 SETTINGS = [
@@ -168,28 +164,8 @@ def make_model(folder: Path) -> Made:
 
 def run_workers(made: Made, out: Path, settings: list[str], *, num_workers: int) -> list[Memory]:
     """The peak of each worker of one run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_workers)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, *map(str, (made.model, made.warm, made.rows, out)), *SETTINGS, *settings],
-            cwd=ROOT,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(num_workers)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_workers)
-    ]
-    try:
-        outputs = [process.communicate(timeout=900)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    arguments = [str(made.model), str(made.warm), str(made.rows), str(out), *SETTINGS, *settings]
+    outputs = run_ranks(WORKER, arguments, num=num_workers)
     said = [next(line for line in output.splitlines() if line.startswith("PEAK")) for output in outputs]
     return [Memory(**json.loads(line[4:])) for line in said]
 

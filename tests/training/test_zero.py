@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.ranks import run_ranks
 
 WORKER = """
 import dataclasses, datetime, json, sys
@@ -172,28 +170,8 @@ def train(
     folder: Path, zero_stage: int | None, *, workers: int = 2, steps: int = 50, worker: str = WORKER
 ) -> list[float]:
     """The losses, means over the workers, of the steps that this run makes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
-    command = [sys.executable, "-c", worker, str(folder), str(zero_stage).lower(), str(steps)]
-    running = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(workers)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
-    try:
-        outputs = [process.communicate(timeout=900)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    arguments = [str(folder), str(zero_stage).lower(), str(steps)]
+    outputs = run_ranks(worker, arguments, num=workers)
     return json.loads(next(line for line in outputs[0].splitlines() if line.startswith("LOSSES"))[7:])
 
 
