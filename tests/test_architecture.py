@@ -430,6 +430,13 @@ def test_shipped_models_name_no_folder_of_a_machine() -> None:
         assert not re.search(r'": "/', path.read_text()), f"{path} holds an absolute path"
 
 
+def test_one_module_imports_openvino() -> None:
+    """So that it sends no statistics, and that one Core lives as long as the process."""
+    imports = re.compile(r"^\s*(import|from) openvino\b(?!\.frontend)", re.MULTILINE)
+    paths = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py") if imports.search(path.read_text())]
+    assert [path.relative_to(ROOT).as_posix() for path in paths] == ["minigpt5/model/backends/openvino.py"]
+
+
 def test_one_module_opens_file_systems() -> None:
     """So that every request to an object store waits for it."""
     opens = re.compile(r"\.from_uri\(|\b(S3|Gcs|Azure|Hadoop|Local|Py)FileSystem\(|_resolve_filesystem")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minigpt5.config import VisionConfig
 from minigpt5.errors import BaseModelNotFound, InvalidRequest, ModelFolderError
+from minigpt5.model.backends.openvino import core
 from minigpt5.model.base_models import load_tensors, resolve
 
 PUBLISHED_PX = 256
@@ -32,14 +33,12 @@ class Graph(nn.Module):
 
     def __init__(self, path: str | Path, *, output: int = 0) -> None:
         """`path`: an .onnx file, or an .xml file of OpenVINO with its .bin; `output`: which of its outputs to take.
-        Raises BaseModelNotFound, ModelFolderError."""
+        Raises BaseModelNotFound, ModelFolderError, Unconvertible."""
         super().__init__()
-        import openvino
-
         if not Path(path).is_file():
             raise BaseModelNotFound(f"there is no file {path}: export Inception-v3 as docs/evaluation.md says")
         try:
-            model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            model = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except RuntimeError as error:
             raise ModelFolderError(f"{path} cannot be read as ONNX or OpenVINO ({error}): export it again") from error
         if not output < len(model.outputs):

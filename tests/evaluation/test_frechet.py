@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from minigpt5.evaluation.frechet import (
     inception_score,
     story_fid_published,
 )
+from minigpt5.model.backends.openvino import import_openvino
 from minigpt5.storybook.scenes import draw_scene, scene_at
 
 PX = 16
@@ -46,6 +46,7 @@ def noise(num: int, *, seed: int, high: int = 256, px: int = PX) -> list[np.ndar
 
 @pytest.fixture(scope="module")
 def graph_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    openvino = import_openvino()
     path = tmp_path_factory.mktemp("graph") / "small.xml"
     example = torch.zeros(2, 3, PX, PX, dtype=torch.uint8)
     with torch.no_grad():
