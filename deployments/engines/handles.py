@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -17,6 +18,8 @@ from minigpt5.story.stream import describe
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest
 
 READY_TIMEOUT_S = 5.0
+UPGRADE_S = 600.0
+"""How long the engines may have two models: Serve replaces one after the other, and pictures wait meanwhile."""
 
 
 class NotReady(Exception):
@@ -34,14 +37,19 @@ class Engines(Protocol):
         """Raises InvalidRequest where the request cannot be written."""
 
     async def check_ready(self) -> None:
-        """Raises NotReady or FingerprintMismatch where a story would fail."""
+        """Raises NotReady where a story would fail, and FingerprintMismatch where the engines have had two models for
+        longer than UPGRADE_S."""
 
 
 class ServeEngines:
     """The engines behind Serve's handles."""
 
-    def __init__(self, generator: DeploymentHandle, decoder: DeploymentHandle) -> None:
+    def __init__(
+        self, generator: DeploymentHandle, decoder: DeploymentHandle, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._generator, self._decoder = generator, decoder
+        self._clock = clock
+        self._differ_since: float | None = None
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         events = self._generator.options(stream=True, session_id=request.session).generate.remote(request)
@@ -74,10 +82,16 @@ class ServeEngines:
             self._fingerprint(self._generator, "VokenGenerator"),
             self._fingerprint(self._decoder, "DiffusionDecoder"),
         )
-        if generator != decoder:
+        if generator == decoder:
+            self._differ_since = None
+            return
+        # A balancer that took this for a failure would turn everybody away during each upgrade.
+        if self._differ_since is None:
+            self._differ_since = self._clock()
+        if (seconds := self._clock() - self._differ_since) >= UPGRADE_S:
             raise FingerprintMismatch(
-                f"VokenGenerator serves model {generator[:12]} but DiffusionDecoder serves {decoder[:12]}: "
-                "start both from the same model folder"
+                f"VokenGenerator has served model {generator[:12]} and DiffusionDecoder {decoder[:12]} for "
+                f"{seconds:.0f} s: start both from the same model folder"
             )
 
     async def _fingerprint(self, handle: DeploymentHandle, name: str) -> str:

@@ -13,14 +13,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from deployments.engines.handles import Engines
+from deployments.engines.handles import UPGRADE_S, Engines
 from minigpt5.errors import EngineLost, FingerprintMismatch
 from minigpt5.types import DecoderEvent, DrawRequest, StoryRequest, Vokens
 
 logger = logging.getLogger("ray.serve")
 
-UPGRADE_S = 600.0
-"""How long a picture waits until both engines have one model."""
 UPGRADE_PAUSE_S = 1.0
 """Before both are asked again."""
 

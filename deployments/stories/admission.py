@@ -334,6 +334,7 @@ class _Speed:
         """Speed, and when it was measured."""
         self._since: float | None = None
         """When the time began that is not counted yet; None: there is no work."""
+        self._has_worked = False
 
     def per_s(self, band: int) -> float:
         """As measured in this band; else from the nearest one that is known, the lower of two, and SPEED_UP."""
@@ -348,9 +349,12 @@ class _Speed:
         return self._clock() - self._known[band][1] > SPEED_AGE_S
 
     def _is_stall(self, done: float, band: int) -> bool:
-        """Whether this work came much later than the engine's speed explains."""
+        """Whether this work came much later than the engine's speed explains. The first work of all comes late where
+        the engine was starting."""
         waited_s = self._clock() - self._since if self._since is not None else 0.0
-        return bool(self._known) and waited_s > max(SPEED_AGE_S, STALL * done / self.per_s(band))
+        if not self._known:
+            return not self._has_worked and waited_s > max(SPEED_WINDOW_S, STALL * done / self._first)
+        return waited_s > max(SPEED_AGE_S, STALL * done / self.per_s(band))
 
     def wake(self) -> None:
         if self._since is None:
@@ -370,6 +374,7 @@ class _Speed:
         """Work was done. The time of a stall does not count: a minute of it would take hours to be outweighed."""
         if self._is_stall(done, band):
             self._since = self._clock()
+        self._has_worked = True
         self.count_time(band)
         self._done[band] += done
         if self._busy_s[band] >= SPEED_WINDOW_S:

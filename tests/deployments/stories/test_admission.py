@@ -199,6 +199,19 @@ def test_speed_is_known_by_the_number_of_requests_at_once() -> None:
     assert speed.per_s(4) == pytest.approx(40.0)
 
 
+@pytest.mark.parametrize(("start_s", "is_slow"), [(60.0, False), (0.5, True)])
+def test_the_start_of_an_engine_is_not_its_speed(start_s: float, is_slow: bool) -> None:
+    clock = Clock()
+    speed = _Speed(40.0, clock)
+    speed.wake()
+    clock.now = start_s
+    pace_s = 10.0 if is_slow else 0.5
+    for _ in range(20):
+        speed.add(10.0, 0)
+        clock.now += pace_s
+    assert speed.per_s(0) == pytest.approx(10.0 / pace_s, rel=0.2)
+
+
 class Told:
     """A story of the default request in a simulated server: each page's text, then its picture beside the next text."""
 
@@ -318,9 +331,11 @@ def test_a_speed_of_a_stall_is_forgotten_where_a_newer_one_is_known() -> None:
     clock = Clock()
     speed = _Speed(40.0, clock)
     speed.wake()
+    clock.now += 0.5
+    speed.add(0.1, 1)
     clock.now += 1000.0
-    speed.add(10.0, 1)
-    assert speed.per_s(1) == pytest.approx(0.01)
+    speed.add(9.9, 1)
+    assert speed.per_s(1) == pytest.approx(0.01, rel=1e-3)
     for _ in range(40):
         clock.now += 5.0
         speed.add(100.0, 0)
