@@ -40,7 +40,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
+.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -114,6 +114,9 @@ docs: $(STAMP)  ## the documentation as a site in build/docs, warnings as errors
 sbom: $(STAMP)  ## the packages that are installed in .venv/, as a CycloneDX bill of materials in build/sbom.json
 	@test -x $(SBOM)/cyclonedx-py || { $(PYTHON) -m venv build/venv-sbom && $(SBOM)/pip install --quiet $(CYCLONEDX); }
 	$(SBOM)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json $(RUN)
+
+quality-gate: $(STAMP)  ## fails where the shipped model has become worse than its noise (benchmarks/results/gate.json)
+	$(RUN) -m benchmarks.gate
 
 quality: $(STAMP)  ## the shipped model's figures, into benchmarks/results/quality.json
 	$(RUN) -m benchmarks.quality

@@ -36,8 +36,8 @@ from benchmarks.quality import machine
 from benchmarks.rounds import Figures, Programs, measure
 from benchmarks.turns import Program, running
 from minigpt5.config import default_model_folder
-from minigpt5.model.base_models import WEIGHT_PACKAGES
 from minigpt5.model.folder_config import load_config
+from minigpt5.model.weight_packages import WEIGHT_PACKAGES
 
 PEERS = Path(".venv-peers")
 """The environment that `make install-peers` makes."""

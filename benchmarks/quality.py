@@ -72,13 +72,13 @@ class Asked:
         return Facts.of(self.scene)
 
 
-def ask(num: int, *, held_out_pairs: bool, split: Split = "heldout") -> list[Asked]:
+def ask(num: int, *, held_out_pairs: bool, split: Split = "heldout", first_seed: int = 0) -> list[Asked]:
     """The first `num` scenes of a split, of held-out or of seen pairs."""
     asked = []
     for index in range(num):
         scene = scene_at(index, seed=SEED, split=split, held_out_pairs=held_out_pairs)
         caption = write_caption(Facts.of(scene), np.random.default_rng([SEED, index]))
-        asked.append(Asked(scene=scene, caption=caption, seed=index))
+        asked.append(Asked(scene=scene, caption=caption, seed=first_seed + index))
     return asked
 
 

@@ -39,6 +39,15 @@ def quality_targets(found: Results) -> str:
     return table(("figure", "measured", "target", "reached", "goal", "reached"), rows)
 
 
+def quality_gate(found: Results) -> str:
+    """What each figure of the gate does by itself, and the least that passes."""
+    rows = (
+        (name, f"{one['mean']:.3f}", f"{one['deviation']:.4f}", f"{one['least']:.3f}", str(one["num"]))
+        for name, one in found["gate"].items()
+    )
+    return table(("figure", "mean", "standard deviation", "least that passes", "answers"), rows)
+
+
 def quality_references(found: Results) -> str:
     """Facts that a page names, and facts that it only refers to."""
     ways = {

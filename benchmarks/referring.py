@@ -9,7 +9,7 @@ diffusion model's own text encoder, from the page's text alone and with as many 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,9 @@ SEED = 8
 NUM_PAGES = 4
 FACTS = ("who", "what", "place", "time")
 KINDS = ("named", "referred_to")
+VOKENS = "vokens"
 BASELINES = "page_through_text_encoder", "page_and_earlier_ones_through_text_encoder"
+WAYS = (VOKENS, "vokens_after_another_beginning", *BASELINES)
 BATCH_SIZE = 24
 
 
@@ -60,10 +62,18 @@ class AskedPage:
         return KINDS[getattr(facts_in(self.text), fact) != getattr(self.facts, fact)]
 
 
-def reference(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, num: int) -> dict[str, dict[str, Any]]:
+def reference(
+    model: MiniGPT5,
+    scorer: Scorer,
+    text_encoder: nn.Module,
+    num: int,
+    *,
+    ways: Collection[str] = WAYS,
+    first_seed: int = 0,
+) -> dict[str, dict[str, Any]]:
     """By way of drawing: the share of facts that the pictures of `num` stories show, of those named and of those
     referred to, and the second over the first; and the lead over BASELINES. `num` is 2 or more: a story needs another
-    one's beginning."""
+    one's beginning. `ways` are of WAYS, with the vokens; pictures have noise of `first_seed` and the seeds after it."""
     stories = [
         story_at(index, seed=SEED, split="heldout", num_pages=NUM_PAGES, held_out_pairs=True) for index in range(num)
     ]
@@ -73,19 +83,21 @@ def reference(model: MiniGPT5, scorer: Scorer, text_encoder: nn.Module, num: int
         for number in range(1, NUM_PAGES)
     ]
     conditions = {
-        "vokens": lambda page: _condition(model, page, page.story),
+        VOKENS: lambda page: _condition(model, page, page.story),
         "vokens_after_another_beginning": lambda page: _condition(model, page, page.other),
         "page_through_text_encoder": lambda page: text_encoder([page.text])[0],
         "page_and_earlier_ones_through_text_encoder": lambda page: text_encoder([_as_fits(page, text_encoder)])[0],
     }
     found: dict[str, dict[str, Any]] = {}
     counts = {}
-    for way, condition in conditions.items():
+    for way in ways:
+        condition = conditions[way]
         null_1QD = model.decoder.null_1QD if way.startswith("vokens") else text_encoder([""])
-        answers = scorer.score(_draw(model, [condition(page) for page in pages], null_1QD))
+        answers = scorer.score(_draw(model, [condition(page) for page in pages], null_1QD, first_seed))
         counts[way] = _counts(pages, answers)
         found[way] = _shares(counts[way])
-    found["points_of_referred_facts_above"] = {way: _lead(counts["vokens"], counts[way]) for way in BASELINES}
+    leads = {way: _lead(counts[VOKENS], counts[way]) for way in BASELINES if way in ways}
+    found["points_of_referred_facts_above"] = leads
     return found
 
 
@@ -114,8 +126,8 @@ def _as_fits(page: AskedPage, text_encoder: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _draw(model: MiniGPT5, conditions: Sequence[torch.Tensor], null_1QD: torch.Tensor) -> np.ndarray:
-    """(B, Y, X, 3) uint8, the number of a page its seed."""
+def _draw(model: MiniGPT5, conditions: Sequence[torch.Tensor], null_1QD: torch.Tensor, first_seed: int) -> np.ndarray:
+    """(B, Y, X, 3) uint8, each page with a seed of its own."""
     drawn = []
     for start in range(0, len(conditions), BATCH_SIZE):
         batch_BQD = torch.stack(list(conditions[start : start + BATCH_SIZE]))
@@ -124,7 +136,7 @@ def _draw(model: MiniGPT5, conditions: Sequence[torch.Tensor], null_1QD: torch.T
                 model.decoder.diffusion,
                 batch_BQD,
                 null_1QD,
-                seeds=list(range(start, start + len(batch_BQD))),
+                seeds=[first_seed + start + number for number in range(len(batch_BQD))],
                 draw=model.config.default_draw,
                 guidance_rescale=model.config.guidance_rescale,
             )

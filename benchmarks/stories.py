@@ -58,12 +58,12 @@ class Told:
         return [sentence for page in self.story.pages for sentence in sentences_of(page.text)]
 
 
-def tell(model: MiniGPT5, scorer: Scorer, num: int) -> list[Told]:
+def tell(model: MiniGPT5, scorer: Scorer, num: int, *, first_seed: int = 0) -> list[Told]:
     """`num` stories of the model, each from the prompt of a held-out story with a held-out pair, one seed each."""
     told = []
     for index in range(num):
         asked = story_at(index, seed=SEED, split="heldout", num_pages=NUM_PAGES, held_out_pairs=True)
-        story = model.write(asked.prompt, pages=NUM_PAGES, seed=index, progress=False)
+        story = model.write(asked.prompt, pages=NUM_PAGES, seed=first_seed + index, progress=False)
         pictures = [pixels_of(page.picture.png) for page in story.pages if page.picture]
         seen = iter(scorer.score(np.stack(pictures)) if pictures else ())
         known = page_facts([page.text for page in story.pages], asked.prompt)

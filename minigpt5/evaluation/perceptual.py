@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from minigpt5.errors import BaseModelNotFound
-from minigpt5.model.base_models import WeightPackage, from_package, load_tensors
+from minigpt5.model.base_models import load_tensors
+from minigpt5.model.weight_packages import WeightPackage, from_package
 
 CHECKPOINT = "alexnet.ckpt"
 # Stride and padding of AlexNet's convolutions; a maximum over 3 x 3 at every second place comes before the second and

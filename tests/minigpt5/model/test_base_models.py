@@ -17,8 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 from minigpt5.errors import BaseModelNotFound, MiniGPT5Error, ModelFolderError
 from minigpt5.model import base_models
-from minigpt5.model.base_models import WEIGHT_PACKAGES, from_package, load_tensors, resolve, weight_patterns
+from minigpt5.model.base_models import load_tensors, resolve, weight_patterns
 from minigpt5.model.cache import UNUSED_WEIGHTS, hash_weights
+from minigpt5.model.weight_packages import WEIGHT_PACKAGES, from_package
 
 EFFICIENTNET = WEIGHT_PACKAGES["efficientnet-lite0"]
 
@@ -219,7 +220,7 @@ def test_a_full_disk_says_what_to_set_and_leaves_nothing(cache: Path) -> None:
 
 KILLED_HALF_WAY = """
 import dataclasses, time
-from minigpt5.model.base_models import WEIGHT_PACKAGES, from_package
+from minigpt5.model.weight_packages import WEIGHT_PACKAGES, from_package
 
 def half(source, target):
     (target / "config.json").write_text("{}")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from minigpt5.errors import Blocked
-from minigpt5.model import base_models
+from minigpt5.model.joblib_file import read_joblib
 from minigpt5.story.safety import MAX_TEXT_SCORE, PictureFilter, TextFilter
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.storybook.stories import story_at
@@ -80,7 +80,7 @@ def test_a_foreign_pickle_runs_nothing(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     (tmp_path / "evil.joblib").write_bytes(pickle.dumps({"a": Evil(), "n": np.float64(2)}))
-    parts = base_models._read_joblib(tmp_path / "evil.joblib")
+    parts = read_joblib(tmp_path / "evil.joblib")
     assert not (tmp_path / "ran").exists()
     assert isinstance(parts["a"], dict) and parts["n"] == 2
     assert json.dumps({key: str(value) for key, value in parts.items()})

@@ -1,0 +1,63 @@
+"""The quality gate: what it lets pass, and what not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gate
+from benchmarks.gate import Figure, Nums, noise, to_text, worse
+from minigpt5.model.base_models import resolve
+from minigpt5.model.text_encoder import load_text_encoder
+from minigpt5.pipeline import MiniGPT5
+from minigpt5.storybook.scorer import load_scorer
+
+TINY = Nums(captions=8, stories=1, references=2, scenes=2)
+
+
+def test_noise_is_the_spread_over_rounds_and_at_least_one_answer() -> None:
+    rounds = [{"who": Figure(value=value, num=100), "all": Figure(value=1.0, num=50)} for value in (0.90, 0.94, 0.92)]
+    known = noise(rounds)
+    assert known["who"]["mean"] == pytest.approx(0.92)
+    assert known["who"]["deviation"] == pytest.approx(0.02)
+    assert known["who"]["least"] == pytest.approx(0.86)
+    assert known["who"]["values"] == [0.90, 0.94, 0.92]
+    assert known["all"]["least"] == pytest.approx(0.97), "one answer of fifty passes, two do not"
+
+
+@pytest.mark.parametrize(("value", "failed"), [(0.87, []), (0.85, ["who"])])
+def test_only_what_is_worse_than_the_noise_fails(value: float, failed: list[str]) -> None:
+    known = {"who": {"mean": 0.92, "deviation": 0.02, "least": 0.86}}
+    figures = {"who": Figure(value=value, num=100)}
+    assert worse(figures, known) == failed
+    assert ("WORSE" in to_text(figures, known)) == bool(failed)
+
+
+def test_figures_without_noise_are_named() -> None:
+    with pytest.raises(ValueError, match="differ in side: run python -m benchmarks.gate --noise"):
+        worse({"side": Figure(value=1.0, num=1)}, {})
+
+
+def test_one_round_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gate.main(["--noise", "1"])
+    assert "--noise is 1 but must be 2 or more" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_shipped_model_passes_and_a_damaged_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scorer = MiniGPT5.from_pretrained("models/storybook"), load_scorer()
+    text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
+    known = json.loads(gate.RESULTS.read_text())["figures"]
+    figures = gate.measure(model, scorer, text_encoder, TINY)
+    assert set(figures) == set(known), "the noise of every figure is known"
+    again = gate.measure(model, scorer, text_encoder, TINY)
+    assert figures == again, "a round repeats itself"
+    with torch.no_grad():
+        for parameter in model.decoder.mapper.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    damaged = gate.measure(model, scorer, text_encoder, TINY)
+    assert worse(damaged, known)
