@@ -42,10 +42,10 @@ ANSWERS = 1.5
 class Nums:
     """Numbers of what is asked."""
 
-    captions: int = 160
-    stories: int = 16
-    references: int = 16
-    scenes: int = 48
+    captions: int = 120
+    stories: int = 10
+    references: int = 12
+    scenes: int = 32
 
 
 @dataclass(frozen=True, kw_only=True)

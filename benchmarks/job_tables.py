@@ -240,7 +240,8 @@ def training_memory(found: Results) -> str:
     def cells(way: str) -> list[str]:
         of = {num: measured.get(f"{way}, {num}") for num in (1, 2, 4)}
         held = [f"{one['peak_mib']:,.0f} ({one['private_mib']:,.0f})" if one else "" for one in of.values()]
-        return [*held, *(f"{of[num]['step_s']:.1f} s" for num in (1, 2))]
+        steps = [one and one["step_s"] for one in (of[1], of[2])]
+        return [*held, *(f"{seconds:.1f} s" if seconds else "" for seconds in steps)]
 
     ways = dict.fromkeys(name.rpartition(", ")[0] for name in measured)
     head = ("MiB (alone), step", "1 worker", "2 workers", "4 workers", "step of 1", "step of 2")

@@ -20,7 +20,7 @@ from packaged_bases import STAMPS, WESNOTH, fetch_data, make_diffusion_base  # n
 from packaged_report import write_page  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-STEPS = {"vision": 100, "align": 1000, "learn": 100}
+STEPS = {"vision": 40, "align": 400, "learn": 40}
 """Optimizer steps of each stage."""
 BATCH = {"vision": 8, "align": 16, "learn": 2}
 DRAWS = ["caption_weight=1.0", "picture_weight=0.1", "samples_latents=false"]
