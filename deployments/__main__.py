@@ -20,6 +20,7 @@ from types import FrameType
 from deployments import loopback
 from minigpt5.commands import check_default_model, needs_extra
 from minigpt5.config import ModelConfig, default_model_folder
+from minigpt5.engine.vllm.settings import VLLM_PYTHON
 
 DEFAULT_PORT = 8000
 READY_TIMEOUT_S = 300.0
@@ -67,6 +68,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default: the shipped one)")
     parser.add_argument("--storage", default=default_storage(), help="folder or URI (default: %(default)s)")
     parser.add_argument("--max-wait-s", type=float, help="a request that would take longer is answered with 503")
+    parser.add_argument("--vllm", metavar="FOLDER", help="vLLM writes, with what was exported of the model")
+    parser.add_argument("--vllm-python", default=str(VLLM_PYTHON), help="its interpreter (default: %(default)s)")
     parser.add_argument("--metrics-port", type=int, help="port for Prometheus (default: a free one)")
     parser.add_argument("--traces", type=float, default=0.0, help="share of requests to trace (default: %(default)s)")
     return parser.parse_args()
@@ -82,6 +85,8 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
         check_port(loopback.ADDRESS, args.metrics_port, option="--metrics-port ")
     config = check_model(args.model)
     check_storage(args.storage)
+    if args.vllm:
+        check_vllm(args.vllm, args.vllm_python, config)
     print("starting ...", flush=True)
     try:
         start(args)
@@ -145,6 +150,19 @@ def check_model(folder: str) -> ModelConfig:
     except MiniGPT5Error as error:
         raise StartError(str(error)) from None
     return config
+
+
+def check_vllm(folder: str, python: str, config: ModelConfig) -> None:
+    """Raises StartError where vLLM would write with another model, or has no environment."""
+    from minigpt5.engine.vllm.exported import load_export
+    from minigpt5.errors import MiniGPT5Error
+
+    if not os.access(python, os.X_OK):
+        raise StartError(f"there is no interpreter {python}: make install-vllm, or name one with --vllm-python")
+    try:
+        load_export(folder, config)
+    except MiniGPT5Error as error:
+        raise StartError(str(error)) from None
 
 
 def check_storage(uri: str) -> None:
@@ -216,8 +234,14 @@ def deploy(args: argparse.Namespace) -> None:
         filters=args.filters,
         front_replicas=args.fronts,
         **({} if args.max_wait_s is None else {"max_wait_s": args.max_wait_s}),
+        engine="vllm" if args.vllm else "torch",
+        vllm=vllm_values(args) if args.vllm else {},
     )
     serve.run(app(arguments), name="default", route_prefix="/")
+
+
+def vllm_values(args: argparse.Namespace) -> dict[str, str]:
+    return {"folder": str(Path(args.vllm).absolute()), "python": str(Path(args.vllm_python).absolute())}
 
 
 def find_logs() -> str:

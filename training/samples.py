@@ -39,7 +39,7 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
     request = StoryRequest(
         prompt=(prompt,), pages=NUM_PAGES, seed=seed, sampling=config.sampling, draw=config.default_draw
     )
-    prompter = Prompter(config, tokenizer)
+    prompter = Prompter(config, tokenizer, engine=f"torch {torch.__version__}")
     events: list[GeneratorEvent] = []
     steps = Steps(
         prompter.writer(prompter.encode(request), events.append).script(),

@@ -95,7 +95,7 @@ class VokenGenerator:
         self.config = config
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
-        self.prompter = Prompter(config, tokenizer)
+        self.prompter = Prompter(config, tokenizer, engine=f"torch {torch.__version__}")
         self.template, self.end_ids = self.prompter.template, self.prompter.end_ids
         self.num_close_choices = 0
         """Tokens of finished requests whose choice another batch could have changed. Counted where tokens are drawn on

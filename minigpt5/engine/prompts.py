@@ -38,9 +38,10 @@ class Prompt:
 class Prompter:
     """Makes the prompts of one model."""
 
-    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ModelFolderError where the tokenizer's template does not serve."""
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, engine: str) -> None:
+        """`engine`: name and version of what will write. Raises ModelFolderError where the tokenizer's template does
+        not serve."""
+        self.config, self.tokenizer, self.engine = config, tokenizer, engine
         self.template = make_template(config, tokenizer)
         self.end_ids = self.template.end_ids(tokenizer)
         """Tokens that end a text."""
@@ -93,6 +94,7 @@ class Prompter:
             template=self.template,
             num_vokens=self.config.num_vokens,
             fingerprint=self.config.fingerprint,
+            engine=self.engine,
             put=put,
             published_quirks=self.config.published_quirks,
         )

@@ -78,6 +78,7 @@ class Writer:
         template: Template,
         num_vokens: int,
         fingerprint: str,
+        engine: str,
         put: Callable[[GeneratorEvent], None],
         published_quirks: bool = False,
     ) -> None:
@@ -85,7 +86,7 @@ class Writer:
         self._tokenizer, self._num_vokens = tokenizer, num_vokens
         self._given_ids = given_ids(request, template, tokenizer)
         self._stop = (*template.stop, *request.stop)
-        self._fingerprint, self._put = fingerprint, put
+        self._fingerprint, self._engine, self._put = fingerprint, engine, put
         self._num_given = self._num_written = 0
 
     def script(self) -> Script:
@@ -172,7 +173,7 @@ class Writer:
     def _picture(self, page: int) -> Generator[Draw, np.ndarray, None]:
         hidden_VH = yield Draw()
         self._num_written += self._num_vokens
-        self._put(Vokens(page=page, hidden_VH=hidden_VH, fingerprint=self._fingerprint))
+        self._put(Vokens(page=page, hidden_VH=hidden_VH, fingerprint=self._fingerprint, engine=self._engine))
 
     def _show(self, page: int, text: str) -> None:
         if text:

@@ -29,7 +29,7 @@ from minigpt5.engine.fair_share import Occupancy
 from minigpt5.engine.prompts import Prompt, Prompter
 from minigpt5.engine.script import Draw, Say, Take
 from minigpt5.engine.turns import Turns
-from minigpt5.engine.vllm.export import Exported, FinalNorm, load_export
+from minigpt5.engine.vllm.exported import Export, load_export
 from minigpt5.engine.vllm.launch import explain, find_version, launch, new_params, new_prompt
 from minigpt5.engine.vllm.mailbox import Mailbox
 from minigpt5.engine.vllm.settings import VllmSettings
@@ -61,7 +61,7 @@ class VllmGenerator:
         config: ModelConfig,
         tokenizer: PreTrainedTokenizerBase,
         vision: Vision,
-        exported: tuple[Exported, FinalNorm, np.ndarray],
+        export: Export,
         settings: VllmSettings,
         *,
         limits: Limits,
@@ -75,12 +75,11 @@ class VllmGenerator:
         """
         self.config, self.limits, self.max_jobs = config, limits, max_jobs
         self.fingerprint = config.fingerprint
-        self.prompter = Prompter(config, tokenizer)
+        self.prompter = Prompter(config, tokenizer, engine=f"vllm {find_version()}")
         self.vision = vision.eval()
         self.num_prompt_tokens = self.num_reused_tokens = self.num_generated_tokens = 0
         """Tokens that vLLM read, those of them that its prefix cache had, and tokens drawn so far."""
-        self._exported, self._norm, check_VH = exported
-        self._settings, self._on_death = settings, on_death
+        self._export, self._settings, self._on_death = export, settings, on_death
         self._jobs: set[Job[GeneratorEvent]] = set()
         self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
         self._num_steps = self._num_rows = 0.0
@@ -88,11 +87,12 @@ class VllmGenerator:
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         self._turns = Turns(limits.max_batch, reserved=int(MIN_SHARE * limits.max_batch))
         self._mailbox = Mailbox((config.num_vokens, config.hidden), on_closed=self._die)
-        self._is_closed = False
+        self._is_serving = False
         try:
             self._call(self._mailbox.open())
             self._llm = self._call(self._launch(num_threads))
-            self._call(self._check(check_VH))
+            self._call(self._check())
+            self._is_serving = True
         except BaseException:
             self.close()
             raise
@@ -112,12 +112,6 @@ class VllmGenerator:
         path. Raises ModelFolderError where the two are not of one model."""
         place = locate(folder)
         config = check_folder(place)
-        exported = load_export(settings.folder)
-        if exported[0].fingerprint != config.fingerprint:
-            raise ModelFolderError(
-                f"{settings.folder} was exported of model {exported[0].fingerprint[:12]} but {folder} is "
-                f"{config.fingerprint[:12]}: export it again"
-            )
         tokenizer = AutoTokenizer.from_pretrained(settings.folder)
         if config.template == "chat":
             protect_control_tokens(tokenizer)
@@ -125,17 +119,12 @@ class VllmGenerator:
             config,
             tokenizer,
             load_vision(place, config).to(device),
-            exported,
+            load_export(settings.folder, config),
             settings,
             limits=limits or default_limits(device),
             num_threads=num_threads,
             on_death=on_death,
         )
-
-    @property
-    def version(self) -> str:
-        """Engine and version, as a story keeps it: its texts are the same with the same ones."""
-        return f"vllm {find_version()}"
 
     @property
     def num_running(self) -> int:
@@ -180,9 +169,19 @@ class VllmGenerator:
             work.cancel()
             self._jobs.discard(job)
 
+    def count_left(self) -> dict[str, int]:
+        """What is left of requests where none is under way: each should be 0. Empties vLLM's prefix cache."""
+        is_free = self._call(self._llm.reset_prefix_cache())
+        return {
+            "requests": self._llm.get_num_unfinished_requests() + len(self._jobs),
+            "turns": self._turns.num_running + self._turns.num_waiting,
+            "tickets": self._mailbox.num_expected,
+            "blocks": int(not is_free),  # vLLM says whether any is held, and not how many
+        }
+
     def close(self) -> None:
         """End vLLM's processes; what is under way fails."""
-        self._is_closed = True
+        self._is_serving = False
         with contextlib.suppress(AttributeError):
             self._llm.shutdown()
         self._call(self._mailbox.close())
@@ -195,7 +194,7 @@ class VllmGenerator:
 
     async def _launch(self, num_threads: int) -> Any:
         return launch(
-            self._exported,
+            self._export.about,
             self._settings,
             self.limits,
             context_tokens=self.config.context_tokens,
@@ -205,10 +204,11 @@ class VllmGenerator:
             num_threads=num_threads,
         )
 
-    async def _check(self, check_VH: np.ndarray) -> None:
-        found_VH = await self._states({"prompt_token_ids": list(self._exported.check_ids)})
+    async def _check(self) -> None:
+        check_VH = self._export.check_VH
+        found_VH = await self._states({"prompt_token_ids": list(self._export.about.check_ids)})
         deviation = float(np.abs(found_VH - check_VH).max() / np.abs(check_VH).max())
-        by_precision = QUANTISED_TOLERANCE if self._settings.quantization else TOLERANCES[self._exported.dtype]
+        by_precision = QUANTISED_TOLERANCE if self._settings.quantization else TOLERANCES[self._export.about.dtype]
         most = by_precision if self._settings.max_deviation is None else self._settings.max_deviation
         if not deviation <= most:
             raise ModelFolderError(
@@ -218,8 +218,9 @@ class VllmGenerator:
 
     def _die(self) -> None:
         """vLLM's process is gone."""
-        if self._is_closed:
+        if not self._is_serving:  # it is still starting, or meant to end
             return
+        self._is_serving = False
         for job in list(self._jobs):
             job.fail(EngineLost("vLLM's process died"))
             job.close()
@@ -276,7 +277,7 @@ class VllmGenerator:
                     is_over = opens_picture or token in end_ids or take.add(token)
                     if is_over:
                         break
-                if is_over:  # a stop string: closing the answer aborts the request
+                if is_over and not output.finished:  # a stop string: closing the answer aborts the request
                     break
         context.ids += take.stream.tokens
         return opens_picture
@@ -300,7 +301,7 @@ class VllmGenerator:
                 async for output in outputs:
                     self._count(output)
             async with asyncio.timeout(STATES_TIMEOUT_S):
-                return self._norm(await states)
+                return self._export.norm(await states)
 
     def _prompt(self, context: _Context, more: Sequence[int] = ()) -> Any:
         placeholder = self.prompter.voken_ids.placeholder

@@ -4,69 +4,32 @@ The adapter is merged, and the rows of the vokens and the placeholder stand afte
 Beside transformers' files lies `minigpt5/`: what the backend needs to make vokens of vLLM's states (the final norm),
 and the states of one prompt as the torch engine computes them in float32, with which every start is compared.
 
-Shape letters: T vocabulary, H hidden width, V vokens of a picture, N states.
+Shape letters: T vocabulary, H hidden width, V vokens of a picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt5.codec import from_json, to_json
+from minigpt5.engine.vllm.exported import Dtype, Export, Exported, FinalNorm, NormKind
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.folder import load_language
 from minigpt5.model.folder_config import check_folder
 from minigpt5.model.language import LanguageModel, load_base, load_tokenizer
 from minigpt5.model.locate import find_part, locate
 from minigpt5.model.prompt import text_ids
-from minigpt5.model.weights import load_tensors, save_tensors
 
 CHECK_TEXT = "A fox who finds a red balloon and shows it to an owl in the forest."
-PART = "minigpt5"
-Dtype = Literal["float32", "bfloat16", "float16"]
-NormKind = Literal["rms", "layer"]
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 """Names of the last norm in transformers' models."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What `minigpt5/export.json` says of the folder."""
-
-    fingerprint: str
-    """Of the model folder that it was made of."""
-    dtype: Dtype
-    num_layers: int
-    norm: NormKind
-    eps: float
-    check_ids: tuple[int, ...]
-    """Token ids whose last states, one for each voken, `check_VH` has."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FinalNorm:
-    """The norm after the last layer: vLLM gives states as they are before it."""
-
-    kind: NormKind
-    eps: float
-    weight_H: np.ndarray
-    bias_H: np.ndarray
-
-    def __call__(self, states_NH: np.ndarray) -> np.ndarray:
-        """(N, H) float32 -> the same."""
-        if self.kind == "layer":
-            states_NH = states_NH - states_NH.mean(axis=-1, keepdims=True)
-        scale_N1 = 1 / np.sqrt(np.square(states_NH).mean(axis=-1, keepdims=True) + self.eps)
-        return (states_NH * scale_N1 * self.weight_H + self.bias_H).astype(np.float32)
 
 
 @torch.no_grad()
@@ -92,7 +55,7 @@ def export(model: str | Path, folder: Path, *, dtype: Dtype = "bfloat16") -> Non
     ids = [*text_ids(CHECK_TEXT, tokenizer), *language.voken_embeddings.ids[:-1]]
     check_VH = language.states(language.embed(torch.tensor([ids])))[0, -config.num_vokens :]
     norm = read_norm(language)
-    exported = Exported(
+    about = Exported(
         fingerprint=config.fingerprint,
         dtype=dtype,
         num_layers=language.body.config.num_hidden_layers,
@@ -103,28 +66,7 @@ def export(model: str | Path, folder: Path, *, dtype: Dtype = "bfloat16") -> Non
     _widen(causal, language)
     causal.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / PART).mkdir()
-    (folder / PART / "export.json").write_text(json.dumps(to_json(exported), indent=2) + "\n")
-    tensors = {"check": check_VH, "norm_weight": norm.weight_H, "norm_bias": norm.bias_H}
-    save_tensors(
-        {name: torch.as_tensor(value) for name, value in tensors.items()}, folder / PART / "states.safetensors"
-    )
-
-
-def load_export(folder: str | Path) -> tuple[Exported, FinalNorm, np.ndarray]:
-    """What `export` wrote: its account, the final norm, and the states of its check (V, H). Raises ModelFolderError."""
-    part = Path(folder) / PART
-    if not (part / "export.json").is_file():
-        raise ModelFolderError(
-            f"{folder} has no {PART}/export.json: make it with python -m minigpt5.engine.vllm.export MODEL FOLDER"
-        )
-    try:
-        exported = from_json(Exported, json.loads((part / "export.json").read_bytes()))
-    except ValueError as error:
-        raise ModelFolderError(f"{part}/export.json is damaged ({error}): export the model again") from error
-    tensors = {name: value.numpy() for name, value in load_tensors(part / "states.safetensors").items()}
-    norm = FinalNorm(kind=exported.norm, eps=exported.eps, weight_H=tensors["norm_weight"], bias_H=tensors["norm_bias"])
-    return exported, norm, tensors["check"]
+    Export(about=about, norm=norm, check_VH=check_VH.numpy()).save(folder)
 
 
 @torch.no_grad()

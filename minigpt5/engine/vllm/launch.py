@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt5.engine.vllm.export import Exported
+from minigpt5.engine.vllm.exported import Exported
 from minigpt5.engine.vllm.settings import VllmSettings
 from minigpt5.errors import EngineLost, InvalidRequest, SettingsError
 from minigpt5.limits import Limits
@@ -73,13 +73,15 @@ def launch(
                 max_num_seqs=limits.max_batch,
                 tensor_parallel_size=settings.tensor_parallel_size,
                 pipeline_parallel_size=settings.pipeline_parallel_size,
+                # The replica's placement group has the GPUs of a divided model.
+                distributed_executor_backend="ray" if settings.num_gpus > 1 else None,
                 quantization=settings.quantization,
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
                 enforce_eager=is_on_cpu,
                 # On a CPU, vLLM cannot take back what a part of a prompt has drawn with a request's own seed.
                 enable_chunked_prefill=not is_on_cpu,
-                max_num_batched_tokens=max(context_tokens, limits.long_read_tokens),
+                max_num_batched_tokens=max(context_tokens, limits.long_read_tokens) + 2 * limits.max_batch,
                 enable_prompt_embeds=reads_pictures,
                 generation_config="vllm",
                 disable_log_stats=True,

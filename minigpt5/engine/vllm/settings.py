@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from minigpt5.errors import SettingsError
+
+VLLM_PYTHON = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
+"""What `make install-vllm` makes, beside the project."""
 
 
 @dataclass(frozen=True, kw_only=True)
