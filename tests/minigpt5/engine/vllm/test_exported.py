@@ -46,12 +46,12 @@ def test_the_final_norm_is_the_models_own(kind: type[nn.Module]) -> None:
 
 
 def test_another_norm_is_refused() -> None:
-    class Doubled(LlamaRMSNorm):
+    class Tripled(LlamaRMSNorm):
         def forward(self, states: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(states)
+            return 3 * super().forward(states)
 
     with pytest.raises(ModelFolderError, match="neither an RMS norm nor a layer norm: use engine=torch"):
-        read_norm(types.SimpleNamespace(body=types.SimpleNamespace(norm=Doubled(16))))  # type: ignore[arg-type]
+        read_norm(types.SimpleNamespace(body=types.SimpleNamespace(norm=Tripled(16))))  # type: ignore[arg-type]
 
 
 def test_an_export_is_read_as_it_was_written(tmp_path: Path) -> None:
