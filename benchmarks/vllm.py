@@ -13,8 +13,8 @@ import base64
 import dataclasses
 import io
 import json
+import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,26 @@ from minigpt5.codec import to_json
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.vllm.export import export
+from minigpt5.engine.vllm.exported import load_export
+from minigpt5.engine.vllm.settings import VLLM_PYTHON
+from minigpt5.errors import ModelFolderError
 from minigpt5.model.folder_config import load_config
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.types import DrawRequest, InputImage, Page, Picture, Sampling, StoryRequest, Vokens
 
-PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
+EXPORT = Path(__file__).parent.parent / "build" / "vllm-float32"
 GREEDY = Sampling(temperature=0.0, max_page_tokens=48)
 NUM_SAMPLED = 6
+
+
+def find_export(model: Path) -> Path:
+    """A float32 export of a model in `build/`, made now where there is none."""
+    try:
+        load_export(EXPORT, load_config(model))
+    except ModelFolderError:
+        shutil.rmtree(EXPORT, ignore_errors=True)
+        export(model, EXPORT, dtype="float32")
+    return EXPORT
 
 
 def new_requests(num: int) -> list[StoryRequest]:
@@ -211,8 +224,8 @@ def ratios_of(figures: Mapping[str, Any]) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm", description=__doc__)
     parser.add_argument("--model", type=Path, default=default_model_folder())
-    parser.add_argument("--export", type=Path, help="float32 export of the model (default: made now)")
-    parser.add_argument("--python", type=Path, default=PYTHON, help="interpreter with vLLM (default %(default)s)")
+    parser.add_argument("--export", type=Path, help="float32 export of the model (default: in build/)")
+    parser.add_argument("--python", type=Path, default=VLLM_PYTHON, help="interpreter with vLLM (default %(default)s)")
     parser.add_argument("--requests", type=int, default=50)
     parser.add_argument("--every", type=int, default=5, help="of so many states one is drawn (default %(default)s)")
     parser.add_argument("--cancels", type=int, default=200)
@@ -220,11 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=24, help="of each text whose speed is measured")
     parser.add_argument("--out", type=Path, default=Path("benchmarks") / "results" / "vllm.json")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as made:
-        folder = options.export or Path(made) / "export"
-        if not options.export:
-            export(options.model, folder, dtype="float32")
-        figures = measure(options.model, folder, options)
+    figures = measure(options.model, options.export or find_export(options.model), options)
     for num, rates in figures["speed"].items():
         for name, rate in rates.items():
             print(f"{num:>3} rows, {name:5} {rate['tokens_per_s']:8.1f} tokens/s {rate['states_per_s']:7.2f} states/s")

@@ -24,6 +24,8 @@ from minigpt5.engine.vllm.settings import VLLM_PYTHON
 
 DEFAULT_PORT = 8000
 READY_TIMEOUT_S = 300.0
+VLLM_READY_TIMEOUT_S = 1200.0
+"""vLLM starts three processes, and may compile in them."""
 END_TIMEOUT_S = 10.0
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -90,7 +92,7 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
     print("starting ...", flush=True)
     try:
         start(args)
-        wait_until_ready(args.host, args.port)
+        wait_until_ready(args.host, args.port, timeout_s=VLLM_READY_TIMEOUT_S if args.vllm else READY_TIMEOUT_S)
         startup_s = time.monotonic() - started_at
         said = describe_server(args, config, startup_s=startup_s, metrics_port=find_metrics_port(), logs=find_logs())
         print(said, flush=True)
@@ -252,11 +254,11 @@ def find_logs() -> str:
     return f"{context.get_temp_dir()}/{context.get_session_name()}/logs/serve"
 
 
-def wait_until_ready(host: str, port: int) -> None:
+def wait_until_ready(host: str, port: int, *, timeout_s: float = READY_TIMEOUT_S) -> None:
     """Raises StartError."""
     reason = "no answer"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy need not reach this machine
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
             with direct.open(f"http://{reachable(host)}:{port}/readyz", timeout=10):
@@ -266,7 +268,7 @@ def wait_until_ready(host: str, port: int) -> None:
         except OSError as error:
             reason = str(error)
         time.sleep(0.2)
-    raise StartError(f"not ready within {READY_TIMEOUT_S:g} s: {reason}")
+    raise StartError(f"not ready within {timeout_s:g} s: {reason}")
 
 
 def reachable(host: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -24,12 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minigpt5.config import ModelConfig
-from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare, Occupancy
 from minigpt5.engine.kv_blocks import num_blocks
 from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
 from minigpt5.engine.kv_pass import upload
+from minigpt5.engine.picture_reader import PictureReader
 from minigpt5.engine.prompts import Prompter
 from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
 from minigpt5.engine.steps import Asked, Read, Score, Steps
@@ -43,8 +42,6 @@ from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
 
 MIN_SHARE = 0.25
 """Share of slots and of the KV store that clients with requests under way leave to others."""
-PICTURE_BYTES = 64 * 2**20
-"""Size of the embeddings of input pictures that are kept."""
 
 
 class _Job(Job[GeneratorEvent]):
@@ -112,7 +109,7 @@ class VokenGenerator:
         self._free_slots = list(range(self.limits.num_slots))
         """Least recently used first. What they have read stays until they are taken again."""
         self._num_reserved = int(MIN_SHARE * self.limits.num_slots)
-        self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
+        self._pictures = PictureReader(vision)
         self._fair = FairShare(self.limits.max_batch, min_places=1)
         self._loop = EngineLoop[_Job](
             "generator",
@@ -195,19 +192,9 @@ class VokenGenerator:
             async for event in events:
                 yield event
 
-    @torch.no_grad()
     def _see(self, job: _Job, pictures: list[bytes]) -> None:
-        """Embed a prompt's pictures, each content once; runs beside the engine's own thread, and without a team."""
-        torch.set_num_threads(1)
-        digests = [hashlib.sha256(data).digest() for data in pictures]
-        image_QHs = []
-        for digest, data in zip(digests, pictures, strict=True):
-            image_QH = self._pictures.get(digest)
-            if image_QH is None:
-                image_QH = self.vision.read([data])[0]
-                self._pictures.put(digest, image_QH)
-            image_QHs.append(image_QH)
-        job.image_PH = torch.cat(image_QHs)
+        """Embed a prompt's pictures; runs beside the engine's own thread."""
+        job.image_PH, digests = self._pictures.read(pictures)
         hashes = [-1 - (int.from_bytes(digest[:8], "big") >> 1) for digest in digests]  # no token id is negative
         is_placeholder = job.prompt == self.language.voken_embeddings.placeholder
         job.prompt[is_placeholder] = np.repeat(hashes, self.config.vision.num_queries)

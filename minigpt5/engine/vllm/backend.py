@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minigpt5.config import ModelConfig
-from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import Job
 from minigpt5.engine.fair_share import Occupancy
+from minigpt5.engine.picture_reader import PictureReader
 from minigpt5.engine.prompts import Prompt, Prompter
 from minigpt5.engine.script import Draw, Say, Take
 from minigpt5.engine.turns import Turns
@@ -45,11 +44,6 @@ from minigpt5.types import GeneratorEvent, Sampling, StoryRequest
 
 MIN_SHARE = 0.25
 """Share of the places that is left to clients without a turn under way, as in the torch engine."""
-PICTURE_BYTES = 64 * 2**20
-"""Size of the embeddings of input pictures that are kept."""
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
-"""Largest deviation of the start's check, as a part of the largest state, by precision."""
-QUANTISED_TOLERANCE = 0.3
 STATES_TIMEOUT_S = 60.0
 
 
@@ -76,12 +70,11 @@ class VllmGenerator:
         self.config, self.limits, self.max_jobs = config, limits, max_jobs
         self.fingerprint = config.fingerprint
         self.prompter = Prompter(config, tokenizer, engine=f"vllm {find_version()}")
-        self.vision = vision.eval()
         self.num_prompt_tokens = self.num_reused_tokens = self.num_generated_tokens = 0
         """Tokens that vLLM read, those of them that its prefix cache had, and tokens drawn so far."""
         self._export, self._settings, self._on_death = export, settings, on_death
         self._jobs: set[Job[GeneratorEvent]] = set()
-        self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
+        self._pictures = PictureReader(vision)
         self._num_steps = self._num_rows = 0.0
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
@@ -208,8 +201,7 @@ class VllmGenerator:
         check_VH = self._export.check_VH
         found_VH = await self._states({"prompt_token_ids": list(self._export.about.check_ids)})
         deviation = float(np.abs(found_VH - check_VH).max() / np.abs(check_VH).max())
-        by_precision = QUANTISED_TOLERANCE if self._settings.quantization else TOLERANCES[self._export.about.dtype]
-        most = by_precision if self._settings.max_deviation is None else self._settings.max_deviation
+        most = self._settings.tolerance(self._export.about.dtype)
         if not deviation <= most:
             raise ModelFolderError(
                 f"vLLM's states of the check deviate by {deviation:.2g} of the largest from those of the torch engine, "
@@ -232,7 +224,8 @@ class VllmGenerator:
             job.is_started = True
             context = _Context(prompt.request)
             if pictures := pictures_read(prompt.request):
-                context.image_PH = await asyncio.to_thread(self._see, pictures)
+                image_PH, _ = await asyncio.to_thread(self._pictures.read, pictures)
+                context.image_PH = image_PH.cpu()
             script = self.prompter.writer(prompt, job.put).script()
             answer: bool | np.ndarray | None = None
             while True:
@@ -300,8 +293,11 @@ class VllmGenerator:
             async with contextlib.aclosing(self._ask(prompt, params)) as outputs:
                 async for output in outputs:
                     self._count(output)
-            async with asyncio.timeout(STATES_TIMEOUT_S):
-                return self._export.norm(await states)
+            try:
+                async with asyncio.timeout(STATES_TIMEOUT_S):
+                    return self._export.norm(await states)
+            except TimeoutError:
+                raise EngineLost(f"vLLM has sent no states within {STATES_TIMEOUT_S:g} s") from None
 
     def _prompt(self, context: _Context, more: Sequence[int] = ()) -> Any:
         placeholder = self.prompter.voken_ids.placeholder
@@ -316,22 +312,6 @@ class VllmGenerator:
             self.num_reused_tokens += output.num_cached_tokens
         self._num_rows += 1
         self._num_steps += 1 / max(1, self._turns.num_running)
-
-    # In threads beside it
-
-    @torch.no_grad()
-    def _see(self, pictures: list[bytes]) -> Tensor:
-        """Embed a prompt's pictures, each content once: (P, H)."""
-        torch.set_num_threads(1)
-        image_QHs = []
-        for data in pictures:
-            digest = hashlib.sha256(data).digest()
-            image_QH = self._pictures.get(digest)
-            if image_QH is None:
-                image_QH = self.vision.read([data])[0].cpu()
-                self._pictures.put(digest, image_QH)
-            image_QHs.append(image_QH)
-        return torch.cat(image_QHs)
 
 
 class _Context:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt5.engine.vllm.exported import Dtype, Export, Exported, FinalNorm, NormKind
+from minigpt5.engine.vllm.exported import Export, Exported, FinalNorm, NormKind
+from minigpt5.engine.vllm.settings import Dtype
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.folder import load_language
 from minigpt5.model.folder_config import check_folder

@@ -16,10 +16,10 @@ from safetensors.numpy import load, save
 
 from minigpt5.codec import from_json, to_json
 from minigpt5.config import ModelConfig
+from minigpt5.engine.vllm.settings import Dtype
 from minigpt5.errors import ModelFolderError
 
 PART = "minigpt5"
-Dtype = Literal["float32", "bfloat16", "float16"]
 NormKind = Literal["rms", "layer"]
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from minigpt5.errors import SettingsError
 
 VLLM_PYTHON = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
 """What `make install-vllm` makes, beside the project."""
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+TOLERANCES: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
+"""Largest deviation of the start's check, as a part of the largest state, by precision."""
+QUANTISED_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,12 @@ class VllmSettings:
                 raise SettingsError(f"vllm.{name} is {value} but must be 1 or more")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise SettingsError(f"vllm.gpu_memory_utilization is {self.gpu_memory_utilization} but must be from 0 to 1")
+
+    def tolerance(self, dtype: Dtype) -> float:
+        """Largest deviation of the check's states, as a part of the largest."""
+        if self.max_deviation is not None:
+            return self.max_deviation
+        return QUANTISED_TOLERANCE if self.quantization else TOLERANCES[dtype]
 
     @property
     def num_gpus(self) -> int:
