@@ -38,7 +38,7 @@ from minigpt5.types import DrawRequest, InputImage, Page, Picture, Sampling, Sto
 
 EXPORT = Path(__file__).parent.parent / "build" / "vllm-float32"
 GREEDY = Sampling(temperature=0.0, max_page_tokens=48)
-NUM_SAMPLED = 6
+NUM_SAMPLED = 4
 
 
 def find_export(model: Path) -> Path:
@@ -96,7 +96,7 @@ def _drawn(index: int) -> Picture:
 
 def sampled_requests(config: ModelConfig) -> list[StoryRequest]:
     return [
-        dataclasses.replace(request, sampling=dataclasses.replace(config.sampling, max_page_tokens=32))
+        dataclasses.replace(request, sampling=dataclasses.replace(config.sampling, max_page_tokens=24))
         for request in new_requests(NUM_SAMPLED)
     ]
 
