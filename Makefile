@@ -101,6 +101,7 @@ test-gpu: $(STAMP)  ## what only a machine with a GPU can show; elsewhere every 
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## vLLM behind the generator beside the torch engine, into benchmarks/results/vllm.json
 	$(RUN) -m benchmarks.vllm
+	$(RUN) -m pytest -m slow tests/deployments/test_vllm_live.py
 
 test-newest:  ## the fast tests with the newest versions that pyproject.toml allows, in build/venv-newest; torch is CI's
 	rm -rf build/venv-newest

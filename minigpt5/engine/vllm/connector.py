@@ -22,7 +22,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
     ExampleHiddenStatesConnectorMetadata,
     PendingSave,
 )
+from vllm.platforms import current_platform
 from vllm.v1.request import RequestStatus
+from vllm.v1.sample import rejection_sampler
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,6 +42,8 @@ class VokenConnector(ExampleHiddenStatesConnector):
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(f"\0{extra('address', '')}")
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="vokens")
+        if current_platform.is_cpu():
+            rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
         threading.Thread(target=self._end_with_backend, name="backend", daemon=True).start()
 
     def _end_with_backend(self) -> None:
@@ -84,6 +88,19 @@ class VokenConnector(ExampleHiddenStatesConnector):
         states_VH = self._kv_cache[blocks, :, offsets].flatten(1).float().cpu()
         self._sender.submit(self._socket.sendall, bytes.fromhex(pending.filename) + states_VH.numpy().tobytes())
         self._req_copy_events[pending.req_id] = _Copied()
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """Each request's temperature or top_p for each of its draft tokens.
+
+    vLLM 0.32.0 on a CPU writes them into a copy as integers, and samples with whatever the memory held
+    (`cpu_triton_utils._expand_kernel_impl`). This goes when it no longer does.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    replaced = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return replaced.repeat_interleave(counts, output_size=num_tokens)
 
 
 class _Copied:
