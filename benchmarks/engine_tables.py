@@ -48,6 +48,7 @@ def vllm(found: Results) -> str:
         ),
         ("largest difference of a pixel, in levels", figures["pictures_levels"]),
         ("sampled requests alike alone and in company", figures["sampled_alike_in_company"]),
+        ("processes left where vLLM is killed under a story", figures["death"]["processes_left"]),
         (f"left after {cancels['num']} cancels, of all kinds", sum(cancels["left"].values())),
     ]
     return table(("", "measured"), rows)

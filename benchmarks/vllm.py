@@ -188,6 +188,9 @@ def measure(model: Path, folder: Path, options: argparse.Namespace) -> dict[str,
             }
             for num in options.rows
         }
+        death = vllm_engine.measure("die")
+        print(f"killed under a story: {death}", flush=True)
+        assert death["error"] and death["told"] == 1 and not death["processes_left"]
         versions = [engine.measure("version") for engine in (torch_engine, vllm_engine)]
     return {
         "likeness": {name: value for name, value in vars(likeness).items() if name != "pairs"},
@@ -195,6 +198,7 @@ def measure(model: Path, folder: Path, options: argparse.Namespace) -> dict[str,
         "sampled_alike_in_company": f"{same} of {NUM_SAMPLED}",
         "cancels": {"num": options.cancels, "left": left},
         "refused": refused,
+        "death": death,
         "speed": speed,
         "versions": versions,
     }

@@ -16,9 +16,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
+
 from benchmarks.turns import Measurements, answer_questions
 from minigpt5.codec import from_json, to_json
-from minigpt5.errors import InvalidRequest
+from minigpt5.errors import EngineLost, InvalidRequest
 from minigpt5.limits import default_limits
 from minigpt5.types import Sampling, StoryRequest, TextDelta, Usage, Vokens
 
@@ -30,6 +32,7 @@ def load() -> Measurements:
     from minigpt5.engine.vllm.settings import VllmSettings
 
     kind, model, export, threads = sys.argv[1:]
+    deaths: list[str] = []
     engine: Any = load_engine(
         model,
         num_threads=int(threads),
@@ -37,22 +40,25 @@ def load() -> Measurements:
         limits=default_limits("cpu", num_slots=MAX_BATCH, max_batch=MAX_BATCH),
         precision="float32" if kind == "torch" else None,
         vllm=VllmSettings(folder=export) if kind == "vllm" else None,
+        on_death=lambda: deaths.append(kind),
     )
-    writer = Writer(engine)
+    writer = Writer(engine, deaths)
     return {
         "version": lambda: engine.prompter.engine,
         "write": writer.write,
         "speed": writer.measure_speed,
         "cancel": writer.cancel,
         "refuse": writer.refuse,
+        "die": writer.die,
     }
 
 
 class Writer:
     """What the bench asks an engine for."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, deaths: list[str]) -> None:
+        """`deaths` grows when the engine says that its process is gone."""
+        self.engine, self.deaths = engine, deaths
         self._num_asked = 0
 
     def write(self, requests: Sequence[Any], at_once: bool) -> list[dict[str, Any]]:
@@ -146,6 +152,25 @@ class Writer:
             return said
 
         return asyncio.run(both())
+
+    def die(self) -> dict[str, Any]:
+        """Kill vLLM's process under a story: the error of the story, how often the death was told, and the processes
+        that are left of it."""
+        [core] = [one for one in psutil.Process().children() if one.cmdline()[:1] == ["VLLM::EngineCore"]]
+        family = [core, *core.children(recursive=True)]
+
+        async def story() -> str:
+            try:
+                async for event in self.engine.generate(StoryRequest(prompt=("A fox",), pages=8)):
+                    if isinstance(event, TextDelta):
+                        core.kill()
+            except EngineLost as error:
+                return str(error)
+            return ""
+
+        said = asyncio.run(story())
+        _, alive = psutil.wait_procs(family, timeout=30)
+        return {"error": said, "told": len(self.deaths), "processes_left": len(alive)}
 
 
 if __name__ == "__main__":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from deployments.application import AppArgs
 from deployments.engines.placement import place_generator
-from minigpt5.engine.vllm.settings import VllmSettings
+from minigpt5.engine.vllm.settings import VLLM_PYTHON, VllmSettings
+from minigpt5.types import StoryRequest
+
+ROOT = Path(__file__).parent.parent.parent.parent
 
 EXPORT = {"folder": "/models/export", "python": "/opt/vllm/bin/python"}
 
@@ -34,6 +42,22 @@ def test_the_settings_under_vllm_are_those_of_its_dataclass() -> None:
 def test_settings_that_do_not_fit_say_so(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         AppArgs(**given)
+
+
+@pytest.mark.skipif(not os.access(VLLM_PYTHON, os.X_OK), reason="there is no .venv-vllm: make install-vllm")
+def test_requests_and_vokens_cross_between_the_environments() -> None:
+    """As Ray sends them: pickled, with the numpy of each side."""
+    echo = (
+        "import pickle, sys; request = pickle.load(sys.stdin.buffer); from minigpt5.types import Vokens; import numpy\n"
+        "states = numpy.arange(6, dtype=numpy.float32).reshape(2, 3)\n"
+        "vokens = Vokens(page=request.pages, hidden_VH=states, fingerprint=numpy.__version__)\n"
+        "sys.stdout.buffer.write(pickle.dumps(vokens, protocol=5))"
+    )
+    sent = pickle.dumps(StoryRequest(prompt=("A fox",), pages=3), protocol=5)
+    answer = subprocess.run([VLLM_PYTHON, "-c", echo], input=sent, cwd=ROOT, capture_output=True, check=True)
+    vokens = pickle.loads(answer.stdout)
+    assert vokens.page == 3 and (vokens.hidden_VH == np.arange(6).reshape(2, 3)).all()
+    assert vokens.fingerprint != np.__version__
 
 
 def test_a_replica_without_vllm_runs_in_its_own_environment() -> None:
