@@ -39,7 +39,7 @@ def stories(tmp_path: Path) -> Path:
 
 
 def with_later_fields(values: Any) -> Any:
-    """JSON of that version -> the same with what is stored since: sizes of pictures, and the models and engines of pages."""
+    """JSON of that version -> the same with what is stored since: sizes of pictures, models and engines of pages."""
     if isinstance(values, list):
         return [with_later_fields(value) for value in values]
     if not isinstance(values, dict):
