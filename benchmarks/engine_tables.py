@@ -35,6 +35,34 @@ def continuous_batching(found: Results) -> str:
     return table(("way", "tokens a second", "seconds of a round"), rows)
 
 
+def vllm(found: Results) -> str:
+    """What vLLM writes beside the torch engine, and how fast."""
+    figures = found["vllm"]
+    likeness, cancels = figures["likeness"], figures["cancels"]
+    rows = [
+        ("requests with the same greedy text", f"{likeness['num_equal']} of {likeness['num_texts']}"),
+        ("of the others, after a close choice", likeness["num_close"]),
+        (
+            "largest difference of a state, of the largest",
+            f"{likeness['states_deviation']:.1e} of {likeness['largest_state']:.0f}",
+        ),
+        ("largest difference of a pixel, in levels", figures["pictures_levels"]),
+        ("sampled requests alike alone and in company", figures["sampled_alike_in_company"]),
+        ("processes left where vLLM is killed under a story", figures["death"]["processes_left"]),
+        (f"left after {cancels['num']} cancels, of all kinds", sum(cancels["left"].values())),
+    ]
+    return table(("", "measured"), rows)
+
+
+def vllm_speed(found: Results) -> str:
+    """Tokens and pictures' states a second of both engines."""
+    rows = (
+        (num, *(f"{rates[name][f'{what}_per_s']:.1f}" for what in ("tokens", "states") for name in ("torch", "vllm")))
+        for num, rates in found["vllm"]["speed"].items()
+    )
+    return table(("rows", "tokens/s, torch", "tokens/s, vLLM", "pictures' states/s, torch", "vLLM"), rows)
+
+
 def middle(rounds: Sequence[float]) -> float:
     return statistics.median(rounds)
 

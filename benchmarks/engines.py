@@ -77,7 +77,7 @@ def peer_commands(options: argparse.Namespace, folder: Path, missing: dict[str, 
     else:
         missing["llamacpp"] = "the base model has no GGUF file"
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.peers.export", str(options.model), str(folder)],
+        [sys.executable, "-m", "minigpt5.engine.vllm.export", str(options.model), str(folder)],
         stdout=subprocess.DEVNULL,
         check=True,
     )

@@ -8,7 +8,7 @@
 
 The engines are the real classes at tiny size. Every finished job is compared with the same stories made by the same
 stages in one process, one after another and without a kill: where the texts are alike, pixels are to be within one
-level. Texts are alike but where a choice was close (`minigpt5/engine/script.py`), which the tiny model, whose words are
+level. Texts are alike but where a choice was close (`minigpt5/engine/steps.py`), which the tiny model, whose words are
 all about as likely, has far more often than a trained one: those pages are counted.
 """
 

@@ -21,6 +21,8 @@ from benchmarks.engine_tables import (
     engines_more,
     engines_ratios,
     kernels,
+    vllm,
+    vllm_speed,
 )
 from benchmarks.job_tables import (
     autoscaling,
@@ -100,6 +102,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "steps": steps,
     "kernels": kernels,
     "continuous-batching": continuous_batching,
+    "vllm": vllm,
+    "vllm-speed": vllm_speed,
     "engines-load": engines_load,
     "engines-alone": engines_alone,
     "engines-ratios": engines_ratios,

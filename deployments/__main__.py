@@ -20,9 +20,12 @@ from types import FrameType
 from deployments import loopback
 from minigpt5.commands import check_default_model, needs_extra
 from minigpt5.config import ModelConfig, default_model_folder
+from minigpt5.engine.vllm.settings import VLLM_PYTHON
 
 DEFAULT_PORT = 8000
 READY_TIMEOUT_S = 300.0
+VLLM_READY_TIMEOUT_S = 1200.0
+"""vLLM starts three processes, and may compile in them."""
 END_TIMEOUT_S = 10.0
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -67,6 +70,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=str(default_model_folder()), help="model folder (default: the shipped one)")
     parser.add_argument("--storage", default=default_storage(), help="folder or URI (default: %(default)s)")
     parser.add_argument("--max-wait-s", type=float, help="a request that would take longer is answered with 503")
+    parser.add_argument("--vllm", metavar="FOLDER", help="vLLM writes, with what was exported of the model")
+    parser.add_argument("--vllm-python", default=str(VLLM_PYTHON), help="its interpreter (default: %(default)s)")
     parser.add_argument("--metrics-port", type=int, help="port for Prometheus (default: a free one)")
     parser.add_argument("--traces", type=float, default=0.0, help="share of requests to trace (default: %(default)s)")
     return parser.parse_args()
@@ -82,10 +87,12 @@ def serve_until_interrupted(args: argparse.Namespace) -> None:
         check_port(loopback.ADDRESS, args.metrics_port, option="--metrics-port ")
     config = check_model(args.model)
     check_storage(args.storage)
+    if args.vllm:
+        check_vllm(args.vllm, args.vllm_python, config)
     print("starting ...", flush=True)
     try:
         start(args)
-        wait_until_ready(args.host, args.port)
+        wait_until_ready(args.host, args.port, timeout_s=VLLM_READY_TIMEOUT_S if args.vllm else READY_TIMEOUT_S)
         startup_s = time.monotonic() - started_at
         said = describe_server(args, config, startup_s=startup_s, metrics_port=find_metrics_port(), logs=find_logs())
         print(said, flush=True)
@@ -145,6 +152,19 @@ def check_model(folder: str) -> ModelConfig:
     except MiniGPT5Error as error:
         raise StartError(str(error)) from None
     return config
+
+
+def check_vllm(folder: str, python: str, config: ModelConfig) -> None:
+    """Raises StartError where vLLM would write with another model, or has no environment."""
+    from minigpt5.engine.vllm.exported import load_export
+    from minigpt5.errors import MiniGPT5Error
+
+    if not os.access(python, os.X_OK):
+        raise StartError(f"there is no interpreter {python}: make install-vllm, or name one with --vllm-python")
+    try:
+        load_export(folder, config)
+    except MiniGPT5Error as error:
+        raise StartError(str(error)) from None
 
 
 def check_storage(uri: str) -> None:
@@ -216,8 +236,14 @@ def deploy(args: argparse.Namespace) -> None:
         filters=args.filters,
         front_replicas=args.fronts,
         **({} if args.max_wait_s is None else {"max_wait_s": args.max_wait_s}),
+        engine="vllm" if args.vllm else "torch",
+        vllm=vllm_values(args) if args.vllm else {},
     )
     serve.run(app(arguments), name="default", route_prefix="/")
+
+
+def vllm_values(args: argparse.Namespace) -> dict[str, str]:
+    return {"folder": str(Path(args.vllm).absolute()), "python": str(Path(args.vllm_python).absolute())}
 
 
 def find_logs() -> str:
@@ -228,11 +254,11 @@ def find_logs() -> str:
     return f"{context.get_temp_dir()}/{context.get_session_name()}/logs/serve"
 
 
-def wait_until_ready(host: str, port: int) -> None:
+def wait_until_ready(host: str, port: int, *, timeout_s: float = READY_TIMEOUT_S) -> None:
     """Raises StartError."""
     reason = "no answer"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy need not reach this machine
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
             with direct.open(f"http://{reachable(host)}:{port}/readyz", timeout=10):
@@ -242,7 +268,7 @@ def wait_until_ready(host: str, port: int) -> None:
         except OSError as error:
             reason = str(error)
         time.sleep(0.2)
-    raise StartError(f"not ready within {READY_TIMEOUT_S:g} s: {reason}")
+    raise StartError(f"not ready within {timeout_s:g} s: {reason}")
 
 
 def reachable(host: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from ray import serve
@@ -12,15 +13,17 @@ from deployments.api.errors import RETRY_AFTER_S
 from deployments.api.routes import Ingress
 from deployments.auth import load_keys
 from deployments.engines.diffusion_decoder import DiffusionDecoder
-from deployments.engines.placement import num_gpus_of_cluster, share_gpus
+from deployments.engines.placement import num_gpus_of_cluster, place_generator, share_gpus
 from deployments.engines.voken_generator import VokenGenerator
 from deployments.stories.ledger import LocalLedger
+from minigpt5.codec import from_json
 from minigpt5.config import default_model_folder
+from minigpt5.engine.vllm.settings import VllmSettings
 from minigpt5.limits import Limits, default_limits
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate, shared_name
 from minigpt5.story.store import default_storage
-from minigpt5.types import DecoderBackend, Precision, TextPrecision
+from minigpt5.types import DecoderBackend, Precision, TextEngine, TextPrecision
 
 SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """A generator has the beginning of the stories that it wrote: calls of one story go to the same one."""
@@ -73,6 +76,10 @@ class AppArgs(BaseModel):
     generator_precision: TextPrecision | None = None
     """What the language model computes in; none: bfloat16 on a GPU, and on a CPU the faster of float32 and the base
     model's own 4-bit weights."""
+    engine: TextEngine = "torch"
+    """What runs the language model: our own loop on torch, or vLLM, which has an environment of its own."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """With engine=vllm: the fields of `minigpt5/engine/vllm/settings.py`."""
     generator_kv_cache_gib: float | None = Field(default=None, gt=0)
     """Size of a replica's KV store. None: `minigpt5/limits.py` says it and the next five, by the device."""
     generator_num_slots: int | None = Field(default=None, ge=1)
@@ -114,6 +121,23 @@ class AppArgs(BaseModel):
             if low > high:
                 raise ValueError(f"{engine}_min_replicas is {low} but {engine}_max_replicas is {high}")
         return self
+
+    @model_validator(mode="after")
+    def has_an_engine(self) -> "AppArgs":
+        if self.engine == "torch" and self.vllm:
+            raise ValueError(f"vllm is {self.vllm} but engine is torch: set engine=vllm, or leave it out")
+        if self.engine == "vllm" and self.generator_precision:
+            raise ValueError(
+                f"generator_precision is {self.generator_precision!r} but vLLM computes in the precision of the "
+                "exported folder: leave it out"
+            )
+        _ = self.vllm_settings  # raises ValueError
+        return self
+
+    @property
+    def vllm_settings(self) -> VllmSettings | None:
+        """None with engine=torch. Raises ValueError."""
+        return from_json(VllmSettings, {"folder": "", **self.vllm}) if self.engine == "vllm" else None
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -158,10 +182,10 @@ def wire(args: AppArgs, generator_class: type[VokenGenerator], decoder_class: ty
             "max_replicas": args.generator_max_replicas,
             "target_ongoing_requests": max(1, limits.max_batch // 2),
         },
-        ray_actor_options={"num_cpus": args.generator_num_cpus, "num_gpus": generator_gpus},
+        **place_generator(args.generator_num_cpus, generator_gpus, args.vllm_settings),
         max_constructor_retry_count=2,
         logging_config=logging_config,
-    ).bind(model, args.generator_num_threads, args.generator_precision, args.limits)
+    ).bind(model, args.generator_num_threads, args.generator_precision, args.limits, args.vllm_settings)
     decoder = serve.deployment(
         decoder_class,
         name="DiffusionDecoder",

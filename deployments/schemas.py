@@ -272,6 +272,8 @@ class PageReply(BaseModel):
     variant: int | None = None
     fingerprint: str | None = None
     """Of the model folder that wrote the text; left out where it is not known, or the text was edited."""
+    engine: str | None = None
+    """Name and version of the engine that wrote the text; left out as `fingerprint` is."""
 
 
 class UsageReply(BaseModel):
@@ -301,7 +303,13 @@ def picture_url(story_id: str, page: int) -> str:
 
 
 def page_reply(story_id: str, page: PageState) -> PageReply:
-    reply = PageReply(index=page.index, text=page.text, error=page.error, fingerprint=page.fingerprint or None)
+    reply = PageReply(
+        index=page.index,
+        text=page.text,
+        error=page.error,
+        fingerprint=page.fingerprint or None,
+        engine=page.engine or None,
+    )
     if page.image:
         url = picture_url(story_id, page.index)
         image = ImageReply(

@@ -34,6 +34,8 @@ DecoderBackend = Literal["auto", "eager", "openvino", "compile"]
 """What computes the denoiser and the VAE: torch operation by operation ("eager"), OpenVINO, or torch.compile. "auto" is
 OpenVINO on a CPU and eager elsewhere."""
 
+TextEngine = Literal["torch", "vllm"]
+"""What runs the language model: our own loop on torch, or vLLM."""
 TextPrecision = Literal["float32", "bfloat16", "int8", "int4"]
 """What the language model computes in. int4: with the base model's own 4-bit weights, where its folder has them."""
 
@@ -157,6 +159,8 @@ class Vokens:
     """Last-layer states after the final norm that predict [IMG0]..[IMG7]; float32."""
     fingerprint: str
     """Fingerprint of the model folder that made them: only its own decoder may draw them."""
+    engine: str = ""
+    """Engine that wrote the text before them, and its version, such as "torch 2.13.0"; "": it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def stories(tmp_path: Path) -> Path:
 
 
 def with_later_fields(values: Any) -> Any:
-    """JSON of that version -> the same with what is stored since: sizes of pictures, and the models of pages."""
+    """JSON of that version -> the same with what is stored since: sizes of pictures, models and engines of pages."""
     if isinstance(values, list):
         return [with_later_fields(value) for value in values]
     if not isinstance(values, dict):
@@ -50,7 +50,7 @@ def with_later_fields(values: Any) -> Any:
     elif {"width", "height", "draw"} <= set(values):
         new = {"is_resampled": False, "fingerprint": ""}
     elif {"index", "is_written"} <= set(values):
-        new = {"fingerprint": ""}
+        new = {"fingerprint": "", "engine": ""}
     return {name: with_later_fields(value) for name, value in values.items()} | new
 
 

@@ -11,12 +11,10 @@ from transformers import DynamicCache
 
 from minigpt5.engine.decoder import encode
 from minigpt5.engine.denoising import denoise
+from minigpt5.engine.prompts import Prompter
 from minigpt5.engine.sampling import Choice, draw_token
-from minigpt5.engine.script import Read, Script, Writer
+from minigpt5.engine.steps import Asked, Read, Steps
 from minigpt5.model.pixels import to_pixels
-from minigpt5.model.prompt import encode as encode_prompt
-from minigpt5.model.prompt import request_segments
-from minigpt5.model.template import make_template
 from minigpt5.objective.losses import Objective
 from minigpt5.story.export.html import to_html
 from minigpt5.story.state import StoryBuilder
@@ -41,38 +39,29 @@ def write_story(model: Objective, prompt: str, *, seed: int) -> bytes:
     request = StoryRequest(
         prompt=(prompt,), pages=NUM_PAGES, seed=seed, sampling=config.sampling, draw=config.default_draw
     )
-    template = make_template(config, tokenizer)
-    prompt_ids = encode_prompt(
-        request_segments(request, template),
-        tokenizer,
-        language.voken_embeddings,
-        picture_tokens=config.vision.picture_tokens,
-    ).ids
+    prompter = Prompter(config, tokenizer, engine=f"torch {torch.__version__}")
     events: list[GeneratorEvent] = []
-    writer = Writer(
-        request,
-        prompt_ids,
-        tokenizer=tokenizer,
-        template=template,
+    steps = Steps(
+        prompter.writer(prompter.encode(request), events.append).script(),
+        sampling=request.sampling,
+        seed=seed,
         voken_embeddings=language.voken_embeddings,
-        end_ids=template.end_ids(tokenizer),
-        fingerprint="",
-        put=events.append,
+        end_ids=prompter.end_ids,
     )
-    run_script(writer.script(), model)
+    answer_steps(steps.run(), model)
     builder = StoryBuilder(request, model=config.name)
     for event in events:
         builder.add(draw_picture(model, event, request) if isinstance(event, Vokens) else event)
     return to_html(builder.story()).encode()
 
 
-def run_script(script: Script, model: Objective) -> None:
-    """Answer a script from the live language model, with transformers' own cache."""
+def answer_steps(steps: Asked, model: Objective) -> None:
+    """Answer steps from the live language model, with transformers' own cache."""
     cache, language = DynamicCache(), model.language
     answer: Tensor | Choice | None = None
     while True:
         try:
-            asked = script.send(answer)
+            asked = steps.send(answer)
         except StopIteration:
             return
         if isinstance(asked, Read):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import click  # the command line of Serve is made with it
 import ray
 
+from minigpt5.engine.vllm.settings import VllmSettings
 from minigpt5.errors import SettingsError
 
 
@@ -27,6 +29,23 @@ def device_for(num_gpus: float) -> str:
         reason = f"Ray has given {num_gpus:g} GPUs, but torch {torch.__version__} has no CUDA here"
         print(f"{reason}: this replica computes on the CPU; install a CUDA build of torch", file=sys.stderr, flush=True)
     return "cuda" if num_gpus and torch.cuda.is_available() else "cpu"
+
+
+def place_generator(num_cpus: float, num_gpus: float, vllm: VllmSettings | None) -> dict[str, Any]:
+    """Options of the generator's deployment: what a replica reserves, and the environment that it runs in.
+
+    Where vLLM divides a model, its own workers have the GPUs: one bundle each, on the replica's node.
+    """
+    options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    if vllm and vllm.python:
+        options["runtime_env"] = {"py_executable": vllm.python}
+    if not (vllm and num_gpus and vllm.num_gpus > 1):
+        return {"ray_actor_options": options}
+    return {
+        "ray_actor_options": {**options, "num_gpus": 0},
+        "placement_group_bundles": [{"CPU": num_cpus}, *({"GPU": 1.0} for _ in range(vllm.num_gpus))],
+        "placement_group_strategy": "STRICT_PACK",
+    }
 
 
 def num_gpus_of_cluster() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 
 from deployments.autoscaling.policy import GeneratorStats
@@ -15,6 +16,8 @@ from deployments.engines.throttle import coalesce_text, text_interval_s
 from deployments.observability.metrics import GENERATED_TOKENS, PENDING_TOKENS, PROMPT_TOKENS, REUSED_PROMPT_TOKENS
 from deployments.observability.story_context import add_ids_to_log
 from deployments.observability.tracing import name_span
+from minigpt5.engine.load import load_engine
+from minigpt5.engine.vllm.settings import VllmSettings
 from minigpt5.limits import default_limits
 from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision, Vokens
 
@@ -30,18 +33,23 @@ class VokenGenerator:
         num_threads: int,
         precision: TextPrecision | None = None,
         limits: Mapping[str, float | None] | None = None,
+        vllm: VllmSettings | None = None,
     ) -> None:
-        """`limits`: those of Limits that are set; the others are the device's."""
-        from minigpt5.engine.generator import VokenGenerator as Engine
-
+        """`limits`: those of Limits that are set; the others are the device's. `vllm`: with which vLLM writes."""
         num_gpus = num_gpus_here()
         device = device_for(num_gpus)
-        self.engine = Engine.from_pretrained(
+        self.engine = load_engine(
             model,
             num_threads=num_threads,
             device=device,
             precision=precision,
-            limits=default_limits(device, **(limits or {}), gpu_share=min(1.0, num_gpus or 1.0)),
+            limits=default_limits(
+                "cuda" if vllm and vllm.num_gpus > 1 else device,
+                **(limits or {}),
+                gpu_share=min(1.0, num_gpus or 1.0),
+            ),
+            vllm=vllm,
+            on_death=_end_process,
         )
         self.clock = StageClock(self.engine.limits.max_batch)
         self._writing: list[_Writing] = []
@@ -96,6 +104,12 @@ class VokenGenerator:
                 yield story
         finally:
             self._writing.remove(story)
+
+
+def _end_process() -> None:
+    """An engine whose own process is gone takes its replica with it: Serve starts another one, and stories resume."""
+    logger.error("the engine's process died: this replica ends")
+    os._exit(1)
 
 
 @dataclasses.dataclass(eq=False)

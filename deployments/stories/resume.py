@@ -52,6 +52,8 @@ class ResumedEngines:
         """Pages that are finished, and stay as they are stored."""
         self.writers = {index: page.fingerprint for index, page in self._written.items()}
         """Page -> fingerprint of the model that wrote its text."""
+        self.writing_engines = {index: page.engine for index, page in self._written.items()}
+        """Page -> name and version of the engine that wrote its text."""
         self.drawers: dict[int, str] = {}
         """Page -> fingerprint of the model that drew its picture, of those that were drawn here."""
         self._sources: dict[int, tuple[StoryRequest, dict[int, str]]] = {}
@@ -107,6 +109,7 @@ class ResumedEngines:
                     texts[event.page] = new
                 passed.add(event.page)
                 self.writers.setdefault(event.page, event.fingerprint)
+                self.writing_engines.setdefault(event.page, event.engine)
                 yield await writing(self._keep, event)
                 if event.fingerprint in self._refused and event.page < last:
                     raise _Replaced

@@ -61,7 +61,12 @@ class RunningStory:
             return self.engines.drawn[index]
         page = self.builder.page_state(index)
         image = page.image and dataclasses.replace(page.image, fingerprint=self.engines.drawers.get(index, ""))
-        return dataclasses.replace(page, image=image, fingerprint=self.engines.writers.get(index, ""))
+        return dataclasses.replace(
+            page,
+            image=image,
+            fingerprint=self.engines.writers.get(index, ""),
+            engine=self.engines.writing_engines.get(index, ""),
+        )
 
     async def follow(self) -> AsyncIterator[StreamEvent]:
         """All events from the first, then the coming ones as they come."""

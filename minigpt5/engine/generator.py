@@ -2,7 +2,7 @@
 
 Continuous batching: requests join and leave between tokens, each with its own prompt, sampling, seed and length. A
 step of the language model reads for each of them what its script asks next: a token, a picture's vokens, or a part
-of its prompt. `script.py` is what one request does; `kv_cache.py` is how they share a step.
+of its prompt. `script.py` and `steps.py` are what one request does; `kv_cache.py` is how they share a step.
 
 Shape letters: H hidden width, T tokens of a step, N input pictures, Q embeddings of one picture.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import hashlib
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -25,29 +23,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minigpt5.config import ModelConfig
-from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.engine_loop import EngineLoop, Job
 from minigpt5.engine.fair_share import FairShare, Occupancy
 from minigpt5.engine.kv_blocks import num_blocks
 from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
 from minigpt5.engine.kv_pass import upload
+from minigpt5.engine.picture_reader import PictureReader
+from minigpt5.engine.prompts import Prompter
 from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
-from minigpt5.engine.script import Read, Score, Script, Writer
+from minigpt5.engine.steps import Asked, Read, Score, Steps
 from minigpt5.engine.threads import single_thread
-from minigpt5.errors import InvalidRequest, SettingsError
+from minigpt5.errors import SettingsError
 from minigpt5.limits import BLOCK, Limits, default_limits, kv_cache_bytes
 from minigpt5.model.language import LanguageModel
-from minigpt5.model.prompt import encode, given_ids, pictures_read, request_segments
-from minigpt5.model.template import make_template
+from minigpt5.model.prompt import pictures_read
 from minigpt5.model.vision import Vision
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Role, StoryRequest, TextPrecision
+from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
 
-READ_BACK_TOKENS = 16
-"""Around a picture that is read back, and of what is asked after it."""
 MIN_SHARE = 0.25
 """Share of slots and of the KV store that clients with requests under way leave to others."""
-PICTURE_BYTES = 64 * 2**20
-"""Size of the embeddings of input pictures that are kept."""
 
 
 class _Job(Job[GeneratorEvent]):
@@ -63,8 +57,8 @@ class _Job(Job[GeneratorEvent]):
         """Positions of the whole context, where the language model counts pictures by rows and columns."""
         self.last_seen_S: Tensor | None = None
         """The last place that each token of the context sees, where the language model sees whole pictures."""
-        self.script: Script
-        self.writer: Writer
+        self.steps: Steps
+        self.asking: Asked
         self.num_positions = int(cost)
         """Longest that it may become."""
         self.slot = -1
@@ -98,8 +92,8 @@ class VokenGenerator:
         self.config = config
         self.fingerprint = config.fingerprint
         self.tokenizer, self.language, self.vision = tokenizer, language.eval(), vision.eval()
-        self.template = make_template(config, tokenizer)
-        self.end_ids = self.template.end_ids(tokenizer)
+        self.prompter = Prompter(config, tokenizer, engine=f"torch {torch.__version__}")
+        self.template, self.end_ids = self.prompter.template, self.prompter.end_ids
         self.num_close_choices = 0
         """Tokens of finished requests whose choice another batch could have changed. Counted where tokens are drawn on
         the CPU: on a GPU, below float32, every batch may change some."""
@@ -115,7 +109,7 @@ class VokenGenerator:
         self._free_slots = list(range(self.limits.num_slots))
         """Least recently used first. What they have read stays until they are taken again."""
         self._num_reserved = int(MIN_SHARE * self.limits.num_slots)
-        self._pictures = BoundedCache[Tensor](PICTURE_BYTES, size_bytes=lambda image_QH: image_QH.nbytes)
+        self._pictures = PictureReader(vision)
         self._fair = FairShare(self.limits.max_batch, min_places=1)
         self._loop = EngineLoop[_Job](
             "generator",
@@ -173,27 +167,24 @@ class VokenGenerator:
 
     def validate_request(self, request: StoryRequest) -> None:
         """Raise InvalidRequest where `request` cannot be written."""
-        self._encode(request)
+        self.prompter.encode(request)
 
     async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
         """Write one request; ends with Usage. Closing the iterator stops the work at the next token.
 
         Raises InvalidRequest or EngineFull.
         """
-        request, prompt_ids, num_new = self._encode(request)
-        job = _Job(request, prompt_ids, cost=len(prompt_ids) + num_new)
-        job.writer = Writer(
-            request,
-            prompt_ids,
-            tokenizer=self.tokenizer,
-            template=self.template,
+        prompt = self.prompter.encode(request)
+        request = prompt.request
+        job = _Job(request, prompt.ids, cost=len(prompt.ids) + prompt.num_new)
+        job.steps = Steps(
+            self.prompter.writer(prompt, job.put).script(),
+            sampling=request.sampling,
+            seed=request.seed,
             voken_embeddings=self.language.voken_embeddings,
             end_ids=self.end_ids,
-            fingerprint=self.fingerprint,
-            put=job.put,
-            published_quirks=self.config.published_quirks,
         )
-        job.script = job.writer.script()
+        job.asking = job.steps.run()
         if pictures := pictures_read(request):
             await asyncio.to_thread(self._see, job, pictures)
         self._lay_out(job)
@@ -201,57 +192,9 @@ class VokenGenerator:
             async for event in events:
                 yield event
 
-    def _encode(self, request: StoryRequest) -> tuple[StoryRequest, list[int], int]:
-        """The request as it is written, the prompt's token ids, and how many tokens may be written after it.
-
-        A reply may ask for more text than the window holds: it gets what is left there.
-        """
-        check_request(request)
-        reads_back = request.mode == "story" and request.feedback == "pictures"
-        if self.config.vision.family == "none" and (reads_back or pictures_read(request)):
-            raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
-        ids = encode(
-            request_segments(request, self.template),
-            self.tokenizer,
-            self.language.voken_embeddings,
-            picture_tokens=self.config.vision.picture_tokens,
-        ).ids
-        if request.mode == "reply":
-            room = max(1, self.config.context_tokens - len(ids) - request.pages * self.config.num_vokens)
-            sampling = request.sampling
-            sampling = dataclasses.replace(sampling, max_page_tokens=min(sampling.max_page_tokens, room))
-            request = dataclasses.replace(request, sampling=sampling)
-        limit = request.sampling.max_page_tokens
-        num_given = sum(map(len, given_ids(request, self.template, self.tokenizer)))
-        num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
-        num_text = num_given + num_written * limit
-        num_new = num_text + request.pages * self.config.num_vokens
-        if request.feedback == "pictures":  # the last page reads all the others' pictures
-            num_new += (request.pages + request.num_later - 1) * (
-                self.config.vision.num_picture_tokens + READ_BACK_TOKENS
-            )
-            num_new += request.num_later * limit
-        if len(ids) + num_new > self.config.context_tokens:
-            raise InvalidRequest(
-                "prompt",
-                f"prompt takes {len(ids)} tokens and {request.pages} pages up to {num_new}, but the context window is "
-                f"{self.config.context_tokens} tokens: shorten the prompt or ask for fewer pages",
-            )
-        return request, ids, num_new
-
-    @torch.no_grad()
     def _see(self, job: _Job, pictures: list[bytes]) -> None:
-        """Embed a prompt's pictures, each content once; runs beside the engine's own thread, and without a team."""
-        torch.set_num_threads(1)
-        digests = [hashlib.sha256(data).digest() for data in pictures]
-        image_QHs = []
-        for digest, data in zip(digests, pictures, strict=True):
-            image_QH = self._pictures.get(digest)
-            if image_QH is None:
-                image_QH = self.vision.read([data])[0]
-                self._pictures.put(digest, image_QH)
-            image_QHs.append(image_QH)
-        job.image_PH = torch.cat(image_QHs)
+        """Embed a prompt's pictures; runs beside the engine's own thread."""
+        job.image_PH, digests = self._pictures.read(pictures)
         hashes = [-1 - (int.from_bytes(digest[:8], "big") >> 1) for digest in digests]  # no token id is negative
         is_placeholder = job.prompt == self.language.voken_embeddings.placeholder
         job.prompt[is_placeholder] = np.repeat(hashes, self.config.vision.num_queries)
@@ -384,7 +327,7 @@ class VokenGenerator:
             asking: list[tuple[_Job, Score]] = []
             for job, answer in answers:
                 try:
-                    asked = job.script.send(answer)
+                    asked = job.asking.send(answer)
                 except StopIteration:
                     job.is_done = True
                 except Exception as failure:  # one request fails, the others go on
@@ -423,8 +366,8 @@ class VokenGenerator:
         if job.slot >= 0:
             self._free_slots.append(job.slot)
             self._cache.trim(job.slot)
-        self.num_close_choices += job.writer.num_close
-        job.script.close()
+        self.num_close_choices += job.steps.num_close
+        job.asking.close()
 
 
 def new_cache(language: LanguageModel, limits: Limits, *, num_positions: int) -> SlotCache:
@@ -451,25 +394,3 @@ def new_cache(language: LanguageModel, limits: Limits, *, num_positions: int) ->
         num_positions=num_positions,
         num_shared_blocks=min(size // block_bytes, limits.num_slots * needed),
     )
-
-
-def check_request(request: StoryRequest) -> None:
-    """Raise InvalidRequest where a request makes no sense to any model."""
-    said = [part for part in request.prompt if not isinstance(part, Role)]
-    if not any(isinstance(part, InputImage) or part.strip() for part in said):
-        raise InvalidRequest("prompt", "prompt is empty: say what the story or the picture is about")
-    if not 1 <= request.pages <= MAX_PAGES:
-        raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {MAX_PAGES}")
-    if request.pictures != "auto" and request.mode != "reply":
-        raise InvalidRequest("pictures", f"pictures is {request.pictures!r} but a {request.mode} has its own: use auto")
-    if request.given and request.mode != "story":
-        raise InvalidRequest("given", f"given has texts but a {request.mode} has no pages to give: leave it out")
-    if len(request.given) > request.pages:
-        raise InvalidRequest(
-            "given", f"given has {len(request.given)} texts but pages is {request.pages}: ask for as many or more"
-        )
-    for number, words in enumerate(request.given, start=1):
-        if not words.strip():
-            raise InvalidRequest("given", f"given text {number} is empty: say what the page says")
-    if not all(request.stop):
-        raise InvalidRequest("stop", f"stop is {request.stop} but no stop string may be empty")

@@ -34,7 +34,7 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class TokenDraw:
     """What decides a token besides its logits."""
 
     sampling: Sampling
@@ -49,7 +49,7 @@ class Draw:
     """Whether the first voken gets ten times the best logit, the published way to force a picture (D11)."""
 
 
-def draw_token(logits_T: np.ndarray, draw: Draw, *, first_voken: int) -> Choice:
+def draw_token(logits_T: np.ndarray, draw: TokenDraw, *, first_voken: int) -> Choice:
     """Choose a token on the CPU."""
     if draw.is_rushed:
         logits_T = logits_T.copy()
@@ -73,7 +73,7 @@ def mask(logits_T: np.ndarray, closed: list[int], *, first_voken: int) -> np.nda
 
 
 @torch.no_grad()
-def draw_tokens(logits_RT: Tensor, draws: Sequence[Draw], *, first_voken: int) -> list[int]:
+def draw_tokens(logits_RT: Tensor, draws: Sequence[TokenDraw], *, first_voken: int) -> list[int]:
     """Choose the tokens of all rows on the device of their logits, as `draw_token` does.
 
     A row's choice depends on its own logits and draw alone. The host waits once, for the ids.
@@ -103,7 +103,7 @@ def draw_tokens(logits_RT: Tensor, draws: Sequence[Draw], *, first_voken: int) -
     return ids
 
 
-def _lower_seen(logits_RT: Tensor, draws: Sequence[Draw]) -> None:
+def _lower_seen(logits_RT: Tensor, draws: Sequence[TokenDraw]) -> None:
     """Apply the repetition penalty in place."""
     seen = [
         (row, token, draw.sampling.repetition_penalty)

@@ -1,59 +1,69 @@
-"""One request as a script: what the language model reads next, and what its states become.
+"""One request as a script: what the language model reads, which texts it writes, and where a picture's vokens stand.
 
-A script asks for states by yielding `Read` and for a token by yielding `Score`, and is sent the answer. The engine that
-runs it may answer many scripts with one step of the model. The script passes what it writes to `put`, in order.
+A script says ids by yielding `Say`, takes a text by `Take` and draws a picture's vokens by `Draw`; it is sent the
+answer. It passes what is written to `put`, in order. An engine runs it: steps.py token by token on torch,
+vllm/backend.py by whole texts. No torch here.
 
-Shape letters: H hidden width, V vokens, N states asked for.
+Shape letters: H hidden width, V vokens.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
-from minigpt5.engine.sampling import Draw
 from minigpt5.engine.text_stream import TextStream
 from minigpt5.model.prompt import Template, given_ids
-from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
 
-CLOSE = 1e-4
-"""A choice with a smaller margin may fall otherwise when the batch has another shape."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Read:
-    """Token ids to read at a position of the sequence; answered with the states of the last `num_states`: (N, H)."""
+class Say:
+    """Token ids that the model reads next; answered with None."""
 
     ids: list[int]
-    start: int
-    num_states: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Take:
+    """A text that the model writes, token by token into `add`, until it opens a picture or ends the text.
+
+    Answered with whether it opened a picture. `stream.tokens` are then what the text is: a stop string takes some back.
+    """
+
+    page: int
+    limit: int
+    """Maximum number of tokens."""
+    min_tokens: int
+    """So many come before a picture or the end."""
+    may_draw: bool
+    """Whether it may open a picture."""
+    said: list[int]
+    """Tokens of the reply before it."""
+    stream: TextStream
+    show: Callable[[str], None]
+    is_rushed: bool = False
+    """Whether the first voken gets ten times the best logit at every token, the published way to force a picture
+    (D11)."""
+
+    def add(self, token: int) -> bool:
+        """Take one more token, and show its text; returns whether a stop string has come, which ends the text."""
+        self.show(self.stream.add(token))
+        return self.stream.is_stopped
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """A state and how the token after it is drawn; answered with a `Choice`."""
-
-    state_H: Tensor
-    draw: Draw
+class Draw:
+    """A picture's vokens, which the model reads; answered with the states that predict them: (V, H) float32."""
 
 
-Script = Generator[Read | Score, Any, None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Text:
-    """A page's text, the state after it, and whether the model opened a picture there."""
-
-    tokens: list[int]
-    state_H: Tensor
-    opens_picture: bool
+Script = Generator[Say | Take | Draw, Any, None]
 
 
 class Writer:
@@ -66,20 +76,17 @@ class Writer:
         *,
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
-        voken_embeddings: VokenEmbeddings,
-        end_ids: frozenset[int],
+        num_vokens: int,
         fingerprint: str,
+        engine: str,
         put: Callable[[GeneratorEvent], None],
         published_quirks: bool = False,
     ) -> None:
         self.request, self.prompt_ids, self.published_quirks = request, prompt_ids, published_quirks
-        self.num_close = 0
-        """Choices whose margin was below CLOSE."""
-        self._tokenizer, self._voken_embeddings, self._end_ids = tokenizer, voken_embeddings, end_ids
+        self._tokenizer, self._num_vokens = tokenizer, num_vokens
         self._given_ids = given_ids(request, template, tokenizer)
         self._stop = (*template.stop, *request.stop)
-        self._fingerprint, self._put = fingerprint, put
-        self._length = len(prompt_ids)
+        self._fingerprint, self._engine, self._put = fingerprint, engine, put
         self._num_given = self._num_written = 0
 
     def script(self) -> Script:
@@ -88,125 +95,85 @@ class Writer:
         for name in ("temperature", "top_p", "repetition_penalty"):
             if not isinstance(value := getattr(sampling, name), int | float):
                 raise TypeError(f"{name} is {value!r} but must be a number")
+        yield Say(ids=self.prompt_ids)
         yield from {"story": self._story, "caption": self._caption, "reply": self._reply}[self.request.mode]()
         num_read = len(self.prompt_ids) + self._num_given
         self._put(Usage(prompt_tokens=num_read, completion_tokens=self._num_written))
 
     def _caption(self) -> Script:
-        """The prompt and its vokens in one reading."""
-        ids = self.prompt_ids + self._voken_embeddings.ids[:-1]
-        states_VH = yield Read(ids=ids, start=0, num_states=self._voken_embeddings.num_vokens)
-        self._put_vokens(1, states_VH)
+        """The prompt is the caption."""
+        yield from self._picture(1)
 
     def _story(self) -> Script:
-        state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
         sampling, num_given, first = self.request.sampling, len(self._given_ids), len(self.request.previous) + 1
         for page in range(first, first + self.request.pages):
             if page - first < num_given:
-                state_H = yield from self._given(page, page - first)
+                yield self._given(page, page - first)
             else:
-                text = yield from self._text(
-                    page, state_H, limit=sampling.max_page_tokens, min_tokens=sampling.min_page_tokens
-                )
-                state_H = text.state_H
-            state_H = yield from self._picture(page, state_H)
+                yield from self._text(page, limit=sampling.max_page_tokens, min_tokens=sampling.min_page_tokens)
+            yield from self._picture(page)
 
     def _reply(self) -> Script:
         request = self.request
-        state_H = (yield Read(ids=self.prompt_ids, start=0))[-1]
         max_pictures = 1 if self.published_quirks else request.pages
         page, num_pictures = len(request.previous) + 1, 0
         said: list[int] = []
         while True:
             is_owed = request.pictures == "forced" and not num_pictures
             is_rushed = is_owed and self.published_quirks
-            text = yield from self._text(
+            tokens, opens_picture = yield from self._text(
                 page,
-                state_H,
                 limit=request.sampling.max_page_tokens - len(said),
                 min_tokens=request.sampling.min_page_tokens if is_owed and not is_rushed else 0,
                 may_draw=request.pictures != "none" and num_pictures < max_pictures,
                 is_rushed=is_rushed,
                 said=said,
             )
-            said += text.tokens
-            if not text.opens_picture and (is_rushed or not is_owed):
+            said = said + tokens
+            if not opens_picture and (is_rushed or not is_owed):
                 return
-            state_H = yield from self._picture(page, text.state_H)
-            if not text.opens_picture:
+            yield from self._picture(page)
+            if not opens_picture:
                 return
             page, num_pictures = page + 1, num_pictures + 1
 
-    def _given(self, page: int, number: int) -> Generator[Read | Score, Any, Tensor]:
-        """Read a page's text as if it had been written; returns the state after it."""
+    def _given(self, page: int, number: int) -> Say:
+        """A page's text, to be read as if it had been written."""
         ids = self._given_ids[number]
         self._show(page, self.request.given[number])
-        states_1H = yield Read(ids=ids, start=self._length)
-        self._length += len(ids)
         self._num_given += len(ids)
-        return states_1H[-1]
+        return Say(ids=ids)
 
     def _text(
         self,
         page: int,
-        state_H: Tensor,
         *,
         limit: int,
         min_tokens: int,
         may_draw: bool = True,
         is_rushed: bool = False,
         said: list[int] = [],  # noqa: B006 (never changed)
-    ) -> Generator[Read | Score, Any, _Text]:
-        """Up to `limit` tokens, until the model opens a picture or ends the text, or a stop string has come.
-
-        `is_rushed`: the published way to force a picture (D11), by ten times the best logit at every token.
-        """
-        request, voken_embeddings = self.request, self._voken_embeddings
+    ) -> Generator[Take, Any, tuple[list[int], bool]]:
+        """Take a page's text; returns its tokens, and whether the model opened a picture after them."""
         stream = TextStream(self._tokenizer, self._stop)
-        start = self._length
-        # A stop string may reach back over some tokens, at most four for each of its characters.
-        states = deque([state_H], maxlen=4 * max(map(len, self._stop), default=0) + 1)
-        opens_picture = False
-        while len(stream.tokens) < limit:
-            closed = [voken_embeddings.first] if not may_draw else []
-            if len(stream.tokens) < min_tokens:
-                closed = [voken_embeddings.first, *self._end_ids]
-            draw = Draw(
-                sampling=request.sampling,
-                seed=request.seed,
-                page=page,
-                position=len(stream.tokens),
-                seen=said + stream.tokens,
-                closed=closed,
-                is_rushed=is_rushed,
-            )
-            choice = yield Score(state_H=states[-1], draw=draw)
-            self.num_close += choice.margin < CLOSE
-            opens_picture = choice.token == voken_embeddings.first
-            if opens_picture or choice.token in self._end_ids:
-                break
-            self._show(page, stream.add(choice.token))
-            if stream.is_stopped:
-                break
-            states.append((yield Read(ids=[choice.token], start=self._length))[-1])
-            self._length += 1
+        opens_picture = yield Take(
+            page=page,
+            limit=limit,
+            min_tokens=min_tokens,
+            may_draw=may_draw,
+            is_rushed=is_rushed,
+            said=said,
+            stream=stream,
+            show=lambda text: self._show(page, text),
+        )
         self._show(page, stream.end())
-        num_back = self._length - start - len(stream.tokens)
-        self._length -= num_back
         self._num_written += len(stream.tokens)
-        return _Text(tokens=stream.tokens, state_H=states[-1 - num_back], opens_picture=opens_picture)
+        return stream.tokens, opens_picture
 
-    def _picture(self, page: int, state_H: Tensor) -> Generator[Read | Score, Any, Tensor]:
-        """All vokens in one step, as the state before them says; returns the state after the last."""
-        num_vokens = self._voken_embeddings.num_vokens
-        states_VH = yield Read(ids=self._voken_embeddings.ids, start=self._length, num_states=num_vokens)
-        self._length += num_vokens
-        self._put_vokens(page, torch.cat([state_H[None], states_VH[:-1]]))
-        return states_VH[-1]
-
-    def _put_vokens(self, page: int, hidden_VH: Tensor) -> None:
-        self._num_written += self._voken_embeddings.num_vokens
-        self._put(Vokens(page=page, hidden_VH=hidden_VH.float().cpu().numpy(), fingerprint=self._fingerprint))
+    def _picture(self, page: int) -> Generator[Draw, np.ndarray, None]:
+        hidden_VH = yield Draw()
+        self._num_written += self._num_vokens
+        self._put(Vokens(page=page, hidden_VH=hidden_VH, fingerprint=self._fingerprint, engine=self._engine))
 
     def _show(self, page: int, text: str) -> None:
         if text:

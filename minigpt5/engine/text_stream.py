@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TextStream:
@@ -16,6 +19,11 @@ class TextStream:
         self.is_stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._num_shown = 0
+
+    @property
+    def max_taken_back(self) -> int:
+        """Tokens that a stop string may reach back over: at most four for each of its characters."""
+        return 4 * max(map(len, self._stop), default=0)
 
     def add(self, token: int) -> str:
         """What may now be shown. At a stop string: the rest before it, and `tokens` keeps those wholly before it."""

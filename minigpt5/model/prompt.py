@@ -66,6 +66,24 @@ class Tokens:
     """
 
 
+@dataclass(frozen=True)
+class VokenIds:
+    """The numbers of the new tokens, without their embeddings, which VokenEmbeddings has."""
+
+    first: int
+    """[IMG0]: the vokens are numbered after the base vocabulary."""
+    num_vokens: int
+
+    @property
+    def placeholder(self) -> int:
+        """Marks the positions of an input picture's embeddings."""
+        return self.first + self.num_vokens
+
+    @property
+    def ids(self) -> list[int]:
+        return list(range(self.first, self.placeholder))
+
+
 def text_segment(text: str, *, is_target: bool = False) -> Segment:
     return Segment(kind="text", text=text, is_target=is_target)
 
@@ -114,7 +132,7 @@ class Template(Protocol):
 def encode(
     segments: Sequence[Segment],
     tokenizer: PreTrainedTokenizerBase,
-    voken_embeddings: VokenEmbeddings,
+    voken_embeddings: VokenEmbeddings | VokenIds,
     *,
     picture_tokens: Sequence[int],
     published_quirks: bool = False,

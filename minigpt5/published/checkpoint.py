@@ -9,8 +9,8 @@ config (the numbers are of our list of differences):
 
 D4   the label of [IMG7] is learnt, and every label of a target's second picture (prompt.encode)
 D8   captions are encoded with their padding masked, unlike in Stable Diffusion (text_encoder.ClipTextEncoder)
-D11  a forced picture comes before any text, and not at all where the logits are negative (script.Writer)
-D14  a reply has one picture at most (script.Writer)
+D11  a forced picture comes before any text, and not at all where the logits are negative (engine.script)
+D14  a reply has one picture at most (engine.script)
 D6   the old rows of the vocabulary shrink by weight decay: only new rows are trained here, with or without the flag;
      what an imported checkpoint has of it is kept (`vocabulary.safetensors`)
 """

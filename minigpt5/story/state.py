@@ -61,6 +61,8 @@ class PageState:
     """Which of them `image` is."""
     fingerprint: str = ""
     """Fingerprint of the model folder that wrote the text; "": it is not known, or a client has edited the text."""
+    engine: str = ""
+    """Engine that wrote the text, and its version, as in Vokens; "": as `fingerprint`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.engines import find_gguf
-from benchmarks.peers import export
 from minigpt5.config import default_model_folder
+from minigpt5.engine.vllm import export
 from minigpt5.model.folder import load_generator_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.slow
 def test_the_exported_model_is_ours(tmp_path: Path) -> None:
     """In bfloat16: the states of a short text are as near as its rounding lets them."""
-    export.main([str(default_model_folder()), str(tmp_path)])
+    assert export.main([str(default_model_folder()), str(tmp_path)]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     _, tokenizer, ours, _ = load_generator_model(default_model_folder(), precision="float32")
     rows = ours.voken_embeddings

@@ -21,7 +21,7 @@ from minigpt5.config import default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator, new_cache
 from minigpt5.engine.kv_cache import SlotCache
-from minigpt5.engine.sampling import Draw, draw_token, draw_tokens
+from minigpt5.engine.sampling import TokenDraw, draw_token, draw_tokens
 from minigpt5.errors import ModelFolderError
 from minigpt5.limits import BLOCK, KV_CACHE_SHARE, default_limits
 from minigpt5.model.folder import load_generator_model
@@ -131,7 +131,7 @@ def test_tokens_drawn_on_the_device_are_the_cpus(device: str) -> None:
     rng = np.random.default_rng(0)
     logits_RT = rng.normal(size=(64, 32_000)).astype(np.float32) * 3
     draws = [
-        Draw(
+        TokenDraw(
             sampling=SAMPLINGS[row % 4], seed=row, page=1, position=row, seen=[1, 2, row], closed=[row], is_rushed=False
         )
         for row in range(64)

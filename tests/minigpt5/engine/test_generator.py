@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minigpt5.engine.generator import VokenGenerator
-from minigpt5.engine.script import CLOSE
+from minigpt5.engine.steps import CLOSE
 from minigpt5.errors import EngineFull, InvalidRequest, SettingsError
 from minigpt5.limits import BLOCK, default_limits
 from minigpt5.model.language import LanguageModel
@@ -178,7 +178,7 @@ def test_a_forced_picture_comes_after_the_text_for_any_logits(
 
 def test_the_published_way_to_force_a_picture_draws_before_any_text_or_not_at_all(generator: VokenGenerator) -> None:
     """Ten times the best logit: far above all others, or far below where that is negative."""
-    generator.config = dataclasses.replace(generator.config, published_quirks=True)
+    generator.prompter.config = dataclasses.replace(generator.config, published_quirks=True)
     bias(generator, first_voken=-100, shift=1000)
     events = run(generator, reply(pictures="forced"))[0]
     assert isinstance(events[0], Vokens) and pages_with_pictures(events) == [1]
@@ -190,7 +190,7 @@ def test_the_published_way_to_force_a_picture_draws_before_any_text_or_not_at_al
 def test_the_published_reply_has_one_picture(generator: VokenGenerator) -> None:
     bias(generator, first_voken=100)
     assert len(pages_with_pictures(run(generator, reply())[0])) == 3
-    generator.config = dataclasses.replace(generator.config, published_quirks=True)
+    generator.prompter.config = dataclasses.replace(generator.config, published_quirks=True)
     assert pages_with_pictures(run(generator, reply())[0]) == [1]
 
 
@@ -546,11 +546,11 @@ class OutOfMemory:
 def test_a_request_as_long_as_the_context_takes_the_whole_store_and_its_own_beginning() -> None:
     generator = new_generator(kv_cache_gib=19 * BLOCK_GIB)
     longest = [story(seed=seed, prompt=("fox " * 545,), pages=1) for seed in (1, 2)]
-    _, prompt_ids, num_new = generator._encode(longest[0])
-    assert len(prompt_ids) + num_new > 18 * BLOCK
+    prompt = generator.prompter.encode(longest[0])
+    assert len(prompt.ids) + prompt.num_new > 18 * BLOCK
     expected = [text(events) for events in run(new_generator(), *longest)]
     assert [text(events) for events in run(generator, *longest)] == expected
-    assert generator.num_reused_tokens == len(prompt_ids) - 1
+    assert generator.num_reused_tokens == len(prompt.ids) - 1
 
 
 def test_a_store_without_room_for_the_context_is_refused() -> None:

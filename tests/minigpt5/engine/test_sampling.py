@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5.engine.sampling import Choice, Draw, draw_token, draw_tokens, sample_token
+from minigpt5.engine.sampling import Choice, TokenDraw, draw_token, draw_tokens, sample_token
 from minigpt5.types import Sampling
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
@@ -84,12 +84,14 @@ def test_two_tokens_of_one_probability_have_no_margin() -> None:
 # On the device of the logits
 
 
-def new_draw(position: int, *, seen: tuple[int, ...] = (), closed: tuple[int, ...] = (), **changes: object) -> Draw:
+def new_draw(
+    position: int, *, seen: tuple[int, ...] = (), closed: tuple[int, ...] = (), **changes: object
+) -> TokenDraw:
     sampling = Sampling(**{"temperature": 1.0, "top_p": 1.0, **changes})  # type: ignore[arg-type]
-    return Draw(sampling=sampling, seed=5, page=2, position=position, seen=list(seen), closed=list(closed))
+    return TokenDraw(sampling=sampling, seed=5, page=2, position=position, seen=list(seen), closed=list(closed))
 
 
-def draw_rows(draws: list[Draw], logits_T: np.ndarray = LOGITS, *, first_voken: int = 3) -> list[int]:
+def draw_rows(draws: list[TokenDraw], logits_T: np.ndarray = LOGITS, *, first_voken: int = 3) -> list[int]:
     """All rows have the same logits."""
     logits_RT = torch.from_numpy(logits_T).expand(len(draws), -1)
     return draw_tokens(logits_RT, draws, first_voken=first_voken)
