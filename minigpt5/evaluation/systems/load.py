@@ -31,6 +31,7 @@ class SystemInfo:
     version: str
     """Changes when the weights do: the fingerprint, or a rival's own `version`."""
     wants: frozenset[str]
+    reads_pictures: bool
     sampling: Sampling
     draw: DrawSettings
 
@@ -38,7 +39,8 @@ class SystemInfo:
 def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInfo:
     """Read a system's config and check it. `draw`: fields of DrawSettings that differ from its default.
 
-    A rival's config.json may have `name`, `version`, and `sampling` and `draw` in the form that ours has. Raises
+    A rival's config.json may have `name`, `version`, `reads_pictures` (default true), and `sampling` and `draw` in the
+    form that ours has. Raises
     ModelFolderError, BaseModelNotFound, and InvalidRequest where the model does not draw so.
     """
     local, kind = locate(folder), read_kind(folder)
@@ -51,6 +53,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
             name=config.name,
             version=config.fingerprint,
             wants=load_class(kind).wants,
+            reads_pictures=config.vision.family != "none",
             sampling=config.sampling,
             draw=config.draw_settings(changes),
         )
@@ -65,6 +68,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
         name=str(values.get("name", kind)),
         version=str(values.get("version", "")),
         wants=load_class(kind).wants,
+        reads_pictures=values.get("reads_pictures", True) is True,
         sampling=sampling,
         draw=chosen,
     )

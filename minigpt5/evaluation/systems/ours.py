@@ -11,18 +11,16 @@ Each kind of question is asked in the words that the model was trained with:
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from PIL import Image
 
 from minigpt5.blocking import run_blocking
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.evaluation.systems import AnswerPart, Question
+from minigpt5.pictures import open_picture
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.published.data import READ_AND_TALK
 from minigpt5.story.stream import write_story
@@ -80,7 +78,7 @@ class MiniGPT5System:
             if page.error:
                 raise MiniGPT5Error(f"page {page.index} has no picture: {page.error}")
             parts += [page.text] if page.text and question.wants != "picture" else []
-            parts += [to_picture(page.picture.png)] if page.picture else []
+            parts += [open_picture(page.picture.png)] if page.picture else []
         return tuple(parts)
 
 
@@ -109,9 +107,3 @@ def _with_instruction(context: tuple[PromptPart, ...]) -> tuple[PromptPart, ...]
     if isinstance(context[0], Role) and context[0].name == "user":
         return (context[0], READ_AND_TALK, *context[1:])
     return (Role(name="user"), READ_AND_TALK, *context)
-
-
-def to_picture(png: bytes) -> Image.Image:
-    """A picture that an engine drew."""
-    with Image.open(io.BytesIO(png)) as picture:
-        return picture.convert("RGB")
