@@ -24,6 +24,8 @@ POINTS = (
     "part-written",  # a data file is in place, its stories' state is not yet cleared
     "recovering",  # a run has found the state of an earlier one
 )
+ASKING_POINTS = ("mid-row",)
+"""Of `batch_jobs.evaluate` alone: a system has answered some questions of a row, and none is stored."""
 FailpointHook = Callable[[str], None]
 
 
@@ -37,8 +39,9 @@ def from_environment() -> FailpointHook:
     if not value:
         return no_failpoint
     name, _, marker = value.partition(":")
-    if name not in POINTS or not marker:
-        raise ValueError(f"{VARIABLE} is {value!r} but must be NAME:MARKER with NAME one of {', '.join(POINTS)}")
+    known = (*POINTS, *ASKING_POINTS)
+    if name not in known or not marker:
+        raise ValueError(f"{VARIABLE} is {value!r} but must be NAME:MARKER with NAME one of {', '.join(known)}")
     return Failpoint(name, Path(marker))
 
 

@@ -169,6 +169,7 @@ class RowSink:
 
     def add(self, row: Row) -> None:
         self._rows.append(row)
+        self._num_bytes += row.get("size_bytes") or 0
         self._num_bytes += sum(PICTURE_BYTES + len(page["vokens"] or b"") for page in row.get("pages", []))
         if self._num_bytes >= FLUSH_BYTES:
             self.flush()

@@ -27,6 +27,7 @@ from batch_jobs.monitor import Figures, Monitor
 from batch_jobs.report import Report
 from batch_jobs.stages import Decoder, Generator, Row
 from minigpt5.errors import MiniGPT5Error
+from minigpt5.evaluation.systems import System
 from minigpt5.limits import ON_CPU, ON_GPU
 
 ENGINE_CPUS = 0.5
@@ -37,7 +38,7 @@ MAX_BLOCKS = 4096
 """Blocks of a job's input: one story each, up to this many."""
 TICK_S = 0.5
 """Seconds between checks of the engines."""
-Loader = Callable[[], Generator] | Callable[[], Decoder]
+Loader = Callable[[], Generator] | Callable[[], Decoder] | Callable[[], System]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ class Report:
     done: int = 0
     """Rows that this run has finished, those with errors included."""
     stories: int = 0
-    """Rows with something in them: pages, or a caption."""
+    """Rows with something in them: pages, a caption, or answers."""
     pictures: int = 0
     seconds: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -42,7 +42,8 @@ class Report:
     def add(self, row: Row) -> None:
         self.done += 1
         pages = row.get("pages") or []
-        self.stories += bool(pages or row.get("caption"))
+        self.stories += bool(pages or row.get("caption") or row.get("answers"))
+        self.pictures += row.get("num_pictures") or 0
         self.pictures += sum(bool(page["has_picture"]) for page in pages)
         if row["error"] is not None:
             self.kinds[row.get("kind") or "other"] += 1

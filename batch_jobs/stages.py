@@ -73,6 +73,8 @@ class ErrorKind(StrEnum):
     DRAWING = "drawing"
     DECODER_DEATHS = "decoder deaths"
     DESCRIBING = "describing"
+    ANSWERING = "answering"
+    SYSTEM_DEATHS = "system deaths"
     EARLIER_JOB = "earlier job"
     STORAGE = "storage"
     """A store failed for longer than it is waited for. Such a row is not put into the output: the next run does it."""

@@ -96,7 +96,9 @@ class Writer:
             if not isinstance(value := getattr(sampling, name), int | float):
                 raise TypeError(f"{name} is {value!r} but must be a number")
         yield Say(ids=self.prompt_ids)
-        yield from {"story": self._story, "caption": self._caption, "reply": self._reply}[self.request.mode]()
+        scene = self._caption if self.request.given else self._story
+        scripts = {"story": self._story, "caption": self._caption, "reply": self._reply, "scene": scene}
+        yield from scripts[self.request.mode]()
         num_read = len(self.prompt_ids) + self._num_given
         self._put(Usage(prompt_tokens=num_read, completion_tokens=self._num_written))
 

@@ -145,13 +145,17 @@ def inception_score(
 ) -> tuple[float, float]:
     """Inception Score: mean and standard deviation over `splits` random parts, by torchmetrics; `inception` gives the
     1008 logits without the bias. Reproducible with torch.manual_seed: the parts are random."""
+    return inception_score_of(extract(drawn, inception, px=px), splits=splits)
+
+
+def inception_score_of(logits_BD: Tensor, *, splits: int = 10) -> tuple[float, float]:
+    """As `inception_score`, of logits that were extracted before."""
     from torchmetrics.image.inception import InceptionScore
 
-    if len(drawn) < splits or splits < 2:
+    if len(logits_BD) < splits or splits < 2:
         raise InvalidRequest(
-            "drawn", f"{len(drawn)} pictures in {splits} parts: at least two parts of one picture each"
+            "drawn", f"{len(logits_BD)} pictures in {splits} parts: at least two parts of one picture each"
         )
-    logits_BD = extract(drawn, inception, px=px)
     with warnings.catch_warnings():  # torchmetrics warns that it keeps the logits
         warnings.simplefilter("ignore", UserWarning)
         metric = InceptionScore(feature=_Given(logits_BD.shape[1]), splits=splits)
