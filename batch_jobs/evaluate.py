@@ -183,13 +183,11 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
 
 def _system(options: argparse.Namespace, protocol: Protocol) -> SystemInfo:
     """Raises InvalidRequest where the system does not answer what is asked."""
-    if not (1 <= (options.steps or 1) <= 100 and 1 <= (options.guidance or 1) <= 20):
-        raise InvalidRequest(
-            "steps",
-            f"--steps is {options.steps} and --guidance {options.guidance} but must be from 1 to 100 and from 1 to 20",
-        )
-    asked = {"steps": options.steps, "guidance_scale": options.guidance}
-    info = read_system(options.model, {name: value for name, value in asked.items() if value is not None})
+    for name, asked, most in (("steps", options.steps, 100), ("guidance", options.guidance, 20)):
+        if asked is not None and not 1 <= asked <= most:
+            raise InvalidRequest(name, f"--{name} is {asked:g} but must be from 1 to {most}")
+    changes = {"steps": options.steps, "guidance_scale": options.guidance}
+    info = read_system(options.model, {name: value for name, value in changes.items() if value is not None})
     if unanswered := protocol.wants - info.wants:
         raise InvalidRequest(
             "protocol",

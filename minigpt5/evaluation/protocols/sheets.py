@@ -18,6 +18,8 @@ PLACES = 8
 THUMBNAIL_PX = 192
 MAX_SHOWN = 300
 """Characters of a text."""
+Place = tuple[tuple[float, ...], tuple[str, str]]
+"""Numbers to sort by, then the row and the key of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,47 +37,56 @@ class Shown:
 
 
 class Sheets:
-    """Example: sheets = Sheets(VIST, ("lpips",)); measures.on_measured = sheets.add"""
+    """Samples in three orders, the first PLACES of each. Where the ranking metric is alike, the next ones decide.
+
+    Example: sheets = Sheets(VIST, seed=0); measures.on_measured = sheets.add
+    """
 
     def __init__(self, protocol: Protocol, *, seed: int = 0) -> None:
         self.protocol, self.seed = protocol, seed
-        self._by_metric: dict[str, list[list[tuple[tuple[float, str, str], Shown]]]] = {}
-        self._random: list[tuple[tuple[float, str, str], Shown]] = []
+        self._sheets: dict[tuple[str, str], list[tuple[Place, Shown]]] = {}
 
     def add(self, sample: Sample, values: dict[str, float]) -> None:
+        """Take in a measured sample."""
         if self.protocol.main and self.protocol.main not in sample.groups:
             return
         if sample.drawn is None and sample.said is None and not values:
             return
-        place = (sample.row, sample.key)
-        digest = hashlib.sha256(f"{self.seed}/{'/'.join(place)}".encode()).digest()
-        keys = {"random": (int.from_bytes(digest[:8], "big") / 2**64, *place)}
-        for metric in self.protocol.sheets:
-            if metric in values:
-                is_lower = METRICS[metric.partition("/")[0]].better == "lower"
-                keys[metric] = (values[metric] if is_lower else -values[metric], *place)
         shown: Shown | None = None
-        for name, key in keys.items():
-            if name == "random":
-                sheets = [(self._random, key)]
-            else:
-                best, worst = self._by_metric.setdefault(name, [[], []])
-                sheets = [(best, key), (worst, (-key[0], *place))]
-            for sheet, own in sheets:
-                if len(sheet) < PLACES or own < sheet[-1][0]:
-                    shown = shown or to_shown(sample, values)
-                    sheet.append((own, shown))
-                    sheet.sort(key=lambda one: one[0])
-                    del sheet[PLACES:]
+        for sheet, place in self._places(sample, values).items():
+            taken = self._sheets.setdefault(sheet, [])
+            if len(taken) < PLACES or place < taken[-1][0]:
+                shown = shown or to_shown(sample, values)
+                taken.append((place, shown))
+                taken.sort(key=lambda one: one[0])
+                del taken[PLACES:]
+
+    def _places(self, sample: Sample, values: dict[str, float]) -> dict[tuple[str, str], Place]:
+        """Where the sample stands in each sheet, the first place being the smallest."""
+        name = (sample.row, sample.key)
+        digest = hashlib.sha256(f"{self.seed}/{'/'.join(name)}".encode()).digest()
+        places: dict[tuple[str, str], Place] = {("Random", ""): ((int.from_bytes(digest[:8], "big") / 2**64,), name)}
+        for number, metric in enumerate(self.protocol.sheets):
+            if metric in values:
+                order = tuple(_loss(one, values) for one in self.protocol.sheets[number:])
+                places["Best", metric] = (order, name)
+                places["Worst", metric] = (tuple(-one for one in order), name)
+        return places
 
     def chosen(self) -> tuple[str, dict[str, list[Shown]]]:
         """The metric that samples are ranked by, "" for none, and the sheets by their titles."""
-        metric = next((name for name in self.protocol.sheets if name in self._by_metric), "")
-        sheets = {"Random": [shown for _, shown in self._random]}
-        if metric:
-            best, worst = ([shown for _, shown in sheet] for sheet in self._by_metric[metric])
-            sheets = {"Best": best, "Worst": worst, **sheets}
-        return metric, sheets
+        ranked = {metric for title, metric in self._sheets if title == "Best"}
+        metric = next((name for name in self.protocol.sheets if name in ranked), "")
+        titles = {"Best": metric, "Worst": metric, "Random": ""} if metric else {"Random": ""}
+        return metric, {
+            title: [shown for _, shown in self._sheets.get((title, of), [])] for title, of in titles.items()
+        }
+
+
+def _loss(metric: str, values: dict[str, float]) -> float:
+    """Less is better, whatever the metric's own way; 0 where it is not there."""
+    is_lower = METRICS[metric.partition("/")[0]].better == "lower"
+    return values.get(metric, 0.0) * (1 if is_lower else -1)
 
 
 def to_shown(sample: Sample, values: dict[str, float]) -> Shown:
