@@ -98,11 +98,13 @@ class StoryRequest:
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)
-    mode: Literal["story", "caption", "reply"] = "story"
+    mode: Literal["story", "caption", "reply", "scene"] = "story"
     """"story": `pages` pages of text, each with a picture. "caption": no text is written,
     the prompt itself is the caption and one picture is drawn from it (page 1 has an empty text).
     "reply": an answer as in a chat, with at most `pages` pictures where the model opens them; a picture ends
-    its page, and text after the last picture is a page without one."""
+    its page, and text after the last picture is a page without one.
+    "scene": one page after the prompt's texts and pictures, in the published words of stage 2; with `given`, the
+    picture of that text, which is part of the question."""
     pictures: Literal["auto", "none", "forced"] = "auto"
     """For a reply: pictures where the model opens them, none, or at least one, after text."""
     stop: tuple[str, ...] = ()
@@ -111,7 +113,7 @@ class StoryRequest:
     """Pages already written; the story goes on after them."""
     given: tuple[str, ...] = ()
     """Texts of a story's first `pages`, used as they are: the model reads them, and their vokens follow them. It writes
-    further pages."""
+    further pages. Of a scene: its text."""
     feedback: Literal["text", "pictures"] = "text"
     """"pictures": each finished picture is read by the language model before it writes the next page, so that pages
     follow one another; "text": only the texts are, and pictures overlap with later text."""

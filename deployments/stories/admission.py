@@ -299,7 +299,7 @@ def predict(
 ) -> dict[Engine, float]:
     """The most that a request may cost: tokens, and UNet samples of the model's own size."""
     prompt = sum(len(part) for part in request.prompt if isinstance(part, str)) / CHARACTERS_PER_TOKEN
-    num_texts = {"story": request.pages, "reply": 1, "caption": 0}[request.mode]
+    num_texts = {"story": request.pages, "reply": 1, "caption": 0, "scene": 1}[request.mode]
     num_drawn = 0 if request.pictures == "none" else request.pages * num_pictures
     samples = request.draw.steps * samples_per_step(request.draw, guides_in_one_call=guides_in_one_call)
     return {

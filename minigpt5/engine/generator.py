@@ -223,7 +223,8 @@ class VokenGenerator:
             request = dataclasses.replace(request, sampling=sampling)
         limit = request.sampling.max_page_tokens
         num_given = sum(map(len, given_ids(request, self.template, self.tokenizer)))
-        num_written = {"story": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
+        num_ungiven = request.pages - len(request.given)
+        num_written = {"story": num_ungiven, "scene": num_ungiven, "reply": 1, "caption": 0}[request.mode]
         num_text = num_given + num_written * limit
         num_new = num_text + request.pages * self.config.num_vokens
         if request.feedback == "pictures":  # the last page reads all the others' pictures
@@ -456,13 +457,18 @@ def new_cache(language: LanguageModel, limits: Limits, *, num_positions: int) ->
 def check_request(request: StoryRequest) -> None:
     """Raise InvalidRequest where a request makes no sense to any model."""
     said = [part for part in request.prompt if not isinstance(part, Role)]
-    if not any(isinstance(part, InputImage) or part.strip() for part in said):
+    asks_by_text = request.mode == "scene" and bool(request.given)
+    if not asks_by_text and not any(isinstance(part, InputImage) or part.strip() for part in said):
         raise InvalidRequest("prompt", "prompt is empty: say what the story or the picture is about")
     if not 1 <= request.pages <= MAX_PAGES:
         raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {MAX_PAGES}")
     if request.pictures != "auto" and request.mode != "reply":
         raise InvalidRequest("pictures", f"pictures is {request.pictures!r} but a {request.mode} has its own: use auto")
-    if request.given and request.mode != "story":
+    if request.mode == "scene" and (request.pages != 1 or request.previous):
+        raise InvalidRequest(
+            "pages", f"pages is {request.pages} but a scene is one page: put earlier ones in the prompt"
+        )
+    if request.given and request.mode not in ("story", "scene"):
         raise InvalidRequest("given", f"given has texts but a {request.mode} has no pages to give: leave it out")
     if len(request.given) > request.pages:
         raise InvalidRequest(

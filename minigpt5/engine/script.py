@@ -88,7 +88,9 @@ class Writer:
         for name in ("temperature", "top_p", "repetition_penalty"):
             if not isinstance(value := getattr(sampling, name), int | float):
                 raise TypeError(f"{name} is {value!r} but must be a number")
-        yield from {"story": self._story, "caption": self._caption, "reply": self._reply}[self.request.mode]()
+        scene = self._caption if self.request.given else self._story
+        scripts = {"story": self._story, "caption": self._caption, "reply": self._reply, "scene": scene}
+        yield from scripts[self.request.mode]()
         num_read = len(self.prompt_ids) + self._num_given
         self._put(Usage(prompt_tokens=num_read, completion_tokens=self._num_written))
 

@@ -114,6 +114,16 @@ class ChatTemplate:
         said = "" if task == "picture" else page
         return [*self.turns([question]), *self.answer(said, draws=task != "text")]
 
+    def scene(self, context: Sequence[PromptPart], text: str) -> list[Segment]:
+        question = [text_segment(READ_AND_TELL)]
+        for part in context:
+            if isinstance(part, InputImage):
+                question += self.picture
+            elif isinstance(part, str):
+                question.append(text_segment(f" {part.strip()}"))
+        ask = f"{ask_for('picture', 0).strip()} {text.strip()}" if text else ask_for("both", 0).strip()
+        return self.turns([[*question, text_segment(f"\n{ask}")]])
+
     def read_back(self, prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
         question = [text_segment(f"{READ_AND_TELL} "), *self._content(prompt)]
         for page in pages:

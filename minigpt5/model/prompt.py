@@ -107,6 +107,10 @@ class Template(Protocol):
         `variant` chooses the published wording: any integer; it is taken modulo the number of wordings (2 or 3).
         """
 
+    def scene(self, context: Sequence[PromptPart], text: str) -> list[Segment]:
+        """As `next_page` asks, in its first wording, after any texts and pictures: for the picture of `text`, or where
+        that is empty for both."""
+
     def read_back(self, prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
         """A prompt and the pages so far with their pictures, as `next_page` asks for the next one with both."""
 
@@ -244,6 +248,8 @@ def request_segments(request: StoryRequest, template: Template) -> list[Segment]
         return [text_segment(caption) for caption in texts if isinstance(caption, str)]
     if request.mode == "reply":
         return template.reply(request.prompt, request.previous)
+    if request.mode == "scene":
+        return template.scene(request.prompt, "".join(request.given))
     if _reads_back(request):
         return template.read_back(request.prompt, request.previous)
     written = [page.text for page in request.previous]
@@ -251,7 +257,9 @@ def request_segments(request: StoryRequest, template: Template) -> list[Segment]
 
 
 def given_ids(request: StoryRequest, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenize each given page as training has it."""
+    """Tokenize each given page as training has it. A scene has its text in the prompt."""
+    if request.mode == "scene":
+        return []
     is_start = not request.previous or _reads_back(request)
     texts = [template.page(text, begins_answer=is_start and not at) for at, text in enumerate(request.given)]
     return [text_ids(text, tokenizer) for text in texts]

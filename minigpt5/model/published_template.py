@@ -99,6 +99,19 @@ class PublishedTemplate:
             segments += [text_segment(f"{ask}<Img>"), READ, text_segment(f"</Img> {ASSISTANT}"), text]
         return [*segments, text_segment(END, is_target=True)]
 
+    def scene(self, context: Sequence[PromptPart], text: str) -> list[Segment]:
+        segments, past = [text_segment(f"{READ_AND_TELL}{HUMAN}")], ""
+        for part in context:
+            if isinstance(part, InputImage):
+                segments += [text_segment(f"{past}<Img>"), READ, text_segment("</Img>")]
+                past = ""
+            elif isinstance(part, str):
+                past = f"{past} {part}".strip()
+        if context:
+            segments.append(text_segment(f"{past}\n"))
+        ask = f"{ask_for('picture', 0)}{text}" if text else ask_for("both", 0)
+        return [*segments, text_segment(f"{ask} {ASSISTANT}")]
+
     def read_back(self, prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
         segments = [text_segment(f"{READ_AND_TELL}{HUMAN}")]
         for part in _as_texts(prompt):

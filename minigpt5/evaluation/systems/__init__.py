@@ -27,6 +27,10 @@ class Question:
     """"picture": one picture for the last text of the context. "text": the text that follows. "pages": `pages` texts,
     each with a picture. "reply": an answer as in a chat; the system decides whether to draw."""
     pages: int = 1
+    """Of a reply: the most pictures."""
+    is_page: bool = False
+    """For "picture" and "text": the text is a page of a story. A page without any context is asked for as one, and not
+    as a bare caption. A system that knows no difference may ignore it."""
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)

@@ -137,6 +137,35 @@ def test_a_story_whose_pictures_would_not_fit_is_refused_at_once(generator: Voke
         generator.validate_request(dataclasses.replace(request, feedback="pictures", pages=16))
 
 
+# Scenes
+
+
+def test_a_scene_is_the_picture_of_a_given_text_or_a_page_of_its_own(generator: VokenGenerator) -> None:
+    def ask(*prompt: str | InputImage, given: tuple[str, ...] = ()) -> Sequence[GeneratorEvent]:
+        request = StoryRequest(prompt=prompt, pages=1, mode="scene", given=given, sampling=SHARP)
+        return run(generator, request)[0]
+
+    def vokens(*prompt: str | InputImage) -> np.ndarray:
+        (first, usage) = ask(*prompt, given=("It ran.",))
+        assert isinstance(first, Vokens) and isinstance(usage, Usage) and usage.completion_tokens == 8
+        return first.hidden_VH
+
+    assert not np.array_equal(vokens("It woke.", png("red")), vokens("It woke.", png("blue")))
+    assert vokens().shape == (8, tiny_config().hidden)
+    events = ask("It woke.", png("red"))
+    assert text(events) and pages_with_pictures(events) == [1]
+
+
+def test_a_scene_is_one_page_with_something_to_go_on(generator: VokenGenerator) -> None:
+    for request, reason in (
+        (StoryRequest(prompt=(), pages=1, mode="scene"), "prompt is empty"),
+        (StoryRequest(prompt=("a",), pages=2, mode="scene"), "a scene is one page"),
+        (StoryRequest(prompt=("a",), pages=1, mode="scene", given=("b", "c")), "2 texts"),
+    ):
+        with pytest.raises(InvalidRequest, match=reason):
+            generator.validate_request(request)
+
+
 # Replies
 
 

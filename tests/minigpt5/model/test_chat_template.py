@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.chat_template import TODAY, protect_control_tokens, read_chat_template
-from minigpt5.model.prompt import IGNORED, Segment, encode, given_ids, request_segments
+from minigpt5.model.prompt import IGNORED, Segment, Task, encode, given_ids, request_segments
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 from minigpt5.published.data import Turn, cc3m_samples, mmdialog_samples, sample_segments, vist_samples
 from minigpt5.types import InputImage, Page, Picture, Role, StoryRequest
@@ -183,6 +183,13 @@ def test_captions_are_bare(family: Family) -> None:
     bos = family.tokenizer.bos_token_id
     plain = family.tokenizer.encode("A fox in a tent", add_special_tokens=False)
     assert family.ids(read) == [*([] if bos is None else [bos]), *plain]
+
+
+@pytest.mark.parametrize(("text", "task"), [("It ran.", "picture"), ("", "both")])
+def test_a_scene_is_asked_for_as_it_is_trained(family: Family, text: str, task: Task) -> None:
+    trained = family.ids(family.template.next_page(["It woke."], "It ran.", task, variant=0))
+    asked = family.ids(family.template.scene(("It woke.", InputImage(data=b"")), text))
+    assert trained[: len(asked)] == asked and len(asked) < len(trained)
 
 
 def test_published_samples_take_turns(family: Family) -> None:

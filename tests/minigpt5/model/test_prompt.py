@@ -7,9 +7,17 @@ from typing import Literal
 
 import pytest
 
-from minigpt5.model.prompt import encode, given_ids, merge_text_parts, pictures_read, request_segments
+from minigpt5.model.prompt import (
+    READ_AND_TELL,
+    encode,
+    given_ids,
+    merge_text_parts,
+    pictures_read,
+    request_segments,
+)
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.vokens import VokenEmbeddings
+from minigpt5.published.data import vist_samples
 from minigpt5.types import InputImage, Page, Picture, PromptPart, StoryRequest
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 
@@ -93,3 +101,25 @@ def test_published_tasks_are_worded_as_published(
     segments = PUBLISHED.next_page(["It woke."], "It ran.", task, variant=variant)
     words = "".join(segment.text or f"({segment.kind})" for segment in segments)
     assert words.endswith(f"###Human:It woke.<Img>(read)</Img>\n{asked}")
+
+
+def test_a_scene_is_asked_for_as_the_published_tasks_are() -> None:
+    picture = InputImage(data=b"a")
+    for text, task in (("It ran.", "picture"), ("", "both")):
+        trained = PUBLISHED.next_page(["It woke."], "It ran.", task, variant=0)  # type: ignore[arg-type]
+        asked = PUBLISHED.scene(("It woke.", picture), text)
+        assert [(one.kind, one.text) for one in asked] == [(one.kind, one.text) for one in trained[: len(asked)]]
+        assert trained[len(asked)].is_target
+    first = next(vist_samples([("It woke.", "a")], is_training=False))
+    assert "".join(one.text for one in PUBLISHED.scene((), "It woke.")) == first.source
+
+
+def test_a_scene_takes_texts_alone_and_pictures_alone() -> None:
+    def said(*context: str | InputImage) -> str:
+        segments = PUBLISHED.scene(context, "It ran.")
+        return "".join(one.text or f"({one.kind})" for one in segments).removeprefix(READ_AND_TELL)
+
+    picture = InputImage(data=b"a")
+    asked = " Generate an image with the scene description: It ran. ###Assistant:"
+    assert said("It woke.", "It sat.") == f"###Human:It woke. It sat.\n{asked}"
+    assert said(picture, picture) == f"###Human:<Img>(read)</Img><Img>(read)</Img>\n{asked}"
