@@ -124,7 +124,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
 def load_results(folder: Path = RESULTS) -> Results:
     """Read the figures of every results file; books.json is a list of stories."""
     read = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: content["figures"] if isinstance(content, dict) else content for name, content in read.items()}
+    return {
+        name: content.get("figures", content) if isinstance(content, dict) else content
+        for name, content in read.items()
+    }
 
 
 def pages() -> list[Path]:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -211,7 +212,7 @@ STAGES = {
 """Where each stage's class is; `training.stage.build_stage` imports it."""
 
 
-def load_presets(name: str) -> dict[str, Preset]:
+def load_presets(name: str) -> Mapping[str, Preset]:
     """The stages of a preset: a key of PRESETS."""
     module, _, place = PRESETS[name].partition(":")
     variable, _, key = place.partition("/")

@@ -131,12 +131,13 @@ class VokenStage(ModelStage):
             tensors = load_file(kept)
             return tensors["states"].float(), tensors["targets"].float()
         encoded = [self.model.encode([text_segment(read)])[0] for read, _ in captions]
-        states, targets = [], []
+        states: list[Tensor] = []
+        targets: list[Tensor] = []
         for start in range(0, len(captions), 32):
             batch = slice(start, start + 32)
             with self.autocast():
-                found = self.language.voken_states(*pad(encoded[batch], padding_id(self.model.tokenizer)))
-                states.append(found.float())
+                read = self.language.voken_states(*pad(encoded[batch], padding_id(self.model.tokenizer)))
+                states.append(read.float())
                 targets.append(self.model.text_encoder([target for _, target in captions[batch]]).float())
         found = torch.cat(states), torch.cat(targets)
         if kept:

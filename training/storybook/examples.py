@@ -97,7 +97,7 @@ class StorybookExamples:
         if isinstance(self.preset, VokenPreset) and self.preset.num_examples:
             position %= self.preset.num_examples
         example = example_at(self.preset, position, self.template)
-        if isinstance(self.preset, VokenPreset):
+        if isinstance(self.preset, VokenPreset) and isinstance(example, Example):
             example = write_out(example, self.preset.draws_by, reads_pictures=self.reads_pictures)
         return position, example
 

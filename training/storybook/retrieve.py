@@ -24,9 +24,8 @@ from minigpt5.model.language import load_tokenizer, pad, padding_id
 from minigpt5.model.locate import find_part
 from minigpt5.model.prompt import text_ids
 from minigpt5.objective.example import Example
-from minigpt5.storybook.captions import Facts
+from minigpt5.storybook.captions import Facts, facts_of_canonical
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from minigpt5.storybook.stories import page_facts
 from training.data.batches import Batch, StageData
 from training.storybook.presets import RetrievePreset
 from training.weight_sources import WeightSources
@@ -86,7 +85,7 @@ class RetrieveStage:
         self.pictures_NYXC = np.stack([draw_scene(scene) for scene in scenes])
         network = EfficientNetFeatures()
         features_PE = picture_features([example.drawn[0] for example in examples], network)
-        said = [page_facts([example.captions[0]])[0] for example in examples]
+        said = [facts_of_canonical(example.captions[0]) for example in examples]
         shown = [Facts.of(scene) for scene in scenes]
         self.objective = RetrieveObjective(
             Retrieval(config.num_vokens, config.hidden),

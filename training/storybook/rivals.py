@@ -38,7 +38,7 @@ STAGE_2_EXAMPLES = 400
 class Rival:
     """One row of the comparison."""
 
-    stages: dict[str, Preset]
+    stages: Mapping[str, Preset]
     """In their order; each starts from the one before it."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelConfig that differ from the base's."""

@@ -1,8 +1,8 @@
 """Voken states -> the nearest picture of an index, and whether to draw instead: GILL's second half (arXiv 2305.17216,
 3.2 and 3.3), at the sizes of the model that it is made for.
 
-A picture's embedding comes from EfficientNet-Lite0's features, averaged over its left and its right part: over the whole
-picture they would not say on which side things stand.
+A picture's embedding comes from EfficientNet-Lite0's features, averaged over its left and its right part. Over the
+whole picture they would not say on which side things stand.
 
 Shape letters: B pictures, N pictures of the index, V vokens, H language-model width, E width of a picture's features,
 W width of an embedding, F features of the encoder's square grid, Y X rows and columns.
@@ -32,6 +32,11 @@ BATCH_SIZE = 32
 
 class Retrieval(nn.Module):
     """Two linear maps into one space, and a linear decision on what is found there."""
+
+    states_mean: Tensor
+    states_spread: Tensor
+    features_mean: Tensor
+    features_spread: Tensor
 
     def __init__(self, num_vokens: int, hidden: int, *, width: int = EMBEDDING_WIDTH) -> None:
         super().__init__()
