@@ -52,6 +52,7 @@ from benchmarks.quality_tables import (
     steps,
     stories,
 )
+from benchmarks.rival_tables import rival_captions, rival_costs, rival_stories
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,6 +119,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training-speed": training_speed,
     "training-curves": training_curves,
     "batch-invariance": batch_invariance,
+    "rivals-captions": rival_captions,
+    "rivals-stories": rival_stories,
+    "rivals-costs": rival_costs,
 }
 
 

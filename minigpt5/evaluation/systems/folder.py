@@ -32,7 +32,7 @@ def write_system(folder: Path, system: str, *, draw: DrawSettings) -> None:
     config = load_config(folder / MODEL)
     values = {
         "system": system,
-        "name": config.name,
+        "name": system,
         "version": config.fingerprint,
         "sampling": to_json(config.sampling),
         "draw": to_json(draw),
