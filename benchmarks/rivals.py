@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.quality import machine
 from benchmarks.rival_figures import figures
 from benchmarks.rival_questions import Nums, measure
+from benchmarks.rival_tables import ORDER
 from minigpt5.codec import to_json
 from minigpt5.config import default_model_folder
 from minigpt5.evaluation.systems.folder import save_system
@@ -36,12 +37,6 @@ from training.presets import Preset
 from training.run_folder import RunFolder
 from training.storybook.rivals import RIVALS, make_start
 
-ORDER = (
-    *("minigpt5", "gill", "divter", "two-stage"),
-    *("no-caption-loss", "no-diffusion-loss", "no-guidance-dropout", "no-stage-1"),
-    *("stable-diffusion", "text-only", "minigpt4", "no-transformer", "vokens-1", "vokens-4", "vokens-16"),
-    *("frozen", "data-10", "data-30"),
-)
 SEEDS = {"minigpt5": 3, "gill": 3, "divter": 3}
 """Rows of more than one seed: ours and its two closest rivals. Their further seeds come after all rows."""
 RESULTS = Path("benchmarks") / "results" / "rivals.json"

@@ -18,6 +18,7 @@ from minigpt5.evaluation.systems.retrieval import (
     load_retrieval,
     save_retrieval,
 )
+from minigpt5.model.weights import save_tensors
 from minigpt5.storybook.captions import Facts, canonical_caption, facts_of_canonical
 from minigpt5.types import DrawRequest, Vokens
 from training.storybook.retrieve import agrees
@@ -70,13 +71,18 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     embeddings_NW = torch.nn.functional.normalize(retrieval.picture(torch.randn(3, FEATURES_WIDTH)).detach(), dim=-1)
     save_retrieval(tmp_path, retrieval, PictureIndex(index().pictures_NYXC, embeddings_NW))
     again, found = load_retrieval(tmp_path, num_vokens=2, hidden=1)
-    assert torch.equal(again.text.weight, retrieval.text.weight)
+    assert torch.equal(again.text.weight, retrieval.text.weight.half().float())
     assert torch.equal(found.embeddings_NW, embeddings_NW)
     assert (found.pictures_NYXC == index().pictures_NYXC).all()
-    with pytest.raises(ModelFolderError, match="train it again"):
+    with pytest.raises(ModelFolderError, match="does not fit"):
         load_retrieval(tmp_path, num_vokens=3, hidden=1)
+    save_tensors(
+        {"pictures": torch.zeros(3, 4, 4, 3, dtype=torch.uint8), "embeddings": torch.ones(2, 256)}, tmp_path / INDEX
+    )
+    with pytest.raises(ModelFolderError, match="an embedding for each picture"):
+        load_retrieval(tmp_path, num_vokens=2, hidden=1)
     (tmp_path / INDEX).unlink()
-    with pytest.raises(ModelFolderError, match="train it again"):
+    with pytest.raises(ModelFolderError, match="make the folder again"):
         load_retrieval(tmp_path, num_vokens=2, hidden=1)
 
 

@@ -12,13 +12,13 @@ import json
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minigpt5.errors import TrainingError
 from minigpt5.model.cache import hash_file
 from minigpt5.model.language import pad, padding_id
 from minigpt5.model.prompt import text_segment
+from minigpt5.model.weights import load_tensors, save_tensors
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from training.data.batches import Batch, StageData
@@ -128,7 +128,7 @@ class VokenStage(ModelStage):
         """Voken states of captions, and the text encoder's states of them."""
         kept = self._states_folder and self._states_folder / f"{self._states_key(captions)}.safetensors"
         if kept and kept.is_file():
-            tensors = load_file(kept)
+            tensors = load_tensors(kept)
             return tensors["states"].float(), tensors["targets"].float()
         encoded = [self.model.encode([text_segment(read)])[0] for read, _ in captions]
         states: list[Tensor] = []
@@ -143,7 +143,7 @@ class VokenStage(ModelStage):
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             partial = kept.with_suffix(".partial")
-            save_file(dict(zip(("states", "targets"), (one.half() for one in found), strict=True)), partial)
+            save_tensors({"states": found[0].half(), "targets": found[1].half()}, partial)
             partial.replace(kept)
         return found
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
+from minigpt5.model.weights import load_module, load_tensors, save_module, save_tensors
 
 EMBEDDING_WIDTH = 256
 FEATURES_WIDTH = 2 * 1280
@@ -101,20 +101,20 @@ def picture_features(pictures: list[np.ndarray], network: nn.Module) -> Tensor:
 
 
 def save_retrieval(folder: Path, retrieval: Retrieval, index: PictureIndex) -> None:
-    save_file({name: value.contiguous() for name, value in retrieval.state_dict().items()}, folder / RETRIEVAL)
+    save_module(retrieval, folder / RETRIEVAL)
     pictures = torch.from_numpy(index.pictures_NYXC)
-    save_file({"pictures": pictures, "embeddings": index.embeddings_NW.contiguous()}, folder / INDEX)
+    save_tensors({"pictures": pictures, "embeddings": index.embeddings_NW}, folder / INDEX)
 
 
 def load_retrieval(folder: Path, *, num_vokens: int, hidden: int) -> tuple[Retrieval, PictureIndex]:
     """Raises ModelFolderError where a file is missing or does not fit."""
     retrieval = Retrieval(num_vokens, hidden)
+    load_module(retrieval, folder / RETRIEVAL)
+    tensors = load_tensors(folder / INDEX)
     try:
-        retrieval.load_state_dict(load_file(folder / RETRIEVAL))
-        tensors = load_file(folder / INDEX)
         index = PictureIndex(tensors["pictures"].numpy(), tensors["embeddings"])
-    except (OSError, KeyError, RuntimeError) as error:
-        raise ModelFolderError(f"{folder} has no whole {RETRIEVAL} and {INDEX} ({error}): train it again") from error
+    except KeyError as error:
+        raise ModelFolderError(f"{folder / INDEX} has no {error}: train it again") from None
     if index.pictures_NYXC.dtype != np.uint8 or len(index.pictures_NYXC) != len(index.embeddings_NW):
         raise ModelFolderError(f"{folder / INDEX} does not have an embedding for each picture: train it again")
     return retrieval.eval(), index
