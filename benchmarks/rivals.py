@@ -102,7 +102,13 @@ def train(plan: Plan, name: str, seed: int, run: Train = train_apart) -> tuple[P
 
 
 def _settings(preset: Preset) -> dict[str, Any]:
-    return to_json(preset)
+    """Those that differ from the defaults: a setting that is added later changes no name of a run."""
+    values: dict[str, Any] = {}
+    for one in dataclasses.fields(preset):
+        value = getattr(preset, one.name)
+        if one.default is dataclasses.MISSING or value != one.default:
+            values[one.name] = to_json(value)
+    return values
 
 
 def _key(value: Any, seed: int) -> str:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minigpt5.errors import TrainingError
+from minigpt5.model import folder as model_folder
 from minigpt5.model.cache import hash_file
 from minigpt5.model.language import pad, padding_id
+from minigpt5.model.locate import find_part
 from minigpt5.model.prompt import text_segment
 from minigpt5.model.weights import load_tensors, save_tensors
 from minigpt5.objective.example import Example
@@ -67,11 +70,13 @@ class VokenStage(ModelStage):
 
     def __init__(self, preset: VokenPreset, sources: WeightSources, data: StageData) -> None:
         self.preset = preset
+        trains_language = preset.stage == "learn" and preset.optimizer.learning_rate > 0
+        self.trains_body = trains_language and preset.tunes == "body"
         super().__init__(
             preset,
             sources,
             data,
-            trains_adapter=preset.stage == "learn" and preset.optimizer.learning_rate > 0,
+            trains_adapter=trains_language and not self.trains_body,
             first_timestep=preset.first_timestep,
             samples_latents=preset.samples_latents,
             keeps_replay=preset.replay.steps > 0,
@@ -169,11 +174,23 @@ class VokenStage(ModelStage):
 
     def freeze(self) -> None:
         self.vision.qformer.requires_grad_(False)
+        if self.trains_body:
+            self.language.body.requires_grad_(True)
         self.language.voken_embeddings.requires_grad_(self.preset.voken_learning_rate > 0)
         self.mapper.requires_grad_(self.preset.mapper_learning_rate > 0)
         if not self.preset.trains_queries:
             self.mapper.fc.requires_grad_(False)
             self.mapper.queries.requires_grad_(False)
+
+    def saved_parameters(self) -> list[nn.Parameter]:
+        body = self.language.body.parameters() if self.trains_body else []
+        return list(dict.fromkeys([*super().saved_parameters(), *body]))
+
+    def save(self, folder: Path) -> None:
+        if self.trains_body:
+            base = find_part(self.start, self.config, self.config.language_model)
+            self.config = model_folder.save_language(folder, self.config, self.language, base)
+        super().save(folder)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         preset = self.preset

@@ -156,6 +156,15 @@ RIVALS: dict[str, Rival] = {
     "vokens-4": Rival(stages={"align": ALIGN, "learn": LEARN}, config={"num_vokens": 4}),
     "vokens-16": Rival(stages={"align": ALIGN, "learn": LEARN}, config={"num_vokens": 16}),
     "frozen": Rival(stages={"align": ALIGN, "learn": _FROZEN}),
+    # All weights of the language model, at a tenth of the adapter's rate.
+    "full": Rival(
+        stages={
+            "align": ALIGN,
+            "learn": dataclasses.replace(
+                LEARN, tunes="body", optimizer=dataclasses.replace(LEARN.optimizer, learning_rate=5e-5)
+            ),
+        }
+    ),
     "data-10": Rival(stages=_data(0.1)),
     "data-30": Rival(stages=_data(0.3)),
 }

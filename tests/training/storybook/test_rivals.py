@@ -12,7 +12,10 @@ from minigpt5.errors import TrainingError
 from minigpt5.evaluation.systems import marks
 from minigpt5.evaluation.systems.load import RIVALS as SYSTEMS
 from minigpt5.evaluation.systems.load import read_kind
-from minigpt5.model.folder_config import check_folder
+from minigpt5.model.folder import load_language
+from minigpt5.model.folder_config import check_folder, load_config
+from minigpt5.model.language import load_tokenizer
+from minigpt5.model.locate import find_part
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
 from training import presets
@@ -96,7 +99,7 @@ def run(stage: str, name: str, start: Path, out: Path, *settings: str) -> Path:
     return out / "model"
 
 
-@pytest.mark.parametrize("name", ["no-caption-loss", "no-transformer", "vokens-1", "divter", "text-only"])
+@pytest.mark.parametrize("name", ["no-caption-loss", "no-transformer", "vokens-1", "full", "divter", "text-only"])
 def test_a_rival_learns(name: str, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "start"
     make_start(name, folder, base=base)
@@ -105,6 +108,19 @@ def test_a_rival_learns(name: str, base: Path, tmp_path: Path) -> None:
         assert list((tmp_path / "runs" / "states").glob("*.safetensors")), "for others that begin alike"
     config = check_folder(run("learn", name, folder, tmp_path / "learn", "whitens=false"))
     assert config.num_vokens == RIVALS[name].config.get("num_vokens", 8)
+
+
+def test_a_language_model_that_was_trained_whole_is_a_base_of_its_own(base: Path, tmp_path: Path) -> None:
+    make_start("full", tmp_path / "start", base=base)
+    settings = ("whitens=false", "standardises=false", "learning_rate=0.01", "replay.steps=0")
+    folder = run("learn", "full", tmp_path / "start", tmp_path / "learn", *settings)
+    config = check_folder(folder)
+    assert config.language_model == "language"
+    before, after = (load_language(one, load_config(one)) for one in (tmp_path / "start", folder))
+    weights, trained = before.body.state_dict(), after.body.state_dict()
+    moved = [name for name, value in trained.items() if (value - weights[name]).abs().max() > 1e-3]
+    assert set(weights) == set(trained) and len(moved) > len(trained) / 2
+    assert len(load_tokenizer(find_part(folder, config, "language"), config)) > config.vocabulary
 
 
 def test_gill_becomes_a_system(base: Path, tmp_path: Path) -> None:
