@@ -19,6 +19,7 @@ from minigpt5.model.locate import find_part
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
 from training import presets
+from training.data.tokeniser import Tokeniser
 from training.data.written import write_out
 from training.presets import VokenPreset, load_presets
 from training.storybook.examples import StorybookExamples
@@ -90,6 +91,15 @@ def test_drawn_pictures_are_written_out() -> None:
     assert [segment.kind for segment in marked.segments] == ["text", "text"], "joined, and no picture is read"
     assert marked.segments[-1].text == f" It slept.{marks.MARK} ###"
     assert write_out(example, "vokens") is example
+
+
+def test_stored_rows_are_written_out_before_they_are_tokenised(base: Path) -> None:
+    example = Example(segments=PUBLISHED.caption("A fox."), read=[], drawn=[], captions=["a fox"], is_caption=True)
+    found = Tokeniser(str(base), "description")(example)
+    assert found.tokens is not None and not found.is_caption
+    config = load_config(base)
+    tokenizer = load_tokenizer(find_part(base, config, config.language_model), config)
+    assert tokenizer.decode(found.tokens.ids) == "A fox. <Draw>a fox</Draw> ###"
 
 
 def run(stage: str, name: str, start: Path, out: Path, *settings: str) -> Path:
