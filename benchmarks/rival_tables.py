@@ -43,7 +43,7 @@ def rival_costs(found: Results) -> str:
     """What each row took, and which rows are still to be run."""
     rows = found["rivals"]["rows"]
     lines = table(
-        ("row", "seeds", "minutes of a seed", "most memory"),
+        ("row", "seeds", "minutes of a seed: steps, measuring", "most memory"),
         ((row["name"], len(row["seeds"]), f"{row['minutes']:g}", f"{row['peak_mib'] / 1024:.2f} GiB") for row in rows),
     )
     left = [name for name in ORDER if name not in {row["name"] for row in rows}]

@@ -25,8 +25,12 @@ from minigpt5.evaluation.systems.stable_diffusion import StableDiffusionSystem
 from minigpt5.evaluation.systems.text_to_picture import Caption, TextToPicture
 from minigpt5.evaluation.systems.two_stage import TwoStageSystem
 from minigpt5.evaluation.systems.writing import TextWriter
+from minigpt5.model import folder as model_folder
+from minigpt5.model.decoders.load import load_diffusion
+from minigpt5.model.folder_config import check_folder, write_config
 from minigpt5.types import DrawSettings, InputImage, Role, Sampling
 from tests.helpers.picture_files import encode
+from tests.helpers.tiny import save_tiny, tiny_diffusion
 
 DRAW = DrawSettings(steps=1, guidance_scale=2.0)
 SAMPLING = Sampling(temperature=0.0, max_page_tokens=6)
@@ -140,6 +144,21 @@ def test_a_text_system_is_opened_by_its_folder(model: Path, tmp_path: Path) -> N
     assert all(isinstance(part, str) and MARK.strip() not in part for part in answer)
     with pytest.raises(InvalidRequest, match="was asked for pages"):
         system.answer([asked("pages", "A fox")])
+
+
+def test_a_finetuned_denoiser_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
+    """The distilled one was made from the old one, and goes."""
+    config = save_tiny(tmp_path / "model")
+    model_folder.save_diffusion(tiny_diffusion(config, is_distilled=True), tmp_path / "model" / "decoder")
+    write_config(tmp_path / "model", model_folder.draws_with(config, tiny_diffusion(config, is_distilled=True)))
+    other = tiny_diffusion(config)
+    other.denoiser.conv_out.bias.data.fill_(0.5)
+    model_folder.save_diffusion(other, tmp_path / "tuned")
+    save_system(tmp_path / "rival", "stable-diffusion", tmp_path / "model", decoder=tmp_path / "tuned")
+    saved = check_folder(tmp_path / "rival" / MODEL)
+    assert saved.draw_distilled is None and not (tmp_path / "rival" / MODEL / "decoder" / "unet_distilled").exists()
+    denoiser = load_diffusion(tmp_path / "rival" / MODEL / "decoder").denoiser
+    assert bool((denoiser.conv_out.bias == 0.5).all())
 
 
 def test_gill_shows_a_picture_of_its_index_where_it_decides_so(model: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from training.weight_sources import WeightSources
 NUM_STANDARDISED = 512
 """Captions whose spread scales the caption loss."""
 NUM_WHITENED = 1_024
-"""Captions whose voken states say how they spread."""
+"""Captions whose voken states say how they spread; more where a picture has few vokens."""
 MIN_STATES = 2
 """Voken states for each direction that they are whitened in, at least."""
 LOOKED_THROUGH = 8
@@ -83,7 +84,8 @@ class VokenStage(ModelStage):
             guidance_dropout=preset.guidance_dropout,
         )
         self._states_folder = sources.runs / "states" if preset.keeps_states else None
-        num_captions = NUM_WHITENED if preset.whitens else NUM_STANDARDISED * preset.standardises
+        num_whitened = max(NUM_WHITENED, math.ceil(MIN_STATES * self.config.hidden / self.config.num_vokens))
+        num_captions = num_whitened if preset.whitens else NUM_STANDARDISED * preset.standardises
         captions = self._fill() if preset.replay.fill else self._some_captions(num_captions)
         if preset.standardises:
             targets = [target for _, target in captions[:NUM_STANDARDISED]]

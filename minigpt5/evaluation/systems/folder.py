@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 from minigpt5.codec import to_json
 from minigpt5.model.folder_config import load_config, write_config
-from minigpt5.types import DrawSettings
+from minigpt5.types import DISTILLED_FOLDER, DrawSettings
 
 MODEL = "model"
 
@@ -23,6 +24,9 @@ def save_system(folder: Path, system: str, model: Path, *, decoder: Path | None 
             place = folder / MODEL / config.diffusion / part.name
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(part, place)
+        if not (decoder / DISTILLED_FOLDER).is_dir():  # the model's own was distilled from another denoiser
+            shutil.rmtree(folder / MODEL / config.diffusion / DISTILLED_FOLDER, ignore_errors=True)
+            config = dataclasses.replace(config, draw_distilled=None, prefers_distilled=False)
         config = write_config(folder / MODEL, config)
     write_system(folder, system, draw=config.draw)
 
