@@ -43,7 +43,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI VLLM_PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean install-vllm test-vllm
+.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean install-vllm test-vllm bench-rivals
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -178,6 +178,9 @@ bench-probe: $(STAMP)  ## what the vokens of captions and of pages know, into be
 
 bench-steps: $(STAMP)  ## accuracy and seconds of a picture by sampler, steps and guidance, into benchmarks/results/steps.json
 	$(RUN) -m benchmarks.steps
+
+bench-rivals: $(STAMP)  ## our model, rivals and ablations at one reduced budget, into benchmarks/results/rivals.json; resumes after a stop
+	$(RUN) -m benchmarks.rivals
 
 fuzz: $(STAMP)  ## requests of all kinds, made from the API's own document (EXAMPLES=200 of each operation)
 	FUZZ_EXAMPLES=$(EXAMPLES) $(RUN) -m pytest -m fuzz tests/deployments/api/test_fuzz.py

@@ -94,7 +94,7 @@ def reference(
         condition = conditions[way]
         null_1QD = model.decoder.null_1QD if way.startswith("vokens") else text_encoder([""])
         answers = scorer.score(_draw(model, [condition(page) for page in pages], null_1QD, first_seed))
-        counts[way] = _counts(pages, answers)
+        counts[way] = count_shown(pages, answers)
         found[way] = _shares(counts[way])
     leads = {way: _lead(counts[VOKENS], counts[way]) for way in BASELINES if way in ways}
     found["points_of_referred_facts_above"] = leads
@@ -144,7 +144,7 @@ def _draw(model: MiniGPT5, conditions: Sequence[torch.Tensor], null_1QD: torch.T
     return to_pixels(torch.cat(drawn))
 
 
-def _counts(pages: Sequence[AskedPage], answers: Sequence[Facts]) -> np.ndarray:
+def count_shown(pages: Sequence[AskedPage], answers: Sequence[Facts]) -> np.ndarray:
     """By kind, story and fact, how many are right and how many were asked: (2, S, F, 2)."""
     stories = list(dict.fromkeys(id(page.story) for page in pages))
     counts_KSF2 = np.zeros((len(KINDS), len(stories), len(FACTS), 2), int)

@@ -55,6 +55,7 @@ from benchmarks.quality_tables import (
     steps,
     stories,
 )
+from benchmarks.rival_tables import rival_captions, rival_costs, rival_stories
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -124,13 +125,19 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training-speed": training_speed,
     "training-curves": training_curves,
     "batch-invariance": batch_invariance,
+    "rivals-captions": rival_captions,
+    "rivals-stories": rival_stories,
+    "rivals-costs": rival_costs,
 }
 
 
 def load_results(folder: Path = RESULTS) -> Results:
     """Read the figures of every results file; books.json is a list of stories."""
     read = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: content["figures"] if isinstance(content, dict) else content for name, content in read.items()}
+    return {
+        name: content.get("figures", content) if isinstance(content, dict) else content
+        for name, content in read.items()
+    }
 
 
 def pages() -> list[Path]:

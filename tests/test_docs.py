@@ -28,7 +28,7 @@ from deployments.api.openai_body import IGNORED, OpenAIBody
 from deployments.application import AppArgs
 from deployments.observability.metrics import METRICS
 from deployments.schemas import CreateStory
-from training.presets import PUBLISHED, override
+from training.presets import load_presets, override
 from training.storybook.presets import STORYBOOK
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +168,8 @@ def test_training_settings_parse() -> None:
     asked = [words for words in commands() if words[0] == "training.train"]
     assert len(asked) > 5
     for words in asked:
-        presets = STORYBOOK if "storybook" in words else PUBLISHED
-        override(presets[words[1]], [word for word in words if re.fullmatch(r"[\w.]+=\S+", word)])
+        name = words[words.index("--preset") + 1] if "--preset" in words else "published"
+        override(load_presets(name)[words[1]], [word for word in words if re.fullmatch(r"[\w.]+=\S+", word)])
 
 
 def test_settings_of_the_history_are_todays() -> None:
@@ -186,7 +186,7 @@ def test_settings_of_the_history_are_todays() -> None:
 def test_the_table_of_training_settings_names_settings() -> None:
     names = {field.name for preset in STORYBOOK.values() for field in dataclasses.fields(preset)}
     names |= {field.name for field in dataclasses.fields(STORYBOOK["align"].optimizer)}
-    names |= {f"replay.{name}" for name in ("steps", "batch_size", "min_size")}
+    names |= {f"replay.{name}" for name in ("steps", "batch_size", "min_size", "fill")}
     table = TEXTS["docs/training.md"].split("| setting | meaning |")[1].split("\n\n")[0]
     listed = {name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
     assert len(listed) > 20 and listed <= names, listed - names

@@ -9,8 +9,13 @@ import dataclasses
 import importlib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+
+DrawsBy = Literal["vokens", "description", "mark"]
+"""What the language model writes where a picture is drawn: vokens; the picture's caption between marks (Divter, arXiv
+2110.08515); a mark alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,9 @@ class ReplayConfig:
     """Batch size of the mapper's replayed steps; the storybook's own stages replay batches of their usual size."""
     min_size: int = 1
     """Samples in the buffer before any is replayed: fewer would be learnt by heart."""
+    fill: int = 0
+    """If not 0: the first so many captions of the run are read once, before its first step, and every step replays
+    them. For stage "align" with voken rows that are not trained: then their states do not change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +144,8 @@ class VokenPreset(Preset):
     """Least noise of the picture loss; above 0 the loss has no weights by timestep."""
     voken_noise: float = 0.0
     """Noise added to voken states, in units of their spread."""
+    guidance_dropout: float = 0.1
+    """Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
     samples_latents: bool = False
     """Train on samples of the VAE's posterior, as published; else on its mode."""
     standardises: bool = True
@@ -151,6 +161,16 @@ class VokenPreset(Preset):
     forgotten."""
     story_share: float = 0.5
     """Share of whole stories among the examples of "learn" and "refine"; the rest are single pages."""
+    dialogue_share: float = 0.0
+    """Share of turns of dialogues among the picture world's examples of "learn" and "refine"."""
+    num_examples: int = 0
+    """If not 0: the picture world has so many examples, which come again and again."""
+    draws_by: DrawsBy = "vokens"
+    tunes: Literal["adapter", "body"] = "adapter"
+    """What the optimizer's rate trains of the language model in "learn": an adapter; or all of it, which the model
+    folder then holds as a base model of its own."""
+    keeps_states: bool = False
+    """Keep the frozen language model's voken states of captions under the runs, for others that begin alike."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
@@ -167,7 +187,17 @@ class DistillPreset(Preset):
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
-PRESETS = {"published": "training.presets:PUBLISHED", "storybook": "training.storybook.presets:STORYBOOK"}
+RIVALS = (
+    *("minigpt5", "gill", "divter", "two-stage", "stable-diffusion", "text-only", "minigpt4"),
+    *("no-caption-loss", "no-diffusion-loss", "no-guidance-dropout", "no-stage-1", "no-transformer"),
+    *("vokens-1", "vokens-4", "vokens-16", "frozen", "full", "data-10", "data-30"),
+)
+"""Presets of one reduced budget: our model, others' ways and ablations. See training/storybook/rivals.py."""
+PRESETS = {
+    "published": "training.presets:PUBLISHED",
+    "storybook": "training.storybook.presets:STORYBOOK",
+    **{name: f"training.storybook.rivals:RIVALS/{name}" for name in RIVALS},
+}
 """Where each preset's stages are; `load_presets` imports them."""
 
 STAGES = {
@@ -180,14 +210,17 @@ STAGES = {
     "align": "training.stages.voken:VokenStage",
     "learn": "training.stages.voken:VokenStage",
     "refine": "training.stages.voken:VokenStage",
+    "retrieve": "training.storybook.retrieve:RetrieveStage",
 }
 """Where each stage's class is; `training.stage.build_stage` imports it."""
 
 
-def load_presets(name: str) -> dict[str, Preset]:
+def load_presets(name: str) -> Mapping[str, Preset]:
     """The stages of a preset: a key of PRESETS."""
-    module, _, variable = PRESETS[name].partition(":")
-    return getattr(importlib.import_module(module), variable)
+    module, _, place = PRESETS[name].partition(":")
+    variable, _, key = place.partition("/")
+    found = getattr(importlib.import_module(module), variable)
+    return found[key].stages if key else found
 
 
 # As published (arXiv 2310.02239 and its code): two epochs of CC3M, then of VIST or MMDialog, on four GPUs of 48 GB for

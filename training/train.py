@@ -62,7 +62,9 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
         stage=preset.stage,
         story_share=share,
         template=template,
-        tokenise=Tokeniser(str(sources.start or start)),
+        tokenise=Tokeniser(
+            str(sources.start or start), preset.draws_by if isinstance(preset, VokenPreset) else "vokens"
+        ),
     )
     check_rows(stored, start, config, sources)
     if preset.epochs:
@@ -96,15 +98,18 @@ def picture_world(preset: Preset, sources: WeightSources) -> StageData:
     Raises TrainingError.
     """
     from training.storybook.examples import StorybookExamples
+    from training.storybook.presets import RetrievePreset
     from training.storybook.start import make_start
 
     if preset.epochs:
         raise TrainingError("epochs are of stored examples: name some with --data, or set epochs=0 steps=")
     make_start(sources)
-    has_prompts = isinstance(preset, VokenPreset | VisionPreset)
+    has_prompts = isinstance(preset, VokenPreset | VisionPreset | RetrievePreset)
     template = model_folder.load_template(sources.need_model(preset.stage)) if has_prompts else PUBLISHED
     held_out = dataclasses.replace(preset, seed=preset.seed + VALIDATION_SEED)
-    return StageData(training=StorybookExamples(preset, template), validation=StorybookExamples(held_out, template))
+    reads_pictures = sources.config().vision.family != "none"
+    training, validation = (StorybookExamples(one, template, reads_pictures) for one in (preset, held_out))
+    return StageData(training=training, validation=validation)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -117,8 +122,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--preset",
         choices=sorted(presets.PRESETS),
         default="published",
+        metavar="NAME",
         help="published: the paper's settings, for any model and data; storybook: the shipped model's, which learns a "
-        "picture world where there is no --data (default %(default)s)",
+        f"picture world where there is no --data; rivals and ablations: {', '.join(presets.RIVALS)} "
+        "(default %(default)s)",
     )
     parser.add_argument("--data", help="examples that batch_jobs.prepare or batch_jobs.precompute wrote, path or URI")
     parser.add_argument("--out", help="folder or URI of this run (default: RUNS/STAGE)")
@@ -139,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     is_for_data = isinstance(known[options.stage], LEARNS_ROWS)
     if options.data and not is_for_data:
         parser.error(f"{options.stage} learns the picture world alone: leave out --data")
-    if not options.data and options.preset != "storybook":
+    if not options.data and options.preset == "published":
         parser.error("examples are missing: name those that python -m batch_jobs.prepare wrote, with --data")
     try:
         preset = presets.for_workers(presets.override(known[options.stage], options.settings), options.workers)

@@ -19,7 +19,7 @@ from minigpt5.model.locate import locate
 from training.devices import own_device
 from training.presets import Preset
 
-PREVIOUS = {"vision": "start", "align": "vision", "learn": "align", "refine": "learn"}
+PREVIOUS = {"vision": "start", "align": "vision", "learn": "align", "refine": "learn", "retrieve": "learn"}
 """The stage whose model folder a stage starts from, where `start` names no other."""
 
 DIFFUSION_STAGES = {

@@ -5,6 +5,7 @@ vokens.safetensors    rows of the embedding and the head
 vocabulary.safetensors  the base model's own rows, where an imported checkpoint has others
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
+language/             the whole language model, where all of it was trained, in transformers' layout
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
 decoder/              VAE, denoiser, scheduler/ in diffusers' layout, where they are no base model; in both cases
                       perhaps unet_distilled/
@@ -28,7 +29,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
 from minigpt5.model.folder_config import PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
-from minigpt5.model.weights import load_module, save_module
+from minigpt5.model.weights import load_module, save_module, save_tensors
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings, Precision, TextPrecision
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
 DECODER = "decoder"
+LANGUAGE = "language"
 VOKENS = "vokens.safetensors"
 MAPPER = "mapper.safetensors"
 QFORMER = "vision/qformer.safetensors"
@@ -306,6 +308,19 @@ def save(
             start / config.vision.encoder, folder / config.vision.encoder, ignore=ignored, dirs_exist_ok=True
         )
     return write_config(folder, _copy_decoder(folder, config, start=start, decoder=decoder))
+
+
+def save_language(folder: Path, config: ModelConfig, language: LanguageModel, base: Path) -> ModelConfig:
+    """Write a language model of which all weights were trained, as float16, beside what else its folder `base` holds.
+    Returns the config that names it; `save` comes after."""
+    place = folder / LANGUAGE
+    shutil.copytree(base, place, ignore=shutil.ignore_patterns(*NOT_COPIED, "*.safetensors*"))
+    weights = {f"{language.body.base_model_prefix}.{name}": value for name, value in language.body.state_dict().items()}
+    if language.head.weight is not language.embedding:
+        weights["lm_head.weight"] = language.head.weight
+    save_tensors({name: value.half() for name, value in weights.items()}, place / "model.safetensors")
+    bases = tuple(one for one in config.bases if one.id != config.language_model)
+    return dataclasses.replace(config, language_model=LANGUAGE, bases=bases)
 
 
 def save_distilled(

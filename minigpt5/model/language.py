@@ -277,6 +277,8 @@ class LanguageModel(nn.Module):
                 text_BSH = self.states(
                     self.embed(ids_BS), mask_BS=mask_BS, cache=cache, positions_BS=positions_BS.clamp(min=0)
                 )
+            if not voken_ids_BV.shape[1]:  # one voken, whose state is that of the text
+                return text_BSH[:, -1:]
             at_vokens_BVH = self.states(
                 self.embed(voken_ids_BV),
                 mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),

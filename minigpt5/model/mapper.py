@@ -6,6 +6,8 @@ Shape letters: B pictures, V vokens, H language-model width, Q condition positio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,21 +24,7 @@ class Mapper(nn.Module):
         self.num_vokens, self.hidden = config.num_vokens, config.hidden
         self.fc = nn.Sequential(nn.Linear(config.hidden, width), nn.GELU(), nn.Linear(width, width))
         self.queries = nn.Parameter(torch.randn(1, config.condition_positions, width))
-        layer = nn.TransformerEncoderLayer(
-            width, config.mapper_heads, 4 * width, dropout=0.0, norm_first=True, batch_first=True
-        )
-        self.transformer = nn.Transformer(
-            d_model=width,
-            nhead=config.mapper_heads,
-            custom_encoder=nn.TransformerEncoder(  # as nn.Transformer would build it, without its warning
-                layer, config.mapper_layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
-            ),
-            num_decoder_layers=config.mapper_layers,
-            dim_feedforward=4 * width,
-            dropout=0.0,
-            norm_first=True,
-            batch_first=True,
-        )
+        self.transformer = _transformer(config, width) if config.mapper_layers else _Mixing(config, width)
         self.out: nn.Module = nn.Linear(width, config.condition_width) if config.mapper_width else nn.Identity()
         """Not published: a wide condition comes from a narrower transformer."""
         self.pooled: nn.Linear | None = nn.Linear(width, config.condition_pooled) if config.condition_pooled else None
@@ -53,7 +41,7 @@ class Mapper(nn.Module):
     def begin_at(self, states_ND: Tensor, pooled_NP: Tensor | None = None) -> None:
         """Let a fresh mapper write states of the mean and the spread that each feature of `states_ND` has, and one
         vector of those of `pooled_NP`."""
-        norm = self.transformer.decoder.norm
+        norm: Any = self.transformer.decoder.norm
         if isinstance(self.out, nn.Linear):
             _spread(self.out, states_ND)
         else:
@@ -65,12 +53,42 @@ class Mapper(nn.Module):
     @property
     def is_fresh(self) -> bool:
         """Whether the last norm is as it was made: it moves with the first step of training."""
-        norm = self.transformer.decoder.norm
+        norm: Any = self.transformer.decoder.norm
         return bool((norm.weight == 1).all() and (norm.bias == 0).all())
 
     def null_condition(self) -> Tensor:
         """The condition of no picture in particular: zero states before `fc`. A constant: (1, Q, D)."""
         return self(torch.zeros(1, self.num_vokens, self.hidden, device=self.queries.device))
+
+
+def _transformer(config: ModelConfig, width: int) -> nn.Transformer:
+    layer = nn.TransformerEncoderLayer(
+        width, config.mapper_heads, 4 * width, dropout=0.0, norm_first=True, batch_first=True
+    )
+    return nn.Transformer(
+        d_model=width,
+        nhead=config.mapper_heads,
+        custom_encoder=nn.TransformerEncoder(  # as nn.Transformer would build it, without its warning
+            layer, config.mapper_layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
+        ),
+        num_decoder_layers=config.mapper_layers,
+        dim_feedforward=4 * width,
+        dropout=0.0,
+        norm_first=True,
+        batch_first=True,
+    )
+
+
+class _Mixing(nn.Module):
+    """In the place of the transformer where the mapper has no layers: each position is a weighted sum of the vokens."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.positions = nn.Linear(config.num_vokens, config.condition_positions)
+        self.decoder = nn.ModuleDict({"norm": nn.LayerNorm(width)})
+
+    def forward(self, vokens_BVW: Tensor, queries_BQW: Tensor) -> Tensor:
+        return self.decoder["norm"](self.positions(vokens_BVW.mT).mT + queries_BQW)
 
 
 def _spread(layer: nn.Linear, values_ND: Tensor) -> None:

@@ -27,8 +27,6 @@ from minigpt5.model.vision import NoEncoder, Vision
 from minigpt5.model.vokens import align
 from minigpt5.objective.example import Example
 
-GUIDANCE_DROPOUT = 0.1
-"""Share of pictures whose vokens are zeroed, so that the null condition is learnt."""
 WORD_SHARPNESS = 8.0
 """Distances are in units of a word's own size, so that an embedding at its word is e^8 times as near as at none."""
 CONTRAST_SHARPNESS = 40.0
@@ -90,13 +88,16 @@ class Objective(nn.Module):
         first_timestep: int = 0,
         samples_latents: bool = False,
         keeps_replay: bool = False,
+        guidance_dropout: float = 0.1,
     ) -> None:
-        """`samples_latents`: pictures are drawn from the VAE's posterior, as published, not its mode.
+        """`guidance_dropout`: the share of pictures whose vokens are zeroed, so that the null condition is learnt.
+        `samples_latents`: pictures are drawn from the VAE's posterior, as published, not its mode.
         `keeps_replay`: what `replay` learns from is kept, at most REPLAY_CAPACITY pictures.
         `first_timestep`: the picture loss is of this much noise and more, and unweighted. What a picture shows is
         decided there, and min-SNR weights all but drop these steps where the velocity is predicted."""
         super().__init__()
         self.first_timestep, self.samples_latents = first_timestep, samples_latents
+        self.guidance_dropout = guidance_dropout
         self.config, self.tokenizer = config, tokenizer
         self.language, self.vision, self.mapper = language, vision, mapper
         self.diffusion, self.text_encoder = diffusion, text_encoder
@@ -288,7 +289,7 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """`is_kept`: for the replay buffer, where there is one."""
         captions = [caption for example in examples for caption in example.captions]
-        is_null_P = (torch.rand(len(captions)) < (GUIDANCE_DROPOUT if self.training else 0.0)).to(self.device)
+        is_null_P = (torch.rand(len(captions)) < (self.guidance_dropout if self.training else 0.0)).to(self.device)
         condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
         losses: dict[str, Tensor] = {}
         latents_PCYX = None
@@ -297,13 +298,14 @@ class Objective(nn.Module):
             losses["picture"] = self.diffusion.training_loss(
                 latents_PCYX, condition_PQD, first_timestep=self.first_timestep
             )
-        if weights.caption:
+        keeps = self.training and self.keeps_replay and is_kept
+        if weights.caption or keeps:
             target_PQD = self.text_encoder(captions)
             has_contrasts = weights.contrast and all(example.contrasts for example in examples if example.drawn)
             others_PKQD = self._encode_contrasts(examples) if has_contrasts else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
-            if self.training and self.keeps_replay and is_kept:
-                self._store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
+            if keeps:
+                self.store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
 
     @torch.no_grad()
@@ -343,7 +345,7 @@ class Objective(nn.Module):
         A step of the mapper costs a tenth of one of the language model, whose vokens move slowly enough for its states
         to stay true for a while. The buffer is not checkpointed: a resumed run fills it again."""
         chosen = [self._replay_buffer[i] for i in torch.randint(len(self._replay_buffer), (num_pictures,)).tolist()]
-        is_null_P = (torch.rand(num_pictures) < GUIDANCE_DROPOUT).to(self.device)
+        is_null_P = (torch.rand(num_pictures) < self.guidance_dropout).to(self.device)
         states_PVH = torch.stack([one.states_VH for one in chosen])
         condition_PQD = self.mapper(states_PVH.masked_fill(is_null_P[:, None, None], 0))
         others = [one.others_KQD for one in chosen if one.others_KQD is not None]
@@ -396,7 +398,7 @@ class Objective(nn.Module):
         right_P = torch.zeros(len(distance_PK), dtype=torch.long, device=self.device)
         return F.cross_entropy(-CONTRAST_SHARPNESS * distance_PK, right_P)
 
-    def _store_for_replay(
+    def store_for_replay(
         self, vokens_PVH: Tensor, target_PQD: Tensor, others_PKQD: Tensor | None, latents_PCYX: Tensor | None
     ) -> None:
         """Keep a batch's pictures in the place of the oldest."""

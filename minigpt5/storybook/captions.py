@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -154,6 +154,16 @@ def facts_in(text: str) -> Facts:
         place=_first(PLACE_PATTERNS, lower),
         time=_first(TIME_PATTERNS, lower.replace("sunset", "sunset ")),
     )
+
+
+def facts_of_canonical(caption: str) -> Facts:
+    """The inverse of `canonical_caption`."""
+    facts = facts_in(caption)
+    side = caption.partition(":")[0]
+    if side not in ("left", "right"):
+        return facts
+    other = "right" if side == "left" else "left"
+    return replace(facts, side=side if facts.who else other)
 
 
 def _first(patterns: dict[str, re.Pattern[str]], text: str) -> str | None:

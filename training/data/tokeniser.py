@@ -15,6 +15,8 @@ from minigpt5.model.locate import find_part, locate
 from minigpt5.model.prompt import encode
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.objective.example import Example
+from training.data.written import write_out
+from training.presets import DrawsBy
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,12 @@ class Tokeniser:
 
     start: str
     """The folder's path, URI or hub id."""
+    draws_by: DrawsBy = "vokens"
+    """See `write_out`, which comes first."""
 
     def __call__(self, example: Example) -> Example:
         config, tokenizer, voken_embeddings = _load(self.start)
+        example = write_out(example, self.draws_by, reads_pictures=config.vision.family != "none")
         tokens = encode(
             example.segments,
             tokenizer,

@@ -63,6 +63,7 @@ class ModelStage(ABC):
         first_timestep: int = 0,
         samples_latents: bool = False,
         keeps_replay: bool = False,
+        guidance_dropout: float = 0.1,
     ) -> None:
         """Load the model folder that the stage starts from. Raises TrainingError where there is none."""
         torch.manual_seed(preset.seed)
@@ -98,6 +99,7 @@ class ModelStage(ABC):
             first_timestep=first_timestep,
             samples_latents=samples_latents,
             keeps_replay=keeps_replay,
+            guidance_dropout=guidance_dropout,
         )
         if preset.halves_frozen:
             for part in (self.language.body, self.language.head, self.vision.encoder, self.diffusion, text_encoder):

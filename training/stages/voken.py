@@ -7,13 +7,22 @@ refine  captions and stories; the mapper alone learns to follow what the languag
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minigpt5.errors import TrainingError
+from minigpt5.model import folder as model_folder
+from minigpt5.model.cache import hash_file
 from minigpt5.model.language import pad, padding_id
+from minigpt5.model.locate import find_part
 from minigpt5.model.prompt import text_segment
+from minigpt5.model.weights import load_tensors, save_tensors
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights, Objective
 from training.data.batches import Batch, StageData
@@ -26,7 +35,7 @@ from training.weight_sources import WeightSources
 NUM_STANDARDISED = 512
 """Captions whose spread scales the caption loss."""
 NUM_WHITENED = 1_024
-"""Captions whose voken states say how they spread."""
+"""Captions whose voken states say how they spread; more where a picture has few vokens."""
 MIN_STATES = 2
 """Voken states for each direction that they are whitened in, at least."""
 LOOKED_THROUGH = 8
@@ -52,7 +61,7 @@ class VokenObjective(nn.Module):
             caption=preset.caption_weight,
             contrast=preset.contrast_weight,
         )
-        if self.training and is_replay(batch, preset.replay, self.model.num_replayable):
+        if self.training and (preset.replay.fill or is_replay(batch, preset.replay, self.model.num_replayable)):
             return self.model.replay(preset.replay.batch_size, weights)
         return self.model(batch.examples, weights)
 
@@ -62,16 +71,22 @@ class VokenStage(ModelStage):
 
     def __init__(self, preset: VokenPreset, sources: WeightSources, data: StageData) -> None:
         self.preset = preset
+        trains_language = preset.stage == "learn" and preset.optimizer.learning_rate > 0
+        self.trains_body = trains_language and preset.tunes == "body"
         super().__init__(
             preset,
             sources,
             data,
-            trains_adapter=preset.stage == "learn" and preset.optimizer.learning_rate > 0,
+            trains_adapter=trains_language and not self.trains_body,
             first_timestep=preset.first_timestep,
             samples_latents=preset.samples_latents,
             keeps_replay=preset.replay.steps > 0,
+            guidance_dropout=preset.guidance_dropout,
         )
-        captions = self._some_captions(NUM_WHITENED if preset.whitens else NUM_STANDARDISED * preset.standardises)
+        self._states_folder = sources.runs / "states" if preset.keeps_states else None
+        num_whitened = max(NUM_WHITENED, math.ceil(MIN_STATES * self.config.hidden / self.config.num_vokens))
+        num_captions = num_whitened if preset.whitens else NUM_STANDARDISED * preset.standardises
+        captions = self._fill() if preset.replay.fill else self._some_captions(num_captions)
         if preset.standardises:
             targets = [target for _, target in captions[:NUM_STANDARDISED]]
             with self.autocast():
@@ -84,6 +99,25 @@ class VokenStage(ModelStage):
         if preset.contrast_weight and not any(example.contrasts for example in self.sample_examples()):
             print("contrast_weight is not 0, but the examples have no contrasts: it has no effect", flush=True)
         self.objective = VokenObjective(self.model, preset)
+
+    @torch.no_grad()
+    def _fill(self) -> list[tuple[str, str]]:
+        """Read the captions that are replayed, and return them as `_some_captions` does. Raises TrainingError."""
+        preset = self.preset
+        if preset.stage != "align" or preset.voken_learning_rate:
+            raise TrainingError(
+                f"replay.fill is {preset.replay.fill}, but states that are read once stay true in stage align with "
+                "voken_learning_rate=0 alone: set replay.fill=0"
+            )
+        examples: list[Example] = [self.data.training.example_at(at)[1] for at in range(preset.replay.fill)]
+        captions = [(example.segments[0].text, example.captions[0]) for example in examples]
+        states_PVH, targets_PQD = self._voken_states(captions)
+        latents_PCYX = None
+        if preset.picture_weight:
+            batches = (examples[start : start + 32] for start in range(0, len(examples), 32))
+            latents_PCYX = torch.cat([self.model.to_latents(batch) for batch in batches])
+        self.model.store_for_replay(states_PVH, targets_PQD, None, latents_PCYX)
+        return captions
 
     def _some_captions(self, num: int) -> list[tuple[str, str]]:
         """Captions of the run's first examples: as the language model reads each, and as the text encoder does."""
@@ -99,15 +133,34 @@ class VokenStage(ModelStage):
     @torch.no_grad()
     def _voken_states(self, captions: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
         """Voken states of captions, and the text encoder's states of them."""
+        kept = self._states_folder and self._states_folder / f"{self._states_key(captions)}.safetensors"
+        if kept and kept.is_file():
+            tensors = load_tensors(kept)
+            return tensors["states"].float(), tensors["targets"].float()
         encoded = [self.model.encode([text_segment(read)])[0] for read, _ in captions]
-        states, targets = [], []
+        states: list[Tensor] = []
+        targets: list[Tensor] = []
         for start in range(0, len(captions), 32):
             batch = slice(start, start + 32)
             with self.autocast():
-                found = self.language.voken_states(*pad(encoded[batch], padding_id(self.model.tokenizer)))
-                states.append(found.float())
+                read = self.language.voken_states(*pad(encoded[batch], padding_id(self.model.tokenizer)))
+                states.append(read.float())
                 targets.append(self.model.text_encoder([target for _, target in captions[batch]]).float())
-        return torch.cat(states), torch.cat(targets)
+        found = torch.cat(states), torch.cat(targets)
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(".partial")
+            save_tensors({"states": found[0].half(), "targets": found[1].half()}, partial)
+            partial.replace(kept)
+        return found
+
+    def _states_key(self, captions: list[tuple[str, str]]) -> str:
+        """Of all that voken states depend on."""
+        config = self.config
+        parts = [config.language_model, config.text_encoder, *(text for both in captions for text in both)]
+        parts += [hash_file(path) for path in sorted(self.start.glob("vokens.safetensors"))]
+        parts += [hash_file(path) for path in sorted(self.start.glob("adapter/*.safetensors"))]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def write_sample(self) -> bytes | None:
         if self.preset.stage not in WRITES_STORIES:
@@ -117,17 +170,29 @@ class VokenStage(ModelStage):
 
     def sample_prompt(self) -> str:
         """The prompt of a held-out story, or the first caption of a row that has no prompt."""
-        examples = [example for example in self.sample_examples() if example.drawn]
+        examples = self.sample_examples()
         prompts = [example.prompt for example in examples if example.prompt]
-        return [*prompts, *(example.captions[0] for example in examples)][0]
+        return [*prompts, *(example.captions[0] for example in examples if example.captions)][0]
 
     def freeze(self) -> None:
         self.vision.qformer.requires_grad_(False)
+        if self.trains_body:
+            self.language.body.requires_grad_(True)
         self.language.voken_embeddings.requires_grad_(self.preset.voken_learning_rate > 0)
         self.mapper.requires_grad_(self.preset.mapper_learning_rate > 0)
         if not self.preset.trains_queries:
             self.mapper.fc.requires_grad_(False)
             self.mapper.queries.requires_grad_(False)
+
+    def saved_parameters(self) -> list[nn.Parameter]:
+        body = self.language.body.parameters() if self.trains_body else []
+        return list(dict.fromkeys([*super().saved_parameters(), *body]))
+
+    def save(self, folder: Path) -> None:
+        if self.trains_body:
+            base = find_part(self.start, self.config, self.config.language_model)
+            self.config = model_folder.save_language(folder, self.config, self.language, base)
+        super().save(folder)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         preset = self.preset

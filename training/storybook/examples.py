@@ -13,7 +13,9 @@ import numpy as np
 from minigpt5.model.prompt import Task, Template
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
+from minigpt5.published.data import Turn, mmdialog_samples, sample_segments
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
+from minigpt5.storybook.dialogues import dialogue_at
 from minigpt5.storybook.scenes import (
     CHARACTERS,
     IMAGE_PX,
@@ -27,8 +29,9 @@ from minigpt5.storybook.scenes import (
     sprite_boxes,
 )
 from minigpt5.storybook.stories import story_at
+from training.data.written import write_out
 from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
-from training.storybook.presets import DecoderPreset, SharpenPreset, UnetPreset, VaePreset
+from training.storybook.presets import DecoderPreset, RetrievePreset, SharpenPreset, UnetPreset, VaePreset
 from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
@@ -84,13 +87,19 @@ class WeightedScene:
 
 @dataclass(frozen=True)
 class StorybookExamples:
-    """The picture world, endlessly: every position has an example of its own."""
+    """The picture world, endlessly: every position has an example of its own, but for a preset's `num_examples`."""
 
     preset: Preset
     template: Template = PUBLISHED
+    reads_pictures: bool = True
 
     def example_at(self, position: int) -> tuple[int, Any]:
-        return position, example_at(self.preset, position, self.template)
+        if isinstance(self.preset, VokenPreset) and self.preset.num_examples:
+            position %= self.preset.num_examples
+        example = example_at(self.preset, position, self.template)
+        if isinstance(self.preset, VokenPreset) and isinstance(example, Example):
+            example = write_out(example, self.preset.draws_by, reads_pictures=self.reads_pictures)
+        return position, example
 
 
 def example_at(
@@ -106,7 +115,11 @@ def example_at(
         case SharpenPreset():
             return _weighted_scene(preset, position, rng)
         case UnetPreset():
+            if preset.page_share and rng.random() < preset.page_share:
+                return _told_scene(seed, position, rng)
             return _captioned_scene(seed, position, preset.canonical_share, rng)
+        case RetrievePreset():
+            return _caption(seed, position, rng, template)
         case DistillPreset():
             scene = _captioned_scene(seed, position, preset.canonical_share, rng)
             return Example(segments=[], read=[], drawn=[scene.pixels], captions=[scene.caption])
@@ -118,6 +131,8 @@ def example_at(
                 return _caption(seed, position, rng, template)
             if choice < preset.caption_share + preset.story_share:
                 return _story(seed, position, rng, template)
+            if choice < preset.caption_share + preset.story_share + preset.dialogue_share:
+                return _turn(seed, position, rng, template)
             return _page(seed, position, rng, template)
     raise ValueError(f"stage {preset.stage} has no examples of the picture world: name a data set with --data")
 
@@ -178,6 +193,13 @@ def _captioned_scene(seed: int, position: int, canonical_share: float, rng: np.r
     return CaptionedScene(pixels=draw_scene(scene), caption=caption, canonical=canonical)
 
 
+def _told_scene(seed: int, position: int, rng: np.random.Generator) -> CaptionedScene:
+    """A page of a story, whose text is the caption."""
+    story = story_at(position, seed=seed)
+    page = story.pages[rng.integers(len(story.pages))]
+    return CaptionedScene(pixels=draw_scene(page.scene), caption=page.text, canonical=canonical_caption(page.facts))
+
+
 def _description(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
     scene = scene_at(position, seed=seed)
     facts = Facts.of(scene)
@@ -223,6 +245,23 @@ def _contrasts(facts: Facts, rng: np.random.Generator) -> list[str]:
         others = [one for one in changed if not (one.who and one.what and is_held_out(one.who, one.what))]
         captions.append(canonical_caption(others[rng.integers(len(others))]))
     return captions
+
+
+def _turn(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
+    """One turn of a dialogue after those before it, as published."""
+    said = dialogue_at(position, seed=seed)
+    turns = [Turn(text=one.text, picture=str(at) if one.scene else None) for at, one in enumerate(said)]
+    samples = list(mmdialog_samples(turns))
+    sample = samples[rng.integers(len(samples))]
+    read = [scene for at in sample.read if (scene := said[int(at)].scene)]
+    drawn = said[int(sample.drawn)] if sample.drawn else None
+    return Example(
+        segments=sample_segments(sample, template),
+        read=[draw_scene(scene) for scene in read],
+        drawn=[draw_scene(drawn.scene)] if drawn and drawn.scene else [],
+        captions=[canonical_caption(drawn.facts)] if drawn and drawn.facts else [],
+        contrasts=[_contrasts(drawn.facts, rng)] if drawn and drawn.facts else [],
+    )
 
 
 def _page(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:

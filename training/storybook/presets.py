@@ -26,6 +26,8 @@ class UnetPreset(Preset):
     `first_timestep` on. The whole mixture hardly teaches it."""
     first_timestep: int = 0
     """Least noise until `placement_until`, without weights by timestep."""
+    page_share: float = 0.0
+    """Share of pages of stories, whose texts are the captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,19 @@ class SharpenPreset(Preset):
     detail_weight: float
     """Weight of a sprite's missing correlation with what it should be."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievePreset(Preset):
+    """Stage "retrieve": voken states -> the nearest picture of an index, and whether to draw instead (GILL, arXiv
+    2305.17216, 3.2 and 3.3). The optimizer's rate is of all that is trained."""
+
+    num_pictures: int
+    """Captioned pictures that are learnt from."""
+    num_indexed: int
+    """Pictures of the index, others than those that are learnt from."""
+    decides_from: float = 0.5
+    """Share of the run after which the decision is learnt: from then on the index's embeddings are settled enough."""
 
 
 # Departures from the published settings, which are made for 7 billion parameters and two days on four GPUs:

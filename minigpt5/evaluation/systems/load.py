@@ -16,7 +16,14 @@ from minigpt5.model.locate import check_bases, locate, shared_name
 from minigpt5.types import DrawSettings, Sampling
 
 OURS = "minigpt5.evaluation.systems.ours:MiniGPT5System"
-RIVALS: dict[str, str] = {}
+RIVALS: dict[str, str] = {
+    "stable-diffusion": "minigpt5.evaluation.systems.stable_diffusion:StableDiffusionSystem",
+    "text-only": "minigpt5.evaluation.systems.text_only:TextOnlySystem",
+    "minigpt4": "minigpt5.evaluation.systems.text_only:TextOnlySystem",
+    "two-stage": "minigpt5.evaluation.systems.two_stage:TwoStageSystem",
+    "divter": "minigpt5.evaluation.systems.divter:DivterSystem",
+    "gill": "minigpt5.evaluation.systems.gill:GillSystem",
+}
 """The `system` of a rival's config.json -> "module:Class". The class has the attribute `wants` of a System, and
 `from_pretrained(folder, *, num_threads, device)`."""
 

@@ -143,6 +143,43 @@ def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_what_has_no_caption_loss_is_replayed_too() -> None:
+    """The picture loss alone, on all of the remembered pictures."""
+    objective = new_objective(keeps_replay=True)
+    pictures_only = LossWeights(text=0.0, picture=1.0, caption=0.0)
+    torch.manual_seed(0)
+    objective([story()], pictures_only)
+    assert objective.num_replayable == 2
+    losses = objective.replay(4, pictures_only)
+    assert losses["loss"].item() == pytest.approx(losses["replayed picture"].item())
+
+
+def test_without_guidance_dropout_no_caption_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.zeros(*size))  # every draw is below every share
+    for share, num_null in ((0.0, 0), (0.1, 2)):
+        objective = new_objective()
+        objective.guidance_dropout = share
+        seen: list[torch.Tensor] = []
+        objective.mapper.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        objective([story()], CAPTIONS_ONLY)
+        assert sum(not states_VH.any() for states_VH in seen[0]) == num_null
+
+
+def test_a_mapper_without_layers_mixes_vokens_by_position() -> None:
+    config = dataclasses.replace(tiny_config(), mapper_layers=0)
+    mapper = Mapper(config)
+    vokens_BVH = torch.randn(2, config.num_vokens, config.hidden)
+    condition_BQD = mapper(vokens_BVH)
+    assert condition_BQD.shape == (2, config.condition_positions, config.condition_width)
+    assert not any("layers" in name for name, _ in mapper.named_parameters())
+    states_BVW = mapper.fc(vokens_BVH)
+    positions: Any = mapper.transformer.positions
+    mixed_W = sum(positions.weight[3, v] * states_BVW[1, v] for v in range(config.num_vokens)) + positions.bias[3]
+    norm: Any = mapper.transformer.decoder.norm
+    assert torch.allclose(condition_BQD[1, 3], norm(mixed_W + mapper.queries[0, 3]), atol=1e-5)
+    assert mapper.is_fresh
+
+
 def test_nothing_is_kept_for_a_replay_that_never_comes() -> None:
     objective = new_objective()
     objective([caption("a fox")], CAPTIONS_ONLY)

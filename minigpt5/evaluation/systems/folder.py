@@ -1,0 +1,44 @@
+"""The folder of a rival: `config.json` says which system it is, `model/` is a model folder with its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from minigpt5.codec import to_json
+from minigpt5.model.folder_config import load_config, write_config
+from minigpt5.types import DISTILLED_FOLDER, DrawSettings
+
+MODEL = "model"
+
+
+def save_system(folder: Path, system: str, model: Path, *, decoder: Path | None = None) -> None:
+    """Write the folder of `system` with a copy of the model folder `model`. `decoder`: parts of a diffusion model, in
+    diffusers' layout, that take the place of the model's own. Raises ModelFolderError, FileExistsError."""
+    shutil.copytree(model, folder / MODEL)
+    config = load_config(folder / MODEL)
+    if decoder:
+        for part in (path for path in sorted(decoder.iterdir()) if path.is_dir()):
+            place = folder / MODEL / config.diffusion / part.name
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(part, place)
+        if not (decoder / DISTILLED_FOLDER).is_dir():  # the model's own was distilled from another denoiser
+            shutil.rmtree(folder / MODEL / config.diffusion / DISTILLED_FOLDER, ignore_errors=True)
+            config = dataclasses.replace(config, draw_distilled=None, prefers_distilled=False)
+        config = write_config(folder / MODEL, config)
+    write_system(folder, system, draw=config.draw)
+
+
+def write_system(folder: Path, system: str, *, draw: DrawSettings) -> None:
+    """Write `config.json` of a folder whose `model/` is there."""
+    config = load_config(folder / MODEL)
+    values = {
+        "system": system,
+        "name": system,
+        "version": config.fingerprint,
+        "sampling": to_json(config.sampling),
+        "draw": to_json(draw),
+    }
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")

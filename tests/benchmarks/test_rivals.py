@@ -1,0 +1,92 @@
+"""Rows of the bench are made once, and go on where they were stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rivals
+from benchmarks.rivals import ORDER, SEEDS, Plan, units_left
+from training.checkpoint import Position, save_checkpoint
+from training.run_folder import RunFolder
+from training.storybook.rivals import RIVALS
+
+
+class Runs:
+    """Stands in for training: writes what a finished run has, or stops at a stage, and counts."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.stops_at = ""
+
+    def __call__(self, arguments: list[str]) -> int:
+        stage, out = arguments[0], Path(arguments[arguments.index("--out") + 1])
+        assert Path(arguments[arguments.index("--start") + 1]).is_dir()
+        if stage == self.stops_at:
+            raise KeyboardInterrupt
+        self.stages.append(stage)
+        save_checkpoint(RunFolder(str(out)), Position(2, 120.0), {}, {})
+        (out / "model").mkdir()
+        return 500
+
+
+@pytest.fixture(autouse=True)
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "make_start", lambda name, out, *, base, seed: out.mkdir(parents=True))
+
+
+def test_a_stopped_row_goes_on_after_its_last_whole_stage(tmp_path: Path) -> None:
+    plan, runs = Plan(runs=tmp_path, base=tmp_path), Runs()
+    runs.stops_at = "learn"
+    with pytest.raises(KeyboardInterrupt):
+        rivals.train(plan, "minigpt5", 1, runs)
+    runs.stops_at = ""
+    folder, minutes, peak_mib = rivals.train(plan, "minigpt5", 1, runs)
+    assert runs.stages == ["align", "learn"]
+    assert (minutes, peak_mib, folder.name) == (4.0, 500, "model")
+    assert rivals.train(plan, "minigpt5", 1, runs)[0] == folder and len(runs.stages) == 2
+
+
+def test_equal_stages_are_run_once_and_different_ones_are_not(tmp_path: Path) -> None:
+    plan, runs = Plan(runs=tmp_path, base=tmp_path), Runs()
+    for name, stages in (
+        ("minigpt5", ["align", "learn"]),
+        ("data-10", ["learn"]),
+        ("text-only", ["learn"]),
+        ("two-stage", []),
+        ("vokens-4", ["align", "learn"]),
+    ):
+        runs.stages = []
+        rivals.train(plan, name, 1, runs)
+        assert runs.stages == stages, name
+    runs.stages = []
+    rivals.train(plan, "minigpt5", 2, runs)
+    assert runs.stages == ["align", "learn"], "another seed"
+
+
+def test_units_that_are_in_the_results_are_left_out(tmp_path: Path) -> None:
+    plan = Plan(runs=tmp_path, out=tmp_path / "rivals.json")
+    everything = units_left(plan, ORDER)
+    assert everything[:2] == [("minigpt5", 1), ("gill", 1)]
+    assert [one for one in everything if one[1] == 2] == [(name, 2) for name in SEEDS]
+    plan.out.write_text(json.dumps({"rows": [{"name": "minigpt5", "seeds": [1, 2]}]}))
+    assert units_left(plan, ["minigpt5", "two-stage"]) == [("two-stage", 1), ("minigpt5", 3)]
+
+
+def test_every_rival_has_its_place() -> None:
+    assert set(ORDER) == set(RIVALS) and len(ORDER) == len(RIVALS)
+
+
+def test_a_row_is_of_all_its_seeds(tmp_path: Path) -> None:
+    plan = Plan(runs=tmp_path, out=tmp_path / "rivals.json")
+    for seed, value in ((1, 1.0), (2, 0.0)):
+        path = plan.items("gill", seed)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"minutes": 10.0 * seed, "peak_mib": 5, "items": {"caption_who": [value] * 3}}))
+        rivals.write_row(plan, "gill")
+    (row,) = rivals.read_rows(plan.out)
+    assert (row["name"], row["seeds"], row["minutes"]) == ("gill", [1, 2], 15.0)
+    assert row["metrics"]["caption_who"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert row["metrics"]["bleu_1"] is None
