@@ -129,6 +129,20 @@ HELD_OUT: dict[Kind, tuple[str, ...]] = {
     "both": ("list", "setting"),
     "request": ("would like", "give me"),
 }
+QUESTIONS: dict[Phrasing, tuple[str, ...]] = {
+    "seen": (
+        "Describe this image.",
+        "What is in it?",
+        "What do you see?",
+        "What is in this picture?",
+        "Tell me what this picture shows.",
+        "Can you describe the picture?",
+        "What does this image show?",
+        "Please describe what you see.",
+    ),
+    "unseen": ("What can be seen here?", "Say in one sentence what the picture is of."),
+}
+"""Ways to ask for a description; nobody trains on the unseen ones."""
 REQUESTS, TYPING_ERRORS, LOWER_CASE, BARE, PLURAL, ADJECTIVE = 0.4, 0.05, 0.4, 0.1, 0.03, 0.4
 """Shares of sentences, and of names."""
 
