@@ -1,5 +1,5 @@
 """How good a model is: `python -m benchmarks.quality [--num 500] [--stories 50] [--references 50] [--scenes 100]
-[--model FOLDER]`.
+[--phrasings 100] [--model FOLDER]`.
 
 Scenes are asked for by captions of the held-out split that say every fact and drawn by the shipped folder's
 default request, one seed for each caption, no selection; the scorer reads them. Held-out, seen pairs apart.
@@ -10,7 +10,8 @@ minigpt5/evaluation/perceptual.py.
 
 Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
 texts in books.json, the pictures of the best and the worst in books.png. Given stories say how well pictures show what
-their pages only refer to (referring.py). Last, the model describes scenes. What is asked of the figures: goals.py.
+their pages only refer to (referring.py). The model describes scenes. Last, people ask, and not the
+world's own captions (phrasings.py). What is asked of the figures: goals.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from torch import nn
 
 from benchmarks.goals import compare, to_text
+from benchmarks.phrasings import describe_questions, draw_phrasings, ratios
 from benchmarks.pixels import pixels_of, png_of
 from benchmarks.referring import reference
 from benchmarks.shares import mean, points_lost, share
@@ -184,6 +186,7 @@ class Nums:
     stories: int
     references: int
     scenes: int
+    phrasings: int = 0
 
 
 def measure(
@@ -228,12 +231,17 @@ def measure(
     if nums.scenes:
         print(f"{nums.scenes} scenes are described", file=sys.stderr)
         figures["understanding"] = understanding(model, nums.scenes)
+    if nums.phrasings:
+        print(f"{nums.phrasings} scenes in phrasings of each kind", file=sys.stderr)
+        figures["phrasings"] = draw_phrasings(model, scorer, nums.phrasings)
+        figures["questions"] = describe_questions(model, nums.phrasings)
     figures["goals"] = compare(figures)
     return figures
 
 
 def save_report(path: Path, figures: dict[str, object], *, command: str) -> None:
-    report = {"ratios": {}, "figures": figures, "machine": machine(), "command": command}
+    found = ratios(figures) if "phrasings" in figures else {}
+    report = {"ratios": found, "figures": figures, "machine": machine(), "command": command}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -254,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stories", type=int, default=50, help="stories that the model writes; 0: none")
     parser.add_argument("--references", type=int, default=50, help="given stories whose pages refer; 0: none")
     parser.add_argument("--scenes", type=int, default=100, help="scenes that the model describes; 0: none")
+    parser.add_argument("--phrasings", type=int, default=100, help="scenes asked for as people ask; 0: none")
     parser.add_argument(
         "--tiny",
         action="store_true",
@@ -264,11 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--undistilled", action="store_true", help="draw with the UNet itself by default")
     parser.add_argument("--threads", type=int, help="torch threads; as torch chooses where it is not given")
     options = parser.parse_args(arguments)
-    nums = Nums(captions=options.num, stories=options.stories, references=options.references, scenes=options.scenes)
-    if nums.captions < 2 or min(nums.stories, nums.references, nums.scenes) < 0 or nums.references == 1:
-        parser.error("--num must be at least 2, --stories and --scenes 0, --references 0 or at least 2")
+    nums = Nums(
+        captions=options.num,
+        stories=options.stories,
+        references=options.references,
+        scenes=options.scenes,
+        phrasings=options.phrasings,
+    )
+    if nums.captions < 2 or min(nums.stories, nums.references, nums.scenes, nums.phrasings) < 0 or nums.references == 1:
+        parser.error("--num must be at least 2, --stories, --scenes and --phrasings 0, --references 0 or at least 2")
     if options.tiny:
-        nums = Nums(captions=TINY, stories=1, references=2, scenes=4)
+        nums = Nums(captions=TINY, stories=1, references=2, scenes=4, phrasings=2)
     if options.threads:
         torch.set_num_threads(options.threads)
     model = MiniGPT5.from_pretrained(options.model, num_cores=options.threads)

@@ -159,6 +159,9 @@ class VokenPreset(Preset):
     caption_share: float = 0.25
     """Share of bare captions among the picture world's examples of "learn" and "refine", so that captions are not
     forgotten."""
+    phrasing_share: float = 0.0
+    """Share of the picture world's captions that are said as people ask, by the grammar of
+    minigpt5/storybook/phrasings.py; the others are the world's own."""
     story_share: float = 0.5
     """Share of whole stories among the examples of "learn" and "refine"; the rest are single pages."""
     dialogue_share: float = 0.0

@@ -128,13 +128,15 @@ def test_the_bench_measures_and_writes_its_report(tmp_path: Path, monkeypatch: p
         DiffusionDecoder(config, tiny_mapper(config), diffusion),
     )
     out = tmp_path / "bench" / "quality.json"
-    nums = quality.Nums(captions=2, stories=1, references=2, scenes=1)
+    nums = quality.Nums(captions=2, stories=1, references=2, scenes=1, phrasings=2)
     figures = quality.measure(model, load_scorer(), StatesOfNothing(config), nums, books=tmp_path)
     quality.save_report(out, figures, command="python -m benchmarks.quality")
     report = json.loads(out.read_text())
     assert set(report) == {"ratios", "figures", "machine", "command"}
     assert report["machine"]["threads"] == 1
     assert report["figures"]["understanding"]["who"]["num"] == 1
+    assert report["figures"]["questions"]["unseen"]["who"]["num"] == 2
+    assert report["ratios"]["seen_all"] == report["figures"]["phrasings"]["seen"]["all"]["share"]
     stories = report["figures"]["stories"]
     assert stories["pictures"]["who"]["num"] > 0 and stories["stories_with_the_prompts_cast"]["num"] == 1
     assert stories["stories_with_all_pages_and_pictures"]["num"] == 1 and stories["sentences_copied"]["share"] == 0

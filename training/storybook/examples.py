@@ -16,6 +16,7 @@ from minigpt5.objective.example import Example
 from minigpt5.published.data import Turn, mmdialog_samples, sample_segments
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
 from minigpt5.storybook.dialogues import dialogue_at
+from minigpt5.storybook.phrasings import phrase
 from minigpt5.storybook.scenes import (
     CHARACTERS,
     IMAGE_PX,
@@ -128,7 +129,7 @@ def example_at(
         case VokenPreset():
             choice = rng.random()
             if preset.stage == "align" or choice < preset.caption_share:
-                return _caption(seed, position, rng, template)
+                return _caption(preset, position, rng, template)
             if choice < preset.caption_share + preset.story_share:
                 return _story(seed, position, rng, template)
             if choice < preset.caption_share + preset.story_share + preset.dialogue_share:
@@ -212,11 +213,12 @@ def _description(seed: int, position: int, rng: np.random.Generator, template: T
     )
 
 
-def _caption(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
-    scene = scene_at(position, seed=seed)
+def _caption(preset: VokenPreset, position: int, rng: np.random.Generator, template: Template) -> Example:
+    scene = scene_at(position, seed=preset.seed)
     facts = draw_facts(scene, rng)
+    is_asked = preset.phrasing_share > 0 and rng.random() < preset.phrasing_share
     return Example(
-        segments=template.caption(write_caption(facts, rng)),
+        segments=template.caption(phrase(facts, rng) if is_asked else write_caption(facts, rng)),
         read=[],
         drawn=[draw_scene(scene)],
         captions=[canonical_caption(facts)],
