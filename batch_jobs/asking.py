@@ -16,7 +16,7 @@ from batch_jobs.stages import ErrorKind, Row
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.evaluation.protocols.protocol import Settings
 from minigpt5.evaluation.protocols.table import PROTOCOLS
-from minigpt5.evaluation.systems import AnswerPart, Question, System
+from minigpt5.evaluation.systems.face import AnswerPart, Question, System
 from minigpt5.pictures import open_picture
 from minigpt5.story.stream import describe
 

@@ -31,7 +31,7 @@ from minigpt5.evaluation.judge import Judge
 from minigpt5.evaluation.protocols.protocol import Protocol, Settings
 from minigpt5.evaluation.protocols.scorers import load_scorers
 from minigpt5.evaluation.protocols.table import PROTOCOLS
-from minigpt5.evaluation.systems import System
+from minigpt5.evaluation.systems.face import System
 from minigpt5.evaluation.systems.load import SystemInfo, load_system, read_system
 
 FORMAT = 1

@@ -23,7 +23,7 @@ from minigpt5.evaluation.protocols.protocol import Protocol, Sample, Settings
 from minigpt5.evaluation.protocols.report import to_html
 from minigpt5.evaluation.protocols.scorers import Scorers
 from minigpt5.evaluation.protocols.sheets import Sheets
-from minigpt5.evaluation.systems import AnswerPart
+from minigpt5.evaluation.systems.face import AnswerPart
 from minigpt5.pictures import open_picture
 from minigpt5.storage import open_place, read_json, write_whole
 

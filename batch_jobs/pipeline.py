@@ -27,7 +27,7 @@ from batch_jobs.monitor import Figures, Monitor
 from batch_jobs.report import Report
 from batch_jobs.stages import Decoder, Generator, Row
 from minigpt5.errors import MiniGPT5Error
-from minigpt5.evaluation.systems import System
+from minigpt5.evaluation.systems.face import System
 from minigpt5.limits import ON_CPU, ON_GPU
 
 ENGINE_CPUS = 0.5

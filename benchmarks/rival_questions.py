@@ -20,7 +20,7 @@ from benchmarks.referring import KINDS, NUM_PAGES, AskedPage, count_shown
 from benchmarks.referring import SEED as STORY_SEED
 from minigpt5.evaluation.frechet import EfficientNetFeatures, extract
 from minigpt5.evaluation.perceptual import Lpips
-from minigpt5.evaluation.systems import AnswerPart, Question, System
+from minigpt5.evaluation.systems.face import AnswerPart, Question, System
 from minigpt5.evaluation.text import rouge_l
 from minigpt5.evaluation.world import facts_shown
 from minigpt5.model.pixels import to_tensor

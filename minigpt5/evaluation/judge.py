@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
-from minigpt5.evaluation.systems import AnswerPart
+from minigpt5.evaluation.systems.face import AnswerPart
 
 ASPECTS = {
     "text_quality": "The texts are clear, correct and free of repetition.",

@@ -10,7 +10,7 @@ from PIL import Image
 from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation.protocols.protocol import Answers, Protocol, Sample, Settings, facts_of, steps_of
 from minigpt5.evaluation.protocols.table import PROTOCOLS
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.storybook.captions import Facts, canonical_caption
 from minigpt5.types import InputImage, Role
 from tests.helpers.evaluation_rows import PNG, row, story_row

@@ -14,8 +14,8 @@ from PIL import Image
 from examples.own_model.tiny_bases import make_bases
 from minigpt5 import new
 from minigpt5.errors import InvalidRequest
-from minigpt5.evaluation.systems import Question
 from minigpt5.evaluation.systems.divter import DivterSystem
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.evaluation.systems.folder import MODEL, save_system
 from minigpt5.evaluation.systems.gill import GillSystem
 from minigpt5.evaluation.systems.load import load_system, read_system

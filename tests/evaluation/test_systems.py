@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minigpt5.errors import InvalidRequest, ModelFolderError
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.evaluation.systems.load import read_system
 from minigpt5.evaluation.systems.ours import to_request
 from minigpt5.published.data import READ_AND_TALK

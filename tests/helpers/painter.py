@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from minigpt5.errors import InvalidRequest
-from minigpt5.evaluation.systems import AnswerPart, Question
+from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.types import PromptPart
 
 REFUSED = "refuse this"

@@ -129,7 +129,7 @@ def example_at(
         case VokenPreset():
             choice = rng.random()
             if preset.stage == "align" or choice < preset.caption_share:
-                return _caption(preset, position, rng, template)
+                return _caption(seed, position, rng, template, phrasing_share=preset.phrasing_share)
             if choice < preset.caption_share + preset.story_share:
                 return _story(seed, position, rng, template)
             if choice < preset.caption_share + preset.story_share + preset.dialogue_share:
@@ -213,10 +213,12 @@ def _description(seed: int, position: int, rng: np.random.Generator, template: T
     )
 
 
-def _caption(preset: VokenPreset, position: int, rng: np.random.Generator, template: Template) -> Example:
-    scene = scene_at(position, seed=preset.seed)
+def _caption(
+    seed: int, position: int, rng: np.random.Generator, template: Template, *, phrasing_share: float = 0.0
+) -> Example:
+    scene = scene_at(position, seed=seed)
     facts = draw_facts(scene, rng)
-    is_asked = preset.phrasing_share > 0 and rng.random() < preset.phrasing_share
+    is_asked = phrasing_share > 0 and rng.random() < phrasing_share
     return Example(
         segments=template.caption(phrase(facts, rng) if is_asked else write_caption(facts, rng)),
         read=[],

@@ -15,7 +15,7 @@ from minigpt5.evaluation.protocols.protocol import (
     seed_of,
     steps_of,
 )
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 
 KEY = "picture"
 

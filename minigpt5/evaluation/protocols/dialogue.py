@@ -23,7 +23,7 @@ from minigpt5.evaluation.protocols.protocol import (
     turns_of,
 )
 from minigpt5.evaluation.replies import drawing
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.published.data import first_turn
 from minigpt5.types import InputImage, PromptPart, Role
 

@@ -20,7 +20,7 @@ from minigpt5.evaluation.protocols.protocol import (
     text_in,
 )
 from minigpt5.evaluation.replies import missing, structure
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.types import MAX_PAGES, InputImage, PromptPart
 
 KEY = "answer"

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from minigpt5.errors import InvalidRequest
-from minigpt5.evaluation.systems import AnswerPart
+from minigpt5.evaluation.systems.face import AnswerPart
 
 MAX_FILE_BYTES = 2**28
 MAX_PARTS = 128

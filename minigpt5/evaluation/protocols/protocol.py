@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from minigpt5.errors import InvalidRequest
-from minigpt5.evaluation.systems import AnswerPart, Question
+from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.pictures import open_picture
 from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.types import DrawSettings, Sampling

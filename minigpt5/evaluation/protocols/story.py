@@ -24,7 +24,7 @@ from minigpt5.evaluation.protocols.protocol import (
     steps_of,
 )
 from minigpt5.evaluation.replies import structure
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.types import MAX_PAGES
 

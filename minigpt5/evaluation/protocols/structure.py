@@ -14,7 +14,7 @@ from minigpt5.evaluation.protocols.protocol import (
     turns_of,
 )
 from minigpt5.evaluation.replies import structure
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 
 ASK = {"caption": cc3m.ask, "story": story.ask, "dialogue": dialogue.ask, "question": interleave.ask}
 

@@ -24,7 +24,7 @@ from minigpt5.evaluation.protocols.protocol import (
     steps_of,
     text_in,
 )
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.types import InputImage, PromptPart
 
 CONTEXTS = ("none", "text", "picture", "both")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minigpt5.errors import InvalidRequest
-from minigpt5.evaluation.systems import Question, System
+from minigpt5.evaluation.systems.face import Question, System
 
 
 def check_wants(system: System, questions: Sequence[Question]) -> None:

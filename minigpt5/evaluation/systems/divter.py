@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minigpt5.evaluation.systems import Question
 from minigpt5.evaluation.systems.asked import last_text
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.evaluation.systems.marks import END_MARK, MARK, read_described
 from minigpt5.evaluation.systems.text_to_picture import Caption
 from minigpt5.evaluation.systems.two_stage import Described, TwoStageSystem

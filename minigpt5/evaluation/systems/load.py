@@ -10,7 +10,7 @@ from typing import Any
 
 from minigpt5.codec import from_json
 from minigpt5.errors import ModelFolderError
-from minigpt5.evaluation.systems import System
+from minigpt5.evaluation.systems.face import System
 from minigpt5.model.folder_config import check_folder, load_config
 from minigpt5.model.locate import check_bases, locate, shared_name
 from minigpt5.types import DrawSettings, Sampling

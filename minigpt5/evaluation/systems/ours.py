@@ -19,7 +19,7 @@ from minigpt5.blocking import run_blocking
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
-from minigpt5.evaluation.systems import AnswerPart, Question
+from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.pictures import open_picture
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.published.data import READ_AND_TALK

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt5.evaluation.systems import AnswerPart, Question
 from minigpt5.evaluation.systems.asked import check_wants
+from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.evaluation.systems.folder import MODEL
 from minigpt5.evaluation.systems.marks import read_marked
 from minigpt5.evaluation.systems.writing import TextWriter

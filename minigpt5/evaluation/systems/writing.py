@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minigpt5.blocking import run_blocking
 from minigpt5.engine.generator import VokenGenerator
-from minigpt5.evaluation.systems import Question
+from minigpt5.evaluation.systems.face import Question
 from minigpt5.evaluation.systems.ours import to_request
 from minigpt5.model.prompt import Segment, Template, join_texts, pictures_read, request_segments, text_segment
 from minigpt5.types import InputImage, Page, PromptPart, StoryRequest, TextDelta
