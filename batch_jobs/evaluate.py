@@ -42,7 +42,7 @@ JUDGE_KEY = "JUDGE_API_KEY"
 
 @dataclass(frozen=True)
 class Asked:
-    """A row that is to be asked."""
+    """A row with questions that have no answers yet."""
 
     id: str
 

@@ -1,7 +1,7 @@
 """Dialogues turn by turn, as MiniGPT-5 is evaluated on MMDialog: whether to draw, what was drawn, what was said.
 
 Each turn after the first is asked for after the true turns before it, the last exchange and what came since, as the
-published code cuts it (`first_turn`). The side that is asked is the assistant's, whoever spoke in the data.
+published code cuts it (`first_turn`). The side that is asked is always the assistant's.
 """
 
 from __future__ import annotations
