@@ -243,7 +243,7 @@ def test_settings_are_checked() -> None:
         presets.override(TINY, ["mapper_learning_rate=1"])
 
 
-@pytest.mark.parametrize("stage", presets.STAGES)
+@pytest.mark.parametrize("stage", storybook_presets.STORYBOOK)
 def test_examples_are_a_function_of_their_position(stage: str) -> None:
     preset = storybook_presets.STORYBOOK[stage]
     assert str(example_at(preset, 5)) == str(example_at(preset, 5))
