@@ -43,7 +43,7 @@ STORAGE_URI := $(value STORAGE)
 export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI VLLM_PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-peers install-s3 serve story test test-full test-gpu test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean install-vllm test-vllm bench-rivals
+.PHONY: help install install-peers install-s3 install-vllm serve story test test-full test-gpu test-vllm test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-rivals bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))

@@ -188,7 +188,7 @@ def _system(options: argparse.Namespace, protocol: Protocol) -> SystemInfo:
             raise InvalidRequest(name, f"--{name} is {asked:g} but must be from 1 to {most}")
     changes = {"steps": options.steps, "guidance_scale": options.guidance}
     info = read_system(options.model, {name: value for name, value in changes.items() if value is not None})
-    if unanswered := protocol.wants - info.wants:
+    if unanswered := protocol.kinds - info.kinds:
         raise InvalidRequest(
             "protocol",
             f"{protocol.name} asks for {', '.join(sorted(unanswered))}, which {info.name} does not answer: choose "

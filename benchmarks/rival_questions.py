@@ -62,7 +62,7 @@ Items = dict[str, Any]
 def measure(system: System, scorer: Scorer, nums: Nums, *, sheet: Path | None = None) -> Items:
     """Ask a system all that it answers. `sheet`: a PNG of the first pictures that it draws, below the true ones."""
     items: Items = {}
-    if "picture" in system.wants:
+    if "picture" in system.kinds:
         asked = ask(nums.captions, held_out_pairs=True)
         drawn = _pictures(system, [_caption(one) for one in asked])
         items |= caption_items(drawn, asked, scorer)
@@ -73,10 +73,10 @@ def measure(system: System, scorer: Scorer, nums: Nums, *, sheet: Path | None = 
             true = [np.stack([draw_scene(one.scene) for one in asked[:8]])]
             true += [np.stack([draw_scene(page.story.pages[page.number].scene) for page in pages[:8]])]
             save_sheet(sheet, [true[0], drawn[:8], true[1], shown[:8]])
-    if "reply" in system.wants:
+    if "reply" in system.kinds:
         turns = asked_turns(nums.dialogues)
         answers = system.answer([turn.question for turn in turns])
-        items |= dialogue_items(answers, turns, draws="picture" in system.wants)
+        items |= dialogue_items(answers, turns, draws="picture" in system.kinds)
     return items
 
 

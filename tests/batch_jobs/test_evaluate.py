@@ -289,7 +289,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 
 def test_a_system_that_does_not_answer_a_protocol_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = evaluate.read_system(MODEL)
-    silent = dataclasses.replace(info, wants=frozenset({"text"}))
+    silent = dataclasses.replace(info, kinds=frozenset({"text"}))
     monkeypatch.setattr(evaluate, "read_system", lambda folder, draw: silent)
     options = command("vist", "--data", "rows", "--out", str(tmp_path / "out"))
     with pytest.raises(InvalidRequest, match="vist asks for picture, which storybook does not answer"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,14 +40,15 @@ def test_figures_without_noise_are_named() -> None:
         worse({"side": Figure(value=1.0, num=1)}, {})
 
 
-def test_one_round_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rounds", ["1", "-1"])
+def test_one_round_has_no_spread(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        gate.main(["--noise", "1"])
-    assert "--noise is 1 but must be 2 or more" in capsys.readouterr().err
+        gate.main([f"--noise={rounds}"])
+    assert f"--noise is {rounds} but must be 2 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_shipped_model_passes_and_a_damaged_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_repeats_itself_and_a_damaged_model_fails() -> None:
     model, scorer = MiniGPT5.from_pretrained("models/storybook"), load_scorer()
     text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
     known = json.loads(gate.RESULTS.read_text())["figures"]

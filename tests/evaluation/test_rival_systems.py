@@ -137,7 +137,7 @@ def test_a_text_system_is_opened_by_its_folder(model: Path, tmp_path: Path) -> N
     folder = tmp_path / "rival"
     save_system(folder, "text-only", model)
     info = read_system(str(folder))
-    assert (info.name, info.wants) == ("text-only", frozenset({"text", "reply"}))
+    assert (info.name, info.kinds) == ("text-only", frozenset({"text", "reply"}))
     assert info.version == json.loads((model / "config.json").read_text())["fingerprint"]
     system = load_system(str(folder))
     (answer,) = system.answer([asked("reply", "Hello.")])

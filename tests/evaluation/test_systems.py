@@ -51,7 +51,7 @@ def test_texts_stories_and_replies() -> None:
 def test_a_system_is_read_by_its_config(tmp_path: Path) -> None:
     folder = str(Path(__file__).parents[2] / "models" / "storybook")
     info = read_system(folder, {"steps": 3})
-    assert (info.name, len(info.version), info.draw.steps) == ("storybook", 64, 3) and "reply" in info.wants
+    assert (info.name, len(info.version), info.draw.steps) == ("storybook", 64, 3) and "reply" in info.kinds
     with pytest.raises(InvalidRequest, match="scheduler"):
         read_system(folder, {"scheduler": "magic"})
     (tmp_path / "config.json").write_text(json.dumps({"system": "oracle"}))

@@ -21,7 +21,7 @@ class Painter:
     """Repeats the last text. A reply has a picture where that text asks to see or to draw something."""
 
     name = "painter"
-    wants = frozenset({"picture", "text", "pages", "reply"})
+    kinds = frozenset({"picture", "text", "pages", "reply"})
 
     def __init__(self) -> None:
         self.asked: list[Question] = []

@@ -29,6 +29,7 @@ from training.run_folder import RunFolder
 from training.schedule import learning_rate_factor
 from training.storybook import presets as storybook_presets
 from training.storybook.examples import StorybookExamples, example_at
+from training.storybook.rivals import RIVALS
 from training.storybook.vae import VaeStage
 from training.weight_sources import WeightSources
 
@@ -243,9 +244,9 @@ def test_settings_are_checked() -> None:
         presets.override(TINY, ["mapper_learning_rate=1"])
 
 
-@pytest.mark.parametrize("stage", storybook_presets.STORYBOOK)
+@pytest.mark.parametrize("stage", presets.STAGES)
 def test_examples_are_a_function_of_their_position(stage: str) -> None:
-    preset = storybook_presets.STORYBOOK[stage]
+    preset = {**RIVALS["gill"].stages, **storybook_presets.STORYBOOK}[stage]
     assert str(example_at(preset, 5)) == str(example_at(preset, 5))
     assert str(example_at(preset, 5)) != str(example_at(preset, 6))
 

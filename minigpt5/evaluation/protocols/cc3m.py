@@ -50,7 +50,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
 CC3M = Protocol(
     name="cc3m",
     about="one picture for each caption",
-    wants=frozenset({"picture"}),
+    kinds=frozenset({"picture"}),
     ask=ask,
     collect=collect,
     metrics=("clip_i", "clip_t", "lpips", "fact_accuracy", "fid", "inception_score", "efficientnet_distance"),

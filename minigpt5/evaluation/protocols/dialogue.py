@@ -87,7 +87,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
 MMDIALOG = Protocol(
     name="mmdialog",
     about="each turn of a dialogue: whether to draw, what was drawn, what was said",
-    wants=frozenset({"reply"}),
+    kinds=frozenset({"reply"}),
     ask=ask,
     collect=collect,
     metrics=(

@@ -86,7 +86,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
 INTERLEAVE = Protocol(
     name="interleave",
     about="answers of texts and pictures to the questions of a benchmark's file",
-    wants=frozenset({"reply"}),
+    kinds=frozenset({"reply"}),
     ask=ask,
     collect=collect,
     metrics=("structure", "no_picture", "no_text", "clip_t", "bleu_1", "rouge_l", "sbert", "judge"),

@@ -19,7 +19,7 @@ from PIL import Image
 from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.pictures import open_picture
-from minigpt5.storybook.captions import Facts, facts_in
+from minigpt5.storybook.captions import Facts, facts_of_canonical
 from minigpt5.types import DrawSettings, Sampling
 
 Row = Mapping[str, Any]
@@ -70,7 +70,7 @@ class Protocol:
 
     name: str
     about: str
-    wants: frozenset[str]
+    kinds: frozenset[str]
     """Kinds of questions: a system that does not answer one of them is refused."""
     ask: Callable[[Row, Settings], dict[str, Question]]
     """Questions by key. Raises InvalidRequest for a row that it has no questions for."""
@@ -152,12 +152,7 @@ def facts_of(row: Row, step: Step) -> Facts | None:
     for other sources."""
     if not str(row["source"]).startswith("storybook") or not step.caption:
         return None
-    facts = facts_in(step.caption)
-    side = step.caption.partition(":")[0]
-    if side not in ("left", "right"):
-        return facts
-    other = {"left": "right", "right": "left"}[side]
-    return Facts(who=facts.who, what=facts.what, place=facts.place, time=facts.time, side=side if facts.who else other)
+    return facts_of_canonical(step.caption)
 
 
 def picture_in(answer: Sequence[AnswerPart]) -> np.ndarray | None:

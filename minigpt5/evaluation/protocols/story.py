@@ -99,7 +99,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
 STORY = Protocol(
     name="story",
     about="own stories by prompts, with the likeness of their pages by distance",
-    wants=frozenset({"pages"}),
+    kinds=frozenset({"pages"}),
     ask=ask,
     collect=collect,
     metrics=(

@@ -53,7 +53,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
 STRUCTURE = Protocol(
     name="structure",
     about="whether answers have the asked pattern of texts and pictures",
-    wants=frozenset({"picture", "pages", "reply"}),
+    kinds=frozenset({"picture", "pages", "reply"}),
     ask=ask,
     collect=collect,
     metrics=("structure",),

@@ -116,7 +116,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
 VIST = Protocol(
     name="vist",
     about="each step's picture after no context, texts, pictures or both; each step's text after those before it",
-    wants=frozenset({"picture", "text"}),
+    kinds=frozenset({"picture", "text"}),
     ask=ask,
     collect=collect,
     metrics=(

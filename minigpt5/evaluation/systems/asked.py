@@ -8,12 +8,12 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation.systems.face import Question, System
 
 
-def check_wants(system: System, questions: Sequence[Question]) -> None:
+def check_kinds(system: System, questions: Sequence[Question]) -> None:
     """Raise InvalidRequest where a question is of a kind that the system does not answer."""
     for question in questions:
-        if question.wants not in system.wants:
+        if question.wants not in system.kinds:
             raise InvalidRequest(
-                "wants", f"{system.name} answers {', '.join(sorted(system.wants))} but was asked for {question.wants}"
+                "wants", f"{system.name} answers {', '.join(sorted(system.kinds))} but was asked for {question.wants}"
             )
 
 

@@ -40,9 +40,9 @@ class System(Protocol):
     """Answers in the order of the questions. What a system cannot do at all it refuses before it begins."""
 
     name: str
-    wants: frozenset[str]
-    """The kinds of questions that it answers."""
+    kinds: frozenset[str]
+    """What questions may want of it."""
 
     def answer(self, questions: Sequence[Question]) -> list[tuple[AnswerPart, ...]]:
-        """Raises InvalidRequest where a question is not among `wants` or does not fit the model."""
+        """Raises InvalidRequest where a question is not of its `kinds` or does not fit the model."""
         ...

@@ -24,7 +24,7 @@ RIVALS: dict[str, str] = {
     "divter": "minigpt5.evaluation.systems.divter:DivterSystem",
     "gill": "minigpt5.evaluation.systems.gill:GillSystem",
 }
-"""The `system` of a rival's config.json -> "module:Class". The class has the attribute `wants` of a System, and
+"""The `system` of a rival's config.json -> "module:Class". The class has the attribute `kinds` of a System, and
 `from_pretrained(folder, *, num_threads, device)`."""
 
 
@@ -37,7 +37,7 @@ class SystemInfo:
     name: str
     version: str
     """Changes when the weights do: the fingerprint, or a rival's own `version`."""
-    wants: frozenset[str]
+    kinds: frozenset[str]
     reads_pictures: bool
     sampling: Sampling
     draw: DrawSettings
@@ -59,7 +59,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
             folder=shared_name(folder),
             name=config.name,
             version=config.fingerprint,
-            wants=load_class(kind).wants,
+            kinds=load_class(kind).kinds,
             reads_pictures=config.vision.family != "none",
             sampling=config.sampling,
             draw=config.draw_settings(changes),
@@ -74,7 +74,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
         folder=shared_name(folder),
         name=str(values.get("name", kind)),
         version=str(values.get("version", "")),
-        wants=load_class(kind).wants,
+        kinds=load_class(kind).kinds,
         reads_pictures=values.get("reads_pictures", True) is True,
         sampling=sampling,
         draw=chosen,

@@ -32,7 +32,7 @@ KINDS = frozenset({"picture", "text", "pages", "reply"})
 class MiniGPT5System:
     """A `System`. Example: MiniGPT5System.from_pretrained("models/storybook").answer([question])"""
 
-    wants = KINDS
+    kinds = KINDS
 
     def __init__(self, model: MiniGPT5) -> None:
         self.model, self.name = model, model.config.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt5.evaluation.systems.asked import check_wants, last_text
+from minigpt5.evaluation.systems.asked import check_kinds, last_text
 from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.evaluation.systems.folder import MODEL
 from minigpt5.evaluation.systems.text_to_picture import Caption, TextToPicture
@@ -14,7 +14,7 @@ from minigpt5.evaluation.systems.text_to_picture import Caption, TextToPicture
 class StableDiffusionSystem:
     """A `System`."""
 
-    wants = frozenset({"picture"})
+    kinds = frozenset({"picture"})
 
     def __init__(self, drawer: TextToPicture) -> None:
         self.drawer, self.name = drawer, drawer.config.name
@@ -27,7 +27,7 @@ class StableDiffusionSystem:
 
     def answer(self, questions: Sequence[Question]) -> list[tuple[AnswerPart, ...]]:
         """Raises InvalidRequest."""
-        check_wants(self, questions)
+        check_kinds(self, questions)
         return [(picture,) for picture in self.drawer.draw([own_caption(question) for question in questions])]
 
 

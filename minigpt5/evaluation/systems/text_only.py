@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt5.evaluation.systems.asked import check_wants
+from minigpt5.evaluation.systems.asked import check_kinds
 from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.evaluation.systems.folder import MODEL
 from minigpt5.evaluation.systems.marks import read_marked
@@ -16,7 +16,7 @@ from minigpt5.evaluation.systems.writing import TextWriter
 class TextOnlySystem:
     """A `System`."""
 
-    wants = frozenset({"text", "reply"})
+    kinds = frozenset({"text", "reply"})
 
     def __init__(self, writer: TextWriter) -> None:
         self.writer, self.name = writer, writer.generator.config.name
@@ -29,5 +29,5 @@ class TextOnlySystem:
 
     def answer(self, questions: Sequence[Question]) -> list[tuple[AnswerPart, ...]]:
         """Raises InvalidRequest."""
-        check_wants(self, questions)
+        check_kinds(self, questions)
         return [(" ".join(said for said, _ in read_marked(text)),) for text in self.writer.write(questions)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt5.evaluation.systems.asked import check_wants
+from minigpt5.evaluation.systems.asked import check_kinds
 from minigpt5.evaluation.systems.face import AnswerPart, Question
 from minigpt5.evaluation.systems.folder import MODEL
 from minigpt5.evaluation.systems.marks import read_marked
@@ -23,7 +23,7 @@ Described = list[tuple[str, str | None]]
 class TwoStageSystem:
     """A `System`."""
 
-    wants = frozenset({"picture", "text", "pages", "reply"})
+    kinds = frozenset({"picture", "text", "pages", "reply"})
 
     def __init__(self, writer: TextWriter, drawer: TextToPicture) -> None:
         self.writer, self.drawer, self.name = writer, drawer, drawer.config.name
@@ -40,7 +40,7 @@ class TwoStageSystem:
 
     def answer(self, questions: Sequence[Question]) -> list[tuple[AnswerPart, ...]]:
         """All texts first, then all pictures. Raises InvalidRequest."""
-        check_wants(self, questions)
+        check_kinds(self, questions)
         parts: dict[int, list[str | Caption]] = {}
         pictures = [place for place, question in enumerate(questions) if question.wants == "picture"]
         captions = self.captions([questions[place] for place in pictures])
