@@ -185,13 +185,13 @@ def test_pages_are_told_apart_by_what_they_name_and_what_they_refer_to() -> None
         for story in stories
         for number in range(1, referring.NUM_PAGES)
     ]
-    named_alone = referring._counts(pages, [facts_in(page.text) for page in pages])
+    named_alone = referring.count_shown(pages, [facts_in(page.text) for page in pages])
     found = referring._shares(named_alone)
     named, referred = found["named"]["all"], found["referred_to"]["all"]
     assert (named["share"], referred["share"]) == (1.0, 0.0)
     assert found["referred_over_named"]["mean"] == 0
     assert min(named["num"], referred["num"]) > 0.2 * len(referring.FACTS) * len(pages), "few of one kind"
-    everything = referring._counts(pages, [page.facts for page in pages])
+    everything = referring.count_shown(pages, [page.facts for page in pages])
     assert referring._shares(everything)["referred_over_named"]["mean"] == 1
     assert referring._lead(everything, named_alone)["mean"] == 100
     half = everything.copy()

@@ -8,8 +8,8 @@ from typing import Literal
 
 from minigpt5.errors import SettingsError
 
-VLLM_PYTHON = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
-"""What `make install-vllm` makes, beside the project."""
+VLLM_PYTHON = Path(".venv-vllm") / "bin" / "python"
+"""What `make install-vllm` makes, in the project's folder. An image has none."""
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -53,7 +53,9 @@ def wait_for(server: Server, holds: Callable[[dict[str, Family]], bool]) -> dict
 def test_a_scrape_has_every_metric_of_the_table_the_dashboard_and_the_rules(server: Server) -> None:
     before = scrape(server)  # what a test before this one has made may come in later
     body = {"prompt": "A fox who finds a red balloon", "pages": 2, "seed": 11, "steps": 4}
-    for _ in range(2):
+    # The second story reuses what the first has read of the prompt. Without AVX-512 the last bits of its states differ,
+    # so that the third is the first whose pictures are surely kept.
+    for _ in range(3):
         assert server.client.post("/v1/stories", json=body).status_code == 201
     assert server.client.post("/v1/stories", json={"prompt": ""}).status_code == 422
     waiting = {"prompt": "A bear", "pages": 8, "seed": 12, "wait": False}
