@@ -3,8 +3,9 @@ the part `memory` of benchmarks.training.
 
 Workers are processes of this machine that talk through gloo. Each loads the model folder, makes three steps of the
 stage "align" and saves. Memory is read from the kernel 50 times a second, and counted over that of the process after
-it has done the same with a tiny model. A page that several processes map counts in equal parts in each (Pss); what a
-worker holds alone is counted apart.
+it has done the same with a tiny model. A page that several processes map counts in equal parts in each (Pss), from the
+second step on: before it one worker may have read what another has not, and has all of the page. What a worker holds
+alone is counted apart, and throughout.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def read_memory() -> Memory:
 
 
 class PeakMemory:
-    """The most memory of this process within a context, over that at its start."""
+    """The most memory of this process within a context, over that at its start; of pages that it shares, since
+    `count_shared`."""
 
     def __enter__(self) -> PeakMemory:
         self._before, self.peak, self._is_done = read_memory(), Memory(0, 0), threading.Event()
@@ -77,6 +79,9 @@ class PeakMemory:
             now = read_memory()
             self.peak.proportional = max(self.peak.proportional, now.proportional - self._before.proportional)
             self.peak.private = max(self.peak.private, now.private - self._before.private)
+
+    def count_shared(self) -> None:
+        self.peak.proportional = 0
 
     def __exit__(self, *_: object) -> None:
         self._is_done.set()
@@ -102,19 +107,30 @@ model, warm, rows, out, *settings = sys.argv[1:]
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
 
-def train(start, out, settings):
+def train(start, out, settings, at_second_step):
     sources = WeightSources(runs=Path(out), start=start)
     preset = for_workers(override(PUBLISHED["align"], settings), distributed.get_world_size())
     preset, data = find_examples(preset, sources, rows)
     preset = devices.for_device(preset, loop.CPU)
     # Each worker takes whole batches of one example here: who learns from which is no matter of memory.
     one = override(preset, ["batch_size=1"])
-    loop.fit(build_stage(preset, sources, data), preset, RunFolder(out), local_batches(data.training, one))
+    batches = local_batches(data.training, one)
 
-train(warm, out + "-warm", [setting for setting in settings if not setting.startswith("zero")])
+    def followed(step):
+        for number, batch in enumerate(batches(step)):
+            if number == 1:
+                distributed.barrier()
+                at_second_step()
+            yield batch
+
+    stage = build_stage(preset, sources, data)
+    loop.fit(stage, preset, RunFolder(out), followed)
+    distributed.barrier()  # the first worker saves, and none lets the mapped pages go before
+
+train(warm, out + "-warm", [setting for setting in settings if not setting.startswith("zero")], lambda: None)
 distributed.barrier()
 with PeakMemory() as memory:
-    train(model, out, settings)
+    train(model, out, settings, memory.count_shared)
 print("PEAK", json.dumps(vars(memory.peak)))
 """
 

@@ -60,8 +60,9 @@ class ZeroStrategy:
         if self.stage == 3:
             _return_freed_memory()
             _share_out(objective, configuration)
+        model = objective if self.stage == 3 else _Trained(objective)
         self.engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=configuration, dist_init_required=False
+            model=model, optimizer=optimizer, config=configuration, dist_init_required=False
         )
 
         if self.times_communication:
@@ -146,6 +147,21 @@ class ZeroStrategy:
 
     def _step(self) -> float:
         return max(float(moments["step"]) for moments in self.engine.optimizer.optimizer.state.values())
+
+
+class _Trained(nn.Module):
+    """An objective of which DeepSpeed sees what is trained. It copies the first worker's values into those of the
+    others: frozen weights are equal already, and a page of a mapped file that is written to is shared no more."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch: object, progress: float) -> dict[str, Tensor]:
+        return self.objective(batch, progress)
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, one) for name, one in super().named_parameters(*args, **options) if one.requires_grad)
 
 
 def _return_freed_memory() -> None:

@@ -68,6 +68,8 @@ def test_workers_share_mapped_weights_and_zero_3_shares_them_out(made: Made, tmp
             assert one.private < 0.5 * weights_bytes, "the weights lie in their file"
             assert one.proportional > 0.9 * weights_bytes / workers
     assert max(one.proportional for one in mapped[2]) < 0.75 * mapped[1][0].proportional
+    for one in peaks(made, tmp_path, "bfloat16, mapped, ZeRO 0", 2):
+        assert one.private < 0.5 * weights_bytes, "DeepSpeed writes to no frozen weight"
     found = {workers: peaks(made, tmp_path, "bfloat16, mapped, ZeRO 3", workers) for workers in (1, 2, 4)}
     held = {workers: max(one.private for one in some) for workers, some in found.items()}
     # A single worker reads its own part. Several also hold what is gathered at once, and fetched ahead of it.
