@@ -14,7 +14,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from collections.abc import Generator as Generates
 from dataclasses import asdict, fields, replace
 from enum import StrEnum
@@ -55,13 +55,13 @@ class Generator(Protocol):
     """The face of minigpt5.engine.generator.VokenGenerator."""
 
     def validate_request(self, request: StoryRequest) -> None: ...
-    def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]: ...
+    def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]: ...
 
 
 class Decoder(Protocol):
     """The face of minigpt5.engine.decoder.DiffusionDecoder."""
 
-    def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]: ...
+    def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]: ...
 
 
 class ErrorKind(StrEnum):

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,7 +185,7 @@ class DiffusionDecoder:
         self.diffusion.latent_shape(native)
         self.diffusion.new_sampler(native)  # some samplers know fewer steps
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
         stops the work at the next step. A size that the model does not draw is resampled from its own.
 
@@ -193,11 +193,11 @@ class DiffusionDecoder:
         """
         self.validate_request(request)
         native = dataclasses.replace(request, settings=self.config.native(request.settings))
-        async with contextlib.aclosing(self._decode_native(native)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._decode_native(native)) as events:
             async for event in events:
                 yield await asyncio.to_thread(self._fit, event, request) if isinstance(event, Picture) else event
 
-    async def _decode_native(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def _decode_native(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         if known := self._pictures.get(content_key(request)):
             yield dataclasses.replace(known, page=request.vokens.page)
             return

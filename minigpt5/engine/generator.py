@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -169,7 +169,7 @@ class VokenGenerator:
         """Raise InvalidRequest where `request` cannot be written."""
         self.prompter.encode(request)
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         """Write one request; ends with Usage. Closing the iterator stops the work at the next token.
 
         Raises InvalidRequest or EngineFull.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import numpy as np
 from PIL import Image
@@ -35,7 +35,7 @@ class FakeGenerator:
         if len(str(request.prompt[-1])) > MAX_PROMPT:
             raise InvalidRequest("prompt", f"prompt is longer than {MAX_PROMPT}: shorten it")
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         prompt, first = str(request.prompt[-1]), len(request.previous) + 1
         for page in range(first, first + request.pages):
             await asyncio.sleep(0)
@@ -55,7 +55,7 @@ class FakeGenerator:
 class FakeDecoder:
     fingerprint = FINGERPRINT
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         vokens, settings = request.vokens, request.settings
         if vokens.fingerprint != self.fingerprint:
             raise FingerprintMismatch("vokens of another model")

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class VllmGenerator:
         """Raise InvalidRequest where `request` cannot be written."""
         self.prompter.encode(request)
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         """Write one request; ends with Usage. Closing the iterator aborts what vLLM does for it.
 
         Raises InvalidRequest, EngineFull, or EngineLost where vLLM's process is gone.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class NewGenerator(FakeGenerator):
 
     fingerprint = NEW
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         async for event in super().generate(request):
             if isinstance(event, TextDelta) and event.page > len(request.previous) + len(request.given):
                 event = dataclasses.replace(event, text=event.text.replace("Page", "Leaf"))
@@ -49,13 +49,13 @@ class Upgraded(Served):
         super().__init__(storage)
         self.front.engines.generate, self.front.engines.decode = self._generate, self._decode  # type: ignore[method-assign]
 
-    async def _generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def _generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         engine = self.old if self.num_pages < self.generator_after else self.new
         async for event in engine.generate(request):
             self.num_pages += isinstance(event, Vokens)
             yield event
 
-    async def _decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def _decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         engine = self.old_decoder if self.num_calls < self.decoder_after else self.new_decoder
         self.num_calls += 1
         async for event in engine.decode(request):
