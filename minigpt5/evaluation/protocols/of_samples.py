@@ -26,17 +26,26 @@ def _named(name: str, values: Sequence[float] | np.ndarray) -> Values:
     return [{name: float(value)} for value in values]
 
 
+def _drawn(samples: list[Sample]) -> list[np.ndarray]:
+    return [s.drawn for s in samples if s.drawn is not None]
+
+
+def _true(samples: list[Sample]) -> list[np.ndarray]:
+    return [s.true for s in samples if s.true is not None]
+
+
 def _clip_i(samples: list[Sample], clip: Any) -> Values:
-    return _named("clip_i", alignment.clip_i([s.drawn for s in samples], [s.true for s in samples], clip))  # type: ignore[misc]
+    return _named("clip_i", alignment.clip_i(_drawn(samples), _true(samples), clip))
 
 
 def _clip_t(samples: list[Sample], clip: Any) -> Values:
-    return _named("clip_t", alignment.clip_t([s.drawn for s in samples], [s.caption for s in samples], clip))  # type: ignore[misc]
+    return _named("clip_t", alignment.clip_t(_drawn(samples), [s.caption for s in samples], clip))
 
 
 def _lpips(samples: list[Sample], lpips: Any) -> Values:
     """At 256 px, as GILL compares pictures."""
-    return [alignment.gill_vist([s.drawn], [s.true], None, lpips) for s in samples]  # type: ignore[list-item]
+    pairs = zip(_drawn(samples), _true(samples), strict=True)
+    return [alignment.gill_vist([drawn], [true], None, lpips) for drawn, true in pairs]
 
 
 def _facts(samples: list[Sample], scorer: Any) -> Values:
