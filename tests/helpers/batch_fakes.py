@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator
 import numpy as np
 from PIL import Image
 
+from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows
+from minigpt5.config import storybook
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.types import (
     DecoderEvent,
@@ -26,6 +28,11 @@ FINGERPRINT = "fake"
 MAX_PROMPT = 200
 BREAKS_ON_PAGE_2 = "this one breaks on page 2"
 CANNOT_BE_DRAWN = "page 2 of this one cannot be drawn"
+
+
+def jobs_in(*rows: dict[str, object]) -> list[StoryJob | BadRow]:
+    """Rows of an input, validated against the storybook model."""
+    return list(check_rows((RawRow(values=row) for row in rows), storybook()))
 
 
 class FakeGenerator:

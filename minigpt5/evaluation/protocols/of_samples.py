@@ -16,7 +16,7 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation import alignment, consistency, frechet, text
 from minigpt5.evaluation.protocols.protocol import Sample
 from minigpt5.evaluation.protocols.scorers import Scorers
-from minigpt5.evaluation.world import FACTS, facts_shown
+from minigpt5.evaluation.world import facts_shown
 
 WORLD_PX = 128
 Values = list[dict[str, float]]
@@ -55,7 +55,7 @@ def _facts(samples: list[Sample], scorer: Any) -> Values:
     shown = facts_shown(pixels, asked, scorer)
     values = []
     for index, facts in enumerate(asked):
-        said = {name: float(shown[name][index]) for name in FACTS if getattr(facts, name) is not None}
+        said = {name: float(shown[name][index]) for name, value in vars(facts).items() if value is not None}
         parts = {f"fact_accuracy/{name}": value for name, value in said.items()}
         values.append({"fact_accuracy": min(said.values()), **parts} if said else {})
     return values

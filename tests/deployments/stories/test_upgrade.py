@@ -67,7 +67,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "UPGRADE_PAUSE_S", 0.01)
 
 
-def check(story: dict[str, Any], events: list[tuple[str, str, dict[str, Any]]]) -> tuple[int, int]:
+def handover_pages(story: dict[str, Any], events: list[tuple[str, str, dict[str, Any]]]) -> tuple[int, int]:
     """The page from which the new model wrote, and the one from which it drew."""
     assert story["status"] == "done"
     pages = story["pages"]
@@ -89,7 +89,7 @@ def test_a_story_is_handed_over_at_a_page(
 ) -> None:
     served = Upgraded(tmp_path, generator_after=generator_after, decoder_after=decoder_after)
     events = read_events(served.post({**BODY, "stream": True, "feedback": feedback}).text)
-    writes_from, draws_from = check(events[-1][2], events)
+    writes_from, draws_from = handover_pages(events[-1][2], events)
     if generator_after == 99:
         assert (writes_from, draws_from) == (17, 17)
     else:

@@ -241,7 +241,7 @@ def test_a_reply_ends_at_end_of_text_or_at_its_limit(generator: VokenGenerator) 
     assert isinstance(usage, Usage) and usage.completion_tokens - 8 * num_pictures == 25
 
 
-@pytest.mark.parametrize("pages", [1, 3])
+@pytest.mark.parametrize("pages", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_reply_that_may_be_longer_than_the_window_ends_with_the_window(generator: VokenGenerator, pages: int) -> None:
     bias(generator, first_voken=-100, end=-100)
     request = reply(pages=pages, sampling=Sampling(max_page_tokens=100_000))

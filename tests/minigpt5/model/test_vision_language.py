@@ -46,7 +46,7 @@ from minigpt5.model.prompt import (
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.model.vision_language import FAMILIES, OwnEncoder
 from minigpt5.objective.example import Example
-from minigpt5.objective.losses import Objective
+from minigpt5.objective.objective import Objective
 from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Vokens
 from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, QWEN_CHAT, make_vision_language
 from tests.training import test_vision_language_run
