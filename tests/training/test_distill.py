@@ -137,12 +137,12 @@ def test_a_student_that_meets_its_targets_draws_what_its_teacher_draws(name: str
 def test_the_loss_is_the_velocitys_and_training_lowers_it(name: str, tmp_path: Path) -> None:
     objective = new_objective(make(name, tmp_path))
     torch.manual_seed(0)
-    samples = zip(*objective._ask_teacher(batch()), strict=True)
-    begin, timesteps, condition, target = (torch.stack(part) for part in samples)
+    taught = objective._ask_teacher(batch())
+    begin, timesteps = taught.begin_BCYX, taught.timesteps_B
     with torch.no_grad():
-        predicted = objective.diffusion.predict(objective.student, begin, timesteps, condition)
+        predicted = objective.diffusion.predict(objective.student, begin, timesteps, taught.condition_BQD)
         velocities = []
-        for prediction in (predicted, target):
+        for prediction in (predicted, taught.target_BCYX):
             alpha_bar = objective.noise.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
             clean = objective.noise.predict_x0(begin, prediction, timesteps)
             velocities.append((alpha_bar.sqrt() * begin - clean) / (1 - alpha_bar).sqrt())

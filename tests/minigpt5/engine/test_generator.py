@@ -26,6 +26,7 @@ from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.vision import Vision
 from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Usage, Vokens
+from tests.helpers.streams import run_together
 from tests.helpers.tiny import tiny_config, tiny_language, tiny_tokenizer, tiny_vision
 
 SHARP = Sampling(temperature=0.1, max_page_tokens=10)
@@ -80,15 +81,7 @@ def bias(generator: VokenGenerator, *, first_voken: float = 0.0, end: float = 0.
 
 
 def run(generator: VokenGenerator, *requests: StoryRequest) -> list[list[GeneratorEvent]]:
-    """All at once."""
-
-    async def collect(request: StoryRequest) -> list[GeneratorEvent]:
-        return [event async for event in generator.generate(request)]
-
-    async def together() -> list[list[GeneratorEvent]]:
-        return await asyncio.gather(*map(collect, requests))
-
-    return asyncio.run(together())
+    return run_together(generator.generate, requests)
 
 
 def reply(**changes: object) -> StoryRequest:

@@ -12,7 +12,7 @@ import torch
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.model.base_models import resolve
-from minigpt5.model.decoders.load import find_family, load_diffusion
+from minigpt5.model.decoders.load import load_diffusion
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.published_template import PUBLISHED
@@ -23,7 +23,15 @@ from minigpt5.objective.losses import LossWeights
 from minigpt5.objective.objective import Objective
 from minigpt5.objective.words import word_losses
 from tests.helpers.pipelines import ernie_image, flux, sana, stable_diffusion_3, stable_diffusion_xl
-from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
+from tests.helpers.tiny import (
+    tiny_config,
+    tiny_config_of,
+    tiny_diffusion,
+    tiny_language,
+    tiny_mapper,
+    tiny_tokenizer,
+    tiny_vision,
+)
 
 CAPTIONS_ONLY = LossWeights(text=0.0, picture=0.0, caption=1.0)
 PICTURE = np.full((32, 32, 3), 128, np.uint8)
@@ -233,13 +241,7 @@ STANDARDS = ["a fox", "an owl at night in the snow", "a bear who reads"]
 def objective_of(maker: Any, folder: Path) -> Objective:
     """With the diffusion model and the text encoder of a tiny pipeline."""
     maker.make(folder, **next(iter(maker.VARIANTS.values())))
-    sizes = find_family(folder).read_sizes(folder)
-    config = dataclasses.replace(
-        tiny_config(),
-        condition_length=sizes.condition_length,
-        condition_width=sizes.condition_width,
-        condition_pooled=sizes.condition_pooled,
-    )
+    config = tiny_config_of(folder)
     return Objective(
         config,
         tiny_tokenizer(config),
