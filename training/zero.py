@@ -25,6 +25,7 @@ from torch import Tensor, distributed, nn
 
 from minigpt5.errors import TrainingError
 from training.checkpoint import copy_to_host
+from training.data.batches import Batch
 from training.presets import OptimizerConfig
 from training.workers import is_first_worker
 
@@ -77,7 +78,7 @@ class ZeroStrategy:
             for parameter in objective.outer_parameters():
                 deepspeed.zero.register_external_parameter(objective, parameter)
 
-    def losses(self, batch: object, progress: float) -> dict[str, Tensor]:
+    def losses(self, batch: Batch[Any], progress: float) -> dict[str, Tensor]:
         return self.engine(batch, progress)
 
     def backward(self, loss: Tensor) -> None:
