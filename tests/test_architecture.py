@@ -328,8 +328,7 @@ DOORS = {"minigpt5.base_models", "minigpt5.published", "deployments.auth", "trai
 
 HELP = """
 import contextlib, io, json, os, runpy, sys
-import diffusers, peft, ray.data, ray.train  # once: each command is a fork of this process
-import batch_jobs.job, deployments.application, minigpt5.pipeline, training.loop
+import diffusers, peft, ray.data, ray.train, torch, transformers  # once: each command is a fork of this process
 
 for module in sys.argv[1:]:
     readable, writable = os.pipe()
