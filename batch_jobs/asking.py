@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from batch_jobs.failpoints import FailpointHook, no_failpoint
-from batch_jobs.monitor import DiedTooOften, Seat, Watch, check_deaths
-from batch_jobs.stages import ErrorKind, Row
-from minigpt5.errors import InvalidRequest, StorageError
+from batch_jobs.monitor import Seat, Watch, check_deaths
+from batch_jobs.row_errors import ErrorKind, RowOutcome
+from batch_jobs.stages import Row
+from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation.protocols.protocol import Settings
 from minigpt5.evaluation.protocols.table import PROTOCOLS
 from minigpt5.evaluation.systems.face import AnswerPart, Question, System
 from minigpt5.pictures import open_picture
-from minigpt5.story.stream import describe
 
 ROWS_PER_SYSTEM = 8
 """Rows that are in a system at once, each on a thread of its own: their questions share batches."""
@@ -61,29 +61,19 @@ class Ask:
     def ask(self, row: Row) -> Row:
         """All answers of one row, or the reason why it has none."""
         answers: list[dict[str, Any]] = []
-        error, kind = None, None
+        outcome = RowOutcome(ErrorKind.ANSWERING, deaths=ErrorKind.SYSTEM_DEATHS)
         started = time.monotonic()
-        with self.seat.row(row["id"]) as num_deaths:
-            try:
-                check_deaths(num_deaths)
-                if row["problem"]:
-                    raise InvalidRequest("row", row["problem"])
-                answers = self._answers(self.protocol.ask(row, self.settings))
-            except InvalidRequest as refusal:
-                error, kind = str(refusal), ErrorKind.INPUT
-            except DiedTooOften as deaths:
-                error, kind = str(deaths), ErrorKind.SYSTEM_DEATHS
-            except StorageError as failure:
-                error, kind = describe(failure), ErrorKind.STORAGE
-            except Exception as failure:  # one row fails, the others go on
-                error, kind = f"answering failed: {describe(failure)}", ErrorKind.ANSWERING
+        with self.seat.row(row["id"]) as num_deaths, outcome.noted():
+            check_deaths(num_deaths)
+            if row["problem"]:
+                raise InvalidRequest("row", row["problem"])
+            answers = self._answers(self.protocol.ask(row, self.settings))
         pictures = [part["png"] for answer in answers for part in answer["parts"] if part["png"]]
         return {
             "id": row["id"],
             "answers": answers,
             "timings": {"answer_s": time.monotonic() - started},
-            "error": error,
-            "kind": kind,
+            **outcome.columns,
             "num_pictures": len(pictures),
             "size_bytes": sum(map(len, pictures)),
         }

@@ -32,7 +32,7 @@ from batch_jobs.text_files import CUT, Line, check_utf8, open_text, parse_json, 
 from batch_jobs.webdataset import Part, only, read_parts
 from batch_jobs.wml import Macro, macros_in, stories_in
 from minigpt5.errors import InvalidRequest, StorageError
-from minigpt5.objective.stored_example import SPEAKERS, Item, Segment, as_unicode
+from minigpt5.objective.stored_example import SPEAKERS, Item, Kind, Segment, as_unicode
 from minigpt5.published.data import MAX_TURN_TOKENS, clean_caption
 from minigpt5.storage import open_place
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
@@ -360,6 +360,7 @@ def _own_row(row: str, values: dict[str, Any], place: Callable[[object], str]) -
     known = {"pages", "turns", "caption", "picture", "id", "prompt"}
     if unknown := set(values) - known:
         raise ValueError(f"{min(unknown)} is not a field: pages, turns, or caption and picture are")
+    kind: Kind
     if "pages" in values:
         kind, parts = "story", [(str(page["text"]), "", page) for page in values["pages"]]
     elif "turns" in values:
@@ -372,7 +373,7 @@ def _own_row(row: str, values: dict[str, Any], place: Callable[[object], str]) -
         segments.append(Segment(text=words, speaker=speaker))
         if part.get("picture"):
             segments.append(picture(place(part["picture"]), str(part.get("caption", ""))))
-    return Item(id=row, kind=kind, segments=tuple(segments), prompt=str(values.get("prompt", "")))  # type: ignore[arg-type]
+    return Item(id=row, kind=kind, segments=tuple(segments), prompt=str(values.get("prompt", "")))
 
 
 # The picture world

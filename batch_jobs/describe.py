@@ -34,7 +34,8 @@ from batch_jobs.pipeline import (
     new_dataset,
 )
 from batch_jobs.report import Report
-from batch_jobs.stages import ErrorKind, Row, Tell, as_table
+from batch_jobs.row_errors import ErrorKind
+from batch_jobs.stages import Row, Tell, as_table
 from minigpt5.config import ModelConfig
 
 QUESTION = "Describe this image."

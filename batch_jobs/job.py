@@ -25,7 +25,8 @@ from batch_jobs.inputs import RawRow, read_rows
 from batch_jobs.outputs import FLUSH_S, RowSink
 from batch_jobs.pipeline import Limits, Pool
 from batch_jobs.report import Report
-from batch_jobs.stages import Decoder, ErrorKind, Generator, Row
+from batch_jobs.row_errors import ErrorKind
+from batch_jobs.stages import Decoder, Generator, Row
 from batch_jobs.state import JobState, PageStore
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.config import ModelConfig, default_model_folder

@@ -17,7 +17,8 @@ from pyarrow import ArrowException, dataset, fs, parquet
 
 from batch_jobs.failpoints import FailpointHook, no_failpoint
 from batch_jobs.inputs import BadRow
-from batch_jobs.stages import CLOSING_PAGE, ErrorKind, Row
+from batch_jobs.row_errors import ErrorKind
+from batch_jobs.stages import CLOSING_PAGE, Row
 from batch_jobs.state import PageStore
 from minigpt5.errors import StorageError
 from minigpt5.storage import open_folder, unusable, write_whole

@@ -32,7 +32,8 @@ from batch_jobs.pipeline import (
     map_with_pool,
 )
 from batch_jobs.report import Report
-from batch_jobs.stages import CLOSING_PAGE, DRAW_COLUMNS, PAGE_SCHEMA, Draw, ErrorKind, Row
+from batch_jobs.row_errors import ErrorKind
+from batch_jobs.stages import CLOSING_PAGE, DRAW_COLUMNS, PAGE_SCHEMA, Draw, Row
 from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.model.decoders.noise import SAMPLERS
 from minigpt5.storage import open_place

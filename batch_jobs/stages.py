@@ -14,20 +14,20 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from collections.abc import Generator as Generates
 from dataclasses import asdict, fields, replace
-from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
 from batch_jobs.failpoints import FailpointHook, no_failpoint
 from batch_jobs.inputs import ImageJob, StoryJob, load_image
-from batch_jobs.monitor import DiedTooOften, Seat, Watch, check_deaths
+from batch_jobs.monitor import Seat, Watch, check_deaths
+from batch_jobs.row_errors import ErrorKind, RowOutcome
 from batch_jobs.state import PageStore, StoredPage
-from minigpt5.errors import InvalidRequest, StorageError
-from minigpt5.story.stream import describe, page_seed
+from minigpt5.errors import StorageError
+from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import (
     DecoderEvent,
@@ -55,34 +55,13 @@ class Generator(Protocol):
     """The face of minigpt5.engine.generator.VokenGenerator."""
 
     def validate_request(self, request: StoryRequest) -> None: ...
-    def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]: ...
+    def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]: ...
 
 
 class Decoder(Protocol):
     """The face of minigpt5.engine.decoder.DiffusionDecoder."""
 
-    def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]: ...
-
-
-class ErrorKind(StrEnum):
-    """Why a row has an error; stored with it."""
-
-    INPUT = "input"
-    WRITING = "writing"
-    GENERATOR_DEATHS = "generator deaths"
-    DRAWING = "drawing"
-    DECODER_DEATHS = "decoder deaths"
-    DESCRIBING = "describing"
-    ANSWERING = "answering"
-    SYSTEM_DEATHS = "system deaths"
-    EARLIER_JOB = "earlier job"
-    STORAGE = "storage"
-    """A store failed for longer than it is waited for. Such a row is not put into the output: the next run does it."""
-
-    @property
-    def is_of_a_picture(self) -> bool:
-        """The text is whole: drawing may mend it."""
-        return self in (ErrorKind.DRAWING, ErrorKind.DECODER_DEATHS)
+    def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]: ...
 
 
 PAGE_SCHEMA = pa.schema(
@@ -161,41 +140,31 @@ class Write:
     def write(self, job: StoryJob) -> Iterator[Row]:
         """The pages of one story and its closing row. A story that fails keeps the pages that it has."""
         common = {"id": job.id, **{name: getattr(job, name) for name in DRAW_COLUMNS}}
-        error, kind = None, None
+        outcome = RowOutcome(ErrorKind.WRITING, deaths=ErrorKind.GENERATOR_DEATHS)
         started = time.monotonic()
         stored: list[StoredPage] = []
         try:
             stored = self.store.load_texts(job.id)
         except StorageError as failure:
-            error, kind = describe(failure), ErrorKind.STORAGE
+            outcome.note(failure)
         num_stored = len(stored)
         for page, known in enumerate(stored, start=1):
             yield {**common, **_page_row(job, page, known)}
-        if error is None and num_stored < job.pages:
+        if outcome.error is None and num_stored < job.pages:
             if num_stored:
                 self.failpoint("recovering")
-            with self.seat.row(job.id) as num_deaths:
-                try:
-                    check_deaths(num_deaths)
-                    for known in self._new_pages(job, stored):
-                        self.store.save_text(job.id, num_stored + 1, known)
-                        num_stored += 1
-                        self.failpoint("text-written")
-                        yield {**common, **_page_row(job, num_stored, known)}
-                except InvalidRequest as refusal:
-                    error, kind = str(refusal), ErrorKind.INPUT
-                except DiedTooOften as deaths:
-                    error, kind = str(deaths), ErrorKind.GENERATOR_DEATHS
-                except StorageError as failure:
-                    error, kind = describe(failure), ErrorKind.STORAGE
-                except Exception as failure:  # one story fails, the others go on
-                    error, kind = f"writing failed: {describe(failure)}", ErrorKind.WRITING
+            with self.seat.row(job.id) as num_deaths, outcome.noted():
+                check_deaths(num_deaths)
+                for known in self._new_pages(job, stored):
+                    self.store.save_text(job.id, num_stored + 1, known)
+                    num_stored += 1
+                    self.failpoint("text-written")
+                    yield {**common, **_page_row(job, num_stored, known)}
         yield {
             **common,
             "page": CLOSING_PAGE,
             "num_pages": num_stored,
-            "error": error,
-            "kind": kind,
+            **outcome.columns,
             "seconds": time.monotonic() - started,
         }
 
@@ -263,26 +232,22 @@ class Draw:
 
     def draw(self, page: Row) -> Row:
         """One page whose picture is stored, or with the reason why it has none."""
-        error, kind = None, None
+        outcome = RowOutcome(
+            ErrorKind.DRAWING, deaths=ErrorKind.DECODER_DEATHS, refused=ErrorKind.DRAWING, says_what=False
+        )
         started = time.monotonic()
         try:
             if self.store.has_picture(page["id"], page["page"]):
                 return {**page, "has_picture": True, "seconds": 0.0}
         except StorageError as failure:
-            return {**page, "has_picture": False, "error": describe(failure), "kind": ErrorKind.STORAGE, "seconds": 0.0}
-        with self.seat.row(f"{page['id']}/{page['page']}") as num_deaths:
-            try:
-                check_deaths(num_deaths)
-                self.store.save_picture(page["id"], page["page"], self._draw(page))
-                self.failpoint("picture-written")
-            except DiedTooOften as deaths:
-                error, kind = str(deaths), ErrorKind.DECODER_DEATHS
-            except StorageError as failure:
-                error, kind = describe(failure), ErrorKind.STORAGE
-            except Exception as failure:  # one picture fails, the others go on
-                error, kind = describe(failure), ErrorKind.DRAWING
+            outcome.note(failure)
+            return {**page, "has_picture": False, **outcome.columns, "seconds": 0.0}
+        with self.seat.row(f"{page['id']}/{page['page']}") as num_deaths, outcome.noted():
+            check_deaths(num_deaths)
+            self.store.save_picture(page["id"], page["page"], self._draw(page))
+            self.failpoint("picture-written")
         seconds = time.monotonic() - started
-        return {**page, "has_picture": error is None, "error": error, "kind": kind, "seconds": seconds}
+        return {**page, "has_picture": outcome.error is None, **outcome.columns, "seconds": seconds}
 
     def _draw(self, page: Row) -> bytes:
         settings = DrawSettings(**{name: page[name] for name in DRAW_COLUMNS})
@@ -316,36 +281,27 @@ class Tell:
 
     def tell(self, job: ImageJob) -> Row:
         """One picture's caption, or the reason why it has none."""
-        caption, error, kind = None, None, None
+        caption = None
+        outcome = RowOutcome(ErrorKind.DESCRIBING, deaths=ErrorKind.GENERATOR_DEATHS)
         started = time.monotonic()
-        with self.seat.row(job.id) as num_deaths:
-            try:
-                check_deaths(num_deaths)
-                request = StoryRequest(
-                    prompt=(InputImage(data=load_image(job.image)), job.question),
-                    pages=1,
-                    sampling=self.sampling,
-                    mode="reply",
-                    pictures="none",
-                )
-                self.seat.engine.validate_request(request)
-                events = drain(self.seat.engine.generate(request))
-                caption = "".join(event.text for event in events if isinstance(event, TextDelta)).strip()
-            except InvalidRequest as refusal:
-                error, kind = str(refusal), ErrorKind.INPUT
-            except DiedTooOften as deaths:
-                error, kind = str(deaths), ErrorKind.GENERATOR_DEATHS
-            except StorageError as failure:
-                error, kind = describe(failure), ErrorKind.STORAGE
-            except Exception as failure:  # one picture fails, the others go on
-                error, kind = f"describing failed: {describe(failure)}", ErrorKind.DESCRIBING
+        with self.seat.row(job.id) as num_deaths, outcome.noted():
+            check_deaths(num_deaths)
+            request = StoryRequest(
+                prompt=(InputImage(data=load_image(job.image)), job.question),
+                pages=1,
+                sampling=self.sampling,
+                mode="reply",
+                pictures="none",
+            )
+            self.seat.engine.validate_request(request)
+            events = drain(self.seat.engine.generate(request))
+            caption = "".join(event.text for event in events if isinstance(event, TextDelta)).strip()
         return {
             "id": job.id,
             "image": place_of(job.image),
             "question": job.question,
             "caption": caption,
-            "error": error,
-            "kind": kind,
+            **outcome.columns,
             "seconds": time.monotonic() - started,
         }
 

@@ -45,7 +45,7 @@ class _Member(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed has the class's public parents alone
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class SimulatedGenerator:
 
     def validate_request(self, request: StoryRequest) -> None: ...
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         first = len(request.previous) + 1
         for page in range(first, first + request.pages):
             await asyncio.sleep(self.page_s)
@@ -72,7 +72,7 @@ class SimulatedDecoder:
         Image.fromarray(rng.integers(0, 90, (128, 128, 3), np.uint8)).save(file, "PNG")
         self.png = file.getvalue()
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         import time
 
         now = time.monotonic()

@@ -21,9 +21,8 @@ from benchmarks.quality import save_report
 from benchmarks.referring import NUM_PAGES
 from benchmarks.shares import share
 from minigpt5.config import default_model_folder
-from minigpt5.evaluation.world import FACTS
 from minigpt5.pipeline import MiniGPT5
-from minigpt5.storybook.captions import Facts, write_caption
+from minigpt5.storybook.captions import FACTS, Facts, write_caption
 from minigpt5.storybook.scenes import Split, scene_at
 from minigpt5.storybook.stories import story_at
 from minigpt5.types import StoryRequest, Vokens

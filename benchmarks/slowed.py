@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from ray.serve import Application
@@ -50,7 +50,7 @@ class _SlowGenerator:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         async with contextlib.aclosing(self._engine.generate(request)) as events:
             for _ in range(request.pages):
                 async with self._places.place():
@@ -70,7 +70,7 @@ class _SlowDecoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         async with contextlib.aclosing(self._engine.decode(request)) as events:
             async with self._places.place():
                 drawn = [event async for event in _up_to(events, Picture)]

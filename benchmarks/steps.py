@@ -23,9 +23,9 @@ from benchmarks.pixels import pixels_of
 from benchmarks.quality import Asked, accuracy, ask, crisp, machine, rights
 from minigpt5.config import default_model_folder, fits_distilled
 from minigpt5.engine.denoising import Denoising
-from minigpt5.evaluation.world import FACTS
 from minigpt5.model.decoders.noise import SAMPLERS
 from minigpt5.pipeline import MiniGPT5
+from minigpt5.storybook.captions import FACTS
 from minigpt5.storybook.scorer import Scorer, load_scorer
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Vokens
 

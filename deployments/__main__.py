@@ -189,7 +189,7 @@ def start(args: argparse.Namespace) -> None:
         traces = tracing_config(args.traces)
     except SettingsError as error:
         raise StartError(str(error)) from None
-    ray.init(
+    context = ray.init(
         address="local",  # never join a Ray that somebody else has started on this machine
         namespace="serve",
         num_cpus=max(2, os.cpu_count() or 2),
@@ -209,7 +209,7 @@ def start(args: argparse.Namespace) -> None:
     try:
         deploy(args)
     except RuntimeError as error:
-        logs = f"{ray._private.worker._global_node.get_logs_dir_path()}/serve"
+        logs = f"{context.address_info['session_dir']}/logs/serve"
         raise StartError(
             f"the application did not start: {str(error).strip().splitlines()[-1]}; logs: {logs}"
         ) from None

@@ -91,7 +91,7 @@ class Client:
             try:
                 headers = {"Last-Event-ID": after} if after else {}
                 with self._http.stream("GET", path, headers=headers) as response:
-                    if _check(response).status_code == 204:  # nothing comes after that event
+                    if _validate_response(response).status_code == 204:  # nothing comes after that event
                         return
                     if not (kind := response.headers.get("Content-Type", "")).startswith("text/event-stream"):
                         raise ClientError(f"{self._peer} sent {kind[:40] or 'something'} and no story's events")
@@ -169,7 +169,7 @@ class Client:
         began = time.monotonic()
         while True:
             try:
-                return _check(self._http.request(method, path, **options))
+                return _validate_response(self._http.request(method, path, **options))
             except httpx.TransportError as failure:
                 self._wait_after(failure if again else ClientError(f"{method} {path}: {failure}"), began, again=again)
             except ClientError as failure:
@@ -189,7 +189,7 @@ class Client:
         time.sleep(pause_s)
 
 
-def _check(response: httpx.Response) -> httpx.Response:
+def _validate_response(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
     response.read()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 import uvicorn.config
 from starlette.middleware import Middleware
@@ -43,8 +43,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _is_in_headers = True
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))  # uvicorn's own asks for more than asyncio says
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -43,7 +43,8 @@ KV_CACHE_SHARE = 0.8
 def default_limits(device: str, **given: float | None) -> Limits:
     """The limits of a device ("cpu", "cuda", "cuda:1"), with those in their place that are given and not None."""
     limits = ON_CPU if device == "cpu" else ON_GPU
-    return replace(limits, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    known = {name: value for name, value in given.items() if value is not None}
+    return replace(limits, **known)  # type: ignore[arg-type]  # the settings that they come from are whole where these are
 
 
 def kv_cache_bytes(limits: Limits, *, free_bytes: int, total_bytes: int, used_bytes: int) -> int:

@@ -124,7 +124,7 @@ class MiniGPT5:
     async def avokens(self, text: str) -> Vokens:
         """As `vokens`, in the caller's event loop."""
         request = StoryRequest(prompt=(text,), pages=1, mode="caption")
-        async with contextlib.aclosing(self.generator.generate(request)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self.generator.generate(request)) as events:
             async for event in events:
                 if isinstance(event, Vokens):
                     return event
@@ -143,7 +143,7 @@ class MiniGPT5:
             mode="reply",
             pictures="none",
         )
-        async with contextlib.aclosing(self.generator.generate(request)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self.generator.generate(request)) as events:
             return "".join([event.text async for event in events if isinstance(event, TextDelta)])
 
     def draw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
@@ -153,7 +153,7 @@ class MiniGPT5:
     async def adraw(self, vokens: Vokens, seed: int = DEFAULT_SEED, *, settings: DrawSettings | None = None) -> Picture:
         """As `draw`, in the caller's event loop."""
         request = DrawRequest(vokens=vokens, seed=seed, settings=settings or self.config.default_draw)
-        async with contextlib.aclosing(self.decoder.decode(request)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self.decoder.decode(request)) as events:
             async for event in events:
                 if isinstance(event, Picture):
                     return event

@@ -185,8 +185,6 @@ class _PatientFiles(fs.FileSystemHandler):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _PatientFiles) and (self.files, self.wait_s) == (other.files, other.wait_s)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def _again(self, work: Callable[[], T]) -> T:
         return patiently(work, wait_s=self.wait_s)
 

@@ -26,7 +26,8 @@ from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prompt import IGNORED
 from minigpt5.model.vokens import align
-from minigpt5.objective.losses import STAGE1, STAGE2, Objective
+from minigpt5.objective.losses import STAGE1, STAGE2
+from minigpt5.objective.objective import Objective
 from minigpt5.published.checkpoint import import_checkpoint, read_state_dict
 from minigpt5.types import DrawSettings
 

@@ -6,6 +6,7 @@ A rule is a function (file, tree) -> complaints. Each runs on all files, and on 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -253,19 +254,21 @@ KEPT: list[tuple[Rule, str, str]] = [
     (nothing_unpickles_code, "minigpt5/model/weight_packages.py", "import torch\ntorch.load('x', weights_only=True)"),
 ]
 
+
+@functools.cache
+def syntax_trees() -> dict[str, ast.Module]:
+    """Of all files, by their paths. Rules read them and change none."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert files
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(), filename=str(path)) for path in files}
+
+
 RULES = list(dict.fromkeys(rule for rule, _, _ in BROKEN))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_every_file_keeps_the_rule(rule: Rule) -> None:
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    assert files
-    complaints = [
-        f"{file}: {complaint}"
-        for path in files
-        for file in [path.relative_to(ROOT).as_posix()]
-        for complaint in rule(file, ast.parse(path.read_text(), filename=file))
-    ]
+    complaints = [f"{file}: {complaint}" for file, tree in syntax_trees().items() for complaint in rule(file, tree)]
     assert not complaints, "\n".join(complaints)
 
 

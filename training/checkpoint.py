@@ -83,7 +83,7 @@ class CheckpointWriter:
         check_owner(self.folder, self.owner)
         save_checkpoint(self.folder, position, state, average)
 
-    def check(self) -> None:
+    def raise_failure(self) -> None:
         """Raise TrainingError where the last checkpoint is known to have failed; see `save_checkpoint`."""
         if self._last and self._last.done():
             self.finish()

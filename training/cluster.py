@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass
+from typing import TypedDict
 
 import ray
 import ray.train
@@ -69,7 +70,7 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
         ray.init(**({} if "RAY_ADDRESS" in os.environ else own))
     if "RAY_ADDRESS" not in os.environ:
         check_gpus(num_workers, num_gpus, ray.cluster_resources().get("GPU", 0))
-    settings = {"run": dataclasses.replace(run, owner=checkpoint.claim(run.out))}
+    settings = WorkerSettings(run=dataclasses.replace(run, owner=checkpoint.claim(run.out)))
     resources = {"CPU": 0.5} | ({"GPU": num_gpus} if num_gpus else {})
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
@@ -98,17 +99,22 @@ def reason_of(failure: TrainingFailedError) -> str:
     """In one line: what a worker raised, where it was one of our own errors."""
     raised = failure.worker_failures.values() if isinstance(failure, WorkerGroupError) else ()
     for one in raised:
-        error = getattr(one, "_base_exc", one)
+        error = getattr(one, "_base_exc", one)  # Ray Train's wrapper shows the traceback alone in public
         if isinstance(error, TrainingError):
             return str(error)
     last = str(failure).strip().splitlines()[-1]
     return f"the workers failed more than {MAX_FAILURES} times, the last time with: {last}; the checkpoints are kept"
 
 
-def work(settings: dict[str, object]) -> str | None:
+class WorkerSettings(TypedDict):
+    """What Ray Train hands to each worker."""
+
+    run: Run
+
+
+def work(settings: WorkerSettings) -> str | None:
     """One worker. Returns why a run ended early that a restart would not help."""
     run = settings["run"]
-    assert isinstance(run, Run)
     device = get_device()
     preset = devices.for_device(run.preset, device)
     torch.set_num_threads(preset.num_threads)

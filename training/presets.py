@@ -6,7 +6,7 @@ The presets of the shipped model are in training/storybook/presets.py.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import pkgutil
 import types
 import typing
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """Extra steps on samples of earlier steps, which cost more to make than to learn from. See replay_buffer.py."""
+    """Extra steps on samples of earlier steps, which cost more to make than to learn from. See data/replay.py."""
 
     steps: int = 0
     """Steps on replayed samples after each step on new ones."""
@@ -220,9 +220,8 @@ STAGES = {
 
 def load_presets(name: str) -> Mapping[str, Preset]:
     """The stages of a preset: a key of PRESETS."""
-    module, _, place = PRESETS[name].partition(":")
-    variable, _, key = place.partition("/")
-    found = getattr(importlib.import_module(module), variable)
+    place, _, key = PRESETS[name].partition("/")
+    found = pkgutil.resolve_name(place)
     return found[key].stages if key else found
 
 
@@ -323,7 +322,7 @@ def override(preset: P, settings: list[str]) -> P:
         own.setdefault("epochs", 0.0)  # a number of steps says how long the run is
     if {"batch_size", "per_gpu_batch_size"} <= set(own):
         raise ValueError("batch_size and per_gpu_batch_size are both set: leave one out")
-    groups = {group: dataclasses.replace(getattr(preset, group), **values) for group, values in changes.items()}
+    groups = {group: dataclasses.replace(vars(preset)[group], **values) for group, values in changes.items()}
     return dataclasses.replace(preset, **own, **groups)
 
 

@@ -97,7 +97,7 @@ class RunRecorder:
 
     def keep_up(self, position: Position) -> None:
         """Save, log and draw when they are due. Raises TrainingError where the last checkpoint could not be written."""
-        self._writer.check()
+        self._writer.raise_failure()
         is_saved = position.elapsed_s >= self._next_save_s
         if is_saved:
             self._save(position)

@@ -15,7 +15,7 @@ from minigpt5.engine.prompts import Prompter
 from minigpt5.engine.sampling import Choice, draw_token
 from minigpt5.engine.steps import Asked, Read, Steps
 from minigpt5.model.pixels import to_pixels
-from minigpt5.objective.losses import Objective
+from minigpt5.objective.objective import Objective
 from minigpt5.story.export.html import to_html
 from minigpt5.story.state import StoryBuilder
 from minigpt5.story.stream import page_seed

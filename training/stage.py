@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,5 +38,5 @@ class Stage(Protocol):
 
 def build_stage(preset: Preset, sources: WeightSources, data: StageData) -> Stage:
     """The stage of a preset, on the weights that it starts from. Raises TrainingError where there are none."""
-    module, _, name = STAGES[preset.stage].partition(":")
-    return getattr(importlib.import_module(module), name)(preset, sources, data)
+    new_stage = pkgutil.resolve_name(STAGES[preset.stage])
+    return new_stage(preset, sources, data)

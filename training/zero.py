@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import deepspeed
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, distributed, nn
 
 from minigpt5.errors import TrainingError
 from training.checkpoint import copy_to_host
+from training.data.batches import Batch
 from training.presets import OptimizerConfig
 from training.workers import is_first_worker
 
@@ -33,6 +34,13 @@ M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
 """See mallopt(3)."""
 BUCKET = 5_000_000
 """Elements that are reduced at once."""
+
+
+@runtime_checkable
+class HasOuterParameters(Protocol):
+    """An objective some of whose parameters are read by other modules than their own."""
+
+    def outer_parameters(self) -> list[nn.Parameter]: ...
 
 
 class ZeroStrategy:
@@ -67,11 +75,11 @@ class ZeroStrategy:
 
         if self.times_communication:
             comm.configure(enabled=True, prof_all=True, verbose=False)
-        if self.stage == 3:
-            for parameter in getattr(objective, "outer_parameters", list)():
+        if self.stage == 3 and isinstance(objective, HasOuterParameters):
+            for parameter in objective.outer_parameters():
                 deepspeed.zero.register_external_parameter(objective, parameter)
 
-    def losses(self, batch: object, progress: float) -> dict[str, Tensor]:
+    def losses(self, batch: Batch[Any], progress: float) -> dict[str, Tensor]:
         return self.engine(batch, progress)
 
     def backward(self, loss: Tensor) -> None:
@@ -167,8 +175,9 @@ class _Trained(nn.Module):
 def _return_freed_memory() -> None:
     """Let glibc give freed blocks of LARGE_BYTES back to the kernel. It would keep them, and no gathered weight fits in
     the gaps, since tensors are aligned: a worker would come to hold most of the model. Other libraries do so anyway."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _share_out(objective: nn.Module, configuration: dict[str, Any]) -> None:

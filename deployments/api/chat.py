@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -208,7 +208,7 @@ async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEve
         await front.engines.validate_request(request)
         texts: dict[int, str] = {}
 
-        def decode(drawing: DrawRequest) -> AsyncIterator[DecoderEvent]:
+        def decode(drawing: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
             page = drawing.vokens.page
 
             async def read_again() -> Vokens:  # a reply cannot be read in its place: each page by itself

@@ -25,7 +25,7 @@ async def draw(
     draw_across_models; without it vokens of another model are refused."""
     decode = front.engines.decode
     drawing = draw_across_models(front.engines, request, read_again) if read_again else decode(request)
-    async with contextlib.aclosing(drawing) as events:  # type: ignore[type-var]
+    async with contextlib.aclosing(drawing) as events:
         async for event in events:
             reservation.observe(event)
             if isinstance(event, Picture):

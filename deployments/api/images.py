@@ -274,7 +274,7 @@ async def stream_images(front: Front, body: CreateImages, request: StoryRequest,
             num_shown, fields = 0, dict[str, Any]()
             again = functools.partial(_write_again, front, request)
             drawn = draw_across_models(front.engines, drawing, again)
-            async with contextlib.aclosing(drawn) as events:  # type: ignore[type-var]
+            async with contextlib.aclosing(drawn) as events:
                 async for told in events:
                     reservation.observe(told)
                     if isinstance(told, Progress) and told.preview:
@@ -296,7 +296,7 @@ async def get_image(name: str, front: FrontOf) -> Response:
 
 async def _write_vokens(front: Front, reservation: Reservation, request: StoryRequest) -> tuple[Vokens, Usage]:
     vokens = usage = None
-    async with contextlib.aclosing(front.engines.generate(request)) as events:  # type: ignore[type-var]
+    async with contextlib.aclosing(front.engines.generate(request)) as events:
         async for event in events:
             if isinstance(event, Vokens):
                 vokens = event

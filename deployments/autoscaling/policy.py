@@ -10,12 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from ray.serve._private.common import DeploymentID
     from ray.serve.config import AutoscalingContext
 
+
+class DeploymentId(Protocol):
+    """What Serve tells deployments apart by."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Id = TypeVar("Id", bound=DeploymentId)
 GENERATOR, DECODER = "VokenGenerator", "DiffusionDecoder"
 """Names of the deployments that the policy scales."""
 
@@ -100,9 +108,7 @@ class StoryPolicy:
         """`settings`: fields of Settings. Raises TypeError or ValueError where one is unknown or cannot be."""
         self.settings = Settings(**settings)
 
-    def __call__(
-        self, contexts: Mapping[DeploymentID, AutoscalingContext]
-    ) -> tuple[dict[DeploymentID, int], dict[DeploymentID, dict[str, Any]]]:
+    def __call__(self, contexts: Mapping[Id, AutoscalingContext]) -> tuple[dict[Id, int], dict[Id, dict[str, Any]]]:
         """Desired replicas of the two engines, and no state for Serve to keep."""
         by_name = {found.name: (found, context) for found, context in contexts.items()}
         if not {GENERATOR, DECODER} <= by_name.keys():  # one of them has a fixed number of replicas

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from ray import serve
 
@@ -70,23 +70,23 @@ class DiffusionDecoder:
         """Tell Serve's routers that pictures in this style are drawn here. The engine loads it, and lets go of it."""
         return name
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         """Raises Blocked where the picture, or a preview of it, is not to be shown."""
         page, steps = request.vokens.page, request.settings.steps
         name_span(page=page, steps=steps)
         logger.info("drawing", extra={"page": page, "steps": steps})
         with self.clock.running():
-            async with contextlib.aclosing(self._decode(request)) as events:  # type: ignore[type-var]
+            async with contextlib.aclosing(self._decode(request)) as events:
                 async for event in observe_picture(events):
                     if isinstance(event, Picture):
                         self.clock.finish_item()
                     yield event
 
-    async def _decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def _decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         if style := request.settings.style:
             self.engine.validate_request(request)
             await self.note_style(style)
-        async with contextlib.aclosing(self.engine.decode(request)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self.engine.decode(request)) as events:
             async for event in throttle_progress(events):
                 seen = event.png if isinstance(event, Picture) else event.preview
                 if self.filter and seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Protocol
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -29,9 +29,9 @@ class NotReady(Exception):
 class Engines(Protocol):
     """What the front needs of the engines, wherever they run."""
 
-    def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]: ...
+    def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]: ...
 
-    def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]: ...
+    def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]: ...
 
     async def validate_request(self, request: StoryRequest) -> None:
         """Raises InvalidRequest where the request cannot be written."""
@@ -51,7 +51,7 @@ class ServeEngines:
         self._clock = clock
         self._differ_since: float | None = None
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         events = self._generator.options(stream=True, session_id=request.session).generate.remote(request)
         try:
             with _own_errors():
@@ -60,7 +60,7 @@ class ServeEngines:
         finally:
             events.cancel()  # does nothing to a stream that has ended
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         # Serve prefers a decoder that has the picture's style.
         decoder = self._decoder.options(
             stream=True, multiplexed_model_id=request.settings.style, session_id=current_story()

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from deployments.engines.handles import UPGRADE_S, Engines
 from minigpt5.errors import EngineLost, FingerprintMismatch
@@ -29,14 +29,14 @@ ReadAgain = Callable[[], Awaitable[Vokens]]
 
 async def draw_across_models(
     engines: Engines, request: DrawRequest, read_again: ReadAgain
-) -> AsyncIterator[DecoderEvent]:
+) -> AsyncGenerator[DecoderEvent, None]:
     """Draw as the decoder does. Where it has another model than the vokens, draw what `read_again` returns.
 
     Raises FingerprintMismatch where both engines do not have one model within UPGRADE_S."""
     until, refused = time.monotonic() + UPGRADE_S, set[str]()
     while True:
         try:
-            async with contextlib.aclosing(engines.decode(request)) as events:  # type: ignore[type-var]
+            async with contextlib.aclosing(engines.decode(request)) as events:
                 async for event in events:
                     yield event
             return
@@ -68,7 +68,7 @@ async def read_caption(engines: Engines, text: str, *, page: int, key: str) -> V
 
 
 async def _vokens(engines: Engines, request: StoryRequest, page: int) -> Vokens:
-    async with contextlib.aclosing(engines.generate(request)) as events:  # type: ignore[type-var]
+    async with contextlib.aclosing(engines.generate(request)) as events:
         async for event in events:
             if isinstance(event, Vokens) and event.page == page:
                 return event

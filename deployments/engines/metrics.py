@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from deployments.observability.metrics import (
@@ -66,7 +66,7 @@ def watch(name: str, engine: Engine, values: Mapping[Metric, Callable[[], float]
 
 async def observe_picture(
     events: AsyncIterator[DecoderEvent], *, record: Record = record, clock: Callable[[], float] = time.monotonic
-) -> AsyncIterator[DecoderEvent]:
+) -> AsyncGenerator[DecoderEvent, None]:
     """Pass a picture's events on; record where its time goes, and how it ended."""
     since, has_begun = clock(), False
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from minigpt5.types import DecoderEvent, GeneratorEvent, Progress, TextDelta
 
@@ -25,7 +25,7 @@ def text_interval_s(num_running: int) -> float:
 
 async def coalesce_text(
     events: AsyncIterator[GeneratorEvent], *, interval_s: Callable[[], float] = lambda: TEXT_INTERVAL_S
-) -> AsyncIterator[GeneratorEvent]:
+) -> AsyncGenerator[GeneratorEvent, None]:
     """Join text that comes sooner than `interval_s` after the last one sent. Held text is sent when the interval is
     over, or before the next event that is not text of its page."""
     clock = asyncio.get_running_loop().time
@@ -61,7 +61,7 @@ async def coalesce_text(
 
 async def throttle_progress(
     events: AsyncIterator[DecoderEvent], *, interval_s: float = PROGRESS_INTERVAL_S
-) -> AsyncIterator[DecoderEvent]:
+) -> AsyncGenerator[DecoderEvent, None]:
     """Drop Progress events within `interval_s` of the last one sent. The first, the last and previews always pass."""
     sent_at = -math.inf
     async for event in events:

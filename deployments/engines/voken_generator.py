@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 
 from deployments.autoscaling.policy import GeneratorStats
 from deployments.engines.metrics import watch
@@ -65,14 +65,14 @@ class VokenGenerator:
             },
         )
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         name_span(pages=request.pages)
         logger.info("writing", extra={"pages": request.pages, "mode": request.mode})
         async with contextlib.AsyncExitStack() as stack:  # closed in the other order: texts read the events
             story = stack.enter_context(self._count(request))
-            events = await stack.enter_async_context(contextlib.aclosing(self.engine.generate(request)))  # type: ignore[type-var]
+            events = await stack.enter_async_context(contextlib.aclosing(self.engine.generate(request)))
             texts = coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running))
-            async for event in await stack.enter_async_context(contextlib.aclosing(texts)):  # type: ignore[type-var]
+            async for event in await stack.enter_async_context(contextlib.aclosing(texts)):
                 if isinstance(event, Vokens):
                     self.clock.finish_item()
                     story.pages_left -= 1

@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,14 +176,14 @@ async def has_ended_for(state: StoryState, seen: Position) -> bool:
     if state.status == "drawing" or seen.kind not in ENDS:
         return False
 
-    async def stored() -> AsyncIterator[StreamEvent]:
+    async def stored() -> AsyncGenerator[StreamEvent, None]:
         for event in stored_events(state):
             yield event
 
     return [event.name async for event in after(stored(), seen)] == [seen.kind]
 
 
-async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncIterator[StreamEvent]:
+async def after(events: AsyncIterator[StreamEvent], seen: Position) -> AsyncGenerator[StreamEvent, None]:
     """Yield the events that a reader at `seen` does not have. A page whose text is another one now starts over, after a
     `restart`. The position of every yielded event is at least `seen`."""
     withheld, is_settled = "", not seen.num_characters

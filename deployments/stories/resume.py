@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from deployments.engines.handles import Engines
 from deployments.engines.handover import draw_across_models, read_page
@@ -61,7 +61,7 @@ class ResumedEngines:
         self._refused: set[str] = set()
         """Fingerprints of models whose vokens a decoder has refused."""
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         """Generate as the generator does; a page's text continues where it was, or starts over after TextReset."""
         texts: dict[int, str] = {}
         """What was passed on, by page."""
@@ -72,7 +72,7 @@ class ResumedEngines:
         while True:
             given = dataclasses.replace(request, given=_beginning(complete, request))
             try:
-                async with contextlib.aclosing(self._engines.generate(given)) as events:  # type: ignore[type-var]
+                async with contextlib.aclosing(self._engines.generate(given)) as events:
                     async for event in self._continue(events, texts, passed, last):
                         if isinstance(event, Vokens):
                             complete[event.page] = texts.get(event.page, "").strip()
@@ -87,7 +87,7 @@ class ResumedEngines:
 
     async def _continue(
         self, events: AsyncIterator[GeneratorEvent], texts: dict[int, str], passed: set[int], last: int
-    ) -> AsyncIterator[GeneratorEvent]:
+    ) -> AsyncGenerator[GeneratorEvent, None]:
         """Without what was passed on before. Raises _Replaced at the end of a page before the `last`, where the model
         has been replaced."""
         again: dict[int, str] = {}
@@ -127,7 +127,7 @@ class ResumedEngines:
         self._store.save_vokens(self._story_id, vokens)
         return vokens
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         """Draw as the decoder does; a stored picture comes at once."""
         page = request.vokens.page
         if page in self.drawn:
@@ -146,7 +146,7 @@ class ResumedEngines:
             except EngineLost as loss:
                 await self._get_over(loss, attempt)
 
-    async def _draw(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def _draw(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         page = request.vokens.page
         self.drawers[page] = request.vokens.fingerprint
 

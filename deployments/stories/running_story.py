@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from deployments.stories.events import Numbering, StreamEvent
 from deployments.stories.leases import Lease
@@ -68,7 +68,7 @@ class RunningStory:
             engine=self.engines.writing_engines.get(index, ""),
         )
 
-    async def follow(self) -> AsyncIterator[StreamEvent]:
+    async def follow(self) -> AsyncGenerator[StreamEvent, None]:
         """All events from the first, then the coming ones as they come."""
         position = 0
         while True:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from torch import Tensor
 from minigpt5.config import ModelConfig, check_sampler
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.denoising import Denoising, advance
-from minigpt5.engine.engine_loop import EngineLoop, Job
-from minigpt5.engine.fair_share import FairShare, Occupancy
+from minigpt5.engine.engine_loop import EngineLoop, Job, QueuedEngine
+from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.threads import Team, single_thread
 from minigpt5.errors import FingerprintMismatch, InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.diffusion import Diffusion
@@ -76,8 +76,12 @@ class _Job(Job[DecoderEvent | Drawn]):
         self.denoising: Denoising | None = None
 
 
-class DiffusionDecoder:
-    """The engine that draws: the mapper, the denoiser and the VAE behind one thread."""
+class DiffusionDecoder(QueuedEngine):
+    """The engine that draws: the mapper, the denoiser and the VAE behind one thread.
+
+    A job is a picture; its cost is the denoiser samples of the model's own size that it still needs: one for each step,
+    two where it is guided. A row of a step is such a sample.
+    """
 
     def __init__(
         self,
@@ -141,29 +145,9 @@ class DiffusionDecoder:
         return cls(*parts, max_batch=max_batch, num_threads=num_threads)
 
     @property
-    def num_running(self) -> int:
-        """Pictures that have begun."""
-        return self._loop.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self._loop.num_waiting
-
-    @property
-    def occupancy(self) -> Occupancy:
-        """How full its steps were: a row is a denoiser sample of the model's own size."""
-        return self._fair.occupancy
-
-    @property
     def num_styles(self) -> int:
         """Style adapters that the denoiser holds."""
         return len(self.diffusion.styles.loaded) if self.diffusion.styles else 0
-
-    @property
-    def queued_cost(self) -> float:
-        """UNet samples of the model's own size that all pictures here still need: one for each step, two where it is
-        guided."""
-        return self._loop.queued_cost
 
     def validate_request(self, request: DrawRequest) -> None:
         """Raise where `request` cannot be drawn: FingerprintMismatch or InvalidRequest."""
@@ -185,7 +169,7 @@ class DiffusionDecoder:
         self.diffusion.latent_shape(native)
         self.diffusion.new_sampler(native)  # some samplers know fewer steps
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
         stops the work at the next step. A size that the model does not draw is resampled from its own.
 
@@ -193,11 +177,11 @@ class DiffusionDecoder:
         """
         self.validate_request(request)
         native = dataclasses.replace(request, settings=self.config.native(request.settings))
-        async with contextlib.aclosing(self._decode_native(native)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._decode_native(native)) as events:
             async for event in events:
                 yield await asyncio.to_thread(self._fit, event, request) if isinstance(event, Picture) else event
 
-    async def _decode_native(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def _decode_native(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         if known := self._pictures.get(content_key(request)):
             yield dataclasses.replace(known, page=request.vokens.page)
             return

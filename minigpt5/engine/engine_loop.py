@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Generic, TypeVar
 
+from minigpt5.engine.fair_share import FairShare, Occupancy
 from minigpt5.errors import EngineFull
 
 E = TypeVar("E")
@@ -136,6 +137,32 @@ class EngineLoop(Generic[J]):
             self._signal.has_work = bool(self._jobs)
         for job in leaving:
             job.close()
+
+
+class QueuedEngine:
+    """An engine behind an EngineLoop, as others see how much it has to do. The unit of a job's cost is the engine's."""
+
+    _loop: EngineLoop[Any]
+    _fair: FairShare
+
+    @property
+    def num_running(self) -> int:
+        """Jobs that have begun."""
+        return self._loop.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._loop.num_waiting
+
+    @property
+    def queued_cost(self) -> float:
+        """Work that is left of all jobs."""
+        return self._loop.queued_cost
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full the steps were."""
+        return self._fair.occupancy
 
 
 class _Signal:

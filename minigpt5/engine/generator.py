@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minigpt5.config import ModelConfig
-from minigpt5.engine.engine_loop import EngineLoop, Job
-from minigpt5.engine.fair_share import FairShare, Occupancy
+from minigpt5.engine.engine_loop import EngineLoop, Job, QueuedEngine
+from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.kv_blocks import num_blocks
 from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
 from minigpt5.engine.kv_pass import upload
@@ -68,8 +68,12 @@ class _Job(Job[GeneratorEvent]):
         self.states: list[Tensor] = []
 
 
-class VokenGenerator:
-    """The engine that writes: tokenizer, vision path and language model behind one thread."""
+class VokenGenerator(QueuedEngine):
+    """The engine that writes: tokenizer, vision path and language model behind one thread.
+
+    A job is a request, and runs while it has a slot; its cost is the tokens that it may still read and write. A row of
+    a step is a request.
+    """
 
     def __init__(
         self,
@@ -146,30 +150,11 @@ class VokenGenerator:
     def _device(self) -> torch.device:
         return self.language.embedding.device
 
-    @property
-    def num_running(self) -> int:
-        """Requests that have a slot."""
-        return self._loop.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self._loop.num_waiting
-
-    @property
-    def occupancy(self) -> Occupancy:
-        """How full its steps were: a row is a request."""
-        return self._fair.occupancy
-
-    @property
-    def queued_cost(self) -> float:
-        """Tokens that all requests here may still read and write."""
-        return self._loop.queued_cost
-
     def validate_request(self, request: StoryRequest) -> None:
         """Raise InvalidRequest where `request` cannot be written."""
         self.prompter.encode(request)
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         """Write one request; ends with Usage. Closing the iterator stops the work at the next token.
 
         Raises InvalidRequest or EngineFull.

@@ -9,7 +9,7 @@ Shape letters: H hidden width, V vokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class Take:
     """So many come before a picture or the end."""
     may_draw: bool
     """Whether it may open a picture."""
-    said: list[int]
+    said: Sequence[int]
     """Tokens of the reply before it."""
     stream: TextStream
     show: Callable[[str], None]
@@ -131,7 +131,7 @@ class Writer:
                 is_rushed=is_rushed,
                 said=said,
             )
-            said = said + tokens
+            said += tokens
             if not opens_picture and (is_rushed or not is_owed):
                 return
             yield from self._picture(page)
@@ -154,7 +154,7 @@ class Writer:
         min_tokens: int,
         may_draw: bool = True,
         is_rushed: bool = False,
-        said: list[int] = [],  # noqa: B006 (never changed)
+        said: Sequence[int] = (),
     ) -> Generator[Take, Any, tuple[list[int], bool]]:
         """Take a page's text; returns its tokens, and whether the model opened a picture after them."""
         stream = TextStream(self._tokenizer, self._stop)

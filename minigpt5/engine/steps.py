@@ -106,7 +106,7 @@ class Steps:
                 seed=self._seed,
                 page=take.page,
                 position=len(stream.tokens),
-                seen=take.said + stream.tokens,
+                seen=[*take.said, *stream.tokens],
                 closed=closed,
                 is_rushed=take.is_rushed,
             )

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from minigpt5.evaluation.text import check_pairs
-from minigpt5.storybook.captions import Facts
+from minigpt5.storybook.captions import FACTS, Facts
 from minigpt5.storybook.scorer import Scorer
-
-FACTS = ("who", "what", "side", "place", "time")
 
 
 def facts_shown(pixels: np.ndarray, asked: Sequence[Facts], scorer: Scorer) -> dict[str, np.ndarray]:
@@ -18,7 +16,7 @@ def facts_shown(pixels: np.ndarray, asked: Sequence[Facts], scorer: Scorer) -> d
     each."""
     check_pairs(pixels, asked)
     pairs = list(zip(scorer.score(pixels), asked, strict=True))
-    right = {name: [getattr(answer, name) == getattr(facts, name) for answer, facts in pairs] for name in FACTS}
+    right = {name: [vars(answer)[name] == vars(facts)[name] for answer, facts in pairs] for name in FACTS}
     right["all"] = [answer == facts for answer, facts in pairs]
     return {name: np.array(values) for name, values in right.items()}
 

@@ -155,7 +155,7 @@ class LanguageModel(nn.Module):
         self.head.weight[: len(head_TH)] = head_TH.to(self.head.weight)
 
     @property
-    def embedding(self) -> Tensor:
+    def embedding(self) -> nn.Parameter:
         return self.body.get_input_embeddings().weight
 
     def add_adapter(self, lora: LoraConfig) -> None:

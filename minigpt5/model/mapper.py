@@ -37,6 +37,13 @@ class Mapper(nn.Module):
             return self.out(found_BQW)
         return join_pooled(self.out(found_BQW[:, :-1]), self.pooled(found_BQW[:, -1]))
 
+    @property
+    def first_layer(self) -> nn.Linear:
+        """What reads the voken states."""
+        layer = self.fc[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     @torch.no_grad()
     def begin_at(self, states_ND: Tensor, pooled_NP: Tensor | None = None) -> None:
         """Let a fresh mapper write states of the mean and the spread that each feature of `states_ND` has, and one

@@ -42,6 +42,10 @@ class Encoders:
     vision: Encoder | None
     """None for a model that reads no pictures, and for rows that hold no features."""
 
+    def maker_of(self, field: str) -> Encoder | None:
+        """The encoder that makes one of ALL_FIELDS."""
+        return {"moments": self.vae, "features": self.vision}[field]
+
 
 def find_encoders(
     folder: Path, config: ModelConfig, *, fields: tuple[str, ...] = ALL_FIELDS, vae_of: Path | None = None

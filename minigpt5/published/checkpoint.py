@@ -86,12 +86,12 @@ def import_checkpoint(
             "kept as they are in stage 2, whose file does not hold them; give --stage1"
         )
     config = _config_of(stage1, stage2, vision, llm=llm, diffusion=diffusion, like=like)
-    _check("the stage-1 checkpoint", stage1, stage1_shapes(config))
+    _validate_shapes("the stage-1 checkpoint", stage1, stage1_shapes(config))
     if stage2 is not None:
         base = AutoConfig.from_pretrained(resolve(llm))
-        _check("the stage-2 checkpoint", stage2, stage2_shapes(config, base))
+        _validate_shapes("the stage-2 checkpoint", stage2, stage2_shapes(config, base))
     vision = {key: value for key, value in vision.items() if key != _IGNORED}
-    _check("the vision weights", vision, vision_shapes(config))
+    _validate_shapes("the vision weights", vision, vision_shapes(config))
 
     out.mkdir(parents=True, exist_ok=True)
     newest, names = (stage1, _STAGE1) if stage2 is None else (stage2, _STAGE2)
@@ -263,7 +263,7 @@ def _count(tensors: Iterable[str], pattern: str) -> int:
     return 1 + max((int(match[1]) for key in tensors if (match := re.match(pattern, key))), default=-1)
 
 
-def _check(what: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _validate_shapes(what: str, found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     wrong = [

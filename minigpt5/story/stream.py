@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from minigpt5.types import (
     NUM_PREVIEWS,
@@ -33,8 +33,8 @@ from minigpt5.types import (
     Vokens,
 )
 
-Generate = Callable[[StoryRequest], AsyncIterator[GeneratorEvent]]
-Decode = Callable[[DrawRequest], AsyncIterator[DecoderEvent]]
+Generate = Callable[[StoryRequest], AsyncGenerator[GeneratorEvent, None]]
+Decode = Callable[[DrawRequest], AsyncGenerator[DecoderEvent, None]]
 
 
 def page_seed(story_seed: int, page: int) -> int:
@@ -77,7 +77,7 @@ async def stream_story(
         pages[page] = Page(index=page, text=text, picture=picture, error=error)
         events.put_nowait(PageDone(page=pages[page]))
 
-    async def generate_one_by_one() -> AsyncIterator[GeneratorEvent]:
+    async def generate_one_by_one() -> AsyncGenerator[GeneratorEvent, None]:
         usage = Usage(prompt_tokens=0, completion_tokens=0)
         for number in range(request.pages):
             one = dataclasses.replace(

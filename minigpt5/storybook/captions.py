@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -51,6 +51,9 @@ class Facts:
     @classmethod
     def of(cls, scene: Scene) -> Facts:
         return cls(who=scene.who, what=scene.what, side=scene.side, place=scene.place, time=scene.time)
+
+
+FACTS = tuple(field.name for field in fields(Facts))
 
 
 def name_of(key: str) -> str:

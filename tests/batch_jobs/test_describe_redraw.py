@@ -26,8 +26,8 @@ from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.pipeline import DESCRIBE
 from minigpt5.story.stream import page_seed
 from minigpt5.types import DrawSettings
-from tests.batch_jobs.test_illustrate import PROMPTS, check, illustrate_here, new_output, read_output
-from tests.helpers.batch_fakes import FINGERPRINT, FakeDecoder, FakeGenerator
+from tests.batch_jobs.test_illustrate import PROMPTS, illustrate_here, new_output, read_output
+from tests.helpers.batch_fakes import FINGERPRINT, FakeDecoder, FakeGenerator, jobs_in
 from tests.helpers.fakes import make_png
 
 CONFIG = storybook()
@@ -79,7 +79,7 @@ def test_pictures_become_captions_and_bad_ones_errors(tmp_path: Path) -> None:
 
 
 def test_stored_vokens_keep_their_text_and_take_the_new_settings(tmp_path: Path) -> None:
-    illustrate_here(check(*PROMPTS), new_output(tmp_path))
+    illustrate_here(jobs_in(*PROMPTS), new_output(tmp_path))
     stories = {row["id"]: row for row in read_output(tmp_path).values()}
     ids = frozenset(stories)
     fetch = redraw.Fetch(uri=str(tmp_path / "out"), ids=ids, settings=SETTINGS, seed=None)
@@ -109,7 +109,7 @@ def test_an_error_of_a_picture_is_told_by_its_kind_not_by_its_words(tmp_path: Pa
 
 
 def test_a_data_set_without_kinds_of_errors_is_drawn_again_too(tmp_path: Path) -> None:
-    illustrate_here(check(*PROMPTS), new_output(tmp_path))
+    illustrate_here(jobs_in(*PROMPTS), new_output(tmp_path))
     (path,) = (tmp_path / "out").glob("part-*")
     parquet.write_table(parquet.read_table(path).drop_columns("kind"), path)
     ids = frozenset(read_output(tmp_path))
@@ -120,7 +120,7 @@ def test_a_data_set_without_kinds_of_errors_is_drawn_again_too(tmp_path: Path) -
 
 
 def test_stories_of_another_model_and_of_no_job_are_refused(tmp_path: Path) -> None:
-    illustrate_here(check(PROMPTS[0]), new_output(tmp_path))
+    illustrate_here(jobs_in(PROMPTS[0]), new_output(tmp_path))
     (story,) = redraw.read_stories(str(tmp_path / "out"), fingerprint=FINGERPRINT)
     assert (story.id, story.seed) == ("fox", 7)
     # "fak" stands in the header too, but is not the fingerprint there
@@ -147,7 +147,7 @@ def test_the_commands_refuse_what_they_cannot_do_in_one_line(
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_both_jobs_run_on_ray(tmp_path: Path) -> None:
-    illustrate_here(check(*PROMPTS), new_output(tmp_path / "stories"))
+    illustrate_here(jobs_in(*PROMPTS), new_output(tmp_path / "stories"))
     uri, was_up = str(tmp_path / "stories" / "out"), ray.is_initialized()
     drawn = Output.at(str(tmp_path / "drawn" / "out"), STORY_SCHEMA, {"job": "redraw"})
     told = Output.at(str(tmp_path / "out"), DESCRIPTION_SCHEMA, {"job": "describe"})

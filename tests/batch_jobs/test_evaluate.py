@@ -304,6 +304,7 @@ def story_data(folder: Path, kind: str, count: int) -> str:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_shipped_model_is_measured_on_ray(tmp_path: Path) -> None:
     import ray
 

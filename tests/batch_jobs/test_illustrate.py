@@ -27,7 +27,7 @@ from pyarrow import csv, dataset, fs, parquet
 
 from batch_jobs import books, failpoints, illustrate
 from batch_jobs.illustrate import Engines, make_pages_on_ray
-from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows, load_image, prompt_seed, read_rows
+from batch_jobs.inputs import BadRow, StoryJob, check_rows, load_image, prompt_seed, read_rows
 from batch_jobs.job import Output, run_command
 from batch_jobs.monitor import Monitor, Seat
 from batch_jobs.outputs import STORY_SCHEMA
@@ -47,6 +47,7 @@ from tests.helpers.batch_fakes import (
     MAX_PROMPT,
     FakeDecoder,
     FakeGenerator,
+    jobs_in,
 )
 from tests.helpers.fakes import make_png
 from tests.helpers.flaky_files import FlakyFiles
@@ -64,10 +65,6 @@ PROMPTS = [
     {"prompt": BREAKS_ON_PAGE_2},
     {"prompt": CANNOT_BE_DRAWN},
 ]
-
-
-def check(*rows: dict[str, object]) -> list[StoryJob | BadRow]:
-    return list(check_rows((RawRow(values=row) for row in rows), CONFIG))
 
 
 def new_output(folder: Path, **changes: object) -> Output:
@@ -102,17 +99,17 @@ def read_output(folder: Path) -> dict[str, Row]:
 
 
 def test_a_row_is_filled_in_from_the_model_folder() -> None:
-    (job,) = check({"prompt": "a fox"})
+    (job,) = jobs_in({"prompt": "a fox"})
     assert isinstance(job, StoryJob)
     assert (job.pages, job.steps, job.guidance_scale) == (4, CONFIG.draw.steps, CONFIG.draw.guidance_scale)
     assert job.seed == prompt_seed("a fox") and 0 <= job.seed < 2**31
 
 
 def test_ids_and_seeds_of_the_content_do_not_depend_on_the_order() -> None:
-    fox, owl = check({"prompt": "a fox"}, {"prompt": "an owl"})
-    owl_first, fox_second = check({"prompt": "an owl"}, {"prompt": "a fox"})
+    fox, owl = jobs_in({"prompt": "a fox"}, {"prompt": "an owl"})
+    owl_first, fox_second = jobs_in({"prompt": "an owl"}, {"prompt": "a fox"})
     assert (fox.id, owl.id) == (fox_second.id, owl_first.id)
-    (other,) = check({"prompt": "a fox", "seed": 1})
+    (other,) = jobs_in({"prompt": "a fox", "seed": 1})
     assert other.id != fox.id
 
 
@@ -140,24 +137,24 @@ def test_ids_and_seeds_of_the_content_do_not_depend_on_the_order() -> None:
     ],
 )
 def test_a_bad_row_says_what_is_wrong(row: dict[str, object], complaint: str) -> None:
-    bad, good = check(row, {"prompt": "a fox"})
+    bad, good = jobs_in(row, {"prompt": "a fox"})
     assert isinstance(bad, BadRow) and isinstance(good, StoryJob)
     assert re.search(complaint, bad.error)
     assert bad.id and isinstance(bad.prompt.encode(), bytes)
 
 
 def test_the_largest_values_are_taken_as_they_are() -> None:
-    (job,) = check({"prompt": "a fox", "seed": 2**63 - 1, "pages": 16, "id": 0})
+    (job,) = jobs_in({"prompt": "a fox", "seed": 2**63 - 1, "pages": 16, "id": 0})
     assert isinstance(job, StoryJob)
     assert (job.seed, job.pages, job.id) == (2**63 - 1, 16, "0")
 
 
 def test_a_second_row_of_an_id_is_reported_and_the_first_is_kept() -> None:
-    first, second, third = check({"id": 1, "prompt": "a fox"}, {"id": "1", "prompt": "an owl"}, {"prompt": "a cat"})
+    first, second, third = jobs_in({"id": 1, "prompt": "a fox"}, {"id": "1", "prompt": "an owl"}, {"prompt": "a cat"})
     assert isinstance(first, StoryJob) and isinstance(third, StoryJob)
     assert isinstance(second, BadRow)
     assert second.id == "1#2" and "already that of row 1" in second.error
-    _, again = check({"prompt": "a cat"}, {"prompt": "a cat"})
+    _, again = jobs_in({"prompt": "a cat"}, {"prompt": "a cat"})
     assert isinstance(again, BadRow) and "the same as row 1" in again.error
 
 
@@ -170,7 +167,7 @@ def test_the_same_rows_come_out_of_every_format(tmp_path: Path) -> None:
     found = [
         list(check_rows(read_rows(str(tmp_path / f"rows.{ending}")), CONFIG)) for ending in ("jsonl", "csv", "parquet")
     ]
-    assert found[0] == found[1] == found[2] == check(*rows)
+    assert found[0] == found[1] == found[2] == jobs_in(*rows)
     (tmp_path / "uri.jsonl").write_text("{}")
     assert len(list(read_rows((tmp_path / "uri.jsonl").as_uri()))) == 1
 
@@ -195,7 +192,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_every_row_becomes_a_row_and_a_second_run_does_nothing(tmp_path: Path) -> None:
-    report = illustrate_here(check(*PROMPTS), new_output(tmp_path))
+    report = illustrate_here(jobs_in(*PROMPTS), new_output(tmp_path))
     assert (report.rows, report.skipped, report.errors, report.pictures) == (7, 0, 4, 3 + 4 + 1 + 1 + 3)
     assert report.kinds == {"input": 2, "writing": 1, "drawing": 1}
     check_output(tmp_path)
@@ -208,7 +205,7 @@ def test_every_row_becomes_a_row_and_a_second_run_does_nothing(tmp_path: Path) -
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
-    rows = check(PROMPTS[0])
+    rows = jobs_in(PROMPTS[0])
     illustrate_here(rows, new_output(tmp_path))
     with pytest.raises(MiniGPT5Error, match="model is 'other' but was 'fake'"):
         illustrate_here(rows, new_output(tmp_path, model="other"))
@@ -219,10 +216,10 @@ def test_an_output_has_one_process_at_a_time(tmp_path: Path) -> None:
     first.state.take(first.plan)
     second = new_output(tmp_path)
     with pytest.raises(MiniGPT5Error, match=f"worked on by process {os.getpid()}"):
-        illustrate_here(check(PROMPTS[0]), second)
+        illustrate_here(jobs_in(PROMPTS[0]), second)
     owner = tmp_path / "out.state" / "owner.json"
     owner.write_text(owner.read_text().replace(str(os.getpid()), str(2**22 - 7)))  # a process that is not there
-    assert illustrate_here(check(PROMPTS[0]), second).stories == 1
+    assert illustrate_here(jobs_in(PROMPTS[0]), second).stories == 1
     owner.write_text(json.dumps({"token": "x", "host": socket.gethostname(), "pid": 1, "started": 0, "beat": 1}))
     with pytest.raises(MiniGPT5Error, match="taken over by process 1 on"):
         first.state.check_owner()  # it was only slow: it writes nothing more
@@ -262,7 +259,7 @@ async def in_process(row: dict[str, object]) -> list[tuple[str, bytes | None]]:
 
 
 def test_a_story_is_that_of_the_in_process_flow(tmp_path: Path) -> None:
-    illustrate_here(check(PROMPTS[0]), new_output(tmp_path))
+    illustrate_here(jobs_in(PROMPTS[0]), new_output(tmp_path))
     (story,) = read_output(tmp_path).values()
     assert [(page["text"], page["png"]) for page in story["pages"]] == asyncio.run(in_process(PROMPTS[0]))
 
@@ -275,7 +272,7 @@ def test_a_run_that_breaks_keeps_what_it_has_and_the_next_makes_only_the_rest(tm
         yield next(row for row in make_pages_here(jobs[1:], report, output=output) if row)
         raise RuntimeError("the cluster is gone")
 
-    rows = check({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl"})
+    rows = jobs_in({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl"})
     with pytest.raises(RuntimeError, match="gone"):
         illustrate.illustrate(rows, output, make_pages=break_in_the_middle)
     assert set(read_output(tmp_path)) == {"fox"}
@@ -294,7 +291,7 @@ def test_a_run_that_breaks_keeps_what_it_has_and_the_next_makes_only_the_rest(tm
 
 
 def test_a_story_that_broke_off_in_its_text_goes_on_from_the_pages_that_are_stored(tmp_path: Path) -> None:
-    (job,) = check(PROMPTS[0])
+    (job,) = jobs_in(PROMPTS[0])
     assert isinstance(job, StoryJob)
     store = PageStore(str(tmp_path / "whole"))
     whole = list(new_writer(store).write(job))
@@ -314,7 +311,9 @@ def new_writer(store: PageStore, watch: Monitor | None = None) -> Write:
 
 def test_a_finished_story_keeps_its_text_and_gets_a_picture_for_each_page(tmp_path: Path) -> None:
     texts = ["  A fox \nfound a balloon. ", "He went home."]
-    rows = check({"id": "tale", "pages_text": texts}, {"id": "csv", "pages_text": json.dumps(texts), "prompt": "a fox"})
+    rows = jobs_in(
+        {"id": "tale", "pages_text": texts}, {"id": "csv", "pages_text": json.dumps(texts), "prompt": "a fox"}
+    )
     report = illustrate_here(rows, new_output(tmp_path))
     assert (report.errors, report.pictures) == (0, 4)
     for story in read_output(tmp_path).values():
@@ -335,7 +334,7 @@ def test_a_finished_story_keeps_its_text_and_gets_a_picture_for_each_page(tmp_pa
     ],
 )
 def test_a_bad_story_or_picture_list_says_what_is_wrong(row: dict[str, object], complaint: str) -> None:
-    (bad,) = check(row)
+    (bad,) = jobs_in(row)
     assert isinstance(bad, BadRow) and complaint in bad.error
 
 
@@ -350,7 +349,7 @@ def test_pictures_of_a_prompt_come_from_files_and_data_urls(tmp_path: Path) -> N
     for name in ("x" * 300 + ".png", "", "nosuch://a/b.png"):
         with pytest.raises(InvalidRequest, match="cannot be read"):
             load_image(name if "://" in name else str(tmp_path / name))
-    rows = check({"id": "a", "prompt": "a", "images": str(tmp_path / "no.png")}, {"id": "b", "prompt": "b"})
+    rows = jobs_in({"id": "a", "prompt": "a", "images": str(tmp_path / "no.png")}, {"id": "b", "prompt": "b"})
     report = illustrate_here(rows, new_output(tmp_path))
     assert report.kinds == {"input": 1} and report.stories == 1
 
@@ -367,7 +366,7 @@ def test_a_row_that_was_in_flight_at_two_engine_deaths_becomes_an_error(tmp_path
             for row in new_writer(output.store, monitor).write(job):
                 yield draw.draw(row) if row["page"] else row
 
-    rows = check({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl", "pages": 2})
+    rows = jobs_in({"id": "fox", "prompt": "a fox"}, {"id": "owl", "prompt": "an owl", "pages": 2})
     report = illustrate.illustrate(rows, output, make_pages=make_pages)
     assert report.kinds == {"generator deaths": 1, "decoder deaths": 1}
     found = read_output(tmp_path)
@@ -400,7 +399,7 @@ def test_a_row_that_meets_a_failing_store_is_left_to_the_next_run(
     tmp_path: Path, flaky: FlakyFiles, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "fox.png").write_bytes(make_png())
-    rows = check(
+    rows = jobs_in(
         {"id": "fox", "prompt": "a fox", "pages": 2, "images": "fox.png"}, {"id": "owl", "prompt": "an owl", "pages": 2}
     )
     name, broken = STAGES_OF_A_ROW[case]
@@ -421,7 +420,7 @@ def test_a_row_that_meets_a_failing_store_is_left_to_the_next_run(
 
 def test_rows_that_are_left_count_for_the_limit_of_errors(tmp_path: Path, flaky: FlakyFiles) -> None:
     flaky.broken = "open out.state/pages/[0-9a-f]+/1.json"
-    rows = check(*({"id": str(number), "prompt": "a fox", "pages": 1} for number in range(4)))
+    rows = jobs_in(*({"id": str(number), "prompt": "a fox", "pages": 1} for number in range(4)))
     report = illustrate_here(rows, new_output(tmp_path), max_errors=1)
     assert (report.stopped_at, report.done) == (2, 0)
 
@@ -446,7 +445,7 @@ def test_engines_that_die_too_often_or_cannot_start_end_the_run() -> None:
 
 def test_pictures_as_files_are_named_by_their_rows(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path / "out"), STORY_SCHEMA, {}, keeps_pictures=True)
-    illustrate_here(check(PROMPTS[0]), output)
+    illustrate_here(jobs_in(PROMPTS[0]), output)
     (story,) = read_output(tmp_path).values()
     assert [page["png"] for page in story["pages"]] == [None] * 3
     pictures = [Path(page["uri"]).read_bytes() for page in story["pages"]]
@@ -456,7 +455,7 @@ def test_pictures_as_files_are_named_by_their_rows(tmp_path: Path) -> None:
 
 def test_books_show_every_story_and_the_index_names_them_all(tmp_path: Path) -> None:
     output = new_output(tmp_path)
-    illustrate_here(check(*PROMPTS), output)
+    illustrate_here(jobs_in(*PROMPTS), output)
     index = Path(books.write_books(output.sink, model="fake"))
     links = re.findall(r'href="(\w+\.html)"', index.read_text())
     assert (
@@ -481,7 +480,7 @@ def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> 
             raise RuntimeError("the cluster is gone")
 
         with pytest.raises(RuntimeError):
-            illustrate.illustrate(check(PROMPTS[0], PROMPTS[1]), output, make_pages=make_pages)
+            illustrate.illustrate(jobs_in(PROMPTS[0], PROMPTS[1]), output, make_pages=make_pages)
     assert reached == set(failpoints.POINTS)
 
 
@@ -499,7 +498,7 @@ def test_a_point_kills_once_and_an_unknown_one_is_refused(tmp_path: Path, monkey
 
 
 def test_too_many_errors_end_the_run(tmp_path: Path) -> None:
-    rows = check(*[{"prompt": "", "id": number} for number in range(5)], {"prompt": "a fox"})
+    rows = jobs_in(*[{"prompt": "", "id": number} for number in range(5)], {"prompt": "a fox"})
     report = illustrate.illustrate(rows, new_output(tmp_path), make_pages=refuse, max_errors=2)
     assert report.stopped_at == 3
     assert len(read_output(tmp_path)) == 3
@@ -513,7 +512,7 @@ def test_an_output_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "part-1.parquet").write_text("not parquet")
     with pytest.raises(StorageError, match="cannot be read"):
-        illustrate_here(check(PROMPTS[0]), new_output(tmp_path))
+        illustrate_here(jobs_in(PROMPTS[0]), new_output(tmp_path))
 
 
 def test_the_report_says_what_was_made_and_what_is_left() -> None:
@@ -546,14 +545,14 @@ def test_stages_on_ray_give_the_same_data_set(tmp_path: Path) -> None:
     make_pages = partial(make_pages_on_ray, config=CONFIG, engines=engines, output=output)
     was_up = ray.is_initialized()
     try:
-        report = illustrate.illustrate(check(*PROMPTS), output, make_pages=make_pages)
+        report = illustrate.illustrate(jobs_in(*PROMPTS), output, make_pages=make_pages)
     finally:
         if not was_up:
             ray.shutdown()
     assert (report.errors, report.pictures) == (4, 12)
     check_output(tmp_path / "ray")
     assert report.figures.pools["decoder"].rows == 13 and 0 < report.figures.pools["decoder"].utilisation() <= 1
-    illustrate_here(check(*PROMPTS), new_output(tmp_path / "here"))
+    illustrate_here(jobs_in(*PROMPTS), new_output(tmp_path / "here"))
     found, expected = read_output(tmp_path / "ray"), read_output(tmp_path / "here")
     assert found.keys() == expected.keys()
     assert all(found[id]["pages"] == expected[id]["pages"] for id in found)

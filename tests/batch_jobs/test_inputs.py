@@ -22,15 +22,12 @@ from batch_jobs.outputs import STORY_SCHEMA
 from batch_jobs.report import Report
 from minigpt5.config import storybook
 from minigpt5.errors import StorageError
+from tests.helpers.batch_fakes import jobs_in
 
 CONFIG = storybook()
 FOX, OWL = {"id": "1", "prompt": "a fox"}, {"id": "2", "prompt": "an owl"}
 JSONL = json.dumps(FOX) + "\n" + json.dumps(OWL) + "\n"
 CSV = "id,prompt\n1,a fox\n2,an owl\n"
-
-
-def check(*rows: dict[str, object]) -> list[StoryJob | BadRow]:
-    return list(check_rows((RawRow(values=row) for row in rows), CONFIG))
 
 
 def table(uri: Path | str) -> list[RawRow]:
@@ -63,21 +60,21 @@ def error_of(row: StoryJob | BadRow) -> str:
     ids=["byte-order mark", "CR LF", "CR", "blank lines", "no last line end"],
 )
 def test_marks_and_line_ends_do_not_matter(tmp_path: Path, name: str, text: str, change: Callable[[str], str]) -> None:
-    assert read(tmp_path, name, change(text)) == check(FOX, OWL)
+    assert read(tmp_path, name, change(text)) == jobs_in(FOX, OWL)
 
 
 def test_line_separators_inside_a_prompt_do_not_end_its_row(tmp_path: Path) -> None:
     row = {"id": "1", "prompt": "a fox\u2028an owl\u2029a cat\x85a dog\x0ca cow"}
-    assert read(tmp_path, "rows.jsonl", json.dumps(row, ensure_ascii=False)) == check(row)
+    assert read(tmp_path, "rows.jsonl", json.dumps(row, ensure_ascii=False)) == jobs_in(row)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl"])
 def test_gzip_is_read_whatever_the_name_says(tmp_path: Path, name: str) -> None:
-    assert read(tmp_path, name, gzip.compress(JSONL.encode())) == check(FOX, OWL)
+    assert read(tmp_path, name, gzip.compress(JSONL.encode())) == jobs_in(FOX, OWL)
 
 
 def test_a_gzipped_csv_with_a_byte_order_mark(tmp_path: Path) -> None:
-    assert read(tmp_path, "rows.csv.gz", gzip.compress(codecs.BOM_UTF8 + CSV.encode())) == check(FOX, OWL)
+    assert read(tmp_path, "rows.csv.gz", gzip.compress(codecs.BOM_UTF8 + CSV.encode())) == jobs_in(FOX, OWL)
 
 
 def test_a_folder_of_mixed_formats_is_read_in_order_of_name(tmp_path: Path) -> None:
@@ -114,7 +111,7 @@ def test_a_line_without_end_costs_its_row(tmp_path: Path, monkeypatch: pytest.Mo
     long = json.dumps({"prompt": "x" * 5000})
     fox, bad, owl = read(tmp_path, "rows.jsonl", f"{json.dumps(FOX)}\n{long}\n{json.dumps(OWL)}\n")
     assert "row 2 is unreadable (it is longer than 1000 characters)" in error_of(bad)
-    assert [fox, owl] == [check(FOX)[0], StoryJob(**{**vars(check(OWL)[0]), "row": 3})]
+    assert [fox, owl] == [jobs_in(FOX)[0], StoryJob(**{**vars(jobs_in(OWL)[0]), "row": 3})]
 
 
 @pytest.mark.parametrize("cell", ["[" * 100_000, '[{"a": ' * 50_000])
@@ -140,8 +137,8 @@ def test_null_prompts_and_null_rows_are_errors(tmp_path: Path) -> None:
 
 
 def test_nan_is_a_value_that_is_left_out_but_text_in_csv(tmp_path: Path) -> None:
-    (row,) = check({"id": math.nan, "prompt": "a fox", "pages": math.nan, "seed": math.nan})
-    assert isinstance(row, StoryJob) and (row.pages, row.seed) == (4, check({"prompt": "a fox"})[0].seed)  # type: ignore[union-attr]
+    (row,) = jobs_in({"id": math.nan, "prompt": "a fox", "pages": math.nan, "seed": math.nan})
+    assert isinstance(row, StoryJob) and (row.pages, row.seed) == (4, jobs_in({"prompt": "a fox"})[0].seed)  # type: ignore[union-attr]
     named, numbered = read(tmp_path, "rows.csv", "prompt,pages\nNaN,1\na fox,NaN\n")
     assert isinstance(named, StoryJob) and named.prompt == "NaN"
     assert "pages is 'NaN' but must be from 1 to 16" in error_of(numbered)
@@ -165,7 +162,7 @@ def test_integers_past_2_53_as_ids_and_seeds_keep_every_digit(tmp_path: Path) ->
 
 
 def test_decimal_ids_are_whole_numbers_while_they_have_all_digits() -> None:
-    seven, large, half, endless = check(
+    seven, large, half, endless = jobs_in(
         {"id": 7.0, "prompt": "a fox"},
         {"id": float(LARGE + 1), "prompt": "a fox"},
         {"id": 7.5, "prompt": "a fox"},
@@ -175,7 +172,7 @@ def test_decimal_ids_are_whole_numbers_while_they_have_all_digits() -> None:
     assert "may have lost digits" in error_of(large)
     assert "id is 7.5 but must be a whole number" in error_of(half)
     assert "id is inf but must be a whole number" in error_of(endless)
-    (seed,) = check({"seed": float(2**60), "prompt": "a fox"})
+    (seed,) = jobs_in({"seed": float(2**60), "prompt": "a fox"})
     assert "seed is 1.152921504606847e+18 but a decimal number of this size may have lost digits" in error_of(seed)
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kills import KINDS, Round, table, voken_difference, write_input
-from tests.batch_jobs.test_illustrate import PROMPTS, check, illustrate_here, new_output, read_output
+from tests.batch_jobs.test_illustrate import PROMPTS, illustrate_here, new_output, read_output
+from tests.helpers.batch_fakes import jobs_in
 from tests.helpers.fakes import make_png
 
 
 def finished_round(folder: Path) -> tuple[Round, dict[str, list[dict[str, Any]]]]:
     trial = Round(write_input(folder), folder / "out", {})
-    illustrate_here(check(*PROMPTS[:3]), new_output(folder))
+    illustrate_here(jobs_in(*PROMPTS[:3]), new_output(folder))
     reference = {
         row["id"]: [{key: page[key] for key in ("text", "png", "vokens")} for page in row["pages"]]
         for row in read_output(folder).values()

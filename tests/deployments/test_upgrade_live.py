@@ -187,7 +187,7 @@ def change_under_stories(deployed: Deployed, seed: int, model: Path) -> list[Rea
     return readers
 
 
-def check(deployed: Deployed, readers: list[Reader], before: str, after: str) -> None:
+def validate_stories(deployed: Deployed, readers: list[Reader], before: str, after: str) -> None:
     """Every story is whole, and its pages say which model made them."""
     both = 0
     for reader in readers:
@@ -215,5 +215,5 @@ def test_a_model_goes_live_under_running_stories_and_back(deployed: Deployed, ne
     fingerprints = load_config(OLD).fingerprint, load_config(new).fingerprint
     deployed.deploy(OLD)
     deployed.wait_for(fingerprints[0])
-    check(deployed, change_under_stories(deployed, 100, new), *fingerprints)
-    check(deployed, change_under_stories(deployed, 200, OLD), *reversed(fingerprints))
+    validate_stories(deployed, change_under_stories(deployed, 100, new), *fingerprints)
+    validate_stories(deployed, change_under_stories(deployed, 200, OLD), *reversed(fingerprints))

@@ -82,6 +82,13 @@ def test_a_writers_prompt_is_ours_with_texts_joined(writer: TextWriter) -> None:
     assert "".join(part for part in prompt if isinstance(part, str)) == "".join(s.text for s in segments) + MARK
 
 
+def test_a_writers_prompt_is_read_as_it_is(writer: TextWriter) -> None:
+    """Its segments stand in a template already: a second one around them is what it was never trained on."""
+    request = writer._request(asked("reply", Role(name="user"), "Hello."), "", ())
+    (text,) = request.prompt
+    assert writer.generator.prompter.encode(request).ids == writer.generator.tokenizer(str(text))["input_ids"]
+
+
 def test_a_writer_writes_up_to_its_limit_and_never_draws(writer: TextWriter) -> None:
     questions = [asked("reply", Role(name="user"), "Hello."), asked("pages", "A fox", pages=2)]
     reply, pages = writer.write(questions)

@@ -73,6 +73,7 @@ def test_a_file_is_illustrated(tmp_path: Path) -> None:
     assert any((tmp_path).rglob("*.epub"))
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_own_bases_become_a_model_that_is_trained_and_illustrates(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from minigpt5.types import (
     TextPrecision,
     Vokens,
 )
+from tests.helpers.streams import run_together
 from tests.helpers.tiny import (
     HIDDEN,
     save_tiny,
@@ -73,13 +73,7 @@ def in_bfloat16(language: LanguageModel) -> LanguageModel:
 
 
 def write(generator: VokenGenerator, requests: list[StoryRequest]) -> list[list[GeneratorEvent]]:
-    async def collect(request: StoryRequest) -> list[GeneratorEvent]:
-        return [event async for event in generator.generate(request)]
-
-    async def together() -> list[list[GeneratorEvent]]:
-        return await asyncio.gather(*map(collect, requests))
-
-    return asyncio.run(together())
+    return run_together(generator.generate, requests)
 
 
 @DEVICES

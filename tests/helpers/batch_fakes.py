@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import numpy as np
 from PIL import Image
 
+from batch_jobs.inputs import BadRow, RawRow, StoryJob, check_rows
+from minigpt5.config import storybook
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.types import (
     DecoderEvent,
@@ -28,6 +30,11 @@ BREAKS_ON_PAGE_2 = "this one breaks on page 2"
 CANNOT_BE_DRAWN = "page 2 of this one cannot be drawn"
 
 
+def jobs_in(*rows: dict[str, object]) -> list[StoryJob | BadRow]:
+    """Rows of an input, validated against the storybook model."""
+    return list(check_rows((RawRow(values=row) for row in rows), storybook()))
+
+
 class FakeGenerator:
     fingerprint = FINGERPRINT
 
@@ -35,7 +42,7 @@ class FakeGenerator:
         if len(str(request.prompt[-1])) > MAX_PROMPT:
             raise InvalidRequest("prompt", f"prompt is longer than {MAX_PROMPT}: shorten it")
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         prompt, first = str(request.prompt[-1]), len(request.previous) + 1
         for page in range(first, first + request.pages):
             await asyncio.sleep(0)
@@ -55,7 +62,7 @@ class FakeGenerator:
 class FakeDecoder:
     fingerprint = FINGERPRINT
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         vokens, settings = request.vokens, request.settings
         if vokens.fingerprint != self.fingerprint:
             raise FingerprintMismatch("vokens of another model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import numpy as np
 from PIL import Image
@@ -58,7 +58,7 @@ class FakeGenerator:
         if num_words > self.max_words:
             raise InvalidRequest("prompt", f"prompt takes {num_words} tokens but the window is {self.max_words}")
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         self.requests.append(request)
         try:
             await self.gate.wait()
@@ -92,7 +92,7 @@ class FakeDecoder:
         self.fingerprint, self.fails_on_page = fingerprint, fails_on_page
         self.requests: list[DrawRequest] = []
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         self.requests.append(request)
         page, steps = request.vokens.page, request.settings.steps
         if request.vokens.fingerprint != self.fingerprint:

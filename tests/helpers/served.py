@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ CONFIG = dataclasses.replace(
 )
 VOKENS = Vokens(page=1, hidden_VH=np.zeros((8, 4), np.float32), fingerprint=FINGERPRINT)
 Use = Callable[[httpx.AsyncClient], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def alive(*fronts: Served) -> AsyncIterator[None]:
+    """Fronts that beat."""
+    watches = [asyncio.create_task(served.front.coordinator.keep_alive()) for served in fronts]
+    try:
+        yield
+    finally:
+        for watch in watches:
+            watch.cancel()
 
 
 class Served:

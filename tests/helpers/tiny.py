@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from minigpt5.config import ModelConfig, VisionConfig, storybook
 from minigpt5.model.base_models import resolve
+from minigpt5.model.decoders.load import find_family
 from minigpt5.model.decoders.noise import VariancePreserving
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.language import LanguageModel, load_tokenizer
@@ -42,6 +44,18 @@ def tiny_config() -> ModelConfig:
         size_multiple=8,
         context_tokens=600,
         fingerprint="f" * 64,
+    )
+
+
+def tiny_config_of(folder: Path, **changes: Any) -> ModelConfig:
+    """The tiny model's config with the condition of a folder's diffusion model."""
+    sizes = find_family(folder).read_sizes(folder)
+    return dataclasses.replace(
+        tiny_config(),
+        condition_length=sizes.condition_length,
+        condition_width=sizes.condition_width,
+        condition_pooled=sizes.condition_pooled,
+        **changes,
     )
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 import numpy as np
@@ -229,7 +229,7 @@ def test_listener_that_raises_stops_the_engines(model: MiniGPT5, way: str) -> No
 def test_listener_that_raises_closes_the_generator_at_once() -> None:
     is_closed = False
 
-    async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         nonlocal is_closed
         try:
             yield TextDelta(page=1, text="Once")
@@ -245,7 +245,7 @@ def test_listener_that_raises_closes_the_generator_at_once() -> None:
             await write_story(StoryRequest(prompt=("A fox",)), generate, never_decode, on_event=fail_at_text(fail))
         assert is_closed
 
-    def never_decode(request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    def never_decode(request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         raise AssertionError("there is nothing to draw")
 
     asyncio.run(main())

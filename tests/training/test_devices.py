@@ -13,7 +13,8 @@ import torch
 from minigpt5.model.pixels import to_pixels, to_tensor
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
-from minigpt5.objective.losses import LossWeights, Objective
+from minigpt5.objective.losses import LossWeights
+from minigpt5.objective.objective import Objective
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, tiny_language
 from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import devices

@@ -27,10 +27,11 @@ from minigpt5.model.decoders.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.folder import DECODER, DISTILLED_DRAW, find_distilled, load_decoder_model
 from minigpt5.model.folder_config import check_folder, load_config
 from minigpt5.objective.example import Example
+from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings
 from training import presets
 from training.data.batches import Batch
-from training.data.replay_buffer import ReplayBuffer
+from training.data.replay import validate_room
 from training.presets import DistillPreset, ReplayConfig
 from training.stages.distill import DistillObjective
 from training.stages.model import find_decoder
@@ -136,12 +137,12 @@ def test_a_student_that_meets_its_targets_draws_what_its_teacher_draws(name: str
 def test_the_loss_is_the_velocitys_and_training_lowers_it(name: str, tmp_path: Path) -> None:
     objective = new_objective(make(name, tmp_path))
     torch.manual_seed(0)
-    samples = zip(*objective._new_samples(batch()), strict=True)
-    begin, timesteps, condition, target = (torch.stack(part) for part in samples)
+    taught = objective._ask_teacher(batch())
+    begin, timesteps = taught.begin_BCYX, taught.timesteps_B
     with torch.no_grad():
-        predicted = objective.diffusion.predict(objective.student, begin, timesteps, condition)
+        predicted = objective.diffusion.predict(objective.student, begin, timesteps, taught.condition_BQD)
         velocities = []
-        for prediction in (predicted, target):
+        for prediction in (predicted, taught.target_BCYX):
             alpha_bar = objective.noise.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
             clean = objective.noise.predict_x0(begin, prediction, timesteps)
             velocities.append((alpha_bar.sqrt() * begin - clean) / (1 - alpha_bar).sqrt())
@@ -173,19 +174,25 @@ def test_an_unguided_teacher_is_called_once_a_step(tmp_path: Path, monkeypatch: 
     objective.guidance_scale = 1.0
     sizes: list[int] = []
     objective.diffusion.denoiser.register_forward_pre_hook(lambda unet, inputs: sizes.append(len(inputs[0])))
-    objective._new_samples(batch())
+    objective._ask_teacher(batch())
     assert sizes == [3] * TEACHER_STEPS
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remembered(TensorBatch):
+    values_BN: torch.Tensor
+    others_BN: torch.Tensor
+
+
 def test_the_replay_buffer_is_bounded_in_bytes() -> None:
-    buffer = ReplayBuffer(max_bytes=10_000)
+    buffer: ReplayBuffer[Remembered] = ReplayBuffer(max_bytes=10_000)
     for number in range(5):
-        buffer.extend([(torch.full((500,), float(number)), torch.zeros(100)) for _ in range(2)])
+        buffer.extend(Remembered(values_BN=torch.full((2, 500), float(number)), others_BN=torch.zeros(2, 100)))
     assert len(buffer) == 10_000 // 2_400
-    assert {sample[0][0].item() for sample in buffer.sample(50)} == {3.0, 4.0}, "the newest"
-    buffer.check_room(ReplayConfig(steps=1, min_size=4))
+    assert {sample.values_BN[0, 0].item() for sample in buffer.sample(50)} == {3.0, 4.0}, "the newest"
+    validate_room(buffer, ReplayConfig(steps=1, min_size=4))
     with pytest.raises(TrainingError, match="min_size is 5 but 4 samples of this model fit"):
-        buffer.check_room(ReplayConfig(steps=1, min_size=5))
+        validate_room(buffer, ReplayConfig(steps=1, min_size=5))
 
 
 def make_folder(name: str, folder: Path) -> Path:

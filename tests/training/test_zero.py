@@ -57,6 +57,7 @@ from training import loop
 from training.data.batches import Batch
 from training.presets import OptimizerConfig, VokenPreset, override
 from training.run_folder import RunFolder
+from minigpt5.objective.dummy_examples import DummyExamples
 from training.stages.voken import VokenObjective
 
 folder, zero_stage, steps, losses = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), []
@@ -83,7 +84,8 @@ class Stage:
     def saved_parameters(self): return list(model.parameters())
     def save(self, folder): ...
 
-model.calls_alike = True  # in all stages, so that they draw the same random numbers
+# In all stages, so that they draw the same random numbers
+model.dummies = DummyExamples(model.config, reads_pictures=True)
 px = model.config.vision.image_px
 only_text = Example(
     segments=PUBLISHED.next_page(["One."], "Two.", "text", variant=0),

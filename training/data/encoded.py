@@ -11,8 +11,8 @@ from minigpt5.errors import TrainingError
 from minigpt5.objective.encoders import Encoders
 from training.data.stored import StoredExamples, open_place
 
-ENCODED = {"moments": ("vae", "VAE"), "features": ("vision", "vision encoder")}
-"""A field of stored pictures: the encoder that fills it, and its name."""
+ENCODER_NAMES = {"moments": "VAE", "features": "vision encoder"}
+"""What fills each field of a stored picture."""
 PROBED_ROWS = 64
 """Rows that are looked through for a picture."""
 
@@ -32,7 +32,7 @@ def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *
             "from: prepare rows with pictures, or leave these out"
         )
     for field in examples.fields_read:
-        part, name = ENCODED[field]
+        name = ENCODER_NAMES[field]
         if picture[field] is None:
             if picture["picture"] is None:
                 raise TrainingError(
@@ -46,12 +46,14 @@ def check_encoders(examples: StoredExamples, find_own: Callable[[], Encoders], *
                 f"the rows in {examples.uri} do not say which {name} encoded them: it must be the model's", flush=True
             )
             continue
-        theirs, own = getattr(stored, part), getattr(find_own(), part)
+        theirs, own = stored.maker_of(field), find_own().maker_of(field)
         if theirs != own:
-            seen = "none" if theirs is None else f"{theirs.sha256[:12]} at {theirs.image_px} px"
+            seen, expected = (
+                "none" if one is None else f"{one.sha256[:12]} at {one.image_px} px" for one in (theirs, own)
+            )
             raise TrainingError(
                 f"the rows in {examples.uri} were encoded by another {name} ({seen}) than this run's "
-                f"({own.sha256[:12]} at {own.image_px} px): {remedy}"
+                f"({expected}): {remedy}"
             )
 
 

@@ -8,6 +8,7 @@ Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q con
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from minigpt5.model.locate import find_part
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.objective.example import Example
+from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.types import DrawSettings
 from training.data.batches import Batch, StageData
-from training.data.replay_buffer import ReplayBuffer, is_replay
+from training.data.replay import is_replay, validate_room
 from training.devices import autocast
 from training.presets import DistillPreset
 from training.samples import save_sheet
@@ -40,6 +42,16 @@ from training.weight_sources import WeightSources, prepare_unet
 
 REPLAY_BYTES = 2**29
 """Bytes of the teacher's samples, which cost more to make than to learn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSteps(TensorBatch):
+    """Where the student begins, and what it is to predict there."""
+
+    begin_BCYX: Tensor
+    timesteps_B: Tensor
+    condition_BQD: Tensor
+    target_BCYX: Tensor
 
 
 class DistillObjective(nn.Module):
@@ -74,21 +86,22 @@ class DistillObjective(nn.Module):
         sampler.set_timesteps(NUM_LEVELS * preset.teacher_steps)
         self.timesteps = torch.cat([sampler.timesteps, torch.tensor([-1])])
         """The teacher's timesteps, and -1 for latents without noise."""
-        self._replay_buffer = ReplayBuffer(max_bytes=REPLAY_BYTES)
+        self._replay_buffer: ReplayBuffer[TeacherSteps] = ReplayBuffer(max_bytes=REPLAY_BYTES)
 
     def forward(self, batch: Batch[Example], progress: float) -> dict[str, Tensor]:
         if self.training and is_replay(batch, self.preset.replay, len(self._replay_buffer)):
-            samples = self._replay_buffer.sample(len(batch.examples))
+            taught = TeacherSteps.cat(self._replay_buffer.sample(len(batch.examples)))
         else:
-            samples = self._new_samples(batch)
+            taught = self._ask_teacher(batch)
             if self.training and self.preset.replay.steps:
-                self._replay_buffer.extend(samples)
-                self._replay_buffer.check_room(self.preset.replay)
-        begin_BCYX, timesteps_B, condition_BQD, target_BCYX = (torch.stack(part) for part in zip(*samples, strict=True))
-        predicted_BCYX = self.diffusion.predict(self.student, begin_BCYX, timesteps_B, condition_BQD)
-        error_B = (predicted_BCYX.float() - target_BCYX.float()).square().mean((1, 2, 3))
+                self._replay_buffer.extend(taught)
+                validate_room(self._replay_buffer, self.preset.replay)
+        predicted_BCYX = self.diffusion.predict(
+            self.student, taught.begin_BCYX, taught.timesteps_B, taught.condition_BQD
+        )
+        error_B = (predicted_BCYX.float() - taught.target_BCYX.float()).square().mean((1, 2, 3))
         if not self.noise.is_velocity:
-            error_B = error_B / self._signal_and_noise(timesteps_B)[0].square().flatten()
+            error_B = error_B / self._signal_and_noise(taught.timesteps_B)[0].square().flatten()
         return {"loss": error_B.mean()}
 
     @torch.no_grad()
@@ -100,8 +113,8 @@ class DistillObjective(nn.Module):
         return self.diffusion.from_moments(moments_BMYX)
 
     @torch.no_grad()
-    def _new_samples(self, batch: Batch[Example]) -> list[tuple[Tensor, ...]]:
-        """Make one training sample a picture: noisy latents, timestep, condition, target."""
+    def _ask_teacher(self, batch: Batch[Example]) -> TeacherSteps:
+        """One sample for each picture, at a timestep of its own."""
         clean_BCYX = self.to_latents(batch.examples)
         condition_BQD = self.text_encoder([example.captions[0] for example in batch.examples])
         index_B = torch.randint(NUM_LEVELS, (len(clean_BCYX),)) * self.preset.teacher_steps
@@ -109,7 +122,9 @@ class DistillObjective(nn.Module):
         begin_BCYX = self.noise.add_noise(clean_BCYX, normal_like(clean_BCYX), timesteps_B)
         end_BCYX = self.run_teacher(begin_BCYX, condition_BQD, index_B)
         target_BCYX = self.target(begin_BCYX, end_BCYX, index_B)
-        return list(zip(begin_BCYX, timesteps_B, condition_BQD, target_BCYX, strict=True))
+        return TeacherSteps(
+            begin_BCYX=begin_BCYX, timesteps_B=timesteps_B, condition_BQD=condition_BQD, target_BCYX=target_BCYX
+        ).contiguous()
 
     @torch.no_grad()
     def run_teacher(self, latents_BCYX: Tensor, condition_BQD: Tensor, index_B: Tensor) -> Tensor:

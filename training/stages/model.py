@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,9 +24,11 @@ from minigpt5.model.folder_config import load_config
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.locate import contains, find_part
 from minigpt5.model.text_encoder import load_text_encoder
+from minigpt5.model.vision import NoEncoder
+from minigpt5.objective.dummy_examples import DummyExamples
 from minigpt5.objective.encoders import fields_read
 from minigpt5.objective.example import Example
-from minigpt5.objective.losses import Objective
+from minigpt5.objective.objective import Objective
 from minigpt5.types import DISTILLED_FOLDER
 from training.data.batches import StageData
 from training.presets import VisionPreset, VokenPreset
@@ -104,13 +105,15 @@ class ModelStage(ABC):
         if preset.halves_frozen:
             for part in (self.language.body, self.language.head, self.vision.encoder, self.diffusion, text_encoder):
                 halve_frozen(part)
-        self.model.calls_alike = preset.optimizer.zero_stage == 3
-        if self.model.calls_alike:
+        if preset.optimizer.zero_stage == 3:
             seen = [data.training.example_at(position)[1] for position in range(NUM_SHEET_EXAMPLES)]
             read = (picture for example in seen for picture in example.read)
             drawn = (picture for example in seen for picture in example.drawn)
-            self.model.blanks = tuple(  # type: ignore[assignment]
-                None if one is None else np.zeros_like(one) for one in (next(read, None), next(drawn, None))
+            self.model.dummies = DummyExamples(
+                self.config,
+                reads_pictures=not isinstance(self.vision.encoder, NoEncoder),
+                read=next(read, None),
+                drawn=next(drawn, None),
             )
 
     @abstractmethod

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from minigpt5.objective.example import Example
-from minigpt5.objective.losses import LossWeights, Objective
+from minigpt5.objective.losses import LossWeights
+from minigpt5.objective.objective import Objective
+from minigpt5.objective.words import word_losses
 from training.data.batches import Batch, StageData
 from training.presets import VisionPreset
 from training.stages.model import ModelStage, trained
@@ -26,7 +28,8 @@ class VisionObjective(nn.Module):
 
     def forward(self, batch: Batch[Example], progress: float) -> dict[str, Tensor]:
         if progress < self.preset.words_until:
-            return self.model.words(batch.examples)
+            model = self.model
+            return word_losses(model.language, model.vision, model.tokenizer, batch.examples)
         return self.model(batch.examples, LossWeights(text=self.preset.text_weight, picture=0.0, caption=0.0))
 
 

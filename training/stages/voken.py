@@ -24,9 +24,10 @@ from minigpt5.model.locate import find_part
 from minigpt5.model.prompt import text_segment
 from minigpt5.model.weights import load_tensors, save_tensors
 from minigpt5.objective.example import Example
-from minigpt5.objective.losses import LossWeights, Objective
+from minigpt5.objective.losses import LossWeights
+from minigpt5.objective.objective import Objective
 from training.data.batches import Batch, StageData
-from training.data.replay_buffer import is_replay
+from training.data.replay import is_replay
 from training.presets import VokenPreset
 from training.samples import write_story
 from training.stages.model import ModelStage, trained
@@ -61,7 +62,7 @@ class VokenObjective(nn.Module):
             caption=preset.caption_weight,
             contrast=preset.contrast_weight,
         )
-        if self.training and (preset.replay.fill or is_replay(batch, preset.replay, self.model.num_replayable)):
+        if self.training and (preset.replay.fill or is_replay(batch, preset.replay, len(self.model.replay_buffer))):
             return self.model.replay(preset.replay.batch_size, weights)
         return self.model(batch.examples, weights)
 

@@ -245,7 +245,7 @@ def _contrasts(facts: Facts, rng: np.random.Generator) -> list[str]:
     """The canonical caption with each fact changed in turn, never to a pair that is held out."""
     captions = []
     for name, values in FACT_VALUES.items():
-        changed = [replace(facts, **{name: value}) for value in values if value != getattr(facts, name)]
+        changed = [replace(facts, **{name: value}) for value in values if value != vars(facts)[name]]
         others = [one for one in changed if not (one.who and one.what and is_held_out(one.who, one.what))]
         captions.append(canonical_caption(others[rng.integers(len(others))]))
     return captions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.folder import DISTILLED_DRAW
 from minigpt5.model.pixels import to_pixels, to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
-from minigpt5.objective.losses import exactly
+from minigpt5.objective.precision import exactly
+from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.storybook.scenes import Scene
 from minigpt5.types import DISTILLED
 from training.data.batches import Batch, StageData
-from training.data.replay_buffer import ReplayBuffer, is_replay
+from training.data.replay import is_replay
 from training.storybook.examples import WeightedScene
 from training.storybook.presets import SharpenPreset
 from training.storybook.sheets import save_captioned_sheet
@@ -38,8 +40,31 @@ REPLAY_BYTES = 450_000_000
 """Bytes of pictures, some 2,000, which cost nearly as much to draw as to learn from."""
 MIN_ENERGY = 4e-3
 """Below it a region counts as flat: it has no correlation with anything."""
-TARGET = ("pixels", "weight", "masks")
-"""What a picture should be, (Y, X, 3) uint8, how much an error counts, (1, Y, X), and its sprites' masks, (2, Y, X)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetBatch(TensorBatch):
+    """What pictures should be."""
+
+    pixels_BYXC: Tensor
+    """uint8."""
+    weight_B1YX: Tensor
+    """How much an error counts."""
+    masks_BNYX: Tensor
+    """Where each of the two sprites is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnBatch(TargetBatch):
+    """Pictures as the default request draws them, with their targets."""
+
+    noise_BCYX: Tensor
+    """What they began as."""
+    composed_BCYX: Tensor
+    """What the first call made of it."""
+    noisy_BCYX: Tensor
+    """The latents before the last call."""
+    condition_BQD: Tensor
 
 
 class SharpenObjective(nn.Module):
@@ -61,23 +86,21 @@ class SharpenObjective(nn.Module):
         )
         for part in (diffusion.denoiser_for(DISTILLED), diffusion.vae.post_quant_conv, diffusion.vae.decoder):
             part.requires_grad_(True)
-        self._replay_buffer = ReplayBuffer(max_bytes=REPLAY_BYTES)
+        self._replay_buffer: ReplayBuffer[DrawnBatch] = ReplayBuffer(max_bytes=REPLAY_BYTES)
 
     def forward(self, batch: Batch[WeightedScene], progress: float) -> dict[str, Tensor]:
         diffusion, device = self.diffusion, self.diffusion.denoiser.device
         size, step = len(batch.examples), batch.step
         num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)
-        true = [
-            torch.as_tensor(np.stack([getattr(scene, name) for scene in batch.examples]))[:num_true] for name in TARGET
-        ]
-        noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, *drawn = self._drawn(batch, num_true)
-        pixels, weight_B1YX, masks_BNYX = (torch.cat(both).to(device) for both in zip(true, drawn, strict=True))
-        pixels_BCYX = to_tensor(pixels)
+        drawn = self._drawn(batch, num_true)
+        target = TargetBatch.cat([_true_target(batch.examples)[:num_true], drawn])
+        pixels_BCYX, masks_BNYX = to_tensor(target.pixels_BYXC.to(device)), target.masks_BNYX.to(device)
+        noisy_BCYX, condition_BQD = drawn.noisy_BCYX, drawn.condition_BQD
 
-        num_composed = math.ceil(len(noisy_BCYX) / 4)
+        num_composed = math.ceil(len(drawn) / 4)
         first, last = diffusion.noise_schedule.config.num_train_timesteps - 1, last_level(diffusion.noise_schedule)
         timesteps_B = torch.tensor([last] * len(noisy_BCYX) + [first] * num_composed, device=device)
-        began_BCYX = torch.cat([noisy_BCYX, noise_BCYX[:num_composed]])
+        began_BCYX = torch.cat([noisy_BCYX, drawn.noise_BCYX[:num_composed]])
         predicted_BCYX = diffusion.denoiser_for(DISTILLED)(
             began_BCYX, timesteps_B, encoder_hidden_states=torch.cat([condition_BQD, condition_BQD[:num_composed]])
         ).sample
@@ -88,49 +111,51 @@ class SharpenObjective(nn.Module):
             exact_BCYX = diffusion.to_latents(pixels_BCYX[:num_true])
         exact_BCYX = exact_BCYX + LATENT_NOISE * normal_like(exact_BCYX)
         decoded_BCYX = diffusion.to_raw_pixels(torch.cat([exact_BCYX, painted_BCYX])).float()
-        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, weight_B1YX)
+        losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, target.weight_B1YX.to(device))
         losses["detail"] = detail_loss(decoded_BCYX, pixels_BCYX, masks_BNYX)
-        losses["composition"] = F.mse_loss(again_BCYX, composed_BCYX[:num_composed])
+        losses["composition"] = F.mse_loss(again_BCYX, drawn.composed_BCYX[:num_composed])
         loss = losses["loss"] + self.preset.detail_weight * losses["detail"] + losses["composition"]
         return {**losses, "loss": loss}
 
-    def _drawn(self, batch: Batch[WeightedScene], first: int) -> list[Tensor]:
-        """What there is to learn from pictures of the batch from `first` on, or of what is remembered: the noise that
-        they began as, what the first call made of it, the latents before the last call, the condition; TARGET."""
+    def _drawn(self, batch: Batch[WeightedScene], first: int) -> DrawnBatch:
+        """Pictures of the batch from `first` on, or as many of those that are remembered."""
         if self.training and is_replay(batch, self.preset.replay, len(self._replay_buffer)):
-            samples = self._replay_buffer.sample(len(batch.examples) - first)
-        else:
-            samples = self._draw(batch.examples[first:])
-            if self.training:
-                self._replay_buffer.extend(samples)
-        return [torch.stack(column) for column in zip(*samples, strict=True)]
+            return DrawnBatch.cat(self._replay_buffer.sample(len(batch.examples) - first))
+        drawn = self._draw(batch.examples[first:])
+        if self.training:
+            self._replay_buffer.extend(drawn)
+        return drawn
 
     @torch.no_grad()
-    def _draw(self, scenes: list[WeightedScene]) -> list[tuple[Tensor, ...]]:
-        """One sample of `_drawn` for each scene. The weights from before this stage make the first and the last call,
-        the present ones the calls between."""
+    def _draw(self, scenes: list[WeightedScene]) -> DrawnBatch:
+        """A picture of each scene. The weights from before this stage make the first and the last call, the present
+        ones the calls between."""
         condition_BQD, null_1QD = self.text_encoder([scene.caption for scene in scenes]), self.text_encoder([""])
         seeds = torch.randint(2**31, (len(scenes),)).tolist()
         pictures = [
             Denoising(self.diffusion, condition_QD, seed=seed, draw=DISTILLED_DRAW, guidance_rescale=0.0)
             for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
         ]
-
-        def of_all(name: str) -> Tensor:
-            return torch.cat([getattr(picture, name) for picture in pictures])
-
-        noise_BCYX = of_all("latents_1CYX")
+        noise_BCYX = torch.cat([picture.latents_1CYX for picture in pictures])
         advance(self.before, pictures, null_1QD)
-        composed_BCYX = of_all("pred_x0_1CYX")
+        composed_BCYX = torch.cat([picture.pred_x0_1CYX for picture in pictures])
         while pictures[0].num_calls_left > 1:
             advance(self.diffusion, pictures, null_1QD)
-        noisy_BCYX = of_all("latents_1CYX")
+        noisy_BCYX = torch.cat([picture.latents_1CYX for picture in pictures])
         advance(self.before, pictures, null_1QD)
         with exactly(noise_BCYX.device):  # levels that bfloat16 does not tell apart
-            drawn = to_pixels(self.before.to_pixels(of_all("pred_x0_1CYX")))
+            drawn = to_pixels(self.before.to_pixels(torch.cat([picture.pred_x0_1CYX for picture in pictures])))
         targets = [_target(pixels, scene.scene) for pixels, scene in zip(drawn, scenes, strict=True)]
-        rows = zip(noise_BCYX, composed_BCYX, noisy_BCYX, condition_BQD, strict=True)
-        return [(*row, *target) for row, target in zip(rows, targets, strict=True)]
+        target = TargetBatch.cat(targets)
+        return DrawnBatch(
+            pixels_BYXC=target.pixels_BYXC,
+            weight_B1YX=target.weight_B1YX,
+            masks_BNYX=target.masks_BNYX,
+            noise_BCYX=noise_BCYX,
+            composed_BCYX=composed_BCYX,
+            noisy_BCYX=noisy_BCYX,
+            condition_BQD=condition_BQD,
+        ).contiguous()
 
 
 def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -> Tensor:
@@ -150,9 +175,17 @@ def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -
     return ((1 - correlation_BN) * is_there_BN).sum() / is_there_BN.sum().clamp_min(1)
 
 
-def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
-    """A drawn picture's TARGET: with its sprites drawn again, without their halos, and no pixel in the mask of one that
-    is not to be seen."""
+def _true_target(scenes: list[WeightedScene]) -> TargetBatch:
+    return TargetBatch(
+        pixels_BYXC=torch.as_tensor(np.stack([scene.pixels for scene in scenes])),
+        weight_B1YX=torch.as_tensor(np.stack([scene.weight for scene in scenes])),
+        masks_BNYX=torch.as_tensor(np.stack([scene.masks for scene in scenes])),
+    )
+
+
+def _target(pixels: np.ndarray, scene: Scene) -> TargetBatch:
+    """Of one drawn picture: with its sprites drawn again, without their halos, and no pixel in the mask of one that is
+    not to be seen."""
     sprites = find_sprites(pixels, scene)
     is_whole = len(sprites) == 2  # what is not found would be taken for what is behind the other
     if is_whole:
@@ -161,7 +194,11 @@ def _target(pixels: np.ndarray, scene: Scene) -> tuple[Tensor, ...]:
     for mask_YX, sprite in zip(masks_NYX, sprites, strict=False):
         mask_YX[:] = sprite.mask()
     weight_1YX = error_weight(sprites, around=SPRITE_WEIGHT if is_whole else 1.0)
-    return tuple(torch.tensor(values) for values in (redrawn(pixels, sprites), weight_1YX, masks_NYX))
+    return TargetBatch(
+        pixels_BYXC=torch.tensor(redrawn(pixels, sprites))[None],
+        weight_B1YX=torch.tensor(weight_1YX)[None],
+        masks_BNYX=torch.tensor(masks_NYX)[None],
+    )
 
 
 class SharpenStage:

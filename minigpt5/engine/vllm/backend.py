@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class VllmGenerator:
         try:
             self._call(self._mailbox.open())
             self._llm = self._call(self._launch(num_threads))
-            self._call(self._check())
+            self._call(self._validate_states())
             self._is_serving = True
         except BaseException:
             self.close()
@@ -142,7 +142,7 @@ class VllmGenerator:
         """Raise InvalidRequest where `request` cannot be written."""
         self.prompter.encode(request)
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         """Write one request; ends with Usage. Closing the iterator aborts what vLLM does for it.
 
         Raises InvalidRequest, EngineFull, or EngineLost where vLLM's process is gone.
@@ -197,7 +197,7 @@ class VllmGenerator:
             num_threads=num_threads,
         )
 
-    async def _check(self) -> None:
+    async def _validate_states(self) -> None:
         check_VH = self._export.check_VH
         found_VH = await self._states({"prompt_token_ids": list(self._export.about.check_ids)})
         deviation = float(np.abs(found_VH - check_VH).max() / np.abs(check_VH).max())

@@ -16,7 +16,7 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation import alignment, consistency, frechet, text
 from minigpt5.evaluation.protocols.protocol import Sample
 from minigpt5.evaluation.protocols.scorers import Scorers
-from minigpt5.evaluation.world import FACTS, facts_shown
+from minigpt5.evaluation.world import facts_shown
 
 WORLD_PX = 128
 Values = list[dict[str, float]]
@@ -26,17 +26,26 @@ def _named(name: str, values: Sequence[float] | np.ndarray) -> Values:
     return [{name: float(value)} for value in values]
 
 
+def _drawn(samples: list[Sample]) -> list[np.ndarray]:
+    return [s.drawn for s in samples if s.drawn is not None]
+
+
+def _true(samples: list[Sample]) -> list[np.ndarray]:
+    return [s.true for s in samples if s.true is not None]
+
+
 def _clip_i(samples: list[Sample], clip: Any) -> Values:
-    return _named("clip_i", alignment.clip_i([s.drawn for s in samples], [s.true for s in samples], clip))  # type: ignore[misc]
+    return _named("clip_i", alignment.clip_i(_drawn(samples), _true(samples), clip))
 
 
 def _clip_t(samples: list[Sample], clip: Any) -> Values:
-    return _named("clip_t", alignment.clip_t([s.drawn for s in samples], [s.caption for s in samples], clip))  # type: ignore[misc]
+    return _named("clip_t", alignment.clip_t(_drawn(samples), [s.caption for s in samples], clip))
 
 
 def _lpips(samples: list[Sample], lpips: Any) -> Values:
     """At 256 px, as GILL compares pictures."""
-    return [alignment.gill_vist([s.drawn], [s.true], None, lpips) for s in samples]  # type: ignore[list-item]
+    pairs = zip(_drawn(samples), _true(samples), strict=True)
+    return [alignment.gill_vist([drawn], [true], None, lpips) for drawn, true in pairs]
 
 
 def _facts(samples: list[Sample], scorer: Any) -> Values:
@@ -46,7 +55,7 @@ def _facts(samples: list[Sample], scorer: Any) -> Values:
     shown = facts_shown(pixels, asked, scorer)
     values = []
     for index, facts in enumerate(asked):
-        said = {name: float(shown[name][index]) for name in FACTS if getattr(facts, name) is not None}
+        said = {name: float(shown[name][index]) for name, value in vars(facts).items() if value is not None}
         parts = {f"fact_accuracy/{name}": value for name, value in said.items()}
         values.append({"fact_accuracy": min(said.values()), **parts} if said else {})
     return values

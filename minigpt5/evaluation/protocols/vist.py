@@ -24,7 +24,7 @@ from minigpt5.evaluation.protocols.protocol import (
     steps_of,
     text_in,
 )
-from minigpt5.evaluation.systems.face import Question
+from minigpt5.evaluation.systems.face import Question, Wants
 from minigpt5.types import InputImage, PromptPart
 
 CONTEXTS = ("none", "text", "picture", "both")
@@ -36,10 +36,10 @@ def ask(row: Row, settings: Settings) -> dict[str, Question]:
     steps = _steps(row)
     questions: dict[str, Question] = {}
 
-    def add(key: str, context: tuple[PromptPart, ...], wants: str) -> None:
+    def add(key: str, context: tuple[PromptPart, ...], wants: Wants) -> None:
         questions[key] = Question(
             context=context,
-            wants=wants,  # type: ignore[arg-type]
+            wants=wants,
             is_page=True,
             seed=seed_of(settings, row, key.rpartition("/")[2]),  # contexts are compared with the same noise
             sampling=settings.sampling,

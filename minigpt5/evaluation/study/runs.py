@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pyarrow import ArrowException, dataset, fs
 
@@ -128,10 +129,10 @@ def _name_and_place(argument: str) -> tuple[str, str]:
     return argument.rstrip("/").rpartition("/")[2] or argument, argument
 
 
-def _picture(page: Mapping[str, object]) -> bytes | None:
+def _picture(page: Mapping[str, Any]) -> bytes | None:
     """Read a page's picture file from its row, or from where the row says that it lies."""
     if page["png"] is not None:
-        return bytes(page["png"])  # type: ignore[call-overload]
+        return bytes(page["png"])
     if page["uri"] is None:
         return None
     files, path = open_place(str(page["uri"]))

@@ -15,6 +15,7 @@ from PIL import Image
 from minigpt5.types import DrawSettings, PromptPart, Sampling
 
 AnswerPart = str | Image.Image
+Wants = Literal["picture", "text", "pages", "reply"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Question:
 
     context: tuple[PromptPart, ...]
     """Texts and pictures in their order; for a reply with the roles of who says them."""
-    wants: Literal["picture", "text", "pages", "reply"]
+    wants: Wants
     """"picture": one picture for the last text of the context. "text": the text that follows. "pages": `pages` texts,
     each with a picture. "reply": an answer as in a chat; the system decides whether to draw."""
     pages: int = 1

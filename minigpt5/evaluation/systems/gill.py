@@ -3,7 +3,7 @@ decision whether to draw it or to retrieve it from an index."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class RetrievingDecoder:
         places_1, cosines_1 = self.index.nearest(texts_1W)
         return int(places_1) if self.retrieval.decision(texts_1W, cosines_1) > 0 else None
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         """As the decoder's. Raises as that does."""
         self.decoder.validate_request(request)
         place = self.find(request)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
+from minigpt5.evaluation.frechet import EfficientNetFeatures
 from minigpt5.model.weights import load_module, load_tensors, save_module, save_tensors
 
 EMBEDDING_WIDTH = 256
@@ -86,13 +87,12 @@ class PictureIndex:
 
 
 @torch.no_grad()
-def picture_features(pictures: list[np.ndarray], network: nn.Module) -> Tensor:
-    """Pictures (Y, X, 3) uint8 of one size -> the left and the right part's mean features, (B, E). `network`:
-    EfficientNetFeatures of minigpt5/evaluation/frechet.py."""
+def picture_features(pictures: list[np.ndarray], network: EfficientNetFeatures) -> Tensor:
+    """Pictures (Y, X, 3) uint8 of one size -> the left and the right part's mean features, (B, E)."""
     batches = []
     for start in range(0, len(pictures), BATCH_SIZE):
         pixels_BCYX = torch.from_numpy(np.stack(pictures[start : start + BATCH_SIZE])).permute(0, 3, 1, 2)
-        features_BFD = network.encoder(network.encoder.prepare(pixels_BCYX.float()))  # type: ignore[operator, union-attr]
+        features_BFD = network.encoder(network.encoder.prepare(pixels_BCYX.float()))
         side = math.isqrt(features_BFD.shape[1])
         grid_BYXD = features_BFD.unflatten(1, (side, side))
         left, right = grid_BYXD[:, :, : side // 2], grid_BYXD[:, :, -(side // 2) :]

@@ -46,7 +46,8 @@ class TextWriter:
     def __init__(self, generator: VokenGenerator) -> None:
         self.generator, self.template = generator, generator.template
         self.reads_pictures = generator.config.vision.family != "none"
-        generator.template = _AsItIs(generator.template)  # type: ignore[assignment]
+        # Replies are all that is asked of it, so that the other tasks' words are not needed.
+        generator.prompter.template = _AsItIs(self.template)  # type: ignore[assignment]
 
     @classmethod
     def from_pretrained(cls, folder: Path, *, num_threads: int | None = None, device: str | None = None) -> TextWriter:

@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,22 +154,28 @@ def _write(module: nn.Module, method: str, call: Callable[[Any], object], path: 
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    seen: list[tuple[Any, Any]] = []
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        seen.append((args, kwargs))
-        return getattr(module, method)(*args, **kwargs)
-
-    record.config = module.config  # type: ignore[attr-defined]
+    recorder = _Recorder(module, method)
     frontend = FrontEndManager().load_by_framework("pytorch")
     with torch.no_grad(), folded_upsampling(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: what a trace gets wrong, the comparison with torch finds
-        call(record)
-        args, kwargs = seen[0]
+        call(recorder)
+        args, kwargs = recorder.calls[0]
         traced = TorchScriptPythonDecoder(
             _Traced(module, method, args, kwargs), example_input=tuple(flatten(args, kwargs, EXAMPLES)[0])
         )
         openvino.save_model(frontend.convert(frontend.load(traced)), path, compress_to_fp16=False)
+
+
+class _Recorder:
+    """Stands in for a module, and keeps what its method is called with."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.config, self._module, self._method = module.config, module, method
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((args, kwargs))
+        return getattr(self._module, self._method)(*args, **kwargs)
 
 
 class _Traced(nn.Module):
@@ -215,7 +221,8 @@ def import_openvino() -> Any:
     `import openvino` (2026.4) sends an event to Google Analytics from a thread of openvino_telemetry, and writes an id
     to ~/intel, unless the user has opted out or CI=true is set. Without that package it has a stub that sends nothing.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    # None makes the import fail (docs.python.org, the import system, 5.3.1); typeshed knows of modules alone.
+    cast("dict[str, ModuleType | None]", sys.modules).setdefault("openvino_telemetry", None)
     try:
         import openvino
     except ImportError as error:

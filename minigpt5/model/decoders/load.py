@@ -31,13 +31,13 @@ def families() -> dict[str, type[Diffusion]]:
         importlib.import_module(f"{decoders.__name__}.{module.name}")
     return {
         pipeline: family
-        for family in _subclasses(Diffusion)  # type: ignore[type-abstract]
+        for family in _with_subclasses(Diffusion.__subclasses__())
         for pipeline in getattr(family, "PIPELINES", ())
     }
 
 
-def _subclasses(family: type[Diffusion]) -> list[type[Diffusion]]:
-    return [one for child in family.__subclasses__() for one in (child, *_subclasses(child))]
+def _with_subclasses(families: list[type[Diffusion]]) -> list[type[Diffusion]]:
+    return [one for family in families for one in (family, *_with_subclasses(family.__subclasses__()))]
 
 
 def find_family(folder: str | Path) -> type[Diffusion]:

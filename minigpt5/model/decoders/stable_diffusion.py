@@ -45,9 +45,7 @@ class StableDiffusion(Diffusion):
         )
 
     @classmethod
-    def load_text_encoder(
-        cls, folder: str | Path, *, num_positions: int, published_quirks: bool = False
-    ) -> ClipTextEncoder:
+    def load_text_encoder(cls, folder: str | Path, *, num_positions: int, published_quirks: bool = False) -> nn.Module:
         return ClipTextEncoder(folder, num_positions=num_positions, published_quirks=published_quirks)
 
     def predict(

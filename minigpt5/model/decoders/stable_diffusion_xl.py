@@ -43,7 +43,9 @@ class StableDiffusionXL(StableDiffusion):
         )
 
     @classmethod
-    def load_text_encoder(cls, folder: str | Path, *, num_positions: int, **options: Any) -> PipelineTextEncoder:  # type: ignore[override]
+    def load_text_encoder(
+        cls, folder: str | Path, *, num_positions: int, published_quirks: bool = False
+    ) -> PipelineTextEncoder:
         pipeline = load_text_half(StableDiffusionXLPipeline, folder, denoiser=cls.DENOISER)
         encode = partial(_encode, num_positions=num_positions)
         return PipelineTextEncoder(

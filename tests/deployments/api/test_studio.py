@@ -302,22 +302,22 @@ SMALL = """[...document.querySelectorAll('button, input, textarea, select, summa
 
 
 def test_a_phone_shows_all_of_it_with_names_and_large_enough_to_hit(page: Any) -> None:
-    def check() -> None:
+    def validate_screen() -> None:
         assert not page.evaluate(NARROW)
         assert page.evaluate(UNNAMED) == [] and page.evaluate(SMALL) == []
 
     page.set_viewport_size({"width": 360, "height": 740})
     page.wait_for_selector("#examples .card")
     page.click("#show-settings")
-    check()
+    validate_screen()
     tell(page, prompt="Donaudampfschifffahrtsgesellschaftskapitaensmuetzenabzeichen" * 2)
     wait_until_finished(page)
     page.click("button[aria-label='Settings of page 1']")
     page.click("button[aria-label='Edit page 2']")
-    check()
+    validate_screen()
     page.click("#show-history")
     page.wait_for_selector("#stories .card")
-    check()
+    validate_screen()
 
 
 def test_it_needs_no_mouse(page: Any) -> None:

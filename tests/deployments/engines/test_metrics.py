@@ -7,7 +7,7 @@ import asyncio
 import re
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ ROUND_S = 30
 def test_where_a_pictures_time_goes() -> None:
     seen: list[tuple[Any, ...]] = []
 
-    async def events() -> AsyncIterator[DecoderEvent]:
+    async def events() -> AsyncGenerator[DecoderEvent, None]:
         yield Progress(page=1, step=1, steps=3)
         yield Progress(page=1, step=3, steps=3)
         yield Picture(page=1, png=b"", width=1, height=1, seed=0, denoise_steps=3)
@@ -60,7 +60,7 @@ def test_where_a_pictures_time_goes() -> None:
 def test_a_picture_of_the_cache_has_no_stages() -> None:
     seen: list[tuple[Any, ...]] = []
 
-    async def events() -> AsyncIterator[DecoderEvent]:
+    async def events() -> AsyncGenerator[DecoderEvent, None]:
         yield Picture(page=1, png=b"", width=1, height=1, seed=0, denoise_steps=3)
 
     observe(events(), seen)
@@ -71,7 +71,7 @@ def test_a_picture_of_the_cache_has_no_stages() -> None:
 def test_a_picture_that_is_not_drawn_is_counted_by_its_reason(failure: Exception, result: str) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    async def events() -> AsyncIterator[DecoderEvent]:
+    async def events() -> AsyncGenerator[DecoderEvent, None]:
         raise failure
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ class Noting(DiffusionDecoder):
         super().__init__(model, 1)
         self.notes = Path(notes)
 
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         with self.notes.open("a") as file:
             file.write(f"{request.settings.style} {os.getpid()}\n")
         async for event in super().decode(request):

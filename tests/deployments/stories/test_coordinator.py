@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from deployments.stories import ledger as ledger_module
 from deployments.stories.admission import Load
 from deployments.stories.ledger import Instructions, LocalLedger
 from minigpt5.types import StoryRequest
-from tests.helpers.served import CONFIG, Served
+from tests.helpers.served import CONFIG, Served, alive
 
 REQUEST: StoryRequest = to_story_request(CreateStory(prompt="A fox", pages=2, seed=7), CONFIG)
 
@@ -27,16 +26,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "GRACE_S", 0.0)
     monkeypatch.setattr(relay, "POLL_S", 0.01)
     monkeypatch.setattr(relay, "RETRY_S", 0.02)
-
-
-@contextlib.asynccontextmanager
-async def alive(*fronts: Served) -> AsyncIterator[None]:
-    watches = [asyncio.create_task(served.front.coordinator.keep_alive()) for served in fronts]
-    try:
-        yield
-    finally:
-        for watch in watches:
-            watch.cancel()
 
 
 async def until_done(served: Served, story_id: str) -> str:

@@ -21,7 +21,7 @@ from minigpt5.story.store import StoryStore
 from tests.deployments.stories.test_resume import told
 from tests.deployments.test_auth import Guarded
 from tests.helpers.fakes import FakeGenerator
-from tests.helpers.served import Served, assert_error, read_events
+from tests.helpers.served import Served, alive, assert_error, read_events
 
 BODY = {"prompt": "A fox", "pages": 3, "seed": 7}
 
@@ -38,10 +38,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.asynccontextmanager
-async def alive(*fronts: Served) -> AsyncIterator[list[httpx.AsyncClient]]:
+async def clients_of(*fronts: Served) -> AsyncIterator[list[httpx.AsyncClient]]:
     """Clients of fronts that beat."""
-    watches = [asyncio.create_task(served.front.coordinator.keep_alive()) for served in fronts]
-    async with contextlib.AsyncExitStack() as stack:
+    async with alive(*fronts), contextlib.AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(
                 httpx.AsyncClient(transport=httpx.ASGITransport(create_api(served.front)), base_url="http://test")
@@ -49,8 +48,6 @@ async def alive(*fronts: Served) -> AsyncIterator[list[httpx.AsyncClient]]:
             for served in fronts
         ]
         yield clients
-    for watch in watches:
-        watch.cancel()
 
 
 def two(tmp_path: Path, **options: Any) -> tuple[Served, Served]:
@@ -65,7 +62,7 @@ def test_a_stream_is_the_same_at_the_other_front(tmp_path: Path) -> None:
     one, other = two(tmp_path)
 
     async def use() -> None:
-        async with alive(one, other) as (here, there):
+        async with clients_of(one, other) as (here, there):
             story = (await here.post("/v1/stories", json={**BODY, "wait": False})).json()
             path = f"/v1/stories/{story['id']}/events"
             streams = await asyncio.gather(here.get(path), there.get(path))
@@ -96,7 +93,7 @@ def test_any_front_cancels_waits_and_refuses_a_change(tmp_path: Path) -> None:
     one, other = two(tmp_path)
 
     async def use() -> None:
-        async with alive(one, other) as (here, there):
+        async with clients_of(one, other) as (here, there):
             one.generator.gate.clear()
             story = (await here.post("/v1/stories", json={**BODY, "wait": False})).json()
             path = f"/v1/stories/{story['id']}"
@@ -120,7 +117,7 @@ def test_the_same_idempotency_key_at_both_is_one_story(tmp_path: Path) -> None:
     one, other = two(tmp_path)
 
     async def use() -> None:
-        async with alive(one, other) as (here, there):
+        async with clients_of(one, other) as (here, there):
             headers = {"Idempotency-Key": "k"}
             posts = [client.post("/v1/stories", json=BODY, headers=headers) for client in (here, there, here, there)]
             replies = await asyncio.gather(*posts)
@@ -137,7 +134,7 @@ def test_limits_of_a_key_and_of_the_server_are_those_of_all_fronts(tmp_path: Pat
     other = Served(tmp_path, keys=one.keys, ledger=shared)
 
     async def use() -> None:
-        async with alive(one, other) as (here, there):
+        async with clients_of(one, other) as (here, there):
             one.generator.gate.clear()
             first = asyncio.create_task(here.post("/v1/stories", json=BODY, headers=one.alice))
             while not one.generator.requests:
@@ -160,8 +157,8 @@ def test_the_stories_of_a_front_that_died_are_gone_on_with_by_the_other(tmp_path
         """What a dead process stores."""
 
     async def use() -> None:
-        async with alive(other) as [there]:
-            async with alive(one) as [here]:
+        async with clients_of(other) as [there]:
+            async with clients_of(one) as [here]:
                 story = (await here.post("/v1/stories", json={**BODY, "wait": False})).json()
                 reading = asyncio.create_task(there.get(f"/v1/stories/{story['id']}/events"))
                 await asyncio.sleep(0.15)
@@ -194,7 +191,7 @@ def test_what_was_cut_off_is_gone_on_with_though_both_fronts_start_at_once(tmp_p
         shared = one.front.coordinator._ledger
         for front in (one, other):
             await shared.heartbeat(front.front.leases.front, {}, front.front.admission.load)
-        async with alive(one, other) as (here, _):
+        async with clients_of(one, other) as (here, _):
             assert (await here.get(f"/v1/stories/{story_id}?wait=10")).json()["status"] == "done"
         assert len(one.generator.requests) + len(other.generator.requests) == 1
 
@@ -206,13 +203,13 @@ def test_a_front_that_was_thought_dead_stores_nothing_more(tmp_path: Path) -> No
     one, other = two(tmp_path)
 
     async def use() -> None:
-        async with alive(one) as [here]:
+        async with clients_of(one) as [here]:
             one.generator.gate.clear()
             story = (await here.post("/v1/stories", json={**BODY, "wait": False})).json()
             path = f"/v1/stories/{story['id']}"
             reading = asyncio.create_task(here.get(f"{path}/events"))
             await asyncio.sleep(0.05)
-        async with alive(other) as [there]:  # the first beats no more
+        async with clients_of(other) as [there]:  # the first beats no more
             assert (await there.get(f"{path}?wait=10")).json()["status"] == "done"
             before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
             one.generator.gate.set()

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class LosingGenerator(FakeGenerator):
         super().__init__(**options)
         self.losses = losses
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         left = self.losses.pop(0) if self.losses else None
         async for event in super().generate(request):
             if left == 0:
@@ -69,7 +69,7 @@ class LosingGenerator(FakeGenerator):
 class ChangingGenerator(FakeGenerator):
     """Writes something else each time, as after a close choice."""
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         number = len(self.requests)
         async for event in super().generate(request):
             if isinstance(event, TextDelta) and event.page > len(request.given):
@@ -80,7 +80,7 @@ class ChangingGenerator(FakeGenerator):
 
 
 class LosingDecoder(FakeDecoder):
-    async def decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         if request.vokens.page == 2 and len(self.requests) < 6:
             self.requests.append(request)
             raise EngineLost("an engine's process died")
@@ -133,7 +133,7 @@ def test_a_text_that_is_another_one_now_begins_anew() -> None:
     )
 
     async def go_on(seen: Position) -> list[StreamEvent]:
-        async def events() -> AsyncIterator[StreamEvent]:
+        async def events() -> AsyncGenerator[StreamEvent, None]:
             for event in stored_events(new):
                 yield event
 
@@ -162,7 +162,7 @@ def test_a_reader_who_is_cut_off_again_and_again_hears_everything_once(tmp_path:
     stored = [(plain[0],), (plain[0], plain[1]), (one, plain[1]), (one, two, plain[2]), (one, two, three)]
 
     async def connect(pages: tuple[PageState, ...], seen: Position | None) -> list[StreamEvent]:
-        async def events() -> AsyncIterator[StreamEvent]:
+        async def events() -> AsyncGenerator[StreamEvent, None]:
             state = dataclasses.replace(final, pages=pages, status="done" if pages == final.pages else "drawing")
             for event in stored_events(state):
                 yield event

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class NewGenerator(FakeGenerator):
 
     fingerprint = NEW
 
-    async def generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         async for event in super().generate(request):
             if isinstance(event, TextDelta) and event.page > len(request.previous) + len(request.given):
                 event = dataclasses.replace(event, text=event.text.replace("Page", "Leaf"))
@@ -49,13 +49,13 @@ class Upgraded(Served):
         super().__init__(storage)
         self.front.engines.generate, self.front.engines.decode = self._generate, self._decode  # type: ignore[method-assign]
 
-    async def _generate(self, request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def _generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         engine = self.old if self.num_pages < self.generator_after else self.new
         async for event in engine.generate(request):
             self.num_pages += isinstance(event, Vokens)
             yield event
 
-    async def _decode(self, request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def _decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         engine = self.old_decoder if self.num_calls < self.decoder_after else self.new_decoder
         self.num_calls += 1
         async for event in engine.decode(request):
@@ -67,7 +67,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "UPGRADE_PAUSE_S", 0.01)
 
 
-def check(story: dict[str, Any], events: list[tuple[str, str, dict[str, Any]]]) -> tuple[int, int]:
+def handover_pages(story: dict[str, Any], events: list[tuple[str, str, dict[str, Any]]]) -> tuple[int, int]:
     """The page from which the new model wrote, and the one from which it drew."""
     assert story["status"] == "done"
     pages = story["pages"]
@@ -89,7 +89,7 @@ def test_a_story_is_handed_over_at_a_page(
 ) -> None:
     served = Upgraded(tmp_path, generator_after=generator_after, decoder_after=decoder_after)
     events = read_events(served.post({**BODY, "stream": True, "feedback": feedback}).text)
-    writes_from, draws_from = check(events[-1][2], events)
+    writes_from, draws_from = handover_pages(events[-1][2], events)
     if generator_after == 99:
         assert (writes_from, draws_from) == (17, 17)
     else:

@@ -19,6 +19,7 @@ from minigpt5.engine.denoising import Denoising, advance, denoise
 from minigpt5.errors import EngineFull, FingerprintMismatch, InvalidRequest, ModelFolderError
 from minigpt5.model.folder_config import check_folder, load_config
 from minigpt5.types import DecoderEvent, DrawRequest, DrawSettings, Picture, Progress, Vokens
+from tests.helpers.streams import run_together
 from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_mapper
 
 FAST = DrawSettings(steps=3, guidance_scale=2.0)
@@ -40,15 +41,7 @@ def decoder() -> DiffusionDecoder:
 
 
 def run(decoder: DiffusionDecoder, requests: list[DrawRequest]) -> list[list[DecoderEvent]]:
-    """All at once."""
-
-    async def collect(request: DrawRequest) -> list[DecoderEvent]:
-        return [event async for event in decoder.decode(request)]
-
-    async def together() -> list[list[DecoderEvent]]:
-        return await asyncio.gather(*map(collect, requests))
-
-    return asyncio.run(together())
+    return run_together(decoder.decode, requests)
 
 
 def pixels(picture: Picture) -> np.ndarray:

@@ -26,6 +26,7 @@ from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.vision import Vision
 from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Usage, Vokens
+from tests.helpers.streams import run_together
 from tests.helpers.tiny import tiny_config, tiny_language, tiny_tokenizer, tiny_vision
 
 SHARP = Sampling(temperature=0.1, max_page_tokens=10)
@@ -80,15 +81,7 @@ def bias(generator: VokenGenerator, *, first_voken: float = 0.0, end: float = 0.
 
 
 def run(generator: VokenGenerator, *requests: StoryRequest) -> list[list[GeneratorEvent]]:
-    """All at once."""
-
-    async def collect(request: StoryRequest) -> list[GeneratorEvent]:
-        return [event async for event in generator.generate(request)]
-
-    async def together() -> list[list[GeneratorEvent]]:
-        return await asyncio.gather(*map(collect, requests))
-
-    return asyncio.run(together())
+    return run_together(generator.generate, requests)
 
 
 def reply(**changes: object) -> StoryRequest:
@@ -241,7 +234,7 @@ def test_a_reply_ends_at_end_of_text_or_at_its_limit(generator: VokenGenerator) 
     assert isinstance(usage, Usage) and usage.completion_tokens - 8 * num_pictures == 25
 
 
-@pytest.mark.parametrize("pages", [1, 3])
+@pytest.mark.parametrize("pages", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_reply_that_may_be_longer_than_the_window_ends_with_the_window(generator: VokenGenerator, pages: int) -> None:
     bias(generator, first_voken=-100, end=-100)
     request = reply(pages=pages, sampling=Sampling(max_page_tokens=100_000))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import io
 import itertools
@@ -46,8 +45,9 @@ from minigpt5.model.prompt import (
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.model.vision_language import FAMILIES, OwnEncoder
 from minigpt5.objective.example import Example
-from minigpt5.objective.losses import Objective
+from minigpt5.objective.objective import Objective
 from minigpt5.types import GeneratorEvent, InputImage, Page, Picture, Sampling, StoryRequest, TextDelta, Vokens
+from tests.helpers.streams import run_together
 from tests.helpers.tiny_vision_language import IMAGE_PX, MAKERS, QWEN_CHAT, make_vision_language
 from tests.training import test_vision_language_run
 
@@ -155,15 +155,7 @@ def story(*parts: str | InputImage, **changes: object) -> StoryRequest:
 
 
 def run(generator: VokenGenerator, *requests: StoryRequest) -> list[list[GeneratorEvent]]:
-    """All at once."""
-
-    async def collect(request: StoryRequest) -> list[GeneratorEvent]:
-        return [event async for event in generator.generate(request)]
-
-    async def together() -> list[list[GeneratorEvent]]:
-        return await asyncio.gather(*map(collect, requests))
-
-    return asyncio.run(together())
+    return run_together(generator.generate, requests)
 
 
 def text(events: list[GeneratorEvent]) -> str:

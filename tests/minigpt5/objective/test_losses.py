@@ -12,16 +12,26 @@ import torch
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.model.base_models import resolve
-from minigpt5.model.decoders.load import find_family, load_diffusion
+from minigpt5.model.decoders.load import load_diffusion
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.text_encoder import TextEncoder, load_text_encoder
-from minigpt5.objective import losses
+from minigpt5.objective import objective as objective_module
 from minigpt5.objective.example import Example
-from minigpt5.objective.losses import LossWeights, Objective
+from minigpt5.objective.losses import LossWeights
+from minigpt5.objective.objective import Objective
+from minigpt5.objective.words import word_losses
 from tests.helpers.pipelines import ernie_image, flux, sana, stable_diffusion_3, stable_diffusion_xl
-from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_tokenizer, tiny_vision
+from tests.helpers.tiny import (
+    tiny_config,
+    tiny_config_of,
+    tiny_diffusion,
+    tiny_language,
+    tiny_mapper,
+    tiny_tokenizer,
+    tiny_vision,
+)
 
 CAPTIONS_ONLY = LossWeights(text=0.0, picture=0.0, caption=1.0)
 PICTURE = np.full((32, 32, 3), 128, np.uint8)
@@ -85,7 +95,7 @@ def test_captions_and_stories_share_a_batch() -> None:
     objective = new_objective(keeps_replay=True)
     torch.manual_seed(0)
     objective([story(), caption("a fox beside a tent")], CAPTIONS_ONLY)
-    remembered = [one.target_QD for one in objective._replay_buffer]
+    remembered = [one.target_PQD[0] for one in objective.replay_buffer._samples]
     expected = objective.text_encoder(["a fox beside a tent", "a fox", "a balloon"])
     null = objective.text_encoder([""])[0]
     for target, asked in zip(remembered, expected, strict=True):
@@ -129,7 +139,7 @@ def test_a_row_without_pictures_has_a_text_loss_only() -> None:
 def test_replay_trains_the_mapper_towards_what_was_seen() -> None:
     objective = new_objective(keeps_replay=True)
     objective.standardise_captions(["a fox", "an owl", "a bear in the snow"])
-    assert not objective.num_replayable
+    assert not len(objective.replay_buffer)
     objective([caption("a fox beside a tent"), caption("an owl")], CAPTIONS_ONLY)
     optimizer = torch.optim.AdamW(objective.mapper.parameters(), lr=3e-3)
     torch.manual_seed(0)
@@ -149,7 +159,7 @@ def test_what_has_no_caption_loss_is_replayed_too() -> None:
     pictures_only = LossWeights(text=0.0, picture=1.0, caption=0.0)
     torch.manual_seed(0)
     objective([story()], pictures_only)
-    assert objective.num_replayable == 2
+    assert len(objective.replay_buffer) == 2
     losses = objective.replay(4, pictures_only)
     assert losses["loss"].item() == pytest.approx(losses["replayed picture"].item())
 
@@ -183,16 +193,16 @@ def test_a_mapper_without_layers_mixes_vokens_by_position() -> None:
 def test_nothing_is_kept_for_a_replay_that_never_comes() -> None:
     objective = new_objective()
     objective([caption("a fox")], CAPTIONS_ONLY)
-    assert objective.num_replayable == 0
+    assert len(objective.replay_buffer) == 0
 
 
 def test_the_oldest_pictures_make_room_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "REPLAY_CAPACITY", 3)
+    monkeypatch.setattr(objective_module, "REPLAY_CAPACITY", 3)
     objective = new_objective(keeps_replay=True)
     for number in range(5):
         objective([caption(f"fox number {number}")], CAPTIONS_ONLY)
-    targets = [one.target_QD for one in objective._replay_buffer]
-    expected = [objective.text_encoder([f"fox number {number}"])[0] for number in (3, 4, 2)]
+    targets = [one.target_PQD[0] for one in objective.replay_buffer._samples]
+    expected = [objective.text_encoder([f"fox number {number}"])[0] for number in (2, 3, 4)]
     for target, other in zip(targets, expected, strict=True):
         torch.testing.assert_close(target, other)
 
@@ -216,7 +226,7 @@ def test_pictures_learn_to_read_like_words() -> None:
     optimizer = torch.optim.AdamW(objective.vision.qformer.parameters(), lr=3e-3)
     losses = []
     for _ in range(80):
-        loss = objective.words(examples)
+        loss = word_losses(objective.language, objective.vision, objective.tokenizer, examples)
         optimizer.zero_grad()
         loss["loss"].backward()
         optimizer.step()
@@ -231,13 +241,7 @@ STANDARDS = ["a fox", "an owl at night in the snow", "a bear who reads"]
 def objective_of(maker: Any, folder: Path) -> Objective:
     """With the diffusion model and the text encoder of a tiny pipeline."""
     maker.make(folder, **next(iter(maker.VARIANTS.values())))
-    sizes = find_family(folder).read_sizes(folder)
-    config = dataclasses.replace(
-        tiny_config(),
-        condition_length=sizes.condition_length,
-        condition_width=sizes.condition_width,
-        condition_pooled=sizes.condition_pooled,
-    )
+    config = tiny_config_of(folder)
     return Objective(
         config,
         tiny_tokenizer(config),
@@ -252,19 +256,19 @@ def objective_of(maker: Any, folder: Path) -> Objective:
 @pytest.mark.parametrize("maker", [sana, ernie_image, stable_diffusion_3], ids=lambda maker: maker.__name__)
 def test_padding_is_no_part_of_the_captions_statistics(maker: Any, tmp_path: Path) -> None:
     objective = objective_of(maker, tmp_path)
-    states_BQD, _ = objective._split(objective.text_encoder(STANDARDS))
+    states_BQD, _ = objective.caption_loss.split(objective.text_encoder(STANDARDS))
     states_ND = torch.stack([state for states in states_BQD for state in states if float(state.abs().sum()) > 0])
     objective.standardise_captions(STANDARDS, start_there=True)
     spread_D = states_ND.std(dim=0)
     varies_D = spread_D > 0.2 * spread_D.median()
-    torch.testing.assert_close(objective.caption_scale_D[varies_D], spread_D[varies_D])
+    torch.testing.assert_close(objective.caption_loss.scale_D[varies_D], spread_D[varies_D])
     norm = objective.mapper.transformer.decoder.norm
     torch.testing.assert_close(norm.bias, states_ND.mean(dim=0))
     if maker is not stable_diffusion_3:
         assert len(states_ND) < states_BQD.shape[0] * states_BQD.shape[1], "some positions are padding"
         target_BQD = objective.text_encoder(STANDARDS)
         is_empty_BQ = ~target_BQD.any(dim=-1)
-        wrong_BQD = target_BQD + is_empty_BQ[..., None] * objective.caption_scale_D
+        wrong_BQD = target_BQD + is_empty_BQ[..., None] * objective.caption_loss.scale_D
         share = float(is_empty_BQ.float().mean())
         assert objective.caption_loss(wrong_BQD, target_BQD).item() == pytest.approx(share), "it is learnt to be zero"
 
@@ -276,27 +280,27 @@ def test_the_captions_one_vector_is_half_of_their_loss(maker: Any, tmp_path: Pat
     width = objective.config.condition_pooled
     states_BQD, pooled_BE = target_BQD[:, :-1], target_BQD[:, -1, :width]
     objective.standardise_captions(STANDARDS, start_there=True)
-    assert objective.caption_scale_D.median() == pytest.approx(float(states_BQD.flatten(0, 1).std(dim=0).median()))
+    assert objective.caption_loss.scale_D.median() == pytest.approx(float(states_BQD.flatten(0, 1).std(dim=0).median()))
     pooled = objective.mapper.pooled
     assert pooled is not None
     torch.testing.assert_close(pooled.bias, pooled_BE.mean(dim=0))
     wrong_BQD = target_BQD.clone()
-    wrong_BQD[:, -1, :width] += objective.pooled_scale_E
+    wrong_BQD[:, -1, :width] += objective.caption_loss.pooled_scale_E
     assert objective.caption_loss(wrong_BQD, target_BQD).item() == pytest.approx(0.5, rel=1e-4)
     wrong_BQD = target_BQD.clone()
-    wrong_BQD[:, :-1] += objective.caption_scale_D
+    wrong_BQD[:, :-1] += objective.caption_loss.scale_D
     assert objective.caption_loss(wrong_BQD, target_BQD).item() == pytest.approx(0.5, rel=1e-4)
     others_BKQD = target_BQD.roll(1, dims=0)[:, None].clone()
-    right = objective._contrast_loss(target_BQD, target_BQD, others_BKQD).item()
+    right = objective.caption_loss.contrast(target_BQD, target_BQD, others_BKQD).item()
     others_BKQD[:, 0, :-1] = target_BQD[:, :-1]
-    by_vector = objective._contrast_loss(target_BQD, target_BQD, others_BKQD).item()
+    by_vector = objective.caption_loss.contrast(target_BQD, target_BQD, others_BKQD).item()
     assert right <= by_vector < np.log(2), "the vector alone tells captions apart"
 
 
 def test_a_single_caption_leaves_the_one_vector_unscaled(tmp_path: Path) -> None:
     objective = objective_of(flux, tmp_path)
     objective.standardise_captions(["a fox"], start_there=True)
-    assert torch.equal(objective.pooled_scale_E, torch.ones(objective.config.condition_pooled))
+    assert torch.equal(objective.caption_loss.pooled_scale_E, torch.ones(objective.config.condition_pooled))
     assert objective.mapper.null_condition().isfinite().all()
 
 

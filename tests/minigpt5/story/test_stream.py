@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from minigpt5.types import (
 )
 
 
-async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+async def generate(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
     for page in range(1, request.pages + 1):
         for word in (f"Page {page}", " goes on."):
             yield TextDelta(page=page, text=word)
@@ -39,7 +39,7 @@ async def generate(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
     yield Usage(prompt_tokens=3, completion_tokens=4)
 
 
-async def decode(request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+async def decode(request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
     page = request.vokens.page
     await asyncio.sleep(0.02 / page)
     yield Progress(page=page, step=1, steps=1)
@@ -58,7 +58,7 @@ def collect(request: StoryRequest) -> list[StoryEvent]:
 def test_pictures_that_are_read_back_come_before_the_next_page() -> None:
     asked: list[StoryRequest] = []
 
-    async def generate_one(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def generate_one(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         asked.append(request)
         page = len(request.previous) + 1
         yield TextDelta(page=page, text=f"Page {page}.")
@@ -107,7 +107,7 @@ def test_a_failed_picture_is_data_on_its_page() -> None:
 
 
 def test_a_failed_generator_raises() -> None:
-    async def broken(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def broken(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         yield TextDelta(page=1, text="a")
         raise RuntimeError("out of words")
 
@@ -121,7 +121,7 @@ def test_a_failed_generator_raises() -> None:
 def test_closing_the_stream_closes_both_engines() -> None:
     closed = []
 
-    async def endless(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def endless(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         try:
             while True:
                 yield TextDelta(page=1, text="la ")
@@ -146,14 +146,14 @@ def test_page_seeds_differ_and_depend_on_seed_and_page_only() -> None:
 
 
 def test_a_reply_may_have_any_number_of_pages_and_end_with_text() -> None:
-    async def answer(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def answer(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         for page in (1, 2):
             yield TextDelta(page=page, text=f" Picture {page}:")
             yield Vokens(page=page, hidden_VH=np.zeros((8, 4), np.float32), fingerprint="x")
         yield TextDelta(page=3, text=" That is all. ")
         yield Usage(prompt_tokens=3, completion_tokens=4)
 
-    async def silent(request: StoryRequest) -> AsyncIterator[GeneratorEvent]:
+    async def silent(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
         yield TextDelta(page=1, text=" ")
         yield Usage(prompt_tokens=3, completion_tokens=1)
 
@@ -174,7 +174,7 @@ def test_a_reply_may_have_any_number_of_pages_and_end_with_text() -> None:
 def test_pictures_are_asked_for_in_the_name_of_the_story() -> None:
     asked: list[DrawRequest] = []
 
-    async def listen(request: DrawRequest) -> AsyncIterator[DecoderEvent]:
+    async def listen(request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         asked.append(request)
         async for event in decode(request):
             yield event

@@ -158,8 +158,8 @@ def test_the_teachers_timesteps_leave_the_shared_noise_schedule_alone() -> None:
 def test_steps_between_fresh_ones_learn_from_what_the_teacher_did(monkeypatch: pytest.MonkeyPatch) -> None:
     diffusion, objective = new_distill(2)
     asked: list[int] = []
-    new_samples = objective._new_samples
-    monkeypatch.setattr(objective, "_new_samples", lambda batch: asked.append(batch.step) or new_samples(batch))
+    ask_teacher = objective._ask_teacher
+    monkeypatch.setattr(objective, "_ask_teacher", lambda batch: asked.append(batch.step) or ask_teacher(batch))
     losses = []
     for step in range(9):
         torch.manual_seed(step)

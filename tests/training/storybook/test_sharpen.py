@@ -21,7 +21,7 @@ from training.data.batches import Batch, StageData, batch_at
 from training.presets import override
 from training.storybook.examples import StorybookExamples, WeightedScene
 from training.storybook.presets import STORYBOOK
-from training.storybook.sharpen import SharpenObjective, SharpenStage, _target, detail_loss
+from training.storybook.sharpen import DrawnBatch, SharpenObjective, SharpenStage, _target, detail_loss
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, find_sprites, redrawn, sprites_of
 from training.weight_sources import WeightSources
 
@@ -88,7 +88,7 @@ def test_the_target_is_the_picture_of_before_and_the_first_call_is_held_to_it() 
     diffusion, objective = new_sharpen()
     batch = batch_of(0)
 
-    def draw() -> list[tuple[torch.Tensor, ...]]:
+    def draw() -> DrawnBatch:
         torch.manual_seed(4)
         return objective._draw(batch.examples)
 
@@ -97,13 +97,14 @@ def test_the_target_is_the_picture_of_before_and_the_first_call_is_held_to_it() 
     with torch.no_grad():
         for parameter in diffusion.vae.decoder.parameters():
             parameter.mul_(1.1)
-    assert all(torch.equal(*pair) for pair in zip(first[0], draw()[0], strict=True)), "the way back of before"
+    again = vars(draw())
+    assert all(torch.equal(part, again[name]) for name, part in vars(first).items()), "the way back of before"
     with torch.no_grad():
         for parameter in diffusion.distilled.parameters():
             parameter.mul_(1.1)
-    noise_CYX, composed_CYX, noisy_CYX, *_ = draw()[0]
-    assert torch.equal(noise_CYX, first[0][0]) and torch.equal(composed_CYX, first[0][1])
-    assert not torch.equal(noisy_CYX, first[0][2])
+    moved = draw()
+    assert torch.equal(moved.noise_BCYX, first.noise_BCYX) and torch.equal(moved.composed_BCYX, first.composed_BCYX)
+    assert not torch.equal(moved.noisy_BCYX, first.noisy_BCYX)
     assert objective(batch, 0.0)["composition"].item() > 1e-6
 
 
@@ -140,16 +141,18 @@ def test_a_target_has_no_halos_where_both_sprites_are_found() -> None:
     scene = batch_of(0).examples[0].scene
     soft = np.array(Image.fromarray(draw_scene(scene)).filter(ImageFilter.GaussianBlur(1.5)))
     sprites = find_sprites(soft, scene)
-    target, weight_1YX, masks_NYX = _target(soft, scene)
-    assert np.array_equal(target.numpy(), redrawn(cleared(soft, sprites), sprites))
-    assert masks_NYX.any((1, 2)).all() and (weight_1YX == SPRITE_WEIGHT).any()
+    target = _target(soft, scene)
+    assert np.array_equal(target.pixels_BYXC[0].numpy(), redrawn(cleared(soft, sprites), sprites))
+    assert target.masks_BNYX[0].any((1, 2)).all() and (target.weight_B1YX == SPRITE_WEIGHT).any()
     left = slice(0, 64) if scene.side == "left" else slice(64, 128)
     soft[:, left] = soft[:, left].mean(1, keepdims=True)  # no character any more
-    target, weight_1YX, masks_NYX = _target(soft, scene)
-    assert masks_NYX.any((1, 2)).tolist() == [True, False] and not (weight_1YX == SPRITE_WEIGHT).any()
+    target = _target(soft, scene)
+    assert (
+        target.masks_BNYX[0].any((1, 2)).tolist() == [True, False] and not (target.weight_B1YX == SPRITE_WEIGHT).any()
+    )
     (sprite,) = find_sprites(soft, scene)
-    assert np.array_equal(target.numpy()[:, left], soft[:, left])
-    assert np.array_equal(target.numpy(), redrawn(soft, [sprite]))
+    assert np.array_equal(target.pixels_BYXC[0].numpy()[:, left], soft[:, left])
+    assert np.array_equal(target.pixels_BYXC[0].numpy(), redrawn(soft, [sprite]))
 
 
 def test_it_learns_what_it_is_taught() -> None:

@@ -26,7 +26,7 @@ from minigpt5.model.mapper import Mapper
 from minigpt5.parity.pictures import TOLERANCE, Pair
 from minigpt5.types import DrawRequest, DrawSettings, Picture, Vokens
 from tests.helpers import pipelines
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config_of
 
 ROOT = Path(__file__).parents[4]
 MAKERS = {
@@ -157,14 +157,7 @@ def test_the_vae_encodes_a_bounded_number_of_pixels_at_once(pair: Pair, monkeypa
 def test_the_mapper_feeds_it_and_a_cancelled_picture_leaves_the_others_alone(pair: Pair) -> None:
     folder: Path = pair.folder  # type: ignore[attr-defined]
     sizes = find_family(folder).read_sizes(folder)
-    config = dataclasses.replace(
-        tiny_config(),
-        condition_length=sizes.condition_length,
-        condition_width=sizes.condition_width,
-        condition_pooled=sizes.condition_pooled,
-        mapper_width=16,
-        mapper_heads=2,
-    )
+    config = tiny_config_of(folder, mapper_width=16, mapper_heads=2)
     torch.manual_seed(0)
     mapper = Mapper(config)
     assert mapper.null_condition().shape == pair.null_1QD.shape, "the mapper writes what the text encoders write"
