@@ -14,7 +14,10 @@ from typing import Literal
 
 import numpy as np
 
-MAX_PAGES = 16
+MAX_PAGES = 64
+"""Pages of a story. One of more than WINDOW_PAGES is read through a window (minigpt5/model/window.py)."""
+MAX_REPLY_PICTURES = 16
+"""Pictures of a reply."""
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
 DISTILLED_FOLDER = "unet_distilled"
