@@ -79,6 +79,6 @@ def test_a_window_depends_on_earlier_pages_alone(seed: int) -> None:
 
 def test_a_beginning_that_is_too_long_is_forgotten_before_the_last_pages() -> None:
     found = windows([50, 50, 10, 10], [60] * 5, num_pages=5, room=125)
-    assert found[-1].pages == (3, 4) and found[-1].num_pages == 3
+    assert found[-1].pages == (4,) and found[-1].num_pages == 2
     assert found[1].pages == (1,) and found[2].pages == (2,)
     assert windows([50, 50], [60] * 3, num_pages=3, room=60)[-1] == Window(page=3, pages=(), num_pages=1)
