@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
-from minigpt5.model.window import FIRST_PAGES, WINDOW_PAGES
+from minigpt5.model.window import FIRST_PAGES
 from minigpt5.pictures import ACCEPTED, open_picture
 from minigpt5.story.state import ImageState, PageState, StoryState
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import (
     MAX_PAGES,
     MAX_SIDE,
+    WHOLE_PAGES,
     DrawRequest,
     DrawSettings,
     InputImage,
@@ -98,7 +99,7 @@ class CreateStory(Body):
         Field(
             ge=1,
             le=MAX_PAGES,
-            description=f"Of more than {WINDOW_PAGES} pages, the first {FIRST_PAGES} and the last ones are read before "
+            description=f"Of more than {WHOLE_PAGES} pages, the first {FIRST_PAGES} and the last ones are read before "
             "each page.",
         ),
     ] = 4
@@ -119,7 +120,7 @@ class CreateStory(Body):
         Literal["text", "pictures"],
         Field(
             description='"pictures": before each page the model reads the pictures of the pages that it reads, at most '
-            f"{WINDOW_PAGES - 1}, and fewer where the context has no room."
+            f"{WHOLE_PAGES - 1}, and fewer where the context has no room."
         ),
     ] = "text"
     previews: bool = False

@@ -137,6 +137,7 @@ class Prompter:
             ],
             [*(max(reserve, num_tokens + self.config.num_vokens) for num_tokens in texts), num_new],
             num_pages=len(texts) + request.pages + request.num_later,
+            window_pages=self.config.window_pages,
             room=self.config.context_tokens - prompt_tokens,
         )[-1]
 

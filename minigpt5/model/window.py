@@ -17,14 +17,11 @@ from typing import TYPE_CHECKING
 
 from minigpt5.config import ModelConfig
 from minigpt5.model.prompt import Template, VokenIds, encode, text_ids
-from minigpt5.types import PromptPart
+from minigpt5.types import WHOLE_PAGES, PromptPart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WINDOW_PAGES = 16
-"""Pages of the longest story that is read whole, where its tokens fit the context. In a longer one no page has more
-before it, and none stands last but the last."""
 FIRST_PAGES = 2
 """Pages of the beginning that stay."""
 
@@ -40,26 +37,36 @@ class Window:
     pages: tuple[int, ...]
     """Earlier pages, from 1, in order."""
     num_pages: int
-    """Pages of the story that the prompt asks for: those that are read, the page itself, and the rest, but at most
-    WINDOW_PAGES. A model that has learnt shorter stories has no notion of larger numbers, and the end comes where the
-    number says."""
+    """Pages of the story that the prompt asks for: those that are read, the page itself, and the rest, but of a long
+    story at most `window_pages`. A model that has learnt shorter ones has no notion of larger numbers: it ends them
+    early, and then writes on without knowing what."""
 
     def goes_on_from(self, before: Window) -> bool:
         """Whether it is the window of the page before and that page: nothing is forgotten between them."""
         return self.pages == (*before.pages, before.page) and self.num_pages == before.num_pages
 
 
-def windows(sizes: Sequence[int], needs: Sequence[int], *, num_pages: int, room: int) -> list[Window]:
+def may_read(page: int, earlier: int) -> bool:
+    """Whether a window of `page` may have an earlier page, whatever their texts are."""
+    return earlier <= FIRST_PAGES or earlier > page - WHOLE_PAGES
+
+
+def windows(
+    sizes: Sequence[int], needs: Sequence[int], *, num_pages: int, window_pages: int, room: int
+) -> list[Window]:
     """The windows of the first pages of a story, one for each of `needs`.
 
     A pure function of the story's texts: a page that is resumed, added or rewritten has the window that it had.
     `sizes`: tokens of the earlier pages, with their pictures. `needs`: tokens that each page may take while it is
-    written. `room`: tokens of the context without the prompt; a page that needs more has an empty window.
+    written. `window_pages`: see ModelConfig; of a story of more than WHOLE_PAGES no page but the last stands last, or
+    has more pages than that before it. `room`: tokens of the context without the prompt; a page that needs more has an
+    empty window.
     """
+    longest = num_pages if num_pages <= WHOLE_PAGES else window_pages
     start = 1
     found = []
     for page, needed in enumerate(needs, start=1):
-        most = WINDOW_PAGES - 1 if page == num_pages else WINDOW_PAGES - 2
+        most = longest - 1 if page == num_pages else longest - 2
         left = room - needed
 
         def fits(pages: Sequence[int], most: int = most, left: int = left) -> bool:
@@ -71,7 +78,7 @@ def windows(sizes: Sequence[int], needs: Sequence[int], *, num_pages: int, room:
             start = page - (page - start) // 2
         if page > 1 and page - 1 not in read and fits([page - 1]):
             read, start = [page - 1], page - 1
-        asked = min(len(read) + 1 + num_pages - page, WINDOW_PAGES)
+        asked = min(len(read) + 1 + num_pages - page, longest)
         found.append(Window(page=page, pages=tuple(read), num_pages=asked))
     return found
 
@@ -96,11 +103,12 @@ class StoryWindows:
         """`max_page_tokens`: of a text that is written (default: the model's own)."""
         self.prompt, self.num_pages = prompt, num_pages
         self._config, self._template, self._tokenizer = config, template, tokenizer
+        self.longest = num_pages if num_pages <= WHOLE_PAGES else config.window_pages
         self._voken_ids = VokenIds(config.vocabulary, config.num_vokens)
         limit = config.sampling.max_page_tokens if max_page_tokens is None else max_page_tokens
         self.reserve = limit + config.num_vokens
         """Tokens that a page may take while it is written."""
-        self.prompt_tokens = len(self.ids(Window(page=1, pages=(), num_pages=min(num_pages, WINDOW_PAGES)), ()))
+        self.prompt_tokens = len(self.ids(Window(page=1, pages=(), num_pages=self.longest), ()))
 
     def size(self, text: str) -> int:
         """Tokens of a page with its vokens, wherever it stands."""
@@ -110,7 +118,8 @@ class StoryWindows:
     def of(self, sizes: Sequence[int]) -> list[Window]:
         """The windows of the pages that have a size, and of the one after them."""
         needs = [*(max(self.reserve, size) for size in sizes), self.reserve][: self.num_pages]
-        return windows(sizes, needs, num_pages=self.num_pages, room=self._config.context_tokens - self.prompt_tokens)
+        room = self._config.context_tokens - self.prompt_tokens
+        return windows(sizes, needs, num_pages=self.num_pages, window_pages=self._config.window_pages, room=room)
 
     def num_read_again(self, sizes: Sequence[int], *, first: int) -> int:
         """Tokens that are read once more where windows move after page `first`, the beginning aside."""

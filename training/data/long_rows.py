@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minigpt5.model.prompt import Segment, Template
-from minigpt5.model.window import WINDOW_PAGES, Window, windows
-from minigpt5.types import PromptPart
+from minigpt5.model.window import Window
+from minigpt5.types import WHOLE_PAGES, PromptPart
 
 FindWindows = Callable[[Sequence[PromptPart], Sequence[str]], list[Window]]
 """The windows of all pages of a story, from its prompt and texts."""
@@ -61,11 +61,13 @@ def _only_read(segments: Sequence[Segment], num_pages: int) -> list[Segment]:
     return read
 
 
-def pages_of_a_task(num_pages: int, rng: np.random.Generator) -> list[int]:
-    """Pages, from 1, of a story whose published tasks are learnt, the page itself the last one. All of them, where no
-    window forgets any; else a page by chance and those that stand in its window."""
-    if num_pages <= WINDOW_PAGES:
-        return list(range(1, num_pages + 1))
-    found = windows([0] * num_pages, [0] * num_pages, num_pages=num_pages, room=0)
-    chosen = found[int(rng.integers(num_pages))]
+def pages_of_a_task(
+    prompt: Sequence[PromptPart], texts: Sequence[str], rng: np.random.Generator, *, find_windows: FindWindows | None
+) -> list[int]:
+    """Pages, from 1, of a story whose published tasks are learnt. Of a long one a page by chance, as the last one, and
+    before it those that stand in its window."""
+    if find_windows is None or len(texts) <= WHOLE_PAGES:
+        return list(range(1, len(texts) + 1))
+    found = find_windows(prompt, texts)
+    chosen = found[int(rng.integers(len(found)))]
     return [*chosen.pages, chosen.page]

@@ -190,10 +190,9 @@ def to_example(
             return _aligned(stored, rng, draw_px, template)
         return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
     steps = _steps(segments)
+    prompt, texts = stored["prompt"] or steps[0][0], [words for words, _ in steps]
     knows_prompt = stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share
     if knows_prompt or (stored["kind"] == "story" and not read_px):
-        prompt = stored["prompt"] or steps[0][0]
-        texts = [words for words, _ in steps]
         part = whole_or_part([prompt], texts, rng, template=template, find_windows=find_windows)
         steps = [steps[page - 1] for page in part.pages]
         return Example(
@@ -203,7 +202,7 @@ def to_example(
             drawn=[_drawn(segments[int(at)], draw_px) for _, at in steps],
             captions=[segments[int(at)]["caption"] or words for words, at in steps],
         )
-    pages = pages_of_a_task(len(steps), rng)
+    pages = pages_of_a_task([prompt], texts, rng, find_windows=find_windows)
     samples = list(vist_samples([steps[page - 1] for page in pages], variant=lambda count: int(rng.integers(count))))
     return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
 

@@ -13,7 +13,6 @@ from minigpt5.engine.prompts import Prompter
 from minigpt5.engine.script import Draw, Say, Take
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.prompt import VokenIds, text_ids
-from minigpt5.model.window import WINDOW_PAGES
 from minigpt5.types import GeneratorEvent, Page, Picture, Sampling, StoryRequest, TextDelta, Usage, Vokens
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 
@@ -176,8 +175,8 @@ def test_a_window_that_moves_costs_about_as_much_as_the_story_itself() -> None:
     prompt = prompter.encode(request)
     _, told, engine = tell(request)
     sizes = [len(text_ids(f" {text}", TOKENIZER)) + CONFIG.num_vokens for text in told.values()]
-    assert sum(sizes) / 2 < engine.num_said - len(prompt.ids) < sum(sizes)
-    assert len(prompt.ids) + prompt.num_new >= engine.num_said + sum(sizes)
+    assert sum(sizes) / 3 < engine.num_said - len(prompt.ids) < sum(sizes)
+    assert len(prompt.ids) + prompt.num_new > engine.num_said + sum(sizes)
     assert prompt.num_positions == CONFIG.context_tokens
 
 
@@ -207,7 +206,7 @@ def test_pictures_that_are_read_back_are_those_of_a_window() -> None:
             sampling=Sampling(max_page_tokens=8),
         )  # fmt: skip
         prompt = prompter.encode(request)
-        assert 1 <= len(prompt.pictures) <= min(done, WINDOW_PAGES - 1)
+        assert 1 <= len(prompt.pictures) <= min(done, CONFIG.window_pages - 1)
         assert prompt.num_positions <= CONFIG.context_tokens
         placeholder = VokenIds(CONFIG.vocabulary, CONFIG.num_vokens).placeholder
         assert prompt.ids.count(placeholder) == len(prompt.pictures) * CONFIG.vision.num_queries
