@@ -130,6 +130,22 @@ def stories(found: Results) -> str:
     return table(("", "measured"), rows)
 
 
+def long_stories(found: Results) -> str:
+    """Stories of many pages, by page numbers."""
+    heads = {
+        "new_4_grams": "new 4-grams",
+        "cast_kept": "about its character",
+        "cast_named": "names it",
+        "who_shown": "picture shows the character",
+        "what_shown": "picture shows the object",
+    }
+    rows = [
+        (one["pages"], *(interval(one[name]) if name in one else "" for name in heads))
+        for one in found["long_stories"]["bins"]
+    ]
+    return table(("pages", *heads.values()), rows)
+
+
 def probe(found: Results) -> str:
     """Linear classifiers on the voken states."""
     rows = (

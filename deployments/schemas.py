@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from minigpt5 import data_url
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
+from minigpt5.model.window import FIRST_PAGES
 from minigpt5.pictures import ACCEPTED, open_picture
 from minigpt5.story.state import ImageState, PageState, StoryState
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import (
     MAX_PAGES,
     MAX_SIDE,
+    WHOLE_PAGES,
     DrawRequest,
     DrawSettings,
     InputImage,
@@ -92,7 +94,15 @@ class CreateStory(Body):
     """POST /v1/stories. What is left out takes the model folder's defaults."""
 
     prompt: Prompt
-    pages: Annotated[int, Field(ge=1, le=MAX_PAGES)] = 4
+    pages: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MAX_PAGES,
+            description=f"Of more than {WHOLE_PAGES} pages, the first {FIRST_PAGES} and the last ones are read before "
+            "each page.",
+        ),
+    ] = 4
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stream: bool = False
     steps: Annotated[int, Field(ge=1, le=100)] | None = None
@@ -106,7 +116,13 @@ class CreateStory(Body):
     min_page_tokens: Annotated[int, Field(ge=0, le=512)] | None = None
     max_page_tokens: Annotated[int, Field(ge=1, le=512)] | None = None
     wait: bool = True
-    feedback: Literal["text", "pictures"] = "text"
+    feedback: Annotated[
+        Literal["text", "pictures"],
+        Field(
+            description='"pictures": before each page the model reads the pictures of the pages that it reads, at most '
+            f"{WHOLE_PAGES - 1}, and fewer where the context has no room."
+        ),
+    ] = "text"
     previews: bool = False
 
     @field_validator("prompt")

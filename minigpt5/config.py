@@ -19,7 +19,9 @@ from minigpt5.types import (
     MAX_DISTILLED_STEPS,
     MAX_SIDE,
     MIN_SIDE,
+    MIN_WINDOW_PAGES,
     SDE_DPM_SOLVER,
+    WHOLE_PAGES,
     DrawSettings,
     Sampling,
 )
@@ -135,6 +137,9 @@ class ModelConfig:
     """Tokens of the base tokenizer: vokens are numbered from here."""
     context_tokens: int
     """Longest sequence, prompt and story together."""
+    window_pages: int = WHOLE_PAGES
+    """Pages that a story of more than WHOLE_PAGES seems to have to the model: at most as many as those of the longest
+    stories that it has learnt (minigpt5/model/window.py). From MIN_WINDOW_PAGES to WHOLE_PAGES."""
     vision: VisionConfig
     text_encoder: str
     """Base-model id; its states of a caption are the target of the caption loss."""
@@ -189,6 +194,10 @@ class ModelConfig:
     """Hash of the weights that make vokens and read them; set when the folder is saved."""
 
     def __post_init__(self) -> None:
+        if not MIN_WINDOW_PAGES <= self.window_pages <= WHOLE_PAGES:
+            raise ValueError(
+                f"window_pages is {self.window_pages} but must be from {MIN_WINDOW_PAGES} to {WHOLE_PAGES}"
+            )
         _check_shown("about", self.about, most=MAX_ABOUT_CHARACTERS, allowed="\n")
         if len(self.examples) > MAX_EXAMPLES:
             raise ValueError(f"examples has {len(self.examples)} prompts but must have at most {MAX_EXAMPLES}")
@@ -348,6 +357,7 @@ def storybook() -> ModelConfig:
         hidden=576,
         vocabulary=49152,
         context_tokens=1536,
+        window_pages=8,
         vision=VisionConfig(
             encoder="efficientnet-lite0",
             encoder_width=1280,

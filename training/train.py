@@ -55,6 +55,8 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
         raise TrainingError("this model reads pictures as its base model does: begin with the stage align")
     share = preset.story_share if isinstance(preset, VokenPreset) else 0.0
     template = model_folder.load_template(sources.need_model(preset.stage))
+    draws_by = preset.draws_by if isinstance(preset, VokenPreset) else "vokens"
+    tokeniser = Tokeniser(str(sources.start or start), draws_by)
     stored = StoredExamples(
         uri,
         config,
@@ -62,9 +64,8 @@ def find_examples(preset: Preset, sources: WeightSources, uri: str) -> tuple[Pre
         stage=preset.stage,
         story_share=share,
         template=template,
-        tokenise=Tokeniser(
-            str(sources.start or start), preset.draws_by if isinstance(preset, VokenPreset) else "vokens"
-        ),
+        tokenise=tokeniser,
+        find_windows=tokeniser.windows,
     )
     check_rows(stored, start, config, sources)
     if preset.epochs:

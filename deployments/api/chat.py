@@ -31,7 +31,7 @@ from deployments.sse import encode
 from minigpt5.config import ModelConfig
 from minigpt5.story.stream import stream_story
 from minigpt5.types import (
-    MAX_PAGES,
+    MAX_REPLY_PICTURES,
     DecoderEvent,
     DrawRequest,
     Picture,
@@ -105,7 +105,7 @@ class CreateChat(OpenAIBody):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2)] | None = None
-    pages: Annotated[int, Field(ge=1, le=MAX_PAGES)] = 1
+    pages: Annotated[int, Field(ge=1, le=MAX_REPLY_PICTURES)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Clamped to what the context window has left."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

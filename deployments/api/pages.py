@@ -116,7 +116,8 @@ async def _read_again(front: Front, story_id: str, page: int, *, key: str) -> Vo
     """A page's vokens by the generator that is there now."""
     state = await reading(front.store.load, story_id)
     request = await reading(front.store.load_request, story_id)
-    request = dataclasses.replace(request, pages=page, key=key, session=story_id)
+    num_later = max(0, request.pages - page)
+    request = dataclasses.replace(request, pages=page, num_later=num_later, key=key, session=story_id)
     return await read_page(front.engines, request, tuple(one.text for one in _complete(state))[:page])
 
 

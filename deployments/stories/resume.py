@@ -163,7 +163,9 @@ class ResumedEngines:
     async def _read_again(self, page: int) -> Vokens:
         """A page's vokens by the generator that is there now, from the page's text; stored."""
         request, complete = self._sources[page]
-        request = dataclasses.replace(request, pages=page - len(request.previous), num_later=0)
+        num_pages = page - len(request.previous)
+        num_later = request.num_later + request.pages - num_pages  # the prompt says how many the story has
+        request = dataclasses.replace(request, pages=num_pages, num_later=num_later)
         vokens = await read_page(self._engines, request, _beginning(complete, request))
         await writing(self._store.save_vokens, self._story_id, vokens)
         return vokens

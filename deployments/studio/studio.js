@@ -135,9 +135,45 @@ function pageOf(number) {
   submit(find(".again"), () =>
     alter(page, "POST", "/redraw", values(find(".again"), ["seed", "steps", "guidance_scale", "scheduler", "style"])));
   $("pages-shown").append(element);
+  page.stop = stopOf(page);
   shown.set(number, page);
+  $("strip").hidden = shown.size < MANY;
   return page;
 }
+
+// The strip of a story with many pages: a number, and the picture once it is drawn, which leads to its page.
+const MANY = 9;
+
+function stopOf(page) {
+  const stop = document.createElement("a"), image = document.createElement("img");
+  stop.href = `#page-${page.number}`;
+  stop.setAttribute("aria-label", `To page ${page.number}`);
+  image.alt = "";
+  image.loading = "lazy";
+  image.hidden = true;
+  stop.append(image, String(page.number));
+  stop.onclick = (event) => {
+    event.preventDefault(); // a fragment names a story here
+    page.element.scrollIntoView({ block: "start" });
+    page.element.focus({ preventScroll: true });
+  };
+  page.element.tabIndex = -1;
+  inSight.observe(page.element);
+  $("strip").append(stop);
+  return stop;
+}
+
+// The stop of the page that is read is marked, and in sight itself.
+const inSight = new IntersectionObserver((changes) => {
+  for (const change of changes) {
+    const page = [...shown.values()].find((one) => one.element === change.target);
+    if (!page) continue;
+    if (change.isIntersecting) page.stop.setAttribute("aria-current", "true");
+    else page.stop.removeAttribute("aria-current");
+  }
+  const current = $("strip").querySelector("[aria-current]");
+  if (current) $("strip").scrollTo({ left: current.offsetLeft - $("strip").clientWidth / 2 });
+}, { rootMargin: "-30% 0px -60% 0px" });
 
 // Changes a page when it is its turn: the server makes one change of a story at a time.
 function alter(page, method, path, body) {
@@ -179,6 +215,9 @@ function show(known) {
   page.image.classList.remove("coarse");
   page.image.src = known.variants[known.variant].url;
   page.image.alt = `Picture of page ${known.index}: ${known.text}`;
+  const small = page.stop.firstElementChild;
+  small.src = page.image.src;
+  small.hidden = false;
   page.variants.hidden = known.variants.length < 2;
   page.variants.replaceChildren(...known.variants.map((variant, number) => {
     const button = document.createElement("button"), image = document.createElement("img");
@@ -264,6 +303,8 @@ function open(id, prompt) {
   before = Promise.resolve();
   shown.clear();
   $("pages-shown").replaceChildren();
+  $("strip").replaceChildren();
+  $("strip").hidden = true;
   $("title").textContent = prompt;
   document.title = `${prompt} - MiniGPT-5 on Ray`;
   for (const part of ["greeting", "examples", "latest"]) $(part).hidden = true;

@@ -29,14 +29,13 @@ from minigpt5.engine.kv_blocks import num_blocks
 from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
 from minigpt5.engine.kv_pass import upload
 from minigpt5.engine.picture_reader import PictureReader
-from minigpt5.engine.prompts import Prompter
+from minigpt5.engine.prompts import Prompt, Prompter
 from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
 from minigpt5.engine.steps import Asked, Read, Score, Steps
 from minigpt5.engine.threads import single_thread
 from minigpt5.errors import SettingsError
 from minigpt5.limits import BLOCK, Limits, default_limits, kv_cache_bytes
 from minigpt5.model.language import LanguageModel
-from minigpt5.model.prompt import pictures_read
 from minigpt5.model.vision import Vision
 from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision
 
@@ -47,9 +46,9 @@ MIN_SHARE = 0.25
 class _Job(Job[GeneratorEvent]):
     """A request with its script, and how far the script's present reading is."""
 
-    def __init__(self, request: StoryRequest, prompt_ids: list[int], *, cost: float) -> None:
-        super().__init__(key=request.key, cost=cost)
-        self.prompt = np.array(prompt_ids)
+    def __init__(self, prompt: Prompt) -> None:
+        super().__init__(key=prompt.request.key, cost=len(prompt.ids) + prompt.num_new)
+        self.prompt = np.array(prompt.ids)
         """What it reads first, by content: token ids, and the hash of a picture at its placeholders."""
         self.image_PH: Tensor | None = None
         """Embeddings of the prompt's pictures, placeholder by placeholder."""
@@ -59,7 +58,7 @@ class _Job(Job[GeneratorEvent]):
         """The last place that each token of the context sees, where the language model sees whole pictures."""
         self.steps: Steps
         self.asking: Asked
-        self.num_positions = int(cost)
+        self.num_positions = prompt.num_positions
         """Longest that it may become."""
         self.slot = -1
         self.left: list[int] = []
@@ -161,7 +160,7 @@ class VokenGenerator(QueuedEngine):
         """
         prompt = self.prompter.encode(request)
         request = prompt.request
-        job = _Job(request, prompt.ids, cost=len(prompt.ids) + prompt.num_new)
+        job = _Job(prompt)
         job.steps = Steps(
             self.prompter.writer(prompt, job.put).script(),
             sampling=request.sampling,
@@ -170,8 +169,8 @@ class VokenGenerator(QueuedEngine):
             end_ids=self.end_ids,
         )
         job.asking = job.steps.run()
-        if pictures := pictures_read(request):
-            await asyncio.to_thread(self._see, job, pictures)
+        if prompt.pictures:
+            await asyncio.to_thread(self._see, job, prompt.pictures)
         self._lay_out(job)
         async with contextlib.aclosing(self._loop.run(job)) as events:
             async for event in events:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from minigpt5.config import ModelConfig
 from minigpt5.engine.script import Writer
 from minigpt5.errors import InvalidRequest
-from minigpt5.model.prompt import VokenIds, encode, given_ids, pictures_read, request_segments
+from minigpt5.model.prompt import VokenIds, encode, pictures_read, reads_back, request_segments, text_ids
 from minigpt5.model.template import make_template
-from minigpt5.types import MAX_PAGES, GeneratorEvent, InputImage, Role, StoryRequest
+from minigpt5.model.window import StoryWindows, Window, windows
+from minigpt5.types import MAX_PAGES, MAX_REPLY_PICTURES, GeneratorEvent, InputImage, Role, StoryRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +32,14 @@ class Prompt:
     request: StoryRequest
     ids: list[int]
     """What the model reads first."""
+    pictures: list[bytes]
+    """Pictures among it, in reading order."""
     num_new: int
-    """Tokens that may come after it."""
+    """Tokens that may come after it, read or written."""
+    num_positions: int
+    """The longest that what it reads at once may become."""
+    windows: StoryWindows | None = None
+    """Of a story that is told page by page from its texts."""
 
 
 class Prompter:
@@ -48,43 +55,96 @@ class Prompter:
         self.voken_ids = VokenIds(config.vocabulary, config.num_vokens)
 
     def encode(self, request: StoryRequest) -> Prompt:
-        """Check and tokenize a request. A reply may ask for more text than the window holds: it gets what is left.
+        """Check and tokenize a request. A reply may ask for more text than the context holds: it gets what is left. Of
+        a story the context holds a window (model/window.py).
 
         Raises InvalidRequest where it cannot be written.
         """
         check_request(request)
-        reads_back = request.mode == "story" and request.feedback == "pictures"
-        if self.config.vision.family == "none" and (reads_back or pictures_read(request)):
+        wants_pictures = request.mode == "story" and request.feedback == "pictures"
+        if self.config.vision.family == "none" and (wants_pictures or pictures_read(request)):
             raise InvalidRequest("prompt", "this model reads no pictures: leave them out of the prompt")
-        ids = encode(
-            request_segments(request, self.template),
-            self.tokenizer,
-            self.voken_ids,
-            picture_tokens=self.config.vision.picture_tokens,
-        ).ids
+        if request.mode == "story":
+            return self._encode_story(request)
+        ids = self._ids(request)
         if request.mode == "reply":
             room = max(1, self.config.context_tokens - len(ids) - request.pages * self.config.num_vokens)
             sampling = request.sampling
             sampling = dataclasses.replace(sampling, max_page_tokens=min(sampling.max_page_tokens, room))
             request = dataclasses.replace(request, sampling=sampling)
-        limit = request.sampling.max_page_tokens
-        num_given = sum(map(len, given_ids(request, self.template, self.tokenizer)))
-        num_ungiven = request.pages - len(request.given)
-        num_written = {"story": num_ungiven, "scene": num_ungiven, "reply": 1, "caption": 0}[request.mode]
-        num_text = num_given + num_written * limit
-        num_new = num_text + request.pages * self.config.num_vokens
-        if request.feedback == "pictures":  # the last page reads all the others' pictures
-            num_new += (request.pages + request.num_later - 1) * (
-                self.config.vision.num_picture_tokens + READ_BACK_TOKENS
-            )
-            num_new += request.num_later * limit
+        num_texts = {"scene": request.pages - len(request.given), "reply": 1, "caption": 0}[request.mode]
+        num_new = num_texts * request.sampling.max_page_tokens + request.pages * self.config.num_vokens
         if len(ids) + num_new > self.config.context_tokens:
             raise InvalidRequest(
                 "prompt",
                 f"prompt takes {len(ids)} tokens and {request.pages} pages up to {num_new}, but the context window is "
                 f"{self.config.context_tokens} tokens: shorten the prompt or ask for fewer pages",
             )
-        return Prompt(request=request, ids=ids, num_new=num_new)
+        pictures = pictures_read(request)
+        return Prompt(request=request, ids=ids, pictures=pictures, num_new=num_new, num_positions=len(ids) + num_new)
+
+    def _ids(self, request: StoryRequest, window: Window | None = None) -> list[int]:
+        segments = request_segments(request, self.template, window)
+        return encode(segments, self.tokenizer, self.voken_ids, picture_tokens=self.config.vision.picture_tokens).ids
+
+    def _encode_story(self, request: StoryRequest) -> Prompt:
+        """Where pictures are read back, a page is a request by itself, whose prompt is a window."""
+        context, limit = self.config.context_tokens, request.sampling.max_page_tokens
+        num_before = len(request.previous)
+        story = StoryWindows(
+            request.prompt,
+            num_before + request.pages + request.num_later,
+            config=self.config,
+            template=self.template,
+            tokenizer=self.tokenizer,
+            max_page_tokens=limit,
+        )
+        given = [story.size(text) for text in request.given]
+        new = [*given, *[story.reserve] * (request.pages - len(given))]
+        num_needed = max([story.reserve, *given])
+        if request.feedback == "pictures" and story.num_pages > 1:  # room for one earlier page at least
+            num_needed += limit + self._num_read_back
+        if story.prompt_tokens + num_needed > context:
+            raise InvalidRequest(
+                "prompt",
+                f"prompt takes {story.prompt_tokens} tokens and a page up to {num_needed}, but the context window is "
+                f"{context} tokens: shorten the prompt or ask for shorter pages",
+            )
+        if reads_back(request):
+            window, num_again = self._window_read_back(request, sum(new)), 0
+        else:
+            sizes = [*(story.size(page.text) for page in request.previous), *new]
+            window, num_again = story.of(sizes)[num_before], story.num_read_again(sizes, first=num_before + 1)
+        ids = self._ids(request, window)
+        return Prompt(
+            request=request,
+            ids=ids,
+            pictures=pictures_read(request, window),
+            num_new=sum(new) + num_again,
+            num_positions=min(context, len(ids) + sum(new)),
+            windows=None if reads_back(request) else story,
+        )
+
+    def _window_read_back(self, request: StoryRequest, num_new: int) -> Window:
+        """Of a page that follows others with their pictures, and may take so many tokens."""
+        texts = [len(text_ids(page.text, self.tokenizer)) for page in request.previous]
+        reserve = request.sampling.max_page_tokens + self.config.num_vokens
+        prompt_tokens = len(self._ids(request, Window(page=1, pages=(), num_pages=0)))
+        return windows(
+            [
+                num_tokens + (self._num_read_back if page.picture else READ_BACK_TOKENS)
+                for num_tokens, page in zip(texts, request.previous, strict=True)
+            ],
+            [*(max(reserve, num_tokens + self.config.num_vokens) for num_tokens in texts), num_new],
+            num_pages=len(texts) + request.pages + request.num_later,
+            window_pages=self.config.window_pages,
+            room=self.config.context_tokens - prompt_tokens,
+        )[-1]
+
+    @property
+    def _num_read_back(self) -> int:
+        """Tokens of a picture that is read back."""
+        return self.config.vision.num_picture_tokens + READ_BACK_TOKENS
 
     def writer(self, prompt: Prompt, put: Callable[[GeneratorEvent], None]) -> Writer:
         """What writes the request; `put` gets its events."""
@@ -93,11 +153,10 @@ class Prompter:
             prompt.ids,
             tokenizer=self.tokenizer,
             template=self.template,
-            num_vokens=self.config.num_vokens,
-            fingerprint=self.config.fingerprint,
+            config=self.config,
             engine=self.engine,
             put=put,
-            published_quirks=self.config.published_quirks,
+            windows=prompt.windows,
         )
 
 
@@ -107,8 +166,11 @@ def check_request(request: StoryRequest) -> None:
     asks_by_text = request.mode == "scene" and bool(request.given)
     if not asks_by_text and not any(isinstance(part, InputImage) or part.strip() for part in said):
         raise InvalidRequest("prompt", "prompt is empty: say what the story or the picture is about")
-    if not 1 <= request.pages <= MAX_PAGES:
-        raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {MAX_PAGES}")
+    most = MAX_REPLY_PICTURES if request.mode == "reply" else MAX_PAGES
+    if not 1 <= request.pages <= most:
+        raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {most}")
+    if (num_pages := len(request.previous) + request.pages + request.num_later) > MAX_PAGES and request.mode == "story":
+        raise InvalidRequest("pages", f"the story would have {num_pages} pages but may have {MAX_PAGES}: ask for fewer")
     if request.pictures != "auto" and request.mode != "reply":
         raise InvalidRequest("pictures", f"pictures is {request.pictures!r} but a {request.mode} has its own: use auto")
     if request.mode == "scene" and (request.pages != 1 or request.previous):

@@ -9,14 +9,17 @@ Shape letters: H hidden width, V vokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minigpt5.config import ModelConfig
 from minigpt5.engine.text_stream import TextStream
-from minigpt5.model.prompt import Template, given_ids
+from minigpt5.model.prompt import Template, VokenIds, given_ids
+from minigpt5.model.window import StoryWindows
 from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ class Say:
     """Token ids that the model reads next; answered with None."""
 
     ids: list[int]
+    start: int | None = None
+    """Where they begin: what was said, taken and drawn from there on is forgotten. None: after all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,17 +81,22 @@ class Writer:
         *,
         tokenizer: PreTrainedTokenizerBase,
         template: Template,
-        num_vokens: int,
-        fingerprint: str,
+        config: ModelConfig,
         engine: str,
         put: Callable[[GeneratorEvent], None],
-        published_quirks: bool = False,
+        windows: StoryWindows | None = None,
     ) -> None:
-        self.request, self.prompt_ids, self.published_quirks = request, prompt_ids, published_quirks
-        self._tokenizer, self._num_vokens = tokenizer, num_vokens
+        """`windows`: of a story whose pages follow one another here."""
+        self.request, self.prompt_ids = request, prompt_ids
+        self._tokenizer, self._config, self._engine, self._put = tokenizer, config, engine, put
+        self._vokens = VokenIds(config.vocabulary, config.num_vokens).ids
         self._given_ids = given_ids(request, template, tokenizer)
         self._stop = (*template.stop, *request.stop)
-        self._fingerprint, self._engine, self._put = fingerprint, engine, put
+        self._windows = windows
+        self._ids: list[int] = []
+        """What the model has before it."""
+        self._texts = [page.text for page in request.previous]
+        """Of a story's pages so far."""
         self._num_given = self._num_written = 0
 
     def script(self) -> Script:
@@ -95,6 +105,7 @@ class Writer:
         for name in ("temperature", "top_p", "repetition_penalty"):
             if not isinstance(value := getattr(sampling, name), int | float):
                 raise TypeError(f"{name} is {value!r} but must be a number")
+        self._ids = list(self.prompt_ids)
         yield Say(ids=self.prompt_ids)
         scene = self._caption if self.request.given else self._story
         scripts = {"story": self._story, "caption": self._caption, "reply": self._reply, "scene": scene}
@@ -109,6 +120,8 @@ class Writer:
     def _story(self) -> Script:
         sampling, num_given, first = self.request.sampling, len(self._given_ids), len(self.request.previous) + 1
         for page in range(first, first + self.request.pages):
+            if self._windows and page > first:
+                yield from self._move_window(page, self._windows)
             if page - first < num_given:
                 yield self._given(page, page - first)
             else:
@@ -117,12 +130,13 @@ class Writer:
 
     def _reply(self) -> Script:
         request = self.request
-        max_pictures = 1 if self.published_quirks else request.pages
+        quirks = self._config.published_quirks
+        max_pictures = 1 if quirks else request.pages
         page, num_pictures = len(request.previous) + 1, 0
         said: list[int] = []
         while True:
             is_owed = request.pictures == "forced" and not num_pictures
-            is_rushed = is_owed and self.published_quirks
+            is_rushed = is_owed and quirks
             tokens, opens_picture = yield from self._text(
                 page,
                 limit=request.sampling.max_page_tokens - len(said),
@@ -139,11 +153,28 @@ class Writer:
                 return
             page, num_pictures = page + 1, num_pictures + 1
 
+    def _move_window(self, page: int, windows: StoryWindows) -> Iterator[Say]:
+        """Where earlier pages are to be forgotten before this one, have the rest read again, as a request that begins
+        here reads it. Written tokens that take more than their text does are replaced by those of the text too."""
+        given = self.request.given[page - len(self.request.previous) - 1 :][:1]
+        sizes = [windows.size(text) for text in (*self._texts, *given)]
+        before, window = windows.of(sizes)[page - 2 : page]
+        needed = max([windows.reserve, *sizes[page - 1 :]])
+        if window.goes_on_from(before) and len(self._ids) + needed <= self._config.context_tokens:
+            return
+        ids = windows.ids(window, self._texts)
+        pairs = zip(self._ids, ids[:-1], strict=False)  # the last one is read, since a text follows its state
+        start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._ids = ids
+        yield Say(ids=ids[start:], start=start)
+
     def _given(self, page: int, number: int) -> Say:
         """A page's text, to be read as if it had been written."""
         ids = self._given_ids[number]
+        self._texts.append(self.request.given[number])
         self._show(page, self.request.given[number])
         self._num_given += len(ids)
+        self._ids += ids
         return Say(ids=ids)
 
     def _text(
@@ -158,6 +189,12 @@ class Writer:
     ) -> Generator[Take, Any, tuple[list[int], bool]]:
         """Take a page's text; returns its tokens, and whether the model opened a picture after them."""
         stream = TextStream(self._tokenizer, self._stop)
+        shown: list[str] = []
+
+        def show(text: str) -> None:
+            shown.append(text)
+            self._show(page, text)
+
         opens_picture = yield Take(
             page=page,
             limit=limit,
@@ -166,16 +203,20 @@ class Writer:
             is_rushed=is_rushed,
             said=said,
             stream=stream,
-            show=lambda text: self._show(page, text),
+            show=show,
         )
-        self._show(page, stream.end())
+        show(stream.end())
+        self._texts.append("".join(shown))
+        self._ids += stream.tokens
         self._num_written += len(stream.tokens)
         return stream.tokens, opens_picture
 
     def _picture(self, page: int) -> Generator[Draw, np.ndarray, None]:
         hidden_VH = yield Draw()
-        self._num_written += self._num_vokens
-        self._put(Vokens(page=page, hidden_VH=hidden_VH, fingerprint=self._fingerprint, engine=self._engine))
+        self._ids += self._vokens
+        self._num_written += len(self._vokens)
+        fingerprint = self._config.fingerprint
+        self._put(Vokens(page=page, hidden_VH=hidden_VH, fingerprint=fingerprint, engine=self._engine))
 
     def _show(self, page: int, text: str) -> None:
         if text:

@@ -77,12 +77,19 @@ class Steps:
             except StopIteration:
                 return
             if isinstance(asked, Say):
+                if asked.start is not None:
+                    self._forget(asked.start)
                 self._unread += asked.ids
                 answer = None
             elif isinstance(asked, Take):
                 answer = yield from self._take(asked)
             else:
                 answer = yield from self._draw()
+
+    def _forget(self, start: int) -> None:
+        """Go back to a position; what is said next begins there."""
+        self._unread = self._unread[: max(0, start - self._length)]
+        self._length = min(self._length, start)
 
     def _read(self, ids: list[int], *, num_states: int = 1) -> Generator[Read, Tensor, Tensor]:
         states_NH = yield Read(ids=ids, start=self._length, num_states=num_states)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from minigpt5.model.vokens import VokenEmbeddings
+    from minigpt5.model.window import Window
 
 IGNORED = -100
 Task = Literal["text", "picture", "both"]
@@ -244,23 +245,30 @@ def join_texts(segments: Sequence[Segment]) -> list[Segment]:
     return joined
 
 
-def pictures_read(request: StoryRequest) -> list[bytes]:
+def pictures_read(request: StoryRequest, window: Window | None = None) -> list[bytes]:
     """The pictures of `request_segments`, in reading order. It must stay in step with `request_segments`: one entry for
     each READ segment."""
     if request.mode == "caption":
         return []
     pictures = [part.data for part in request.prompt if isinstance(part, InputImage)]
-    if _reads_back(request):
-        pictures += [page.picture.png for page in request.previous if page.picture]
+    if reads_back(request):
+        pictures += [page.picture.png for page in _pages_read(request, window) if page.picture]
     return pictures
 
 
-def _reads_back(request: StoryRequest) -> bool:
+def reads_back(request: StoryRequest) -> bool:
+    """Whether the prompt has the pictures of earlier pages."""
     return request.mode == "story" and request.feedback == "pictures" and bool(request.previous)
 
 
-def request_segments(request: StoryRequest, template: Template) -> list[Segment]:
-    """What the generator reads before it writes."""
+def _pages_read(request: StoryRequest, window: Window | None) -> tuple[Page, ...]:
+    """Those of the earlier pages that are read."""
+    return tuple(request.previous[page - 1] for page in window.pages) if window else request.previous
+
+
+def request_segments(request: StoryRequest, template: Template, window: Window | None = None) -> list[Segment]:
+    """What the generator reads before it writes. `window`: of a story's first new page; None: its earlier pages are
+    read whole."""
     if request.mode == "caption":
         texts = merge_text_parts([part for part in request.prompt if isinstance(part, str)])
         return [text_segment(caption) for caption in texts if isinstance(caption, str)]
@@ -268,16 +276,17 @@ def request_segments(request: StoryRequest, template: Template) -> list[Segment]
         return template.reply(request.prompt, request.previous)
     if request.mode == "scene":
         return template.scene(request.prompt, "".join(request.given))
-    if _reads_back(request):
-        return template.read_back(request.prompt, request.previous)
-    written = [page.text for page in request.previous]
-    return template.story(request.prompt, len(written) + request.pages + request.num_later, written)
+    pages = _pages_read(request, window)
+    if reads_back(request):
+        return template.read_back(request.prompt, pages)
+    num_pages = window.num_pages if window else len(pages) + request.pages + request.num_later
+    return template.story(request.prompt, num_pages, [page.text for page in pages])
 
 
 def given_ids(request: StoryRequest, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokenize each given page as training has it. A scene has its text in the prompt."""
     if request.mode == "scene":
         return []
-    is_start = not request.previous or _reads_back(request)
+    is_start = not request.previous or reads_back(request)
     texts = [template.page(text, begins_answer=is_start and not at) for at, text in enumerate(request.given)]
     return [text_ids(text, tokenizer) for text in texts]

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 from collections.abc import AsyncGenerator, Callable
 
+from minigpt5.model.window import may_read
 from minigpt5.types import (
     NUM_PREVIEWS,
     DecoderEvent,
@@ -84,7 +85,7 @@ async def stream_story(
                 request,
                 pages=1,
                 num_later=request.pages - number - 1,
-                previous=tuple(pages[index] for index in sorted(pages)),
+                previous=tuple(_to_read_back(pages[index], before=max(pages) + 1) for index in sorted(pages)),
                 given=request.given[number : number + 1],
             )
             async for event in generate(one):
@@ -133,6 +134,13 @@ async def stream_story(
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(writing, *drawing, return_exceptions=True)
+
+
+def _to_read_back(page: Page, *, before: int) -> Page:
+    """An earlier page without the bytes of a picture that is read no more: what a request carries stays bounded."""
+    if page.picture is None or may_read(before, page.index):
+        return page
+    return dataclasses.replace(page, picture=dataclasses.replace(page.picture, png=b""))
 
 
 def describe(failure: BaseException) -> str:

@@ -141,7 +141,7 @@ def test_nan_is_a_value_that_is_left_out_but_text_in_csv(tmp_path: Path) -> None
     assert isinstance(row, StoryJob) and (row.pages, row.seed) == (4, jobs_in({"prompt": "a fox"})[0].seed)  # type: ignore[union-attr]
     named, numbered = read(tmp_path, "rows.csv", "prompt,pages\nNaN,1\na fox,NaN\n")
     assert isinstance(named, StoryJob) and named.prompt == "NaN"
-    assert "pages is 'NaN' but must be from 1 to 16" in error_of(numbered)
+    assert "pages is 'NaN' but must be from 1 to 64" in error_of(numbered)
 
 
 LARGE = 2**53 + 1

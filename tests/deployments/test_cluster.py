@@ -106,7 +106,7 @@ def test_bad_input_is_refused_and_the_server_lives_on(server: Server) -> None:
     bodies: list[tuple[dict[str, object], str]] = [
         ({"prompt": ""}, "prompt"),
         ({"prompt": "A fox", "pages": 0}, "pages"),
-        ({"prompt": "A fox", "pages": 17}, "pages"),
+        ({"prompt": "A fox", "pages": 65}, "pages"),
         ({"prompt": "A fox", "colour": "red"}, "colour"),
         ({"prompt": "fox " * 3900}, "prompt"),  # beyond the context window
         ({"prompt": [image]}, "prompt[0].image"),

@@ -33,6 +33,7 @@ from minigpt5.published.data import (
     sample_segments,
     vist_samples,
 )
+from training.data.long_rows import FindWindows, pages_of_a_task, whole_or_part
 from training.data.row_index import WINDOW_GROUPS, RowIndex, RowOrder, index_rows, is_validation
 
 NEEDS_PICTURES = ("vision", *DRAWS_CAPTIONS)
@@ -56,12 +57,13 @@ class StoredExamples:
         story_share: float = 0.0,
         template: Template = PUBLISHED,
         tokenise: Callable[[Example], Example] | None = None,
+        find_windows: FindWindows | None = None,
     ) -> None:
         """`story_share`: of whole stories among the examples of rows whose prompt is known. `tokenise`: fills an
-        example's tokens; None leaves that to the objective. Raises TrainingError where there are no rows of the
-        schema."""
+        example's tokens; None leaves that to the objective. `find_windows`: cuts stories that are too long to be read
+        at once; None leaves them whole. Raises TrainingError where there are no rows of the schema."""
         self.stage, self.story_share, self.template = stage, story_share, template
-        self.tokenise = tokenise
+        self.tokenise, self.find_windows = tokenise, find_windows
         self.uri, self.seed, self.is_validation = uri, seed, False
         self.read_px = None if config.vision.family == "none" else config.vision.image_px
         self.draw_px = config.image_px
@@ -125,6 +127,7 @@ class StoredExamples:
             read_px=self.read_px,
             draw_px=self.draw_px,
             template=self.template,
+            find_windows=self.find_windows,
         )
         return stored["id"], self.tokenise(example) if self.tokenise else example
 
@@ -165,6 +168,7 @@ def to_example(
     read_px: int | None,
     draw_px: int,
     template: Template = PUBLISHED,
+    find_windows: FindWindows | None = None,
 ) -> Example:
     """One of a stored row's examples, chosen by chance; the published code makes examples of all of them.
 
@@ -186,17 +190,20 @@ def to_example(
             return _aligned(stored, rng, draw_px, template)
         return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
     steps = _steps(segments)
+    prompt, texts = stored["prompt"] or steps[0][0], [words for words, _ in steps]
     knows_prompt = stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share
     if knows_prompt or (stored["kind"] == "story" and not read_px):
-        prompt = stored["prompt"] or steps[0][0]
+        part = whole_or_part([prompt], texts, rng, template=template, find_windows=find_windows)
+        steps = [steps[page - 1] for page in part.pages]
         return Example(
-            segments=template.story([prompt], len(steps), [words for words, _ in steps]),
+            segments=part.segments,
             prompt=prompt,
             read=[],
             drawn=[_drawn(segments[int(at)], draw_px) for _, at in steps],
             captions=[segments[int(at)]["caption"] or words for words, at in steps],
         )
-    samples = list(vist_samples(steps, variant=lambda count: int(rng.integers(count))))
+    pages = pages_of_a_task([prompt], texts, rng, find_windows=find_windows)
+    samples = list(vist_samples([steps[page - 1] for page in pages], variant=lambda count: int(rng.integers(count))))
     return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
 
 

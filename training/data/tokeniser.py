@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,8 +14,11 @@ from minigpt5.model.folder_config import load_config
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.locate import find_part, locate
 from minigpt5.model.prompt import encode
+from minigpt5.model.template import make_template
 from minigpt5.model.vokens import VokenEmbeddings
+from minigpt5.model.window import StoryWindows, Window
 from minigpt5.objective.example import Example
+from minigpt5.types import PromptPart
 from training.data.written import write_out
 from training.presets import DrawsBy
 
@@ -39,6 +43,13 @@ class Tokeniser:
             published_quirks=config.published_quirks,
         )
         return dataclasses.replace(example, tokens=tokens)
+
+    def windows(self, prompt: Sequence[PromptPart], texts: Sequence[str]) -> list[Window]:
+        """What is read before each page of a story, as serving reads it at the model's own settings."""
+        config, tokenizer, _ = _load(self.start)
+        template = make_template(config, tokenizer)
+        story = StoryWindows(prompt, len(texts), config=config, template=template, tokenizer=tokenizer)
+        return story.of([story.size(text) for text in texts])
 
 
 @lru_cache(maxsize=1)

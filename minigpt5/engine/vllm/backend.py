@@ -38,7 +38,6 @@ from minigpt5.model.chat_template import protect_control_tokens
 from minigpt5.model.folder import load_vision
 from minigpt5.model.folder_config import check_folder
 from minigpt5.model.locate import locate
-from minigpt5.model.prompt import pictures_read
 from minigpt5.model.vision import Vision
 from minigpt5.types import GeneratorEvent, Sampling, StoryRequest
 
@@ -223,8 +222,8 @@ class VllmGenerator:
         try:
             job.is_started = True
             context = _Context(prompt.request)
-            if pictures := pictures_read(prompt.request):
-                image_PH, _ = await asyncio.to_thread(self._pictures.read, pictures)
+            if prompt.pictures:
+                image_PH, _ = await asyncio.to_thread(self._pictures.read, prompt.pictures)
                 context.image_PH = image_PH.cpu()
             script = self.prompter.writer(prompt, job.put).script()
             answer: bool | np.ndarray | None = None
@@ -234,8 +233,8 @@ class VllmGenerator:
                 except StopIteration:
                     break
                 match asked:
-                    case Say(ids=ids):
-                        context.ids += ids
+                    case Say(ids=ids, start=start):
+                        context.ids[len(context.ids) if start is None else start :] = ids
                         answer = None
                     case Take():
                         answer = await self._take(job, context, asked)

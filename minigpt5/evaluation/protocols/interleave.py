@@ -21,7 +21,7 @@ from minigpt5.evaluation.protocols.protocol import (
 )
 from minigpt5.evaluation.replies import missing, structure
 from minigpt5.evaluation.systems.face import Question
-from minigpt5.types import MAX_PAGES, InputImage, PromptPart
+from minigpt5.types import MAX_REPLY_PICTURES, InputImage, PromptPart
 
 KEY = "answer"
 PICTURES_WITHOUT_GOLDEN = 4
@@ -45,7 +45,7 @@ def question_of(row: Row, settings: Settings) -> Question:
     return Question(
         context=tuple(parts),
         wants="reply",
-        pages=min(max(1, pages), MAX_PAGES),
+        pages=min(max(1, pages), MAX_REPLY_PICTURES),
         seed=seed_of(settings, row, KEY),
         sampling=settings.sampling,
         draw=settings.draw,

@@ -64,7 +64,11 @@ def test_a_story_goes_on_and_what_it_has_stays(served: Served, tmp_path: Path) -
     assert len(served.decoder.requests) == 4
     assert {file: file.read_bytes() for file in before} == before
     assert served.request("GET", path).json() == more.json()
-    assert_error(served.request("POST", f"{path}/pages", json={"count": 13}), 422, param="count", says=("4 pages",))
+    assert_error(served.request("POST", f"{path}/pages", json={"count": 61}), 422, param="count", says=("4 pages",))
+    longest = served.request("POST", f"{path}/pages", json={"count": 60})
+    assert longest.status_code == 201 and len(longest.json()["pages"]) == 64
+    assert longest.json()["pages"][:4] == more.json()["pages"]
+    assert_error(served.request("POST", f"{path}/pages", json={}), 422, param="count", says=("64 pages",))
     assert_error(served.request("POST", "/v1/stories/story_none/pages", json={}), 404)
 
 

@@ -127,6 +127,28 @@ def wait_until_finished(page: Any) -> None:
     page.wait_for_selector("#after:not([hidden])", timeout=30_000)
 
 
+def test_a_story_of_many_pages_has_a_strip_that_leads_to_each(page: Any) -> None:
+    tell(page, pages=2)
+    wait_until_finished(page)
+    assert not page.is_visible("#strip")
+    page.click(".brand")
+    page.wait_for_selector("#greeting:not([hidden])")
+    assert page.get_attribute("#pages", "max") == "64"
+    tell(page, pages=40)
+    page.wait_for_selector("#after:not([hidden])", timeout=90_000)
+    stops = page.query_selector_all("#strip a")
+    assert [stop.inner_text().strip() for stop in stops] == [str(number) for number in range(1, 41)]
+    assert all(stop.query_selector("img:not([hidden])") for stop in stops)
+    stops[32].click()
+    until(page, "document.querySelector('#strip [aria-current]')?.textContent.trim() === '33'")
+    top, strip = (page.query_selector(found).bounding_box() for found in ("[aria-label='Page 33']", "#strip"))
+    assert strip["y"] == 0 and strip["height"] < top["y"] < 450
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    until(page, "document.querySelector('#strip [aria-current]').getBoundingClientRect().left < innerWidth")
+    page.click("#strip a:nth-child(34)")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Page 34"
+
+
 def test_the_first_screen_greets_with_examples_and_the_latest_stories(page: Any) -> None:
     page.wait_for_selector("#examples .card")
     assert "MiniGPT-5 on Ray" in page.inner_text(".brand")

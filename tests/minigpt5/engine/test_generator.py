@@ -123,11 +123,51 @@ def test_a_page_depends_on_the_pictures_before_it_where_they_are_read_back(gener
     assert ask("red") == ask("blue")
 
 
-def test_a_story_whose_pictures_would_not_fit_is_refused_at_once(generator: VokenGenerator) -> None:
-    request = StoryRequest(prompt=("a",), pages=6, sampling=Sampling(max_page_tokens=10))
+def test_a_story_that_could_not_read_one_picture_is_refused_at_once(generator: VokenGenerator) -> None:
+    request = StoryRequest(prompt=("a",), pages=40, sampling=Sampling(max_page_tokens=290))
     generator.validate_request(request)
     with pytest.raises(InvalidRequest, match="context window"):
-        generator.validate_request(dataclasses.replace(request, feedback="pictures", pages=16))
+        generator.validate_request(dataclasses.replace(request, feedback="pictures"))
+
+
+# Long stories
+
+
+def word_by_word() -> VokenGenerator:
+    """It writes words that are one token each: what random tokens spell is tokenized otherwise when it is read."""
+    generator = new_generator()
+    assert isinstance(generator.language, Biased)
+    words = [generator.tokenizer.encode(f" {word}")[-1] for word in ("fox", "tree", "moon", "river", "house", "wind")]
+    generator.language.bias = {token: 40.0 for token in (*words, generator.language.voken_embeddings.first)}
+    return generator
+
+
+def test_a_long_story_reads_what_a_request_reads_that_begins_at_its_page() -> None:
+    sampling = Sampling(temperature=1.0, max_page_tokens=20)
+    request = StoryRequest(prompt=("A fox",), pages=40, seed=5, sampling=sampling)
+    events = run(word_by_word(), request)[0]
+    texts = {
+        page: "".join(one.text for one in events if isinstance(one, TextDelta) and one.page == page).strip()
+        for page in range(1, 41)
+    }
+    vokens = {one.page: one.hidden_VH for one in events if isinstance(one, Vokens)}
+    assert sorted(vokens) == sorted(texts) and len(set(texts.values())) > 30
+    previous = tuple(Page(index=page, text=text) for page, text in texts.items())
+    again = [
+        dataclasses.replace(request, previous=previous[: page - 1], pages=1, num_later=40 - page)
+        for page in (1, 15, 16, 17, 29, 40)
+    ]
+    again.append(dataclasses.replace(request, given=tuple(texts.values())[:31]))
+    for found in run(word_by_word(), *again):
+        for one in found:
+            if isinstance(one, Vokens):
+                np.testing.assert_allclose(one.hidden_VH, vokens[one.page], atol=1e-4)
+                assert (
+                    "".join(
+                        each.text for each in found if isinstance(each, TextDelta) and each.page == one.page
+                    ).strip()
+                    == texts[one.page]
+                )
 
 
 # Scenes

@@ -81,6 +81,23 @@ def test_pictures_that_are_read_back_come_before_the_next_page() -> None:
     assert story.usage == Usage(prompt_tokens=9, completion_tokens=6)
 
 
+def test_a_request_carries_the_pictures_of_a_window_however_long_the_story_is() -> None:
+    carried: list[list[bool]] = []
+
+    async def generate_one(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
+        carried.append([bool(page.picture and page.picture.png) for page in request.previous])
+        assert all(page.picture for page in request.previous)
+        page = len(request.previous) + 1
+        yield TextDelta(page=page, text=f"Page {page}.")
+        yield Vokens(page=page, hidden_VH=np.zeros((8, 4), np.float32), fingerprint="x")
+
+    request = StoryRequest(prompt=("x",), pages=40, feedback="pictures")
+    story = asyncio.run(write_story(request, generate_one, decode))
+    assert all(page.picture and page.picture.png for page in story.pages)
+    assert all(carried[15]) and len(carried[15]) == 15
+    assert [page for page, is_there in enumerate(carried[39], start=1) if is_there] == [1, 2, *range(25, 40)]
+
+
 def test_text_is_in_order_and_every_page_is_done_once() -> None:
     events = collect(StoryRequest(prompt=("x",), pages=3, seed=4))
     assert isinstance(events[0], StoryStarted)
