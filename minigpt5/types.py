@@ -34,6 +34,8 @@ DecoderBackend = Literal["auto", "eager", "openvino", "compile"]
 """What computes the denoiser and the VAE: torch operation by operation ("eager"), OpenVINO, or torch.compile. "auto" is
 OpenVINO on a CPU and eager elsewhere."""
 
+Consistency = Literal["off", "story"]
+"""Whether a story's pictures are drawn with its first page beside them: see StoryRequest."""
 TextEngine = Literal["torch", "vllm"]
 """What runs the language model: our own loop on torch, or vLLM."""
 TextPrecision = Literal["float32", "bfloat16", "int8", "int4"]
@@ -123,6 +125,9 @@ class StoryRequest:
     """Pages of a story that other requests will ask for after these."""
     previews: bool = False
     """Whether pictures show themselves on the way, in the Progress of some steps."""
+    consistency: Consistency = "off"
+    """"story": the first page is drawn once more beside each later one, which attends to it, so that a character stays
+    itself. Such a picture costs as much as two."""
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
     session: str = ""
@@ -174,12 +179,22 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """A page that another one attends to while it is drawn: what draws that page again."""
+
+    vokens: Vokens
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DrawRequest:
     """One picture to draw."""
 
     vokens: Vokens
     seed: int
     settings: DrawSettings = field(default_factory=DrawSettings)
+    reference: Reference | None = None
+    """Drawn beside the picture, with the same settings, and not shown. It is of the same model."""
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
     num_previews: int = 0

@@ -68,6 +68,8 @@ class Diffusion(nn.Module, ABC):
     """Sides of a picture's latents are multiples of this."""
     ZERO_IS_EMPTY: ClassVar[bool] = False
     """Whether a position of zeros holds no state of the caption: padding, or an encoder that the folder lacks."""
+    SHARES_ATTENTION: ClassVar[bool] = False
+    """Whether a picture can attend to another one (shared_attention.py): UNets have layers of self-attention alone."""
     PIPELINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     """What the pipeline is asked for beside the caption and the draw settings, to draw as the family does."""
 
@@ -208,16 +210,26 @@ class Diffusion(nn.Module, ABC):
         if not self.vae.config.get("force_upcast"):
             self.vae.to(dtype)
 
-    def denoiser_for(self, sampler: str, style: str = "") -> Any:
+    def denoiser_for(self, sampler: str, style: str = "", *, shares_attention: bool = False) -> Any:
         """Return the denoiser that a sampler draws with, or what stands in for it. Styles are in the weights of
-        `denoiser` alone. Raises ModelFolderError."""
+        `denoiser` alone, and what stands in cannot let pictures share their attention. Raises ModelFolderError."""
         if sampler != DISTILLED:
-            return self.denoiser if style else self.stand_ins.get("denoiser", self.denoiser)
+            is_changed = style or shares_attention
+            return self.denoiser if is_changed else self.stand_ins.get("denoiser", self.denoiser)
         if self.distilled is None:
             raise ModelFolderError(
                 f"scheduler is {sampler!r} but this model has no distilled UNet: use one of {', '.join(self.samplers)}"
             )
-        return self.stand_ins.get("distilled", self.distilled)
+        return self.distilled if shares_attention else self.stand_ins.get("distilled", self.distilled)
+
+    def check_shares_attention(self) -> None:
+        """Raises InvalidRequest where a picture cannot attend to another one."""
+        if not self.SHARES_ATTENTION:
+            raise InvalidRequest(
+                "consistency",
+                f"consistency is 'story' but a {type(self.denoiser).__name__} ({type(self).__name__}) has no "
+                "self-attention that pictures could share: set it to 'off'",
+            )
 
     def use_style(self, name: str) -> None:
         """Let `denoiser` draw in a style, or in none (""), from now on. Raises ModelFolderError."""

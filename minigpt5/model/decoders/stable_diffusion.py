@@ -21,6 +21,7 @@ class StableDiffusion(Diffusion):
 
     PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     DENOISER = "unet"
+    SHARES_ATTENTION = True
 
     @classmethod
     def load_noise(cls, folder: str | Path) -> VariancePreserving:
