@@ -19,6 +19,7 @@ from minigpt5.story.voken_file import unpack
 from minigpt5.types import (
     MAX_PAGES,
     MAX_SIDE,
+    Consistency,
     DrawRequest,
     DrawSettings,
     InputImage,
@@ -108,6 +109,7 @@ class CreateStory(Body):
     wait: bool = True
     feedback: Literal["text", "pictures"] = "text"
     previews: bool = False
+    consistency: Consistency | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -185,6 +187,7 @@ def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = ""
         draw=config.draw_settings(_sent(body, DrawSettings)),
         feedback=body.feedback,
         previews=body.previews,
+        consistency=config.consistency_of(body.consistency),
         key=client,
     )
 
@@ -393,6 +396,8 @@ class Defaults(BaseModel):
     guidance_scale: float
     scheduler: str
     style: str
+    consistency: Consistency
+    """"off" where the model's denoiser has no self-attention that pictures could share."""
     temperature: float
     top_p: float
     min_page_tokens: int

@@ -20,8 +20,10 @@ from minigpt5.types import (
     MAX_SIDE,
     MIN_SIDE,
     SDE_DPM_SOLVER,
+    Consistency,
     DrawSettings,
     Sampling,
+    StoryRequest,
 )
 
 MAX_ABOUT_CHARACTERS = 1000
@@ -175,6 +177,8 @@ class ModelConfig:
     """With the distilled UNet, where the model has one."""
     prefers_distilled: bool = False
     """Whether it draws what does not ask for the UNet itself."""
+    consistency: Literal["off", "story", "none"] = "off"
+    """Default of a story's `consistency`; "none": the denoiser cannot let pictures share their attention."""
     filters: tuple[str, ...] = ()
     """What a server filters by default, "text" and "picture": see minigpt5/story/safety.py."""
     published_quirks: bool = False
@@ -217,6 +221,23 @@ class ModelConfig:
         if draw.scheduler in self.samplers:
             return draw
         return dataclasses.replace(self.draw, width=draw.width, height=draw.height)
+
+    def resumable(self, request: StoryRequest) -> StoryRequest:
+        """The request of a story, perhaps begun with a model that drew in ways which this one lacks."""
+        consistency: Consistency = "off" if self.consistency == "none" else request.consistency
+        return dataclasses.replace(request, draw=self.drawable(request.draw), consistency=consistency)
+
+    def consistency_of(self, asked: Consistency | None) -> Consistency:
+        """What a request asks for, or the model's default. Raises InvalidRequest."""
+        if self.consistency == "none":
+            if asked == "story":
+                raise InvalidRequest(
+                    "consistency",
+                    f"consistency is {asked!r} but the denoiser of {self.name} has no self-attention that pictures "
+                    'could share: set it to "off", or leave it out',
+                )
+            return "off"
+        return asked or self.consistency
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -64,6 +64,7 @@ def _model_reply(front: Front) -> ModelReply:
             guidance_scale=config.default_draw.guidance_scale,
             scheduler=config.default_draw.scheduler,
             style=config.default_draw.style,
+            consistency=config.consistency_of(None),
             temperature=config.sampling.temperature,
             top_p=config.sampling.top_p,
             min_page_tokens=config.sampling.min_page_tokens,

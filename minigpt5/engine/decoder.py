@@ -34,7 +34,17 @@ from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.pictures import resample
-from minigpt5.types import DecoderBackend, DecoderEvent, DrawRequest, Picture, Precision, Progress, Reference, Vokens
+from minigpt5.types import (
+    DecoderBackend,
+    DecoderEvent,
+    DrawRequest,
+    DrawSettings,
+    Picture,
+    Precision,
+    Progress,
+    Reference,
+    Vokens,
+)
 
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20

@@ -1,7 +1,8 @@
 """Conditions -> latents, step by step: pictures at different steps and of different settings share a call.
 
-A picture depends on its own condition, seed, settings and reference only, not on its batch. Guidance follows arXiv 2207.12598,
-rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.
+A picture depends on its own condition, seed, settings and reference only, not on its batch. Guidance follows arXiv
+2207.12598, rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead
+of two.
 
 Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
 """
@@ -103,9 +104,7 @@ def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tenso
     alike: dict[tuple[int, str, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
         reference = [picture.reference] if picture.reference else []
-        denoiser = diffusion.denoiser_for(
-            picture.draw.scheduler, picture.draw.style, shares_attention=bool(reference)
-        )
+        denoiser = diffusion.denoiser_for(picture.draw.scheduler, picture.draw.style, shares_attention=bool(reference))
         key = id(denoiser), picture.draw.style, picture.latents_1CYX.shape
         alike.setdefault(key, (denoiser, []))[1].extend([picture, *reference])
     for (_, style, _), (denoiser, together) in alike.items():

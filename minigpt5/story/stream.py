@@ -22,6 +22,7 @@ from minigpt5.types import (
     PageDone,
     Picture,
     PictureFailed,
+    Reference,
     SlotOpened,
     Story,
     StoryEvent,
@@ -50,19 +51,21 @@ async def stream_story(
 
     Text comes in order; pictures overlap with later text, and a page is done when it has both. Text after the last
     picture is a page by itself. A picture that fails is an event on its page. A generator that fails raises, after
-    the pictures under way are stopped. Where pictures are read back, each page waits for the one before.
+    the pictures under way are stopped. Where pictures are read back, each page waits for the one before. For
+    consistency, each page has the first one that is drawn here as its reference.
     """
     yield StoryStarted(story_id=story_id, seed=request.seed)
     events: asyncio.Queue[StoryEvent | BaseException | None] = asyncio.Queue()
     drawing: set[asyncio.Task[None]] = set()
     pages: dict[int, Page] = {page.index: page for page in request.previous}
 
-    async def draw(vokens: Vokens, text: str) -> None:
+    async def draw(vokens: Vokens, text: str, reference: Reference | None) -> None:
         page, picture, error = vokens.page, None, None
         draw_request = DrawRequest(
             vokens=vokens,
             seed=page_seed(request.seed, page),
             settings=request.draw,
+            reference=reference,
             key=request.key,
             num_previews=NUM_PREVIEWS if request.previews else 0,
         )
@@ -100,6 +103,7 @@ async def stream_story(
 
     async def write() -> None:
         text: dict[int, str] = {}
+        reference: Reference | None = None
         try:
             is_one_by_one = request.feedback == "pictures" and request.mode == "story"
             async for event in generate_one_by_one() if is_one_by_one else generate(request):
@@ -111,7 +115,9 @@ async def stream_story(
                     events.put_nowait(event)
                 elif isinstance(event, Vokens):
                     events.put_nowait(SlotOpened(page=event.page))
-                    drawing.add(asyncio.create_task(draw(event, text.pop(event.page, "").strip())))
+                    drawing.add(asyncio.create_task(draw(event, text.pop(event.page, "").strip(), reference)))
+                    if request.consistency == "story" and reference is None:
+                        reference = Reference(vokens=event, seed=page_seed(request.seed, event.page))
                 else:
                     events.put_nowait(event)
             for page, rest in text.items():  # a reply may end with text: there is no picture to wait for
