@@ -189,6 +189,8 @@ class ModelConfig:
     """The base models outside the folder. A folder made without `minigpt5.new` names none here."""
     styles: tuple[str, ...] = ()
     """Names of the folder's style adapters: read from its `adapters/`, and not written to `config.json`."""
+    has_ip_adapter: bool = False
+    """Whether the folder has an `ip_adapter/`, which `characters` need; not written to `config.json`."""
     fingerprint: str = ""
     """Hash of the weights that make vokens and read them; set when the folder is saved."""
 
@@ -225,7 +227,17 @@ class ModelConfig:
     def resumable(self, request: StoryRequest) -> StoryRequest:
         """The request of a story, perhaps begun with a model that drew in ways which this one lacks."""
         consistency: Consistency = "off" if self.consistency == "none" else request.consistency
-        return dataclasses.replace(request, draw=self.drawable(request.draw), consistency=consistency)
+        characters = request.characters if self.has_ip_adapter else ()
+        draw = self.drawable(request.draw)
+        return dataclasses.replace(request, draw=draw, consistency=consistency, characters=characters)
+
+    def check_characters(self) -> None:
+        """Raises InvalidRequest where the model cannot draw a character as a picture shows it."""
+        if not self.has_ip_adapter:
+            raise InvalidRequest(
+                "characters",
+                f"characters need an IP-Adapter, which the folder of {self.name} does not have: leave them out",
+            )
 
     def consistency_of(self, asked: Consistency | None) -> Consistency:
         """What a request asks for, or the model's default. Raises InvalidRequest."""

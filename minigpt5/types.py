@@ -23,6 +23,8 @@ STYLE_FILE = "pytorch_lora_weights.safetensors"
 MIN_SIDE = 64
 MAX_SIDE = 4096
 """Pixels of a requested width or height."""
+MAX_CHARACTERS = 4
+"""Of a story, that a request shows."""
 NUM_PREVIEWS = 3
 """Previews of each picture of a story, where they are asked for."""
 MAX_DISTILLED_STEPS = 8
@@ -57,6 +59,14 @@ class Role:
 
 
 PromptPart = str | InputImage | Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Character:
+    """Somebody whom pages show as `image` does, where they name them."""
+
+    name: str
+    image: InputImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +138,8 @@ class StoryRequest:
     consistency: Consistency = "off"
     """"story": the first page is drawn once more beside each later one, which attends to it, so that a character stays
     itself. Such a picture costs as much as two."""
+    characters: tuple[Character, ...] = ()
+    """At most MAX_CHARACTERS, for a model with an IP-Adapter."""
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
     session: str = ""
@@ -184,6 +196,7 @@ class Reference:
 
     vokens: Vokens
     seed: int
+    characters: tuple[InputImage, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,6 +208,8 @@ class DrawRequest:
     settings: DrawSettings = field(default_factory=DrawSettings)
     reference: Reference | None = None
     """Drawn beside the picture, with the same settings, and not shown. It is of the same model."""
+    characters: tuple[InputImage, ...] = ()
+    """What the picture's characters look like, for a model with an IP-Adapter."""
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
     num_previews: int = 0

@@ -17,8 +17,8 @@ from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryRe
 from deployments.stories.store_threads import reading, writing
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.state import PageState, StoryState, image_state
-from minigpt5.story.stream import page_seed
-from minigpt5.types import MAX_PAGES, DrawRequest, Reference, Vokens
+from minigpt5.story.stream import page_seed, shown_on
+from minigpt5.types import MAX_PAGES, DrawRequest, InputImage, Reference, Vokens
 
 MAX_VARIANTS = 16
 """Pictures of one page."""
@@ -98,8 +98,10 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             vokens = await _read_again(front, story_id, page, key=client)
             return vokens
 
-        reference = await _reference(front, story_id, page)
-        request = DrawRequest(vokens=vokens, seed=seed, settings=draw, reference=reference, key=client)
+        reference, characters = await _company(front, story_id, page)
+        request = DrawRequest(
+            vokens=vokens, seed=seed, settings=draw, reference=reference, characters=characters, key=client
+        )
         picture = await draw_alone(front, request, read_again)
         image = image_state(picture, draw, fingerprint=vokens.fingerprint)
         number = len(variants)
@@ -114,14 +116,21 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
     return reply(front, page_reply(story_id, new), 201)
 
 
-async def _reference(front: Front, story_id: str, page: int) -> Reference | None:
-    """The first page as it is shown, for a later one of a story that is to be consistent."""
+async def _company(front: Front, story_id: str, page: int) -> tuple[Reference | None, tuple[InputImage, ...]]:
+    """What a page is drawn beside, as its story asks: the first page as it is shown, and its characters' pictures."""
     request = front.config.resumable(await reading(front.store.load_request, story_id))
+    state = await reading(front.store.load, story_id)
+    texts = [one.text for one in state.pages if one.index <= page]
+    characters = shown_on(texts, request.characters)
     if page == 1 or request.consistency != "story":
-        return None
-    first = await reading(front.store.load_page, story_id, 1)
-    vokens = await reading(front.store.load_vokens, story_id, 1)
-    return Reference(vokens=vokens, seed=first.image.seed if first.image else page_seed(request.seed, 1))
+        return None, characters
+    image = state.pages[0].image
+    reference = Reference(
+        vokens=await reading(front.store.load_vokens, story_id, 1),
+        seed=image.seed if image else page_seed(request.seed, 1),
+        characters=shown_on(texts[:1], request.characters),
+    )
+    return reference, characters
 
 
 async def _read_again(front: Front, story_id: str, page: int, *, key: str) -> Vokens:

@@ -39,6 +39,7 @@ from minigpt5.types import (
     DecoderEvent,
     DrawRequest,
     DrawSettings,
+    InputImage,
     Picture,
     Precision,
     Progress,
@@ -49,6 +50,8 @@ from minigpt5.types import (
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
 """Size of the finished pictures that are kept."""
+CHARACTER_BYTES = 64 * 2**20
+"""Size of what an IP-Adapter made of characters' pictures."""
 
 
 PNG_LEVEL = 4
@@ -112,6 +115,9 @@ class DiffusionDecoder:
         self.num_denoising_steps = 0
         """Steps of all pictures so far: a step that three share counts three."""
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
+        self._characters = BoundedCache[tuple[Tensor, Tensor]](
+            CHARACTER_BYTES, size_bytes=lambda states: sum(one.nbytes for one in states)
+        )
         self._fair = FairShare(2 * max_batch, min_places=2)
         self._team = Team(num_threads or torch.get_num_threads())
         self._loop = EngineLoop[_Job](
@@ -182,6 +188,8 @@ class DiffusionDecoder:
         if request.reference:
             self._check_vokens(request.reference.vokens)
             self.diffusion.check_shares_attention()
+        if request.characters:
+            self.config.check_characters()
         check_sampler(settings, self.diffusion.samplers)
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
@@ -291,7 +299,18 @@ class DiffusionDecoder:
             draw=self.config.native(settings),
             guidance_rescale=self.config.guidance_rescale,
             reference=reference,
+            characters=self._states(drawn.characters) if drawn.characters else None,
         )
+
+    def _states(self, characters: tuple[InputImage, ...]) -> tuple[Tensor, Tensor]:
+        """What the denoiser attends to for these pictures, and for as many of none: all pages of a story have the
+        same."""
+        key = tuple(hashlib.sha256(one.data).digest() for one in characters)
+        states = self._characters.get(key)
+        if states is None:
+            states = self.diffusion.ip_adapter.states([one.data for one in characters])
+            self._characters.put(key, states)
+        return states
 
     def _fit(self, picture: Picture, request: DrawRequest) -> Picture:
         """Resample a picture of the model's own size to what the request asks for, where the model cannot draw it."""
@@ -335,11 +354,12 @@ class DiffusionDecoder:
 def content_key(request: DrawRequest) -> Hashable:
     """Requests of one key are the same picture."""
     reference = request.reference and _drawn_key(request.reference)
-    return *_drawn_key(request), reference, request.settings
+    return _drawn_key(request), reference, request.settings
 
 
-def _drawn_key(drawn: DrawRequest | Reference) -> tuple[bytes, int]:
-    return hashlib.sha256(drawn.vokens.hidden_VH.tobytes()).digest(), drawn.seed
+def _drawn_key(drawn: DrawRequest | Reference) -> Hashable:
+    contents = (drawn.vokens.hidden_VH.tobytes(), *(one.data for one in drawn.characters))
+    return tuple(hashlib.sha256(one).digest() for one in contents), drawn.seed
 
 
 def is_shown(step: int, steps: int, num_previews: int) -> bool:

@@ -33,10 +33,12 @@ class Denoising:
         guidance_rescale: float,
         noise_1CYX: Tensor | None = None,
         reference: Denoising | None = None,
+        characters: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """`noise_1CYX`: what the picture begins as, instead of what `seed` gives. `reference`: another picture with the
-        same settings, at its beginning too, which this one attends to in each step; see shared_attention.py."""
-        self.reference = reference
+        same settings, at its beginning too, which this one attends to in each step; see shared_attention.py.
+        `characters`: what IpAdapter.states returns of pictures that it attends to."""
+        self.reference, self.characters = reference, characters
         self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
         self.is_guided = diffusion.is_guided(draw)
         self.sampler = diffusion.new_sampler(draw)
@@ -68,6 +70,10 @@ class Denoising:
         if not hasattr(self.sampler, "scale_model_input"):
             return self.latents_1CYX
         return self.sampler.scale_model_input(self.latents_1CYX, self.timestep)
+
+    @property
+    def changes_attention(self) -> bool:
+        return self.reference is not None or self.characters is not None
 
     def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:
         """Go a step on, as the denoiser predicts."""
@@ -104,7 +110,9 @@ def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tenso
     alike: dict[tuple[int, str, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
         reference = [picture.reference] if picture.reference else []
-        denoiser = diffusion.denoiser_for(picture.draw.scheduler, picture.draw.style, shares_attention=bool(reference))
+        denoiser = diffusion.denoiser_for(
+            picture.draw.scheduler, picture.draw.style, is_changed=picture.changes_attention
+        )
         key = id(denoiser), picture.draw.style, picture.latents_1CYX.shape
         alike.setdefault(key, (denoiser, []))[1].extend([picture, *reference])
     for (_, style, _), (denoiser, together) in alike.items():
@@ -119,7 +127,13 @@ def _advance_together(diffusion: Diffusion, denoiser: Any, pictures: Sequence[De
     calls = [*guided, *pictures]
     conditions = [*[null_1QD[0]] * len(guided), *(picture.condition_QD for picture in pictures)]
     device, dtype = null_1QD.device, diffusion.dtype
-    with shared_attention(denoiser, {**_references(guided), **_references(pictures, first=len(guided))}):
+    references = {**_references(guided), **_references(pictures, first=len(guided))}
+    states = {
+        row: picture.characters[0 if row >= len(guided) else 1]
+        for row, picture in enumerate(calls)
+        if picture.characters
+    }
+    with shared_attention(denoiser, references), diffusion.attending(denoiser, states):
         predicted_BCYX = diffusion.predict(
             denoiser,
             torch.cat([picture.latents_in() for picture in calls]).to(dtype),

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.decoders.diffusion import DecoderSizes, Diffusion, read_config
+from minigpt5.model.decoders.ip_adapter import IpAdapter
 from minigpt5.model.decoders.noise import VariancePreserving
 from minigpt5.types import DrawSettings
 
@@ -50,6 +51,9 @@ class StableDiffusion(Diffusion):
         cls, folder: str | Path, *, num_positions: int, published_quirks: bool = False
     ) -> ClipTextEncoder:
         return ClipTextEncoder(folder, num_positions=num_positions, published_quirks=published_quirks)
+
+    def load_ip_adapter(self, folder: Path) -> None:
+        self.ip_adapter = IpAdapter.from_folder(folder, self.denoiser)
 
     def predict(
         self,
