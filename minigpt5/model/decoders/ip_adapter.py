@@ -9,7 +9,7 @@ Shape letters: B rows of a call, N positions of one layer, K pictures, T embeddi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ class IpAdapter(nn.Module):
         return adapter
 
     def set_scale(self, scale: float) -> None:
-        for processor in self.processors:
+        """How much pictures count beside the condition, from now on."""
+        processors: Iterable[Any] = self.processors
+        for processor in processors:
             processor.scale = [scale]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from examples.own_model.tiny_bases import make_qwen3
+from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.denoising import Denoising, advance
-from minigpt5.errors import ModelFolderError
+from minigpt5.errors import BaseModelNotFound, InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.ip_adapter import SCALE, IpAdapter
 from minigpt5.model.decoders.load import load_diffusion
+from minigpt5.model.folder_config import check_folder
+from minigpt5.new import make_folder
 from minigpt5.parity.pictures import TOLERANCE, Pair
-from minigpt5.types import DrawSettings
+from minigpt5.types import DrawRequest, DrawSettings, InputImage, Vokens
 from tests.helpers.ip_adapter import make_ip_adapter
 from tests.helpers.pipelines import flux, stable_diffusion, stable_diffusion_xl
 
@@ -107,6 +112,33 @@ def test_an_adapter_of_another_unet_is_refused(tmp_path: Path) -> None:
     (folder / "ip_adapter.safetensors").unlink()
     with pytest.raises(ModelFolderError, match="cannot be read"):
         IpAdapter.from_folder(folder, xl.denoiser)
+
+
+def test_a_new_folder_takes_an_adapter_along_and_says_that_it_has_one(tmp_path: Path) -> None:
+    make_qwen3(tmp_path / "qwen3")
+    stable_diffusion.make(tmp_path / "sd")
+    made = make_ip_adapter(tmp_path / "made", load_diffusion(tmp_path / "sd").denoiser)
+    bases = {"language": str(tmp_path / "qwen3"), "diffusion": str(tmp_path / "sd"), "context_tokens": 512}
+    plain = make_folder(tmp_path / "plain", **bases).config  # type: ignore[arg-type]
+    make_folder(tmp_path / "own", **bases, ip_adapter=str(made / "ip_adapter.safetensors"))  # type: ignore[arg-type]
+    config = check_folder(tmp_path / "own")
+    assert (plain.has_ip_adapter, config.has_ip_adapter) == (False, True)
+    assert config.fingerprint == check_folder(tmp_path / "plain").fingerprint, "vokens are the same with and without"
+    decoder = DiffusionDecoder.from_pretrained(tmp_path / "own", backend="eager")
+    states = np.random.default_rng(1).standard_normal((config.num_vokens, config.hidden), np.float32)
+    draw = dataclasses.replace(config.draw, steps=2)
+    plainly = DrawRequest(
+        vokens=Vokens(page=1, hidden_VH=states, fingerprint=config.fingerprint), seed=1, settings=draw
+    )
+    shown = dataclasses.replace(plainly, characters=(InputImage(data=some_png(1)),))
+    decoder.validate_request(shown)
+    drawn = decoder.draw([plainly, shown, dataclasses.replace(shown, characters=(InputImage(data=some_png(2)),))])
+    assert len({picture.png for picture in drawn}) == 3
+    assert drawn[1].png == decoder.draw([shown])[0].png
+    with pytest.raises(InvalidRequest, match="plain does not have"):
+        DiffusionDecoder.from_pretrained(tmp_path / "plain", backend="eager").validate_request(shown)
+    with pytest.raises(BaseModelNotFound, match="image_encoder/model.safetensors beside it"):
+        make_folder(tmp_path / "none", **bases, ip_adapter=str(tmp_path / "qwen3" / "model.safetensors"))  # type: ignore[arg-type]
 
 
 def test_a_family_without_one_says_so(tmp_path: Path) -> None:
