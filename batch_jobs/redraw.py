@@ -80,7 +80,7 @@ class Fetch:
             seed = page["seed"] if self.seed is None else page_seed(self.seed, page["index"])
             texts = {"text": page["text"], "vokens": page["vokens"]}
             yield {"id": story["id"], "page": page["index"], "seed": seed, **texts, **drawn, **reference}
-            if self.consistency == "story" and not reference:
+            if self.consistency == "story" and not reference and page["vokens"]:
                 reference = {"reference": page["vokens"], "reference_seed": seed}
         error = None if error_kind(story).is_of_a_picture else story["error"]
         closing = {"page": CLOSING_PAGE, "num_pages": len(story["pages"]), "seconds": 0.0}

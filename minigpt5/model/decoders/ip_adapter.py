@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.weights import load_tensors
@@ -39,7 +39,7 @@ class IpAdapter(nn.Module):
         self.processors = nn.ModuleList(processors.values())
         self._names = list(processors)
         side = encoder.config.image_size
-        self._prepare = CLIPImageProcessor(size=side, crop_size=side)
+        self._prepare: Any = CLIPImageProcessorPil(size=side, crop_size=side)  # the other one needs torchvision
         self.set_scale(SCALE)
 
     @classmethod
