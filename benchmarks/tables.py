@@ -45,6 +45,8 @@ from benchmarks.job_tables import (
 from benchmarks.markdown import Results, interval, table
 from benchmarks.quality_tables import (
     alignment_gap,
+    consistency,
+    consistency_seconds,
     crispness,
     likeness,
     probe,
@@ -99,6 +101,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "alignment-gap": alignment_gap,
     "likeness": likeness,
     "stories": stories,
+    "consistency": consistency,
+    "consistency-seconds": consistency_seconds,
     "probe": probe,
     "steps": steps,
     "kernels": kernels,

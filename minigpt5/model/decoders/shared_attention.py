@@ -30,6 +30,8 @@ class _SharedProcessor:
         self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **options: Any
     ) -> Tensor:
         """(B, N, C) -> (B, N, C). Rows without a reference are computed as they are without this processor."""
+        if encoder_hidden_states is not None:  # this UNet's layer attends to the condition instead
+            return self._plain(attention, hidden_states, encoder_hidden_states=encoder_hidden_states, **options)
         pages = list(self._reference_of)
         others = [row for row in range(len(hidden_states)) if row not in self._reference_of]
         own_BNC = hidden_states[pages]

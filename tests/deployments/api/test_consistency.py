@@ -112,8 +112,8 @@ def test_characters_are_drawn_where_they_are_named_and_in_a_redraw(tmp_path: Pat
 @pytest.mark.parametrize(
     ("characters", "param"),
     [
-        ([{"name": "", "image": FOX["image"]}], "characters.0.name"),
-        ([{"name": "fox"}], "characters.0.image"),
+        ([{"name": "", "image": FOX["image"]}], "characters[0].name"),
+        ([{"name": "fox"}], "characters[0].image"),
         ([{"name": "fox", "image": "https://example.org/fox.png"}], "characters[0].image"),
         ([FOX, {"name": "fox", "image": "data:image/png;base64,AAAA"}], "characters[1].image"),
         ([FOX] * 5, "characters"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,23 @@ def test_a_reference_changes_a_picture_and_is_part_of_what_it_is(decoder: Diffus
     drawn = decoder.draw(found)
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert np.abs(pixels(drawn[one]) - pixels(drawn[other])).max() > 1
+
+
+def test_what_stands_in_for_the_denoiser_draws_pages_without_a_reference_alone() -> None:
+    decoder = new_decoder()
+    unet, sizes = decoder.diffusion.denoiser, [0]
+
+    def stand_in(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(latents))
+        return unet(latents, *args, **kwargs)
+
+    requests = [request(2, reference=FIRST), request(3), request(4)]
+    expected = new_decoder().draw(requests)
+    decoder.diffusion.stand_ins["denoiser"] = stand_in
+    drawn = decoder.draw(requests)
+    assert sum(sizes) == 2 * 2 * FAST.steps
+    for one, other in zip(expected, drawn, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
 
 
 def test_a_reference_has_places_of_its_own() -> None:
