@@ -72,8 +72,12 @@ class Denoising:
         return self.sampler.scale_model_input(self.latents_1CYX, self.timestep)
 
     @property
-    def changes_attention(self) -> bool:
-        return self.reference is not None or self.characters is not None
+    def shown_reference(self) -> Denoising | None:
+        """What the picture attends to in this step: nothing in the first tenth of the steps, or the first one, which
+        decides its layout, as in the paper's code. A picture of one step attends in that."""
+        num_in_all = len(self.sampler.timesteps)
+        is_laid_out = self.num_calls >= min(max(1, num_in_all // 10), num_in_all - 1)
+        return self.reference if is_laid_out else None
 
     def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:
         """Go a step on, as the denoiser predicts."""
@@ -109,12 +113,11 @@ def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tenso
     size."""
     alike: dict[tuple[int, str, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
-        reference = [picture.reference] if picture.reference else []
-        denoiser = diffusion.denoiser_for(
-            picture.draw.scheduler, picture.draw.style, is_changed=picture.changes_attention
-        )
+        rows = [picture, *([picture.reference] if picture.reference else [])]
+        is_changed = any(one.shown_reference or one.characters for one in rows)
+        denoiser = diffusion.denoiser_for(picture.draw.scheduler, picture.draw.style, is_changed=is_changed)
         key = id(denoiser), picture.draw.style, picture.latents_1CYX.shape
-        alike.setdefault(key, (denoiser, []))[1].extend([picture, *reference])
+        alike.setdefault(key, (denoiser, []))[1].extend(rows)
     for (_, style, _), (denoiser, together) in alike.items():
         if together[0].draw.scheduler != DISTILLED:
             diffusion.use_style(style)
@@ -150,7 +153,7 @@ def _advance_together(diffusion: Diffusion, denoiser: Any, pictures: Sequence[De
 def _references(pictures: Sequence[Denoising], *, first: int = 0) -> dict[int, int]:
     """Row of a picture in a call -> row of its reference, of pictures that stand there from row `first` on."""
     rows = {id(picture): row for row, picture in enumerate(pictures, start=first)}
-    return {rows[id(picture)]: rows[id(picture.reference)] for picture in pictures if picture.reference}
+    return {rows[id(one)]: rows[id(one.shown_reference)] for one in pictures if one.shown_reference}
 
 
 @torch.no_grad()

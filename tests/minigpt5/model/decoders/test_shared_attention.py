@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minigpt5.engine.decoder import DiffusionDecoder, content_key
+from minigpt5.engine.denoising import Denoising
 from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.model.decoders.shared_attention import shared_attention
 from minigpt5.types import DrawRequest, DrawSettings, Reference
@@ -91,9 +92,25 @@ def test_what_stands_in_for_the_denoiser_draws_pages_without_a_reference_alone()
     expected = new_decoder().draw(requests)
     decoder.diffusion.stand_ins["denoiser"] = stand_in
     drawn = decoder.draw(requests)
-    assert sum(sizes) == 2 * 2 * FAST.steps
+    assert sum(sizes) == 2 * 2 * FAST.steps + 2 * 2, "and the first step of all, which decides a picture's layout"
     for one, other in zip(expected, drawn, strict=True):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+@pytest.mark.parametrize(("steps", "first"), [(1, 0), (2, 1), (4, 1), (20, 2), (50, 5)])
+def test_the_steps_that_decide_a_pictures_layout_have_no_reference(
+    decoder: DiffusionDecoder, steps: int, first: int
+) -> None:
+    draw = DrawSettings(steps=steps, guidance_scale=1.0)
+    condition = decoder.condition(vokens(2))
+    reference, page = (
+        Denoising(decoder.diffusion, condition, seed=seed, draw=draw, guidance_rescale=0.0) for seed in (1, 2)
+    )
+    page.reference = reference
+    shown = []
+    for page.num_calls in range(steps):
+        shown.append(page.shown_reference is reference)
+    assert shown == [False] * first + [True] * (steps - first)
 
 
 def test_a_reference_has_places_of_its_own() -> None:
