@@ -73,10 +73,9 @@ class Denoising:
 
     @property
     def shown_reference(self) -> Denoising | None:
-        """What the picture attends to in this step: nothing in the first tenth of the steps, or the first one, which
-        decides its layout, as in the paper's code. A picture of one step attends in that."""
-        num_in_all = len(self.sampler.timesteps)
-        is_laid_out = self.num_calls >= min(max(1, num_in_all // 10), num_in_all - 1)
+        """What the picture attends to in this step: nothing in the first one, which decides its layout, as in the
+        authors' code. A picture of one step attends in that."""
+        is_laid_out = self.num_calls > 0 or len(self.sampler.timesteps) == 1
         return self.reference if is_laid_out else None
 
     def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """Self-attention that a picture shares with another one, so that both show the same character.
 
-StoryDiffusion's consistent self-attention (arXiv 2405.01434, section 3.1), which needs no training: in each
-self-attention of a UNet, a picture's keys and values are its own and some of its reference's. Here the reference is one
-earlier page, and attends to itself alone, so that it is what it is without others.
+StoryDiffusion's consistent self-attention (arXiv 2405.01434, section 3.1), which needs no training: in the
+self-attention of a UNet's up blocks, as in the authors' code, a picture's keys and values are its own and some of its
+reference's. Here the reference is one earlier page, and attends to itself alone, so that it is what it is without others.
 
 Shape letters: B rows of a call, N positions of one layer, C channels.
 """
@@ -57,7 +57,9 @@ def shared_attention(denoiser: Any, reference_of: Mapping[int, int], *, share: f
     if not reference_of:
         yield
         return
-    layers = [layer for name, layer in denoiser.named_modules() if name.endswith("attn1")]
+    layers = [
+        layer for name, layer in denoiser.named_modules() if name.startswith("up_blocks.") and name.endswith(".attn1")
+    ]
     plain = [layer.processor for layer in layers]
     for layer, processor in zip(layers, plain, strict=True):
         layer.processor = _SharedProcessor(processor, reference_of, share)

@@ -97,8 +97,8 @@ def test_what_stands_in_for_the_denoiser_draws_pages_without_a_reference_alone()
         assert np.abs(pixels(one) - pixels(other)).max() <= 1
 
 
-@pytest.mark.parametrize(("steps", "first"), [(1, 0), (2, 1), (4, 1), (20, 2), (50, 5)])
-def test_the_steps_that_decide_a_pictures_layout_have_no_reference(
+@pytest.mark.parametrize(("steps", "first"), [(1, 0), (2, 1), (20, 1)])
+def test_the_step_that_decides_a_pictures_layout_has_no_reference(
     decoder: DiffusionDecoder, steps: int, first: int
 ) -> None:
     draw = DrawSettings(steps=steps, guidance_scale=1.0)
