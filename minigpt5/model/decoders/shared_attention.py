@@ -2,7 +2,7 @@
 
 StoryDiffusion's consistent self-attention (arXiv 2405.01434, section 3.1), which needs no training: in the
 self-attention of a UNet's up blocks, as in the authors' code, a picture's keys and values are its own and some of its
-reference's. Here the reference is one earlier page, and attends to itself alone, so that it is what it is without others.
+reference's. Here the reference is one earlier page, and attends to itself alone: it is what it is without others.
 
 Shape letters: B rows of a call, N positions of one layer, C channels.
 """
