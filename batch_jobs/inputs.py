@@ -2,8 +2,8 @@
 
 JSON lines, CSV and parquet, the first two also gzipped, or a folder of them. A story has a `prompt`, or the
 `pages_text` of a finished one (a list; in CSV a JSON list), or both, and if wanted `id`, `pages`, `seed`, `images`
-(that the prompt shows), `steps`, `guidance_scale`, `width`, `height`, `style`. A picture to describe has an
-`image` and, if wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes in parquet.
+(that the prompt shows), `steps`, `guidance_scale`, `width`, `height`, `style`, `consistency`. A picture to describe has
+an `image` and, if wanted, `id` and `question`. A picture is a path, a URI, a data URL, or bytes in parquet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast, get_args
 
 from pyarrow import ArrowException, fs, parquet
 
@@ -27,7 +27,7 @@ from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
 from minigpt5.storage import is_final, open_place
-from minigpt5.types import MAX_PAGES
+from minigpt5.types import MAX_PAGES, Consistency
 
 COLUMNS = (
     "id",
@@ -41,6 +41,7 @@ COLUMNS = (
     "width",
     "height",
     "style",
+    "consistency",
 )
 DESCRIBE_COLUMNS = ("id", "image", "question")
 MAX_IMAGES = 8
@@ -71,6 +72,7 @@ class StoryJob:
     width: int = 0
     height: int = 0
     style: str = ""
+    consistency: Consistency = "off"
     texts: tuple[str, ...] = ()
     """Texts of a finished story's pages, which stay as they are."""
     images: tuple[str | bytes, ...] = ()
@@ -217,6 +219,7 @@ def check_row(raw: RawRow, *, row: int, config: ModelConfig) -> StoryJob | BadRo
             texts=texts,
             images=_images(values["images"]),
             seed=_whole("seed", values["seed"], prompt_seed(prompt), low=0, high=MAX_SEED),
+            consistency=_consistency(values["consistency"], config),
             **dataclasses.asdict(config.draw_settings(_draw_settings(values, config))),
         )
     except InvalidRequest as error:
@@ -239,6 +242,12 @@ def _draw_settings(values: Mapping[str, Any], config: ModelConfig) -> dict[str, 
             raise InvalidRequest("style", f"style is {values['style']!r:.80} but must be a text")
         sent["style"] = values["style"]
     return sent
+
+
+def _consistency(value: object, config: ModelConfig) -> Consistency:
+    if value not in (None, *get_args(Consistency)):
+        raise InvalidRequest("consistency", f'consistency is {value!r:.80} but must be "off" or "story"')
+    return config.consistency_of(cast("Consistency | None", value))
 
 
 def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRow:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import pyarrow as pa
 import ray.data
@@ -39,7 +40,7 @@ from minigpt5.model.decoders.noise import SAMPLERS
 from minigpt5.storage import open_place
 from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import unpack
-from minigpt5.types import DrawSettings
+from minigpt5.types import Consistency, DrawSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class Fetch:
     settings: DrawSettings
     seed: int | None
     """Seed of all stories; None: each picture keeps its own."""
+    consistency: Consistency = "off"
 
     def tables(self, files: pa.Table) -> Iterator[pa.Table]:
         """Each page by itself, so that all decoders share a story's."""
@@ -74,10 +76,13 @@ class Fetch:
 
     def pages(self, story: Row) -> Iterator[Row]:
         drawn = dataclasses.asdict(self.settings)
+        reference: Row = {}
         for page in story["pages"]:
             seed = page["seed"] if self.seed is None else page_seed(self.seed, page["index"])
             texts = {"text": page["text"], "vokens": page["vokens"]}
-            yield {"id": story["id"], "page": page["index"], "seed": seed, **texts, **drawn}
+            yield {"id": story["id"], "page": page["index"], "seed": seed, **texts, **drawn, **reference}
+            if self.consistency == "story" and not reference and page["vokens"]:
+                reference = {"reference": page["vokens"], "reference_seed": seed}
         error = None if error_kind(story).is_of_a_picture else story["error"]
         closing = {"page": CLOSING_PAGE, "num_pages": len(story["pages"]), "seconds": 0.0}
         yield {"id": story["id"], **closing, "error": error, "kind": ErrorKind.EARLIER_JOB if error else None}
@@ -98,6 +103,7 @@ def redraw(
     uri: str,
     settings: DrawSettings,
     seed: int | None,
+    consistency: Consistency,
     pool: Pool,
     limits: Limits,
     output: Output,
@@ -111,7 +117,7 @@ def redraw(
     files.context.target_max_block_size = 1
     files.context.enable_progress_bars = False
     files.set_name("redraw")
-    fetch = Fetch(uri=uri, ids=frozenset(gathered), settings=settings, seed=seed)
+    fetch = Fetch(uri=uri, ids=frozenset(gathered), settings=settings, seed=seed, consistency=consistency)
     pages = files.map_batches(fetch.tables, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
     drawn = map_with_pool(
         pages,
@@ -182,6 +188,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--style", help="one of the model's style adapters (default: the model's)")
+    parser.add_argument(
+        "--consistency",
+        choices=get_args(Consistency),
+        help="story: pages are drawn with the first one beside them (default: the model's)",
+    )
     return parser
 
 
@@ -209,6 +220,8 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         plan |= {"width": chosen.width, "height": chosen.height}
     if chosen.style:  # nor a style
         plan |= {"style": chosen.style}
+    if (consistency := config.consistency_of(options.consistency)) != "off":  # nor consistency
+        plan |= {"consistency": consistency}
     if config.is_resampled(chosen):
         print(f"pictures are drawn in the model's own size, {config.image_px}x{config.image_px}, and resampled")
     keeps = options.pictures == "files"
@@ -220,6 +233,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         uri=options.input,
         settings=chosen,
         seed=options.seed,
+        consistency=consistency,
         pool=decoder_pool(options, model),
         limits=limits(options),
         output=output,

@@ -38,6 +38,7 @@ from minigpt5.types import (
     Page,
     Picture,
     Progress,
+    Reference,
     Sampling,
     StoryRequest,
     TextDelta,
@@ -78,6 +79,8 @@ PAGE_SCHEMA = pa.schema(
         "width": pa.int32(),  # as in DrawSettings
         "height": pa.int32(),
         "style": pa.string(),
+        "reference": pa.binary(),  # vokens of the page that this one attends to, and the seed of its picture
+        "reference_seed": pa.int64(),
         "num_pages": pa.int32(),  # of the story that is closed: pages that were written
         "error": pa.string(),
         "kind": pa.string(),  # of the error
@@ -147,9 +150,9 @@ class Write:
             stored = self.store.load_texts(job.id)
         except StorageError as failure:
             outcome.note(failure)
-        num_stored = len(stored)
+        num_stored, first = len(stored), stored[0] if stored else None
         for page, known in enumerate(stored, start=1):
-            yield {**common, **_page_row(job, page, known)}
+            yield {**common, **_page_row(job, page, known, first)}
         if outcome.error is None and num_stored < job.pages:
             if num_stored:
                 self.failpoint("recovering")
@@ -157,9 +160,9 @@ class Write:
                 check_deaths(num_deaths)
                 for known in self._new_pages(job, stored):
                     self.store.save_text(job.id, num_stored + 1, known)
-                    num_stored += 1
+                    num_stored, first = num_stored + 1, first or known
                     self.failpoint("text-written")
-                    yield {**common, **_page_row(job, num_stored, known)}
+                    yield {**common, **_page_row(job, num_stored, known, first)}
         yield {
             **common,
             "page": CLOSING_PAGE,
@@ -206,8 +209,11 @@ class Write:
                     num_pages, text = num_pages + 1, ""
 
 
-def _page_row(job: StoryJob, page: int, stored: StoredPage) -> Row:
-    return {"page": page, "text": stored.text, "vokens": stored.vokens, "seed": page_seed(job.seed, page)}
+def _page_row(job: StoryJob, page: int, stored: StoredPage, first: StoredPage | None) -> Row:
+    row = {"page": page, "text": stored.text, "vokens": stored.vokens, "seed": page_seed(job.seed, page)}
+    if job.consistency == "off" or page == 1 or first is None:
+        return row
+    return {**row, "reference": first.vokens, "reference_seed": page_seed(job.seed, 1)}
 
 
 class Draw:
@@ -251,9 +257,11 @@ class Draw:
 
     def _draw(self, page: Row) -> bytes:
         settings = DrawSettings(**{name: page[name] for name in DRAW_COLUMNS})
-        vokens = unpack(page["vokens"], page=page["page"])
-        png = b""
-        for event in drain(self.seat.engine.decode(DrawRequest(vokens=vokens, seed=page["seed"], settings=settings))):
+        vokens, reference, png = unpack(page["vokens"], page=page["page"]), None, b""
+        if page["reference"] is not None:
+            reference = Reference(vokens=unpack(page["reference"], page=1), seed=page["reference_seed"])
+        request = DrawRequest(vokens=vokens, seed=page["seed"], settings=settings, reference=reference)
+        for event in drain(self.seat.engine.decode(request)):
             if isinstance(event, Progress):
                 self.failpoint("mid-picture")
             elif isinstance(event, Picture):

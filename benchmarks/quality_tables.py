@@ -144,6 +144,35 @@ def long_stories(found: Results) -> str:
     return table(("pages", *heads.values()), rows or [("not measured", *[""] * len(heads))])
 
 
+def consistency(found: Results) -> str:
+    """Pages of one story with and without a reference."""
+    figures = found["consistency"]
+    ways = {"off": figures["off"], "story": figures["story"]}
+    rows = [
+        *(
+            (f"later pages that show their {fact}", *(interval(way["pages"][fact]) for way in ways.values()))
+            for fact in figures["off"]["pages"]
+        ),
+        *(
+            (f"{name}, distance {distance}", *(interval(way["distances"][distance][key]) for way in ways.values()))
+            for key, name in (("same_who", "one character on both"), ("likeness", "likeness by EfficientNet"))
+            for distance in figures["off"]["distances"]
+        ),
+    ]
+    return table(("", *ways), rows)
+
+
+def consistency_seconds(found: Results) -> str:
+    """What a page with a reference costs."""
+    seconds = found["consistency"]["seconds"]
+    ratios = {name.removeprefix("story over "): value for name, value in seconds["ratios"].items()}
+    rows = (
+        (name, f"{value:.2f}", f"{ratios[name]:.1f}" if name in ratios else "")
+        for name, value in seconds["cpu_seconds"].items()
+    )
+    return table(("picture", "CPU seconds", "with a reference it takes so many times as long"), rows)
+
+
 def probe(found: Results) -> str:
     """Linear classifiers on the voken states."""
     rows = (

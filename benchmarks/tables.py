@@ -45,6 +45,8 @@ from benchmarks.job_tables import (
 from benchmarks.markdown import Results, interval, table
 from benchmarks.quality_tables import (
     alignment_gap,
+    consistency,
+    consistency_seconds,
     crispness,
     likeness,
     long_stories,
@@ -101,6 +103,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "likeness": likeness,
     "stories": stories,
     "long-stories": long_stories,
+    "consistency": consistency,
+    "consistency-seconds": consistency_seconds,
     "probe": probe,
     "steps": steps,
     "kernels": kernels,

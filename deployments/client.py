@@ -301,6 +301,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     create.add_argument("--height", type=int)
     create.add_argument("--style", help="one of the model's style adapters")
     create.add_argument("--feedback", choices=("text", "pictures"), default="text")
+    create.add_argument("--consistency", choices=("off", "story"), help="story: pages attend to the first one")
     create.add_argument("--out", type=Path, help="book to write at the end: .html, .epub or .pdf")
     commands.add_parser("list", help="stories, newest first")
     of_one = {
@@ -332,7 +333,9 @@ def run(client: Client, options: argparse.Namespace) -> None:
     if options.command == "create":
         if options.out and options.out.suffix not in BOOKS:
             raise ClientError(f"{options.out} must end in one of {', '.join(BOOKS)}")
-        settings = chosen("pages", "seed", "steps", "guidance_scale", "width", "height", "style", "feedback")
+        settings = chosen(
+            *("pages", "seed", "steps", "guidance_scale", "width", "height", "style", "feedback", "consistency")
+        )
         story = client.submit(options.prompt, **settings)
         story = show_progress(client.follow(story["id"]), options.pages)
         print(client.export(story["id"], options.out) if options.out else story["id"])

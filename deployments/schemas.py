@@ -18,9 +18,12 @@ from minigpt5.pictures import ACCEPTED, open_picture
 from minigpt5.story.state import ImageState, PageState, StoryState
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import (
+    MAX_CHARACTERS,
     MAX_PAGES,
     MAX_SIDE,
     WHOLE_PAGES,
+    Character,
+    Consistency,
     DrawRequest,
     DrawSettings,
     InputImage,
@@ -31,6 +34,7 @@ from minigpt5.types import (
 
 MAX_PROMPT_CHARACTERS = 16_000
 MAX_PROMPT_PARTS = 32
+MAX_NAME_CHARACTERS = 80
 MAX_VOKENS_CHARACTERS = 2**20
 """Eight vokens of a width of 4096 take 171 KiB."""
 MAX_SEED = 2**53 - 1  # exact in every JSON reader
@@ -90,6 +94,13 @@ Style = Annotated[str, Field(max_length=64)]
 """One of the model's style adapters (ModelConfig.check_style); "": none."""
 
 
+class CharacterPart(Body):
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
+    """As the story's texts say it."""
+    image: str
+    """A data URL of a PNG, JPEG, WebP, TIFF or BMP picture."""
+
+
 class CreateStory(Body):
     """POST /v1/stories. What is left out takes the model folder's defaults."""
 
@@ -124,6 +135,8 @@ class CreateStory(Body):
         ),
     ] = "text"
     previews: bool = False
+    consistency: Consistency | None = None
+    characters: Annotated[list[CharacterPart], Field(max_length=MAX_CHARACTERS)] = []
 
     @field_validator("prompt")
     @classmethod
@@ -201,6 +214,8 @@ def to_story_request(body: CreateStory, config: ModelConfig, *, client: str = ""
         draw=config.draw_settings(_sent(body, DrawSettings)),
         feedback=body.feedback,
         previews=body.previews,
+        consistency=config.consistency_of(body.consistency),
+        characters=_read_characters(body.characters, config),
         key=client,
     )
 
@@ -237,6 +252,15 @@ def _read_prompt(prompt: Prompt) -> tuple[PromptPart, ...]:
     return tuple(
         part.text if isinstance(part, TextPart) else decode_data_url(part.image, field=f"prompt[{index}].image")
         for index, part in enumerate(prompt)
+    )
+
+
+def _read_characters(parts: Sequence[CharacterPart], config: ModelConfig) -> tuple[Character, ...]:
+    if parts:
+        config.check_characters()
+    return tuple(
+        Character(name=part.name, image=decode_data_url(part.image, field=f"characters[{index}].image"))
+        for index, part in enumerate(parts)
     )
 
 
@@ -409,6 +433,8 @@ class Defaults(BaseModel):
     guidance_scale: float
     scheduler: str
     style: str
+    consistency: Consistency
+    """"off" where the model's denoiser has no self-attention that pictures could share."""
     temperature: float
     top_p: float
     min_page_tokens: int
@@ -445,6 +471,8 @@ class ModelReply(BaseModel):
     """What pictures can be drawn with."""
     styles: list[str]
     """Style adapters that a picture may be drawn in."""
+    max_characters: int
+    """Characters that a story may be given pictures of; 0: the model's folder has no IP-Adapter."""
     defaults: Defaults
 
 

@@ -10,13 +10,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 from minigpt5.commands import check_default_model
 from minigpt5.config import default_model_folder
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate
-from minigpt5.types import MAX_PAGES, MAX_SIDE, MIN_SIDE, PageDone, StoryEvent, TextDelta
+from minigpt5.types import MAX_PAGES, MAX_SIDE, MIN_SIDE, Consistency, PageDone, StoryEvent, TextDelta
 
 PROGRAM = "python -m minigpt5"
 
@@ -61,6 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--width", type=int, default=0, help=f"of a picture, {low} to {high} pixels (default: the model's)"
     )
     parser.add_argument("--height", type=int, default=0, help="as --width")
+    parser.add_argument(
+        "--consistency",
+        choices=get_args(Consistency),
+        help="story: pages are drawn with the first one beside them (default: the model's)",
+    )
     parser.add_argument("--out", default="story.html", help="the storybook (default %(default)s)")
     parser.add_argument(
         "--model", default=str(default_model_folder()), help="model folder, URI or hub id (default %(default)s)"
@@ -79,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
                 model=options.model,
                 width=options.width,
                 height=options.height,
+                consistency=options.consistency,
             )
         )
     except MiniGPT5Error as error:
@@ -100,7 +107,17 @@ def describe(model: str) -> str:
     )
 
 
-def write(prompt: str, *, pages: int, seed: int, out: str, model: str, width: int = 0, height: int = 0) -> str:
+def write(
+    prompt: str,
+    *,
+    pages: int,
+    seed: int,
+    out: str,
+    model: str,
+    width: int = 0,
+    height: int = 0,
+    consistency: Consistency | None = None,
+) -> str:
     """Write the storybook and return its path. What can be refused at once is, before the model is loaded."""
     if not prompt.strip():
         raise InvalidRequest("prompt", "prompt is empty: say what the story is about")
@@ -115,6 +132,7 @@ def write(prompt: str, *, pages: int, seed: int, out: str, model: str, width: in
     if config.summary:
         print(config.summary, file=sys.stderr)
     draw = config.draw_settings({"width": width, "height": height})
+    consistency = config.consistency_of(consistency)
     if config.is_resampled(draw):
         own = f"{config.image_px}x{config.image_px}"
         print(f"pictures are drawn in the model's own size, {own}, and resampled", file=sys.stderr)
@@ -122,7 +140,7 @@ def write(prompt: str, *, pages: int, seed: int, out: str, model: str, width: in
 
     teller = Teller()
     story = MiniGPT5.from_pretrained(model).write(
-        prompt, pages=pages, seed=seed, draw=draw, on_event=teller.tell, progress=False
+        prompt, pages=pages, seed=seed, draw=draw, consistency=consistency, on_event=teller.tell, progress=False
     )
     teller.end()
     return story.save(out)

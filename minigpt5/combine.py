@@ -113,6 +113,7 @@ def combine(
         schedulers=model.samplers,
         guides_in_one_call=not model.is_guided(DrawSettings(guidance_scale=2.0)),
         size_multiple=model.multiple,
+        consistency="off" if model.SHARES_ATTENTION else "none",
         **sizes,
     )
     parts = Parts(

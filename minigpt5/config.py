@@ -22,8 +22,10 @@ from minigpt5.types import (
     MIN_WINDOW_PAGES,
     SDE_DPM_SOLVER,
     WHOLE_PAGES,
+    Consistency,
     DrawSettings,
     Sampling,
+    StoryRequest,
 )
 
 MAX_ABOUT_CHARACTERS = 1000
@@ -180,6 +182,8 @@ class ModelConfig:
     """With the distilled UNet, where the model has one."""
     prefers_distilled: bool = False
     """Whether it draws what does not ask for the UNet itself."""
+    consistency: Literal["off", "story", "none"] = "off"
+    """Default of a story's `consistency`; "none": the denoiser cannot let pictures share their attention."""
     filters: tuple[str, ...] = ()
     """What a server filters by default, "text" and "picture": see minigpt5/story/safety.py."""
     published_quirks: bool = False
@@ -190,6 +194,8 @@ class ModelConfig:
     """The base models outside the folder. A folder made without `minigpt5.new` names none here."""
     styles: tuple[str, ...] = ()
     """Names of the folder's style adapters: read from its `adapters/`, and not written to `config.json`."""
+    has_ip_adapter: bool = False
+    """Whether the folder has an `ip_adapter/`, which `characters` need; not written to `config.json`."""
     fingerprint: str = ""
     """Hash of the weights that make vokens and read them; set when the folder is saved."""
 
@@ -226,6 +232,33 @@ class ModelConfig:
         if draw.scheduler in self.samplers:
             return draw
         return dataclasses.replace(self.draw, width=draw.width, height=draw.height)
+
+    def resumable(self, request: StoryRequest) -> StoryRequest:
+        """The request of a story, perhaps begun with a model that drew in ways which this one lacks."""
+        consistency: Consistency = "off" if self.consistency == "none" else request.consistency
+        characters = request.characters if self.has_ip_adapter else ()
+        draw = self.drawable(request.draw)
+        return dataclasses.replace(request, draw=draw, consistency=consistency, characters=characters)
+
+    def check_characters(self) -> None:
+        """Raises InvalidRequest where the model cannot draw a character as a picture shows it."""
+        if not self.has_ip_adapter:
+            raise InvalidRequest(
+                "characters",
+                f"characters need an IP-Adapter, which the folder of {self.name} does not have: leave them out",
+            )
+
+    def consistency_of(self, asked: Consistency | None) -> Consistency:
+        """What a request asks for, or the model's default. Raises InvalidRequest."""
+        if self.consistency == "none":
+            if asked == "story":
+                raise InvalidRequest(
+                    "consistency",
+                    f"consistency is {asked!r} but the denoiser of {self.name} has no self-attention that pictures "
+                    'could share: set it to "off", or leave it out',
+                )
+            return "off"
+        return asked or self.consistency
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -19,7 +19,9 @@ from minigpt5.combine import Parts, combine, sketch
 from minigpt5.config import TemplateName
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.footprint import report
+from minigpt5.model.base_models import find_ip_adapter
 from minigpt5.model.base_sizes import DEFAULT_CONTEXT
+from minigpt5.model.folder_config import IP_ADAPTER
 
 
 def make_folder(
@@ -32,20 +34,23 @@ def make_folder(
     context_tokens: int | None = None,
     condition_length: int | None = None,
     template: TemplateName | None = None,
+    ip_adapter: str | None = None,
 ) -> Parts:
     """Write a model folder that names its base models, and return the model.
 
     `vision`: a tower, "own" for that of a vision-language model, or "none"; without it, "own" where there is one.
     `image_px`: side of the pictures that "own" reads. `condition_length`: positions of a condition, without the vector;
     by default as many as the pipeline reads. `template`: by default "chat" where the tokenizer has a chat
-    template. The language model, the denoiser and the vision tower are each run once. Raises ModelFolderError where a
-    base model does not fit or `out` is taken, BaseModelNotFound where it is not there.
+    template. `ip_adapter`: what `find_ip_adapter` takes; it is copied into the folder. The language model, the denoiser
+    and the vision tower are each run once. Raises ModelFolderError where a base model or the adapter does not fit or
+    `out` is taken, BaseModelNotFound where it is not there.
     """
     from minigpt5.model import folder as model_folder
 
     out = Path(out).expanduser().absolute()
     if out.exists():
         raise ModelFolderError(f"{out} exists: name a new folder with --out")
+    adapter = find_ip_adapter(ip_adapter) if ip_adapter else None
     parts = combine(
         language=language,
         diffusion=diffusion,
@@ -59,10 +64,23 @@ def make_folder(
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         model_folder.save(partial, parts.config, language=parts.language, mapper=parts.mapper, vision=parts.vision)
+        if adapter:
+            add_ip_adapter(partial, adapter)
+            parts.diffusion.load_ip_adapter(partial / IP_ADAPTER)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return parts
+
+
+def add_ip_adapter(folder: Path, file: Path) -> None:
+    """Copy an IP-Adapter and the image encoder beside it into a model folder."""
+    place = folder / IP_ADAPTER
+    place.mkdir()
+    shutil.copyfile(file, place / "ip_adapter.safetensors")
+    (place / "image_encoder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(file.parent / "image_encoder" / name, place / "image_encoder" / name)
 
 
 def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = print) -> int:
@@ -92,6 +110,12 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         choices=get_args(TemplateName),
         help="of prompts: the paper's, or the language model's own (default \"chat\" where its tokenizer has one)",
     )
+    parser.add_argument(
+        "--ip-adapter",
+        metavar="FILE",
+        help="lets stories show characters as given pictures do: a .safetensors file with image_encoder/ beside it, by "
+        "its path or as owner/name/PATH.safetensors of the hub",
+    )
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--out", help="the new model folder")
     goal.add_argument("--dry-run", action="store_true", help="print sizes and memory, from config files alone")
@@ -108,7 +132,7 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         if options.dry_run:
             show(report(sketch(**given)))
             return 0
-        parts = make_folder(options.out, **given, template=options.template)
+        parts = make_folder(options.out, **given, template=options.template, ip_adapter=options.ip_adapter)
     except MiniGPT5Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ from minigpt5.progress import shown_progress
 from minigpt5.story.state import new_story_id
 from minigpt5.story.stream import write_story
 from minigpt5.types import (
+    Consistency,
     DrawRequest,
     DrawSettings,
     InputImage,
@@ -65,16 +66,18 @@ class MiniGPT5:
         pages: int = 4,
         seed: int = DEFAULT_SEED,
         draw: DrawSettings | None = None,
+        consistency: Consistency | None = None,
         on_event: Callable[[StoryEvent], None] = lambda event: None,
         progress: bool | None = None,
     ) -> Story:
         """Write and draw a story.
 
         `on_event` is called with every event, in order and in this thread; what it raises stops the work. `progress`
-        shows a bar; by default on a terminal and in a notebook. Raises InvalidRequest where the prompt is empty or too
+        shows a bar; by default on a terminal and in a notebook. `consistency`: "story" draws each page with the first
+        one beside it; by default as the model's config says. Raises InvalidRequest where the prompt is empty or too
         long, or where the model cannot draw as `draw` says.
         """
-        request = self._story_request(prompt, pages=pages, seed=seed, draw=draw)
+        request = self._story_request(prompt, pages=pages, seed=seed, draw=draw, consistency=consistency)
         with shown_progress(progress, request, on_event) as observe:
             return run_blocking(lambda report: self._write(request, report), observe)
 
@@ -85,16 +88,19 @@ class MiniGPT5:
         pages: int = 4,
         seed: int = DEFAULT_SEED,
         draw: DrawSettings | None = None,
+        consistency: Consistency | None = None,
         on_event: Callable[[StoryEvent], None] = lambda event: None,
         progress: bool | None = None,
     ) -> Story:
         """As `write`, in the caller's event loop. Stories that are written at once share the engines' batches, and each
         is what it is alone. Cancelling the task stops the work at the next token and denoising step."""
-        request = self._story_request(prompt, pages=pages, seed=seed, draw=draw)
+        request = self._story_request(prompt, pages=pages, seed=seed, draw=draw, consistency=consistency)
         with shown_progress(progress, request, on_event) as observe:
             return await self._write(request, observe)
 
-    def _story_request(self, prompt: str, *, pages: int, seed: int, draw: DrawSettings | None) -> StoryRequest:
+    def _story_request(
+        self, prompt: str, *, pages: int, seed: int, draw: DrawSettings | None, consistency: Consistency | None
+    ) -> StoryRequest:
         """Raises InvalidRequest."""
         request = StoryRequest(
             prompt=(prompt,),
@@ -102,6 +108,7 @@ class MiniGPT5:
             seed=seed,
             sampling=self.config.sampling,
             draw=draw or self.config.default_draw,
+            consistency=self.config.consistency_of(consistency),
         )
         self.generator.validate_request(request)
         self.config.check_draw(request.draw)

@@ -29,6 +29,8 @@ STYLE_FILE = "pytorch_lora_weights.safetensors"
 MIN_SIDE = 64
 MAX_SIDE = 4096
 """Pixels of a requested width or height."""
+MAX_CHARACTERS = 4
+"""Of a story, that a request shows."""
 NUM_PREVIEWS = 3
 """Previews of each picture of a story, where they are asked for."""
 MAX_DISTILLED_STEPS = 8
@@ -40,6 +42,8 @@ DecoderBackend = Literal["auto", "eager", "openvino", "compile"]
 """What computes the denoiser and the VAE: torch operation by operation ("eager"), OpenVINO, or torch.compile. "auto" is
 OpenVINO on a CPU and eager elsewhere."""
 
+Consistency = Literal["off", "story"]
+"""Whether a story's pictures are drawn with its first page beside them: see StoryRequest."""
 TextEngine = Literal["torch", "vllm"]
 """What runs the language model: our own loop on torch, or vLLM."""
 TextPrecision = Literal["float32", "bfloat16", "int8", "int4"]
@@ -61,6 +65,14 @@ class Role:
 
 
 PromptPart = str | InputImage | Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Character:
+    """Somebody whom pages show as `image` does, where they name them."""
+
+    name: str
+    image: InputImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +141,11 @@ class StoryRequest:
     """Pages of a story that other requests will ask for after these."""
     previews: bool = False
     """Whether pictures show themselves on the way, in the Progress of some steps."""
+    consistency: Consistency = "off"
+    """"story": the first page is drawn once more beside each later one, which attends to it, so that a character stays
+    itself. Such a picture costs as much as two."""
+    characters: tuple[Character, ...] = ()
+    """At most MAX_CHARACTERS, for a model with an IP-Adapter."""
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
     session: str = ""
@@ -180,12 +197,25 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """A page that another one attends to while it is drawn: what draws that page again."""
+
+    vokens: Vokens
+    seed: int
+    characters: tuple[InputImage, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DrawRequest:
     """One picture to draw."""
 
     vokens: Vokens
     seed: int
     settings: DrawSettings = field(default_factory=DrawSettings)
+    reference: Reference | None = None
+    """Drawn beside the picture, with the same settings, and not shown. It is of the same model."""
+    characters: tuple[InputImage, ...] = ()
+    """What the picture's characters look like, for a model with an IP-Adapter."""
     key: str = ""
     """Name of the client: engines share their time equally among keys."""
     num_previews: int = 0

@@ -11,6 +11,7 @@ from deployments.api.errors import ApiError, document
 from deployments.api.front import Front, FrontOf, refuse_unknown_query
 from deployments.api.openai_body import check_model
 from deployments.schemas import CreateStory, Defaults, ExampleReply, ModelList, ModelReply, shown
+from minigpt5.types import MAX_CHARACTERS
 
 models = APIRouter(dependencies=[Depends(refuse_unknown_query)])
 
@@ -58,12 +59,14 @@ def _model_reply(front: Front) -> ModelReply:
         size_multiple=config.size_multiple,
         schedulers=list(config.samplers),
         styles=list(config.styles),
+        max_characters=MAX_CHARACTERS if config.has_ip_adapter else 0,
         defaults=Defaults(
             pages=CreateStory.model_fields["pages"].default,
             steps=config.default_draw.steps,
             guidance_scale=config.default_draw.guidance_scale,
             scheduler=config.default_draw.scheduler,
             style=config.default_draw.style,
+            consistency=config.consistency_of(None),
             temperature=config.sampling.temperature,
             top_p=config.sampling.top_p,
             min_page_tokens=config.sampling.min_page_tokens,

@@ -17,7 +17,8 @@ from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryRe
 from deployments.stories.store_threads import reading, writing
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.state import PageState, StoryState, image_state
-from minigpt5.types import MAX_PAGES, DrawRequest, Vokens
+from minigpt5.story.stream import page_seed, shown_on
+from minigpt5.types import MAX_PAGES, DrawRequest, InputImage, Reference, Vokens
 
 MAX_VARIANTS = 16
 """Pictures of one page."""
@@ -38,8 +39,8 @@ async def add_pages(story_id: str, body: AddPages, front: FrontOf, client: Clien
                 raise InvalidRequest(
                     "count", f"count is {body.count} but the story has {num_complete} pages and may have {MAX_PAGES}"
                 )
-            draw = front.config.drawable(request.draw)
-            request = dataclasses.replace(request, pages=num_complete + body.count, draw=draw, key=client)
+            request = front.config.resumable(request)
+            request = dataclasses.replace(request, pages=num_complete + body.count, key=client)
             return (await front.runner.resume(state, request, lease)).id
 
     return await answer(front, begin, stream=body.stream, wait=body.wait)
@@ -57,7 +58,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
             return reply(front, page_reply(story_id, chosen))
         state = await reading(front.store.load, story_id)
         request = await reading(front.store.load_request, story_id)
-        request = dataclasses.replace(request, draw=front.config.drawable(request.draw), key=client)
+        request = dataclasses.replace(front.config.resumable(request), key=client)
         check_texts(front, [body.text], "text")
         new = PageState(index=page, text=(body.text or "").strip())
         changed = tuple(new if one.index == page else one for one in state.pages)
@@ -97,7 +98,10 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             vokens = await _read_again(front, story_id, page, key=client)
             return vokens
 
-        request = DrawRequest(vokens=vokens, seed=seed, settings=draw, key=client)
+        reference, characters = await _company(front, story_id, page)
+        request = DrawRequest(
+            vokens=vokens, seed=seed, settings=draw, reference=reference, characters=characters, key=client
+        )
         picture = await draw_alone(front, request, read_again)
         image = image_state(picture, draw, fingerprint=vokens.fingerprint)
         number = len(variants)
@@ -110,6 +114,23 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
 
         await writing(keep)
     return reply(front, page_reply(story_id, new), 201)
+
+
+async def _company(front: Front, story_id: str, page: int) -> tuple[Reference | None, tuple[InputImage, ...]]:
+    """What a page is drawn beside, as its story asks: the first page as it is shown, and its characters' pictures."""
+    request = front.config.resumable(await reading(front.store.load_request, story_id))
+    state = await reading(front.store.load, story_id)
+    texts = [one.text for one in state.pages if one.index <= page]
+    characters = shown_on(texts, request.characters)
+    if page == 1 or request.consistency != "story":
+        return None, characters
+    image = state.pages[0].image
+    reference = Reference(
+        vokens=await reading(front.store.load_vokens, story_id, 1),
+        seed=image.seed if image else page_seed(request.seed, 1),
+        characters=shown_on(texts[:1], request.characters),
+    )
+    return reference, characters
 
 
 async def _read_again(front: Front, story_id: str, page: int, *, key: str) -> Vokens:

@@ -32,9 +32,12 @@ async def draw_across_models(
 ) -> AsyncGenerator[DecoderEvent, None]:
     """Draw as the decoder does. Where it has another model than the vokens, draw what `read_again` returns.
 
-    Raises FingerprintMismatch where both engines do not have one model within UPGRADE_S."""
+    A reference of another model than the vokens is left out: this one cannot draw that page again. Raises
+    FingerprintMismatch where both engines do not have one model within UPGRADE_S."""
     until, refused = time.monotonic() + UPGRADE_S, set[str]()
     while True:
+        if request.reference and request.reference.vokens.fingerprint != request.vokens.fingerprint:
+            request = dataclasses.replace(request, reference=None)
         try:
             async with contextlib.aclosing(engines.decode(request)) as events:
                 async for event in events:

@@ -246,6 +246,8 @@ class Reservation:
         self._samples = self._relative_pixels * samples_per_step(
             request.draw, guides_in_one_call=admission.guides_in_one_call
         )
+        self._has_reference = request.consistency == "story"
+        self._first_page = len(request.previous) + 1
         self._steps: dict[int, int] = {}
         """Steps done, by page: not every one is told of."""
         self._is_left = False
@@ -257,7 +259,8 @@ class Reservation:
         if isinstance(event, SlotOpened | Vokens):
             self._take("generator", self._page_tokens)
         elif isinstance(event, Progress):
-            self._take("decoder", self._samples * max(0, event.step - self._steps.get(event.page, 0)))
+            samples = self._samples * (1 + (self._has_reference and event.page > self._first_page))
+            self._take("decoder", samples * max(0, event.step - self._steps.get(event.page, 0)))
             self._steps[event.page] = event.step
         elif isinstance(event, Picture):
             self._take("decoder", FINISH_SAMPLES * self._relative_pixels)
@@ -302,9 +305,10 @@ def predict(
     num_texts = {"story": request.pages, "reply": 1, "caption": 0, "scene": 1}[request.mode]
     num_drawn = 0 if request.pictures == "none" else request.pages * num_pictures
     samples = request.draw.steps * samples_per_step(request.draw, guides_in_one_call=guides_in_one_call)
+    num_references = max(0, num_drawn - num_pictures) if request.consistency == "story" else 0
     return {
         "generator": prompt + num_texts * request.sampling.max_page_tokens + 1.0,
-        "decoder": num_drawn * relative_pixels * (samples + FINISH_SAMPLES),
+        "decoder": relative_pixels * (num_drawn * (samples + FINISH_SAMPLES) + num_references * samples),
     }
 
 

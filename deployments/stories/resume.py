@@ -138,6 +138,7 @@ class ResumedEngines:
                 return
             except StoryNotFound:  # an edit of the page was cut off: its picture is gone already
                 del self.drawn[page]
+        request = self._as_shown(request)
         for attempt in range(MAX_LOSSES + 1):
             try:
                 async for event in self._draw(request):
@@ -145,6 +146,14 @@ class ResumedEngines:
                 return
             except EngineLost as loss:
                 await self._get_over(loss, attempt)
+
+    def _as_shown(self, request: DrawRequest) -> DrawRequest:
+        """With the reference as its page shows it, of which another picture may have been chosen."""
+        reference = request.reference
+        page = self.drawn.get(reference.vokens.page) if reference else None
+        if reference and page and page.image:
+            reference = dataclasses.replace(reference, seed=page.image.seed)
+        return dataclasses.replace(request, reference=reference)
 
     async def _draw(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         page = request.vokens.page

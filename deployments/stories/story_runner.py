@@ -118,7 +118,7 @@ class StoryRunner:
         if state.status != "drawing":  # only the mark was left
             return await writing(store.mark, story_id, is_running=False)
         request = await writing(store.load_request, story_id)
-        request = dataclasses.replace(request, draw=self._config.drawable(request.draw))
+        request = self._config.resumable(request)
         while True:
             try:
                 await self.resume(state, request, lease)

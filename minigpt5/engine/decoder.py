@@ -34,11 +34,24 @@ from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
 from minigpt5.pictures import resample
-from minigpt5.types import DecoderBackend, DecoderEvent, DrawRequest, Picture, Precision, Progress, Vokens
+from minigpt5.types import (
+    DecoderBackend,
+    DecoderEvent,
+    DrawRequest,
+    DrawSettings,
+    InputImage,
+    Picture,
+    Precision,
+    Progress,
+    Reference,
+    Vokens,
+)
 
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
 """Size of the finished pictures that are kept."""
+CHARACTER_BYTES = 64 * 2**20
+"""Size of what an IP-Adapter made of characters' pictures."""
 
 
 PNG_LEVEL = 4
@@ -69,8 +82,8 @@ class _Job(Job[DecoderEvent | Drawn]):
     """A picture that is asked for; `denoising` from its first step on."""
 
     def __init__(self, request: DrawRequest, *, is_guided: bool, relative_pixels: float) -> None:
-        self.num_samples = (2 if is_guided else 1) * relative_pixels
-        """Places in a step: one for a prediction of the model's own size."""
+        self.num_samples = (2 if is_guided else 1) * (2 if request.reference else 1) * relative_pixels
+        """Places in a step: one for a prediction of the model's own size, and as many for the reference."""
         super().__init__(key=request.key, cost=request.settings.steps * self.num_samples)
         self.request = request
         self.denoising: Denoising | None = None
@@ -106,6 +119,9 @@ class DiffusionDecoder(QueuedEngine):
         self.num_denoising_steps = 0
         """Steps of all pictures so far: a step that three share counts three."""
         self._pictures = BoundedCache[Picture](PICTURE_BYTES, size_bytes=lambda picture: len(picture.png))
+        self._characters = BoundedCache[tuple[Tensor, Tensor]](
+            CHARACTER_BYTES, size_bytes=lambda states: sum(one.nbytes for one in states)
+        )
         self._fair = FairShare(2 * max_batch, min_places=2)
         self._team = Team(num_threads or torch.get_num_threads())
         self._loop = EngineLoop[_Job](
@@ -151,15 +167,13 @@ class DiffusionDecoder(QueuedEngine):
 
     def validate_request(self, request: DrawRequest) -> None:
         """Raise where `request` cannot be drawn: FingerprintMismatch or InvalidRequest."""
-        vokens, settings = request.vokens, request.settings
-        if vokens.fingerprint != self.fingerprint:
-            raise FingerprintMismatch(
-                f"vokens of model {vokens.fingerprint[:12] or '(none)'} cannot be drawn by the decoder of model "
-                f"{self.fingerprint[:12]}: start both engines from the same model folder"
-            )
-        expected = (self.config.num_vokens, self.config.hidden)
-        if vokens.hidden_VH.shape != expected:
-            raise InvalidRequest("vokens", f"vokens have shape {vokens.hidden_VH.shape} but must have {expected}")
+        settings = request.settings
+        self._check_vokens(request.vokens)
+        if request.reference:
+            self._check_vokens(request.reference.vokens)
+            self.diffusion.check_shares_attention()
+        if request.characters:
+            self.config.check_characters()
         check_sampler(settings, self.diffusion.samplers)
         if not 1 <= settings.steps <= 100:
             raise InvalidRequest("steps", f"steps is {settings.steps} but must be from 1 to 100")
@@ -168,6 +182,17 @@ class DiffusionDecoder(QueuedEngine):
         native = self.config.native(settings)
         self.diffusion.latent_shape(native)
         self.diffusion.new_sampler(native)  # some samplers know fewer steps
+
+    def _check_vokens(self, vokens: Vokens) -> None:
+        """Raises FingerprintMismatch or InvalidRequest."""
+        if vokens.fingerprint != self.fingerprint:
+            raise FingerprintMismatch(
+                f"vokens of model {vokens.fingerprint[:12] or '(none)'} cannot be drawn by the decoder of model "
+                f"{self.fingerprint[:12]}: start both engines from the same model folder"
+            )
+        expected = (self.config.num_vokens, self.config.hidden)
+        if vokens.hidden_VH.shape != expected:
+            raise InvalidRequest("vokens", f"vokens have shape {vokens.hidden_VH.shape} but must have {expected}")
 
     async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
         """Draw one picture; ends with a Picture, which comes at once where it was drawn before. Closing the iterator
@@ -242,15 +267,34 @@ class DiffusionDecoder(QueuedEngine):
 
     def _begin(self, requests: Sequence[DrawRequest]) -> list[Denoising]:
         return [
-            Denoising(
-                self.diffusion,
-                self.condition(request.vokens),
-                seed=request.seed,
-                draw=self.config.native(request.settings),
-                guidance_rescale=self.config.guidance_rescale,
-            )
-            for request in requests
+            self._denoising(request, request.settings, reference=self._begin_reference(request)) for request in requests
         ]
+
+    def _begin_reference(self, request: DrawRequest) -> Denoising | None:
+        return self._denoising(request.reference, request.settings) if request.reference else None
+
+    def _denoising(
+        self, drawn: DrawRequest | Reference, settings: DrawSettings, *, reference: Denoising | None = None
+    ) -> Denoising:
+        return Denoising(
+            self.diffusion,
+            self.condition(drawn.vokens),
+            seed=drawn.seed,
+            draw=self.config.native(settings),
+            guidance_rescale=self.config.guidance_rescale,
+            reference=reference,
+            characters=self._states(drawn.characters) if drawn.characters else None,
+        )
+
+    def _states(self, characters: tuple[InputImage, ...]) -> tuple[Tensor, Tensor]:
+        """What the denoiser attends to for these pictures, and for as many of none: all pages of a story have the
+        same."""
+        key = tuple(hashlib.sha256(one.data).digest() for one in characters)
+        states = self._characters.get(key)
+        if states is None:
+            states = self.diffusion.ip_adapter.states([one.data for one in characters])
+            self._characters.put(key, states)
+        return states
 
     def _fit(self, picture: Picture, request: DrawRequest) -> Picture:
         """Resample a picture of the model's own size to what the request asks for, where the model cannot draw it."""
@@ -293,7 +337,13 @@ class DiffusionDecoder(QueuedEngine):
 
 def content_key(request: DrawRequest) -> Hashable:
     """Requests of one key are the same picture."""
-    return hashlib.sha256(request.vokens.hidden_VH.tobytes()).digest(), request.seed, request.settings
+    reference = request.reference and _drawn_key(request.reference)
+    return _drawn_key(request), reference, request.settings
+
+
+def _drawn_key(drawn: DrawRequest | Reference) -> Hashable:
+    contents = (drawn.vokens.hidden_VH.tobytes(), *(one.data for one in drawn.characters))
+    return tuple(hashlib.sha256(one).digest() for one in contents), drawn.seed
 
 
 def is_shown(step: int, steps: int, num_previews: int) -> bool:

@@ -1,7 +1,8 @@
 """Conditions -> latents, step by step: pictures at different steps and of different settings share a call.
 
-A picture depends on its own condition, seed and settings only, not on its batch. Guidance follows arXiv 2207.12598,
-rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead of two.
+A picture depends on its own condition, seed, settings and reference only, not on its batch. Guidance follows arXiv
+2207.12598, rescaled as in arXiv 2305.08891, section 3.4; with a scale of 1 a picture has one place in the call instead
+of two.
 
 Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q condition positions, D condition width.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minigpt5.model.decoders.diffusion import Diffusion
+from minigpt5.model.decoders.shared_attention import shared_attention
 from minigpt5.types import DISTILLED, DrawSettings
 
 
@@ -30,8 +32,13 @@ class Denoising:
         draw: DrawSettings,
         guidance_rescale: float,
         noise_1CYX: Tensor | None = None,
+        reference: Denoising | None = None,
+        characters: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """`noise_1CYX`: what the picture begins as, instead of what `seed` gives."""
+        """`noise_1CYX`: what the picture begins as, instead of what `seed` gives. `reference`: another picture with the
+        same settings, at its beginning too, which this one attends to in each step; see shared_attention.py.
+        `characters`: what IpAdapter.states returns of pictures that it attends to."""
+        self.reference, self.characters = reference, characters
         self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
         self.is_guided = diffusion.is_guided(draw)
         self.sampler = diffusion.new_sampler(draw)
@@ -64,6 +71,13 @@ class Denoising:
             return self.latents_1CYX
         return self.sampler.scale_model_input(self.latents_1CYX, self.timestep)
 
+    @property
+    def shown_reference(self) -> Denoising | None:
+        """What the picture attends to in this step: nothing in the first one, which decides its layout, as in the
+        authors' code. A picture of one step attends in that."""
+        is_laid_out = self.num_calls > 0 or len(self.sampler.timesteps) == 1
+        return self.reference if is_laid_out else None
+
     def take(self, conditional_1CYX: Tensor, unconditional_1CYX: Tensor | None) -> None:
         """Go a step on, as the denoiser predicts."""
         predicted = conditional_1CYX
@@ -94,12 +108,15 @@ def guide(conditional_BCYX: Tensor, unconditional_BCYX: Tensor, *, scale: float,
 
 @torch.no_grad()
 def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:
-    """A step of all pictures, whichever each is at: one call for all of one denoiser, style and size."""
+    """A step of all pictures and their references, whichever each is at: one call for all of one denoiser, style and
+    size."""
     alike: dict[tuple[int, str, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
-        denoiser = diffusion.denoiser_for(picture.draw.scheduler, picture.draw.style)
+        rows = [picture, *([picture.reference] if picture.reference else [])]
+        is_changed = any(one.shown_reference or one.characters for one in rows)
+        denoiser = diffusion.denoiser_for(picture.draw.scheduler, picture.draw.style, is_changed=is_changed)
         key = id(denoiser), picture.draw.style, picture.latents_1CYX.shape
-        alike.setdefault(key, (denoiser, []))[1].append(picture)
+        alike.setdefault(key, (denoiser, []))[1].extend(rows)
     for (_, style, _), (denoiser, together) in alike.items():
         if together[0].draw.scheduler != DISTILLED:
             diffusion.use_style(style)
@@ -112,17 +129,30 @@ def _advance_together(diffusion: Diffusion, denoiser: Any, pictures: Sequence[De
     calls = [*guided, *pictures]
     conditions = [*[null_1QD[0]] * len(guided), *(picture.condition_QD for picture in pictures)]
     device, dtype = null_1QD.device, diffusion.dtype
-    predicted_BCYX = diffusion.predict(
-        denoiser,
-        torch.cat([picture.latents_in() for picture in calls]).to(dtype),
-        torch.stack([picture.timestep for picture in calls]).to(device),
-        torch.stack(conditions).to(dtype),
-        guidance_B=torch.tensor([picture.draw.guidance_scale for picture in calls], device=device),
-    )
+    references = {**_references(guided), **_references(pictures, first=len(guided))}
+    states = {
+        row: picture.characters[0 if row >= len(guided) else 1]
+        for row, picture in enumerate(calls)
+        if picture.characters
+    }
+    with shared_attention(denoiser, references), diffusion.attending(denoiser, states):
+        predicted_BCYX = diffusion.predict(
+            denoiser,
+            torch.cat([picture.latents_in() for picture in calls]).to(dtype),
+            torch.stack([picture.timestep for picture in calls]).to(device),
+            torch.stack(conditions).to(dtype),
+            guidance_B=torch.tensor([picture.draw.guidance_scale for picture in calls], device=device),
+        )
     predicted = predicted_BCYX.float().split(1)
     unconditional = dict(zip(map(id, guided), predicted, strict=False))
     for picture, conditional in zip(pictures, predicted[len(guided) :], strict=True):
         picture.take(conditional, unconditional.get(id(picture)))
+
+
+def _references(pictures: Sequence[Denoising], *, first: int = 0) -> dict[int, int]:
+    """Row of a picture in a call -> row of its reference, of pictures that stand there from row `first` on."""
+    rows = {id(picture): row for row, picture in enumerate(pictures, start=first)}
+    return {rows[id(one)]: rows[id(one.shown_reference)] for one in pictures if one.shown_reference}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "examples/*.webp"]
 """Beside weights, safe formats only, never a pickle. Tokenizers need txt (merges), model (sentencepiece) and jinja
 (chat template)."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?/([\w./-]+\.safetensors)")
 
 
 def resolve(base_id: str, *, has_weights: bool = True) -> Path:
@@ -74,6 +75,35 @@ def resolve(base_id: str, *, has_weights: bool = True) -> Path:
         else f"Put the model's folder at $MINIGPT5_MODELS/{base_id}, or name its path instead"
     )
     raise BaseModelNotFound(f"base model {base_id!r} was not found. Looked at:{places}\n{remedy}")
+
+
+def find_ip_adapter(name: str) -> Path:
+    """The file of an IP-Adapter with its `image_encoder/` beside it: a path, or owner/name/PATH.safetensors on the hub,
+    with a revision after the name if wanted. Raises BaseModelNotFound."""
+    path = Path(name).expanduser()
+    found = HUB_FILE.fullmatch(name)
+    if not path.is_file() and found:
+        from huggingface_hub import snapshot_download
+
+        repository, revision, file = found.groups()
+        encoder = (Path(file).parent / "image_encoder").as_posix()
+        try:
+            snapshot = snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=os.environ.get("HF_HUB_CACHE"),
+                allow_patterns=[file, f"{encoder}/config.json", f"{encoder}/model.safetensors"],
+            )
+        except (OSError, ValueError) as error:
+            raise BaseModelNotFound(f"IP-Adapter {name!r} is not on the hub: {str(error).strip()[:300]}") from error
+        path = Path(snapshot) / file
+    encoder_weights = path.parent / "image_encoder" / "model.safetensors"
+    if path.suffix != ".safetensors" or not path.is_file() or not encoder_weights.is_file():
+        raise BaseModelNotFound(
+            f"{name!r} is no IP-Adapter: name a .safetensors file with image_encoder/model.safetensors beside it, by "
+            "its path or as owner/name/PATH.safetensors of the hub"
+        )
+    return path
 
 
 def pin(base_id: str, folder: Path) -> str:

@@ -10,6 +10,7 @@ vision/               Q-Former and projection; the frozen encoder, where it is n
 decoder/              VAE, denoiser, scheduler/ in diffusers' layout, where they are no base model; in both cases
                       perhaps unet_distilled/
 adapters/<name>/      style adapters of the denoiser, in diffusers' format; the fingerprint does not cover them
+ip_adapter/           IP-Adapter of the denoiser with its image encoder; nor these
 examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
 
 Other parts are base models, which `config.json` names by path or hub id. They are read and never written.
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from minigpt5.config import ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
-from minigpt5.model.folder_config import PICKLES, STYLES, check_folder, load_config, write_config
+from minigpt5.model.folder_config import IP_ADAPTER, PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
 from minigpt5.model.weights import load_module, save_module, save_tensors
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings, Precision, TextPrecision
@@ -175,6 +176,8 @@ def load_decoder_model(
     is_on_cpu = torch.device(device).type == "cpu"
     if is_on_cpu:  # what is mended there is oneDNN's
         make_batch_invariant(diffusion)
+    if config.has_ip_adapter:
+        diffusion.load_ip_adapter(folder / IP_ADAPTER)
     diffusion.hold_in(getattr(torch, precision or ("float32" if is_on_cpu else "bfloat16")))
     diffusion.styles = Styles(
         diffusion.denoiser,
@@ -345,7 +348,7 @@ def _copy_decoder(
     """Copy the decoder of `start` with its styles, or the parts of `decoder`, and return the config that names it."""
     if not decoder:
         if start:
-            _copy_folders(start, folder, f"{DECODER}/{DISTILLED_FOLDER}", STYLES, base=config.diffusion)
+            _copy_folders(start, folder, f"{DECODER}/{DISTILLED_FOLDER}", STYLES, IP_ADAPTER, base=config.diffusion)
         return config
     for part, source in decoder.items():  # without styles: another decoder has other layers
         if (source / part).is_file():

@@ -17,6 +17,8 @@ from minigpt5.types import STYLE_FILE
 
 STYLES = "adapters"
 """Folder of the style adapters, each in a folder of its name."""
+IP_ADAPTER = "ip_adapter"
+"""Folder of what lets the denoiser attend to pictures: see decoders/ip_adapter.py."""
 STYLE_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
@@ -34,7 +36,12 @@ def load_config(folder: str | Path) -> ModelConfig:
         config = from_json(ModelConfig, json.loads(path.read_bytes()))
     except ValueError as error:
         raise ModelFolderError(f"{path} is damaged ({error}): correct it or restore the folder") from error
-    return dataclasses.replace(config, styles=list_styles(folder))
+    return _with_adapters(folder, config)
+
+
+def _with_adapters(folder: Path, config: ModelConfig) -> ModelConfig:
+    """The config with what the folder holds for its denoiser."""
+    return dataclasses.replace(config, styles=list_styles(folder), has_ip_adapter=(folder / IP_ADAPTER).is_dir())
 
 
 def list_styles(folder: str | Path) -> tuple[str, ...]:
@@ -50,12 +57,14 @@ def list_styles(folder: str | Path) -> tuple[str, ...]:
 
 
 def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> str:
-    """SHA-256 over every weight file's path and content, in order of path, and over the hashes of base models. Style
-    adapters are left out. A large file that has not changed is not read again: see `hash_file`."""
+    """SHA-256 over every weight file's path and content, in order of path, and over the hashes of base models. Adapters
+    of the denoiser are left out. A large file that has not changed is not read again: see `hash_file`."""
     folder = Path(folder)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        if path.is_relative_to(folder / STYLES):  # vokens are the same with and without
+        if path.is_relative_to(folder / STYLES) or path.is_relative_to(
+            folder / IP_ADAPTER
+        ):  # vokens are the same with and without
             continue
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(bytes.fromhex(hash_file(path)))
@@ -84,6 +93,6 @@ def write_config(folder: Path, config: ModelConfig) -> ModelConfig:
     """Write `config.json` with the fingerprint of what is in the folder, and return the config."""
     config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder, config.bases))
     values = to_json(config)
-    del values["styles"]  # the folder's own
+    del values["styles"], values["has_ip_adapter"]  # the folder's own
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    return dataclasses.replace(config, styles=list_styles(folder))
+    return _with_adapters(folder, config)

@@ -11,18 +11,22 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import AsyncGenerator, Callable
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from minigpt5.model.window import may_read
 from minigpt5.types import (
     NUM_PREVIEWS,
+    Character,
     DecoderEvent,
     DrawRequest,
     GeneratorEvent,
+    InputImage,
     Page,
     PageDone,
     Picture,
     PictureFailed,
+    Reference,
     SlotOpened,
     Story,
     StoryEvent,
@@ -44,6 +48,16 @@ def page_seed(story_seed: int, page: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1  # 31 bits: fits every integer field on the way
 
 
+def shown_on(texts: Sequence[str], characters: Sequence[Character]) -> tuple[InputImage, ...]:
+    """Pictures of the characters on the last of a story's pages: those that its text names, else those of the page
+    before. On the first page, all."""
+    shown = tuple(characters)
+    for text in texts:
+        named = (one for one in characters if re.search(rf"(?<!\w){re.escape(one.name)}(?!\w)", text, re.IGNORECASE))
+        shown = tuple(named) or shown
+    return tuple(one.image for one in shown)
+
+
 async def stream_story(
     request: StoryRequest, generate: Generate, decode: Decode, *, story_id: str = ""
 ) -> AsyncGenerator[StoryEvent, None]:
@@ -51,19 +65,22 @@ async def stream_story(
 
     Text comes in order; pictures overlap with later text, and a page is done when it has both. Text after the last
     picture is a page by itself. A picture that fails is an event on its page. A generator that fails raises, after
-    the pictures under way are stopped. Where pictures are read back, each page waits for the one before.
+    the pictures under way are stopped. Where pictures are read back, each page waits for the one before. For
+    consistency, each page has the first one that is drawn here as its reference.
     """
     yield StoryStarted(story_id=story_id, seed=request.seed)
     events: asyncio.Queue[StoryEvent | BaseException | None] = asyncio.Queue()
     drawing: set[asyncio.Task[None]] = set()
     pages: dict[int, Page] = {page.index: page for page in request.previous}
 
-    async def draw(vokens: Vokens, text: str) -> None:
+    async def draw(vokens: Vokens, text: str, reference: Reference | None, shown: tuple[InputImage, ...]) -> None:
         page, picture, error = vokens.page, None, None
         draw_request = DrawRequest(
             vokens=vokens,
             seed=page_seed(request.seed, page),
             settings=request.draw,
+            reference=reference,
+            characters=shown,
             key=request.key,
             num_previews=NUM_PREVIEWS if request.previews else 0,
         )
@@ -101,6 +118,8 @@ async def stream_story(
 
     async def write() -> None:
         text: dict[int, str] = {}
+        texts = [page.text for page in request.previous]
+        reference: Reference | None = None
         try:
             is_one_by_one = request.feedback == "pictures" and request.mode == "story"
             async for event in generate_one_by_one() if is_one_by_one else generate(request):
@@ -112,7 +131,11 @@ async def stream_story(
                     events.put_nowait(event)
                 elif isinstance(event, Vokens):
                     events.put_nowait(SlotOpened(page=event.page))
-                    drawing.add(asyncio.create_task(draw(event, text.pop(event.page, "").strip())))
+                    texts.append(text.pop(event.page, "").strip())
+                    shown = shown_on(texts, request.characters)
+                    drawing.add(asyncio.create_task(draw(event, texts[-1], reference, shown)))
+                    if request.consistency == "story" and reference is None:
+                        reference = Reference(vokens=event, seed=page_seed(request.seed, event.page), characters=shown)
                 else:
                     events.put_nowait(event)
             for page, rest in text.items():  # a reply may end with text: there is no picture to wait for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,7 +19,7 @@ from batch_jobs.stages import DRAW_COLUMNS, PAGE_SCHEMA, Draw, Write, as_table
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.errors import InvalidRequest
 from minigpt5.story.voken_file import unpack
-from minigpt5.types import DrawRequest, DrawSettings, Picture
+from minigpt5.types import DrawRequest, DrawSettings, Picture, Reference
 from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
 from tests.minigpt5.engine.test_generator import new_generator
 
@@ -60,6 +61,58 @@ def test_each_row_has_pictures_of_its_own_size_as_the_engine_draws_them(tmp_path
             )
             <= 1
         )
+
+
+def test_pages_of_a_consistent_story_are_drawn_beside_the_first_in_every_run(tmp_path: Path) -> None:
+    rows = [
+        {"id": name, "prompt": "a fox", "pages": 3, "seed": 1, "steps": 2, "consistency": name}
+        for name in ("story", "off", "yes")
+    ]
+    *jobs, bad = check_rows((RawRow(values=row) for row in rows), CONFIG)
+    assert "consistency is 'yes' but must be" in bad.error  # type: ignore[union-attr]
+    output = Output.at(str(tmp_path / "out"), STORY_SCHEMA, {"job": "illustrate"})
+    write = Write(new_generator, CONFIG.sampling, store=output.store, watch=Monitor())
+
+    def pages() -> list[dict[str, Any]]:
+        return [row for table in write(as_table(jobs)) for row in table.to_pylist() if row["page"]]  # type: ignore[arg-type]
+
+    written = pages()
+    assert [(row["id"], row["page"], row["reference"] is not None) for row in written] == [
+        *(("story", page, page > 1) for page in (1, 2, 3)),
+        *(("off", page, False) for page in (1, 2, 3)),
+    ]
+    stored = pages()  # of a second run, which finds the texts and vokens of the first
+    assert [(row["vokens"], row["reference"], row["reference_seed"]) for row in stored] == [
+        (row["vokens"], row["reference"], row["reference_seed"]) for row in written
+    ]
+    draw = Draw(new_decoder, store=output.store, watch=Monitor())
+    for row in written:
+        draw.draw(row)
+    found = {(name, page): output.store.load_picture(name, page) for name in ("story", "off") for page in (1, 2, 3)}
+    assert found["story", 1] == found["off", 1]
+    first, second = (unpack(row["vokens"], page=row["page"]) for row in written[:2])
+    settings = DrawSettings(**{name: written[1][name] for name in DRAW_COLUMNS})
+    [expected] = new_decoder().draw(
+        [
+            DrawRequest(
+                vokens=second,
+                seed=written[1]["seed"],
+                settings=settings,
+                reference=Reference(vokens=first, seed=written[0]["seed"]),
+            )
+        ]
+    )
+    assert found["story", 2] == expected.png != found["off", 2]
+
+
+def test_a_data_set_that_is_drawn_again_may_be_consistent() -> None:
+    settings = CONFIG.draw_settings({})
+    stored = [{"index": page, "text": "One.", "vokens": bytes([page]), "seed": page, "error": None} for page in (1, 2)]
+    for consistency, expected in (("off", [None, None]), ("story", [None, (bytes([1]), 1)])):
+        fetch = redraw.Fetch(uri="", ids=frozenset("a"), settings=settings, seed=None, consistency=consistency)  # type: ignore[arg-type]
+        *pages, _ = fetch.pages({"id": "a", "pages": stored, "error": None, "kind": None})
+        found = [(row["reference"], row["reference_seed"]) if row.get("reference") else None for row in pages]
+        assert found == expected
 
 
 def test_a_data_set_is_drawn_again_in_another_size() -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,6 +70,8 @@ class Diffusion(nn.Module, ABC):
     """Sides of a picture's latents are multiples of this."""
     ZERO_IS_EMPTY: ClassVar[bool] = False
     """Whether a position of zeros holds no state of the caption: padding, or an encoder that the folder lacks."""
+    SHARES_ATTENTION: ClassVar[bool] = False
+    """Whether a picture can attend to another one (shared_attention.py): UNets have layers of self-attention alone."""
     PIPELINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     """What the pipeline is asked for beside the caption and the draw settings, to draw as the family does."""
 
@@ -84,6 +88,8 @@ class Diffusion(nn.Module, ABC):
         """What the denoiser takes; see `hold_in`."""
         self.styles: Styles | None = None
         """Adapters of `denoiser`, for inference; None: there are none."""
+        self.ip_adapter: Any = None
+        """What lets both denoisers attend to pictures (ip_adapter.py), for inference; None: they cannot."""
         self.stand_ins: dict[str, Any] = {}
         """What computes "denoiser", "distilled" or the decoder of "vae" in their place, for inference; by
         backends/choose.py."""
@@ -205,19 +211,42 @@ class Diffusion(nn.Module, ABC):
         self.denoiser.to(dtype)
         if self.distilled is not None:
             self.distilled.to(dtype)
+        if self.ip_adapter is not None:
+            self.ip_adapter.to(dtype)
         if not self.vae.config.get("force_upcast"):
             self.vae.to(dtype)
 
-    def denoiser_for(self, sampler: str, style: str = "") -> Any:
-        """Return the denoiser that a sampler draws with, or what stands in for it. Styles are in the weights of
+    def denoiser_for(self, sampler: str, style: str = "", *, is_changed: bool = False) -> Any:
+        """Return the denoiser that a sampler draws with, or what stands in for it, which cannot take the place of
+        one that is changed: by a style, or with `is_changed` in its attention. Styles are in the weights of
         `denoiser` alone. Raises ModelFolderError."""
         if sampler != DISTILLED:
-            return self.denoiser if style else self.stand_ins.get("denoiser", self.denoiser)
+            return self.denoiser if style or is_changed else self.stand_ins.get("denoiser", self.denoiser)
         if self.distilled is None:
             raise ModelFolderError(
                 f"scheduler is {sampler!r} but this model has no distilled UNet: use one of {', '.join(self.samplers)}"
             )
-        return self.stand_ins.get("distilled", self.distilled)
+        return self.distilled if is_changed else self.stand_ins.get("distilled", self.distilled)
+
+    def check_shares_attention(self) -> None:
+        """Raises InvalidRequest where a picture cannot attend to another one."""
+        if not self.SHARES_ATTENTION:
+            raise InvalidRequest(
+                "consistency",
+                f"consistency is 'story' but a {type(self.denoiser).__name__} ({type(self).__name__}) has no "
+                "self-attention that pictures could share: set it to 'off'",
+            )
+
+    def load_ip_adapter(self, folder: Path) -> None:
+        """Raises ModelFolderError where this family, or this denoiser, cannot use what is in the folder."""
+        raise ModelFolderError(
+            f"{folder} is an IP-Adapter, and a {type(self.denoiser).__name__} ({type(self).__name__}) cannot use one "
+            "here: remove it"
+        )
+
+    def attending(self, denoiser: Any, states_of: Mapping[int, Tensor]) -> AbstractContextManager[None]:
+        """Let rows of `denoiser`'s calls attend to states of pictures; see IpAdapter."""
+        return self.ip_adapter.attending(denoiser, states_of) if states_of else nullcontext()
 
     def use_style(self, name: str) -> None:
         """Let `denoiser` draw in a style, or in none (""), from now on. Raises ModelFolderError."""

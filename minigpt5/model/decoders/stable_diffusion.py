@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.decoders.diffusion import DecoderSizes, Diffusion, read_config
+from minigpt5.model.decoders.ip_adapter import IpAdapter
 from minigpt5.model.decoders.noise import VariancePreserving
 from minigpt5.types import DrawSettings
 
@@ -21,6 +22,7 @@ class StableDiffusion(Diffusion):
 
     PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     DENOISER = "unet"
+    SHARES_ATTENTION = True
 
     @classmethod
     def load_noise(cls, folder: str | Path) -> VariancePreserving:
@@ -47,6 +49,9 @@ class StableDiffusion(Diffusion):
     @classmethod
     def load_text_encoder(cls, folder: str | Path, *, num_positions: int, published_quirks: bool = False) -> nn.Module:
         return ClipTextEncoder(folder, num_positions=num_positions, published_quirks=published_quirks)
+
+    def load_ip_adapter(self, folder: Path) -> None:
+        self.ip_adapter = IpAdapter.from_folder(folder, self.denoiser)
 
     def predict(
         self,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from minigpt5.story.state import StoryBuilder
-from minigpt5.story.stream import Generate, page_seed, stream_story, write_story
+from minigpt5.story.stream import Generate, page_seed, shown_on, stream_story, write_story
 from minigpt5.types import (
     NUM_PREVIEWS,
+    Character,
     DecoderEvent,
     DrawRequest,
     GeneratorEvent,
+    InputImage,
     PageDone,
     Picture,
     PictureFailed,
@@ -133,6 +137,48 @@ def test_a_failed_generator_raises() -> None:
 
     with pytest.raises(RuntimeError, match="out of words"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("feedback", ["text", "pictures"])
+def test_for_consistency_each_later_page_has_the_first_as_its_reference(feedback: Literal["text", "pictures"]) -> None:
+    asked: list[DrawRequest] = []
+
+    async def note(request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+        asked.append(request)
+        async for event in decode(request):
+            yield event
+
+    async def one_by_one(request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
+        first = len(request.previous)
+        async for event in generate(request):
+            yield event if isinstance(event, Usage) else dataclasses.replace(event, page=event.page + first)  # type: ignore[type-var]
+
+    request = StoryRequest(prompt=("x",), pages=3, seed=4, feedback=feedback)
+    asyncio.run(write_story(request, one_by_one, note))
+    assert [one.reference for one in asked] == [None, None, None]
+    asked.clear()
+    asyncio.run(write_story(dataclasses.replace(request, consistency="story"), one_by_one, note))
+    first, *later = sorted(asked, key=lambda one: one.vokens.page)
+    assert first.reference is None and len(later) == 2
+    for one in later:
+        assert one.reference and one.reference.vokens is first.vokens and one.reference.seed == first.seed
+
+
+def test_a_page_shows_the_characters_that_it_names_else_those_of_the_page_before() -> None:
+    fox, owl, mia = (Character(name=name, image=InputImage(data=name.encode())) for name in ("Fox", "owl", "Mia (5)"))
+    characters = (fox, owl, mia)
+    texts = [
+        "Once upon a time.",
+        "A fox met an OWL.",
+        "They sang.",
+        "A foxglove grew.",
+        "Mia (5) came.",
+        "The owl left.",
+    ]
+    expected = [characters, (fox, owl), (fox, owl), (fox, owl), (mia,), (owl,)]
+    for page, shown in enumerate(expected, start=1):
+        assert shown_on(texts[:page], characters) == tuple(one.image for one in shown), page
+    assert shown_on(texts, ()) == ()
 
 
 def test_closing_the_stream_closes_both_engines() -> None:
