@@ -14,8 +14,9 @@ from minigpt5.config import ModelConfig
 from minigpt5.engine.script import Writer
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.prompt import VokenIds, encode, pictures_read, reads_back, request_segments, text_ids
+from minigpt5.model.story_windows import StoryWindows
 from minigpt5.model.template import make_template
-from minigpt5.model.window import StoryWindows, Window, windows
+from minigpt5.model.window import Window, windows
 from minigpt5.types import MAX_PAGES, MAX_REPLY_PICTURES, GeneratorEvent, InputImage, Role, StoryRequest
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 from minigpt5.config import ModelConfig
 from minigpt5.engine.text_stream import TextStream
 from minigpt5.model.prompt import Template, VokenIds, given_ids
-from minigpt5.model.window import StoryWindows
+from minigpt5.model.story_windows import StoryWindows
 from minigpt5.types import GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from minigpt5.model.folder_config import load_config
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.locate import find_part, locate
 from minigpt5.model.prompt import encode
+from minigpt5.model.story_windows import StoryWindows
 from minigpt5.model.template import make_template
 from minigpt5.model.vokens import VokenEmbeddings
-from minigpt5.model.window import StoryWindows, Window
+from minigpt5.model.window import Window
 from minigpt5.objective.example import Example
 from minigpt5.types import PromptPart
 from training.data.written import write_out

@@ -142,7 +142,7 @@ def tell(request: StoryRequest, *, seed: int = 0) -> tuple[dict[int, list[int]],
 
 
 @pytest.mark.parametrize("limit", [8, 40, 90])
-def test_a_page_of_a_long_story_is_read_after_the_same_tokens_by_whoever_resumes_there(limit: int) -> None:
+def test_a_page_of_a_long_story_is_read_after_the_same_tokens_by_every_request_that_begins_there(limit: int) -> None:
     request = StoryRequest(prompt=("A fox",), pages=40, sampling=Sampling(max_page_tokens=limit))
     before, told, _ = tell(request)
     texts = [told[page] for page in sorted(told)]

@@ -12,7 +12,8 @@ import pytest
 from minigpt5.engine.prompts import Prompter
 from minigpt5.model.prompt import IGNORED, VokenIds, encode
 from minigpt5.model.published_template import PUBLISHED
-from minigpt5.model.window import StoryWindows, Window
+from minigpt5.model.story_windows import StoryWindows
+from minigpt5.model.window import Window
 from minigpt5.types import Page, PromptPart, StoryRequest
 from tests.helpers.tiny import tiny_config, tiny_tokenizer
 from training.data.long_rows import pages_of_a_task, whole_or_part
