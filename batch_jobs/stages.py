@@ -210,10 +210,15 @@ class Write:
 
 
 def _page_row(job: StoryJob, page: int, stored: StoredPage, first: StoredPage | None) -> Row:
-    row = {"page": page, "text": stored.text, "vokens": stored.vokens, "seed": page_seed(job.seed, page)}
-    if job.consistency == "off" or page == 1 or first is None:
-        return row
-    return {**row, "reference": first.vokens, "reference_seed": page_seed(job.seed, 1)}
+    reference = first if job.consistency == "story" and page > 1 else None
+    return {
+        "page": page,
+        "text": stored.text,
+        "vokens": stored.vokens,
+        "seed": page_seed(job.seed, page),
+        "reference": reference and reference.vokens,
+        "reference_seed": page_seed(job.seed, 1) if reference else None,
+    }
 
 
 class Draw:
