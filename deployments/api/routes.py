@@ -97,7 +97,8 @@ async def create_story(
     async def begin() -> str:
         if idempotency_key is None:
             return (await front.runner.start(request)).id
-        digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+        asked = body.model_dump_json(exclude_defaults=True)  # the same for a version that has more fields
+        digest = hashlib.sha256(asked.encode()).hexdigest()
         return await start_once(front.leases, front.runner, request, key=idempotency_key, digest=digest)
 
     return await answer(front, begin, stream=body.stream, wait=body.wait)

@@ -119,7 +119,11 @@ def test_the_same_idempotency_key_at_both_is_one_story(tmp_path: Path) -> None:
     async def use() -> None:
         async with clients_of(one, other) as (here, there):
             headers = {"Idempotency-Key": "k"}
-            posts = [client.post("/v1/stories", json=BODY, headers=headers) for client in (here, there, here, there)]
+            bodies = (BODY, BODY, {**BODY, "feedback": "text"}, BODY)  # one says a default
+            posts = [
+                client.post("/v1/stories", json=body, headers=headers)
+                for client, body in zip((here, there, here, there), bodies, strict=True)
+            ]
             replies = await asyncio.gather(*posts)
             assert [reply.status_code for reply in replies] == [201] * 4
             assert len({reply.json()["id"] for reply in replies}) == 1
