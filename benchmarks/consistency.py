@@ -42,6 +42,7 @@ from minigpt5.types import Consistency, DrawRequest, Reference, StoryRequest, Te
 
 WAYS: tuple[Consistency, ...] = ("off", "story")
 RESULTS = Path(__file__).parent / "results" / "consistency.json"
+WORK = Path("build") / "consistency"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,9 @@ def sheet(stories: Sequence[Told]) -> Image.Image:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.consistency", description=__doc__)
     parser.add_argument("--model", type=Path, default=default_model_folder())
-    parser.add_argument("--work", type=Path, required=True, help="folder that keeps stories and pictures")
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help="folder that keeps stories and pictures (default %(default)s)"
+    )
     parser.add_argument("--stories", type=int, default=20)
     parser.add_argument("--pages", type=int, default=6)
     parser.add_argument("--at-once", type=int, default=5, help="stories that are written together")

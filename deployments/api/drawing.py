@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 from deployments.api.front import Front
 from deployments.engines.handover import ReadAgain, draw_across_models
 from deployments.stories.admission import Reservation
-from minigpt5.types import DrawRequest, Picture, StoryRequest
+from minigpt5.types import DrawRequest, Page, Picture, StoryRequest
 
 
 async def draw_alone(front: Front, request: DrawRequest, read_again: ReadAgain | None = None) -> Picture:
     """With a place of its own. Raises Overloaded, or what the decoder does."""
     # What admission is told of: one picture, and no text.
     story = StoryRequest(prompt=("",), pages=1, mode="caption", draw=request.settings, key=request.key)
+    if request.reference:
+        story = dataclasses.replace(story, previous=(Page(index=1, text=""),), consistency="story")
     with front.admission.reserve(story) as reservation:
         return await draw(front, reservation, request, read_again)
 

@@ -15,7 +15,7 @@ from deployments.api.replies import BEGUN, answer, reply
 from deployments.engines.handover import read_page
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
 from deployments.stories.store_threads import reading, writing
-from minigpt5.errors import InvalidRequest
+from minigpt5.errors import InvalidRequest, StoryNotFound
 from minigpt5.story.state import PageState, StoryState, image_state
 from minigpt5.story.stream import page_seed, shown_on
 from minigpt5.types import MAX_PAGES, DrawRequest, InputImage, Reference, Vokens
@@ -124,9 +124,13 @@ async def _company(front: Front, story_id: str, page: int) -> tuple[Reference | 
     characters = shown_on(texts, request.characters)
     if page == 1 or request.consistency != "story":
         return None, characters
+    try:
+        vokens = await reading(front.store.load_vokens, story_id, 1)
+    except StoryNotFound:  # an edit of the first page failed
+        return None, characters
     image = state.pages[0].image
     reference = Reference(
-        vokens=await reading(front.store.load_vokens, story_id, 1),
+        vokens=vokens,
         seed=image.seed if image else page_seed(request.seed, 1),
         characters=shown_on(texts[:1], request.characters),
     )

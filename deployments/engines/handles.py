@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Protocol
@@ -52,7 +53,8 @@ class ServeEngines:
         self._differ_since: float | None = None
 
     async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
-        events = self._generator.options(stream=True, session_id=request.session).generate.remote(request)
+        generator = self._generator.options(stream=True, session_id=request.session)
+        events = generator.generate.remote(_to_write(request))
         try:
             with _own_errors():
                 async for event in events:
@@ -75,7 +77,8 @@ class ServeEngines:
 
     async def validate_request(self, request: StoryRequest) -> None:
         with _own_errors():
-            await self._generator.options(session_id=current_story()).validate_request.remote(request)
+            generator = self._generator.options(session_id=current_story())
+            await generator.validate_request.remote(_to_write(request))
 
     async def check_ready(self) -> None:
         generator, decoder = await asyncio.gather(
@@ -102,6 +105,11 @@ class ServeEngines:
             raise NotReady(f"{name} does not answer within {READY_TIMEOUT_S:g} s") from None
         except Exception as failure:  # whatever Serve raises, the engine cannot be used now
             raise NotReady(f"{name} does not answer: {describe(failure)}") from failure
+
+
+def _to_write(request: StoryRequest) -> StoryRequest:
+    """Without what the decoder alone reads: megabytes of pictures."""
+    return dataclasses.replace(request, characters=())
 
 
 @contextlib.contextmanager

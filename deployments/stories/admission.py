@@ -247,7 +247,8 @@ class Reservation:
             request.draw, guides_in_one_call=admission.guides_in_one_call
         )
         self._has_reference = request.consistency == "story"
-        self._first_page = len(request.previous) + 1
+        self._known = {page.index for page in request.previous}
+        """Pages that cost nothing: they are there."""
         self._steps: dict[int, int] = {}
         """Steps done, by page: not every one is told of."""
         self._is_left = False
@@ -256,10 +257,12 @@ class Reservation:
 
     def observe(self, event: StoryEvent | Vokens) -> None:
         """Count down what an event shows to be done."""
+        if isinstance(event, SlotOpened | Vokens | Progress | Picture) and event.page in self._known:
+            return
         if isinstance(event, SlotOpened | Vokens):
             self._take("generator", self._page_tokens)
         elif isinstance(event, Progress):
-            samples = self._samples * (1 + (self._has_reference and event.page > self._first_page))
+            samples = self._samples * (1 + (self._has_reference and event.page > 1))
             self._take("decoder", samples * max(0, event.step - self._steps.get(event.page, 0)))
             self._steps[event.page] = event.step
         elif isinstance(event, Picture):
@@ -300,12 +303,13 @@ def predict(
     relative_pixels: float = 1.0,
     guides_in_one_call: bool = False,
 ) -> dict[Engine, float]:
-    """The most that a request may cost: tokens, and UNet samples of the model's own size."""
+    """The most that a request may cost after its previous pages: tokens, and UNet samples of the model's own size."""
     prompt = sum(len(part) for part in request.prompt if isinstance(part, str)) / CHARACTERS_PER_TOKEN
     num_texts = {"story": request.pages, "reply": 1, "caption": 0, "scene": 1}[request.mode]
     num_drawn = 0 if request.pictures == "none" else request.pages * num_pictures
     samples = request.draw.steps * samples_per_step(request.draw, guides_in_one_call=guides_in_one_call)
-    num_references = max(0, num_drawn - num_pictures) if request.consistency == "story" else 0
+    num_firsts = 0 if request.previous else num_pictures
+    num_references = max(0, num_drawn - num_firsts) if request.consistency == "story" else 0
     return {
         "generator": prompt + num_texts * request.sampling.max_page_tokens + 1.0,
         "decoder": relative_pixels * (num_drawn * (samples + FINISH_SAMPLES) + num_references * samples),

@@ -59,6 +59,7 @@ class ResumedEngines:
         self._sources: dict[int, tuple[StoryRequest, dict[int, str]]] = {}
         """Page -> the request that its vokens came from, and the complete texts, by page."""
         self._refused: set[str] = set()
+        self._read_again_as: dict[int, Vokens] = {}
         """Fingerprints of models whose vokens a decoder has refused."""
 
     async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
@@ -148,11 +149,14 @@ class ResumedEngines:
                 await self._get_over(loss, attempt)
 
     def _as_shown(self, request: DrawRequest) -> DrawRequest:
-        """With the reference as its page shows it, of which another picture may have been chosen."""
-        reference = request.reference
-        page = self.drawn.get(reference.vokens.page) if reference else None
-        if reference and page and page.image:
-            reference = dataclasses.replace(reference, seed=page.image.seed)
+        """With the reference as its page shows it: another picture may have been chosen, or another model may have read
+        the page again."""
+        if not (reference := request.reference):
+            return request
+        page = reference.vokens.page
+        reference = dataclasses.replace(reference, vokens=self._read_again_as.get(page, reference.vokens))
+        if (drawn := self.drawn.get(page)) and drawn.image:
+            reference = dataclasses.replace(reference, seed=drawn.image.seed)
         return dataclasses.replace(request, reference=reference)
 
     async def _draw(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
@@ -177,6 +181,7 @@ class ResumedEngines:
         request = dataclasses.replace(request, pages=num_pages, num_later=num_later)
         vokens = await read_page(self._engines, request, _beginning(complete, request))
         await writing(self._store.save_vokens, self._story_id, vokens)
+        self._read_again_as[page] = vokens
         return vokens
 
     async def _get_over(self, loss: EngineLost, attempt: int) -> None:

@@ -30,7 +30,7 @@ from minigpt5.story.safety import TextFilter
 from minigpt5.story.state import PageState, StoryBuilder, StoryState, new_story_id
 from minigpt5.story.store import STORY_ID, StoryStore
 from minigpt5.story.stream import describe, stream_story
-from minigpt5.types import SlotOpened, StoryRequest
+from minigpt5.types import Page, SlotOpened, StoryRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -136,7 +136,7 @@ class StoryRunner:
         change: Callable[[], None] = lambda: None,
     ) -> RunningStory:
         enter_story(lease.name)
-        reservation = self._admission.reserve(builder.request)
+        reservation = self._admission.reserve(_left_of(builder.request, pages))
         try:
             await self._engines.validate_request(builder.request)
             story = RunningStory(builder, ResumedEngines(self._engines, lease.store, lease.name, pages), lease)
@@ -216,6 +216,12 @@ class StoryRunner:
             logger.error("%s: how it ended is not stored: %s", story.id, failure.__cause__ or failure)
             story.is_stored = False
             return None
+
+
+def _left_of(request: StoryRequest, pages: tuple[PageState, ...]) -> StoryRequest:
+    """What is to be done of a story whose pages are stored, for admission: those with a picture cost nothing."""
+    known = tuple(Page(index=page.index, text=page.text) for page in pages if page.image)
+    return dataclasses.replace(request, pages=max(1, request.pages - len(known)), previous=known)
 
 
 def _fail(store: StoryStore, state: StoryState, error: str) -> None:

@@ -102,6 +102,7 @@ class Prompter:
         )
         given = [story.size(text) for text in request.given]
         new = [*given, *[story.reserve] * (request.pages - len(given))]
+        num_at_once = sum(new)
         num_needed = max([story.reserve, *given])
         if request.feedback == "pictures" and story.num_pages > 1:  # room for one earlier page at least
             num_needed += limit + self._num_read_back
@@ -112,17 +113,19 @@ class Prompter:
                 f"{context} tokens: shorten the prompt or ask for shorter pages",
             )
         if reads_back(request):
-            window, num_again = self._window_read_back(request, sum(new)), 0
+            num_at_once = max(story.reserve, *new)  # one page, read alike whether its text is given or to be written
+            window, num_again = self._window_read_back(request, num_at_once), 0
         else:
             sizes = [*(story.size(page.text) for page in request.previous), *new]
             window, num_again = story.of(sizes)[num_before], story.num_read_again(sizes, first=num_before + 1)
+            num_at_once = max(num_at_once, story.longest_reading(sizes, first=num_before + 1))
         ids = self._ids(request, window)
         return Prompt(
             request=request,
             ids=ids,
             pictures=pictures_read(request, window),
             num_new=sum(new) + num_again,
-            num_positions=min(context, len(ids) + sum(new)),
+            num_positions=min(context, len(ids) + num_at_once),
             windows=None if reads_back(request) else story,
         )
 

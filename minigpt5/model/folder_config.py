@@ -33,10 +33,18 @@ def load_config(folder: str | Path) -> ModelConfig:
             "on a cluster one that every node has"
         )
     try:
-        config = from_json(ModelConfig, json.loads(path.read_bytes()))
+        values = json.loads(path.read_bytes())
+        config = from_json(ModelConfig, values)
     except ValueError as error:
         raise ModelFolderError(f"{path} is damaged ({error}): correct it or restore the folder") from error
+    if "consistency" not in values and _has_no_unet(folder / config.diffusion):  # a folder of an earlier version
+        config = dataclasses.replace(config, consistency="none")
     return _with_adapters(folder, config)
+
+
+def _has_no_unet(decoder: Path) -> bool:
+    """Whether the pipeline in a folder is one that has no UNet; False where it lies elsewhere."""
+    return decoder.is_dir() and not (decoder / "unet").is_dir()
 
 
 def _with_adapters(folder: Path, config: ModelConfig) -> ModelConfig:

@@ -36,18 +36,27 @@ class StoryWindows:
         limit = config.sampling.max_page_tokens if max_page_tokens is None else max_page_tokens
         self.reserve = limit + config.num_vokens
         """Tokens that a page may take while it is written."""
+        self._sizes: dict[str, int] = {}
         self.prompt_tokens = len(self.ids(Window(page=1, pages=(), num_pages=self.longest), ()))
 
     def size(self, text: str) -> int:
         """Tokens of a page with its vokens, wherever it stands."""
-        told = (self._template.page(text, begins_answer=begins) for begins in (True, False))
-        return max(len(text_ids(one, self._tokenizer)) for one in told) + self._config.num_vokens
+        if text not in self._sizes:
+            told = (self._template.page(text, begins_answer=begins) for begins in (True, False))
+            num_tokens = max(len(text_ids(one, self._tokenizer)) for one in told)
+            self._sizes[text] = num_tokens + self._config.num_vokens
+        return self._sizes[text]
 
     def of(self, sizes: Sequence[int]) -> list[Window]:
         """The windows of the pages that have a size, and of the one after them."""
         needs = [*(max(self.reserve, size) for size in sizes), self.reserve][: self.num_pages]
         room = self._config.context_tokens - self.prompt_tokens
         return windows(sizes, needs, num_pages=self.num_pages, window_pages=self._config.window_pages, room=room)
+
+    def longest_reading(self, sizes: Sequence[int], *, first: int) -> int:
+        """The most tokens that a page from `first` on has before it, the prompt aside, and takes itself."""
+        pages = zip(self.of(sizes)[first - 1 :], sizes[first - 1 :], strict=False)
+        return max(sum(sizes[page - 1] for page in window.pages) + max(self.reserve, size) for window, size in pages)
 
     def num_read_again(self, sizes: Sequence[int], *, first: int) -> int:
         """Tokens that are read once more where windows move after page `first`, the beginning aside."""

@@ -153,6 +153,37 @@ def test_a_reference_of_another_model_is_left_out() -> None:
     assert [one.reference is None for one in decoder.requests] == [False, True]
 
 
+def test_a_page_is_redrawn_without_a_reference_where_an_edit_of_the_first_one_failed(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    path = f"/v1/stories/{served.post(BODY).json()['id']}"
+    broken = Served(tmp_path, generator=FakeGenerator(fails_on_page=1))
+    broken.request("PATCH", f"{path}/pages/1", json={"text": "An owl."})
+    after = Served(tmp_path)
+    assert after.post({}, f"{path}/pages/2/redraw").status_code == 201
+    assert seeds(drawn(after)[2]) == [None]
+
+
+def test_admission_is_told_of_what_is_left_of_a_story(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    told: list[float] = []
+    reserve = served.front.admission.reserve
+
+    def reserve_and_note(request: StoryRequest, **options: Any) -> Any:
+        told.append(predict(request)["decoder"])
+        return reserve(request, **options)
+
+    served.front.admission.reserve = reserve_and_note  # type: ignore[method-assign]
+    path = f"/v1/stories/{served.post(BODY).json()['id']}"
+    whole = told.pop()
+    served.post({"count": 1}, f"{path}/pages")
+    assert served.request("PATCH", f"{path}/pages/2", json={"text": "A fox again."}).status_code == 200
+    served.post({}, f"{path}/pages/3/redraw")
+    samples = 2 * CONFIG.draw.steps
+    assert whole == predict(StoryRequest(prompt=("",), pages=3, draw=CONFIG.draw))["decoder"] + 2 * samples
+    assert told == [predict(StoryRequest(prompt=("",), pages=1, draw=CONFIG.draw))["decoder"] + samples] * 3
+    assert served.front.admission.load.work == {"generator": {}, "decoder": {}}
+
+
 def test_admission_counts_the_references() -> None:
     plain = StoryRequest(prompt=("x",), pages=4)
     samples = 2 * plain.draw.steps

@@ -18,7 +18,7 @@ from deployments.stories.admission import (
     _Speed,
     predict,
 )
-from minigpt5.types import DrawSettings, Picture, Progress, Sampling, SlotOpened, StoryRequest, Vokens
+from minigpt5.types import DrawSettings, Page, Picture, Progress, Sampling, SlotOpened, StoryRequest, Vokens
 from tests.helpers.fakes import FakeGenerator
 
 PICTURE_SAMPLES = 20 * 2 + FINISH_SAMPLES
@@ -57,6 +57,20 @@ def test_work_is_predicted_from_pages_steps_and_guidance() -> None:
     assert predict(story(), num_pictures=3)["decoder"] == 3 * 4 * PICTURE_SAMPLES
     assert predict(story())["generator"] >= 4 * 16
     assert make().wait_s(story()) == pytest.approx(STORY_S)
+
+
+def test_pages_that_are_there_cost_nothing_and_their_events_are_no_work() -> None:
+    left = dataclasses.replace(story(pages=1), previous=(Page(index=1, text=""), Page(index=2, text="")))
+    assert predict(left) == predict(story(pages=1))
+    admission = make()
+    with admission.reserve(left) as reservation:
+        before = admission.load.work
+        for page in (1, 2):
+            reservation.observe(SlotOpened(page=page))
+            reservation.observe(dataclasses.replace(PICTURE, page=page))
+        assert admission.load.work == before
+        reservation.observe(SlotOpened(page=3))
+        assert admission.load.work != before
 
 
 def test_a_denoiser_that_takes_the_guidance_scale_makes_one_prediction_a_step() -> None:

@@ -210,3 +210,5 @@ def test_pictures_that_are_read_back_are_those_of_a_window() -> None:
         assert prompt.num_positions <= CONFIG.context_tokens
         placeholder = VokenIds(CONFIG.vocabulary, CONFIG.num_vokens).placeholder
         assert prompt.ids.count(placeholder) == len(prompt.pictures) * CONFIG.vision.num_queries
+        given = dataclasses.replace(request, given=("It was the end.",))
+        assert prompter.encode(given).ids == prompt.ids, "a page is read alike when it is there already"

@@ -82,6 +82,17 @@ def test_a_folder_of_before_says_nothing(tmp_path: Path) -> None:
     assert (config.about, config.summary, config.examples) == ("", "", ())
 
 
+@pytest.mark.parametrize(("part", "consistency"), [("unet", "off"), ("transformer", "none")])
+def test_a_folder_of_before_says_whether_its_pictures_can_share_attention(
+    tmp_path: Path, part: str, consistency: str
+) -> None:
+    values = to_json(storybook())
+    del values["consistency"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / values["diffusion"] / part).mkdir(parents=True)
+    assert load_config(tmp_path).consistency == consistency
+
+
 def test_an_about_of_1001_characters_is_refused_with_its_file(tmp_path: Path) -> None:
     change_config(tmp_path, about="x" * 1001)
     with pytest.raises(ModelFolderError, match=r"config.json is damaged \(about has 1001 characters"):
