@@ -39,7 +39,8 @@ def stories(tmp_path: Path) -> Path:
 
 
 def with_later_fields(values: Any) -> Any:
-    """JSON of that version -> the same with what is stored since: sizes of pictures, models and engines of pages."""
+    """JSON of that version -> the same with what is stored since: sizes of pictures, models and engines of pages, and
+    how a story's pictures are alike."""
     if isinstance(values, list):
         return [with_later_fields(value) for value in values]
     if not isinstance(values, dict):
@@ -51,6 +52,8 @@ def with_later_fields(values: Any) -> Any:
         new = {"is_resampled": False, "fingerprint": ""}
     elif {"index", "is_written"} <= set(values):
         new = {"fingerprint": "", "engine": ""}
+    elif {"prompt", "mode"} <= set(values):
+        new = {"consistency": "off", "characters": []}
     return {name: with_later_fields(value) for name, value in values.items()} | new
 
 
@@ -61,7 +64,7 @@ def test_a_config_is_read_and_written_as_it_was(name: str) -> None:
     config = from_json(ModelConfig, values)
     new: dict[str, object] = {"about": "", "examples": [], "bases": [], "template": "published"}
     new |= {"condition_pooled": 0, "mapper_width": 0, "max_pixels": 0, "size_multiple": 8, "styles": []}
-    new["guides_in_one_call"] = False
+    new |= {"guides_in_one_call": False, "consistency": "off", "has_ip_adapter": False, "window_pages": 16}
     new["schedulers"] = ["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "distilled"]
     new["vision"] = values["vision"] | {"picture": [], "grid_side": 0, "sees_whole_pictures": False}
     assert config.name == name and to_json(config) == with_later_fields(values) | new

@@ -219,7 +219,7 @@ class StoryRunner:
 
 
 def _left_of(request: StoryRequest, pages: tuple[PageState, ...]) -> StoryRequest:
-    """What is to be done of a story whose pages are stored, for admission: those with a picture cost nothing."""
+    """What is left of a story whose pages are stored, as admission counts it: pages with a picture cost nothing."""
     known = tuple(Page(index=page.index, text=page.text) for page in pages if page.image)
     return dataclasses.replace(request, pages=max(1, request.pages - len(known)), previous=known)
 

@@ -142,7 +142,7 @@ def test_an_input_picture_changes_what_is_written(generator: VokenGenerator) -> 
     [
         ({"prompt": ("  ",)}, "prompt"),
         ({"pages": 0}, "pages"),
-        ({"pages": 17}, "pages"),
+        ({"pages": 65}, "pages"),
         ({"prompt": ("a " * 600,)}, "prompt"),
     ],
 )
