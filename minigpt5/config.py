@@ -234,11 +234,15 @@ class ModelConfig:
         return dataclasses.replace(self.draw, width=draw.width, height=draw.height)
 
     def resumable(self, request: StoryRequest) -> StoryRequest:
-        """The request of a story, perhaps begun with a model that drew in ways which this one lacks."""
+        """The request of a story, perhaps begun with a model that had a sampler or a style which this one lacks."""
+        return dataclasses.replace(request, draw=self.drawable(request.draw))
+
+    def fitted(self, request: StoryRequest) -> StoryRequest:
+        """The request without the consistency and the characters that this model cannot draw. What is stored keeps
+        them, for a model that can."""
         consistency: Consistency = "off" if self.consistency == "none" else request.consistency
         characters = request.characters if self.has_ip_adapter else ()
-        draw = self.drawable(request.draw)
-        return dataclasses.replace(request, draw=draw, consistency=consistency, characters=characters)
+        return dataclasses.replace(request, consistency=consistency, characters=characters)
 
     def check_characters(self) -> None:
         """Raises InvalidRequest where the model cannot draw a character as a picture shows it."""

@@ -118,7 +118,7 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
 
 async def _company(front: Front, story_id: str, page: int) -> tuple[Reference | None, tuple[InputImage, ...]]:
     """What a page is drawn beside, as its story asks: the first page as it is shown, and its characters' pictures."""
-    request = front.config.resumable(await reading(front.store.load_request, story_id))
+    request = front.config.fitted(await reading(front.store.load_request, story_id))
     state = await reading(front.store.load, story_id)
     texts = [one.text for one in state.pages if one.index <= page]
     characters = shown_on(texts, request.characters)

@@ -136,7 +136,7 @@ class StoryRunner:
         change: Callable[[], None] = lambda: None,
     ) -> RunningStory:
         enter_story(lease.name)
-        reservation = self._admission.reserve(_left_of(builder.request, pages))
+        reservation = self._admission.reserve(_left_of(self._config.fitted(builder.request), pages))
         try:
             await self._engines.validate_request(builder.request)
             story = RunningStory(builder, ResumedEngines(self._engines, lease.store, lease.name, pages), lease)
@@ -191,7 +191,7 @@ class StoryRunner:
     async def _make(self, story: RunningStory, reservation: Reservation, clock: StoryClock) -> None:
         engines = story.engines
         # Calls of one story go to the replica that has its earlier pages.
-        request = dataclasses.replace(story.builder.request, session=story.id)
+        request = dataclasses.replace(self._config.fitted(story.builder.request), session=story.id)
         stream = stream_story(request, engines.generate, engines.decode, story_id=story.id)
         async with contextlib.aclosing(stream) as events:
             async for event in events:

@@ -132,6 +132,10 @@ def test_a_model_that_lacks_them_finishes_a_story_without(tmp_path: Path) -> Non
     assert after.request("POST", f"{path}/pages", json={"count": 1}).status_code == 201
     assert after.post({}, f"{path}/pages/2/redraw").status_code == 201
     assert [(one.reference, one.characters) for one in after.decoder.requests] == [(None, ())] * 2
+    again = Served(tmp_path, config=dataclasses.replace(CONFIG, has_ip_adapter=True))
+    assert again.request("POST", f"{path}/pages", json={"count": 1}).status_code == 201
+    [last] = again.decoder.requests
+    assert last.reference and [one.data for one in last.characters] == [PNG], "what was asked for is not forgotten"
 
 
 def test_a_reference_of_another_model_is_left_out() -> None:
