@@ -155,6 +155,30 @@ if distributed.get_rank() == 0:
     print("LOSSES", json.dumps(losses))
 """
 
+UNEQUAL_WORKER = """
+import sys
+import torch
+from torch import distributed
+from tests.helpers.toy_stage import ToyStage, TOY
+from training.presets import override
+from training.strategy import new_strategy
+
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+rank, stage = distributed.get_rank(), ToyStage()
+with torch.no_grad():
+    for parameter in stage.objective.parameters():
+        parameter += rank
+before = stage.objective.frozen.weight.clone()
+preset = override(TOY, [f"zero_stage={sys.argv[1]}"])
+new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
+assert torch.equal(stage.objective.frozen.weight, before)
+for parameter in stage.objective.parameters():
+    if parameter.requires_grad:
+        distributed.broadcast(first := parameter.detach().clone(), 0)
+        assert torch.equal(parameter, first)
+"""
+
 VALIDATED_WORKER = WORKER.replace(
     "report=report)",
     """report=report, validation=validation)""",
@@ -219,6 +243,12 @@ def test_workers_with_and_without_pictures_do_not_wait_for_each_other(tmp_path: 
     others waiting for ever. Its losses are the plain loop's."""
     plain, shared_out = (train(tmp_path / str(stage), stage, steps=4, worker=MODEL_WORKER) for stage in (None, 3))
     assert len(plain) == 4 and largest_difference(shared_out, plain) < 1e-3
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_workers_begin_with_the_first_ones_trained_weights_and_frozen_ones_are_not_written(zero_stage: int) -> None:
+    """A page of a mapped file that is written to is shared no more."""
+    run_ranks(UNEQUAL_WORKER, [str(zero_stage)], num=2)
 
 
 @pytest.mark.slow
