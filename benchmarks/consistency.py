@@ -1,4 +1,4 @@
-"""Whether a story's character stays itself: `python -m benchmarks.consistency --work FOLDER`.
+"""Whether a story's character stays itself: `python -m benchmarks.consistency [--work FOLDER]`.
 
 The shipped model writes stories from held-out prompts once. It draws their pages with `consistency` off and on, from
 the same vokens and seeds. For pairs of pages, by their distance: whether the scorer sees one character on both, and the
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ import torch
 from PIL import Image
 
 from benchmarks.pixels import pixels_of
+from benchmarks.quality import machine
 from benchmarks.shares import mean, share_of_groups
 from benchmarks.stories import FACTS, SEED
 from minigpt5.config import default_model_folder
@@ -214,7 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **compare(stories),
         "seconds": measure_seconds(decoders, stories[0], turns=options.turns),
     }
-    options.out.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
+    command = shlex.join(
+        ["python", "-m", "benchmarks.consistency", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    report = {"figures": figures, "machine": machine(), "command": command}
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(figures["seconds"], indent=1))
 
 
