@@ -21,6 +21,7 @@ from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.footprint import report
 from minigpt5.model.base_models import find_ip_adapter
 from minigpt5.model.base_sizes import DEFAULT_CONTEXT
+from minigpt5.model.decoders.ip_adapter import ENCODER, WEIGHTS
 from minigpt5.model.folder_config import IP_ADAPTER
 
 
@@ -77,10 +78,10 @@ def add_ip_adapter(folder: Path, file: Path) -> None:
     """Copy an IP-Adapter and the image encoder beside it into a model folder."""
     place = folder / IP_ADAPTER
     place.mkdir()
-    shutil.copyfile(file, place / "ip_adapter.safetensors")
-    (place / "image_encoder").mkdir()
+    shutil.copyfile(file, place / WEIGHTS)
+    (place / ENCODER).mkdir()
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(file.parent / "image_encoder" / name, place / "image_encoder" / name)
+        shutil.copyfile(file.parent / ENCODER / name, place / ENCODER / name)
 
 
 def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = print) -> int:

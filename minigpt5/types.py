@@ -17,8 +17,9 @@ import numpy as np
 MAX_PAGES = 64
 """Pages of a story. One of more than WHOLE_PAGES is read through a window (minigpt5/model/window.py)."""
 WHOLE_PAGES = 16
+"""Pages of the longest story that is read whole before each page."""
 MIN_WINDOW_PAGES = 6
-"""Of those that a window shows as a story."""
+"""The least that a longer story may seem to have to a model: see ModelConfig.window_pages."""
 MAX_REPLY_PICTURES = 16
 """Pictures of a reply."""
 SDE_DPM_SOLVER = "sde-dpm-solver++"

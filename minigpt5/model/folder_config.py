@@ -69,10 +69,9 @@ def compute_fingerprint(folder: str | Path, bases: Sequence[BaseHash] = ()) -> s
     of the denoiser are left out. A large file that has not changed is not read again: see `hash_file`."""
     folder = Path(folder)
     digest = hashlib.sha256()
+    adapters = (folder / STYLES, folder / IP_ADAPTER)  # vokens are the same with and without
     for path in sorted(folder.rglob("*.safetensors")):
-        if path.is_relative_to(folder / STYLES) or path.is_relative_to(
-            folder / IP_ADAPTER
-        ):  # vokens are the same with and without
+        if any(path.is_relative_to(one) for one in adapters):
             continue
         digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(bytes.fromhex(hash_file(path)))
