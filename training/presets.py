@@ -166,6 +166,9 @@ class VokenPreset(Preset):
     """Share of whole stories among the examples of "learn" and "refine"; the rest are single pages."""
     dialogue_share: float = 0.0
     """Share of turns of dialogues among the picture world's examples of "learn" and "refine"."""
+    question_share: float = 0.0
+    """Share of questions in a chat among the picture world's examples of "learn": what a picture shows, asked in many
+    ways, and requests for a picture."""
     num_examples: int = 0
     """If not 0: the picture world has so many examples, which come again and again."""
     draws_by: DrawsBy = "vokens"

@@ -119,6 +119,9 @@ class Template(Protocol):
     def reply(self, prompt: Sequence[PromptPart], pages: Sequence[Page]) -> list[Segment]:
         """A prompt as `describe` asks, then what was already answered."""
 
+    def answer(self, text: str, *, draws: bool = False) -> list[Segment]:
+        """What is learnt after `reply`: a text, or none, and perhaps a picture after it."""
+
     def next_page(self, history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
         """The published stage-2 tasks on a page that follows others: its text from its picture, its picture from its
         text, or both.

@@ -83,6 +83,10 @@ class PublishedTemplate:
             segments += [DRAW] if page.picture else []
         return join_texts(segments)
 
+    def answer(self, text: str, *, draws: bool = False) -> list[Segment]:
+        said = [text_segment(self.page(text, begins_answer=True), is_target=True)] if text.strip() else []
+        return join_texts([*said, *([DRAW_TARGET] if draws else []), text_segment(END, is_target=True)])
+
     def next_page(self, history: Sequence[str], page: str, task: Task, *, variant: int) -> list[Segment]:
         segments = [text_segment(f"{READ_AND_TELL}{HUMAN}")]
         for past in history:

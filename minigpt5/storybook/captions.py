@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, Scene
+from minigpt5.storybook.words import pick
 
 SHORT_NAMES = {
     "rabbit-face": "rabbit",
@@ -96,13 +97,9 @@ def draw_facts(scene: Scene, rng: np.random.Generator, *, complete: float = 0.5)
 
 def write_caption(facts: Facts, rng: np.random.Generator) -> str:
     """One of many ways to say `facts`."""
-
-    def pick(choices: tuple[str, ...]) -> str:
-        return choices[rng.integers(len(choices))]
-
-    who = with_article(name_of(facts.who), pick(ADJECTIVES)) if facts.who else "someone"
-    where = pick(PLACE_PHRASES[facts.place]) if facts.place else ""
-    when = pick(TIME_PHRASES[facts.time]) if facts.time else ""
+    who = with_article(name_of(facts.who), pick(ADJECTIVES, rng)) if facts.who else "someone"
+    where = pick(PLACE_PHRASES[facts.place], rng) if facts.place else ""
+    when = pick(TIME_PHRASES[facts.time], rng) if facts.time else ""
     other = "right" if facts.side == "left" else "left"
     if facts.what:
         what = with_article(name_of(facts.what))
@@ -115,10 +112,12 @@ def write_caption(facts: Facts, rng: np.random.Generator) -> str:
                     f"on the {facts.side} {who}, on the {other} {what}",
                     f"{who} on the {facts.side}, {what} on the {other}",
                     f"{what} to the {other} of {who}",
-                )
+                ),
+                rng,
             )
         else:
-            core = pick((f"{who} and {what}", f"{who} with {what}", f"{who} next to {what}", f"{what} beside {who}"))
+            together = (f"{who} and {what}", f"{who} with {what}", f"{who} next to {what}", f"{what} beside {who}")
+            core = pick(together, rng)
     else:
         core = who + (f" on the {facts.side}" if facts.side else "")
     details = [part for part in (where, when) if part]
@@ -129,7 +128,7 @@ def write_caption(facts: Facts, rng: np.random.Generator) -> str:
     else:
         text = " ".join([core, *details]) if rng.random() < 0.7 else ", ".join([core, *details])
     if rng.random() < 0.15:
-        text = pick(("a picture of ", "a drawing of ", "we see ")) + text
+        text = pick(("a picture of ", "a drawing of ", "we see "), rng) + text
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:] + "."
     return text

@@ -12,6 +12,7 @@ import numpy as np
 
 from minigpt5.storybook.captions import PLACE_PHRASES, TIME_PHRASES, Facts, name_of, with_article
 from minigpt5.storybook.scenes import Scene, Split, scene_at
+from minigpt5.storybook.words import pick
 
 GREETINGS = ("Hello! How was your day?", "Hi there, what did you do today?", "Good to see you. Any news?")
 SEEN = ("I saw {who} {where}!", "You will not believe it: there was {who} {where}.", "I met {who} {where} {when}.")
@@ -42,7 +43,7 @@ def dialogue_at(
     rng = np.random.default_rng([scene.seed, 2])
 
     def say(choices: Sequence[str]) -> str:
-        words = choices[int(rng.integers(len(choices)))].format(
+        words = pick(choices, rng).format(
             who=with_article(name_of(scene.who)),
             what=with_article(name_of(scene.what)),
             where=PLACE_PHRASES[scene.place][rng.integers(3)],

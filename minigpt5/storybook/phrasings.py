@@ -7,8 +7,7 @@ an unseen phrasing has at least one of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -22,9 +21,9 @@ from minigpt5.storybook.words import (
     TIME_NOUNS,
     WHEN,
     WHERE,
+    pick,
 )
 
-T = TypeVar("T")
 Phrasing = Literal["seen", "unseen"]
 Kind = Literal["sided", "pair", "alone", "placed", "timed", "both", "request"]
 
@@ -160,16 +159,16 @@ def phrase(facts: Facts, rng: np.random.Generator, phrasing: Phrasing = "seen") 
     kinds: list[Kind] = ["alone" if facts.what is None else "sided" if facts.side else "pair"]
     if facts.place or facts.time:
         kinds.append("both" if facts.place and facts.time else "placed" if facts.place else "timed")
-    unseen = _pick([*kinds, "request"], rng) if phrasing == "unseen" else None
+    unseen = pick([*kinds, "request"], rng) if phrasing == "unseen" else None
     asks = unseen == "request" or rng.random() < REQUESTS
     words, text = _words(facts, rng), ""
     for kind in kinds:
         patterns = _patterns(kind, phrasing, unseen)
         nouns = [pattern for pattern in patterns if _is_noun(pattern)]
         asks = asks and bool(nouns)
-        text = _pick(nouns if asks else patterns, rng).format(core=text, Core=_raised(text), **words)
+        text = pick(nouns if asks else patterns, rng).format(core=text, Core=_raised(text), **words)
     if asks:
-        text = _pick(_patterns("request", phrasing, unseen), rng).format(text=text)
+        text = pick(_patterns("request", phrasing, unseen), rng).format(text=text)
     return _as_typed(text, rng)
 
 
@@ -194,19 +193,19 @@ def _words(facts: Facts, rng: np.random.Generator) -> dict[str, str]:
             words |= {"side": facts.side, "other": "right" if facts.side == "left" else "left"}
             words["first"], words["second"] = (who, what) if facts.side == "left" else (what, who)
     if facts.place:
-        place = _pick(PLACE_NOUNS[facts.place], rng)
-        words |= {"where": _pick(WHERE[facts.place], rng), "place": place, "a_place": with_article(place)}
+        place = pick(PLACE_NOUNS[facts.place], rng)
+        words |= {"where": pick(WHERE[facts.place], rng), "place": place, "a_place": with_article(place)}
     if facts.time:
-        lit = _pick(TIME_ADJECTIVES[facts.time], rng)
-        words |= {"when": _pick(WHEN[facts.time], rng), "time": _pick(TIME_NOUNS[facts.time], rng)}
+        lit = pick(TIME_ADJECTIVES[facts.time], rng)
+        words |= {"when": pick(WHEN[facts.time], rng), "time": pick(TIME_NOUNS[facts.time], rng)}
         words |= {"lit": lit, "a_lit": with_article(lit)}
     return words
 
 
 def _thing(key: str, rng: np.random.Generator) -> str:
     """A name with what stands before it."""
-    name = _pick(NAMES[key], rng)
-    adjective = f"{_pick(ADJECTIVES, rng)} " if rng.random() < ADJECTIVE else ""
+    name = pick(NAMES[key], rng)
+    adjective = f"{pick(ADJECTIVES, rng)} " if rng.random() < ADJECTIVE else ""
     drawn = rng.random()
     if drawn < PLURAL:
         return f"{adjective}{plural(name)}"
@@ -245,7 +244,7 @@ def _mistyped(text: str, rng: np.random.Generator) -> str:
     long = [index for index, word in enumerate(words) if len(word) > 4 and word.isalpha() and word != "right"]
     if not long:
         return text
-    index = _pick(long, rng)
+    index = pick(long, rng)
     word, place = words[index], int(rng.integers(1, len(words[index]) - 2))
     words[index] = {
         0: word[:place] + word[place + 1 :],
@@ -257,7 +256,3 @@ def _mistyped(text: str, rng: np.random.Generator) -> str:
 
 def _raised(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
-    return choices[int(rng.integers(len(choices)))]

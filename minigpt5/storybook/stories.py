@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -33,8 +33,7 @@ from minigpt5.storybook.sentences import (
     TIME_LEADS,
     WISHES,
 )
-
-Choice = TypeVar("Choice")
+from minigpt5.storybook.words import pick
 
 PAGE_WORDS = (8, 30)
 _NUM_PAGES = {4: 0.6, 5: 0.14, 6: 0.12, 7: 0.07, 8: 0.07}
@@ -79,8 +78,8 @@ def story_at(
         num_pages = int(rng.choice(list(_NUM_PAGES), p=list(_NUM_PAGES.values())))
     scenes = _scenes(first, num_pages, rng)
     voice = _Voice.draw(first, rng)
-    plot = _pick(PLOTS, rng)
-    wish = _pick(WISHES, rng)
+    plot = pick(PLOTS, rng)
+    wish = pick(WISHES, rng)
     pages = []
     for number, (role, scene) in enumerate(zip(_roles(num_pages), scenes, strict=True)):
         while True:
@@ -125,10 +124,6 @@ def _says(lower: str, key: str | None) -> bool:
     return key is not None and re.search(rf"\b{re.escape(name_of(key))}s?\b", lower) is not None
 
 
-def _pick(choices: Sequence[Choice], rng: np.random.Generator) -> Choice:
-    return choices[int(rng.integers(len(choices)))]
-
-
 def _roles(num_pages: int) -> list[str]:
     """What each page does for the story; short stories wish on their first page."""
     middle = {
@@ -159,9 +154,9 @@ def _scenes(first: Scene, num_pages: int, rng: np.random.Generator) -> list[Scen
         while len(scenes) < num_pages:
             place, time = scenes[-1].place, scenes[-1].time
             if rng.random() < 0.45:
-                place = _pick([other for other in PLACES if other != place], rng)
+                place = pick([other for other in PLACES if other != place], rng)
             if rng.random() < 0.45:
-                time = _pick(_NEXT_TIMES[time], rng)
+                time = pick(_NEXT_TIMES[time], rng)
             side: Literal["left", "right"] = "left" if rng.random() < 0.5 else "right"
             scenes.append(replace(first, place=place, time=time, side=side, seed=int(rng.integers(2**31))))
         if num_pages < 3 or (len({s.place for s in scenes}) > 1 and len({s.time for s in scenes}) > 1):
@@ -184,16 +179,16 @@ class _Voice:
 
     @classmethod
     def draw(cls, scene: Scene, rng: np.random.Generator) -> _Voice:
-        gender = _pick(("he", "he", "she", "she", "it"), rng)
+        gender = pick(("he", "he", "she", "she", "it"), rng)
         gender = {"princess": "she", "snowman": "he"}.get(scene.who, gender)
         names = NAMES["he"] + NAMES["she"] if gender == "it" else NAMES[gender]
         return cls(
-            name=_pick(names, rng),
+            name=pick(names, rng),
             pronouns={"he": ("he", "him", "his"), "she": ("she", "her", "her"), "it": ("it", "it", "its")}[gender],
             kind=name_of(scene.who),
-            introduced=with_article(name_of(scene.who), _pick(ADJECTIVES, rng)),
+            introduced=with_article(name_of(scene.who), pick(ADJECTIVES, rng)),
             thing=name_of(scene.what),
-            carrying=_pick(CARRYING.get(scene.what, CARRYING["small"]), rng),
+            carrying=pick(CARRYING.get(scene.what, CARRYING["small"]), rng),
         )
 
     def speak(self, template: str, rng: np.random.Generator) -> str:
@@ -214,14 +209,14 @@ class _Voice:
             pronoun = he if slot == "S" else him
             again = self.said.setdefault("S", False)
             self.said["S"] = True
-            return pronoun if again else _pick((*[self.name] * 3, pronoun, pronoun, f"the {self.kind}"), rng)
+            return pronoun if again else pick((*[self.name] * 3, pronoun, pronoun, f"the {self.kind}"), rng)
         again = self.said.setdefault("O", False)
         self.said["O"] = True
         if he == "it":  # one "it" is enough
-            return _pick((f"the {self.thing}", f"the {self.thing}", "its treasure"), rng)
+            return pick((f"the {self.thing}", f"the {self.thing}", "its treasure"), rng)
         if again:
-            return _pick(("it", "it", f"the {self.thing}"), rng)
-        return _pick((f"the {self.thing}", f"the {self.thing}", "it", "it", f"{his} treasure"), rng)
+            return pick(("it", "it", f"the {self.thing}"), rng)
+        return pick((f"the {self.thing}", f"the {self.thing}", "it", "it", f"{his} treasure"), rng)
 
 
 def _write_page(
@@ -235,21 +230,21 @@ def _write_page(
 ) -> tuple[str, bool]:
     """The text of a page, and whether it says the side."""
     if before is None:
-        template = _pick(BEGINNINGS, rng).format_map(_Kept(where=_where(scene, rng), when=_when(scene, rng)))
+        template = pick(BEGINNINGS, rng).format_map(_Kept(where=_where(scene, rng), when=_when(scene, rng)))
         if role == "begin" and rng.random() < 0.85:
-            template += f" {_pick(SHORT_WISHES, rng).replace('{wish}', _pick(wish['to'], rng))}"
+            template += f" {pick(SHORT_WISHES, rng).replace('{wish}', pick(wish['to'], rng))}"
     else:
         if role == "wish":
-            sentence = _pick(LONG_WISHES, rng).replace("{wish}", _pick(wish["to"], rng))
+            sentence = pick(LONG_WISHES, rng).replace("{wish}", pick(wish["to"], rng))
         elif role == "end":
-            sentence = _pick(wish["end"] if rng.random() < 0.6 else ENDS, rng)
+            sentence = pick(wish["end"] if rng.random() < 0.6 else ENDS, rng)
         else:
-            sentence = _pick({"journey": JOURNEYS, "rest": RESTS, **plot}[role], rng)
+            sentence = pick({"journey": JOURNEYS, "rest": RESTS, **plot}[role], rng)
         template = _lead(scene, before, rng) + sentence
     says_side = rng.random() < 0.2
     if says_side:
         other = "right" if scene.side == "left" else "left"
-        template += " " + _pick(SIDES, rng).replace("{side}", scene.side).replace("{other}", other)
+        template += " " + pick(SIDES, rng).replace("{side}", scene.side).replace("{other}", other)
     return voice.speak(template, rng), says_side
 
 
@@ -263,25 +258,25 @@ class _Kept(dict):
 def _lead(scene: Scene, before: Scene, rng: np.random.Generator) -> str:
     """What opens a later page: the new time and place, or a look at the old ones, or nothing."""
     leads = [lead for lead in TIME_LEADS[scene.time] if before.time == "rain" or "again" not in lead]
-    time = _pick(leads, rng) + ", " if scene.time != before.time else ""
+    time = pick(leads, rng) + ", " if scene.time != before.time else ""
     if scene.place != before.place:
-        return time + _pick(MOVES, rng).replace("{to}", _pick(PLACE_NAMES[scene.place], rng)) + ". "
+        return time + pick(MOVES, rng).replace("{to}", pick(PLACE_NAMES[scene.place], rng)) + ". "
     if time:
         return time
-    return _pick(("", "", "there, ", "there ", f"{_where(scene, rng)}, ", f"{_when(scene, rng)}, "), rng)
+    return pick(("", "", "there, ", "there ", f"{_where(scene, rng)}, ", f"{_when(scene, rng)}, "), rng)
 
 
 def _where(scene: Scene, rng: np.random.Generator) -> str:
-    return _pick(PLACE_PHRASES[scene.place], rng)
+    return pick(PLACE_PHRASES[scene.place], rng)
 
 
 def _when(scene: Scene, rng: np.random.Generator) -> str:
-    return _pick(TIME_PHRASES[scene.time], rng)
+    return pick(TIME_PHRASES[scene.time], rng)
 
 
 def _write_prompt(scene: Scene, rng: np.random.Generator) -> str:
-    who = with_article(name_of(scene.who), _pick(ADJECTIVES, rng))
-    text = _pick(PROMPTS, rng).format(who=who, what=with_article(name_of(scene.what)))
+    who = with_article(name_of(scene.who), pick(ADJECTIVES, rng))
+    text = pick(PROMPTS, rng).format(who=who, what=with_article(name_of(scene.what)))
     if rng.random() < 0.3:
         text += " " + _where(scene, rng)
     if rng.random() < 0.15:

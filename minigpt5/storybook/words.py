@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
 NAMES = {
     "fox": ("fox", "red fox", "vixen"),
     "rabbit-face": ("rabbit", "bunny", "hare"),
@@ -104,3 +111,8 @@ ADJECTIVES = ("little", "happy", "brave", "curious", "big", "cute", "funny", "lo
 """They mean nothing in this world."""
 
 IRREGULAR_PLURALS = {"mouse": "mice", "man of snow": "men of snow", "snowman": "snowmen", "cactus": "cacti"}
+
+
+def pick(choices: Sequence[T], rng: np.random.Generator) -> T:
+    """One of them, drawn by chance."""
+    return choices[int(rng.integers(len(choices)))]

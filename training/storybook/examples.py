@@ -15,8 +15,8 @@ from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
 from minigpt5.published.data import Turn, mmdialog_samples, sample_segments
 from minigpt5.storybook.captions import Facts, canonical_caption, draw_facts, write_caption
-from minigpt5.storybook.dialogues import dialogue_at
-from minigpt5.storybook.phrasings import phrase
+from minigpt5.storybook.dialogues import SHOWN, dialogue_at
+from minigpt5.storybook.phrasings import QUESTIONS, phrase
 from minigpt5.storybook.scenes import (
     CHARACTERS,
     IMAGE_PX,
@@ -30,11 +30,15 @@ from minigpt5.storybook.scenes import (
     sprite_boxes,
 )
 from minigpt5.storybook.stories import story_at
+from minigpt5.storybook.words import pick
+from minigpt5.types import InputImage, PromptPart, Role
 from training.data.written import write_out
 from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
 from training.storybook.presets import DecoderPreset, RetrievePreset, SharpenPreset, UnetPreset, VaePreset
 from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 
+REQUESTS = 0.3
+"""Share of requests for a picture among the questions of a chat; the others ask what a picture shows."""
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
 
 
@@ -130,10 +134,15 @@ def example_at(
             choice = rng.random()
             if preset.stage == "align" or choice < preset.caption_share:
                 return _caption(seed, position, rng, template, phrasing_share=preset.phrasing_share)
-            if choice < preset.caption_share + preset.story_share:
-                return _story(seed, position, rng, template)
-            if choice < preset.caption_share + preset.story_share + preset.dialogue_share:
-                return _turn(seed, position, rng, template)
+            until = preset.caption_share
+            for share, make in (
+                (preset.story_share, _story),
+                (preset.dialogue_share, _turn),
+                (preset.question_share, _question),
+            ):
+                until += share
+                if choice < until:
+                    return make(seed, position, rng, template)
             return _page(seed, position, rng, template)
     raise ValueError(f"stage {preset.stage} has no examples of the picture world: name a data set with --data")
 
@@ -197,7 +206,7 @@ def _captioned_scene(seed: int, position: int, canonical_share: float, rng: np.r
 def _told_scene(seed: int, position: int, rng: np.random.Generator) -> CaptionedScene:
     """A page of a story, whose text is the caption."""
     story = story_at(position, seed=seed)
-    page = story.pages[rng.integers(len(story.pages))]
+    page = pick(story.pages, rng)
     return CaptionedScene(pixels=draw_scene(page.scene), caption=page.text, canonical=canonical_caption(page.facts))
 
 
@@ -247,7 +256,7 @@ def _contrasts(facts: Facts, rng: np.random.Generator) -> list[str]:
     for name, values in FACT_VALUES.items():
         changed = [replace(facts, **{name: value}) for value in values if value != vars(facts)[name]]
         others = [one for one in changed if not (one.who and one.what and is_held_out(one.who, one.what))]
-        captions.append(canonical_caption(others[rng.integers(len(others))]))
+        captions.append(canonical_caption(pick(others, rng)))
     return captions
 
 
@@ -256,7 +265,7 @@ def _turn(seed: int, position: int, rng: np.random.Generator, template: Template
     said = dialogue_at(position, seed=seed)
     turns = [Turn(text=one.text, picture=str(at) if one.scene else None) for at, one in enumerate(said)]
     samples = list(mmdialog_samples(turns))
-    sample = samples[rng.integers(len(samples))]
+    sample = pick(samples, rng)
     read = [scene for at in sample.read if (scene := said[int(at)].scene)]
     drawn = said[int(sample.drawn)] if sample.drawn else None
     return Example(
@@ -268,13 +277,41 @@ def _turn(seed: int, position: int, rng: np.random.Generator, template: Template
     )
 
 
+def _question(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
+    """A turn of a chat: what a picture shows, at once or after it was asked for, or a request for a picture."""
+    scene = scene_at(position, seed=seed)
+    facts = draw_facts(scene, rng)
+    request, shown = phrase(facts, rng), pick(SHOWN, rng)
+    if rng.random() < REQUESTS:
+        return Example(
+            segments=[*template.reply([request], []), *template.answer(shown, draws=True)],
+            read=[],
+            drawn=[draw_scene(scene)],
+            captions=[canonical_caption(facts)],
+            contrasts=[_contrasts(facts, rng)],
+        )
+    picture, question = InputImage(data=b""), pick(QUESTIONS["seen"], rng)
+    prompts: tuple[list[PromptPart], ...] = (
+        [picture, question],
+        [question, picture],
+        [request, Role(name="assistant"), shown, picture, Role(name="user"), question],
+    )
+    return Example(
+        segments=[*template.reply(pick(prompts, rng), []), *template.answer(write_caption(Facts.of(scene), rng))],
+        read=[draw_scene(scene)],
+        shown=[canonical_caption(Facts.of(scene))],
+        drawn=[],
+        captions=[],
+    )
+
+
 def _page(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
     """One of the published tasks on one of a story's first three pages."""
     story = story_at(position, seed=seed)
     index = int(rng.integers(min(3, len(story.pages))))
     page, history = story.pages[index], story.pages[:index]
     tasks: tuple[Task, ...] = ("text", "picture", "both") if index else ("picture",)
-    task = tasks[rng.integers(len(tasks))]
+    task = pick(tasks, rng)
     picture, read = draw_scene(page.scene), [draw_scene(past.scene) for past in history]
     segments = template.next_page([past.text for past in history], page.text, task, variant=int(rng.integers(6)))
     if task == "text":
