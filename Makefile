@@ -201,7 +201,7 @@ own-model: $(STAMP)  ## a model from bases and data that packages carry, trained
 	$(RUN) examples/own_model/from_packages.py --scale $(SCALE)
 
 storybook-model: $(STAMP)  ## train the shipped model from nothing, stage by stage; resumes after a stop
-	for stage in vae unet distill decoder sharpen vision align learn refine; do $(RUN) -m training.train $$stage --preset storybook || exit 1; done
+	for stage in vae unet distill decoder sharpen upscale vision align learn refine; do $(RUN) -m training.train $$stage --preset storybook || exit 1; done
 	$(RUN) -m training.train vision --preset storybook --start runs/refine/model --out runs/describe $(DESCRIBE)
 	cp -r runs/describe/model/. models/storybook/
 

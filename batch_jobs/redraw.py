@@ -223,7 +223,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     if (consistency := config.consistency_of(options.consistency)) != "off":  # nor consistency
         plan |= {"consistency": consistency}
     if config.is_resampled(chosen):
-        print(f"pictures are drawn in the model's own size, {config.image_px}x{config.image_px}, and resampled")
+        print(f"pictures are drawn in the model's own size, {config.drawn_px}x{config.drawn_px}, and resampled")
     keeps = options.pictures == "files"
     output = Output.at(
         options.output, STORY_SCHEMA, plan, keeps_pictures=keeps, flush_s=options.flush_seconds, failpoint=failpoint

@@ -134,7 +134,7 @@ def write(
     draw = config.draw_settings({"width": width, "height": height})
     consistency = config.consistency_of(consistency)
     if config.is_resampled(draw):
-        own = f"{config.image_px}x{config.image_px}"
+        own = f"{config.drawn_px}x{config.drawn_px}"
         print(f"pictures are drawn in the model's own size, {own}, and resampled", file=sys.stderr)
     from minigpt5 import MiniGPT5
 

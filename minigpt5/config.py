@@ -158,7 +158,8 @@ class ModelConfig:
     mapper_layers: int = 4
     mapper_heads: int = 8
     image_px: int
-    """Side of a drawn picture."""
+    """Side of a picture as the VAE reads and paints it: of those that are drawn, unless a second decoder paints them
+    `upscale` times as large."""
     max_pixels: int = 0
     """Largest picture that is drawn at the width and height that a request names; 0: none is, and it is resampled."""
     size_multiple: int = 8
@@ -196,6 +197,8 @@ class ModelConfig:
     """Names of the folder's style adapters: read from its `adapters/`, and not written to `config.json`."""
     has_ip_adapter: bool = False
     """Whether the folder has an `ip_adapter/`, which `characters` need; not written to `config.json`."""
+    upscale: int = 1
+    """How many times as large the folder's `decoder/vae_upscaling/` paints; not written to `config.json`."""
     fingerprint: str = ""
     """Hash of the weights that make vokens and read them; set when the folder is saved."""
 
@@ -270,31 +273,42 @@ class ModelConfig:
         return tuple(name for name in self.schedulers if name != DISTILLED or self.draw_distilled)
 
     @property
+    def drawn_px(self) -> int:
+        """Side of a picture that is drawn where a request asks for no size."""
+        return self.image_px * self.upscale
+
+    @property
     def side_bounds(self) -> tuple[int, int]:
         """Smallest and largest side of a picture that a request may ask for."""
         return min(MIN_SIDE, self.image_px), MAX_SIDE
 
     def size_of(self, draw: DrawSettings) -> tuple[int, int]:
         """Width and height of the picture that a request gets."""
-        return draw.width or self.image_px, draw.height or self.image_px
+        return draw.width or self.drawn_px, draw.height or self.drawn_px
 
     def native(self, draw: DrawSettings) -> DrawSettings:
         """Settings as the diffusion model draws them: of a size that it cannot draw, in its own size (0)."""
         width, height = self.size_of(draw)
-        is_own = width == height == self.image_px
-        fits = width * height <= self.max_pixels and not width % self.size_multiple and not height % self.size_multiple
-        if is_own or not fits:
+        if width == height == self.drawn_px or not (self._is_of_vae(draw) or self._fits(width, height)):
             width = height = 0
         return dataclasses.replace(draw, width=width, height=height)
+
+    def _is_of_vae(self, draw: DrawSettings) -> bool:
+        """Whether it is the one size that the VAE itself paints, beside a second decoder."""
+        return draw.width == draw.height == self.image_px
+
+    def _fits(self, width: int, height: int) -> bool:
+        multiple = self.size_multiple * self.upscale
+        return width * height <= self.max_pixels and not width % multiple and not height % multiple
 
     def is_resampled(self, draw: DrawSettings) -> bool:
         """Whether a picture is drawn in the model's own size and then resampled."""
         return self.size_of(self.native(draw)) != self.size_of(draw)
 
     def relative_pixels(self, draw: DrawSettings) -> float:
-        """Pixels that the diffusion model draws, by those of its own size: what a step costs."""
+        """Latents of a picture, by those of one of the model's own size: what a step costs."""
         width, height = self.size_of(self.native(draw))
-        return width * height / self.image_px**2
+        return 1.0 if self._is_of_vae(draw) else width * height / self.drawn_px**2
 
     def draw_settings(self, sent: Mapping[str, Any], *, like: DrawSettings | None = None) -> DrawSettings:
         """The fields of DrawSettings that a request sent, the others as in `like` (default: the model's default).

@@ -25,6 +25,7 @@ MAX_REPLY_PICTURES = 16
 SDE_DPM_SOLVER = "sde-dpm-solver++"
 DISTILLED = "distilled"
 DISTILLED_FOLDER = "unet_distilled"
+UPSCALING_FOLDER = "vae_upscaling"
 STYLE_FILE = "pytorch_lora_weights.safetensors"
 """A style adapter's file, as diffusers names it."""
 MIN_SIDE = 64

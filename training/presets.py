@@ -212,6 +212,7 @@ STAGES = {
     "distill": "training.stages.distill:DistillStage",
     "decoder": "training.storybook.decoder:DecoderStage",
     "sharpen": "training.storybook.sharpen:SharpenStage",
+    "upscale": "training.storybook.upscale:UpscaleStage",
     "vision": "training.stages.vision:VisionStage",
     "align": "training.stages.voken:VokenStage",
     "learn": "training.stages.voken:VokenStage",

@@ -36,6 +36,13 @@ class Stage(Protocol):
         """Write what later stages start from."""
 
 
+class TeachesNoWriting:
+    """For stages without a sample story."""
+
+    def write_sample(self) -> bytes | None:
+        return None
+
+
 def build_stage(preset: Preset, sources: WeightSources, data: StageData) -> Stage:
     """The stage of a preset, on the weights that it starts from. Raises TrainingError where there are none."""
     new_stage = pkgutil.resolve_name(STAGES[preset.stage])

@@ -13,8 +13,7 @@ from minigpt5.config import ModelConfig, storybook
 from minigpt5.errors import TrainingError
 from minigpt5.model.decoders.diffusion import load_distilled, load_part
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
-from minigpt5.model.folder import DECODER
-from minigpt5.model.folder_config import load_config
+from minigpt5.model.folder_config import DECODER, load_config
 from minigpt5.model.locate import locate
 from training.devices import own_device
 from training.presets import Preset
@@ -28,6 +27,7 @@ DIFFUSION_STAGES = {
     "distill": ("unet", "vae"),
     "decoder": ("distill", "unet", "vae"),
     "sharpen": ("decoder", "distill", "unet", "vae"),
+    "upscale": ("sharpen", "decoder", "distill", "unet", "vae"),
 }
 """The stages whose parts a stage of the latent diffusion model starts from, newest first; other stages use all."""
 
@@ -67,7 +67,7 @@ class WeightSources:
     def find(self, part: str, *, stage: str = "") -> Path | None:
         """Find the first folder that has `part` ("vae" or "unet"), from the stages before `stage`; None where there is
         none."""
-        stages = DIFFUSION_STAGES.get(stage, ("sharpen", "decoder", "distill", "unet", "vae"))
+        stages = DIFFUSION_STAGES.get(stage, ("upscale", "sharpen", "decoder", "distill", "unet", "vae"))
         trained = (self.runs / earlier / "model" for earlier in stages)
         folders = [self.decoder, self.start_folder / "decoder"] if self.start_folder else [self.decoder, *trained]
         return next((folder for folder in folders if folder and (folder / part).is_dir()), None)

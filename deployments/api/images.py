@@ -164,7 +164,7 @@ class Output:
         width, height = config.size_of(draw_settings)
         quality = 100 if body.output_compression is None else body.output_compression
         return cls(
-            native_size=f"{config.image_px}x{config.image_px}",
+            native_size=f"{config.drawn_px}x{config.drawn_px}",
             is_resampled=config.is_resampled(draw_settings),
             width=width,
             height=height,

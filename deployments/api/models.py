@@ -53,10 +53,10 @@ def _model_reply(front: Front) -> ModelReply:
             for n, prompt in enumerate(config.examples, start=1)
         ],
         fingerprint=config.fingerprint,
-        image_size=f"{config.image_px}x{config.image_px}",
+        image_size=f"{config.drawn_px}x{config.drawn_px}",
         context_tokens=config.context_tokens,
         max_pixels=config.max_pixels,
-        size_multiple=config.size_multiple,
+        size_multiple=config.size_multiple * config.upscale,
         schedulers=list(config.samplers),
         styles=list(config.styles),
         max_characters=MAX_CHARACTERS if config.has_ip_adapter else 0,

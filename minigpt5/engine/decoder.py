@@ -324,10 +324,15 @@ class DiffusionDecoder(QueuedEngine):
 
     def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Drawn]:
         """Latents -> pixels: those of one size go through the VAE together."""
+
+        def size(picture: Denoising) -> tuple[int, torch.Size]:
+            return self.diffusion.scale_of(picture.draw), picture.latents_1CYX.shape
+
         pixels: dict[int, np.ndarray] = {}
-        for shape in dict.fromkeys(picture.latents_1CYX.shape for picture in pictures):
-            alike = [picture for picture in pictures if picture.latents_1CYX.shape == shape]
-            pixels_BCYX = self.diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in alike]))
+        for of_size in dict.fromkeys(map(size, pictures)):
+            alike = [picture for picture in pictures if size(picture) == of_size]
+            latents_BCYX = torch.cat([picture.latents_1CYX for picture in alike])
+            pixels_BCYX = self.diffusion.to_pixels(latents_BCYX, scale=of_size[0])
             pixels |= dict(zip(map(id, alike), to_pixels(pixels_BCYX), strict=True))
         return [
             Drawn(request=request, pixels_YXC=pixels[id(picture)])

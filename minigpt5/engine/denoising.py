@@ -172,4 +172,5 @@ def denoise(
     ]
     while pictures[0].num_calls_left:
         advance(diffusion, pictures, null_1QD)
-    return diffusion.to_pixels(torch.cat([picture.latents_1CYX for picture in pictures]))
+    latents_BCYX = torch.cat([picture.latents_1CYX for picture in pictures])
+    return diffusion.to_pixels(latents_BCYX, scale=diffusion.scale_of(draw))

@@ -65,11 +65,13 @@ def make_batch_invariant(diffusion: Diffusion) -> None:
     for denoiser in (diffusion.denoiser, diffusion.distilled):
         if denoiser is not None:
             mend_denoiser(denoiser)
-    vae = diffusion.vae
-    _mend_convolutions(vae.decoder)
-    vae.decoder = EvenRows(vae.decoder, 2)
-    if getattr(vae, "post_quant_conv", None) is not None:  # it stands before the decoder
-        vae.post_quant_conv = EvenRows(vae.post_quant_conv, 2)
+    for vae in (diffusion.vae, diffusion.upscaling):
+        if vae is None:
+            continue
+        _mend_convolutions(vae.decoder)
+        vae.decoder = EvenRows(vae.decoder, 2)
+        if getattr(vae, "post_quant_conv", None) is not None:  # it stands before the decoder
+            vae.post_quant_conv = EvenRows(vae.post_quant_conv, 2)
 
 
 def mend_denoiser(denoiser: nn.Module) -> None:

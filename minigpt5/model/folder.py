@@ -8,7 +8,7 @@ adapter/              LoRA in PEFT's format, after stage 2
 language/             the whole language model, where all of it was trained, in transformers' layout
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
 decoder/              VAE, denoiser, scheduler/ in diffusers' layout, where they are no base model; in both cases
-                      perhaps unet_distilled/
+                      perhaps unet_distilled/, and vae_upscaling/, which paints larger pictures
 adapters/<name>/      style adapters of the denoiser, in diffusers' format; the fingerprint does not cover them
 ip_adapter/           IP-Adapter of the denoiser with its image encoder; nor these
 examples/1.webp       a picture for the first of the config's examples, where somebody has put one there
@@ -28,10 +28,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from minigpt5.config import ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
-from minigpt5.model.folder_config import IP_ADAPTER, PICKLES, STYLES, check_folder, load_config, write_config
+from minigpt5.model.folder_config import DECODER, IP_ADAPTER, PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
 from minigpt5.model.weights import load_module, save_module, save_tensors
-from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings, Precision, TextPrecision
+from minigpt5.types import (
+    DISTILLED,
+    DISTILLED_FOLDER,
+    UPSCALING_FOLDER,
+    DecoderBackend,
+    DrawSettings,
+    Precision,
+    TextPrecision,
+)
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -44,7 +52,6 @@ if TYPE_CHECKING:
     from minigpt5.model.vision import Vision
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
-DECODER = "decoder"
 LANGUAGE = "language"
 VOKENS = "vokens.safetensors"
 MAPPER = "mapper.safetensors"
@@ -155,13 +162,17 @@ def load_decoder_model(
     from minigpt5.model.batch_invariance import make_batch_invariant, mend_denoiser
     from minigpt5.model.decoders.load import load_diffusion
     from minigpt5.model.decoders.styles import Styles
+    from minigpt5.model.decoders.upscaling import load_upscaling
 
     folder = locate(folder)
     config = check_folder(folder)
     mapper = load_mapper(folder, config)
     base = find_part(folder, config, config.diffusion)
-    distilled = find_distilled(base, folder)
-    diffusion = load_diffusion(base, distilled=distilled).eval()
+    distilled = find_addition(DISTILLED_FOLDER, base, folder)
+    diffusion = load_diffusion(base, distilled=distilled)
+    if config.upscale > 1:
+        diffusion.upscaling = load_upscaling(folder / DECODER / UPSCALING_FOLDER)
+    diffusion.eval()
     with torch.no_grad():
         null_1QD = mapper.null_condition()
         choose(
@@ -169,6 +180,7 @@ def load_decoder_model(
             base,
             null_1QD,
             distilled=distilled,
+            upscaling=folder / DECODER,
             backend=backend,
             device=device,
             num_threads=num_threads or torch.get_num_threads(),
@@ -348,7 +360,8 @@ def _copy_decoder(
     """Copy the decoder of `start` with its styles, or the parts of `decoder`, and return the config that names it."""
     if not decoder:
         if start:
-            _copy_folders(start, folder, f"{DECODER}/{DISTILLED_FOLDER}", STYLES, IP_ADAPTER, base=config.diffusion)
+            additions = (f"{DECODER}/{name}" for name in (DISTILLED_FOLDER, UPSCALING_FOLDER))
+            _copy_folders(start, folder, *additions, STYLES, IP_ADAPTER, base=config.diffusion)
         return config
     for part, source in decoder.items():  # without styles: another decoder has other layers
         if (source / part).is_file():
@@ -377,10 +390,11 @@ def _with_distilled(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, schedulers=schedulers, draw_distilled=config.draw_distilled or DISTILLED_DRAW)
 
 
-def find_distilled(decoder: Path, folder: Path | None) -> Path | None:
-    """The place of `unet_distilled/`: `decoder/` of the model folder, else beside its denoiser; None: there is none."""
+def find_addition(name: str, decoder: Path, folder: Path | None) -> Path | None:
+    """The place of `unet_distilled/` or `vae_upscaling/`: `decoder/` of the model folder, else beside what it adds to;
+    None: there is none."""
     places = [folder / DECODER, decoder] if folder else [decoder]
-    return next((place for place in places if (place / DISTILLED_FOLDER).is_dir()), None)
+    return next((place for place in places if (place / name).is_dir()), None)
 
 
 def save_diffusion(diffusion: Diffusion, folder: Path) -> None:

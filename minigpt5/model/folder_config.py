@@ -13,10 +13,11 @@ from minigpt5.codec import from_json, to_json
 from minigpt5.config import BaseHash, ModelConfig
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.cache import hash_file
-from minigpt5.types import STYLE_FILE
+from minigpt5.types import STYLE_FILE, UPSCALING_FOLDER
 
 STYLES = "adapters"
 """Folder of the style adapters, each in a folder of its name."""
+DECODER = "decoder"
 IP_ADAPTER = "ip_adapter"
 """Folder of what lets the denoiser attend to pictures: see decoders/ip_adapter.py."""
 STYLE_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -49,7 +50,23 @@ def _has_no_unet(decoder: Path) -> bool:
 
 def _with_adapters(folder: Path, config: ModelConfig) -> ModelConfig:
     """The config with what the folder holds for its denoiser."""
-    return dataclasses.replace(config, styles=list_styles(folder), has_ip_adapter=(folder / IP_ADAPTER).is_dir())
+    return dataclasses.replace(
+        config,
+        styles=list_styles(folder),
+        has_ip_adapter=(folder / IP_ADAPTER).is_dir(),
+        upscale=_read_scale(folder / DECODER / UPSCALING_FOLDER),
+    )
+
+
+def _read_scale(folder: Path) -> int:
+    """How many times as large a second decoder paints. Raises ModelFolderError where its config does not say it."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        return 1
+    try:
+        return int(json.loads(path.read_bytes())["scale"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFolderError(f"{path} is damaged or missing ({error}): restore the folder, or remove it") from error
 
 
 def list_styles(folder: str | Path) -> tuple[str, ...]:
@@ -100,6 +117,6 @@ def write_config(folder: Path, config: ModelConfig) -> ModelConfig:
     """Write `config.json` with the fingerprint of what is in the folder, and return the config."""
     config = dataclasses.replace(config, fingerprint=compute_fingerprint(folder, config.bases))
     values = to_json(config)
-    del values["styles"], values["has_ip_adapter"]  # the folder's own
+    del values["styles"], values["has_ip_adapter"], values["upscale"]  # the folder's own
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     return _with_adapters(folder, config)

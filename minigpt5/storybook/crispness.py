@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigpt5.storybook.scenes import SPRITE_PX, sprite_image
+from minigpt5.storybook.scenes import IMAGE_PX, SPRITE_PX, sprite_image
 
 CRISPNESS_PX = tuple(range(SPRITE_PX[0], SPRITE_PX[1] + 1, 4))
 """Template sizes. A size between two of them costs a true scene a little: it reaches 0.92, not 1."""
@@ -28,7 +28,7 @@ class Found:
 
 
 def crispness(pixels: np.ndarray, key: str, *, with_colour: bool = False) -> float:
-    """How sharply one picture (Y, X, 3) uint8 shows the sprite `key`, at any place and size; at most 1.
+    """How sharply one picture (Y, X, 3) uint8 of any scale shows the sprite `key`, at any place and size; at most 1.
 
     The best normalised correlation of the sprite's template with the picture under the template's opaque pixels, each
     colour channel around its own mean there: details alone. True scenes reach about 0.92 (the sizes between
@@ -59,6 +59,8 @@ class _Spectra:
     """Spectra of a picture's channels, and of the sum of their squares."""
 
     shape: tuple[int, int]
+    scale: int
+    """Pixels for each one of a scene of scale 1."""
     channels_CYX: Tensor
     squares_YX: Tensor
 
@@ -67,6 +69,7 @@ class _Spectra:
         picture_CYX = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).double() / 255
         return cls(
             shape=pixels.shape[:2],
+            scale=pixels.shape[1] // IMAGE_PX,
             channels_CYX=torch.fft.rfft2(picture_CYX),
             squares_YX=torch.fft.rfft2((picture_CYX**2).sum(0)),
         )
@@ -76,7 +79,7 @@ class _Spectra:
 def _best_place(
     spectra: _Spectra, key: str, side_px: int, *, columns: tuple[int, int] | None = None, with_colour: bool = False
 ) -> Found:
-    template_CYX, mask_YX = _template(key, side_px, with_colour)
+    template_CYX, mask_YX = _template(key, side_px, with_colour, spectra.scale)
     height, width = spectra.shape
     rows, row_columns = mask_YX.shape
     of_mask = torch.fft.rfft2(mask_YX, s=spectra.shape).conj()
@@ -101,9 +104,9 @@ def _best_place(
 
 
 @functools.lru_cache(maxsize=2048)
-def _template(key: str, side_px: int, with_colour: bool) -> tuple[Tensor, Tensor]:
+def _template(key: str, side_px: int, with_colour: bool, scale: int) -> tuple[Tensor, Tensor]:
     """Colours around their mean, see `crispness`: (3, Y, X), zero outside the mask (Y, X) of opaque pixels."""
-    sprite = torch.from_numpy(np.array(sprite_image(key, side_px))).double() / 255
+    sprite = torch.from_numpy(np.array(sprite_image(key, side_px, scale=scale))).double() / 255
     mask_YX = (sprite[..., 3] > 0.5).double()
     colours_CYX = sprite[..., :3].permute(2, 0, 1)
     mean_C11 = (colours_CYX * mask_YX).sum((1, 2), keepdim=True) / mask_YX.sum()

@@ -1,13 +1,16 @@
 """A seed -> a Scene (its facts), and a Scene -> a picture of 128 x 128 pixels, composed from emoji sprites.
 
-Sprites: Noto emoji (Apache-2.0), one sheet of 96 px tiles, in the order CHARACTERS + OBJECTS + SKY_SPRITES.
+A picture can be drawn `scale` times as large: the same picture, with more detail.
+
+Sprites: Noto emoji (Apache-2.0), one sheet of 96 px tiles and, for larger pictures, one of 128 px tiles that
+training/storybook/sprite_sheet.py draws, in the order of SPRITES.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
@@ -16,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 IMAGE_PX = 128
-TILE_PX, TILES_PER_ROW = 96, 10
+TILE_PX, LARGE_TILE_PX, TILES_PER_ROW = 96, 128, 10
 SPRITE_PX = (44, 60)
 """Smallest and largest side of a sprite in a scene; smaller ones do not survive the VAE."""
 
@@ -79,9 +82,11 @@ OBJECTS = [
     "umbrella",
 ]
 SKY_SPRITES = ("sun", "crescent-moon", "cloud")
+SPRITES = (*CHARACTERS, *OBJECTS, *SKY_SPRITES)
 PLACES = ("meadow", "beach", "snow", "forest", "road", "desert")
 TIMES = ("day", "sunset", "night", "rain")
 
+Colour = tuple[int, ...]
 Split = Literal["train", "validation", "heldout"]
 _SPLIT_OFFSET = {"train": 0, "validation": 1, "heldout": 2}
 
@@ -146,96 +151,128 @@ def scenes(seed: int, *, split: Split = "train", held_out_pairs: bool | None = F
         yield scene_at(index, seed=seed, split=split, held_out_pairs=held_out_pairs)
 
 
-def draw_scene(scene: Scene) -> np.ndarray:
-    """The picture of a scene: (128, 128, 3) uint8."""
-    return _compose(scene)[0]
+def draw_scene(scene: Scene, *, scale: int = 1) -> np.ndarray:
+    """The picture of a scene: (128 scale, 128 scale, 3) uint8."""
+    return _compose(scene, scale)[0]
 
 
 def sprite_boxes(scene: Scene) -> dict[str, tuple[int, int, int, int]]:
-    """Where the character and the object stand: name -> (left, top, right, bottom) in pixels."""
-    return _compose(scene)[1]
+    """Where the character and the object stand: name -> (left, top, right, bottom) in pixels of scale 1."""
+    return _compose(scene, 1)[1]
 
 
-def _compose(scene: Scene) -> tuple[np.ndarray, dict[str, tuple[int, int, int, int]]]:
+def _compose(scene: Scene, scale: int) -> tuple[np.ndarray, dict[str, tuple[int, int, int, int]]]:
+    """Boxes are those of scale 1."""
     rng = np.random.default_rng(scene.seed)
-    canvas = _background(scene, rng)
-    _paste_sky_sprite(canvas, scene.time, rng)
+    canvas = _background(scene, rng, scale)
+    _paste_sky_sprite(canvas, scene.time, rng, scale)
     boxes = {}
     for name, on_left in ((scene.what, scene.side == "right"), (scene.who, scene.side == "left")):
         side_px = int(rng.integers(SPRITE_PX[0], SPRITE_PX[1] + 1))
-        sprite = sprite_image(name, side_px)
+        width, height = sprite_image(name, side_px).size
         half = IMAGE_PX // 2
-        free = half - sprite.width
+        free = half - width
         x = (0 if on_left else half) + int(rng.integers(max(0, free) + 1)) + min(0, free) // 2
-        x = min(max(x, 0), IMAGE_PX - sprite.width)
+        x = min(max(x, 0), IMAGE_PX - width)
         bottom = int(rng.integers(98, 120))
-        box = (x, bottom - sprite.height, x + sprite.width, bottom)
-        canvas.paste(sprite, box[:2], sprite)
-        boxes[name] = box
+        boxes[name] = (x, bottom - height, x + width, bottom)
+        _paste(canvas, name, side_px, (x, bottom - height), scale)
     return np.asarray(canvas), boxes
 
 
-def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
+def _paste(canvas: Image.Image, name: str, side_px: int, corner: tuple[int, int], scale: int) -> None:
+    """`side_px` and `corner` are of scale 1."""
+    sprite = sprite_image(name, side_px, scale=scale)
+    canvas.paste(sprite, (corner[0] * scale, corner[1] * scale), sprite)
+
+
+def _background(scene: Scene, rng: np.random.Generator, scale: int) -> Image.Image:
     horizon = int(rng.integers(70, 82))
     top, bottom = (np.clip(np.array(c, float) + rng.uniform(-8, 8), 0, 255) for c in SKY[scene.time])
-    ramp = np.linspace(0, 1, horizon)[:, None]
+    ramp = np.linspace(0, 1, horizon * scale)[:, None]
     sky_YC = top * (1 - ramp) + bottom * ramp
     near = np.array(GROUND[scene.place], float) * GROUND_LIGHT[scene.time] + rng.uniform(-6, 6)
-    depth = np.linspace(0.88, 1.04, IMAGE_PX - horizon)[:, None]
+    depth = np.linspace(0.88, 1.04, (IMAGE_PX - horizon) * scale)[:, None]
     ground_YC = near * depth
     rows_YC = np.clip(np.concatenate([sky_YC, ground_YC]), 0, 255).astype(np.uint8)
-    canvas = Image.fromarray(np.repeat(rows_YC[:, None, :], IMAGE_PX, axis=1))
-    pen = ImageDraw.Draw(canvas)
+    canvas = Image.fromarray(np.repeat(rows_YC[:, None, :], IMAGE_PX * scale, axis=1))
+    pen = _Pen(canvas, scale)
     shade = tuple(int(c) for c in np.clip(near * 0.8, 0, 255))
     light = GROUND_LIGHT[scene.time]
     if scene.place == "beach":  # a strip of sea under the horizon
         sea = tuple(int(c * light) for c in (64, 150, 190))
-        pen.rectangle((0, horizon, IMAGE_PX, horizon + 9), fill=sea)
+        pen.rectangle((0, horizon, IMAGE_PX, horizon + 9), sea)
     elif scene.place == "road":  # lane marks
         for x in range(int(rng.integers(24)) - 24, IMAGE_PX, 24):
-            pen.rectangle((x, 121, x + 12, 123), fill=tuple(int(235 * light) for _ in range(3)))
+            pen.rectangle((x, 121, x + 12, 123), tuple(int(235 * light) for _ in range(3)))
     elif scene.place == "forest":  # a row of dark tree tops on the horizon
         for x in range(int(rng.integers(12)) - 12, IMAGE_PX, 12):
             height = int(rng.integers(10, 18))
-            pen.polygon([(x, horizon), (x + 6, horizon - height), (x + 12, horizon)], fill=shade)
+            pen.polygon([(x, horizon), (x + 6, horizon - height), (x + 12, horizon)], shade)
     elif scene.place == "desert":  # a dune
         x = int(rng.integers(0, 90))
-        pen.ellipse((x - 40, horizon - 8, x + 60, horizon + 20), fill=tuple(int(c) for c in near * 0.9))
+        pen.ellipse((x - 40, horizon - 8, x + 60, horizon + 20), tuple(int(c) for c in near * 0.9))
     elif scene.place == "snow":  # hills of snow
         x = int(rng.integers(0, 90))
-        pen.ellipse((x - 30, horizon - 10, x + 50, horizon + 24), fill=tuple(int(c) for c in near * 0.96))
+        pen.ellipse((x - 30, horizon - 10, x + 50, horizon + 24), tuple(int(c) for c in near * 0.96))
     else:  # meadow: tufts of grass
         for _ in range(14):
             x, y = int(rng.integers(IMAGE_PX)), int(rng.integers(horizon + 6, IMAGE_PX))
-            pen.line((x, y, x + 2, y - 4), fill=shade)
+            pen.line((x, y, x + 2, y - 4), shade)
     if scene.time == "rain":
         for _ in range(26):
             x, y = int(rng.integers(IMAGE_PX)), int(rng.integers(horizon))
-            pen.line((x, y, x - 2, y + 6), fill=(112, 128, 150))
+            pen.line((x, y, x - 2, y + 6), (112, 128, 150))
     if scene.time == "night":
         for _ in range(9):
             x, y = int(rng.integers(IMAGE_PX)), int(rng.integers(48))
-            pen.rectangle((x, y, x + 1, y + 1), fill=(235, 235, 215))
+            pen.rectangle((x, y, x + 1, y + 1), (235, 235, 215))
     return canvas
 
 
-def _paste_sky_sprite(canvas: Image.Image, time: str, rng: np.random.Generator) -> None:
+class _Pen:
+    """Draws in coordinates of scale 1, whose pixels are squares of `scale`: a box ends with its last pixel."""
+
+    def __init__(self, canvas: Image.Image, scale: int) -> None:
+        self._pen, self._scale = ImageDraw.Draw(canvas), scale
+
+    def rectangle(self, box: tuple[int, int, int, int], fill: Colour) -> None:
+        self._pen.rectangle(self._box(box), fill=fill)
+
+    def ellipse(self, box: tuple[int, int, int, int], fill: Colour) -> None:
+        self._pen.ellipse(self._box(box), fill=fill)
+
+    def polygon(self, corners: Sequence[tuple[int, int]], fill: Colour) -> None:
+        self._pen.polygon([(x * self._scale, y * self._scale) for x, y in corners], fill=fill)
+
+    def line(self, ends: tuple[int, int, int, int], fill: Colour) -> None:
+        x0, y0, x1, y1 = (value * self._scale for value in ends)
+        self._pen.line((x0, y0, x1, y1), fill=fill, width=self._scale)
+
+    def _box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        left, top, right, bottom = box
+        scale = self._scale
+        return left * scale, top * scale, (right + 1) * scale - 1, (bottom + 1) * scale - 1
+
+
+def _paste_sky_sprite(canvas: Image.Image, time: str, rng: np.random.Generator, scale: int) -> None:
     name = {"day": "sun", "sunset": "sun", "night": "crescent-moon", "rain": "cloud"}[time]
-    sprite = sprite_image(name, int(rng.integers(22, 29)))
+    side_px = int(rng.integers(22, 29))
     y = int(rng.integers(30, 40)) if time == "sunset" else int(rng.integers(2, 10))
-    canvas.paste(sprite, (int(rng.integers(4, IMAGE_PX - sprite.width - 4)), y), sprite)
+    x = int(rng.integers(4, IMAGE_PX - sprite_image(name, side_px).width - 4))
+    _paste(canvas, name, side_px, (x, y), scale)
 
 
 @functools.lru_cache(maxsize=4096)
-def sprite_image(name: str, side_px: int) -> Image.Image:
-    """A sprite with transparency, its longer side scaled to `side_px`."""
-    index = (*CHARACTERS, *OBJECTS, *SKY_SPRITES).index(name)
-    x, y = (index % TILES_PER_ROW) * TILE_PX, (index // TILES_PER_ROW) * TILE_PX
-    tile = _sheet().crop((x, y, x + TILE_PX, y + TILE_PX))
-    tile = tile.crop(tile.getchannel("A").getbbox())
-    scale = side_px / max(tile.size)
-    size = max(1, round(tile.width * scale)), max(1, round(tile.height * scale))
-    return tile.resize(size, Image.Resampling.LANCZOS)
+def sprite_image(name: str, side_px: int, *, scale: int = 1) -> Image.Image:
+    """A sprite with transparency, its longer side scaled to `side_px`, then `scale` times as large: to the pixel, so
+    that it stands where the small one does."""
+    tile = _tile(name, "sprites.png", TILE_PX)
+    shrink = side_px / max(tile.size)
+    width, height = (max(1, round(side * shrink)) for side in tile.size)
+    if scale > 1:
+        tile = _tile(name, "sprites-large.webp", LARGE_TILE_PX)
+    return tile.resize((width * scale, height * scale), Image.Resampling.LANCZOS)
 
 
 @functools.cache
@@ -246,7 +283,15 @@ def sprite_contrast(name: str) -> float:
     return float(np.sqrt(opaque_NC.var(axis=0).mean()))
 
 
+def _tile(name: str, sheet: str, tile_px: int) -> Image.Image:
+    """A sprite of a sheet, cut to what is to be seen of it."""
+    row, column = divmod(SPRITES.index(name), TILES_PER_ROW)
+    x, y = column * tile_px, row * tile_px
+    tile = _sheet(sheet).crop((x, y, x + tile_px, y + tile_px))
+    return tile.crop(tile.getchannel("A").getbbox())
+
+
 @functools.cache
-def _sheet() -> Image.Image:
-    with (files("minigpt5.storybook") / "sprites.png").open("rb") as file:
+def _sheet(name: str) -> Image.Image:
+    with (files("minigpt5.storybook") / name).open("rb") as file:
         return Image.open(file).convert("RGBA")

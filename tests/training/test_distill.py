@@ -24,8 +24,8 @@ from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.errors import TrainingError
 from minigpt5.model.decoders.load import find_family, load_diffusion
 from minigpt5.model.decoders.multistep_scheduler import NUM_LEVELS
-from minigpt5.model.folder import DECODER, DISTILLED_DRAW, find_distilled, load_decoder_model
-from minigpt5.model.folder_config import check_folder, load_config
+from minigpt5.model.folder import DISTILLED_DRAW, find_addition, load_decoder_model
+from minigpt5.model.folder_config import DECODER, check_folder, load_config
 from minigpt5.objective.example import Example
 from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings
@@ -258,7 +258,7 @@ def test_a_folder_is_distilled_on_own_rows_and_draws(name: str, is_encoded: bool
     assert main([*again, "draws_samples=false"]) == 0
     aligned = tmp_path / "align" / "model"
     assert load_config(aligned).draw_distilled == DISTILLED_DRAW
-    assert find_distilled(tmp_path / "base", aligned) == aligned / DECODER, "later stages keep it"
+    assert find_addition(DISTILLED_FOLDER, tmp_path / "base", aligned) == aligned / DECODER, "later stages keep it"
     assert load_decoder_model(aligned)[2].distilled is not None
 
 

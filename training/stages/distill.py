@@ -37,6 +37,7 @@ from training.data.replay import is_replay, validate_room
 from training.devices import autocast
 from training.presets import DistillPreset
 from training.samples import save_sheet
+from training.stage import TeachesNoWriting
 from training.stages.model import NUM_SHEET_PICTURES, FoundDecoder, find_decoder, halve_frozen
 from training.weight_sources import WeightSources, prepare_unet
 
@@ -178,7 +179,7 @@ class DistillObjective(nn.Module):
         return alpha_bar_B111.sqrt(), (1 - alpha_bar_B111).sqrt()
 
 
-class DistillStage:
+class DistillStage(TeachesNoWriting):
     """See this file's first line. With a start it writes a model folder, without one the picture world's decoder."""
 
     def __init__(self, preset: DistillPreset, sources: WeightSources, data: StageData) -> None:
@@ -241,9 +242,6 @@ class DistillStage:
                 for draw in (teacher_draw, DISTILLED_DRAW)
             ]
         save_sheet(path, rows)
-
-    def write_sample(self) -> bytes | None:
-        return None
 
     def saved_parameters(self) -> list[nn.Parameter]:
         return list((self.diffusion.distilled if self.start else self.diffusion).parameters())

@@ -20,7 +20,7 @@ from minigpt5.model import folder as model_folder
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.decoders.load import INDEX, find_family
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
-from minigpt5.model.folder_config import load_config
+from minigpt5.model.folder_config import DECODER, load_config
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.locate import contains, find_part
 from minigpt5.model.text_encoder import load_text_encoder
@@ -29,7 +29,7 @@ from minigpt5.objective.dummy_examples import DummyExamples
 from minigpt5.objective.encoders import fields_read
 from minigpt5.objective.example import Example
 from minigpt5.objective.objective import Objective
-from minigpt5.types import DISTILLED_FOLDER
+from minigpt5.types import DISTILLED_FOLDER, UPSCALING_FOLDER
 from training.data.batches import StageData
 from training.presets import VisionPreset, VokenPreset
 from training.samples import save_sheet
@@ -204,7 +204,7 @@ def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> Fo
     Raises TrainingError where a denoiser comes without its noise schedule, is of another family than the start's, or
     is nowhere, and BaseModelNotFound.
     """
-    is_trained_here = config.diffusion == model_folder.DECODER and not sources.start
+    is_trained_here = config.diffusion == DECODER and not sources.start
     has_none = is_trained_here and not contains(start, config.diffusion)  # the first stages wrote it elsewhere
     base = None if has_none else find_part(start, config, config.diffusion)
     family = find_family(base) if base else StableDiffusion
@@ -226,8 +226,9 @@ def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> Fo
         raise TrainingError(
             f"{place} has a {family.DENOISER} and no scheduler/: add it, the noise schedule is not known"
         )
-    if distilled := model_folder.find_distilled(place, start if place == base else None):
-        found[DISTILLED_FOLDER] = distilled
+    for name, part in ((DISTILLED_FOLDER, family.DENOISER), (UPSCALING_FOLDER, "vae")):
+        if addition := model_folder.find_addition(name, found[part], start if found[part] == base else None):
+            found[name] = addition
     if base and (base / INDEX).is_file():  # it names the family
         found[INDEX] = base
     return FoundDecoder(family=family, parts=found, is_own=is_own)

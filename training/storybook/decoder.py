@@ -17,6 +17,7 @@ from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.types import DISTILLED
 from training.data.batches import Batch, StageData
+from training.stage import TeachesNoWriting
 from training.storybook.examples import CaptionedCrops
 from training.storybook.presets import DecoderPreset
 from training.storybook.sheets import save_captioned_sheet
@@ -77,7 +78,7 @@ class DecoderObjective(nn.Module):
         return cleaned_BCYX
 
 
-class DecoderStage:
+class DecoderStage(TeachesNoWriting):
     def __init__(self, preset: DecoderPreset, sources: WeightSources, data: StageData) -> None:
         config = sources.config()
         self.diffusion = sources.diffusion(stage="decoder")

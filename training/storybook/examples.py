@@ -34,7 +34,14 @@ from minigpt5.storybook.words import pick
 from minigpt5.types import InputImage, PromptPart, Role
 from training.data.written import write_out
 from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
-from training.storybook.presets import DecoderPreset, RetrievePreset, SharpenPreset, UnetPreset, VaePreset
+from training.storybook.presets import (
+    DecoderPreset,
+    RetrievePreset,
+    SharpenPreset,
+    UnetPreset,
+    UpscalePreset,
+    VaePreset,
+)
 from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 
 REQUESTS = 0.3
@@ -117,7 +124,7 @@ def example_at(
             return _crop(seed, position, preset.crop_px, rng)
         case DecoderPreset():
             return _captioned_crops(preset, position, rng)
-        case SharpenPreset():
+        case SharpenPreset() | UpscalePreset():
             return _weighted_scene(preset, position, rng)
         case UnetPreset():
             if preset.page_share and rng.random() < preset.page_share:
@@ -154,7 +161,7 @@ def _crop(seed: int, position: int, crop_px: int, rng: np.random.Generator) -> C
     return Crop(pixels=draw_scene(scene)[window], weight=_weight(scene)[(slice(None), *window)])
 
 
-def _weighted_scene(preset: SharpenPreset, position: int, rng: np.random.Generator) -> WeightedScene:
+def _weighted_scene(preset: SharpenPreset | UpscalePreset, position: int, rng: np.random.Generator) -> WeightedScene:
     scene = scene_at(position, seed=preset.seed)
     facts = Facts.of(scene)
     is_canonical = rng.random() < preset.canonical_share

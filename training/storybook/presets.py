@@ -56,6 +56,19 @@ class SharpenPreset(Preset):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpscalePreset(Preset):
+    """Stage "upscale": latents -> pictures twice as large as the VAE's."""
+
+    canonical_share: float = 0.7
+    """See UnetPreset."""
+    detail_weight: float
+    """See SharpenPreset."""
+    scale: int = 2
+    """How many times as large the pictures are."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrievePreset(Preset):
     """Stage "retrieve": voken states -> the nearest picture of an index, and whether to draw instead (GILL, arXiv
     2305.17216, 3.2 and 3.3). The optimizer's rate is of all that is trained."""
@@ -114,6 +127,15 @@ STORYBOOK: dict[str, Preset] = {
         decoder_learning_rate=1e-3,
         detail_weight=2.0,
         replay=ReplayConfig(steps=2, min_size=48),
+        bf16=True,
+    ),
+    "upscale": UpscalePreset(
+        stage="upscale",
+        steps=2_000,
+        batch_size=8,
+        optimizer=OptimizerConfig(learning_rate=1e-3, ema_decay=0.995, weight_decay=0.0),
+        detail_weight=2.0,
+        replay=ReplayConfig(steps=2, min_size=32),
         bf16=True,
     ),
     "vision": VisionPreset(

@@ -27,6 +27,7 @@ from minigpt5.objective.example import Example
 from minigpt5.storybook.captions import Facts, facts_of_canonical
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.data.batches import Batch, StageData
+from training.stage import TeachesNoWriting
 from training.storybook.presets import RetrievePreset
 from training.weight_sources import WeightSources
 
@@ -72,7 +73,7 @@ class RetrieveObjective(nn.Module):
         return {"loss": losses["contrast"] + weight * losses["decision"], **losses, "found": is_right_B.float().mean()}
 
 
-class RetrieveStage:
+class RetrieveStage(TeachesNoWriting):
     """A `Stage`."""
 
     def __init__(self, preset: RetrievePreset, sources: WeightSources, data: StageData) -> None:
@@ -111,9 +112,6 @@ class RetrieveStage:
 
     def draw_sheet(self, path: Path) -> None:
         """None: retrieval draws nothing."""
-
-    def write_sample(self) -> bytes | None:
-        return None
 
     def saved_parameters(self) -> list[nn.Parameter]:
         return list(self.objective.parameters())

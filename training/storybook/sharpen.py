@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from minigpt5.engine.denoising import Denoising, advance
@@ -29,6 +31,7 @@ from minigpt5.storybook.scenes import Scene
 from minigpt5.types import DISTILLED
 from training.data.batches import Batch, StageData
 from training.data.replay import is_replay
+from training.stage import TeachesNoWriting
 from training.storybook.examples import WeightedScene
 from training.storybook.presets import SharpenPreset
 from training.storybook.sheets import save_captioned_sheet
@@ -93,7 +96,7 @@ class SharpenObjective(nn.Module):
         size, step = len(batch.examples), batch.step
         num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)
         drawn = self._drawn(batch, num_true)
-        target = TargetBatch.cat([_true_target(batch.examples)[:num_true], drawn])
+        target = TargetBatch.cat([true_target(batch.examples)[:num_true], drawn])
         pixels_BCYX, masks_BNYX = to_tensor(target.pixels_BYXC.to(device)), target.masks_BNYX.to(device)
         noisy_BCYX, condition_BQD = drawn.noisy_BCYX, drawn.condition_BQD
 
@@ -145,7 +148,7 @@ class SharpenObjective(nn.Module):
         advance(self.before, pictures, null_1QD)
         with exactly(noise_BCYX.device):  # levels that bfloat16 does not tell apart
             drawn = to_pixels(self.before.to_pixels(torch.cat([picture.pred_x0_1CYX for picture in pictures])))
-        targets = [_target(pixels, scene.scene) for pixels, scene in zip(drawn, scenes, strict=True)]
+        targets = [drawn_target(pixels, scene.scene) for pixels, scene in zip(drawn, scenes, strict=True)]
         target = TargetBatch.cat(targets)
         return DrawnBatch(
             pixels_BYXC=target.pixels_BYXC,
@@ -175,7 +178,8 @@ def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -
     return ((1 - correlation_BN) * is_there_BN).sum() / is_there_BN.sum().clamp_min(1)
 
 
-def _true_target(scenes: list[WeightedScene]) -> TargetBatch:
+def true_target(scenes: list[WeightedScene]) -> TargetBatch:
+    """Of true scenes."""
     return TargetBatch(
         pixels_BYXC=torch.as_tensor(np.stack([scene.pixels for scene in scenes])),
         weight_B1YX=torch.as_tensor(np.stack([scene.weight for scene in scenes])),
@@ -183,17 +187,20 @@ def _true_target(scenes: list[WeightedScene]) -> TargetBatch:
     )
 
 
-def _target(pixels: np.ndarray, scene: Scene) -> TargetBatch:
-    """Of one drawn picture: with its sprites drawn again, without their halos, and no pixel in the mask of one that is
-    not to be seen."""
+def drawn_target(pixels: np.ndarray, scene: Scene, *, scale: int = 1) -> TargetBatch:
+    """Of one drawn picture, `scale` times as large: with its sprites drawn again, without their halos, and no pixel in
+    the mask of one that is not to be seen."""
     sprites = find_sprites(pixels, scene)
     is_whole = len(sprites) == 2  # what is not found would be taken for what is behind the other
     if is_whole:
         pixels = cleared(pixels, sprites)
+    if scale > 1:
+        sprites = [dataclasses.replace(sprite, scale=scale) for sprite in sprites]
+        pixels = enlarged(pixels, scale)
     masks_NYX = np.zeros((2, *pixels.shape[:2]), bool)
     for mask_YX, sprite in zip(masks_NYX, sprites, strict=False):
         mask_YX[:] = sprite.mask()
-    weight_1YX = error_weight(sprites, around=SPRITE_WEIGHT if is_whole else 1.0)
+    weight_1YX = error_weight(sprites, around=SPRITE_WEIGHT if is_whole else 1.0, scale=scale)
     return TargetBatch(
         pixels_BYXC=torch.tensor(redrawn(pixels, sprites))[None],
         weight_B1YX=torch.tensor(weight_1YX)[None],
@@ -201,7 +208,13 @@ def _target(pixels: np.ndarray, scene: Scene) -> TargetBatch:
     )
 
 
-class SharpenStage:
+def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """A picture resampled to more pixels."""
+    picture = Image.fromarray(pixels)
+    return np.array(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC))
+
+
+class SharpenStage(TeachesNoWriting):
     def __init__(self, preset: SharpenPreset, sources: WeightSources, data: StageData) -> None:
         config = sources.config()
         self.diffusion = sources.diffusion(stage="sharpen")

@@ -13,7 +13,7 @@ from minigpt5.engine.denoising import denoise
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.captions import draw_facts, write_caption
-from minigpt5.storybook.scenes import draw_scene, scene_at
+from minigpt5.storybook.scenes import IMAGE_PX, draw_scene, scene_at
 from minigpt5.types import DrawSettings
 from training.samples import save_sheet
 
@@ -34,5 +34,6 @@ def save_captioned_sheet(
         draw=draw,
         guidance_rescale=config.guidance_rescale,
     )
-    true_BCYX = to_tensor(np.stack([draw_scene(scene) for scene in scenes]))
+    scale = drawn_BCYX.shape[-1] // IMAGE_PX
+    true_BCYX = to_tensor(np.stack([draw_scene(scene, scale=scale) for scene in scenes]))
     save_sheet(path, [true_BCYX[:8], drawn_BCYX[:8], true_BCYX[8:], drawn_BCYX[8:]])

@@ -34,28 +34,35 @@ class Sprite:
     side_px: int
     left: int
     top: int
+    scale: int = 1
+    """How many times as large the picture is; all other numbers are those of scale 1."""
 
     @property
     def image(self) -> Image.Image:
-        return sprite_image(self.name, self.side_px)
+        return sprite_image(self.name, self.side_px, scale=self.scale)
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Column and row of the picture where it begins."""
+        return self.left * self.scale, self.top * self.scale
 
     @property
     def window(self) -> tuple[slice, slice]:
         """Rows and columns."""
-        image = self.image
-        return slice(self.top, self.top + image.height), slice(self.left, self.left + image.width)
+        image, (left, top) = self.image, self.corner
+        return slice(top, top + image.height), slice(left, left + image.width)
 
     def mask(self) -> np.ndarray:
         """Its opaque pixels: (Y, X) bool."""
-        mask_YX = np.zeros((IMAGE_PX, IMAGE_PX), bool)
+        mask_YX = np.zeros((IMAGE_PX * self.scale,) * 2, bool)
         mask_YX[self.window] = np.asarray(self.image.getchannel("A")) > 127
         return mask_YX
 
 
-def sprites_of(scene: Scene) -> list[Sprite]:
+def sprites_of(scene: Scene, *, scale: int = 1) -> list[Sprite]:
     """The object, then the character that may stand before it."""
     return [
-        Sprite(name=name, side_px=max(right - left, bottom - top), left=left, top=top)
+        Sprite(name=name, side_px=max(right - left, bottom - top), left=left, top=top, scale=scale)
         for name, (left, top, right, bottom) in sprite_boxes(scene).items()
     ]
 
@@ -72,11 +79,12 @@ def find_sprites(pixels: np.ndarray, scene: Scene) -> list[Sprite]:
     return found
 
 
-def error_weight(sprites: Sequence[Sprite], *, around: float) -> np.ndarray:
-    """How much an error counts at each pixel: (1, Y, X), `around` the sprites in their boxes. The more on a sprite, the
-    less its colours differ: an elephant's folds are no less of it than a panda's patches. The power lies between those
-    that would count absolute (1) and squared errors (2) relative to the contrast."""
-    weight = np.ones((1, IMAGE_PX, IMAGE_PX), np.float32)
+def error_weight(sprites: Sequence[Sprite], *, around: float, scale: int = 1) -> np.ndarray:
+    """How much an error counts at each pixel of a picture of a scale: (1, Y, X), `around` the sprites in their boxes.
+
+    The more on a sprite, the less its colours differ: an elephant's folds are no less of it than a panda's patches. The
+    power lies between those that would count absolute (1) and squared errors (2) relative to the contrast."""
+    weight = np.ones((1, IMAGE_PX * scale, IMAGE_PX * scale), np.float32)
     for sprite in sprites:
         weight[0][sprite.window] = around
     for sprite in sprites:
@@ -103,5 +111,5 @@ def redrawn(pixels: np.ndarray, sprites: Sequence[Sprite]) -> np.ndarray:
     """A picture with sprites as they are in place of what it shows there."""
     canvas = Image.fromarray(pixels)
     for sprite in sprites:
-        canvas.paste(sprite.image, (sprite.left, sprite.top), sprite.image)
+        canvas.paste(sprite.image, sprite.corner, sprite.image)
     return np.array(canvas)

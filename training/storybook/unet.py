@@ -17,6 +17,7 @@ from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.text_encoder import load_text_encoder
 from training.data.batches import Batch, StageData
+from training.stage import TeachesNoWriting
 from training.storybook.examples import CaptionedScene
 from training.storybook.new_decoder import new_storybook_noise_schedule, new_storybook_unet
 from training.storybook.presets import UnetPreset
@@ -48,7 +49,7 @@ class UnetObjective(nn.Module):
         return {"loss": self.diffusion.training_loss(latents_BCYX, condition_BQD, first_timestep=first)}
 
 
-class UnetStage:
+class UnetStage(TeachesNoWriting):
     def __init__(self, preset: UnetPreset, sources: WeightSources, data: StageData) -> None:
         torch.manual_seed(preset.seed)
         config = sources.config()

@@ -17,6 +17,7 @@ from minigpt5.model.pixels import to_tensor
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from training.data.batches import Batch, StageData
 from training.samples import save_sheet
+from training.stage import TeachesNoWriting
 from training.storybook.examples import Crop
 from training.storybook.new_decoder import new_storybook_vae
 from training.storybook.presets import VaePreset
@@ -56,7 +57,7 @@ def reconstruction_losses(
     return {"loss": l1 + l2 + gradient, "l1": l1, "mse": error_BCYX.square().mean(), "gradient": gradient}
 
 
-class VaeStage:
+class VaeStage(TeachesNoWriting):
     def __init__(self, preset: VaePreset, sources: WeightSources, data: StageData) -> None:
         torch.manual_seed(preset.seed)
         self.preset = preset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from minigpt5.errors import MiniGPT5Error
 from minigpt5.model.backends.openvino import EXAMPLES, Converted, Unconvertible, convert, one_line
 from minigpt5.model.decoders.diffusion import DECODED_PIXELS, Diffusion
-from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DecoderBackend, DrawSettings
+from minigpt5.types import DISTILLED, DISTILLED_FOLDER, UPSCALING_FOLDER, DecoderBackend, DrawSettings
 
 
 def choose(
@@ -21,14 +22,15 @@ def choose(
     null_1QD: Tensor,
     *,
     distilled: Path | None = None,
+    upscaling: Path | None = None,
     backend: DecoderBackend,
     device: str,
     num_threads: int,
 ) -> None:
     """Let calls of the denoisers and of the VAE's decoder go to a backend; with "auto", to OpenVINO on a CPU.
 
-    To be called before anything changes a layer. `folder`: what `diffusion` was read from; `distilled`: the same for
-    its distilled denoiser, where it has one; `null_1QD`: a condition.
+    To be called before anything changes a layer. `folder`: what `diffusion` was read from; `distilled` and
+    `upscaling`: the same for its distilled denoiser and its second decoder, where it has them; `null_1QD`: a condition.
     Raises MiniGPT5Error for a backend that the device does not have.
     """
     is_on_cpu = torch.device(device).type == "cpu"
@@ -39,7 +41,13 @@ def choose(
     if backend == "compile":
         _compile(diffusion)
     elif is_on_cpu and backend != "eager":
-        _convert(diffusion, folder, null_1QD, distilled=distilled or folder, num_threads=num_threads)
+        places = {
+            "denoiser": folder / diffusion.DENOISER,
+            "vae": folder / "vae",
+            "distilled": (distilled or folder) / DISTILLED_FOLDER,
+            "upscaling": (upscaling or folder) / UPSCALING_FOLDER,
+        }
+        _convert(diffusion, places, null_1QD, num_threads=num_threads)
 
 
 def _compile(diffusion: Diffusion) -> None:
@@ -47,10 +55,12 @@ def _compile(diffusion: Diffusion) -> None:
         if (module := getattr(diffusion, name)) is not None:
             diffusion.stand_ins[name] = torch.compile(module)
     diffusion.stand_ins["vae"] = torch.compile(diffusion.vae.decode)
+    if diffusion.upscaling is not None:
+        diffusion.stand_ins["upscaling"] = torch.compile(diffusion.upscaling.decode)
 
 
-def _convert(diffusion: Diffusion, folder: Path, null_1QD: Tensor, *, distilled: Path, num_threads: int) -> None:
-    """Convert each part, or leave it to torch and say so."""
+def _convert(diffusion: Diffusion, places: Mapping[str, Path], null_1QD: Tensor, *, num_threads: int) -> None:
+    """Convert each part that there is, or leave it to torch and say so."""
 
     example, num_decoded = _example(diffusion, null_1QD, EXAMPLES), _num_decoded(diffusion)
 
@@ -60,15 +70,14 @@ def _convert(diffusion: Diffusion, folder: Path, null_1QD: Tensor, *, distilled:
     def decode(call: Any) -> Tensor:
         return call(diffusion.denormalise(example["latents_BCYX"][:num_decoded])).sample
 
-    places = [("denoiser", "__call__", folder / diffusion.DENOISER, predict), ("vae", "decode", folder / "vae", decode)]
-    if diffusion.distilled is not None:
-        places.append(("distilled", "__call__", distilled / DISTILLED_FOLDER, predict))
-    for name, method, part, call in places:
-        module = getattr(diffusion, name)
-        num_examples = num_decoded if name == "vae" else EXAMPLES
+    for name, place in places.items():
+        if (module := getattr(diffusion, name)) is None:
+            continue
+        is_decoder = name in ("vae", "upscaling")
+        method, call, num_examples = ("decode", decode, num_decoded) if is_decoder else ("__call__", predict, EXAMPLES)
         try:
             diffusion.stand_ins[name] = convert(
-                module, method, part, call, num_threads=num_threads, num_examples=num_examples
+                module, method, place, call, num_threads=num_threads, num_examples=num_examples
             )
         except (Unconvertible, MiniGPT5Error) as error:
             reason = f"{type(module).__name__} is drawn by torch, not by OpenVINO: {error}"
@@ -89,7 +98,9 @@ def warm_up(diffusion: Diffusion, null_1QD: Tensor) -> None:
     example = {name: value.to(device, diffusion.dtype) for name, value in example.items()}
     try:
         diffusion.predict(diffusion.denoiser_for(DISTILLED if diffusion.distilled is not None else ""), **example)
-        diffusion.to_pixels(example["latents_BCYX"][: max(1, _num_decoded(diffusion) - 1)])
+        native = DrawSettings()
+        num_decoded = max(1, _num_decoded(diffusion) - 1)
+        diffusion.to_pixels(example["latents_BCYX"][:num_decoded], scale=diffusion.scale_of(native))
     except Exception as error:
         if any(isinstance(one, Converted) for one in diffusion.stand_ins.values()):
             raise
@@ -101,7 +112,8 @@ def warm_up(diffusion: Diffusion, null_1QD: Tensor) -> None:
 
 def _num_decoded(diffusion: Diffusion) -> int:
     """Pictures that the VAE decodes in the call that is traced: no more than in any other."""
-    return min(EXAMPLES, max(1, DECODED_PIXELS // diffusion.native_px**2))
+    side_px = diffusion.native_px * diffusion.scale_of(DrawSettings())
+    return min(EXAMPLES, max(1, DECODED_PIXELS // side_px**2))
 
 
 def _example(diffusion: Diffusion, null_1QD: Tensor, num: int) -> dict[str, Tensor]:

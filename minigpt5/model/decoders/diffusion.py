@@ -90,8 +90,10 @@ class Diffusion(nn.Module, ABC):
         """Adapters of `denoiser`, for inference; None: there are none."""
         self.ip_adapter: Any = None
         """What lets both denoisers attend to pictures (ip_adapter.py), for inference; None: they cannot."""
+        self.upscaling: Any = None
+        """A second decoder of the VAE's latents (upscaling.py), for inference; None: there is none."""
         self.stand_ins: dict[str, Any] = {}
-        """What computes "denoiser", "distilled" or the decoder of "vae" in their place, for inference; by
+        """What computes "denoiser", "distilled", "upscaling" or the decoder of "vae" in their place, for inference; by
         backends/choose.py."""
         self._to_rgb: Tensor | None = None
 
@@ -166,8 +168,14 @@ class Diffusion(nn.Module, ABC):
 
     @property
     def native_px(self) -> int:
-        """Side of the square picture that the model was trained to draw."""
+        """Side of the square picture that the denoiser was trained to draw, as the VAE paints it."""
         return int(self.denoiser.config.sample_size * self.pixels_per_latent)
+
+    def scale_of(self, draw: DrawSettings) -> int:
+        """How many times as large the picture is as the VAE would paint it: the square that the VAE itself paints is
+        the only one that the second decoder does not."""
+        is_vaes = draw.width == draw.height == self.native_px
+        return 1 if self.upscaling is None or is_vaes else int(self.upscaling.config.scale)
 
     @property
     def latent_channels(self) -> int:
@@ -175,13 +183,15 @@ class Diffusion(nn.Module, ABC):
 
     def latent_shape(self, draw: DrawSettings) -> tuple[int, int, int]:
         """(C, Y, X) of a picture's latents. Raises InvalidRequest where a side is no multiple."""
-        width, height = draw.width or self.native_px, draw.height or self.native_px
+        scale = self.scale_of(draw)
+        native_px, multiple, per_latent = (
+            scale * value for value in (self.native_px, self.multiple, self.pixels_per_latent)
+        )
+        width, height = draw.width or native_px, draw.height or native_px
         for name, side in (("width", width), ("height", height)):
-            if side % self.multiple:
-                raise InvalidRequest(
-                    name, f"{name} is {side} but must be a multiple of {self.multiple} with this model"
-                )
-        return self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent
+            if side % multiple:
+                raise InvalidRequest(name, f"{name} is {side} but must be a multiple of {multiple} with this model")
+        return self.latent_channels, height // per_latent, width // per_latent
 
     def unpack(self, latents: Tensor, draw: DrawSettings) -> Tensor:
         """Latents as the family's pipeline returns them -> (B, C, Y, X)."""
@@ -213,8 +223,9 @@ class Diffusion(nn.Module, ABC):
             self.distilled.to(dtype)
         if self.ip_adapter is not None:
             self.ip_adapter.to(dtype)
-        if not self.vae.config.get("force_upcast"):
-            self.vae.to(dtype)
+        for part in (self.vae, self.upscaling):
+            if part is not None and not part.config.get("force_upcast"):
+                part.to(dtype)
 
     def denoiser_for(self, sampler: str, style: str = "", *, is_changed: bool = False) -> Any:
         """Return the denoiser that a sampler draws with, or what stands in for it, which cannot take the place of
@@ -300,10 +311,14 @@ class Diffusion(nn.Module, ABC):
         )
         return mean, std
 
-    def to_pixels(self, latents_BCYX: Tensor) -> Tensor:
-        """Normalised latents -> pictures in [-1, 1], some at a time."""
+    def to_pixels(self, latents_BCYX: Tensor, *, scale: int = 1) -> Tensor:
+        """Normalised latents -> pictures in [-1, 1], some at a time, by the VAE or, where `scale_of` is more than 1, by
+        the second decoder."""
         _, _, rows, columns = latents_BCYX.shape
-        num_pixels = rows * columns * self.pixels_per_latent**2
+        num_pixels = rows * columns * (scale * self.pixels_per_latent) ** 2
+        if scale > 1:
+            parts = latents_BCYX.split(max(1, DECODED_PIXELS // num_pixels))
+            return torch.cat([self._upscaled(part).clamp(-1, 1) for part in parts])
         tiled = num_pixels > DECODED_PIXELS
         if tiled:
             self.vae.enable_tiling()
@@ -313,6 +328,10 @@ class Diffusion(nn.Module, ABC):
         finally:
             if tiled:
                 self.vae.disable_tiling()
+
+    def _upscaled(self, latents_BCYX: Tensor) -> Tensor:
+        decode = self.stand_ins.get("upscaling", self.upscaling.decode)
+        return decode(self.denormalise(latents_BCYX).to(self.upscaling.dtype)).sample.to(latents_BCYX.dtype)
 
     def to_raw_pixels(self, latents_BCYX: Tensor) -> Tensor:
         """Decode as `to_pixels` does, without cutting values outside of [-1, 1] off: a loss needs them."""

@@ -21,7 +21,7 @@ from training.data.batches import Batch, StageData, batch_at
 from training.presets import override
 from training.storybook.examples import StorybookExamples, WeightedScene
 from training.storybook.presets import STORYBOOK
-from training.storybook.sharpen import DrawnBatch, SharpenObjective, SharpenStage, _target, detail_loss
+from training.storybook.sharpen import DrawnBatch, SharpenObjective, SharpenStage, detail_loss, drawn_target
 from training.storybook.sprites import SPRITE_WEIGHT, cleared, find_sprites, redrawn, sprites_of
 from training.weight_sources import WeightSources
 
@@ -141,12 +141,12 @@ def test_a_target_has_no_halos_where_both_sprites_are_found() -> None:
     scene = batch_of(0).examples[0].scene
     soft = np.array(Image.fromarray(draw_scene(scene)).filter(ImageFilter.GaussianBlur(1.5)))
     sprites = find_sprites(soft, scene)
-    target = _target(soft, scene)
+    target = drawn_target(soft, scene)
     assert np.array_equal(target.pixels_BYXC[0].numpy(), redrawn(cleared(soft, sprites), sprites))
     assert target.masks_BNYX[0].any((1, 2)).all() and (target.weight_B1YX == SPRITE_WEIGHT).any()
     left = slice(0, 64) if scene.side == "left" else slice(64, 128)
     soft[:, left] = soft[:, left].mean(1, keepdims=True)  # no character any more
-    target = _target(soft, scene)
+    target = drawn_target(soft, scene)
     assert (
         target.masks_BNYX[0].any((1, 2)).tolist() == [True, False] and not (target.weight_B1YX == SPRITE_WEIGHT).any()
     )
