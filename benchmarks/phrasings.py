@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.pixels import pixels_of, png_of
 from benchmarks.shares import share
+from benchmarks.upscaling import own_size
 from minigpt5.evaluation.world import facts_shown
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts, facts_in
@@ -35,7 +36,7 @@ def draw_phrasings(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, dict[
         pictures = []
         for start in range(0, num, BATCH_SIZE):
             requests = [
-                DrawRequest(vokens=model.vokens(text), seed=start + number, settings=model.config.default_draw)
+                DrawRequest(vokens=model.vokens(text), seed=start + number, settings=own_size(model))
                 for number, text in enumerate(texts[start : start + BATCH_SIZE])
             ]
             pictures += [pixels_of(picture.png) for picture in model.decoder.draw(requests)]

@@ -6,7 +6,7 @@ default request, one seed for each caption, no selection; the scorer reads them.
 Beside them the ceilings: what the scorer reads from true scenes, from their VAE reconstructions, and from pictures of
 the same facts and noise through the diffusion model's own text encoder; its lead is the alignment gap, in points. How
 near the reconstructions come to true scenes, and drawn pictures to themselves with new sprites at the same places:
-minigpt5/evaluation/perceptual.py.
+minigpt5/evaluation/perceptual.py. All of these are of the size that the VAE itself paints; larger ones: upscaling.py.
 
 Stories are written by the model itself from held-out prompts (stories.py), and kept beside the figures: all of their
 texts in books.json, the pictures of the best and the worst in books.png. Given stories say how well pictures show what
@@ -26,17 +26,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from benchmarks import phrasings
+from benchmarks import upscaling as larger
 from benchmarks.goals import compare, to_text
-from benchmarks.phrasings import describe_questions, draw_phrasings, ratios
-from benchmarks.pixels import pixels_of, png_of
+from benchmarks.phrasings import describe_questions, draw_phrasings
+from benchmarks.pixels import png_of
 from benchmarks.referring import reference
 from benchmarks.shares import mean, points_lost, share
 from benchmarks.stories import save_books, summary, tell
+from benchmarks.upscaling import draw, own_size, upscaling
 from minigpt5.config import default_model_folder
 from minigpt5.engine.denoising import denoise
 from minigpt5.evaluation.perceptual import Lpips, psnr_db
@@ -50,7 +54,6 @@ from minigpt5.storybook.captions import Facts, canonical_caption, facts_in, writ
 from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import Scene, Split, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, load_scorer
-from minigpt5.types import DrawRequest
 from training.storybook.sprites import find_sprites, redrawn
 
 SEED = 2310
@@ -84,18 +87,6 @@ def ask(num: int, *, held_out_pairs: bool, split: Split = "heldout", first_seed:
     return asked
 
 
-def draw(model: MiniGPT5, asked: Sequence[Asked]) -> np.ndarray:
-    """One picture for each caption: (B, Y, X, 3) uint8."""
-    pictures = []
-    for start in range(0, len(asked), BATCH_SIZE):
-        requests = [
-            DrawRequest(vokens=model.vokens(one.caption), seed=one.seed, settings=model.config.default_draw)
-            for one in asked[start : start + BATCH_SIZE]
-        ]
-        pictures += [picture.png for picture in model.decoder.draw(requests)]
-    return np.stack([pixels_of(png) for png in pictures])
-
-
 @torch.no_grad()
 def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) -> np.ndarray:
     """Draw as `draw` does, from canonical captions through the text encoder that the vokens are aligned with."""
@@ -107,7 +98,7 @@ def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) 
             text_encoder([canonical_caption(one.facts) for one in batch]),
             text_encoder([""]),
             seeds=[one.seed for one in batch],
-            draw=model.config.default_draw,
+            draw=own_size(model),
             guidance_rescale=model.config.guidance_rescale,
         )
         pictures.append(to_pixels(drawn_BCYX))
@@ -205,7 +196,7 @@ def measure(
         true = np.stack([draw_scene(one.scene) for one in asked])
         again = reconstruct(model.decoder.diffusion, true)
         start = time.monotonic()
-        drawn = draw(model, asked)
+        drawn = draw(model, asked, own_size(model))
         seconds = (time.monotonic() - start) / num
         base = draw_base(model, text_encoder, asked)
         kinds = {"drawn": drawn, "reconstructed": again, "true": true, "base": base}
@@ -219,6 +210,9 @@ def measure(
             "lpips_to_redrawn": softness(drawn, asked),
             "seconds_a_caption": round(seconds, 3),
         }
+    if model.config.upscale > 1:
+        print("larger pictures", file=sys.stderr)
+        figures["upscaling"] = upscaling(model, ask(min(num, NUM_CRISP), held_out_pairs=True))
     if nums.stories:
         print(f"{nums.stories} stories are told", file=sys.stderr)
         told = tell(model, scorer, nums.stories)
@@ -239,8 +233,9 @@ def measure(
     return figures
 
 
-def save_report(path: Path, figures: dict[str, object], *, command: str) -> None:
-    found = ratios(figures) if "phrasings" in figures else {}
+def save_report(path: Path, figures: dict[str, Any], *, command: str) -> None:
+    found = phrasings.ratios(figures) if "phrasings" in figures else {}
+    found |= larger.ratios(figures["upscaling"]) if "upscaling" in figures else {}
     report = {"ratios": found, "figures": figures, "machine": machine(), "command": command}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.shares import of_groups, share_of_groups
+from benchmarks.upscaling import own_size
 from minigpt5.engine.denoising import denoise
 from minigpt5.model.pixels import to_pixels
 from minigpt5.pipeline import MiniGPT5
@@ -137,7 +138,7 @@ def _draw(model: MiniGPT5, conditions: Sequence[torch.Tensor], null_1QD: torch.T
                 batch_BQD,
                 null_1QD,
                 seeds=[first_seed + start + number for number in range(len(batch_BQD))],
-                draw=model.config.default_draw,
+                draw=own_size(model),
                 guidance_rescale=model.config.guidance_rescale,
             )
         )

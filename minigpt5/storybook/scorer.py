@@ -19,7 +19,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.weights import load_module
 from minigpt5.storybook.captions import Facts
-from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, TIMES
+from minigpt5.storybook.scenes import CHARACTERS, IMAGE_PX, OBJECTS, PLACES, TIMES
 
 WEIGHTS = "scorer.safetensors"
 SIDES = ("left", "right")
@@ -62,10 +62,11 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def score(self, pixels: np.ndarray, *, batch_size: int = 64) -> list[Facts]:
-        """What pictures (B, 128, 128, 3) uint8 show; who or what is None where nothing known stands there."""
+        """What pictures (B, Y, X, 3) uint8 show, of 128 x 128 pixels or made smaller to that; who or what is None where
+        nothing known stands there."""
         answers = []
         for start in range(0, len(pixels), batch_size):
-            who, what, place, time = self(to_tensor(pixels[start : start + batch_size]))
+            who, what, place, time = self(_reduced(to_tensor(pixels[start : start + batch_size])))
             for b in range(len(who)):
                 character, side = _read(who[b], CHARACTERS)
                 answers.append(
@@ -78,6 +79,12 @@ class Scorer(nn.Module):
                     )
                 )
         return answers
+
+
+def _reduced(pixels_BCYX: Tensor) -> Tensor:
+    """Each pixel the mean of those that it stands for."""
+    is_large = pixels_BCYX.shape[-1] > IMAGE_PX
+    return F.interpolate(pixels_BCYX, (IMAGE_PX, IMAGE_PX), mode="area") if is_large else pixels_BCYX
 
 
 def _stage(width: int, wider: int) -> nn.Sequential:
