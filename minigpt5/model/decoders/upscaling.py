@@ -61,10 +61,9 @@ class UpscalingDecoder(ModelMixin, ConfigMixin):
         num_doublings = round(math.log2(scale)) if scale > 1 else 0
         if 2**num_doublings != scale or not num_doublings:
             raise ModelFolderError(f"scale is {scale} but must be 2, 4 or another power of two")
-        config = vae.config
-        if not isinstance(vae, AutoencoderKL) or set(config.up_block_types) != {"UpDecoderBlock2D"}:
+        if not isinstance(vae, AutoencoderKL) or set(vae.config.up_block_types) != {"UpDecoderBlock2D"}:
             raise ModelFolderError(f"a {type(vae).__name__} cannot be extended: only an AutoencoderKL can be")
-        channels = config.block_out_channels
+        config, channels = vae.config, vae.config.block_out_channels
         larger = cls(
             scale=scale,
             latent_channels=config.latent_channels,

@@ -68,3 +68,10 @@ def test_a_sprite_is_looked_for_in_the_columns_alone() -> None:
 
 def test_a_sprite_that_is_wider_than_the_columns_is_not_found() -> None:
     assert find_sprite(draw_scene(SCENES[0]), SCENES[0].who, columns=(0, 8)).correlation == -1
+
+
+def test_larger_pictures_are_held_to_larger_sprites() -> None:
+    larger = [(draw_scene(scene, scale=2), scene.who) for scene in SCENES[:10]]
+    soft = [(blurred(pixels, 3), who) for pixels, who in larger]
+    assert 0.89 < mean_crispness(larger) < 0.96
+    assert mean_crispness(soft) < mean_crispness(larger) - 0.05

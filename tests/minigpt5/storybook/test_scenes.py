@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minigpt5.storybook import scenes
 from minigpt5.storybook.scenes import CHARACTERS, OBJECTS, PLACES, SKY, SPRITE_PX, TIMES, Scene, Split
@@ -84,3 +85,23 @@ def test_every_sprite_has_its_longer_side_and_a_shape(name: str) -> None:
     alpha = np.asarray(sprite.getchannel("A"))
     assert max(sprite.size) == 50
     assert 0.2 < (alpha > 128).mean() < 1
+
+
+def test_a_larger_picture_is_the_same_one_with_more_detail() -> None:
+    for place in PLACES:
+        for time in TIMES:
+            scene = replace(scenes.scene_at(1, seed=4), place=place, time=time)
+            small, large = scenes.draw_scene(scene), scenes.draw_scene(scene, scale=2)
+            assert large.shape == (256, 256, 3)
+            reduced = np.asarray(Image.fromarray(large).reduce(2), int)
+            assert np.abs(reduced - small).mean() < 3
+            resampled = Image.fromarray(small).resize((256, 256), Image.Resampling.BICUBIC)
+            assert np.abs(np.asarray(resampled, int) - large).mean() > 0.5
+
+
+def test_large_sprites_stand_where_the_small_ones_do() -> None:
+    for name in scenes.SPRITES:
+        small, large = scenes.sprite_image(name, 50), scenes.sprite_image(name, 50, scale=2)
+        assert large.size == (2 * small.width, 2 * small.height)
+        opaque, reduced = (np.asarray(one.getchannel("A"), int) for one in (small, large.reduce(2)))
+        assert np.abs(opaque - reduced).mean() < 12

@@ -32,11 +32,11 @@ NO_EXAMPLES = StageData(training=StorybookExamples(STORYBOOK["decoder"]), valida
 
 def test_a_stage_starts_from_the_stages_before_it(tmp_path: Path) -> None:
     """Once all have run, one that is run again takes nothing from itself or from what came after it."""
-    for stage in ("vae", "unet", "distill", "decoder", "sharpen"):
+    for stage in ("vae", "unet", "distill", "decoder", "sharpen", "upscale"):
         for part in ("vae", "unet")[: 1 if stage == "vae" else 2]:
             (tmp_path / stage / "model" / part).mkdir(parents=True)
     sources = WeightSources(runs=tmp_path)
-    stages = ("vae", "unet", "distill", "decoder", "sharpen", "align")
+    stages = ("vae", "unet", "distill", "decoder", "sharpen", "upscale", "align")
     found = {stage: sources.find("vae", stage=stage) for stage in stages}
     came_from = [folder.parent.name if folder else None for folder in found.values()]
     assert came_from == [None, *stages[:-1]]
