@@ -1,0 +1,95 @@
+"""Sheets of the shipped model for the eye: `python -m benchmarks.sheets [--out docs/assets]`.
+
+- phrasings.webp: twelve held-out scenes, a row each, asked for in twelve phrasings; the first six columns are of families
+  that were trained on, the others have a part that was not.
+- sizes.webp: six of the scenes as the VAE paints them, enlarged, above the same latents through the second decoder.
+- outside.webp: what prompts outside of the picture world get.
+
+One seed for each picture, no selection.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.phrasings import SEED
+from benchmarks.pixels import pixels_of
+from benchmarks.upscaling import own_size
+from minigpt5.config import default_model_folder
+from minigpt5.pipeline import MiniGPT5
+from minigpt5.storybook.captions import Facts
+from minigpt5.storybook.phrasings import phrase
+from minigpt5.storybook.scenes import scene_at
+from minigpt5.types import DrawRequest, DrawSettings
+from training.storybook.sharpen import enlarged
+
+NUM_SCENES, NUM_PHRASINGS, NUM_SIZES = 12, 12, 6
+CELL_PX, GAP_PX = 80, 2
+OUTSIDE = ("A giraffe plays the piano", "An astronaut rides a bicycle on the moon")
+"""Neither a giraffe, a piano, an astronaut nor the moon's ground is in the picture world; a bicycle is."""
+QUALITY = 90
+
+
+def texts_of(scene_number: int, num: int) -> list[str]:
+    """A held-out scene in `num` phrasings, the first half of seen families."""
+    facts = Facts.of(scene_at(scene_number, seed=SEED, split="heldout", held_out_pairs=True))
+    return [
+        phrase(facts, np.random.default_rng([SEED, scene_number, column]), "seen" if column < num // 2 else "unseen")
+        for column in range(num)
+    ]
+
+
+def draw(model: MiniGPT5, texts: Sequence[str], settings: DrawSettings) -> list[np.ndarray]:
+    requests = [DrawRequest(vokens=model.vokens(text), seed=seed, settings=settings) for seed, text in enumerate(texts)]
+    return [pixels_of(picture.png) for picture in model.decoder.draw(requests)]
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], cell_px: int) -> Image.Image:
+    """Rows of pictures with gaps between them."""
+    step = cell_px + GAP_PX
+    canvas = Image.new("RGB", (len(rows[0]) * step - GAP_PX, len(rows) * step - GAP_PX), "white")
+    for y, row in enumerate(rows):
+        for x, pixels in enumerate(row):
+            picture = Image.fromarray(pixels).resize((cell_px, cell_px), Image.Resampling.LANCZOS)
+            canvas.paste(picture, (x * step, y * step))
+    return canvas
+
+
+def save_phrasings(model: MiniGPT5, path: Path, *, num_scenes: int = NUM_SCENES, num: int = NUM_PHRASINGS) -> None:
+    rows = [draw(model, texts_of(number, num), own_size(model)) for number in range(num_scenes)]
+    sheet(rows, CELL_PX).save(path, quality=QUALITY)
+
+
+def save_sizes(model: MiniGPT5, path: Path, *, num: int = NUM_SIZES) -> None:
+    """Raises ValueError where the model has no second decoder."""
+    if model.config.upscale == 1:
+        raise ValueError(f"{model.config.name} draws one size: there is nothing to compare")
+    texts = [texts_of(number, NUM_PHRASINGS)[0] for number in range(num)]
+    small = [enlarged(pixels, model.config.upscale) for pixels in draw(model, texts, own_size(model))]
+    large = draw(model, texts, model.config.default_draw)
+    sheet([small, large], large[0].shape[0]).save(path, quality=QUALITY)
+
+
+def save_outside(model: MiniGPT5, path: Path) -> None:
+    drawn = draw(model, OUTSIDE, model.config.default_draw)
+    sheet([drawn], drawn[0].shape[0]).save(path, quality=QUALITY)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sheets", description=__doc__)
+    parser.add_argument("--model", type=Path, default=default_model_folder())
+    parser.add_argument("--out", type=Path, default=Path("docs") / "assets", help="folder (default %(default)s)")
+    options = parser.parse_args(arguments)
+    model = MiniGPT5.from_pretrained(options.model)
+    save_phrasings(model, options.out / "phrasings.webp")
+    save_sizes(model, options.out / "sizes.webp")
+    save_outside(model, options.out / "outside.webp")
+
+
+if __name__ == "__main__":
+    main()
