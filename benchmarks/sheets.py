@@ -1,7 +1,7 @@
 """Sheets of the shipped model for the eye: `python -m benchmarks.sheets [--out docs/assets]`.
 
-- phrasings.webp: twelve held-out scenes, a row each, asked for in twelve phrasings; the first six columns are of families
-  that were trained on, the others have a part that was not.
+- phrasings.webp: twelve held-out scenes, a row each, asked for in twelve phrasings; the first six columns are of
+  families that were trained on, the others have a part that was not.
 - sizes.webp: six of the scenes as the VAE paints them, enlarged, above the same latents through the second decoder.
 - outside.webp: what prompts outside of the picture world get.
 

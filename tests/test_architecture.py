@@ -163,6 +163,7 @@ def nothing_unpickles_code(file: str, tree: ast.Module) -> list[str]:
 
 OPEN_THEIR_OWN = {
     "minigpt5/storybook/scenes.py": "sprites, whose transparency is used",
+    "training/storybook/sprite_sheet.py": "sprites that rsvg-convert has just drawn, with their transparency",
     "training/storybook/scorer.py": "JPEGs that it has just made, of pictures to train on",
     "batch_jobs/books.py": "the size of pictures that the model drew",
     "deployments/api/images.py": "pictures that the model drew",
@@ -328,7 +329,7 @@ DOORS = {"minigpt5.base_models", "minigpt5.published", "deployments.auth", "trai
 
 HELP = """
 import contextlib, io, json, os, runpy, sys
-import diffusers, peft, ray.data, ray.train, torch, transformers  # once: each command is a fork of this process
+import tests.helpers.preloaded  # each command is a fork of this process
 
 for module in sys.argv[1:]:
     readable, writable = os.pipe()

@@ -103,7 +103,7 @@ def test_make_targets_and_their_variables_exist() -> None:
 
 PARSE = """
 import argparse, contextlib, io, itertools, json, os, runpy, sys
-import batch_jobs.job, deployments.application, minigpt5.pipeline, ray.train, training.loop  # once: forks share them
+import batch_jobs.job, deployments.application, tests.helpers.preloaded, training.loop  # once: forks share them
 
 PARSED = 77
 
@@ -174,7 +174,9 @@ def test_training_settings_parse() -> None:
 
 def test_settings_of_the_history_are_todays() -> None:
     history = TEXTS["docs/reproduce.md"]
-    rows = re.findall(r"^\| (vae|unet|align|learn|refine|vision|decoder|distill|sharpen)\b[^|]*\| (.*)$", history, re.M)
+    rows = re.findall(
+        r"^\| (vae|unet|align|learn|refine|vision|decoder|distill|sharpen|upscale)\b[^|]*\| (.*)$", history, re.M
+    )
     parsed = [
         override(STORYBOOK[stage], re.findall(r"[\w.]+=[^\s`]+", code))
         for stage, row in rows
