@@ -34,6 +34,10 @@ from training.storybook.vae import LATENT_NOISE, reconstruction_losses
 from training.weight_sources import WeightSources
 
 
+BACKGROUND_WEIGHT = 0.1
+"""How much an error counts where a drawn picture's target is only enlarged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpscaledBatch(TargetBatch):
     """Latents, and what pictures should be made of them."""
@@ -43,10 +47,10 @@ class UpscaledBatch(TargetBatch):
 
 
 class UpscaleObjective(nn.Module):
-    """The second decoder alone, on latents of two kinds, as in "sharpen": a third are of true scenes, whose targets are
-    the scenes drawn larger; the others are what the default request draws, with targets in which the sprites that the
-    VAE's own decoder shows are drawn anew, and larger. The background of these is enlarged, so that what is crisp in it
-    is learnt from the true scenes.
+    """The second decoder alone, on latents of two kinds: two thirds are of true scenes, whose targets are the scenes
+    drawn larger; the others are what the default request draws, with targets in which the sprites that the VAE's own
+    decoder shows are drawn anew, and larger, as in "sharpen". The background of these is enlarged and counts for little:
+    what is crisp in it is learnt from the true scenes.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class UpscaleObjective(nn.Module):
 
     def forward(self, batch: Batch[WeightedScene], progress: float) -> dict[str, Tensor]:
         size, step, device = len(batch.examples), batch.step, self.diffusion.denoiser.device
-        num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)
+        num_true = min(2 * (step + 1) * size // 3 - 2 * step * size // 3, size - 1)
         drawn = self._drawn(batch, num_true)
         target = UpscaledBatch.cat([self._true(batch.examples[:num_true]), drawn]) if num_true else drawn
         latents_BCYX = target.latents_BCYX.to(device)
@@ -115,7 +119,7 @@ class UpscaleObjective(nn.Module):
         target = TargetBatch.cat(targets)
         return UpscaledBatch(
             pixels_BYXC=target.pixels_BYXC,
-            weight_B1YX=target.weight_B1YX,
+            weight_B1YX=target.weight_B1YX.masked_fill(target.weight_B1YX == 1, BACKGROUND_WEIGHT),
             masks_BNYX=target.masks_BNYX,
             latents_BCYX=latents_BCYX.float().cpu(),
         ).contiguous()

@@ -54,7 +54,7 @@ def test_the_second_decoder_alone_learns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(parameter.grad is not None for parameter in objective.upscaling.parameters())
 
 
-def test_a_third_are_true_scenes_drawn_larger_and_drawn_ones_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_thirds_are_true_scenes_drawn_larger_and_drawn_ones_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, seen = new_objective(monkeypatch), []
     monkeypatch.setattr(
         UpscaledBatch, "cat", classmethod(lambda cls, parts: seen.append([len(one) for one in parts]) or parts[-1])
@@ -62,12 +62,12 @@ def test_a_third_are_true_scenes_drawn_larger_and_drawn_ones_are_remembered(monk
     source = StorybookExamples(PRESET)
     batch = batch_at(source, 0, 3)
     objective(batch, 0.0)
-    assert seen == [[1, 2]]
+    assert seen == [[2, 1]]
     (true,) = [objective._true(batch.examples[:1])]
     assert (true.pixels_BYXC[0].numpy() == draw_scene(batch.examples[0].scene, scale=2)).all()
     assert true.masks_BNYX.shape == (1, 2, 256, 256) and true.weight_B1YX.shape == (1, 1, 256, 256)
     assert true.latents_BCYX.shape == (1, 4, 32, 32)
-    assert len(objective._replay_buffer) == 2
+    assert len(objective._replay_buffer) == 1
 
 
 def test_the_target_of_a_drawn_picture_has_its_sprites_in_twice_the_size() -> None:
