@@ -33,7 +33,6 @@ from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
 from training.weight_sources import WeightSources
 
-
 BACKGROUND_WEIGHT = 0.1
 """How much an error counts where a drawn picture's target is only enlarged."""
 
@@ -47,9 +46,9 @@ class UpscaledBatch(TargetBatch):
 
 
 class UpscaleObjective(nn.Module):
-    """The second decoder alone, on latents of two kinds: two thirds are of true scenes, whose targets are the scenes
+    """The second decoder alone, on latents of two kinds. Two thirds are of true scenes, whose targets are the scenes
     drawn larger; the others are what the default request draws, with targets in which the sprites that the VAE's own
-    decoder shows are drawn anew, and larger, as in "sharpen". The background of these is enlarged and counts for little:
+    decoder shows are drawn anew, and larger, as in "sharpen". The background of these is enlarged and counts little:
     what is crisp in it is learnt from the true scenes.
     """
 
