@@ -6,7 +6,7 @@ Shape letters: B sequences, S positions, H hidden width, V vokens, N input pictu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -335,6 +335,23 @@ def _peft_is_quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
+
+
+def like_lengths(lengths: Sequence[int], *, pass_cost: int) -> list[list[int]]:
+    """Indices of sequences that are read in one pass each, so that passes cost least: a pass costs its sequences times
+    the longest of them, and `pass_cost` positions. Within a pass they are in their order."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    costs, starts = [0], [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        cost, start = min((costs[start] + (end - start) * longest + pass_cost, start) for start in range(end))
+        costs.append(cost)
+        starts.append(start)
+    groups, end = [], len(order)
+    while end:
+        groups.append(sorted(order[starts[end] : end]))
+        end = starts[end]
+    return groups[::-1]
 
 
 def pad(sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:

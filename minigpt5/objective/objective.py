@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from minigpt5.config import ModelConfig
 from minigpt5.model import prompt
 from minigpt5.model.decoders.diffusion import Diffusion
-from minigpt5.model.language import LanguageModel, pad, padding_id
+from minigpt5.model.language import LanguageModel, like_lengths, pad, padding_id
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
 from minigpt5.model.prompt import IGNORED, Segment
@@ -29,6 +29,8 @@ from minigpt5.objective.losses import CaptionLoss, LossWeights
 from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.objective.whitening import Whitening
 
+PASS_COST = 64
+"""Positions that one more pass of the language model costs as much as, on a CPU."""
 REPLAYED_PICTURES = 16
 REPLAY_CAPACITY = 24_576
 """Pictures whose states are kept for replay: 70 KB each in the storybook preset, 200 KB with contrasts."""
@@ -113,7 +115,9 @@ class Objective(nn.Module):
         bare = [example for example in examples if takes_short_cut and example.is_caption]
         whole = [example for example in examples if not (takes_short_cut and example.is_caption)]
         read = [self._read_captions(bare)] if bare else []
-        read += [self.read(whole)] if whole else []
+        if whole:
+            whole, *found = self._read_by_length(whole)
+            read.append((found[0], found[1]))
         examples = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
@@ -166,6 +170,26 @@ class Objective(nn.Module):
         states_BVH = self.language.voken_states(ids_BS, mask_BS)
         first_B = torch.full((len(examples),), first, device=self.device)
         return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
+
+    def _read_by_length(self, examples: list[Example]) -> tuple[list[Example], Tensor, Tensor]:
+        """`read`, where little is spent on padding: in several passes if lengths differ much. Returns the examples in
+        the order in which they were read, too.
+
+        On a GPU, where a pass costs little more for padding, and where workers share out weights and call every module
+        together, it is one pass.
+        """
+        labels = [self._tokens_of(example)[1] for example in examples]
+        groups = [list(range(len(examples)))]
+        if self.device.type == "cpu" and not self.dummies:
+            groups = like_lengths([len(one) for one in labels], pass_cost=PASS_COST)
+        learnt = [sum(label != IGNORED for index in group for label in labels[index][1:]) for group in groups]
+        if len(groups) == 1 or not any(learnt):
+            return examples, *self.read(examples)
+        read = [self.read([examples[index] for index in group]) for group in groups]
+        texts = [count * text for count, (_, text) in zip(learnt, read, strict=True) if count]
+        text = torch.stack(texts).sum() / sum(learnt)
+        ordered = [examples[index] for group in groups for index in group]
+        return ordered, torch.cat([vokens for vokens, _ in read]), text
 
     def read(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Read whole sequences: the voken states of their pictures (P, V, H), and the text loss. Logits are computed at

@@ -13,7 +13,7 @@ import torch
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.model.base_models import resolve
 from minigpt5.model.decoders.load import load_diffusion
-from minigpt5.model.language import LanguageModel
+from minigpt5.model.language import LanguageModel, like_lengths
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.text_encoder import TextEncoder, load_text_encoder
@@ -80,6 +80,46 @@ def story() -> Example:
 def loss_of(objective: Objective, examples: list[Example], weights: LossWeights = CAPTIONS_ONLY) -> dict[str, float]:
     torch.manual_seed(0)
     return {name: loss.item() for name, loss in objective(examples, weights).items()}
+
+
+def test_sequences_of_unlike_lengths_are_read_in_passes_of_their_own_and_lose_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(words: str, num_pages: int) -> Example:
+        segments = PUBLISHED.story(["A fox."], num_pages, [words] * num_pages)
+        return Example(segments=segments, read=[], drawn=[PICTURE] * num_pages, captions=["a fox"] * num_pages)
+
+    described = Example(segments=PUBLISHED.describe("A fox."), read=[PICTURE], drawn=[], captions=[])
+    examples = [told("It sat there and looked at the sea for a long time.", 4), described, told("It sat.", 1)]
+    losses, passes = {}, []
+    objective = new_objective()
+    states = objective.language.states
+    monkeypatch.setattr(
+        objective.language, "states", lambda embeds, **_: passes.append(len(embeds)) or states(embeds, **_)
+    )
+    for cost in (0, 10**6):
+        monkeypatch.setattr(objective_module, "PASS_COST", cost)
+        objective.eval()
+        objective.zero_grad()
+        losses[cost] = objective(examples, LossWeights(text=1.0, picture=0.0, caption=1.0))
+        losses[cost]["loss"].backward()
+        losses[cost]["gradient"] = objective.mapper.queries.grad.clone()  # type: ignore[union-attr]
+    assert passes == [1, 1, 1, 3]
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(loss, losses[10**6][name], atol=1e-5, rtol=1e-4)
+
+
+def test_passes_cost_least() -> None:
+    assert like_lengths([400, 30, 35, 380], pass_cost=64) == [[1, 2], [0, 3]]
+    assert like_lengths([40, 30, 35], pass_cost=64) == [[0, 1, 2]]
+    assert like_lengths([7], pass_cost=64) == [[0]]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(1, 500, 8).tolist()
+        groups = like_lengths(lengths, pass_cost=64)
+        assert sorted(index for group in groups for index in group) == list(range(8))
+        cost = sum(len(group) * max(lengths[index] for index in group) + 64 for group in groups)
+        assert sum(lengths) < cost <= 8 * max(lengths) + 64
 
 
 def test_the_short_cut_for_bare_captions_changes_no_loss() -> None:
