@@ -63,6 +63,8 @@ class UpscalePreset(Preset):
     """See UnetPreset."""
     detail_weight: float
     """See SharpenPreset."""
+    feature_weight: float
+    """Weight of the distance of features (feature_loss.py) of true scenes."""
     scale: int = 2
     """How many times as large the pictures are."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -131,10 +133,11 @@ STORYBOOK: dict[str, Preset] = {
     ),
     "upscale": UpscalePreset(
         stage="upscale",
-        steps=2_000,
+        steps=3_000,
         batch_size=8,
-        optimizer=OptimizerConfig(learning_rate=1e-3, ema_decay=0.995, weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=5e-4, ema_decay=0.998, weight_decay=0.0),
         detail_weight=2.0,
+        feature_weight=2.0,
         replay=ReplayConfig(steps=2, min_size=32),
         bf16=True,
     ),

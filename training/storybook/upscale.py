@@ -26,6 +26,7 @@ from training.data.batches import Batch, StageData
 from training.data.replay import is_replay
 from training.stage import TeachesNoWriting
 from training.storybook.examples import WeightedScene
+from training.storybook.feature_loss import FeatureLoss
 from training.storybook.presets import UpscalePreset
 from training.storybook.sharpen import REPLAY_BYTES, TargetBatch, detail_loss, drawn_target
 from training.storybook.sheets import save_captioned_sheet
@@ -58,6 +59,7 @@ class UpscaleObjective(nn.Module):
         super().__init__()
         self.diffusion, self.upscaling = diffusion.requires_grad_(False), upscaling
         self.text_encoder, self.preset = text_encoder, preset
+        self._feature_loss = FeatureLoss()
         self._replay_buffer: ReplayBuffer[UpscaledBatch] = ReplayBuffer(max_bytes=REPLAY_BYTES)
 
     def forward(self, batch: Batch[WeightedScene], progress: float) -> dict[str, Tensor]:
@@ -71,7 +73,11 @@ class UpscaleObjective(nn.Module):
         pixels_BCYX = to_tensor(target.pixels_BYXC.to(device))
         losses = reconstruction_losses(decoded_BCYX, pixels_BCYX, target.weight_B1YX.to(device))
         losses["detail"] = detail_loss(decoded_BCYX, pixels_BCYX, target.masks_BNYX.to(device))
-        return {**losses, "loss": losses["loss"] + self.preset.detail_weight * losses["detail"]}
+        loss = losses["loss"] + self.preset.detail_weight * losses["detail"]
+        if num_true:
+            losses["features"] = self._feature_loss(decoded_BCYX[:num_true], pixels_BCYX[:num_true])
+            loss = loss + self.preset.feature_weight * losses["features"]
+        return {**losses, "loss": loss}
 
     def _drawn(self, batch: Batch[WeightedScene], first: int) -> UpscaledBatch:
         """Pictures of the batch from `first` on, or as many of those that are remembered."""
@@ -149,7 +155,7 @@ class UpscaleStage(TeachesNoWriting):
             self.diffusion.upscaling = None
 
     def saved_parameters(self) -> list[nn.Parameter]:
-        return list(self.objective.parameters())
+        return list(self.upscaling.parameters())
 
     def save(self, folder: Path) -> None:
         """Write the decoder that the stage started from, with the second decoder beside its VAE."""

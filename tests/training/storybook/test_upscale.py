@@ -49,7 +49,7 @@ def test_the_second_decoder_alone_learns(monkeypatch: pytest.MonkeyPatch) -> Non
     objective = new_objective(monkeypatch)
     losses = objective(batch_at(StorybookExamples(PRESET), 0, 3), 0.0)
     losses["loss"].backward()
-    assert set(losses) == {"loss", "l1", "mse", "gradient", "detail"}
+    assert set(losses) == {"loss", "l1", "mse", "gradient", "detail", "features"}
     assert not trained_parts(objective.diffusion)
     assert all(parameter.grad is not None for parameter in objective.upscaling.parameters())
 
