@@ -155,7 +155,7 @@ class UpscaleStage(TeachesNoWriting):
             self.diffusion.upscaling = None
 
     def saved_parameters(self) -> list[nn.Parameter]:
-        return list(self.upscaling.parameters())
+        return [*self.diffusion.parameters(), *self.upscaling.parameters()]
 
     def save(self, folder: Path) -> None:
         """Write the decoder that the stage started from, with the second decoder beside its VAE."""
