@@ -54,6 +54,7 @@ from minigpt5.storybook.captions import Facts, canonical_caption, facts_in, writ
 from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import Scene, Split, draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer, load_scorer
+from minigpt5.types import DrawSettings
 from training.storybook.sprites import find_sprites, redrawn
 
 SEED = 2310
@@ -88,7 +89,7 @@ def ask(num: int, *, held_out_pairs: bool, split: Split = "heldout", first_seed:
 
 
 @torch.no_grad()
-def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) -> np.ndarray:
+def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked], settings: DrawSettings) -> np.ndarray:
     """Draw as `draw` does, from canonical captions through the text encoder that the vokens are aligned with."""
     pictures = []
     for start in range(0, len(asked), BATCH_SIZE):
@@ -98,7 +99,7 @@ def draw_base(model: MiniGPT5, text_encoder: nn.Module, asked: Sequence[Asked]) 
             text_encoder([canonical_caption(one.facts) for one in batch]),
             text_encoder([""]),
             seeds=[one.seed for one in batch],
-            draw=own_size(model),
+            draw=settings,
             guidance_rescale=model.config.guidance_rescale,
         )
         pictures.append(to_pixels(drawn_BCYX))
@@ -198,7 +199,7 @@ def measure(
         start = time.monotonic()
         drawn = draw(model, asked, own_size(model))
         seconds = (time.monotonic() - start) / num
-        base = draw_base(model, text_encoder, asked)
+        base = draw_base(model, text_encoder, asked, own_size(model))
         kinds = {"drawn": drawn, "reconstructed": again, "true": true, "base": base}
         right = {kind: rights(scorer, pixels, asked) for kind, pixels in kinds.items()}
         figures[name] = {

@@ -4,8 +4,10 @@
   families that were trained on, the others have a part that was not.
 - sizes.webp: six of the scenes as the VAE paints them, enlarged, above the same latents through the second decoder.
 - outside.webp: what prompts outside of the picture world get.
+- sheet.webp: eight held-out scenes, what the diffusion model's own text encoder makes of them, and what the vokens make.
+- story.png: the pictures of the story in docs/quickstart.md, whose texts are printed.
 
-One seed for each picture, no selection.
+`--examples` draws the pictures of the model's examples anew, in its folder. One seed for each picture, no selection.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from PIL import Image
 
 from benchmarks.phrasings import SEED
 from benchmarks.pixels import pixels_of
+from benchmarks.quality import ask, draw_base
 from benchmarks.upscaling import own_size
 from minigpt5.config import default_model_folder
+from minigpt5.model.base_models import resolve
+from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.phrasings import phrase
-from minigpt5.storybook.scenes import scene_at
+from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.types import DrawRequest, DrawSettings
 from training.storybook.sharpen import enlarged
 
@@ -32,6 +37,10 @@ NUM_SCENES, NUM_PHRASINGS, NUM_SIZES = 12, 12, 6
 CELL_PX, GAP_PX = 80, 2
 OUTSIDE = ("A giraffe plays the piano", "An astronaut rides a bicycle on the moon")
 """Neither a giraffe, a piano, an astronaut nor the moon's ground is in the picture world; a bicycle is."""
+SHEET_PX = 192
+EXAMPLE_PX = 128
+STORY = ("A fox who finds a balloon", 7)
+"""Prompt and seed of the story in docs/quickstart.md."""
 QUALITY = 90
 
 
@@ -80,15 +89,45 @@ def save_outside(model: MiniGPT5, path: Path) -> None:
     sheet([drawn], drawn[0].shape[0]).save(path, quality=QUALITY)
 
 
+def save_held_out(model: MiniGPT5, path: Path, *, num: int = 8) -> None:
+    asked = ask(num, held_out_pairs=True)
+    settings = model.config.default_draw
+    text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
+    true = [draw_scene(one.scene, scale=model.config.upscale) for one in asked]
+    base = draw_base(model, text_encoder, asked, settings)
+    drawn = draw(model, [one.caption for one in asked], settings)
+    sheet([true, list(base), drawn], SHEET_PX).save(path, quality=QUALITY)
+
+
+def save_story(model: MiniGPT5, path: Path) -> None:
+    story = model.write(STORY[0], pages=4, seed=STORY[1], progress=False)
+    pictures = [pixels_of(page.picture.png) for page in story.pages if page.picture]
+    sheet([pictures], pictures[0].shape[0]).save(path, optimize=True)
+    for page in story.pages:
+        print(f"{page.index}. {page.text.strip()}")
+
+
+def save_examples(model: MiniGPT5, folder: Path) -> None:
+    pictures = draw(model, model.config.examples, model.config.default_draw)
+    for number, pixels in enumerate(pictures, 1):
+        small = Image.fromarray(pixels).resize((EXAMPLE_PX, EXAMPLE_PX), Image.Resampling.LANCZOS)
+        small.save(folder / f"{number}.webp", quality=QUALITY)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sheets", description=__doc__)
     parser.add_argument("--model", type=Path, default=default_model_folder())
     parser.add_argument("--out", type=Path, default=Path("docs") / "assets", help="folder (default %(default)s)")
+    parser.add_argument("--examples", action="store_true", help="draw the pictures of the model's examples, too")
     options = parser.parse_args(arguments)
     model = MiniGPT5.from_pretrained(options.model)
     save_phrasings(model, options.out / "phrasings.webp")
     save_sizes(model, options.out / "sizes.webp")
     save_outside(model, options.out / "outside.webp")
+    save_held_out(model, options.out / "sheet.webp")
+    save_story(model, options.out / "story.png")
+    if options.examples:
+        save_examples(model, options.model / "examples")
 
 
 if __name__ == "__main__":
