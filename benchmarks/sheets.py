@@ -4,7 +4,7 @@
   families that were trained on, the others have a part that was not.
 - sizes.webp: six of the scenes as the VAE paints them, enlarged, above the same latents through the second decoder.
 - outside.webp: what prompts outside of the picture world get.
-- sheet.webp: eight held-out scenes, what the diffusion model's own text encoder makes of them, and what the vokens make.
+- sheet.webp: eight held-out scenes, what the text encoder makes of them, and what the vokens make.
 - story.png: the pictures of the story in docs/quickstart.md, whose texts are printed.
 
 `--examples` draws the pictures of the model's examples anew, in its folder. One seed for each picture, no selection.
