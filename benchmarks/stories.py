@@ -27,6 +27,7 @@ from minigpt5.types import Story
 SEED = 2310
 NUM_PAGES = 4
 NUM_TRAINING_STORIES = 5000
+SHOWN_PX = 128
 NUM_SHOWN = 5
 """Stories shown, of the best and of the worst."""
 FACTS = ("who", "what", "place", "time")
@@ -118,6 +119,13 @@ def training_sentences() -> set[str]:
     return {sentence for story in stories for page in story.pages for sentence in sentences_of(page.text)}
 
 
+def small(pixels: np.ndarray) -> np.ndarray:
+    """A picture made smaller, to SHOWN_PX."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((SHOWN_PX, SHOWN_PX), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
 def save_books(told: Sequence[Told], folder: Path) -> None:
     """All texts as `books.json`, best first; as `books.png` the pictures of the best NUM_SHOWN, then of the worst."""
     ranked = sorted(told, key=lambda one: len(one.wrong))
@@ -132,7 +140,7 @@ def save_books(told: Sequence[Told], folder: Path) -> None:
     if not chosen:
         return
     strips = [
-        np.concatenate([pixels_of(page.picture.png) for page in one.story.pages if page.picture], axis=1)
+        np.concatenate([small(pixels_of(page.picture.png)) for page in one.story.pages if page.picture], axis=1)
         for one in chosen
     ]
     width = max(strip.shape[1] for strip in strips)
