@@ -53,9 +53,7 @@ from benchmarks.quality_tables import (
     probe,
     quality_accuracy,
     quality_gate,
-    quality_phrasings,
     quality_references,
-    quality_sizes,
     quality_targets,
     steps,
     stories,
@@ -97,8 +95,6 @@ def results(found: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "results": results,
     "quality-accuracy": quality_accuracy,
-    "quality-phrasings": quality_phrasings,
-    "quality-sizes": quality_sizes,
     "quality-targets": quality_targets,
     "quality-references": quality_references,
     "quality-gate": quality_gate,
