@@ -7,7 +7,7 @@
 - sheet.webp: eight held-out scenes, what the text encoder makes of them, and what the vokens make.
 - story.png: the pictures of the story in docs/quickstart.md, whose texts are printed.
 
-`--examples` draws the pictures of the model's examples anew, in its folder. One seed for each picture, no selection.
+`--examples` draws the pictures of the model's examples again, in its folder. One seed for each picture, no selection.
 """
 
 from __future__ import annotations

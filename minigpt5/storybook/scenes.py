@@ -284,7 +284,7 @@ def sprite_contrast(name: str) -> float:
 
 
 def _tile(name: str, sheet: str, tile_px: int) -> Image.Image:
-    """A sprite of a sheet, cut to what is to be seen of it."""
+    """A sprite of a sheet, cut to its visible part."""
     row, column = divmod(SPRITES.index(name), TILES_PER_ROW)
     x, y = column * tile_px, row * tile_px
     tile = _sheet(sheet).crop((x, y, x + tile_px, y + tile_px))

@@ -25,7 +25,7 @@ VIEW = 128
 
 
 def draw_sprite(icons: dict[str, Any], name: str) -> Image.Image:
-    """An icon with transparency, cut to what is to be seen of it, its longer side as a tile has room for."""
+    """An icon with transparency, cut to its visible part, its longer side as a tile has room for."""
     rough = _rasterise(icons, name, LARGE_TILE_PX)
     left, top, right, bottom = rough.getchannel("A").getbbox() or (0, 0, *rough.size)
     room = LARGE_TILE_PX - 2 * MARGIN_PX

@@ -49,7 +49,7 @@ class UpscaledBatch(TargetBatch):
 class UpscaleObjective(nn.Module):
     """The second decoder alone, on latents of two kinds. Two thirds are of true scenes, whose targets are the scenes
     drawn larger; the others are what the default request draws, with targets in which the sprites that the VAE's own
-    decoder shows are drawn anew, and larger, as in "sharpen". The background of these is enlarged and counts little:
+    decoder shows are drawn again, and larger, as in "sharpen". The background of these is enlarged and counts little:
     what is crisp in it is learnt from the true scenes.
     """
 
