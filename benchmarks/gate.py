@@ -20,10 +20,10 @@ from pathlib import Path
 
 from torch import nn
 
+from benchmarks.drawing import draw, own_size
 from benchmarks.quality import STORY_FACTS, accuracy, ask, crisp, machine, rights, understanding
 from benchmarks.referring import VOKENS, reference
 from benchmarks.stories import summary, tell
-from benchmarks.upscaling import draw, own_size
 from minigpt5.config import default_model_folder
 from minigpt5.model.base_models import resolve
 from minigpt5.model.text_encoder import load_text_encoder
@@ -63,7 +63,7 @@ def measure(
 ) -> dict[str, Figure]:
     """All figures of one round, whose pictures and texts have the seeds from `first_seed` on."""
     asked = ask(nums.captions, held_out_pairs=True, first_seed=first_seed)
-    drawn = draw(model, asked, own_size(model))
+    drawn = draw(model, [one.caption for one in asked], own_size(model), seeds=[one.seed for one in asked])
     shown = accuracy(rights(scorer, drawn, asked))
     told = summary(tell(model, scorer, nums.stories, first_seed=first_seed))
     referring = reference(model, scorer, text_encoder, nums.references, ways=[VOKENS], first_seed=first_seed)

@@ -10,19 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pixels import pixels_of, png_of
+from benchmarks.drawing import draw, own_size
+from benchmarks.pixels import png_of
 from benchmarks.shares import share
-from benchmarks.upscaling import own_size
 from minigpt5.evaluation.world import facts_shown
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts, facts_in
 from minigpt5.storybook.phrasings import QUESTIONS, Phrasing, phrase
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.storybook.scorer import Scorer
-from minigpt5.types import DrawRequest
 
 SEED = 35
-BATCH_SIZE = 8
 DESCRIBED = ("who", "what", "place", "time")
 KINDS: tuple[Phrasing, ...] = ("seen", "unseen")
 
@@ -33,14 +31,7 @@ def draw_phrasings(model: MiniGPT5, scorer: Scorer, num: int) -> dict[str, dict[
     for kind in KINDS:
         facts = [Facts.of(scene_at(index, seed=SEED, split="heldout", held_out_pairs=True)) for index in range(num)]
         texts = [phrase(one, np.random.default_rng([SEED, index]), kind) for index, one in enumerate(facts)]
-        pictures = []
-        for start in range(0, num, BATCH_SIZE):
-            requests = [
-                DrawRequest(vokens=model.vokens(text), seed=start + number, settings=own_size(model))
-                for number, text in enumerate(texts[start : start + BATCH_SIZE])
-            ]
-            pictures += [pixels_of(picture.png) for picture in model.decoder.draw(requests)]
-        right = facts_shown(np.stack(pictures), facts, scorer)
+        right = facts_shown(draw(model, texts, own_size(model), seeds=range(num)), facts, scorer)
         found[kind] = {name: share(int(values.sum()), num) for name, values in right.items()}
     return found
 

@@ -34,13 +34,14 @@ from torch import nn
 
 from benchmarks import phrasings
 from benchmarks import upscaling as larger
+from benchmarks.drawing import draw, own_size
 from benchmarks.goals import compare, to_text
 from benchmarks.phrasings import describe_questions, draw_phrasings
 from benchmarks.pixels import png_of
 from benchmarks.referring import reference
 from benchmarks.shares import mean, points_lost, share
 from benchmarks.stories import save_books, summary, tell
-from benchmarks.upscaling import draw, own_size, upscaling
+from benchmarks.upscaling import upscaling
 from minigpt5.config import default_model_folder
 from minigpt5.engine.denoising import denoise
 from minigpt5.evaluation.perceptual import Lpips, psnr_db
@@ -197,7 +198,7 @@ def measure(
         true = np.stack([draw_scene(one.scene) for one in asked])
         again = reconstruct(model.decoder.diffusion, true)
         start = time.monotonic()
-        drawn = draw(model, asked, own_size(model))
+        drawn = draw(model, [one.caption for one in asked], own_size(model), seeds=[one.seed for one in asked])
         seconds = (time.monotonic() - start) / num
         base = draw_base(model, text_encoder, asked, own_size(model))
         kinds = {"drawn": drawn, "reconstructed": again, "true": true, "base": base}

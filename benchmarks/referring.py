@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.drawing import own_size
 from benchmarks.shares import of_groups, share_of_groups
-from benchmarks.upscaling import own_size
 from minigpt5.engine.denoising import denoise
 from minigpt5.model.pixels import to_pixels
 from minigpt5.pipeline import MiniGPT5

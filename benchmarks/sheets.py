@@ -2,7 +2,8 @@
 
 - phrasings.webp: twelve held-out scenes, a row each, asked for in twelve phrasings; the first six columns are of
   families that were trained on, the others have a part that was not.
-- sizes.webp: six of the scenes as the VAE paints them, enlarged, above the same latents through the second decoder.
+- sizes.webp: six of the scenes as the VAE paints them, enlarged, above the same latents through the second
+  decoder, where the model has one.
 - outside.webp: what prompts outside of the picture world get.
 - sheet.webp: eight held-out scenes, what the text encoder makes of them, and what the vokens make.
 - story.png: the pictures of the story in docs/quickstart.md, whose texts are printed.
@@ -19,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.drawing import draw, own_size
 from benchmarks.phrasings import SEED
 from benchmarks.pixels import pixels_of
 from benchmarks.quality import ask, draw_base
-from benchmarks.upscaling import own_size
 from minigpt5.config import default_model_folder
 from minigpt5.model.base_models import resolve
 from minigpt5.model.text_encoder import load_text_encoder
@@ -30,8 +31,7 @@ from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.captions import Facts
 from minigpt5.storybook.phrasings import phrase
 from minigpt5.storybook.scenes import draw_scene, scene_at
-from minigpt5.types import DrawRequest, DrawSettings
-from training.storybook.sharpen import enlarged
+from training.storybook.sprites import enlarged
 
 NUM_SCENES, NUM_PHRASINGS, NUM_SIZES = 12, 12, 6
 CELL_PX, GAP_PX = 80, 2
@@ -53,12 +53,7 @@ def texts_of(scene_number: int, num: int) -> list[str]:
     ]
 
 
-def draw(model: MiniGPT5, texts: Sequence[str], settings: DrawSettings) -> list[np.ndarray]:
-    requests = [DrawRequest(vokens=model.vokens(text), seed=seed, settings=settings) for seed, text in enumerate(texts)]
-    return [pixels_of(picture.png) for picture in model.decoder.draw(requests)]
-
-
-def sheet(rows: Sequence[Sequence[np.ndarray]], cell_px: int) -> Image.Image:
+def sheet(rows: Sequence[Sequence[np.ndarray] | np.ndarray], cell_px: int) -> Image.Image:
     """Rows of pictures with gaps between them."""
     step = cell_px + GAP_PX
     canvas = Image.new("RGB", (len(rows[0]) * step - GAP_PX, len(rows) * step - GAP_PX), "white")
@@ -70,22 +65,20 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], cell_px: int) -> Image.Image:
 
 
 def save_phrasings(model: MiniGPT5, path: Path, *, num_scenes: int = NUM_SCENES, num: int = NUM_PHRASINGS) -> None:
-    rows = [draw(model, texts_of(number, num), own_size(model)) for number in range(num_scenes)]
+    rows = [draw(model, texts_of(number, num), own_size(model), seeds=range(num)) for number in range(num_scenes)]
     sheet(rows, CELL_PX).save(path, quality=QUALITY)
 
 
 def save_sizes(model: MiniGPT5, path: Path, *, num: int = NUM_SIZES) -> None:
-    """Raises ValueError where the model has no second decoder."""
-    if model.config.upscale == 1:
-        raise ValueError(f"{model.config.name} draws one size: there is nothing to compare")
+    """Of a model with a second decoder."""
     texts = [texts_of(number, NUM_PHRASINGS)[0] for number in range(num)]
-    small = [enlarged(pixels, model.config.upscale) for pixels in draw(model, texts, own_size(model))]
-    large = draw(model, texts, model.config.default_draw)
+    small = [enlarged(pixels, model.config.upscale) for pixels in draw(model, texts, own_size(model), seeds=range(num))]
+    large = draw(model, texts, model.config.default_draw, seeds=range(num))
     sheet([small, large], large[0].shape[0]).save(path, quality=QUALITY)
 
 
 def save_outside(model: MiniGPT5, path: Path) -> None:
-    drawn = draw(model, OUTSIDE, model.config.default_draw)
+    drawn = draw(model, OUTSIDE, model.config.default_draw, seeds=range(len(OUTSIDE)))
     sheet([drawn], drawn[0].shape[0]).save(path, quality=QUALITY)
 
 
@@ -95,8 +88,8 @@ def save_held_out(model: MiniGPT5, path: Path, *, num: int = 8) -> None:
     text_encoder = load_text_encoder(resolve(model.config.text_encoder), model.config)
     true = [draw_scene(one.scene, scale=model.config.upscale) for one in asked]
     base = draw_base(model, text_encoder, asked, settings)
-    drawn = draw(model, [one.caption for one in asked], settings)
-    sheet([true, list(base), drawn], SHEET_PX).save(path, quality=QUALITY)
+    drawn = draw(model, [one.caption for one in asked], settings, seeds=[one.seed for one in asked])
+    sheet([true, base, drawn], SHEET_PX).save(path, quality=QUALITY)
 
 
 def save_story(model: MiniGPT5, path: Path) -> None:
@@ -108,7 +101,8 @@ def save_story(model: MiniGPT5, path: Path) -> None:
 
 
 def save_examples(model: MiniGPT5, folder: Path) -> None:
-    pictures = draw(model, model.config.examples, model.config.default_draw)
+    examples = model.config.examples
+    pictures = draw(model, examples, model.config.default_draw, seeds=range(len(examples)))
     for number, pixels in enumerate(pictures, 1):
         small = Image.fromarray(pixels).resize((EXAMPLE_PX, EXAMPLE_PX), Image.Resampling.LANCZOS)
         small.save(folder / f"{number}.webp", quality=QUALITY)
@@ -122,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model = MiniGPT5.from_pretrained(options.model)
     save_phrasings(model, options.out / "phrasings.webp")
-    save_sizes(model, options.out / "sizes.webp")
+    if model.config.upscale > 1:
+        save_sizes(model, options.out / "sizes.webp")
     save_outside(model, options.out / "outside.webp")
     save_held_out(model, options.out / "sheet.webp")
     save_story(model, options.out / "story.png")

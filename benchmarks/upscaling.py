@@ -7,7 +7,6 @@ each size takes, in turns.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.pixels import pixels_of
+from benchmarks.drawing import BATCH_SIZE, draw, own_size
 from benchmarks.shares import mean
 from minigpt5.evaluation.perceptual import Lpips
 from minigpt5.model.decoders.diffusion import Diffusion
@@ -24,13 +23,12 @@ from minigpt5.model.pixels import to_pixels, to_tensor
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import draw_scene
-from minigpt5.types import DrawRequest, DrawSettings
-from training.storybook.sharpen import enlarged
+from minigpt5.types import DrawRequest
+from training.storybook.sprites import enlarged
 
 if TYPE_CHECKING:
     from benchmarks.quality import Asked
 
-BATCH_SIZE = 8
 TIMED = 15
 """Pictures of each size whose seconds are measured."""
 
@@ -38,7 +36,7 @@ TIMED = 15
 def upscaling(model: MiniGPT5, asked: Sequence[Asked]) -> dict[str, Any]:
     """All figures of this part. The model has a second decoder."""
     settings = model.config.default_draw
-    drawn = draw(model, asked, settings)
+    drawn = draw(model, [one.caption for one in asked], settings, seeds=[one.seed for one in asked])
     crisp = [
         [crispness(picture, key) for key in (one.scene.who, one.scene.what)]
         for picture, one in zip(drawn, asked, strict=True)
@@ -53,24 +51,6 @@ def upscaling(model: MiniGPT5, asked: Sequence[Asked]) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_vs_own": seconds["upscaled"] / seconds["own"],
     }
-
-
-def own_size(model: MiniGPT5) -> DrawSettings:
-    """The default request for pictures that the VAE itself paints."""
-    px = model.config.image_px
-    return dataclasses.replace(model.config.default_draw, width=px, height=px)
-
-
-def draw(model: MiniGPT5, asked: Sequence[Asked], settings: DrawSettings) -> np.ndarray:
-    """One picture for each caption: (B, Y, X, 3) uint8."""
-    pictures = []
-    for start in range(0, len(asked), BATCH_SIZE):
-        requests = [
-            DrawRequest(vokens=model.vokens(one.caption), seed=one.seed, settings=settings)
-            for one in asked[start : start + BATCH_SIZE]
-        ]
-        pictures += [pixels_of(picture.png) for picture in model.decoder.draw(requests)]
-    return np.stack(pictures)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class WeightSources:
         return folder
 
     def find(self, part: str, *, stage: str = "") -> Path | None:
-        """Find the first folder that has `part` ("vae" or "unet"), from the stages before `stage`; None where there is
+        """Find the first folder that has `part`, such as "vae", from the stages before `stage`; None where there is
         none."""
         stages = DIFFUSION_STAGES.get(stage, ("upscale", "sharpen", "decoder", "distill", "unet", "vae"))
         trained = (self.runs / earlier / "model" for earlier in stages)

@@ -6,6 +6,7 @@ picture, Q condition positions, D condition width.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.language import LanguageModel, like_lengths, pad, padding_id
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_tensor
-from minigpt5.model.prompt import IGNORED, Segment
+from minigpt5.model.prompt import IGNORED, Segment, Tokens
 from minigpt5.model.vision import Vision
 from minigpt5.model.vokens import align
 from minigpt5.objective.dummy_examples import DummyExamples
@@ -116,8 +117,8 @@ class Objective(nn.Module):
         whole = [example for example in examples if not (takes_short_cut and example.is_caption)]
         read = [self._read_captions(bare)] if bare else []
         if whole:
-            whole, *found = self._read_by_length(whole)
-            read.append((found[0], found[1]))
+            whole, vokens_PVH, text = self._read_by_length(whole)
+            read.append((vokens_PVH, text))
         examples = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
         losses = {"text": torch.stack([text for _, text in read]).mean()}
@@ -172,16 +173,21 @@ class Objective(nn.Module):
         return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
 
     def _read_by_length(self, examples: list[Example]) -> tuple[list[Example], Tensor, Tensor]:
-        """`read`, where little is spent on padding: in several passes if lengths differ much. Returns the examples in
-        the order in which they were read, too.
+        """`read` with less padding: in several passes where lengths differ much. Returns the examples in the order in
+        which they were read, too.
 
-        On a GPU, where a pass costs little more for padding, and where workers share out weights and call every module
-        together, it is one pass.
+        On a GPU, where nobody has measured it, it is one pass; so it is where workers share out weights, for they call
+        every module together.
         """
-        labels = [self._tokens_of(example)[1] for example in examples]
-        groups = [list(range(len(examples)))]
-        if self.device.type == "cpu" and not self.dummies:
-            groups = like_lengths([len(one) for one in labels], pass_cost=PASS_COST)
+        if self.device.type != "cpu" or self.dummies:
+            return examples, *self.read(examples)
+        encoded = [self._tokens_of(example) for example in examples]
+        examples = [
+            dataclasses.replace(example, tokens=Tokens(ids=ids, labels=labels))
+            for example, (ids, labels) in zip(examples, encoded, strict=True)
+        ]
+        labels = [of_one for _, of_one in encoded]
+        groups = like_lengths([len(one) for one in labels], pass_cost=PASS_COST)
         learnt = [sum(label != IGNORED for index in group for label in labels[index][1:]) for group in groups]
         if len(groups) == 1 or not any(learnt):
             return examples, *self.read(examples)

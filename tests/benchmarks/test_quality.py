@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from benchmarks import goals, probe, quality, referring, shares
 from benchmarks import stories as stories_bench
-from benchmarks.upscaling import draw, own_size
+from benchmarks.drawing import draw, own_size
 from minigpt5.config import ModelConfig, default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.engine.generator import VokenGenerator
@@ -51,7 +51,7 @@ def asked() -> list[quality.Asked]:
 
 @pytest.fixture(scope="module")
 def drawn(model: MiniGPT5, asked: list[quality.Asked]) -> np.ndarray:
-    return draw(model, asked, own_size(model))
+    return draw(model, [one.caption for one in asked], own_size(model), seeds=[one.seed for one in asked])
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from minigpt5.engine.denoising import Denoising, advance
@@ -35,7 +34,7 @@ from training.stage import TeachesNoWriting
 from training.storybook.examples import WeightedScene
 from training.storybook.presets import SharpenPreset
 from training.storybook.sheets import save_captioned_sheet
-from training.storybook.sprites import SPRITE_WEIGHT, cleared, error_weight, find_sprites, redrawn
+from training.storybook.sprites import SPRITE_WEIGHT, cleared, enlarged, error_weight, find_sprites, redrawn
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
 from training.weight_sources import WeightSources, prepare_unet
 
@@ -96,7 +95,7 @@ class SharpenObjective(nn.Module):
         size, step = len(batch.examples), batch.step
         num_true = min((step + 1) * size // 3 - step * size // 3, size - 1)
         drawn = self._drawn(batch, num_true)
-        target = TargetBatch.cat([true_target(batch.examples)[:num_true], drawn])
+        target = TargetBatch.cat([_true_target(batch.examples)[:num_true], drawn])
         pixels_BCYX, masks_BNYX = to_tensor(target.pixels_BYXC.to(device)), target.masks_BNYX.to(device)
         noisy_BCYX, condition_BQD = drawn.noisy_BCYX, drawn.condition_BQD
 
@@ -134,11 +133,7 @@ class SharpenObjective(nn.Module):
         """A picture of each scene. The weights from before this stage make the first and the last call, the present
         ones the calls between."""
         condition_BQD, null_1QD = self.text_encoder([scene.caption for scene in scenes]), self.text_encoder([""])
-        seeds = torch.randint(2**31, (len(scenes),)).tolist()
-        pictures = [
-            Denoising(self.diffusion, condition_QD, seed=seed, draw=DISTILLED_DRAW, guidance_rescale=0.0)
-            for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
-        ]
+        pictures = begin_pictures(self.diffusion, condition_BQD)
         noise_BCYX = torch.cat([picture.latents_1CYX for picture in pictures])
         advance(self.before, pictures, null_1QD)
         composed_BCYX = torch.cat([picture.pred_x0_1CYX for picture in pictures])
@@ -161,6 +156,15 @@ class SharpenObjective(nn.Module):
         ).contiguous()
 
 
+def begin_pictures(diffusion: Diffusion, condition_BQD: Tensor) -> list[Denoising]:
+    """A picture of each condition by the default request, from noise of any seed."""
+    seeds = torch.randint(2**31, (len(condition_BQD),)).tolist()
+    return [
+        Denoising(diffusion, condition_QD, seed=seed, draw=DISTILLED_DRAW, guidance_rescale=0.0)
+        for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
+    ]
+
+
 def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -> Tensor:
     """One minus the normalised correlation under each mask, each colour channel around its own mean there; the mean
     over the masks that have any pixel. It is what `minigpt5.storybook.crispness` measures, at one place."""
@@ -178,8 +182,7 @@ def detail_loss(decoded_BCYX: Tensor, pixels_BCYX: Tensor, masks_BNYX: Tensor) -
     return ((1 - correlation_BN) * is_there_BN).sum() / is_there_BN.sum().clamp_min(1)
 
 
-def true_target(scenes: list[WeightedScene]) -> TargetBatch:
-    """Of true scenes."""
+def _true_target(scenes: list[WeightedScene]) -> TargetBatch:
     return TargetBatch(
         pixels_BYXC=torch.as_tensor(np.stack([scene.pixels for scene in scenes])),
         weight_B1YX=torch.as_tensor(np.stack([scene.weight for scene in scenes])),
@@ -206,12 +209,6 @@ def drawn_target(pixels: np.ndarray, scene: Scene, *, scale: int = 1) -> TargetB
         weight_B1YX=torch.tensor(weight_1YX)[None],
         masks_BNYX=torch.tensor(masks_NYX)[None],
     )
-
-
-def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
-    """A picture resampled to more pixels."""
-    picture = Image.fromarray(pixels)
-    return np.array(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC))
 
 
 class SharpenStage(TeachesNoWriting):

@@ -113,3 +113,9 @@ def redrawn(pixels: np.ndarray, sprites: Sequence[Sprite]) -> np.ndarray:
     for sprite in sprites:
         canvas.paste(sprite.image, sprite.corner, sprite.image)
     return np.array(canvas)
+
+
+def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """A picture resampled to more pixels."""
+    picture = Image.fromarray(pixels)
+    return np.array(picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC))

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minigpt5.engine.denoising import Denoising, advance
+from minigpt5.engine.denoising import advance
+from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
 from minigpt5.model.base_models import resolve
 from minigpt5.model.decoders.diffusion import Diffusion, normal_like
@@ -28,7 +29,7 @@ from training.stage import TeachesNoWriting
 from training.storybook.examples import WeightedScene
 from training.storybook.feature_loss import FeatureLoss
 from training.storybook.presets import UpscalePreset
-from training.storybook.sharpen import REPLAY_BYTES, TargetBatch, detail_loss, drawn_target
+from training.storybook.sharpen import REPLAY_BYTES, TargetBatch, begin_pictures, detail_loss, drawn_target
 from training.storybook.sheets import save_captioned_sheet
 from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 from training.storybook.vae import LATENT_NOISE, reconstruction_losses
@@ -107,11 +108,7 @@ class UpscaleObjective(nn.Module):
     def _draw(self, scenes: list[WeightedScene]) -> UpscaledBatch:
         """What the default request draws of each scene."""
         condition_BQD, null_1QD = self.text_encoder([scene.caption for scene in scenes]), self.text_encoder([""])
-        seeds = torch.randint(2**31, (len(scenes),)).tolist()
-        pictures = [
-            Denoising(self.diffusion, condition_QD, seed=seed, draw=DISTILLED_DRAW, guidance_rescale=0.0)
-            for condition_QD, seed in zip(condition_BQD, seeds, strict=True)
-        ]
+        pictures = begin_pictures(self.diffusion, condition_BQD)
         while pictures[0].num_calls_left:
             advance(self.diffusion, pictures, null_1QD)
         latents_BCYX = torch.cat([picture.latents_1CYX for picture in pictures])
@@ -140,6 +137,8 @@ class UpscaleStage(TeachesNoWriting):
             if known
             else UpscalingDecoder.from_vae(self.diffusion.vae, scale=preset.scale)
         )
+        if (scale := self.upscaling.config.scale) != preset.scale:
+            raise TrainingError(f"scale is {preset.scale} but the decoder in {known} has {scale}: set scale={scale}")
         text_encoder = load_text_encoder(resolve(config.text_encoder), config)
         self.config, self.preset = config, preset
         self.objective = UpscaleObjective(self.diffusion, self.upscaling, text_encoder, preset)
