@@ -9,19 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
+from minigpt5.errors import TrainingError
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.decoders.upscaling import UpscalingDecoder, load_upscaling
+from minigpt5.model.folder import save_diffusion, save_part
 from minigpt5.storybook.crispness import crispness
 from minigpt5.storybook.scenes import draw_scene, scene_at
 from minigpt5.types import UPSCALING_FOLDER
 from tests.helpers.tiny import SomeStates, tiny_config, tiny_diffusion, trained_parts
-from training.data.batches import batch_at
+from training.data.batches import StageData, batch_at
 from training.presets import override
 from training.storybook.examples import StorybookExamples
 from training.storybook.presets import STORYBOOK, UpscalePreset
 from training.storybook.sharpen import drawn_target
 from training.storybook.sprites import find_sprites
 from training.storybook.upscale import UpscaledBatch, UpscaleObjective, UpscaleStage
+from training.weight_sources import WeightSources
 
 PRESET = override(STORYBOOK["upscale"], ["batch_size=3", "replay.steps=1", "replay.min_size=2"])
 assert isinstance(PRESET, UpscalePreset)
@@ -85,10 +88,6 @@ def test_the_target_of_a_drawn_picture_has_its_sprites_in_twice_the_size() -> No
 
 
 def test_the_stage_writes_a_decoder_folder_that_a_later_run_goes_on_from(tmp_path: Path) -> None:
-    from minigpt5.model.folder import save_diffusion
-    from training.data.batches import StageData
-    from training.weight_sources import WeightSources
-
     diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
     save_diffusion(diffusion, tmp_path / "sharpen" / "model")
     data = StageData(training=StorybookExamples(PRESET), validation=None)
@@ -104,3 +103,13 @@ def test_the_stage_writes_a_decoder_folder_that_a_later_run_goes_on_from(tmp_pat
     written = load_upscaling(tmp_path / "upscale" / "model" / UPSCALING_FOLDER)
     for one in (again, written):
         torch.testing.assert_close(one.decoder.conv_out.bias, stage.upscaling.decoder.conv_out.bias, atol=1e-3, rtol=0)
+
+
+def test_another_scale_than_that_of_the_known_decoder_is_said(tmp_path: Path) -> None:
+    diffusion = tiny_diffusion(tiny_config(), is_distilled=True)
+    save_diffusion(diffusion, tmp_path)
+    save_part(UpscalingDecoder.from_vae(diffusion.vae), tmp_path / UPSCALING_FOLDER)
+    data = StageData(training=StorybookExamples(PRESET), validation=None)
+    sources = WeightSources(runs=tmp_path / "none", decoder=tmp_path)
+    with pytest.raises(TrainingError, match="scale is 4 but the decoder in .* has 2: set scale=2"):
+        UpscaleStage(override(PRESET, ["scale=4"]), sources, data)
