@@ -82,6 +82,8 @@ FAMILIES: dict[Kind, dict[str, tuple[str, ...]]] = {
         "before": ("{where}, {core}", "{where} {core}"),
         "noun with": ("{a_place} with {core}", "{a_place} and {core}"),
         "background": ("{core}, {place} in the background", "{core} with {a_place} behind"),
+        "in brackets": ("{core} ({place})",),
+        "place scene": ("{place} scene with {core}", "{place} scene: {core}"),
         # Held out:
         "colon": ("{place}: {core}", "{where}: {core}"),
     },
@@ -90,6 +92,7 @@ FAMILIES: dict[Kind, dict[str, tuple[str, ...]]] = {
         "before": ("{when}, {core}", "{when} {core}"),
         "it is": ("{core}. It is {time}", "it is {time}. {Core}"),
         "adjective": ("{a_lit} scene with {core}", "{a_lit} picture of {core}"),
+        "in brackets": ("{core} ({time})",),
         # Held out:
         "dash": ("{core} - {time}", "{time} - {core}"),
     },
@@ -102,6 +105,9 @@ FAMILIES: dict[Kind, dict[str, tuple[str, ...]]] = {
         "background": ("{core} {when}, {place} in the background", "{core}, {lit} {place} in the background"),
         "it is": ("{core} {where}. It is {time}", "it is {time} {where}. {Core}"),
         "colon": ("{where} {when}: {core}", "{when} {where}: {core}"),
+        "in brackets": ("{core} ({place}, {time})", "{core} ({time}, {place})"),
+        "heading": ("{lit} {place}: {core}", "{lit} {place}. {Core}"),
+        "place scene": ("{place} scene with {core}, {time}", "{time}: {place} scene with {core}"),
         # Held out:
         "list": ("{place}, {time}, {core}", "{core}; {place}; {time}"),
         "setting": ("{core}. The place: {place}. The time: {time}",),
