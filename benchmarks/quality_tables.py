@@ -23,6 +23,43 @@ def quality_accuracy(found: Results) -> str:
     return table(("", *FACTS), rows)
 
 
+def quality_phrasings(found: Results) -> str:
+    """What pictures show, and descriptions name, when people ask in other words than the world's own."""
+    quality = found["quality"]
+    ways = (
+        ("drawn, phrasings of seen families", "phrasings", "seen"),
+        ("drawn, with a part of an unseen family", "phrasings", "unseen"),
+        ("described, eight questions that were trained on", "questions", "seen"),
+        ("described, two that were not", "questions", "unseen"),
+    )
+    rows = (
+        (name, *(interval(shares[fact]) if fact in shares else "" for fact in FACTS))
+        for name, part, kind in ways
+        for shares in (quality[part][kind],)
+    )
+    return table(("", *FACTS), rows)
+
+
+def quality_sizes(found: Results) -> str:
+    """Pictures of the second decoder beside the VAE's own."""
+    larger = found["quality"]["upscaling"]
+    side_px = larger["side_px"]
+
+    def spread(one: Results) -> str:
+        return f"{one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+
+    rows = (
+        (f"crispness of drawn pictures, {side_px} px", spread(larger["crispness"])),
+        (f"LPIPS of encoded scenes to the scenes at {side_px} px", spread(larger["lpips"]["upscaled"])),
+        ("the same of the VAE's own pictures, enlarged", spread(larger["lpips"]["enlarged"])),
+        ("first over second", f"{larger['lpips_vs_enlarged']:.2f}"),
+        (f"seconds a picture, {side_px} px", f"{larger['seconds']['upscaled']:.3f}"),
+        (f"seconds a picture, {side_px // 2} px", f"{larger['seconds']['own']:.3f}"),
+        ("first over second", f"{larger['seconds_vs_own']:.2f}"),
+    )
+    return table(("", "measured"), rows)
+
+
 def quality_targets(found: Results) -> str:
     """Each figure of the shipped model beside its target and its goal."""
     rows = (
