@@ -16,16 +16,16 @@ BUDGET_S = 10.0
 """Of the calls of one figure; a call that has begun ends."""
 
 
-def measure_peak() -> dict[str, float]:
+def measure_peak(*, side: int = SIDE, read_bytes: int = READ_BYTES) -> dict[str, float]:
     """GFLOP/s by precision and GB/s with this process's torch threads, each the best of several calls."""
     figures = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        matrix_SS = torch.randn(SIDE, SIDE).to(dtype)
-        figures[f"{name}_gflops_per_s"] = 2 * SIDE**3 / _best_s(lambda m=matrix_SS: m @ m) / 1e9
-    source = torch.ones(READ_BYTES // 4)
+        matrix_SS = torch.randn(side, side).to(dtype)
+        figures[f"{name}_gflops_per_s"] = 2 * side**3 / _best_s(lambda m=matrix_SS: m @ m) / 1e9
+    source = torch.ones(read_bytes // 4)
     target = torch.empty_like(source)
-    figures["read_gb_per_s"] = READ_BYTES / _best_s(source.sum) / 1e9
-    figures["copy_gb_per_s"] = 2 * READ_BYTES / _best_s(lambda: target.copy_(source)) / 1e9  # read and written
+    figures["read_gb_per_s"] = read_bytes / _best_s(source.sum) / 1e9
+    figures["copy_gb_per_s"] = 2 * read_bytes / _best_s(lambda: target.copy_(source)) / 1e9  # read and written
     return figures
 
 
