@@ -33,6 +33,7 @@ from minigpt5.evaluation.protocols.scorers import load_scorers
 from minigpt5.evaluation.protocols.table import PROTOCOLS
 from minigpt5.evaluation.systems.face import System
 from minigpt5.evaluation.systems.load import SystemInfo, load_system, read_system
+from minigpt5.types import MAX_SIDE, MIN_SIDE
 
 FORMAT = 1
 """Raised by one whenever the same rows would be asked otherwise than before."""
@@ -100,6 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of all questions (default %(default)s)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 100 (default: the model's)")
     parser.add_argument("--guidance", type=float, help="1 to 20 (default: the model's)")
+    for side in ("width", "height"):
+        parser.add_argument(f"--{side}", type=int, help=f"{side} of pictures in pixels (default: the model's)")
     parser.add_argument("--clip", metavar="FOLDER|ID", help="a CLIP model's folder or hub id")
     parser.add_argument("--inception", metavar="FILE", help="Inception-v3 as ONNX or OpenVINO, see docs/evaluation.md")
     parser.add_argument("--device", default="cpu", help="where CLIP measures, on this machine (default %(default)s)")
@@ -183,10 +186,17 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
 
 def _system(options: argparse.Namespace, protocol: Protocol) -> SystemInfo:
     """Raises InvalidRequest where the system does not answer what is asked."""
-    for name, asked, most in (("steps", options.steps, 100), ("guidance", options.guidance, 20)):
-        if asked is not None and not 1 <= asked <= most:
-            raise InvalidRequest(name, f"--{name} is {asked:g} but must be from 1 to {most}")
-    changes = {"steps": options.steps, "guidance_scale": options.guidance}
+    bounds = {"steps": (1, 100), "guidance": (1, 20), "width": (MIN_SIDE, MAX_SIDE), "height": (MIN_SIDE, MAX_SIDE)}
+    for name, (least, most) in bounds.items():
+        asked = getattr(options, name)
+        if asked is not None and not least <= asked <= most:
+            raise InvalidRequest(name, f"--{name} is {asked:g} but must be from {least} to {most}")
+    changes = {
+        "steps": options.steps,
+        "guidance_scale": options.guidance,
+        "width": options.width,
+        "height": options.height,
+    }
     info = read_system(options.model, {name: value for name, value in changes.items() if value is not None})
     if unanswered := protocol.kinds - info.kinds:
         raise InvalidRequest(

@@ -100,5 +100,5 @@ def draw(engines: Engines, request: StoryRequest, batch_size: int) -> float:
             rescale = engines.config.guidance_rescale
             predicted_BCYX = guide(conditional, unconditional, scale=settings.guidance_scale, rescale=rescale)
         latents_BCYX = sampler.step(predicted_BCYX, timestep, latents_BCYX).prev_sample
-    encode(diffusion.to_pixels(latents_BCYX), "PNG")
+    encode(diffusion.to_pixels(latents_BCYX, scale=diffusion.scale_of(settings)), "PNG")
     return (time.perf_counter() - began) / batch_size

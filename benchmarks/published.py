@@ -109,4 +109,4 @@ def draw(
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
     ).images
-    return encode(decoder.diffusion.to_pixels(latents_BCYX), "PNG")
+    return encode(decoder.diffusion.to_pixels(latents_BCYX, scale=decoder.diffusion.scale_of(settings)), "PNG")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.drawing import own_size
 from benchmarks.pixels import pixels_of
 from benchmarks.quality import Asked, accuracy, ask, crisp, machine, rights
 from minigpt5.config import default_model_folder, fits_distilled
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vokens = [model.vokens(one.caption) for one in asked]
     scales = options.guidance or [1.0, model.config.draw.guidance_scale]
     asked_for = [
-        DrawSettings(steps=steps, guidance_scale=scale, scheduler=scheduler)
+        dataclasses.replace(own_size(model), steps=steps, guidance_scale=scale, scheduler=scheduler)
         for scheduler, scale, steps in itertools.product(options.schedulers, scales, options.steps)
     ]
     has_distilled = model.config.draw_distilled is not None

@@ -278,6 +278,11 @@ class ModelConfig:
         return self.image_px * self.upscale
 
     @property
+    def max_drawn_pixels(self) -> int:
+        """`max_pixels`, which are the VAE's, counted in drawn ones."""
+        return self.max_pixels * self.upscale**2
+
+    @property
     def side_bounds(self) -> tuple[int, int]:
         """Smallest and largest side of a picture that a request may ask for."""
         return min(MIN_SIDE, self.image_px), MAX_SIDE
@@ -299,7 +304,7 @@ class ModelConfig:
 
     def _fits(self, width: int, height: int) -> bool:
         multiple = self.size_multiple * self.upscale
-        return width * height <= self.max_pixels and not width % multiple and not height % multiple
+        return width * height <= self.max_drawn_pixels and not width % multiple and not height % multiple
 
     def is_resampled(self, draw: DrawSettings) -> bool:
         """Whether a picture is drawn in the model's own size and then resampled."""

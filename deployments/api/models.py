@@ -55,7 +55,7 @@ def _model_reply(front: Front) -> ModelReply:
         fingerprint=config.fingerprint,
         image_size=f"{config.drawn_px}x{config.drawn_px}",
         context_tokens=config.context_tokens,
-        max_pixels=config.max_pixels,
+        max_pixels=config.max_drawn_pixels,
         size_multiple=config.size_multiple * config.upscale,
         schedulers=list(config.samplers),
         styles=list(config.styles),

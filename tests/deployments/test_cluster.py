@@ -65,8 +65,8 @@ def test_a_story_plain_and_streamed_is_the_same(server: Server) -> None:
     for first, second in zip(plain["pages"], streamed["pages"], strict=True):
         one, other = (server.client.get(page["image"]["url"]) for page in (first, second))
         assert one.headers["content-type"] == "image/png"
-        image_px = load_config(MODEL).image_px
-        assert pixels(one.content).shape == (image_px, image_px, 3)
+        drawn_px = load_config(MODEL).drawn_px
+        assert pixels(one.content).shape == (drawn_px, drawn_px, 3)
         assert np.abs(pixels(one.content) - pixels(other.content)).max() <= 1
 
 

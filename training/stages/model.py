@@ -20,6 +20,7 @@ from minigpt5.model import folder as model_folder
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.decoders.load import INDEX, find_family
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
+from minigpt5.model.decoders.upscaling import encode_alike
 from minigpt5.model.folder_config import DECODER, load_config
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.locate import contains, find_part
@@ -226,12 +227,19 @@ def find_decoder(start: Path, config: ModelConfig, sources: WeightSources) -> Fo
         raise TrainingError(
             f"{place} has a {family.DENOISER} and no scheduler/: add it, the noise schedule is not known"
         )
+    is_upscaled_alike = base is not None and _encode_alike(found["vae"], base)
+    is_starts = {DISTILLED_FOLDER: place == base, UPSCALING_FOLDER: is_upscaled_alike}
     for name, part in ((DISTILLED_FOLDER, family.DENOISER), (UPSCALING_FOLDER, "vae")):
-        if addition := model_folder.find_addition(name, found[part], start if found[part] == base else None):
+        if addition := model_folder.find_addition(name, found[part], start if is_starts[name] else None):
             found[name] = addition
     if base and (base / INDEX).is_file():  # it names the family
         found[INDEX] = base
     return FoundDecoder(family=family, parts=found, is_own=is_own)
+
+
+def _encode_alike(folder: Path, base: Path) -> bool:
+    """Whether the VAE of a folder reads pictures as the start's does: a stage may have trained its decoder alone."""
+    return folder == base or encode_alike(folder / "vae", base / "vae")
 
 
 def trained(module: nn.Module) -> list[Any]:

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 from minigpt5.codec import to_json
+from minigpt5.model.decoders.upscaling import encode_alike
 from minigpt5.model.folder_config import load_config, write_config
-from minigpt5.types import DISTILLED_FOLDER, DrawSettings
+from minigpt5.types import DISTILLED_FOLDER, UPSCALING_FOLDER, DrawSettings
 
 MODEL = "model"
 
@@ -24,6 +25,9 @@ def save_system(folder: Path, system: str, model: Path, *, decoder: Path | None 
             place = folder / MODEL / config.diffusion / part.name
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(part, place)
+        known, new = model / config.diffusion / "vae", decoder / "vae"
+        if new.is_dir() and not (decoder / UPSCALING_FOLDER).is_dir() and not encode_alike(new, known):
+            shutil.rmtree(folder / MODEL / config.diffusion / UPSCALING_FOLDER, ignore_errors=True)
         if not (decoder / DISTILLED_FOLDER).is_dir():  # the model's own was distilled from another denoiser
             shutil.rmtree(folder / MODEL / config.diffusion / DISTILLED_FOLDER, ignore_errors=True)
             config = dataclasses.replace(config, draw_distilled=None, prefers_distilled=False)

@@ -98,9 +98,9 @@ def warm_up(diffusion: Diffusion, null_1QD: Tensor) -> None:
     example = {name: value.to(device, diffusion.dtype) for name, value in example.items()}
     try:
         diffusion.predict(diffusion.denoiser_for(DISTILLED if diffusion.distilled is not None else ""), **example)
-        native = DrawSettings()
-        num_decoded = max(1, _num_decoded(diffusion) - 1)
-        diffusion.to_pixels(example["latents_BCYX"][:num_decoded], scale=diffusion.scale_of(native))
+        latents_BCYX = example["latents_BCYX"][: max(1, _num_decoded(diffusion) - 1)]
+        for scale in {1, diffusion.scale_of(DrawSettings())}:  # previews and smaller pictures are the VAE's own
+            diffusion.to_pixels(latents_BCYX, scale=scale)
     except Exception as error:
         if any(isinstance(one, Converted) for one in diffusion.stand_ins.values()):
             raise

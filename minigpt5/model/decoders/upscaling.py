@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
@@ -97,6 +98,18 @@ class UpscalingDecoder(ModelMixin, ConfigMixin):
     def decode(self, latents_BCYX: Tensor) -> DecoderOutput:
         """Raw latents, as the VAE takes them -> pictures in [-1, 1]: (B, 3, pixels, pixels)."""
         return DecoderOutput(sample=self.decoder(self.post_quant_conv(latents_BCYX)))
+
+
+def encode_alike(vae: Path, other: Path) -> bool:
+    """Whether two folders of VAEs have the same encoder, so that a second decoder of one paints the other's latents."""
+    found = [
+        {name: value for name, value in load_file(place).items() if name.startswith(("encoder.", "quant_conv."))}
+        for folder in (vae, other)
+        for place in sorted(folder.glob("*.safetensors"))
+    ]
+    if len(found) != 2 or found[0].keys() != found[1].keys():
+        return False
+    return all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def load_upscaling(folder: Path) -> Any:

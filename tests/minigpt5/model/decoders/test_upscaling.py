@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,17 @@ from PIL import Image
 from minigpt5.config import ModelConfig
 from minigpt5.engine.decoder import DiffusionDecoder
 from minigpt5.errors import InvalidRequest, ModelFolderError
+from minigpt5.evaluation.systems.folder import MODEL, save_system
 from minigpt5.model import folder as model_folder
-from minigpt5.model.backends.choose import choose
+from minigpt5.model.backends.choose import choose, warm_up
 from minigpt5.model.backends.openvino import Converted
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
-from minigpt5.model.decoders.upscaling import UpscalingDecoder, load_upscaling
+from minigpt5.model.decoders.upscaling import UpscalingDecoder, encode_alike, load_upscaling
 from minigpt5.model.folder_config import load_config
 from minigpt5.types import UPSCALING_FOLDER, DrawRequest, DrawSettings, Picture, Vokens
 from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_language, tiny_mapper, tiny_vision
+from training.stages.model import find_decoder
+from training.weight_sources import WeightSources
 
 FAST = DrawSettings(steps=3, guidance_scale=1.0, scheduler="ddim")
 OWN = dataclasses.replace(FAST, width=32, height=32)
@@ -110,6 +114,13 @@ def test_sizes_of_a_request() -> None:
     assert tiny_config().drawn_px == 32
 
 
+def test_the_largest_picture_has_as_many_latents_as_without_it() -> None:
+    config = config_of()
+    assert config.max_drawn_pixels == 4 * tiny_config().max_pixels == 128 * 96
+    for width, is_resampled in ((128, False), (144, True)):
+        assert config.is_resampled(dataclasses.replace(FAST, width=width, height=96)) is is_resampled
+
+
 def test_pictures_of_every_size_beside_each_other_are_what_they_are_alone(decoder: DiffusionDecoder) -> None:
     asked = [
         request(),
@@ -166,6 +177,8 @@ def test_openvino_paints_what_torch_does(folder: Path, tmp_path: Path, monkeypat
             num_threads=1,
         )
         assert isinstance(converted.stand_ins["upscaling"], Converted)
+        warm_up(converted, null_1QD)
+        assert all(converted.stand_ins[name]._is_right for name in ("vae", "upscaling")), "both were compared"
         latents_BCYX = torch.randn(2, 4, 8, 8)
         ours, theirs = (one.to_pixels(latents_BCYX, scale=2) for one in (converted, eager))
     assert ((ours - theirs) * 127.5).abs().max() <= 1
@@ -191,3 +204,19 @@ def test_training_keeps_it_and_a_foreign_or_damaged_one_is_said(folder: Path, tm
     (tmp_path / "damaged" / "decoder" / UPSCALING_FOLDER / "config.json").write_text("{}")
     with pytest.raises(ModelFolderError, match="is damaged or missing"):
         load_config(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("is_encoder", [False, True])
+def test_a_vae_whose_decoder_alone_was_trained_keeps_it(folder: Path, tmp_path: Path, is_encoder: bool) -> None:
+    """As after the stages "unet", "decoder" and "sharpen", whose folders have no second decoder."""
+    diffusion = tiny_diffusion(tiny_config())
+    part: Any = diffusion.vae.encoder if is_encoder else diffusion.vae.decoder
+    part.conv_out.bias.data += 0.25
+    model_folder.save_diffusion(diffusion, tmp_path / "tuned")
+    assert encode_alike(tmp_path / "tuned" / "vae", folder / "decoder" / "vae") is not is_encoder
+    assert not encode_alike(tmp_path, folder / "decoder" / "vae")
+    sources = WeightSources(runs=tmp_path, start=folder, decoder=tmp_path / "tuned")
+    found = find_decoder(folder, load_config(folder), sources).parts
+    assert found["vae"] == tmp_path / "tuned" and (UPSCALING_FOLDER in found) is not is_encoder
+    save_system(tmp_path / "rival", "stable-diffusion", folder, decoder=tmp_path / "tuned")
+    assert load_config(tmp_path / "rival" / MODEL).upscale == (1 if is_encoder else 2)
