@@ -36,9 +36,9 @@ SPEED_UP = 1.35
 """How much more an engine does when twice as many share its steps, until that is measured: for 16 default stories at
 once the storybook model's engines do 3.4 times as much as for one on two cores, which is 1.35 for each doubling."""
 CHARACTERS_PER_TOKEN = 4
-FINISH_SAMPLES = 2.0
-"""What the VAE and the PNG of a picture cost, in UNet samples: 1 to 1.7 of the storybook model's, by how many are drawn
-at once. Next to nothing beside forty, a third of a picture that takes four."""
+FINISH_SAMPLES = 4.0
+"""What the second decoder and the PNG of a picture cost, in UNet samples: 3 to 4 of the storybook model's, by how many
+are drawn at once, and half of that where the VAE itself paints. Little beside forty, half of a picture of four."""
 MAX_RETRY_AFTER_S = 600
 ARRIVALS_S = 60.0
 """What has come in so much time is taken to come in the next, too."""

@@ -69,7 +69,7 @@ _STYLE = """body { font-family: serif; line-height: 1.5; }
 h1 { text-align: center; font-weight: normal; }
 ol { list-style: none; padding: 0; text-align: center; }
 figure { margin: 0 0 1em; text-align: center; }
-img { width: 100%; max-width: 24em; height: auto; max-height: 80vh; object-fit: contain; image-rendering: pixelated; }
+img { width: 100%; max-width: 24em; height: auto; max-height: 80vh; object-fit: contain; }
 .missing { border: 1px dashed; padding: 2em; }
 .text { white-space: pre-line; }
 """

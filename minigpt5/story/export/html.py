@@ -23,7 +23,7 @@ STYLE = """
   box-shadow: 0 2px 10px rgba(60, 45, 20, .08); break-inside: avoid; }
 .storybook .page:nth-of-type(even) { flex-direction: row-reverse; }
 .storybook .picture { flex: 0 0 46%; min-width: 0; }
-.storybook img { display: block; width: 100%; height: auto; border-radius: 8px; image-rendering: pixelated; }
+.storybook img { display: block; width: 100%; height: auto; border-radius: 8px; }
 .storybook .text { flex: 1; min-width: 0; margin: 0; overflow-wrap: anywhere; white-space: pre-line;
   unicode-bidi: plaintext; }
 .storybook .missing { box-sizing: border-box; aspect-ratio: 1; display: flex; flex-direction: column;

@@ -50,7 +50,7 @@ def test_a_convolution_of_one_pixel_is_a_linear_layer() -> None:
 @torch.no_grad()
 def test_no_layer_of_the_decoder_sees_how_few_pictures_are_drawn() -> None:
     _, _, diffusion = load_decoder_model(default_model_folder())
-    unet, vae = diffusion.denoiser, diffusion.vae
+    unet, painters = diffusion.denoiser, (diffusion.vae, diffusion.upscaling)
     noise = torch.Generator().manual_seed(0)
     steps_BT = torch.randn(TILE_ROWS, unet.config.block_out_channels[0], generator=noise)
     latents_BCYX = torch.randn(2, unet.config.in_channels, 16, 16, generator=noise)
@@ -60,10 +60,10 @@ def test_no_layer_of_the_decoder_sees_how_few_pictures_are_drawn() -> None:
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
         try:
-            alone, together = (vae.decode(latents).sample for latents in (latents_BCYX[:1], latents_BCYX))
+            pairs = [[vae.decode(some).sample for some in (latents_BCYX[:1], latents_BCYX)] for vae in painters]
         finally:
             torch.set_num_threads(before)
-        assert torch.equal(alone, together[:1]), num_threads
+        assert all(torch.equal(alone, together[:1]) for alone, together in pairs), num_threads
     with_few_rows = [name for name, layer in unet.named_modules() if name.endswith("time_emb_proj")]
     assert with_few_rows
     assert all(isinstance(unet.get_submodule(name), EvenLinear) for name in with_few_rows)
