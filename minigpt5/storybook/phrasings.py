@@ -107,6 +107,7 @@ FAMILIES: dict[Kind, dict[str, tuple[str, ...]]] = {
         "colon": ("{where} {when}: {core}", "{when} {where}: {core}"),
         "in brackets": ("{core} ({place}, {time})", "{core} ({time}, {place})"),
         "heading": ("{lit} {place}: {core}", "{lit} {place}. {Core}"),
+        "short sentences": ("{place}. {Time}. {Core}", "{time}. {Place}. {Core}"),
         "place scene": ("{place} scene with {core}, {time}", "{time}: {place} scene with {core}"),
         # Held out:
         "list": ("{place}, {time}, {core}", "{core}; {place}; {time}"),
@@ -157,9 +158,11 @@ def families(kind: Kind, phrasing: Phrasing) -> list[str]:
     return [name for name in FAMILIES[kind] if (name in HELD_OUT[kind]) == (phrasing == "unseen")]
 
 
-def phrase(facts: Facts, rng: np.random.Generator, phrasing: Phrasing = "seen") -> str:
+def phrase(
+    facts: Facts, rng: np.random.Generator, phrasing: Phrasing = "seen", *, typing_errors: float = TYPING_ERRORS
+) -> str:
     """One of the ways to say `facts`, whose `who` has to be known. Of an unseen phrasing one part, drawn by chance, is
-    of a held-out family; the others are of any."""
+    of a held-out family; the others are of any. `typing_errors`: the share of sentences with one."""
     if facts.who is None:
         raise ValueError("facts have no who, which every phrasing names")
     kinds: list[Kind] = ["alone" if facts.what is None else "sided" if facts.side else "pair"]
@@ -175,7 +178,7 @@ def phrase(facts: Facts, rng: np.random.Generator, phrasing: Phrasing = "seen") 
         text = pick(nouns if asks else patterns, rng).format(core=text, Core=_raised(text), **words)
     if asks:
         text = pick(_patterns("request", phrasing, unseen), rng).format(text=text)
-    return _as_typed(text, rng)
+    return _as_typed(text, rng, typing_errors)
 
 
 def _patterns(kind: Kind, phrasing: Phrasing, unseen: Kind | None) -> list[str]:
@@ -201,10 +204,11 @@ def _words(facts: Facts, rng: np.random.Generator) -> dict[str, str]:
     if facts.place:
         place = pick(PLACE_NOUNS[facts.place], rng)
         words |= {"where": pick(WHERE[facts.place], rng), "place": place, "a_place": with_article(place)}
+        words["Place"] = _raised(place)
     if facts.time:
         lit = pick(TIME_ADJECTIVES[facts.time], rng)
         words |= {"when": pick(WHEN[facts.time], rng), "time": pick(TIME_NOUNS[facts.time], rng)}
-        words |= {"lit": lit, "a_lit": with_article(lit)}
+        words |= {"lit": lit, "a_lit": with_article(lit), "Time": _raised(words["time"])}
     return words
 
 
@@ -234,9 +238,9 @@ def plural(name: str) -> str:
     return f"{head}s{of}{rest}"
 
 
-def _as_typed(text: str, rng: np.random.Generator) -> str:
+def _as_typed(text: str, rng: np.random.Generator, typing_errors: float) -> str:
     """With a full stop and a capital, or in small letters; a few with an error of typing."""
-    if rng.random() < TYPING_ERRORS:
+    if rng.random() < typing_errors:
         text = _mistyped(text, rng)
     if rng.random() < LOWER_CASE:
         return text.lower()

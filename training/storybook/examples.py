@@ -46,6 +46,8 @@ from training.storybook.sprites import SPRITE_WEIGHT, error_weight, sprites_of
 
 REQUESTS = 0.3
 """Share of requests for a picture among the questions of a chat; the others ask what a picture shows."""
+TAUGHT_TYPING_ERRORS = 0.15
+"""Share of captions with a typing error: three times as many as people make, so that they are learnt too."""
 FACT_VALUES = {"who": CHARACTERS, "what": OBJECTS, "side": ("left", "right"), "place": PLACES, "time": TIMES}
 
 
@@ -236,13 +238,17 @@ def _caption(
     facts = draw_facts(scene, rng)
     is_asked = phrasing_share > 0 and rng.random() < phrasing_share
     return Example(
-        segments=template.caption(phrase(facts, rng) if is_asked else write_caption(facts, rng)),
+        segments=template.caption(_asked(facts, rng) if is_asked else write_caption(facts, rng)),
         read=[],
         drawn=[draw_scene(scene)],
         captions=[canonical_caption(facts)],
         contrasts=[_contrasts(facts, rng)],
         is_caption=True,
     )
+
+
+def _asked(facts: Facts, rng: np.random.Generator) -> str:
+    return phrase(facts, rng, typing_errors=TAUGHT_TYPING_ERRORS)
 
 
 def _story(seed: int, position: int, rng: np.random.Generator, template: Template) -> Example:
@@ -288,7 +294,7 @@ def _question(seed: int, position: int, rng: np.random.Generator, template: Temp
     """A turn of a chat: what a picture shows, at once or after it was asked for, or a request for a picture."""
     scene = scene_at(position, seed=seed)
     facts = draw_facts(scene, rng)
-    request, shown = phrase(facts, rng), pick(SHOWN, rng)
+    request, shown = _asked(facts, rng), pick(SHOWN, rng)
     if rng.random() < REQUESTS:
         return Example(
             segments=[*template.reply([request], []), *template.answer(shown, draws=True)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ def test_a_share_of_captions_is_said_as_people_ask(monkeypatch: pytest.MonkeyPat
         own.append(write_caption(facts, rng))
         return own[-1]
 
-    def ask(facts: Facts, rng: np.random.Generator) -> str:
-        asked.append(phrase(facts, rng))
+    def ask(facts: Facts, rng: np.random.Generator, **options: Any) -> str:
+        asked.append(phrase(facts, rng, **options))
         return asked[-1]
 
     monkeypatch.setattr(examples, "write_caption", write)
