@@ -33,7 +33,8 @@ from minigpt5.model.weights import stored_dtype
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings
 
 DECODED_PIXELS = 2**21
-"""Pixels that the VAE encodes or decodes in one call; a larger picture is decoded in tiles, unless the second decoder paints it."""
+"""Pixels that the VAE encodes or decodes in one call. A larger picture is decoded in tiles, unless the second decoder
+paints it."""
 PREVIEWED_LATENTS = 4
 """Smooth random latents that say how a latent's channels look, each PREVIEW_SIDE x PREVIEW_SIDE."""
 PREVIEW_SIDE = 16

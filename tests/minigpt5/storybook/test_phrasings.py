@@ -55,7 +55,7 @@ def test_a_seen_phrasing_uses_no_held_out_family_and_an_unseen_one_uses_one(monk
         for kind, ways in FAMILIES.items()
     }
     monkeypatch.setattr(phrasings, "FAMILIES", marked)
-    monkeypatch.setattr(phrasings, "_as_typed", lambda text, rng: text)
+    monkeypatch.setattr(phrasings, "_as_typed", lambda text, rng, errors: text)
     rng = np.random.default_rng(0)
     for phrasing in ("seen", "unseen"):
         for _ in range(300):
@@ -71,12 +71,11 @@ def places(text: str, words: tuple[str, ...]) -> list[int]:
 
 @pytest.mark.parametrize("phrasing", ["seen", "unseen"])
 def test_all_facts_are_said_and_no_others(phrasing: phrasings.Phrasing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phrasings, "TYPING_ERRORS", 0.0)
     monkeypatch.setattr(phrasings, "PLURAL", 0.0)
     rng = np.random.default_rng(1)
     for index in range(400):
         facts = Facts.of(scene_at(index, seed=5))
-        text = phrase(facts, rng, phrasing).lower()
+        text = phrase(facts, rng, phrasing, typing_errors=0.0).lower()
         assert facts.who and facts.what and facts.place and facts.time
         for key in (facts.who, facts.what):
             assert places(text, NAMES[key]), (text, key)
@@ -98,11 +97,11 @@ SIDES = {
 @pytest.mark.parametrize("pattern", SIDES)
 def test_sides_are_meant_as_they_are_said(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phrasings, "FAMILIES", {**FAMILIES, "sided": {"one": (pattern,)}})
-    for name in ("REQUESTS", "PLURAL", "BARE", "ADJECTIVE", "LOWER_CASE", "TYPING_ERRORS"):
+    for name in ("REQUESTS", "PLURAL", "BARE", "ADJECTIVE", "LOWER_CASE"):
         monkeypatch.setattr(phrasings, name, 0.0)
     monkeypatch.setattr(phrasings, "NAMES", {"fox": ("fox",), "house": ("house",)})
     said = {
-        phrase(Facts(who="fox", what="house", side=side), np.random.default_rng(0)).strip(".")
+        phrase(Facts(who="fox", what="house", side=side), np.random.default_rng(0), typing_errors=0.0).strip(".")
         for side in ("left", "right")
     }
     expected = {
