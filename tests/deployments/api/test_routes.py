@@ -167,6 +167,7 @@ def test_a_story_is_finished_though_its_client_went_away(tmp_path: Path) -> None
             await asyncio.sleep(0.01)
         assert story["status"] == "done"
         assert len(story["pages"]) == 2
+        await served.front.relay.wait(story_id)  # the reader may have been quicker than the end
         assert served.front.admission.num_running == 0
 
     served.run(use)
