@@ -76,6 +76,7 @@ def combine(
 
     from minigpt5.model.base_models import pin, resolve
     from minigpt5.model.cache import hash_weights
+    from minigpt5.model.chat_template import find_caption_opening
     from minigpt5.model.decoders.load import load_diffusion
     from minigpt5.model.language import load_base
     from minigpt5.model.mapper import Mapper
@@ -108,6 +109,7 @@ def combine(
         text_encoder=ids[diffusion],
         diffusion=ids[diffusion],
         template=template or ("chat" if tokenizer.chat_template else "published"),
+        caption_opens=find_caption_opening(tokenizer),
         sampling=Sampling(temperature=0.7, top_p=0.9, max_page_tokens=128),
         bases=hashes,
         schedulers=model.samplers,

@@ -175,6 +175,9 @@ class ModelConfig:
 
     The fingerprint does not depend on it, but a model writes well only with the one that it was trained with.
     """
+    caption_opens: str = ""
+    """Text before a caption. After SmolLM2's BOS token, <|im_start|>, the name of a role is read: the first word of a
+    caption that follows it is lost to the picture, and a new line in between keeps it."""
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)

@@ -65,7 +65,7 @@ def test_a_config_is_read_and_written_as_it_was(name: str) -> None:
     new: dict[str, object] = {"about": "", "examples": [], "bases": [], "template": "published"}
     new |= {"condition_pooled": 0, "mapper_width": 0, "max_pixels": 0, "size_multiple": 8, "styles": []}
     new |= {"guides_in_one_call": False, "consistency": "off", "has_ip_adapter": False, "window_pages": 16}
-    new["upscale"] = 1
+    new |= {"upscale": 1, "caption_opens": ""}
     new["schedulers"] = ["ddim", "pndm", "dpm-solver++", "sde-dpm-solver++", "distilled"]
     new["vision"] = values["vision"] | {"picture": [], "grid_side": 0, "sees_whole_pictures": False}
     assert config.name == name and to_json(config) == with_later_fields(values) | new

@@ -62,6 +62,7 @@ class ChatTemplate:
     end: str
     """What ends an answer: white space, if any, and a control token."""
     stop: tuple[str, ...] = ()
+    caption_opens: str = ""
     picture: tuple[Segment, ...] = PICTURE
     """A picture that is read, in its frame. A vision-language model has markers of its own and needs no frame."""
 
@@ -76,7 +77,7 @@ class ChatTemplate:
 
     def caption(self, caption: str) -> list[Segment]:
         """As published, without the template: the picture must follow from the caption alone."""
-        return [text_segment(caption), DRAW_TARGET, frame(self.end, is_target=True)]
+        return [text_segment(f"{self.caption_opens}{caption}"), DRAW_TARGET, frame(self.end, is_target=True)]
 
     def describe(self, description: str) -> list[Segment]:
         return [*self.turns([[*self.picture, text_segment(" Describe this image.")]]), *self.answer(description)]
@@ -301,3 +302,14 @@ def _cut(rendered: str, *marks: str) -> list[str]:
     if re.findall("|".join(marks), rendered) != list(marks):
         raise ValueError("it does not write each turn once, in order")
     return pieces
+
+
+def find_caption_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """`ModelConfig.caption_opens` for a language model: a new line where a role's name follows its BOS token."""
+    from jinja2 import TemplateError
+
+    try:
+        chat = _render(tokenizer, FIRST) if tokenizer.bos_token and tokenizer.chat_template else ""
+    except (TemplateError, ValueError, TypeError):
+        return ""
+    return "\n" if any(f"{tokenizer.bos_token}{role}" in chat for role in ("system", "user")) else ""

@@ -251,12 +251,12 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
 def load_template(folder: str | Path) -> Template:
     """The template of a model folder, without its weights. Raises as `find_part` does."""
     from minigpt5.model.language import load_tokenizer
-    from minigpt5.model.published_template import PUBLISHED
+    from minigpt5.model.published_template import PublishedTemplate
     from minigpt5.model.template import make_template
 
     config = load_config(folder)
     if config.template == "published":
-        return PUBLISHED
+        return PublishedTemplate(caption_opens=config.caption_opens)
     return make_template(config, load_tokenizer(find_part(folder, config, config.language_model), config))
 
 

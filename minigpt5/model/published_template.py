@@ -33,6 +33,7 @@ class PublishedTemplate:
     """A `Template`. Its strings end a text too, for a tokenizer has no token of its own for them."""
 
     stop: tuple[str, ...] = (END.strip(),)
+    caption_opens: str = ""
 
     def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """The tokenizer's own end, and the tokens that hold the template's."""
@@ -45,7 +46,7 @@ class PublishedTemplate:
         return f" {text.strip()}"
 
     def caption(self, caption: str) -> list[Segment]:
-        return [text_segment(caption), DRAW_TARGET, text_segment(END, is_target=True)]
+        return [text_segment(f"{self.caption_opens}{caption}"), DRAW_TARGET, text_segment(END, is_target=True)]
 
     def describe(self, description: str) -> list[Segment]:
         return [
