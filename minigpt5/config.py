@@ -176,8 +176,9 @@ class ModelConfig:
     The fingerprint does not depend on it, but a model writes well only with the one that it was trained with.
     """
     caption_opens: str = ""
-    """Text before a caption. After SmolLM2's BOS token, <|im_start|>, the name of a role is read: the first word of a
-    caption that follows it is lost to the picture, and a new line in between keeps it."""
+    """Text before a caption. A model attends to its first token whatever that is (arXiv 2309.17453), and reads the name
+    of a role after a BOS token such as SmolLM2's <|im_start|>. The first word of a caption that stands there is lost to
+    the picture; a new line before it keeps it."""
     lora: LoraConfig
     sampling: Sampling = field(default_factory=Sampling)
     draw: DrawSettings = field(default_factory=DrawSettings)

@@ -305,11 +305,14 @@ def _cut(rendered: str, *marks: str) -> list[str]:
 
 
 def find_caption_opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`ModelConfig.caption_opens` for a language model: a new line where a role's name follows its BOS token."""
+    """`ModelConfig.caption_opens` for a language model: a new line where the caption would stand first, or where a
+    role's name follows the BOS token."""
     from jinja2 import TemplateError
 
+    if not tokenizer.bos_token:
+        return "\n"
     try:
-        chat = _render(tokenizer, FIRST) if tokenizer.bos_token and tokenizer.chat_template else ""
+        chat = _render(tokenizer, FIRST) if tokenizer.chat_template else ""
     except (TemplateError, ValueError, TypeError):
         return ""
     return "\n" if any(f"{tokenizer.bos_token}{role}" in chat for role in ("system", "user")) else ""

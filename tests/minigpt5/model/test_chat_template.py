@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from minigpt5.config import TemplateName
 from minigpt5.errors import ModelFolderError
-from minigpt5.model.chat_template import TODAY, protect_control_tokens, read_chat_template
+from minigpt5.model.chat_template import TODAY, find_caption_opening, protect_control_tokens, read_chat_template
 from minigpt5.model.prompt import IGNORED, Segment, Task, encode, given_ids, request_segments
+from minigpt5.model.template import make_template
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 from minigpt5.published.data import Turn, cc3m_samples, mmdialog_samples, sample_segments, vist_samples
 from minigpt5.types import InputImage, Page, Picture, Role, StoryRequest
@@ -183,6 +185,20 @@ def test_captions_are_bare(family: Family) -> None:
     bos = family.tokenizer.bos_token_id
     plain = family.tokenizer.encode("A fox in a tent", add_special_tokens=False)
     assert family.ids(read) == [*([] if bos is None else [bos]), *plain]
+
+
+def test_a_caption_is_neither_the_first_token_nor_a_role(family: Family) -> None:
+    """SmolLM2's BOS opens the header of a turn: a new line stands between it and a caption, in training as in use."""
+    opening = find_caption_opening(family.tokenizer)
+    assert opening == ("\n" if family.tokenizer.bos_token in (None, "<|im_start|>") else "")
+    config = dataclasses.replace(tiny_config(), caption_opens=opening)
+    request = StoryRequest(prompt=("Forest, a fox",), pages=1, mode="caption")
+    plain = family.tokenizer.encode(f"{opening}Forest, a fox", add_special_tokens=False)
+    for name in get_args(TemplateName):
+        template = make_template(dataclasses.replace(config, template=name), family.tokenizer)
+        read = family.ids(request_segments(request, template))
+        assert read[-len(plain) :] == plain
+        assert family.ids(template.caption("Forest, a fox"))[: len(read)] == read
 
 
 @pytest.mark.parametrize(("text", "task"), [("It ran.", "picture"), ("", "both")])
