@@ -16,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
+from minigpt5.model.weights import load_tensors
 
 
 class UpscalingDecoder(ModelMixin, ConfigMixin):
@@ -101,11 +101,12 @@ class UpscalingDecoder(ModelMixin, ConfigMixin):
 
 
 def encode_alike(vae: Path, other: Path) -> bool:
-    """Whether two folders of VAEs have the same encoder, so that a second decoder of one paints the other's latents."""
+    """Whether two folders of VAEs have the same encoder, so that a second decoder of one paints the other's latents.
+    Raises ModelFolderError."""
     found = [
-        {name: value for name, value in load_file(place).items() if name.startswith(("encoder.", "quant_conv."))}
+        {name: value for name, value in load_tensors(path).items() if name.startswith(("encoder.", "quant_conv."))}
         for folder in (vae, other)
-        for place in sorted(folder.glob("*.safetensors"))
+        for path in sorted(folder.glob("*.safetensors"))
     ]
     if len(found) != 2 or found[0].keys() != found[1].keys():
         return False
