@@ -101,10 +101,6 @@ class Template(Protocol):
     def stop(self) -> tuple[str, ...]:
         """Strings that end a text, beside the end tokens."""
 
-    @property
-    def caption_opens(self) -> str:
-        """Text before a caption, as in ModelConfig."""
-
     def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """Tokens that end a text."""
 
@@ -278,7 +274,7 @@ def request_segments(request: StoryRequest, template: Template, window: Window |
     read whole."""
     if request.mode == "caption":
         texts = merge_text_parts([part for part in request.prompt if isinstance(part, str)])
-        return [text_segment(f"{template.caption_opens}{caption}") for caption in texts if isinstance(caption, str)]
+        return [template.caption(caption)[0] for caption in texts if isinstance(caption, str)]
     if request.mode == "reply":
         return template.reply(request.prompt, request.previous)
     if request.mode == "scene":

@@ -183,7 +183,7 @@ def make_start(name: str, out: Path, *, base: str | Path, seed: int = 1) -> Mode
         raise TrainingError(f"{out} exists: name a new folder with --out")
     base = locate(base)
     torch.manual_seed(seed)
-    config = dataclasses.replace(load_config(base), about="", examples=(), caption_opens="", **RIVALS[name].config)
+    config = dataclasses.replace(load_config(base), about="", examples=(), **RIVALS[name].config)
     language = LanguageModel.from_base(find_part(base, config, config.language_model), config)
     language.initialise_vokens(seed=seed - 1)
     return model_folder.save(
