@@ -21,10 +21,10 @@ from minigpt5.model.quantised_linear import (
     OUTPUT_MULTIPLE,
     Bfloat16Linear,
     Int4Linear,
-    Int8Linear,
     LowRank,
     can_multiply_int8,
     make_float32,
+    make_int8,
     stack_adapters,
 )
 from minigpt5.types import TextPrecision
@@ -72,7 +72,7 @@ def pack_body(body: Any, precision: TextPrecision, codes: CodesByLayer) -> Any:
 def pack_head(weight_TH: Tensor, bias_T: Tensor | None, precision: TextPrecision) -> nn.Module:
     """The base model's output layer for some of its rows: with quantised layers, in 8 bits where the CPU can."""
     if precision in ("int8", "int4") and can_multiply_int8():
-        return Int8Linear(weight_TH, bias_T)
+        return make_int8(weight_TH, bias_T)
     return Bfloat16Linear(weight_TH, bias_T) if precision == "bfloat16" else make_float32(weight_TH, bias_T)
 
 
@@ -98,7 +98,7 @@ def _fuse(precision: TextPrecision, codes: CodesByLayer) -> Fuse:
             return Int4Linear(_join_codes([codes[base] for base in bases]), _join_biases(bases), _join_adapters(layers))
         layers = [_merge(layer) for layer in layers]
         weight_OI = torch.cat([layer.weight.detach() for layer in layers])
-        make = {"int8": Int8Linear, "bfloat16": Bfloat16Linear}.get(precision, make_float32)
+        make = {"int8": make_int8, "bfloat16": Bfloat16Linear}.get(precision, make_float32)
         return make(weight_OI, _join_biases(layers))
 
     return fuse

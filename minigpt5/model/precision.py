@@ -140,5 +140,6 @@ def check_precision(precision: TextPrecision, base_folder: Path, *, is_on_cpu: b
         )
     if precision == "int8" and not can_multiply_int8():
         raise ModelFolderError(
-            "this CPU has no instructions for 8-bit integers (AVX-512 VNNI): use float32 or bfloat16"
+            "8-bit integers are multiplied on CPUs with AVX2 or AVX-512 VNNI, and this one has neither: use float32 or "
+            "bfloat16"
         )

@@ -1,14 +1,16 @@
 """Linear layers that multiply by quantised weights, for inference on a CPU.
 
 A row's result has the same bits in any company: the 4-bit kernel adds a row's products in an order of its own, and the
-8-bit one adds integers.
+8-bit ones add integers.
 
 Shape letters: B rows, O outputs, I inputs, K groups of 32 inputs, R ranks of an adapter.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,9 @@ OUTPUT_MULTIPLE = 16
 """Outputs that the 4-bit kernel computes at once: it refuses a matrix with a part of them."""
 RANK_MULTIPLE = 16
 """Ranks of an adapter that the 8-bit kernel takes at once."""
+FBGEMM = "fbgemm"
+PLANE = 128
+"""Values of a plane of 7 bits."""
 
 
 class Int4Linear(nn.Module):
@@ -66,11 +71,12 @@ class LowRank(nn.Module):
         return torch.ops.aten._weight_int8pack_mm(low_BR, self.up_OR, self.up_scales_O)
 
 
-class Int8Linear(nn.Module):
+class VnniInt8Linear(nn.Module):
     """8-bit weights with a scale for each row, times activations of 16 bits with a scale for each row of theirs.
 
     Activations are two planes of 8 bits, so that oneDNN multiplies integers alone. A weight moves by at most 1/254 of
-    its row's largest, and an activation by 1/65024 of its row's.
+    its row's largest, and an activation by 1/65024 of its row's. For CPUs with AVX-512 VNNI: others lose sums of
+    two such products.
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
@@ -92,6 +98,33 @@ class Int8Linear(nn.Module):
             planes, 1.0, 128, self.packed, self.scales_O, self.zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
         )
         out_BO = torch.add(out[:num], out[num:], alpha=256).mul_(steps_B1)
+        if self.bias_O is not None:
+            out_BO += self.bias_O
+        return out_BO.view(*input.shape[:-1], -1).to(input.dtype)
+
+
+class Avx2Int8Linear(nn.Module):
+    """As `VnniInt8Linear`, with planes of 7 bits: FBGEMM adds two products in 16 bits, which these do not fill.
+
+    An activation moves by at most 1/16128 of its row's largest.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        codes_OI, scales_O = quantise_rows(weight_OI.detach())
+        self.packed = _pack_for_fbgemm(codes_OI, scales_O / PLANE)
+        self.bias_O = bias_O
+
+    def forward(self, input: Tensor) -> Tensor:
+        input_BI = input.float().view(-1, input.shape[-1])
+        num = len(input_BI)
+        norms_B1 = torch.linalg.vector_norm(input_BI, torch.inf, dim=1, keepdim=True)
+        steps_B1 = norms_B1.mul_(1 / (PLANE // 2 - 1)).add_(1e-30)
+        scaled_BI = input_BI / steps_B1
+        high_BI = scaled_BI.round()
+        planes = torch.cat([high_BI, scaled_BI.sub_(high_BI).mul_(PLANE)])
+        out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(planes, 1.0, PLANE // 2, self.packed)
+        out_BO = torch.add(out[num:], out[:num], alpha=PLANE).mul_(steps_B1)
         if self.bias_O is not None:
             out_BO += self.bias_O
         return out_BO.view(*input.shape[:-1], -1).to(input.dtype)
@@ -150,5 +183,28 @@ LowRankPair = tuple[Tensor, Tensor]
 
 
 def can_multiply_int8() -> bool:
-    """Whether the CPU multiplies 8-bit integers without overflow (AVX-512 VNNI), through oneDNN."""
+    """Whether this CPU multiplies 8-bit integers by one of the kernels here."""
+    return _has_vnni() or FBGEMM in torch.backends.quantized.supported_engines
+
+
+def make_int8(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Module:
+    """The 8-bit layer of a machine that `can_multiply_int8`."""
+    return VnniInt8Linear(weight_OI, bias_O) if _has_vnni() else Avx2Int8Linear(weight_OI, bias_O)
+
+
+def _pack_for_fbgemm(codes_OI: Tensor, scales_O: Tensor) -> Any:
+    """torch has no other way to FBGEMM than its quantised tensors, which it deprecates: once they are gone, this CPU is
+    one without 8-bit integers."""
+    zeros_O = torch.zeros(len(codes_OI), dtype=torch.int64)
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, FBGEMM
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*quantized tensor creation functions.*deprecated")
+            quantised = torch._make_per_channel_quantized_tensor(codes_OI, scales_O.double(), zeros_O, 0)
+        return torch.ops.quantized.linear_prepack(quantised, None)
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _has_vnni() -> bool:
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
