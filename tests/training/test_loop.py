@@ -119,40 +119,39 @@ class SlowFolder(RunFolder):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    preset, folder = dataclasses.replace(TINY, checkpoint_every_s=0.0), SlowFolder(tmp_path)
+    preset, folder = presets.override(TOY, ["steps=4"]), SlowFolder(tmp_path)
     seen: list[tuple[float, int]] = []
 
     def report(metrics: dict[str, float]) -> None:
         seen.append((metrics["step"], checkpoint.newest_step(folder)))
         folder.may_write.set()
 
-    loop.fit(new_stage(preset, tmp_path), preset, folder, local_batches(preset), report=report)
+    loop.fit(ToyStage(), preset, folder, loop_batches(), report=report)
     assert seen[0] == (1, 0), "the step was done before its checkpoint was there"
     assert all(newest >= step - 1 for step, newest in seen), "at most one is behind"
     assert checkpoint.newest_step(folder) == preset.steps
 
 
 def test_a_checkpoint_that_fails_in_the_background_is_said_at_the_next_step_and_loses_nothing(tmp_path: Path) -> None:
-    preset, steps = dataclasses.replace(TINY, checkpoint_every_s=0.0), list[float]()
+    preset, steps = presets.override(TOY, ["steps=4"]), list[float]()
     folder = SlowFolder(tmp_path / "run", broken="checkpoint-00000002")
     folder.may_write.set()
+
+    def train_toy(folder: RunFolder) -> ToyStage:
+        stage = ToyStage()
+        loop.fit(stage, preset, folder, loop_batches(), report=lambda metrics: steps.append(metrics["step"]))
+        return stage
+
     with pytest.raises(TrainingError, match="checkpoint-00000002.*no room; checkpoint-00000001 is kept"):
-        loop.fit(
-            new_stage(preset, tmp_path),
-            preset,
-            folder,
-            local_batches(preset),
-            report=lambda metrics: steps.append(metrics["step"]),
-        )
+        train_toy(folder)
     assert steps == [1, 2] and checkpoint.newest_step(folder) == 1
-    whole, resumed = train(tmp_path / "whole"), train(tmp_path / "run")
-    for one, other in zip(whole.vae.parameters(), resumed.vae.parameters(), strict=True):
+    whole, resumed = train_toy(RunFolder(tmp_path / "whole")), train_toy(RunFolder(tmp_path / "run"))
+    for one, other in zip(whole.objective.parameters(), resumed.objective.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
     """This happens when a driver died and its workers live on for a moment."""
-    preset = dataclasses.replace(TINY, steps=3, checkpoint_every_s=0.0)
     folder = RunFolder(tmp_path)
     first = checkpoint.claim(folder)
 
@@ -160,10 +159,8 @@ def test_of_two_runs_in_a_folder_the_later_one_goes_on(tmp_path: Path) -> None:
         if metrics["step"] == 1:
             checkpoint.claim(folder)
 
-    stage = new_stage(preset, tmp_path)
-    batches = data.local_batches(StorybookExamples(preset), preset)
     with pytest.raises(TrainingError, match="another run works in"):
-        loop.fit(stage, preset, folder, batches, owner=first, report=report)
+        loop.fit(ToyStage(), presets.override(TOY, ["steps=3"]), folder, loop_batches(), owner=first, report=report)
     assert checkpoint.newest_step(folder) == 1
 
 
@@ -283,13 +280,11 @@ def test_two_workers_of_a_local_ray_train_a_stage(tmp_path: Path) -> None:
 
 
 def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
-    preset = dataclasses.replace(TINY, steps=3, checkpoint_every_s=0.0, validation_batches=2)
-    held_back = StorybookExamples(dataclasses.replace(preset, seed=99))
-    stage, losses = new_stage(preset, tmp_path), []
-    stage.draw_sheet = stage.save = lambda path: None  # type: ignore[method-assign,assignment]
-    batches = data.local_batches(StorybookExamples(preset), preset)
-    validation = data.validation_batches(held_back, preset)
-    loop.fit(stage, preset, RunFolder(tmp_path), batches, validation=validation)
+    preset = presets.override(TOY, ["steps=3", "validation_batches=2"])
+    held_out = toy_batches(0, 1)(1000)
+    validation = [next(held_out) for _ in range(2)]
+    stage = ToyStage()
+    loop.fit(stage, preset, RunFolder(tmp_path), loop_batches(), validation=validation)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 1, 2, 3, 3]  # once more at the end
@@ -299,8 +294,9 @@ def test_validation_is_a_function_of_the_weights_alone(tmp_path: Path) -> None:
     report = (tmp_path / "report.html").read_text()
     assert "best validation loss" in report and "<svg" in report and "forward" in report
     assert any((tmp_path / "tensorboard").iterdir())
-    plain = train(tmp_path / "plain", preset=dataclasses.replace(TINY, steps=3))
-    for one, other in zip(stage.vae.parameters(), plain.vae.parameters(), strict=True):
+    plain = ToyStage()
+    loop.fit(plain, presets.override(TOY, ["steps=3"]), RunFolder(tmp_path / "plain"), loop_batches())
+    for one, other in zip(stage.objective.parameters(), plain.objective.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)  # and it changes nothing
 
 

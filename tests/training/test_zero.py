@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ranks import run_ranks
+from tests.helpers.toy_stage import TOY, ToyStage, batches
+from training import loop
+from training.presets import override
+from training.run_folder import RunFolder
 
 WORKER = """
 import dataclasses, datetime, json, sys
@@ -52,6 +56,7 @@ import torch
 from torch import distributed
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.example import Example
+from tests.helpers.tiny import tiny_config
 from tests.minigpt5.objective.test_losses import caption, new_objective, story
 from training import loop
 from training.data.batches import Batch
@@ -60,33 +65,9 @@ from training.run_folder import RunFolder
 from minigpt5.objective.dummy_examples import DummyExamples
 from training.stages.voken import VokenObjective
 
-folder, zero_stage, steps, losses = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), []
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-preset = VokenPreset(
-    stage="learn", steps=steps, batch_size=2, mapper_learning_rate=1e-3, voken_learning_rate=1e-3,
-    optimizer=OptimizerConfig(warmup_steps=1), log_every=1, text_weight=1.0, picture_weight=1.0, caption_weight=1.0,
-    checkpoint_every_s=1e9, sheet_every_s=1e9,
-)
-preset = override(preset, [f"zero_stage={zero_stage}"])
-torch.manual_seed(0)
-model = new_objective()
-for part in (model.vision, model.language.body, model.text_encoder):
-    part.requires_grad_(False)
-
-class Stage:
-    objective = VokenObjective(model, preset)
-    def parameter_groups(self):
-        trained = (model.language.voken_embeddings, model.mapper)
-        return [{"params": list(part.parameters()), "lr": 1e-3} for part in trained]
-    def draw_sheet(self, path): ...
-    def write_sample(self): ...
-    def saved_parameters(self): return list(model.parameters())
-    def save(self, folder): ...
-
-# In all stages, so that they draw the same random numbers
-model.dummies = DummyExamples(model.config, reads_pictures=True)
-px = model.config.vision.image_px
+px = tiny_config().vision.image_px
 only_text = Example(
     segments=PUBLISHED.next_page(["One."], "Two.", "text", variant=0),
     read=[np.zeros((px, px, 3), np.uint8)] * 2, drawn=[], captions=[],
@@ -98,15 +79,43 @@ def batches(step):
         yield Batch(examples=[only_text if (step + distributed.get_rank()) % 2 else with_picture], ids=[step])
         step += 1
 
-def report(metrics):
-    if "loss" in metrics:
-        losses.append(metrics["loss"])
+class Stage:
+    def __init__(self, model, preset):
+        self.model, self.objective = model, VokenObjective(model, preset)
+    def parameter_groups(self):
+        trained = (self.model.language.voken_embeddings, self.model.mapper)
+        return [{"params": list(part.parameters()), "lr": 1e-3} for part in trained]
+    def draw_sheet(self, path): ...
+    def write_sample(self): ...
+    def saved_parameters(self): return list(self.model.parameters())
+    def save(self, folder): ...
 
-loop.fit(Stage(), preset, RunFolder(folder), batches, report=report)
-total = torch.tensor(losses, dtype=torch.float64)
-distributed.all_reduce(total)
+def curve(folder, zero_stage, steps):
+    losses = []
+    preset = VokenPreset(
+        stage="learn", steps=steps, batch_size=2, mapper_learning_rate=1e-3, voken_learning_rate=1e-3,
+        optimizer=OptimizerConfig(warmup_steps=1), log_every=1, text_weight=1.0, picture_weight=1.0,
+        caption_weight=1.0, checkpoint_every_s=1e9, sheet_every_s=1e9,
+    )
+    preset = override(preset, [f"zero_stage={zero_stage}"])
+    torch.manual_seed(0)
+    model = new_objective()
+    for part in (model.vision, model.language.body, model.text_encoder):
+        part.requires_grad_(False)
+    model.dummies = DummyExamples(model.config, reads_pictures=True)  # always: all curves draw the same random numbers
+
+    def report(metrics):
+        if "loss" in metrics:
+            losses.append(metrics["loss"])
+
+    loop.fit(Stage(model, preset), preset, RunFolder(folder / zero_stage), batches, report=report)
+    total = torch.tensor(losses, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return (total / distributed.get_world_size()).tolist()
+
+curves = {zero_stage: curve(Path(sys.argv[1]), zero_stage, int(sys.argv[2])) for zero_stage in sys.argv[3:]}
 if distributed.get_rank() == 0:
-    print("LOSSES", json.dumps((total / distributed.get_world_size()).tolist()))
+    print("CURVES", json.dumps(curves))
 """
 
 FROZEN_WORKER = """
@@ -165,18 +174,19 @@ from training.strategy import new_strategy
 
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
-rank, stage = distributed.get_rank(), ToyStage()
-with torch.no_grad():
+for zero_stage in sys.argv[1:]:
+    stage = ToyStage()
+    with torch.no_grad():
+        for parameter in stage.objective.parameters():
+            parameter += distributed.get_rank()
+    before = stage.objective.frozen.weight.clone()
+    preset = override(TOY, [f"zero_stage={zero_stage}"])
+    new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
+    assert torch.equal(stage.objective.frozen.weight, before), zero_stage
     for parameter in stage.objective.parameters():
-        parameter += rank
-before = stage.objective.frozen.weight.clone()
-preset = override(TOY, [f"zero_stage={sys.argv[1]}"])
-new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
-assert torch.equal(stage.objective.frozen.weight, before)
-for parameter in stage.objective.parameters():
-    if parameter.requires_grad:
-        distributed.broadcast(first := parameter.detach().clone(), 0)
-        assert torch.equal(parameter, first)
+        if parameter.requires_grad:
+            distributed.broadcast(first := parameter.detach().clone(), 0)
+            assert torch.equal(parameter, first), zero_stage
 """
 
 VALIDATED_WORKER = WORKER.replace(
@@ -199,6 +209,12 @@ def train(
     arguments = [str(folder), str(zero_stage).lower(), str(steps)]
     outputs = run_ranks(worker, arguments, num=workers)
     return json.loads(next(line for line in outputs[0].splitlines() if line.startswith("LOSSES"))[7:])
+
+
+def train_model(folder: Path, *zero_stages: str, steps: int) -> dict[str, list[float]]:
+    """By stage, the losses of the model itself, all in the same two processes."""
+    outputs = run_ranks(MODEL_WORKER, [str(folder), str(steps), *zero_stages], num=2)
+    return json.loads(next(line for line in outputs[0].splitlines() if line.startswith("CURVES"))[7:])
 
 
 def largest_difference(curve: list[float], other: list[float]) -> float:
@@ -229,10 +245,11 @@ def test_two_workers_checkpoint_goes_on_with_one_and_with_four(tmp_path: Path, z
 
 @pytest.mark.timeout(600)
 def test_workers_validate_together_as_one_does_alone(tmp_path: Path) -> None:
-    best = []
-    for workers in (1, 2):
-        train(tmp_path / str(workers), None, workers=workers, steps=3, worker=VALIDATED_WORKER)
-        best.append(json.loads((tmp_path / str(workers) / "best.json").read_text()))
+    preset = override(TOY, ["validation_batches=3"])
+    validation = [next(batches(0, 1)(1000 + number)) for number in range(3)]
+    loop.fit(ToyStage(), preset, RunFolder(tmp_path / "alone"), batches(0, 1), validation=validation)
+    train(tmp_path / "together", None, worker=VALIDATED_WORKER)
+    best = [json.loads((tmp_path / name / "best.json").read_text()) for name in ("alone", "together")]
     assert best[0]["step"] == best[1]["step"]
     assert best[0]["validation_loss"] == pytest.approx(best[1]["validation_loss"], rel=1e-5)
 
@@ -241,14 +258,13 @@ def test_workers_validate_together_as_one_does_alone(tmp_path: Path) -> None:
 def test_workers_with_and_without_pictures_do_not_wait_for_each_other(tmp_path: Path) -> None:
     """The model itself under ZeRO 3, where every worker has to call every part: a batch of text alone would leave the
     others waiting for ever. Its losses are the plain loop's."""
-    plain, shared_out = (train(tmp_path / str(stage), stage, steps=4, worker=MODEL_WORKER) for stage in (None, 3))
-    assert len(plain) == 4 and largest_difference(shared_out, plain) < 1e-3
+    curves = train_model(tmp_path, "none", "3", steps=4)
+    assert len(curves["none"]) == 4 and largest_difference(curves["3"], curves["none"]) < 1e-3
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_workers_begin_with_the_first_ones_trained_weights_and_frozen_ones_are_not_written(zero_stage: int) -> None:
+def test_workers_begin_with_the_first_ones_trained_weights_and_frozen_ones_are_not_written() -> None:
     """A page of a mapped file that is written to is shared no more."""
-    run_ranks(UNEQUAL_WORKER, [str(zero_stage)], num=2)
+    run_ranks(UNEQUAL_WORKER, ["0", "2"], num=2)
 
 
 @pytest.mark.slow
@@ -261,7 +277,6 @@ def test_frozen_parts_are_halved_and_have_no_gradient_no_optimizer_state_and_no_
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_stage_trains_the_model_alike(tmp_path: Path) -> None:
-    plain = train(tmp_path / "plain", None, steps=50, worker=MODEL_WORKER)
-    for zero_stage in (0, 1, 2, 3):
-        curve = train(tmp_path / str(zero_stage), zero_stage, steps=50, worker=MODEL_WORKER)
-        assert largest_difference(curve, plain) < 1e-3, zero_stage
+    curves = train_model(tmp_path, "none", "0", "1", "2", "3", steps=50)
+    for zero_stage, curve in curves.items():
+        assert largest_difference(curve, curves["none"]) < 1e-3, zero_stage
