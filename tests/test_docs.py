@@ -28,6 +28,7 @@ from deployments.api.openai_body import IGNORED, OpenAIBody
 from deployments.application import AppArgs
 from deployments.observability.metrics import METRICS
 from deployments.schemas import CreateStory
+from tests.helpers.cluster_files import job_commands
 from training.presets import load_presets, override
 from training.storybook.presets import STORYBOOK
 
@@ -148,7 +149,8 @@ def parse_all(asked: list[list[str]]) -> list[tuple[list[str], int | str | None,
 
 
 def test_the_options_of_every_command_parse() -> None:
-    asked = commands()
+    """Those of the pages, and the entry points of the jobs on Kubernetes."""
+    asked = [*commands(), *job_commands().values()]
     assert len(asked) > 25
     wrong = ["batch_jobs.illustrate", "prompts.jsonl", "--outputs-into", "stories"]
     answers = parse_all([*asked, wrong])

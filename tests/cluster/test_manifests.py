@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
 import re
 import shutil
 import subprocess
@@ -20,7 +18,7 @@ from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from deployments.application import AppArgs
 from deployments.observability.__main__ import make_files
 from minigpt5.model.sizes import build as build_model
-from minigpt5.model.sizes import counts, print_tables, serving_gb
+from minigpt5.model.sizes import counts, serving_gb
 from tests.cluster.test_image import ENVIRONMENT, WORKDIR, copied
 from tests.cluster.test_serve_configs import application, dry_build, overridden
 from tests.helpers.cluster_files import (
@@ -39,6 +37,7 @@ from tests.helpers.cluster_files import (
     each_service,
     of_kind,
     pods,
+    published_tables,
     ray_cluster,
 )
 from tests.helpers.manifests import Manifest, build, errors_of
@@ -162,9 +161,7 @@ def test_every_pod_fits_a_node_that_the_header_names(name: str) -> None:
 def published_gb() -> dict[str, float]:
     """GB of each deployment and stage of the published system, as `python -m minigpt5.published sizes` prints them:
     the first table that has the name."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        print_tables()
-    rows = re.findall(r"^ +(VokenGenerator|DiffusionDecoder|stage \d) .* ([\d.]+)$", said.getvalue(), flags=re.M)
+    rows = re.findall(r"^ +(VokenGenerator|DiffusionDecoder|stage \d) .* ([\d.]+)$", published_tables(), flags=re.M)
     return {name: float(gigabytes) for name, gigabytes in reversed(rows)}
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 from ray._private import ray_constants
 
+from minigpt5.model.sizes import print_tables
 from tests.helpers.manifests import Manifest, build
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,3 +106,18 @@ def pods(name: str) -> Iterator[PodTemplate]:
                 ray_labels=labels,
                 max_replicas=group.get("maxReplicas", 1),
             )
+
+
+def job_commands() -> dict[str, list[str]]:
+    """By job, the words after `python -m` of its entry point."""
+    entrypoints = {name: shlex.split(of_kind(name, "RayJob")[0]["spec"]["entrypoint"]) for name in JOBS}
+    assert all(words[:2] == ["python", "-m"] for words in entrypoints.values())
+    return {name: words[2:] for name, words in entrypoints.items()}
+
+
+@functools.cache
+def published_tables() -> str:
+    """What `python -m minigpt5.published sizes` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        print_tables()
+    return said.getvalue()

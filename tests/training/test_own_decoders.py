@@ -27,7 +27,7 @@ from training.stages.model import find_decoder
 from training.train import main
 from training.weight_sources import WeightSources
 
-QUICKLY_TRAINED = ("stable_diffusion_xl", "stable_diffusion_3")
+QUICKLY_TRAINED = ("stable_diffusion_3",)
 """Families that are trained in every run of the tests; the others are marked as slow."""
 MAKERS = [
     module.name
