@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -29,10 +30,12 @@ from minigpt5.types import TextPrecision
 MEASURED_WEIGHTS = 2**23
 """Of all matrices of a measurement together: more than caches near a core hold."""
 ROWS = (1, 4)
-REPEATS = 5
+REPEATS = 12
+"""In turns; the best one counts. What else runs on the machine only adds to a time, and may stay for long."""
 MIN_GAIN = 1.2
 """Times that int4 is faster than float32 before it is chosen: less is within a measurement's noise."""
 FILE = "precision.json"
+CPU_FIELDS = ("model name", "cpu family", "model", "stepping", "flags")
 
 
 def choose_precision(base_folder: Path, *, num_threads: int | None = None) -> TextPrecision:
@@ -45,7 +48,7 @@ def choose_precision(base_folder: Path, *, num_threads: int | None = None) -> Te
     num_threads = num_threads or torch.get_num_threads()
     config = AutoConfig.from_pretrained(base_folder).get_text_config()
     shape = _round_up(config.intermediate_size, OUTPUT_MULTIPLE), _round_up(config.hidden_size, GROUP)
-    machine = [platform.machine(), _cpu_name(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
+    machine = [platform.machine(), *_cpu(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
     key = json.dumps([*machine, torch.__version__, num_threads, *shape])
     name = f"precisions/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     measured: dict[TextPrecision, float] = {}
@@ -74,8 +77,7 @@ def _round_up(number: int, multiple: int) -> int:
 def measure_precisions(
     num_outputs: int, num_inputs: int, *, num_threads: int | None = None
 ) -> dict[TextPrecision, float]:
-    """Milliseconds of a matrix product by precision: the sum over ROWS, medians. `num_threads`: by default as many as
-    here."""
+    """Milliseconds of a matrix product by precision: the sum over ROWS. `num_threads`: by default as many as here."""
     before = torch.get_num_threads()
 
     def measure() -> dict[TextPrecision, float]:
@@ -89,22 +91,22 @@ def measure_precisions(
         torch.set_num_threads(before)
 
 
+@torch.no_grad()
 def _measure_all(num_outputs: int, num_inputs: int) -> dict[TextPrecision, float]:
     num = max(1, MEASURED_WEIGHTS // (num_outputs * num_inputs))
     makers: dict[TextPrecision, Callable[[], nn.Module]] = {
         "float32": lambda: make_float32(torch.randn(num_outputs, num_inputs)),
         "int4": lambda: Int4Linear(_random_codes(num_outputs, num_inputs)),
     }
-    return {precision: _measure([make() for _ in range(num)], num_inputs) for precision, make in makers.items()}
-
-
-@torch.no_grad()
-def _measure(layers: list[nn.Module], num_inputs: int) -> float:
-    total_ms = 0.0
+    layers = {precision: [make() for _ in range(num)] for precision, make in makers.items()}
+    total_ms = dict.fromkeys(layers, 0.0)
     for num_rows in ROWS:
-        input = torch.randn(num_rows, num_inputs)
-        seconds = [_time(layers, input) for _ in range(REPEATS + 1)][1:]
-        total_ms += sorted(seconds)[REPEATS // 2] * 1e3 / len(layers)
+        input, best_s = torch.randn(num_rows, num_inputs), dict.fromkeys(layers, math.inf)
+        for _ in range(REPEATS):
+            for precision, same in layers.items():
+                best_s[precision] = min(best_s[precision], _time(same, input))
+        for precision, seconds in best_s.items():
+            total_ms[precision] += seconds * 1e3 / num
     return total_ms
 
 
@@ -121,12 +123,14 @@ def _random_codes(num_outputs: int, num_inputs: int) -> Codes:
     return Codes(codes_OI=codes, scales_OK=values, minima_OK=values)
 
 
-def _cpu_name() -> str:
+def _cpu() -> list[str]:
+    """What the system says of the first processor. Clouds give different ones the same name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        return [platform.processor()]
+    fields = dict(line.split("\t", 1) for line in first.splitlines() if "\t" in line)
+    return [fields.get(name, "").strip("\t: ") for name in CPU_FIELDS]
 
 
 def check_precision(precision: TextPrecision, base_folder: Path, *, is_on_cpu: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,24 @@ def test_the_fastest_precision_is_kept_for_the_machine(
     assert choose_precision(folder) == "int4"
     assert not capsys.readouterr().err, "nothing was measured"
     assert min(measure_precisions(64, 64).values()) > 0
+
+
+def test_other_work_on_the_machine_does_not_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured while others computed is kept for ever: now and then the faster kernel is alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    times = itertools.cycle([9.0, 9.0, 9.0, 9.0, 0.5])
+    monkeypatch.setattr(
+        precision, "_time", lambda layers, input: next(times) if isinstance(layers[0], Int4Linear) else 1.0
+    )
+    assert choose_precision(resolve("smollm2-135m-instruct")) == "int4"
+
+
+def test_processors_of_one_name_are_told_apart() -> None:
+    cpu = precision._cpu()
+    assert all(isinstance(part, str) for part in cpu)
+    if Path("/proc/cpuinfo").exists() and platform.machine() == "x86_64":
+        name, _, _, _, flags = cpu
+        assert name and "fpu" in flags.split()
 
 
 def test_a_cache_that_cannot_be_written_costs_a_measurement_alone(
