@@ -149,7 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         options.known.write_text(json.dumps(report, indent=2) + "\n")
         return 0
-    known = json.loads(options.known.read_text())["figures"]
+    report = json.loads(options.known.read_text())
+    known = report["figures"]
+    if report["fingerprint"] != model.config.fingerprint:
+        print("the noise is of other weights; once these are to be kept: python -m benchmarks.gate --noise 3")
     failed = worse(rounds[0], known)
     print(to_text(rounds[0], known))
     print(f"worse than the noise allows: {', '.join(failed)}" if failed else "no figure is worse than the noise allows")

@@ -27,6 +27,24 @@ STORIES = {
     "ROUGE-L": "rouge_l",
     "METEOR": "meteor",
 }
+SHORT = {
+    "minigpt5": "MiniGPT-5: vokens",
+    "gill": "GILL: captions alone train its mapper, pictures may be retrieved",
+    "divter": "Divter: a description between marks",
+    "two-stage": "two stages: its text goes into a text-to-image model",
+    "stable-diffusion": "a fine-tuned text-to-image model",
+}
+"""Rows of the README, and what they are."""
+
+
+def rivals(found: Results) -> str:
+    """The README's extract: what each way is good at."""
+    shown = [row for row in found["rivals"]["rows"] if row["name"] in SHORT]
+    columns = ("caption_all", "story_named", "story_referred")
+    return table(
+        ("way, trained here at one small budget", "a caption's facts", "facts of a page", "facts of pages before it"),
+        ((SHORT[row["name"]], *(_cell(row["metrics"][name]) for name in columns)) for row in shown),
+    )
 
 
 def rival_captions(found: Results) -> str:

@@ -9,7 +9,9 @@ import torch
 
 from benchmarks import gate
 from benchmarks.gate import Figure, Nums, noise, to_text, worse
+from minigpt5.config import default_model_folder
 from minigpt5.model.base_models import resolve
+from minigpt5.model.folder_config import load_config
 from minigpt5.model.text_encoder import load_text_encoder
 from minigpt5.pipeline import MiniGPT5
 from minigpt5.storybook.scorer import load_scorer
@@ -33,6 +35,12 @@ def test_only_what_is_worse_than_the_noise_fails(value: float, failed: list[str]
     figures = {"who": Figure(value=value, num=100)}
     assert worse(figures, known) == failed
     assert ("WORSE" in to_text(figures, known)) == bool(failed)
+
+
+def test_the_noise_is_that_of_the_shipped_weights() -> None:
+    """That of weaker ones would let these become as weak."""
+    noted = json.loads(gate.RESULTS.read_text())["fingerprint"]
+    assert noted == load_config(default_model_folder()).fingerprint, "run python -m benchmarks.gate --noise 3"
 
 
 def test_figures_without_noise_are_named() -> None:
