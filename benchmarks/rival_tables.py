@@ -29,20 +29,20 @@ STORIES = {
 }
 SHORT = {
     "minigpt5": "MiniGPT-5: vokens",
-    "gill": "GILL: captions alone train its mapper, pictures may be retrieved",
-    "divter": "Divter: a description between marks",
-    "two-stage": "two stages: its text goes into a text-to-image model",
-    "stable-diffusion": "a fine-tuned text-to-image model",
+    "gill": "GILL: captions alone train the mapper",
+    "divter": "Divter: a written description is drawn",
+    "two-stage": "two stages: the text itself is drawn",
+    "stable-diffusion": "a fine-tuned denoiser: the text itself",
 }
 """Rows of the README, and what they are."""
 
 
-def rivals(found: Results) -> str:
-    """The README's extract: what each way is good at."""
+def rival_extract(found: Results) -> str:
+    """The rows of the README: what each way shows of a caption, of a page, and of the pages before it."""
     shown = [row for row in found["rivals"]["rows"] if row["name"] in SHORT]
     columns = ("caption_all", "story_named", "story_referred")
     return table(
-        ("way, trained here at one small budget", "a caption's facts", "facts of a page", "facts of pages before it"),
+        ("way, trained here at one small budget", "all facts of a caption", "of a page", "of earlier pages"),
         ((SHORT[row["name"]], *(_cell(row["metrics"][name]) for name in columns)) for row in shown),
     )
 

@@ -60,7 +60,7 @@ from benchmarks.quality_tables import (
     steps,
     stories,
 )
-from benchmarks.rival_tables import rival_captions, rival_costs, rival_stories
+from benchmarks.rival_tables import rival_captions, rival_costs, rival_extract, rival_stories
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -135,6 +135,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "training-speed": training_speed,
     "training-curves": training_curves,
     "batch-invariance": batch_invariance,
+    "rivals": rival_extract,
     "rivals-captions": rival_captions,
     "rivals-stories": rival_stories,
     "rivals-costs": rival_costs,
