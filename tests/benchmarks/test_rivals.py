@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rivals
-from benchmarks.rivals import ORDER, SEEDS, Plan, units_left
+from benchmarks.rivals import ORDER, SEEDS, SHIPPED, Plan, units_left
 from training.checkpoint import Position, save_checkpoint
 from training.run_folder import RunFolder
 from training.storybook.rivals import RIVALS
@@ -76,7 +76,13 @@ def test_units_that_are_in_the_results_are_left_out(tmp_path: Path) -> None:
 
 
 def test_every_rival_has_its_place() -> None:
-    assert set(ORDER) == set(RIVALS) and len(ORDER) == len(RIVALS)
+    assert sorted(ORDER) == sorted([*RIVALS, SHIPPED])
+
+
+def test_the_shipped_model_is_measured_as_it_is(tmp_path: Path) -> None:
+    plan, runs = Plan(runs=tmp_path, base=tmp_path), Runs()
+    folder, minutes, _ = rivals.train(plan, SHIPPED, 1, runs)
+    assert rivals.make_system(plan, SHIPPED, 1, folder) == plan.base and not minutes and not runs.stages
 
 
 def test_a_row_is_of_all_its_seeds(tmp_path: Path) -> None:
