@@ -241,12 +241,13 @@ def test_the_fastest_precision_is_kept_for_the_machine(
 
 def test_other_work_on_the_machine_does_not_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was measured while others computed is kept for ever: now and then the faster kernel is alone."""
+    folder = resolve("smollm2-135m-instruct")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     times = itertools.cycle([9.0, 9.0, 9.0, 9.0, 0.5])
     monkeypatch.setattr(
         precision, "_time", lambda layers, input: next(times) if isinstance(layers[0], Int4Linear) else 1.0
     )
-    assert choose_precision(resolve("smollm2-135m-instruct")) == "int4"
+    assert choose_precision(folder) == "int4"
 
 
 def test_processors_of_one_name_are_told_apart() -> None:
