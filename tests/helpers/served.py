@@ -21,6 +21,7 @@ from deployments import sse
 from deployments.api.front import Front, build_front
 from deployments.api.routes import create_api
 from deployments.auth import Keys
+from deployments.stories import store_threads
 from deployments.stories.ledger import Ledger
 from minigpt5.config import ModelConfig, storybook
 from minigpt5.story.safety import TextFilter
@@ -97,6 +98,15 @@ class Served:
 
     def post(self, body: object, path: str = "/v1/stories") -> httpx.Response:
         return self.request("POST", path, json=body)
+
+
+def let_writers_end() -> None:
+    """Wait for the store's threads: with a process that dies they end, and here they would write beside the next front."""
+    writers = store_threads._WRITERS
+    together = threading.Barrier(store_threads.NUM_THREADS + 1)
+    for _ in range(store_threads.NUM_THREADS):
+        writers.submit(together.wait)
+    together.wait(timeout=60)
 
 
 class Listening:

@@ -28,7 +28,7 @@ from minigpt5.story.state import PageState, StoryState
 from minigpt5.types import DecoderEvent, DrawRequest, GeneratorEvent, StoryRequest, TextDelta, Vokens
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
 from tests.helpers.processes import find_free_port
-from tests.helpers.served import CONFIG, Listening, Served, assert_error, read_events
+from tests.helpers.served import CONFIG, Listening, Served, assert_error, let_writers_end, read_events
 
 BODY = {"prompt": "A fox", "pages": 3, "seed": 7}
 MAX_STEPS = 3
@@ -271,6 +271,7 @@ def test_a_story_goes_on_when_the_front_died(tmp_path: Path, seed: int) -> None:
         """What a dead process stores."""
 
     served.run(begin_and_die)
+    let_writers_end()
     for page in served.store.load(story_id).pages:
         if page.image:  # a picture that is written and not yet its page's was never announced: it is drawn again
             path = tmp_path / "stories" / story_id / "pages" / str(page.index) / "picture.png"
