@@ -101,7 +101,7 @@ class Served:
 
 
 def let_writers_end() -> None:
-    """Wait for the store's threads: with a process that dies they end, and here they would write beside the next front."""
+    """Wait for the store's threads. They end with a process that dies; here they would write beside the next front."""
     writers = store_threads._WRITERS
     together = threading.Barrier(store_threads.NUM_THREADS + 1)
     for _ in range(store_threads.NUM_THREADS):
