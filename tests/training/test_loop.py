@@ -66,10 +66,6 @@ def train(folder: Path, *, stop_after: int | None = None, preset: presets.Preset
     return stage
 
 
-def local_batches(preset: presets.Preset) -> Callable[[int], Iterator[data.Batch[object]]]:
-    return data.local_batches(StorybookExamples(preset), preset)
-
-
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     every_step = dataclasses.replace(TINY, checkpoint_every_s=0.0)

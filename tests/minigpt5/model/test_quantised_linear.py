@@ -250,7 +250,15 @@ def test_other_work_on_the_machine_does_not_decide(tmp_path: Path, monkeypatch: 
     assert choose_precision(folder) == "int4"
 
 
-def test_processors_of_one_name_are_told_apart() -> None:
+def test_processors_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = resolve("smollm2-135m-instruct")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(precision, "_time", lambda layers, input: 1.0)
+    for flags in ("avx2", "avx2 avx512f"):
+        with monkeypatch.context() as one:
+            one.setattr(precision, "_cpu", lambda flags=flags: ["A CPU", flags])
+            choose_precision(folder)
+    assert len(list(tmp_path.rglob("precision.json"))) == 2
     cpu = precision._cpu()
     assert all(isinstance(part, str) for part in cpu)
     if Path("/proc/cpuinfo").exists() and platform.machine() == "x86_64":
