@@ -32,7 +32,7 @@ SHORT = {
     "gill": "GILL: captions alone train the mapper",
     "divter": "Divter: a written description is drawn",
     "two-stage": "two stages: the text itself is drawn",
-    "shipped": "*the shipped model, with a hundred times the budget*",
+    "shipped": "*the shipped model, trained far longer*",
 }
 """Rows of the README, and what they are."""
 
@@ -65,7 +65,7 @@ def rival_costs(found: Results) -> str:
         (
             (row["name"], len(row["seeds"]), f"{row['minutes']:g}", f"{row['peak_mib'] / 1024:.2f} GiB")
             for row in rows
-            if row["peak_mib"]
+            if row["peak_mib"]  # else nothing was trained
         ),
     )
     left = [name for name in ORDER if name not in {row["name"] for row in rows}]

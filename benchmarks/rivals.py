@@ -38,7 +38,7 @@ from training.run_folder import RunFolder
 from training.storybook.rivals import RIVALS, make_start
 
 SHIPPED = "shipped"
-"""A row that is measured alone: the base that all start from, with a hundred times the budget."""
+"""A row that is measured alone: the base that all start from, whose own vokens were trained far longer."""
 SEEDS = {"minigpt5": 3, "gill": 3, "divter": 3}
 """Rows of more than one seed: ours and its two closest rivals. Their further seeds come after all rows."""
 RESULTS = Path("benchmarks") / "results" / "rivals.json"
