@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -16,12 +17,21 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+NOT_NEEDED = "requires torchvision"
+"""In what transformers says where diffusers imports an image processor, which nothing here uses."""
+
+
 def load_quietly() -> None:
-    """Switch off the progress bars of transformers and diffusers, of those that are imported: loading takes a moment,
-    and a bar in every log says nothing."""
+    """Keep out of every log what says nothing there: the progress bars of transformers and diffusers, of those that are
+    imported, and transformers' hint to install torchvision."""
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_needed)
     for library in ("transformers", "diffusers"):
         if library in sys.modules:
             importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+
+
+def _is_needed(record: logging.LogRecord) -> bool:
+    return NOT_NEEDED not in record.getMessage()
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:

@@ -219,14 +219,11 @@ class Diffusion(nn.Module, ABC):
     def hold_in(self, dtype: torch.dtype) -> None:
         """Keep the weights in a smaller type, for inference. A VAE that its config says to overflow stays float32."""
         self.dtype = dtype
-        self.denoiser.to(dtype)
-        if self.distilled is not None:
-            self.distilled.to(dtype)
-        if self.ip_adapter is not None:
-            self.ip_adapter.to(dtype)
-        for part in (self.vae, self.upscaling):
-            if part is not None and not part.config.get("force_upcast"):
-                part.to(dtype)
+        parts = [self.denoiser, self.distilled, self.ip_adapter]
+        parts += [vae for vae in (self.vae, self.upscaling) if vae is not None and not vae.config.get("force_upcast")]
+        for part in parts:
+            if part is not None:
+                nn.Module.to(part, dtype)  # diffusers' own warns of parts that must stay float32 where there are none
 
     def denoiser_for(self, sampler: str, style: str = "", *, is_changed: bool = False) -> Any:
         """Return the denoiser that a sampler draws with, or what stands in for it, which cannot take the place of

@@ -20,6 +20,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.model import decoders
 from minigpt5.model.decoders.diffusion import Diffusion, load_part, read_config
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
+from minigpt5.model.weights import load_quietly
 
 INDEX = "model_index.json"
 """The file in which diffusers names a folder's pipeline."""
@@ -55,6 +56,7 @@ def find_family(folder: str | Path) -> type[Diffusion]:
 def load_diffusion(folder: str | Path, *, has_denoiser: bool = True, distilled: str | Path | None = None) -> Diffusion:
     """Read a folder in diffusers' layout as float32. Without `has_denoiser`, only the VAE's weights are read, and the
     denoiser stays on the meta device. `distilled`: see `Diffusion.from_folders`. Raises ModelFolderError."""
+    load_quietly()
     family, folder = find_family(folder), Path(folder)
     if has_denoiser:
         return family.from_folders(vae=folder, denoiser=folder, distilled=distilled)

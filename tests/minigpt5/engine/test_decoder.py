@@ -6,7 +6,10 @@ import asyncio
 import dataclasses
 import io
 import random
+import subprocess
+import sys
 from pathlib import Path
+from unittest import TestCase
 
 import numpy as np
 import pytest
@@ -60,11 +63,19 @@ def test_in_bfloat16_the_picture_is_nearly_the_same(decoder: DiffusionDecoder) -
     request = DrawRequest(vokens=vokens(2), seed=9, settings=FAST)
     config = tiny_config()
     diffusion = tiny_diffusion(config)
-    diffusion.hold_in(torch.bfloat16)
+    with TestCase().assertNoLogs("diffusers"):
+        diffusion.hold_in(torch.bfloat16)
     rough = DiffusionDecoder(config, tiny_mapper(config), diffusion)
     apart = np.abs(pixels(decoder.draw([request])[0]) - pixels(rough.draw([request])[0]))
     assert apart.max() > 0
     assert apart.mean() < 3
+
+
+def test_loading_says_nothing(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    code = "import sys; from minigpt5.engine.decoder import *; DiffusionDecoder.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_concurrent_requests_stream_their_own_progress_and_picture(decoder: DiffusionDecoder) -> None:
