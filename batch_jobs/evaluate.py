@@ -21,7 +21,7 @@ import ray.data
 from batch_jobs.asking import ANSWER_SCHEMA, ROWS_PER_SYSTEM, Ask
 from batch_jobs.evaluation_rows import Block, Fetch, RowReader, RowSource, blocks_of, open_rows
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.job import Output, limits, new_parser, pool_size, run_command, work
+from batch_jobs.job import Output, limits, new_parser, pool_size, positive, run_command, work
 from batch_jobs.measuring import Judging, measure, write_submission
 from batch_jobs.pipeline import Limits, Pool, RemoteMonitor, check_capacity, connect, finished_rows, map_with_pool
 from batch_jobs.report import Report
@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     about = "\n".join(f"{name}: {one.about}" for name, one in PROTOCOLS.items())
     parser.add_argument("protocol", choices=tuple(PROTOCOLS), metavar="PROTOCOL", help=about)
     parser.add_argument("--data", required=True, metavar="ROWS", help="folder, file or URI")
-    parser.add_argument("--limit", type=int, help="so many rows at most, the first ones")
+    parser.add_argument("--limit", type=positive, help="so many rows at most, the first ones")
     parser.add_argument("--seed", type=int, default=0, help="of all questions (default %(default)s)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 100 (default: the model's)")
     parser.add_argument("--guidance", type=float, help="1 to 20 (default: the model's)")
@@ -117,7 +117,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--judge-model", default="", help="the judge's name there")
     parser.add_argument("--judge-timeout", type=float, default=120.0, help="seconds of one request (default 120)")
-    parser.add_argument("--judge-limit", type=int, default=200, help="answers that are judged at most (default 200)")
+    parser.add_argument(
+        "--judge-limit", type=positive, default=200, help="answers that are judged at most (default 200)"
+    )
     return parser
 
 
@@ -130,7 +132,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     index = source.index()
     ids = list(index)[: options.limit]
     if not ids:
-        raise InvalidRequest("data", f"data is {options.data} and has no rows, or --limit leaves none: name others")
+        raise InvalidRequest("data", f"data is {options.data} and has no rows: name others")
     scorers = load_scorers(
         protocol.metrics + protocol.of_rows, clip=options.clip, inception=options.inception, device=options.device
     )
@@ -144,6 +146,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         "system": info.version or info.name,
         "settings": dataclasses.asdict(settings),
     }
+    plan |= {"kind": info.kind} if info.kind else {}  # rivals of one model folder share its version
     folder = options.output.rstrip("/")
     output = Output.at(f"{folder}/answers", ANSWER_SCHEMA, plan, flush_s=options.flush_seconds, failpoint=failpoint)
     num_threads = max(1, (os.cpu_count() or 1) // options.systems[1])

@@ -18,7 +18,7 @@ from pyarrow import ArrowException, fs, parquet
 from batch_jobs.dataset_readers import Source
 from batch_jobs.inputs import digest_of
 from minigpt5.errors import InvalidRequest, StorageError
-from minigpt5.evaluation.protocols.items import Item, parse_items, to_row
+from minigpt5.evaluation.protocols.items import MAX_FILE_BYTES, Item, parse_items, to_row
 from minigpt5.objective.stored_example import SEGMENT
 from minigpt5.storage import open_place
 
@@ -148,7 +148,8 @@ class ItemFile:
 def _items(uri: str) -> list[Item]:
     """Parsed once in a process, for all of its blocks."""
     source = Source(uri)
-    return parse_items(source.read(source.name), name=source.name)
+    with source.open(source.name) as file:
+        return parse_items(file.read(MAX_FILE_BYTES + 1), name=source.name)
 
 
 @dataclass(frozen=True, kw_only=True)

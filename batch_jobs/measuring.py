@@ -14,6 +14,7 @@ from typing import Any
 from batch_jobs.asking import answers_of
 from batch_jobs.evaluation_rows import Row, RowReader
 from batch_jobs.outputs import RowSink
+from minigpt5.errors import MiniGPT5Error
 from minigpt5.evaluation.bootstrap import LEVEL, RESAMPLES
 from minigpt5.evaluation.judge import Judge, JudgeError, judge
 from minigpt5.evaluation.protocols.interleave import KEY
@@ -45,8 +46,9 @@ def measure(
     judging: Judging | None = None,
 ) -> dict[str, Any]:
     """Measure all answers; returns the content of metrics.json. Raises StorageError, JudgeError."""
+    unjudged: Counter[str] = Counter()
     if judging:
-        judging.judge_all(sink, reader, folder)
+        unjudged = judging.judge_all(sink, reader, folder)
         scorers.parts["judge"] = judging.judge
     measures, sheets = Measures(protocol, scorers, seed=settings.seed), Sheets(protocol, seed=settings.seed)
     measures.on_measured = sheets.add
@@ -69,6 +71,7 @@ def measure(
         "sampling": dataclasses.asdict(settings.sampling),
         "rows": {"asked": num_rows, "measured": num_measured, "errors": num_rows - num_measured},
         "errors": dict(errors.most_common(MAX_REASONS)),
+        "unjudged": dict(unjudged),
         "interval": {"level": LEVEL, "resamples": RESAMPLES, "unit": "row"},
         "metrics": measures.results(),
         "missing": scorers.missing(protocol.metrics + protocol.of_rows),
@@ -87,13 +90,15 @@ class Judging:
     judge: Judge
     limit: int
 
-    def judge_all(self, sink: RowSink, reader: RowReader, folder: str) -> None:
-        """Ask about each answer that has no marks yet, the first `limit` ones by the hash of their ids. Raises
-        JudgeError where the judge fails too often; what it said stays."""
+    def judge_all(self, sink: RowSink, reader: RowReader, folder: str) -> Counter[str]:
+        """Ask about each answer that has no marks yet, the first `limit` ones by the hash of their ids.
+
+        Returns how many have none then, by the reason. Raises JudgeError where these are more than MAX_JUDGE_FAILURES;
+        what the judge said stays."""
         files, _ = open_place(folder)
         ids = [row_id for row_id, error in sink.written().items() if error is None]
         wanted = set(sorted(ids, key=lambda row_id: hashlib.sha256(row_id.encode()).digest())[: self.limit])
-        failures: list[JudgeError] = []
+        failures: list[MiniGPT5Error] = []
         places = threading.BoundedSemaphore(2 * JUDGED_AT_ONCE)  # questions with their pictures are not piled up
 
         def ask(row_id: str, question: list[AnswerPart], answer: tuple[AnswerPart, ...]) -> None:
@@ -111,13 +116,18 @@ class Judging:
                 if len(failures) > MAX_JUDGE_FAILURES:
                     break
                 if stored["id"] in wanted and read_json(files, self._place(stored["id"], folder)) is None:
-                    question, answer = question_parts(reader[stored["id"]]), answers_of(stored)[KEY]
+                    try:
+                        question, answer = question_parts(reader[stored["id"]]), answers_of(stored)[KEY]
+                    except MiniGPT5Error as failure:  # such as a damaged picture, which a system need not have opened
+                        failures.append(failure)
+                        continue
                     places.acquire()
                     tasks.append(threads.submit(ask, stored["id"], question, answer))
         for task in tasks:
             task.result()
-        if failures:
+        if len(failures) > MAX_JUDGE_FAILURES:
             raise JudgeError(f"{len(failures)} answers were not judged, the same command asks again: {failures[0]}")
+        return Counter(str(one)[:200] for one in failures)
 
     def with_marks(self, samples: list[Sample], folder: str) -> list[Sample]:
         """The samples of an answer with its marks, where it has some."""
@@ -146,7 +156,7 @@ def write_submission(sink: RowSink, reader: RowReader, folder: str, *, model: st
         if stored["error"] is not None:
             continue
         row = reader[stored["id"]]
-        made = submit(row["source"], json.loads(row["item"]), answers_of(stored)[KEY], model=model)
+        made = submit(row["source"], row["id"], json.loads(row["item"]), answers_of(stored)[KEY], model=model)
         own = f"{path}/{row['source']}" + (f"/{file_name(model)}_output" if made.file else "")
         for name, data in made.pictures.items():
             write_whole(files, f"{own}/{name}", data)

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.http_load import measure_fairness, running_server
+from benchmarks.http_load import REFUSES_NOTHING, measure_fairness, running_server
 from benchmarks.load import WHAT, WHO, Load
 from benchmarks.quality import machine
 from minigpt5.config import default_model_folder
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     ratios, figures = asyncio.run(measure(options.model, options.num, options.precision))
-    with running_server(options.model) as (url, _):
+    with running_server(options.model, REFUSES_NOTHING) as (url, _):
         figures["fairness"] = measure_fairness(url, Load())
     ratios["page_beside_16_stories_vs_alone"] = figures["fairness"]["ratio"]
     given = sys.argv[1:] if arguments is None else arguments

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goals, ratios
-from benchmarks.http_load import HttpLoads, running_server
+from benchmarks.http_load import REFUSES_NOTHING, HttpLoads, running_server
 from benchmarks.load import LOADS, Load
 from benchmarks.quality import machine
 from benchmarks.rounds import Figures, Programs, measure
@@ -60,7 +60,7 @@ def running_programs(options: argparse.Namespace, missing: dict[str, str]) -> It
                 missing[name] = str(error)
         http = None
         if options.serve:
-            url, server = stack.enter_context(running_server(options.model))
+            url, server = stack.enter_context(running_server(options.model, REFUSES_NOTHING))
             http = HttpLoads(url, server, model=options.model, load=options.load)
         yield Programs(**started, peers=peers, http=http)
 

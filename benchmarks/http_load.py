@@ -31,6 +31,8 @@ from minigpt5.config import ModelConfig, default_model_folder, storybook
 from minigpt5.model.folder_config import load_config
 from minigpt5.types import StoryRequest
 
+REFUSES_NOTHING = "--max-wait-s=3600"
+"""An argument of `running_server`: on a slow machine sixteen guided stories at once would be told to come again."""
 NUM_OF_MANY = 16
 """Stories of the client that asks for much."""
 HEAD_START_S = 3.0

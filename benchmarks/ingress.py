@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import psutil
 
-from benchmarks.http_load import cpu_s, running_server
+from benchmarks.http_load import REFUSES_NOTHING, cpu_s, running_server
 from benchmarks.load import WHAT, WHO
 from benchmarks.quality import machine
 from deployments.sse import read_events
@@ -101,7 +101,7 @@ def run_round(number: int, *, at_once: Sequence[int] = AT_ONCE) -> dict[str, Any
     figures: dict[str, Any] = {}
     first = 10_000 * number
     for mode, variables in MODES.items():
-        with running_server(default_model_folder(), variables=variables) as (url, server):
+        with running_server(default_model_folder(), REFUSES_NOTHING, variables=variables) as (url, server):
             ways = {mode: url} | ({DIRECT: direct_url(server)} if mode == "throughput" else {})
             stream(url, first)  # the first story is always the slowest
             for way, address in ways.items():

@@ -87,10 +87,14 @@ class Judge:
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+        deadline, data = time.monotonic() + self.timeout_s, b""
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout_s) as reply:
-            data = reply.read(MAX_REPLY_BYTES + 1)
-        if len(data) > MAX_REPLY_BYTES:
-            raise JudgeError(f"its reply has more than {MAX_REPLY_BYTES} bytes")
+            while chunk := reply.read1(MAX_REPLY_BYTES):  # a timeout is that of one read
+                data += chunk
+                if len(data) > MAX_REPLY_BYTES:
+                    raise JudgeError(f"its reply has more than {MAX_REPLY_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise JudgeError(f"its reply was not there after {self.timeout_s:g} seconds")
         try:
             content = json.loads(data)["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:

@@ -95,6 +95,15 @@ METRICS = {
         needs=_INCEPTION,
         better="lower",
     ),
+    "fid_published": Metric(
+        title="FID of pictures at 256 px",
+        compares="a set of pictures with a set of true ones",
+        function="frechet.fid",
+        library="torchmetrics",
+        needs=_INCEPTION,
+        better="lower",
+        published=True,
+    ),
     "story_fid_published": Metric(
         title="FID within a story",
         compares="the pictures of a story with its true ones",

@@ -182,7 +182,7 @@ def sbert(predictions: Sequence[str], references: Sequence[str], encoder: Senten
 
 
 def published_text(reply: str) -> str:
-    """The part of a reply that metric.py compares: up to the first voken, without "###"; nothing where it is
-    punctuation alone."""
+    """The part of a reply, or of a true one, that metric.py compares: up to the first voken, without "###"; nothing
+    where it is punctuation alone."""
     text = reply.replace("###", "").split("[IMG0]")[0].strip()
     return text if re.search(r"[^!-/:-@\[-`{-~]", text) else ""

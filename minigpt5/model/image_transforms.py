@@ -34,9 +34,14 @@ def fit_read(data: bytes, px: int) -> np.ndarray:
 
 def fit_drawn(data: bytes, px: int) -> np.ndarray:
     """Fit a picture for the VAE: padded to a white square and resized. uint8 (px, px, 3). Raises BadPicture."""
+    return np.asarray(in_square(data).resize((px, px), Image.Resampling.BILINEAR))
+
+
+def in_square(data: bytes) -> Image.Image:
+    """A picture in the middle of a white square, of at most MAX_PADDED_PX. Raises BadPicture."""
     picture = open_picture(data)
     picture.thumbnail((MAX_PADDED_PX, MAX_PADDED_PX), Image.Resampling.BILINEAR)
     side = max(picture.size)
     square = Image.new("RGB", (side, side), "white")
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return np.asarray(square.resize((px, px), Image.Resampling.BILINEAR))
+    return square

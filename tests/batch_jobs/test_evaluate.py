@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -16,9 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
-from batch_jobs import evaluate, failpoints
+from batch_jobs import evaluate, failpoints, measuring
 from batch_jobs.asking import ANSWER_SCHEMA, Ask, answers_of, to_part
 from batch_jobs.evaluation_rows import EVALUATION_ROW, Fetch, RowReader, blocks_of, open_rows
 from batch_jobs.job import Output, work
@@ -182,7 +184,11 @@ def items(folder: Path) -> str:
         (folder / name).write_bytes(PNG)
     lost = {**MMIE, "id": "lost", "question": [{"text": "draw", "image": "../outside.png"}]}
     (folder.parent / "outside.png").write_bytes(PNG)
-    (folder / "items.jsonl").write_text("\n".join(json.dumps(one) for one in (OPENING, MMIE, ISG, lost)))
+    opening: Any = copy.deepcopy(OPENING)
+    isg: Any = copy.deepcopy(ISG)
+    opening["conversations"][0]["input"][1]["text"] = "Then draw it."
+    isg["Query"][0]["content"] = "Let me see two."
+    (folder / "items.jsonl").write_text("\n".join(json.dumps(one) for one in (opening, MMIE, isg, lost)))
     return str(folder / "items.jsonl")
 
 
@@ -192,13 +198,21 @@ def test_answers_are_submitted_in_the_forms_of_their_benchmarks(tmp_path: Path) 
     assert "leads out of" in run.rows()["lost"]["error"]
     folder = Path(write_submission(run.output.sink, RowReader(run.source, run.index), run.folder, model="painter"))
     opening = json.loads((folder / "opening" / "painter_output" / "0302005.json").read_text())
-    assert opening["conversations"][1]["output"] == [{"text": "Be short.", "image": None}]
+    assert opening["conversations"][1]["output"] == [{"text": "Then draw it.", "image": "0302005-o-0.jpg"}]
     (mmie,) = json.loads((folder / "mmie" / "data.json").read_text())
     assert mmie["model"] == "painter" and mmie["answer"] == [{"text": "What comes next?", "image": None}]
     (isg,) = [json.loads(line) for line in (folder / "isg" / "output.jsonl").read_text().splitlines()]
-    assert isg["id"] == "0000" and isg["output"] == [{"type": "text", "content": "Show two pictures."}]
+    assert isg["id"] == "0000" and isg["output"] == [
+        {"type": "text", "content": "Let me see two."},
+        {"type": "image", "content": "images/0000-1.png"},
+    ]
+    with Image.open(folder / "isg" / "images" / "0000-1.png") as picture:
+        assert picture.tobytes() == paint("Let me see two.").tobytes()
+    with Image.open(folder / "opening" / "painter_output" / "0302005-o-0.jpg") as picture:
+        assert (picture.format, picture.size) == ("JPEG", (16, 16))
     metrics = {one["metric"]: one["mean"] for one in run.measure()["metrics"]}
-    assert metrics["no_picture"] == 1 and metrics["no_text"] == 0 and metrics["structure"] == pytest.approx(1 / 3)
+    assert metrics["no_picture"] == pytest.approx(1 / 3) and metrics["no_text"] == 0
+    assert metrics["structure"] == pytest.approx(1 / 3), "MMIE's answer is a text alone"
 
 
 def test_a_judge_is_asked_once_about_each_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +224,18 @@ def test_a_judge_is_asked_once_about_each_answer(tmp_path: Path, monkeypatch: py
     marks = json.dumps(dict.fromkeys(ASPECTS, 3))
     judging = Judging(judge=Judge(url=server.url, model="org/critic"), limit=2)
     server.answers = [(200, marks), (401, "no")]
-    with pytest.raises(JudgeError, match="1 answers were not judged, the same command asks again"):
-        run.measure(judging)
+    measured = run.measure(judging)
+    assert [one["n"] for one in measured["metrics"] if one["metric"] == "judge"] == [1]
+    ((reason, count),) = measured["unjudged"].items()
+    assert "HTTP Error 401" in reason and count == 1
+    with monkeypatch.context() as strict:
+        strict.setattr(measuring, "MAX_JUDGE_FAILURES", 0)
+        server.answers = [(401, "no")]
+        with pytest.raises(JudgeError, match="1 answers were not judged, the same command asks again"):
+            run.measure(judging)
     server.answers = [(200, marks)]
     found = {one["metric"]: one for one in run.measure(judging)["metrics"]}
-    assert (found["judge"]["mean"], found["judge"]["n"], len(server.asked)) == (3, 2, 3)
+    assert (found["judge"]["mean"], found["judge"]["n"], len(server.asked)) == (3, 2, 4)
     assert found["judge/helpfulness"]["mean"] == 3 and MAX_JUDGE_FAILURES == 5
     server.shutdown()
     server.server_close()
@@ -271,7 +292,6 @@ def command(*words: str) -> argparse.Namespace:
         (["--steps", "0"], "--steps is 0"),
         (["--guidance", "30"], "--guidance is 30"),
         (["--judge", "http://127.0.0.1/v1"], "--judge needs the protocol interleave"),
-        (["--limit", "0"], "--limit leaves none"),
         (["--clip", "/nowhere/clip"], "/nowhere/clip"),
         (["--inception", "/nowhere/i.xml"], "there is no file /nowhere/i.xml"),
         (["--model", "/nowhere/model"], "/nowhere/model is not a model folder"),
@@ -285,6 +305,14 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(MiniGPT5Error, match=reason):
         evaluate.run(options, failpoints.no_failpoint)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--limit", "--judge-limit"])
+def test_a_limit_is_a_number_from_1(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in ("0", "-1"):
+        with pytest.raises(SystemExit):
+            command("cc3m", "--data", "rows", "--out", "out", option, number)
+        assert f"{number} but must be 1 or more" in capsys.readouterr().err
 
 
 def test_a_system_that_does_not_answer_a_protocol_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,18 @@ ISG = {
     ],
     "predict": {"structural": {"Answer": ["<gen_text1>", "<gen_img1>", "<gen_img2>"]}},
 }
+INTERLEAVEDBENCH = {
+    "id": 3,
+    "task_name": "report_generation",
+    "goal": "Report on a bridge",
+    "category": [],
+    "dataset_id": "",
+    "image": ["report/3_0.png", "report/3_1.png"],
+    "conversations": [
+        {"from": "human", "value": "<BEGIN> Write a report. <image>. It goes on: <image>"},
+        {"from": "gpt", "value": "The bridge is old. <image>"},
+    ],
+}
 RED = Image.new("RGB", (6, 4), "red")
 
 
@@ -82,6 +94,31 @@ def test_isg_items_are_typed_parts() -> None:
     assert golden_pattern(row) == ("text", "picture", "picture")
 
 
+def test_interleavedbench_items_have_the_next_picture_wherever_they_say() -> None:
+    row = one_row(INTERLEAVEDBENCH)
+    assert (row["source"], told(row)) == ("interleavedbench", ["Write a report.", "#", ". It goes on:", "#"])
+    assert golden_pattern(row) == ("text", "picture")
+    first, second = parse_items(json.dumps([INTERLEAVEDBENCH] * 2).encode(), name="x.json")
+    assert (first.id, second.id) == ("0", "1"), "its own ids repeat"
+    assert [part.picture for part in first.asked if part.picture] == [
+        "zipped_images/report/3_0.png",
+        "zipped_images/report/3_1.png",
+    ]
+    unanswered = {**INTERLEAVEDBENCH, "conversations": INTERLEAVEDBENCH["conversations"][:1]}  # type: ignore[index]
+    assert golden_pattern(one_row(unanswered)) == ()
+
+
+def test_line_separators_within_texts_end_no_line() -> None:
+    items = [{**MMIE, "question": [{"text": "One\u2028two\u0085three\x1c", "image": None}]}]
+    data = "\n".join(json.dumps(item, ensure_ascii=False) for item in items).encode()
+    assert told(to_row(parse_items(data, name="x.jsonl")[0], lambda place: b"")) == ["One\u2028two\u0085three"]
+
+
+def test_an_empty_text_is_no_part() -> None:
+    row = one_row({**ISG, "Golden": [{"type": "text", "content": ""}, *ISG["Golden"]]})  # type: ignore[misc]
+    assert golden_pattern(row) == ("text", "picture", "picture")
+
+
 def test_json_lines_and_lists_are_read_alike() -> None:
     items = [OPENING, MMIE, ISG]
     lines = "\n".join(json.dumps(item) for item in items) + "\n\n"
@@ -95,9 +132,11 @@ def test_json_lines_and_lists_are_read_alike() -> None:
         (b"{broken", "neither a JSON list nor JSON lines"),
         (b"\xff\xfe", "neither a JSON list nor JSON lines"),
         (b"", "has no items"),
-        (b'[{"id": "1"}]', "item 1 of x.json is not of the form of opening, mmie, isg"),
+        (b'[{"id": "1"}]', "item 1 of x.json is not of the form of opening, mmie, isg, interleavedbench"),
         (b'[{"id": "1", "question": []}]', "0 parts asked"),
         (b'[{"id": "1", "Query": [{"type": "video", "content": "a"}]}]', "type 'video'"),
+        (b'[{"id": "1", "Query": [{"type": "image", "content": ""}]}]', "a picture without a place"),
+        (b'[{"image": [], "conversations": [{"value": "<image> a"}]}]', "more <image> than pictures"),
         (b'[["id"]]', "item 1"),
     ],
 )
@@ -124,7 +163,7 @@ def test_parts_become_steps() -> None:
 
 
 def test_an_opening_answer_is_a_file_with_its_pictures_beside_it() -> None:
-    made = submit("opening", OPENING, ("One.", RED, "Two."), model="ours")
+    made = submit("opening", "0302005", OPENING, ("One.", RED, "Two."), model="ours")
     assert made.file == "0302005.json" and list(made.pictures) == ["0302005-o-0.jpg"]
     assert made.entry["conversations"][1]["output"] == [
         {"text": "One.", "image": "0302005-o-0.jpg"},
@@ -137,14 +176,20 @@ def test_an_opening_answer_is_a_file_with_its_pictures_beside_it() -> None:
 
 
 def test_an_mmie_answer_names_the_model() -> None:
-    made = submit("mmie", MMIE, ("One.", RED), model="ours")
+    made = submit("mmie", "7", MMIE, ("One.", RED), model="ours")
     assert made.file == "" and made.entry["model"] == "ours" and made.entry["gt_answer"] == MMIE["gt_answer"]
     assert made.entry["answer"] == [{"text": "One.", "image": None}, {"text": None, "image": "images/7-1.png"}]
     assert list(made.pictures) == ["images/7-1.png"]
 
 
+def test_an_interleavedbench_answer_is_named_by_its_place() -> None:
+    made = submit("interleavedbench", "0", INTERLEAVEDBENCH, ("One.", RED), model="ours")
+    assert made.file == "" and made.entry["task_name"] == "report_generation"
+    assert made.entry["answer"] == [{"text": "One.", "image": None}, {"text": None, "image": "images/0-1.png"}]
+
+
 def test_an_isg_answer_is_its_output() -> None:
-    made = submit("isg", ISG, ("One.", RED), model="ours")
+    made = submit("isg", "0000", ISG, ("One.", RED), model="ours")
     assert made.entry["output"] == [
         {"type": "text", "content": "One."},
         {"type": "image", "content": "images/0000-1.png"},
@@ -153,7 +198,7 @@ def test_an_isg_answer_is_its_output() -> None:
 
 
 def test_an_id_never_leads_out_of_the_folder(tmp_path: Path) -> None:
-    made = submit("mmie", {**MMIE, "id": "../../evil"}, (RED,), model="ours")
+    made = submit("mmie", "../../evil", MMIE, (RED,), model="ours")
     (name,) = made.pictures
     assert (tmp_path / name).resolve().is_relative_to(tmp_path) and ".." not in name
     assert file_name("a-1_B") == "a-1_B" and file_name("ü") != "ü" and len(file_name("x" * 200)) == 32

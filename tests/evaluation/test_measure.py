@@ -43,7 +43,7 @@ def noise(seed: int, px: int = 12) -> np.ndarray:
 
 
 def sample(row: str, **fields: Any) -> Sample:
-    return Sample(**{"row": row, "key": "k", "groups": ("all",), **fields})
+    return Sample(**{"row": row, "key": "k", "groups": ("all",), "said_first": fields.get("said"), **fields})
 
 
 def results(measures: Measures) -> dict[tuple[str, str], dict[str, Any]]:
@@ -51,7 +51,7 @@ def results(measures: Measures) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_every_metric_of_a_protocol_is_known_and_computed_somewhere() -> None:
-    of_sets = {"fid", "inception_score", "efficientnet_distance", "bleu_1", "bleu_2"}
+    of_sets = {"fid", "fid_published", "inception_score", "efficientnet_distance", "bleu_1", "bleu_2"}
     by_protocols = {"draw_precision", "draw_recall", "structure", "no_picture", "no_text", "judge"}
     for protocol in PROTOCOLS.values():
         assert set(protocol.metrics) <= METRICS.keys() & (OF_SAMPLES.keys() | of_sets | by_protocols)
@@ -81,6 +81,50 @@ def test_published_text_metrics_are_means_of_dialogues_and_the_others_of_turns()
     assert found["all", "rouge_l"]["mean"] == pytest.approx(0.75)
     assert found["all", "rouge_l_published"]["mean"] == pytest.approx(0.5)
     assert found["all", "bleu_1"]["n"] == 4 and ("all", "sbert") not in found
+
+
+def test_published_forms_end_at_the_picture_and_leave_out_what_has_no_true_text() -> None:
+    measures = Measures(MMDIALOG, Scorers(parts={"clip": FakeClip()}))
+    measures.add(
+        [
+            sample("a", key="2", said="wow then more", said_first="wow", reference="wow"),
+            sample("a", key="3", said="!", reference="wow !"),
+            sample("a", key="4", said="wow", reference="..."),
+        ]
+    )
+    found = results(measures)
+    for metric in ("rouge_l_published", "bleu_1_published", "bleu_2_published"):
+        assert found["all", metric]["mean"] == pytest.approx(0.5) and found["all", metric]["n"] == 2
+    assert found["all", "rouge_l"]["n"] == 3
+    precision, recall = 1 / 2, 1 / 2  # "!" and "..." are no texts: two of each are left, and one pair
+    expected = 2 * precision * recall / (precision + recall)
+    assert found["all", "clip_f1_published"]["mean"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_resample_with_too_few_pictures_for_the_inception_score_counts_for_nothing() -> None:
+    measures = Measures(MMDIALOG, Scorers(parts={"logits": Colours()}))
+    for row, count in enumerate((4, 3, 2, 1, 1, 1)):
+        measures.add([sample(str(row), key=str(number), drawn=noise(10 * row + number)) for number in range(count)])
+    found = results(measures)["all", "inception_score"]
+    assert found["n"] == 12 and found["mean"] >= 1 and found["low"] <= found["high"]
+
+
+def test_the_published_fid_is_of_pictures_at_256_px() -> None:
+    class Corner(nn.Module):
+        num_features = 3
+
+        def forward(self, pictures_BCYX: Tensor) -> Tensor:
+            return pictures_BCYX[:, :, 0, 0].float() / 255 + pictures_BCYX.shape[-1]
+
+    drawn, true = [noise(seed) for seed in range(6)], [noise(seed + 20, px=300) for seed in range(6)]
+    measures = Measures(CC3M, Scorers(parts={"inception": Corner()}))
+    measures.add(
+        [sample(str(n), drawn=one, true=other) for n, (one, other) in enumerate(zip(drawn, true, strict=True))]
+    )
+    found = results(measures)
+    assert found["all", "fid_published"]["mean"] == pytest.approx(frechet.fid(drawn, true, Corner(), px=256), rel=1e-4)
+    as_they_are = frechet.frechet_distance(frechet.extract(true, Corner()), frechet.extract(drawn, Corner()))
+    assert found["all", "fid"]["mean"] == pytest.approx(as_they_are, rel=1e-4) and as_they_are > 3 * 280**2
 
 
 def test_a_sets_distance_is_the_one_of_all_its_pictures() -> None:
@@ -213,6 +257,7 @@ def a_run(**changes: Any) -> dict[str, Any]:
         "draw": {"steps": 4, "style": ""},
         "rows": {"asked": 4, "measured": 3, "errors": 1},
         "errors": {"a & b": 1},
+        "unjudged": {"no <marks>": 2},
         "metrics": [entry, {**entry, "metric": "fact_accuracy/who", "low": None, "high": None}],
         "missing": {"fid": "name a file"},
         **changes,
@@ -230,6 +275,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows() -> None:
     assert html.count("data:image/webp;base64,") == 6, "two pictures in the best, the worst and the random sheet"
     assert "http" not in html.replace("http-equiv", "")
     assert html.count("<svg") == 2 and "0.200 to 0.300" in html and "Facts shown: who" in html
+    assert "Not judged" in html and "2 rows: no &lt;marks&gt;" in html
     assert "Best by Facts shown" in html and "name a file" in html and "Not measured" in html
 
 

@@ -8,9 +8,19 @@ import pytest
 from PIL import Image
 
 from minigpt5.errors import InvalidRequest
-from minigpt5.evaluation.protocols.protocol import Answers, Protocol, Sample, Settings, facts_of, steps_of
+from minigpt5.evaluation.protocols.protocol import (
+    Answers,
+    Protocol,
+    Sample,
+    Settings,
+    facts_of,
+    steps_of,
+    true_pixels,
+)
+from minigpt5.evaluation.protocols.sheets import Sheets
 from minigpt5.evaluation.protocols.table import PROTOCOLS
 from minigpt5.evaluation.systems.face import Question
+from minigpt5.model.image_transforms import fit_drawn
 from minigpt5.storybook.captions import Facts, canonical_caption
 from minigpt5.types import InputImage, Role
 from tests.helpers.evaluation_rows import PNG, row, story_row
@@ -51,6 +61,15 @@ def test_a_caption_is_asked_for_alone_and_compared_with_its_picture() -> None:
     (sample,) = collect("cc3m", asked)
     assert sample.drawn is not None and sample.true is not None and sample.caption == "a fox"
     assert (sample.drawn == paint("a fox")).all() and tuple(sample.true[0, 0]) == (200, 80, 40)
+
+
+def test_a_true_picture_is_compared_as_training_draws_it() -> None:
+    """Padded to a white square, as the published reference is: what was drawn so differs by nothing."""
+    wide = make_png((200, 80, 40), size=(64, 32))
+    (sample,) = collect("cc3m", row("caption", "a fox", wide))
+    assert sample.true is not None and (sample.true == fit_drawn(wide, 64)).all()
+    assert tuple(sample.true[0, 0]) == (255, 255, 255) and tuple(sample.true[32, 32]) == (200, 80, 40)
+    assert true_pixels(make_png((1, 2, 3), size=(1400, 700))).shape == (512, 512, 3)
 
 
 def test_seeds_follow_from_the_row_the_key_and_the_runs_seed() -> None:
@@ -103,8 +122,14 @@ def test_a_model_that_reads_no_pictures_is_asked_without_them() -> None:
         "text/2": ["t1", "t2"],
         "narration/2": ["t1"],
     }
-    groups = {group for sample in collect("vist", story_row(2), blind) for group in sample.groups}
+    samples = collect("vist", story_row(2), blind)
+    groups = {group for sample in samples for group in sample.groups}
     assert groups == {"steps/none", "steps/text", "last/none", "last/text", "narration"}
+    sheets = Sheets(PROTOCOLS["vist"])
+    for sample in samples:
+        sheets.add(sample, {})
+    _, chosen = sheets.chosen()
+    assert [shown.key for shown in chosen["Random"]] == ["text/2"], "with no last/both there is last/text"
 
 
 def test_the_first_step_counts_in_all_contexts_and_the_last_one_by_itself() -> None:

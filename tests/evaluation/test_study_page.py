@@ -132,6 +132,17 @@ def test_a_folder_has_pictures_as_files_and_the_key_outside(runs: list[Path], tm
     assert not list((tmp_path / "site").rglob("*key*")) and (tmp_path / "site.key.json").is_file()
 
 
+def test_the_folder_may_be_the_one_where_one_is(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    main(["make", *map(str, runs), "--out", "."])
+    assert (tmp_path / "here" / "index.html").is_file() and (tmp_path / "here.key.json").is_file()
+    with pytest.raises(SystemExit, match="error: / has no name"):
+        main(["make", *map(str, runs), "--out", "/"])
+
+
 def test_a_seed_makes_the_same_study_and_no_seed_another(runs: list[Path], tmp_path: Path) -> None:
     again = [
         make(tmp_path / f"{name}.html", *runs, "--items", 3, *seed)[1]

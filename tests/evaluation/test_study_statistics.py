@@ -43,13 +43,27 @@ def test_alpha_is_one_for_equal_answers_and_undefined_without_variation() -> Non
     assert krippendorff_alpha([[1], [2]]) is None
 
 
-def test_agreement_is_on_the_side_that_won_whichever_runs_they_are() -> None:
-    votes = [
-        vote(rater, item, winner, *pair)
-        for rater in (1, 2)
-        for item, winner, pair in (("x", "a", ("a", "b")), ("x", "c", ("a", "c")), ("y", None, ("b", "c")))
-    ]
-    assert agreement(votes) == 1
+def test_agreement_is_of_each_pair_and_the_order_of_runs_does_not_change_it() -> None:
+    """Ten items of each pair, of which two raters agree on eight."""
+
+    def alphas(pairs: tuple[tuple[str, str], ...]) -> dict[frozenset[str], float | None]:
+        votes = [
+            vote(rater, item, "a" if item < 8 or rater else other, first, second)
+            for first, second in pairs
+            for other in {first, second} - {"a"}
+            for rater in (0, 1)
+            for item in range(10)
+        ]
+        return {frozenset((one.first, one.second)): one.alpha for one in compare_pairs(votes, np.ones((1, len(votes))))}
+
+    found = alphas((("a", "b"), ("a", "c")))
+    expected = 1 - 19 * 4 / (20**2 - 18**2 - 2**2)  # of 20 values two are not "a", each beside one that is
+    assert found == {frozenset("ab"): pytest.approx(expected), frozenset("ac"): pytest.approx(expected)}
+    assert alphas((("b", "a"), ("a", "c"))) == found
+
+
+def test_agreement_needs_two_raters_and_two_answers() -> None:
+    assert agreement(vote(rater, item, winner) for rater in (1, 2) for item, winner in (("x", "a"), ("y", None))) == 1
     assert agreement(vote(1, item, "a") for item in "xyz") is None
 
 

@@ -11,9 +11,9 @@ from minigpt5.evaluation.protocols.protocol import (
     check_kind,
     facts_of,
     picture_in,
-    pixels_of,
     seed_of,
     steps_of,
+    true_pixels,
 )
 from minigpt5.evaluation.systems.face import Question
 
@@ -40,7 +40,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
             groups=("all",),
             asked=step.text,
             drawn=picture_in(answers[KEY]),
-            true=pixels_of(step.picture),
+            true=true_pixels(step.picture),
             caption=step.text,
             facts=facts_of(row, step),
         )
@@ -53,6 +53,9 @@ CC3M = Protocol(
     kinds=frozenset({"picture"}),
     ask=ask,
     collect=collect,
-    metrics=("clip_i", "clip_t", "lpips", "fact_accuracy", "fid", "inception_score", "efficientnet_distance"),
+    metrics=(
+        *("clip_i", "clip_t", "lpips", "fact_accuracy"),
+        *("fid", "fid_published", "inception_score", "efficientnet_distance"),
+    ),
     sheets=("fact_accuracy", "clip_i", "lpips"),
 )

@@ -17,9 +17,10 @@ from minigpt5.evaluation.protocols.protocol import (
     check_kind,
     facts_of,
     picture_in,
-    pixels_of,
     seed_of,
+    text_before_picture,
     text_in,
+    true_pixels,
     turns_of,
 )
 from minigpt5.evaluation.replies import drawing
@@ -73,10 +74,11 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
                 groups=("all",),
                 asked=turns[number - 2].text,
                 drawn=drawn,
-                true=pixels_of(turn.picture) if turn.picture else None,
+                true=true_pixels(turn.picture) if turn.picture else None,
                 caption=turn.caption,
                 facts=facts_of(row, turn),
                 said=text_in(answer),
+                said_first=text_before_picture(answer),
                 reference=turn.text,
                 values=drawing(drawn is not None, turn.picture is not None),
             )

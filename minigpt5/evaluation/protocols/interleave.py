@@ -1,4 +1,4 @@
-"""Questions of OpenING, MMIE and ISG-Bench (items.py): an answer of texts and pictures, which a judge may read.
+"""Questions of the benchmarks in items.py: an answer of texts and pictures, which a judge may read.
 
 Without a judge it measures what needs none: the pattern, answers without texts or pictures, the text beside the
 annotators' one, and each picture beside the text before it.

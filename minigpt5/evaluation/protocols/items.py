@@ -2,9 +2,10 @@
 
 The forms are those of the benchmarks' repositories:
 
-    opening   LanceZPF/OpenING, OpenING-benchmark/test_data.jsonl, and gen_outputs/MODEL_output/UID.json for answers
-    mmie      Lillianwei-h/MMIE, README.md: data.json, questions and answers in one list
-    isg       Dongping-Chen/ISG, readme.md: ISG-Bench.jsonl, and JSON lines with `output` for answers
+    opening           LanceZPF/OpenING, OpenING-benchmark/test_data.jsonl; gen_outputs/MODEL_output/UID.json for answers
+    mmie              Lillianwei-h/MMIE, README.md: data.json, questions and answers in one list
+    isg               Dongping-Chen/ISG, readme.md: ISG-Bench.jsonl, and JSON lines with `output` for answers
+    interleavedbench  mqliu/InterleavedBench, interleaved_bench.json as public loaders read it; answers are as MMIE's
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,9 @@ from minigpt5.evaluation.systems.face import AnswerPart
 
 MAX_FILE_BYTES = 2**28
 MAX_PARTS = 128
-FORMS = ("opening", "mmie", "isg")
+FORMS = ("opening", "mmie", "isg", "interleavedbench")
+PICTURES = "zipped_images"
+"""InterleavedBench's folder of pictures, beside its items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +54,19 @@ class Item:
 def parse_items(data: bytes, *, name: str) -> list[Item]:
     """All items of a JSON list or of JSON lines. Raises InvalidRequest, which names the item."""
     if len(data) > MAX_FILE_BYTES:
-        raise InvalidRequest("data", f"{name} has {len(data)} bytes but must have at most {MAX_FILE_BYTES}: split it")
+        raise InvalidRequest("data", f"{name} has more than {MAX_FILE_BYTES} bytes: split it")
     try:
         text = data.decode()
         if text.lstrip().startswith("["):
             values = json.loads(text)
         else:
-            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+            values = [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise InvalidRequest("data", f"{name} is neither a JSON list nor JSON lines: {error}") from error
     items = []
     for number, value in enumerate(values, start=1):
         try:
-            items.append(_parse(value))
+            items.append(_parse(value, number))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise InvalidRequest(
                 "data", f"item {number} of {name} is not of the form of {', '.join(FORMS)} ({error!r}): correct it"
@@ -72,20 +76,37 @@ def parse_items(data: bytes, *, name: str) -> list[Item]:
     return items
 
 
-def _parse(value: dict[str, Any]) -> Item:
-    if "conversations" in value:
+def _parse(value: dict[str, Any], number: int) -> Item:
+    if "conversations" in value and isinstance(value.get("image"), list):
+        form, name = "interleavedbench", number - 1  # its own ids repeat between tasks: loaders count instead
+        question, *answers = [turn["value"] for turn in value["conversations"]]
+        asked = list(_marked(question, iter(value["image"])))
+        golden = list(_marked(answers[0], itertools.repeat("of the answer"))) if answers else []
+    elif "conversations" in value:
         form, name = "opening", value["total_uid"]
         said, answer = value["conversations"][0]["input"], value["conversations"][1]["output"]
         asked, golden = list(_opening(said)), list(_opening(answer))
     elif "Query" in value:
         form, name = "isg", value["id"]
-        asked, golden = [_typed(one) for one in value["Query"]], [_typed(one) for one in value.get("Golden") or []]
+        asked, golden = list(_typed(value["Query"])), list(_typed(value.get("Golden") or []))
     else:
         form, name = "mmie", value["id"]
         asked, golden = list(_opening(value["question"])), list(_opening(value.get("gt_answer") or []))
     if not asked or max(len(asked), len(golden)) > MAX_PARTS:
         raise ValueError(f"{len(asked)} parts asked and {len(golden)} in the answer, at most {MAX_PARTS} are taken")
     return Item(id=str(name), form=form, asked=tuple(asked), golden=tuple(golden), raw=value)
+
+
+def _marked(text: str, places: Iterator[Any]) -> Iterator[ItemPart]:
+    """A text with the next picture wherever it says <image>."""
+    for number, words in enumerate(text.replace("<BEGIN>", "").split("<image>")):
+        if number:
+            place = next(places, None)
+            if not place:
+                raise ValueError("more <image> than pictures")
+            yield ItemPart(picture=f"{PICTURES}/{place}")
+        if words.strip():
+            yield ItemPart(text=words.strip())
 
 
 def _opening(steps: list[dict[str, Any]]) -> Iterator[ItemPart]:
@@ -100,11 +121,15 @@ def _opening(steps: list[dict[str, Any]]) -> Iterator[ItemPart]:
                 yield ItemPart(picture=place)
 
 
-def _typed(part: dict[str, Any]) -> ItemPart:
-    kind, content = part["type"], str(part["content"])
-    if kind not in ("text", "image"):
-        raise ValueError(f"a part of type {kind!r}")
-    return ItemPart(text=content) if kind == "text" else ItemPart(picture=content)
+def _typed(parts: list[dict[str, Any]]) -> Iterator[ItemPart]:
+    for part in parts:
+        kind, content = part["type"], str(part["content"] or "")
+        if kind not in ("text", "image"):
+            raise ValueError(f"a part of type {kind!r}")
+        if kind == "image" and not content:
+            raise ValueError("a picture without a place")
+        if content.strip():
+            yield ItemPart(text=content) if kind == "text" else ItemPart(picture=content)
 
 
 def to_row(item: Item, read: Callable[[str], bytes]) -> dict[str, Any]:
@@ -130,7 +155,7 @@ def to_row(item: Item, read: Callable[[str], bytes]) -> dict[str, Any]:
         "prompt": None,
         "segments": [segment(part) for part in item.asked],
         # Their pattern and texts are compared, not their pictures, which test sets may leave out.
-        "golden": [{"text": part.text or None} for part in item.golden],
+        "golden": [{"text": None if part.picture else part.text} for part in item.golden],
         "item": json.dumps(item.raw),
     }
 
@@ -161,11 +186,11 @@ class Submission:
     pictures: dict[str, bytes]
 
 
-def submit(form: str, raw: dict[str, Any], answer: Sequence[AnswerPart], *, model: str) -> Submission:
-    """An answer as the benchmark's own programs read it. Places of pictures are relative to the folder."""
-    pictures: dict[str, bytes] = {}
+def submit(form: str, id: str, raw: dict[str, Any], answer: Sequence[AnswerPart], *, model: str) -> Submission:
+    """An item's answer as the benchmark's own programs read it. Places of pictures are relative to the folder."""
+    name, pictures = file_name(id), dict[str, bytes]()
     if form == "opening":
-        name, steps = file_name(str(raw["total_uid"])), []
+        steps: list[dict[str, str | None]] = []
         for number, (text, picture) in enumerate(steps_in(answer)):
             place = f"{name}-o-{number}.jpg"
             steps.append({"text": text, "image": place if picture else None})
@@ -173,7 +198,7 @@ def submit(form: str, raw: dict[str, Any], answer: Sequence[AnswerPart], *, mode
         entry = copy.deepcopy(raw)
         entry["conversations"][1]["output"] = steps
         return Submission(entry=entry, file=f"{name}.json", pictures=pictures)
-    name, parts = file_name(str(raw["id"])), []
+    parts: list[dict[str, str]] = []
     for number, part in enumerate(answer):
         place = f"images/{name}-{number}.png"
         if isinstance(part, str):

@@ -26,6 +26,8 @@ SET_RESAMPLES = 100
 WIDE = 512
 """Features of more dimensions than this, after `_reduce`, are resampled less often: a distance takes a second then."""
 WIDE_RESAMPLES = 20
+SETS = ("fid", "fid_published", "inception_score", "efficientnet_distance")
+"""Metrics of sets of pictures."""
 SPLITS = 10
 """Parts of the Inception Score, as published."""
 
@@ -83,7 +85,7 @@ class Measures:
 
     def _extract(self, samples: Sequence[Sample]) -> None:
         """Features of all pictures for the metrics of sets."""
-        for metric in ("fid", "inception_score", "efficientnet_distance"):
+        for metric in SETS:
             if metric not in self.protocol.metrics or not self.scorers.has(metric):
                 continue
             pictures = [
@@ -94,7 +96,7 @@ class Measures:
             ]
             if not pictures:
                 continue
-            px = frechet.PUBLISHED_PX if metric == "fid" else None
+            px = frechet.PUBLISHED_PX if metric == "fid_published" else None
             network = self.scorers.parts[NEEDS[metric]]
             for size in sorted({picture.shape for _, _, picture in pictures}):  # one call takes one size
                 same = [one for one in pictures if one[2].shape == size]
@@ -141,6 +143,8 @@ class Measures:
         return replace(interval, n=num_drawn)
 
     def _inception_score(self, features: list[_Feature]) -> float:
+        if len(features) < SPLITS:  # of a resample
+            return float("nan")
         torch.manual_seed(self.seed)  # the parts are random
         return frechet.inception_score_of(torch.stack([one.values_D for one in features]), splits=SPLITS)[0]
 
@@ -163,12 +167,6 @@ def _distance(features: list[_Feature]) -> float:
 
 
 def _reduce(rows: dict[str, list[_Feature]]) -> dict[str, list[_Feature]]:
-    """The same features in the space that they span, where they are fewer than their dimensions: a Frechet distance
-    does not change, and takes much less time."""
-    everything_ND = torch.stack([one.values_D for row in rows.values() for one in row]).double()
-    if everything_ND.shape[0] >= everything_ND.shape[1]:
-        return rows
-    _, _, basis_RD = torch.linalg.svd(everything_ND, full_matrices=False)
-    return {
-        name: [_Feature(one.is_drawn, basis_RD @ one.values_D.double()) for one in row] for name, row in rows.items()
-    }
+    everything_ND = torch.stack([one.values_D for row in rows.values() for one in row])
+    reduced = iter(frechet.in_their_span(everything_ND))
+    return {name: [_Feature(one.is_drawn, next(reduced)) for one in row] for name, row in rows.items()}

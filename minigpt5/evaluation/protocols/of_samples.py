@@ -7,6 +7,7 @@ of a metric ("fact_accuracy/who").
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,18 @@ def _texts(name: str, measure: Callable[[str, str, Any], float]) -> Callable[[li
     return values
 
 
+def _published(name: str, measure: Callable[[str, str], float]) -> Callable[[list[Sample], Any], Values]:
+    def values(samples: list[Sample], part: Any) -> Values:
+        return _named(name, [measure(*_published_texts(s)) for s in samples])
+
+    return values
+
+
+def _published_texts(sample: Sample) -> tuple[str, str]:
+    """What metric.py compares of a reply and of the true one."""
+    return text.published_text(sample.said_first or ""), text.published_text(sample.reference or "")
+
+
 def _sbert(samples: list[Sample], encoder: Any) -> Values:
     return _named("sbert", text.sbert([str(s.said) for s in samples], [str(s.reference) for s in samples], encoder))
 
@@ -97,6 +110,11 @@ def _has_pictures(sample: Sample) -> bool:
 
 def _has_texts(sample: Sample) -> bool:
     return sample.said is not None and sample.reference is not None
+
+
+def _has_published_texts(sample: Sample) -> bool:
+    """metric.py leaves out what has no true text."""
+    return sample.said_first is not None and bool(_published_texts(sample)[1])
 
 
 def _has_caption(sample: Sample) -> bool:
@@ -120,18 +138,9 @@ OF_SAMPLES: dict[str, tuple[Callable[[Sample], bool], Compare]] = {
     "clip_consistency": (_has_pair, _clip_consistency),
     "efficientnet_consistency": (_has_pair, _efficientnet_consistency),
     "rouge_l": (_has_texts, _texts("rouge_l", lambda said, true, _: text.rouge_l([said], [true]))),
-    "rouge_l_published": (
-        _has_texts,
-        _texts("rouge_l_published", lambda said, true, _: text.rouge_l_published(said, true)),
-    ),
-    "bleu_1_published": (
-        _has_texts,
-        _texts("bleu_1_published", lambda said, true, _: text.bleu_published(said, true, order=1)),
-    ),
-    "bleu_2_published": (
-        _has_texts,
-        _texts("bleu_2_published", lambda said, true, _: text.bleu_published(said, true, order=2)),
-    ),
+    "rouge_l_published": (_has_published_texts, _published("rouge_l_published", text.rouge_l_published)),
+    "bleu_1_published": (_has_published_texts, _published("bleu_1_published", partial(text.bleu_published, order=1))),
+    "bleu_2_published": (_has_published_texts, _published("bleu_2_published", partial(text.bleu_published, order=2))),
     "meteor": (_has_texts, _texts("meteor", lambda said, true, words: text.meteor([said], [true], words))),
     "sbert": (_has_texts, _sbert),
 }
@@ -149,8 +158,9 @@ def of_row(metric: str, samples: Sequence[Sample], scorers: Scorers) -> dict[str
             if len(drawn) > 1:
                 values[group] = frechet.story_fid_published([drawn], [true], scorers.parts["inception"])
         elif metric == "clip_f1_published":
-            said = [alignment.Turn(text=s.said or "", picture=s.drawn) for s in own]
-            references = [alignment.Turn(text=s.reference or "", picture=s.true) for s in own]
+            texts = [_published_texts(s) for s in own]
+            said = [alignment.Turn(text=one, picture=s.drawn) for (one, _), s in zip(texts, own, strict=True)]
+            references = [alignment.Turn(text=one, picture=s.true) for (_, one), s in zip(texts, own, strict=True)]
             values[group] = alignment.clip_f1_published(said, references, scorers.parts["clip"])
         elif metric == "mm_relevance":
             clip = scorers.parts["clip"]

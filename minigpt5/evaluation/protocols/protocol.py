@@ -9,6 +9,7 @@ function of the row, so that a run that was killed asks the same questions again
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,12 @@ from PIL import Image
 
 from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation.systems.face import AnswerPart, Question
-from minigpt5.pictures import open_picture
+from minigpt5.model.image_transforms import in_square
 from minigpt5.storybook.captions import Facts, facts_of_canonical
 from minigpt5.types import DrawSettings, Sampling
 
+TRUE_PX = 512
+"""Longest side of a true picture that is compared, as published."""
 Row = Mapping[str, Any]
 """id, source, kind, prompt and segments, as ROW_SCHEMA has them."""
 Answers = Mapping[str, tuple[AnswerPart, ...]]
@@ -59,6 +62,8 @@ class Sample:
     facts: Facts | None = None
     """The facts that it should show; None within: not said."""
     said: str | None = None
+    said_first: str | None = None
+    """The part of `said` before the first picture, where the published code's own forms are computed."""
     reference: str | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     """What the protocol has measured itself, by metric."""
@@ -80,8 +85,8 @@ class Protocol:
     """Metrics of all samples of a row together, as of_rows.py computes them."""
     sheets: tuple[str, ...] = ()
     """Metrics that best and worst samples are chosen by: the first one that is there."""
-    main: str = ""
-    """The group whose samples are shown; "": all."""
+    main: tuple[str, ...] = ()
+    """Samples of the first of these groups that there is are shown; (): all."""
 
 
 def seed_of(settings: Settings, row: Row, key: str) -> int:
@@ -142,9 +147,17 @@ def _picture(segment: Mapping[str, Any]) -> bytes:
     return data
 
 
-def pixels_of(picture: bytes | Image.Image) -> np.ndarray:
-    """(Y, X, 3) uint8. Raises BadPicture."""
-    return np.asarray(open_picture(picture) if isinstance(picture, bytes) else picture.convert("RGB"))
+def true_pixels(picture: bytes) -> np.ndarray:
+    """A true picture as training draws it and the published code compares it: in a white square, (Y, X, 3) uint8, at
+    most TRUE_PX. Raises BadPicture."""
+    square = in_square(picture)
+    square.thumbnail((TRUE_PX, TRUE_PX), Image.Resampling.BILINEAR)
+    return np.asarray(square)
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """(Y, X, 3) uint8."""
+    return np.asarray(picture.convert("RGB"))
 
 
 def facts_of(row: Row, step: Step) -> Facts | None:
@@ -163,6 +176,11 @@ def picture_in(answer: Sequence[AnswerPart]) -> np.ndarray | None:
 def text_in(answer: Sequence[AnswerPart]) -> str:
     """The texts of an answer."""
     return " ".join(part for part in answer if isinstance(part, str))
+
+
+def text_before_picture(answer: Sequence[AnswerPart]) -> str:
+    """The texts of an answer before its first picture."""
+    return text_in(list(itertools.takewhile(lambda part: isinstance(part, str), answer)))
 
 
 def pattern_of(answer: Sequence[AnswerPart]) -> tuple[str, ...]:

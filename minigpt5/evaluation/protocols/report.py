@@ -74,8 +74,13 @@ def _summary(run: Mapping[str, Any]) -> str:
         ("Seed", str(run["seed"])),
     ]
     table = "<table>" + "".join(_row(name, value) for name, value in lines) + "</table>"
-    errors = "".join(f"<li>{escape(f'{count} rows: {reason}')}</li>" for reason, count in run["errors"].items())
-    return table + (f"<h2>Errors</h2><ul>{errors}</ul>" if errors else "")
+    return table + _reasons("Errors", run["errors"]) + _reasons("Not judged", run["unjudged"])
+
+
+def _reasons(title: str, counts: Mapping[str, int]) -> str:
+    """A list of how many rows have which reason; "" for none."""
+    items = "".join(f"<li>{escape(f'{count} rows: {reason}')}</li>" for reason, count in counts.items())
+    return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 
 
 def _row(name: str, value: str) -> str:

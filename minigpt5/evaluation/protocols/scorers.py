@@ -16,7 +16,7 @@ from minigpt5.storybook.scorer import load_scorer
 
 NEEDS = {
     **dict.fromkeys(("clip_i", "clip_t", "mm_relevance", "clip_f1_published", "clip_consistency"), "clip"),
-    **dict.fromkeys(("fid", "story_fid_published"), "inception"),
+    **dict.fromkeys(("fid", "fid_published", "story_fid_published"), "inception"),
     "inception_score": "logits",
     **dict.fromkeys(("efficientnet_distance", "efficientnet_consistency"), "efficientnet"),
     "lpips": "lpips",

@@ -44,22 +44,27 @@ class Sheets:
 
     def __init__(self, protocol: Protocol, *, seed: int = 0) -> None:
         self.protocol, self.seed = protocol, seed
-        self._sheets: dict[tuple[str, str], list[tuple[Place, Shown]]] = {}
+        self._sheets: dict[str, dict[tuple[str, str], list[tuple[Place, Shown]]]] = {}
+        """By the group of `Protocol.main`, then by title and metric."""
 
     def add(self, sample: Sample, values: dict[str, float]) -> None:
         """Take in a measured sample."""
-        if self.protocol.main and self.protocol.main not in sample.groups:
-            return
         if sample.drawn is None and sample.said is None and not values:
             return
         shown: Shown | None = None
-        for sheet, place in self._places(sample, values).items():
-            taken = self._sheets.setdefault(sheet, [])
-            if len(taken) < PLACES or place < taken[-1][0]:
-                shown = shown or to_shown(sample, values)
-                taken.append((place, shown))
-                taken.sort(key=lambda one: one[0])
-                del taken[PLACES:]
+        for group in self._groups():
+            if group and group not in sample.groups:
+                continue
+            for sheet, place in self._places(sample, values).items():
+                taken = self._sheets.setdefault(group, {}).setdefault(sheet, [])
+                if len(taken) < PLACES or place < taken[-1][0]:
+                    shown = shown or to_shown(sample, values)
+                    taken.append((place, shown))
+                    taken.sort(key=lambda one: one[0])
+                    del taken[PLACES:]
+
+    def _groups(self) -> tuple[str, ...]:
+        return self.protocol.main or ("",)
 
     def _places(self, sample: Sample, values: dict[str, float]) -> dict[tuple[str, str], Place]:
         """Where the sample stands in each sheet, the first place being the smallest."""
@@ -75,12 +80,12 @@ class Sheets:
 
     def chosen(self) -> tuple[str, dict[str, list[Shown]]]:
         """The metric that samples are ranked by, "" for none, and the sheets by their titles."""
-        ranked = {metric for title, metric in self._sheets if title == "Best"}
+        sheets: dict[tuple[str, str], list[tuple[Place, Shown]]]
+        sheets = next((self._sheets[group] for group in self._groups() if group in self._sheets), {})
+        ranked = {metric for title, metric in sheets if title == "Best"}
         metric = next((name for name in self.protocol.sheets if name in ranked), "")
         titles = {"Best": metric, "Worst": metric, "Random": ""} if metric else {"Random": ""}
-        return metric, {
-            title: [shown for _, shown in self._sheets.get((title, of), [])] for title, of in titles.items()
-        }
+        return metric, {title: [shown for _, shown in sheets.get((title, of), [])] for title, of in titles.items()}
 
 
 def _loss(metric: str, values: dict[str, float]) -> float:

@@ -22,6 +22,7 @@ from minigpt5.evaluation.protocols.protocol import (
     pixels_of,
     seed_of,
     steps_of,
+    true_pixels,
 )
 from minigpt5.evaluation.replies import structure
 from minigpt5.evaluation.systems.face import Question
@@ -79,7 +80,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
         text = ""
     # The true pictures are another story's: sets are compared, and no pairs.
     samples += [
-        dataclasses.replace(common, key=f"true {number}", true=pixels_of(step.picture))
+        dataclasses.replace(common, key=f"true {number}", true=true_pixels(step.picture))
         for number, step in enumerate(steps, start=1)
         if step.picture
     ]
@@ -103,9 +104,9 @@ STORY = Protocol(
     ask=ask,
     collect=collect,
     metrics=(
-        *("structure", "clip_t", "fact_accuracy", "fid", "inception_score", "efficientnet_distance"),
+        *("structure", "clip_t", "fact_accuracy", "fid", "fid_published", "inception_score", "efficientnet_distance"),
         *("clip_consistency", "efficientnet_consistency"),
     ),
     sheets=("fact_accuracy", "clip_t"),
-    main="pages",
+    main=("pages",),
 )

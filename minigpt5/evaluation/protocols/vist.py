@@ -19,10 +19,10 @@ from minigpt5.evaluation.protocols.protocol import (
     check_kind,
     facts_of,
     picture_in,
-    pixels_of,
     seed_of,
     steps_of,
     text_in,
+    true_pixels,
 )
 from minigpt5.evaluation.systems.face import Question, Wants
 from minigpt5.types import InputImage, PromptPart
@@ -77,7 +77,7 @@ def collect(row: Row, answers: Answers) -> list[Sample]:
     samples = []
     for number, step in enumerate(steps, start=1):
         assert step.picture is not None
-        true, is_last = pixels_of(step.picture), number == len(steps)
+        true, is_last = true_pixels(step.picture), number == len(steps)
         for context in CONTEXTS:
             key = f"{context}/{number}"
             if key not in answers:
@@ -120,10 +120,11 @@ VIST = Protocol(
     ask=ask,
     collect=collect,
     metrics=(
-        *("clip_i", "clip_t", "lpips", "fact_accuracy", "fid", "inception_score", "efficientnet_distance"),
+        *("clip_i", "clip_t", "lpips", "fact_accuracy"),
+        *("fid", "fid_published", "inception_score", "efficientnet_distance"),
         *("bleu_1", "bleu_2", "rouge_l", "meteor", "sbert"),
     ),
     of_rows=("story_fid_published",),
     sheets=("fact_accuracy", "clip_i", "lpips"),
-    main="last/both",
+    main=("last/both", "last/text"),
 )

@@ -82,7 +82,7 @@ def _read_rater(key: Key, path: Path, rater: str, answers: object) -> list[Vote]
     for answer in answers:
         comparison = answer.get("comparison") if isinstance(answer, dict) else None
         choices = answer.get("choices") if isinstance(answer, dict) else None
-        if comparison not in key.comparisons or not isinstance(choices, dict):
+        if not isinstance(comparison, str) or comparison not in key.comparisons or not isinstance(choices, dict):
             raise StudyError(f"{path} has an answer that the study does not ask for ({comparison!r}): {SEND_AGAIN}")
         if comparison in seen:
             raise StudyError(f"{path} answers {comparison!r} twice: {SEND_AGAIN}")

@@ -24,6 +24,9 @@ PICTURES = "pictures"
 
 def write_study(design: Design, out: Path) -> tuple[Path, Path]:
     """Write FILE.html or FOLDER/index.html; returns the page and the key. Raises StudyError, StorageError."""
+    out = out.resolve()
+    if not out.name:
+        raise StudyError(f"{out} has no name, and the key lies beside it: let --out name a file or a new folder")
     is_file = out.suffix.lower() in (".html", ".htm")
     page, key = out if is_file else out / "index.html", key_path(out)
     if is_file and (size := sum(map(len, design.pictures.values())) * 4 // 3) > MAX_BYTES:

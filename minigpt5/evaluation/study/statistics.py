@@ -49,6 +49,8 @@ class PairResult:
     ties: Estimate
     losses: Estimate
     preference: Estimate
+    alpha: float | None
+    """Agreement of the raters about these votes; None where it is not defined."""
 
 
 def resample(votes: Sequence[Vote], *, num_resamples: int, seed: int) -> Floats:
@@ -83,6 +85,7 @@ def compare_pairs(votes: Sequence[Vote], weights_SV: Floats) -> list[PairResult]
                 ties=_share(tied_V, of_pair_SV),
                 losses=_share(lost_V, of_pair_SV),
                 preference=_share(won_V + tied_V / 2, of_pair_SV),
+                alpha=agreement([votes[number] for number in numbers]),
             )
         )
     return results
@@ -135,11 +138,10 @@ def bradley_terry(wins_SRR: Floats) -> Floats:
 
 
 def agreement(votes: Iterable[Vote]) -> float | None:
-    """Krippendorff's alpha of one question's votes: a unit is an item and a pair, a value is the winner or a tie."""
-    units: dict[tuple[str, str, str], list[Hashable]] = defaultdict(list)
+    """Krippendorff's alpha of the votes of one question and pair: a unit is an item, a value is the winner or a tie."""
+    units: dict[str, list[Hashable]] = defaultdict(list)
     for vote in votes:
-        side = None if vote.winner is None else vote.winner == vote.first  # comparable between pairs of runs
-        units[vote.item, vote.first, vote.second].append(side)
+        units[vote.item].append(vote.winner)
     return krippendorff_alpha(list(units.values()))
 
 

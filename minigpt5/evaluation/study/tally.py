@@ -17,7 +17,6 @@ from minigpt5.evaluation.study.statistics import (
     NUM_RESAMPLES,
     Estimate,
     PairResult,
-    agreement,
     compare_pairs,
     resample,
     score_runs,
@@ -36,8 +35,6 @@ class Tally:
     complete_votes: int
     """Votes of a rater who answered everything."""
     pairs: list[PairResult]
-    alpha: dict[str, float | None]
-    """Agreement by question; None where it is not defined."""
     scores: dict[str, dict[str, Estimate] | None]
     """Bradley-Terry scores by question and run, for more than two runs; None where the votes do not connect them."""
     left_out: dict[str, dict[str, int]]
@@ -64,7 +61,6 @@ def count(key: Key, votes: Sequence[Vote], *, num_resamples: int = NUM_RESAMPLES
         votes_of_rater=dict(Counter(vote.rater for vote in votes)),
         complete_votes=len(key.comparisons) * len(QUESTIONS),
         pairs=compare_pairs(votes, weights_SV),
-        alpha={question: agreement(chosen) for question, chosen in of_question.items()},
         scores={
             question: score_runs(chosen, key.runs, weights_SV[:, numbers[question]])
             for question, chosen in of_question.items()
@@ -101,10 +97,9 @@ def to_markdown(tally: Tally) -> str:
     ]
     for pair in tally.pairs:
         shares = " | ".join(_percent(one) for one in (pair.wins, pair.ties, pair.losses))
-        alpha = tally.alpha[pair.question]
         lines.append(
             f"| {QUESTIONS[pair.question][0]} | {pair.first} | {pair.second} | {shares} | {pair.num_votes} | "
-            f"{'not defined' if alpha is None else f'{alpha:.2f}'} |"
+            f"{'not defined' if pair.alpha is None else f'{pair.alpha:.2f}'} |"
         )
     if tally.scores:
         lines += ["", "| question | run | Bradley-Terry score |", "| --- | --- | --- |"]

@@ -34,6 +34,8 @@ class SystemInfo:
 
     folder: str
     """By which every machine of a cluster finds it."""
+    kind: str | None
+    """Which rival it is; None: a model of ours."""
     name: str
     version: str
     """Changes when the weights do: the fingerprint, or a rival's own `version`."""
@@ -57,6 +59,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
         check_bases(local, config)
         return SystemInfo(
             folder=shared_name(folder),
+            kind=kind,
             name=config.name,
             version=config.fingerprint,
             kinds=load_class(kind).kinds,
@@ -72,6 +75,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
         raise ModelFolderError(f"{local}/config.json is damaged ({error}): correct it") from error
     return SystemInfo(
         folder=shared_name(folder),
+        kind=kind,
         name=str(values.get("name", kind)),
         version=str(values.get("version", "")),
         kinds=load_class(kind).kinds,
