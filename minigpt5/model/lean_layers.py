@@ -44,10 +44,12 @@ class LeanLayer(nn.Module):
         self.input_norm, self.output_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.query_norm = _Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
         self.key_norm = _Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
-        self.num_heads = attention.config.num_attention_heads
-        self.num_key_heads = attention.config.num_key_value_heads
+        num_heads, num_key_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
+        self.parts = [num_heads, num_key_heads, num_key_heads]
+        """Heads of queries, keys and values, as they lie beside each other."""
         self.attention = attention
         """What an attention function asks about its layer; its matrices are gone."""
+        self.sliding_window = getattr(attention, "sliding_window", None)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             delattr(attention, name)
 
@@ -59,30 +61,29 @@ class LeanLayer(nn.Module):
         position_embeddings: Any = None,
         **options: Any,
     ) -> Tensor:
-        num_turned = self.num_heads + self.num_key_heads
         mixed = self.query_key_value(self.input_norm(hidden_states).to(self.operands))
-        mixed_BSND = mixed.view(*mixed.shape[:2], num_turned + self.num_key_heads, -1)
-        turned_BSND = self._turn(mixed_BSND[:, :, :num_turned], position_embeddings).to(self.attended)
-        query = turned_BSND[:, :, : self.num_heads].transpose(1, 2)
-        key = turned_BSND[:, :, self.num_heads :].transpose(1, 2)
-        value = mixed_BSND[:, :, num_turned:].transpose(1, 2).to(self.attended)
+        mixed_BSND = mixed.view(*mixed.shape[:2], sum(self.parts), -1)
+        turned_BNSD = self._turn(mixed_BSND.float(), position_embeddings).to(self.attended).transpose(1, 2)
+        query, key, value = turned_BNSD.split_with_sizes(self.parts, dim=1)
         attention = self.attention
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-        options["sliding_window"] = getattr(attention, "sliding_window", None)
-        seen, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **options)
+        options |= {"scaling": attention.scaling, "sliding_window": self.sliding_window}
+        seen, _ = attend(attention, query, key, value, attention_mask, **options)
         hidden_states = hidden_states + self.out(seen.reshape(*mixed.shape[:2], -1).to(self.operands))
         gate, up = self.gate_up(self.output_norm(hidden_states).to(self.operands)).chunk(2, dim=-1)
         return hidden_states + self.down(F.silu(gate).mul_(up))
 
+    __call__ = forward  # torch looks for hooks first, which takes as long as a small operation
+
     def _turn(self, heads_BSND: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """Normalise queries and keys where the model does, and rotate them by their positions."""
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = heads_BSND[:, :, : self.num_heads], heads_BSND[:, :, self.num_heads :]
-            heads_BSND = torch.cat([self.query_norm(query), self.key_norm(key)], dim=2)
-        cosine_BS1D, sine_BS1D = position_embeddings
-        return torch.addcmul(heads_BSND * cosine_BS1D, heads_BSND.roll(heads_BSND.shape[-1] // 2, dims=-1), sine_BS1D)
+            query, key, value = heads_BSND.split_with_sizes(self.parts, dim=2)
+            heads_BSND = torch.cat([self.query_norm(query), self.key_norm(key), value], dim=2)
+        cosine_BSND, sine_BSND = position_embeddings
+        return torch.addcmul(heads_BSND * cosine_BSND, heads_BSND.roll(heads_BSND.shape[-1] // 2, dims=-1), sine_BSND)
 
 
 class _Norm(nn.Module):
@@ -98,19 +99,29 @@ class _Norm(nn.Module):
         scales = torch.addcmul(self.eps, norms, norms, value=1 / states.shape[-1]).rsqrt_()
         return (states * scales).mul_(self.weight)
 
+    __call__ = forward
+
 
 class _SignedRotary(nn.Module):
-    """Rotary positions as lean layers take them: for all heads, the sine with the sign of the half that it turns."""
+    """Rotary positions as lean layers take them: by head, the sine with the sign of the half that it turns. Values are
+    turned by nothing."""
 
-    def __init__(self, rotary: nn.Module) -> None:
+    def __init__(self, rotary: nn.Module, num_turned: int, num_values: int) -> None:
+        """`num_turned`: heads of queries and keys; `num_values`: heads of values after them."""
         super().__init__()
-        self.rotary = rotary
+        self.rotary, self.num_turned, self.num_values = rotary, num_turned, num_values
 
     def forward(self, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         cosine_BSD, sine_BSD = self.rotary(states, position_ids)
         half = sine_BSD.shape[-1] // 2
         sine_BSD = torch.cat([-sine_BSD[..., :half], sine_BSD[..., half:]], dim=-1)
-        return cosine_BSD[:, :, None], sine_BSD[:, :, None]
+        return self._by_head(cosine_BSD, 1.0), self._by_head(sine_BSD, 0.0)
+
+    def _by_head(self, turns_BSD: Tensor, of_values: float) -> Tensor:
+        """(B, S, N, D)."""
+        turns_BS1D = turns_BSD[:, :, None]
+        of_values_BS1D = torch.full_like(turns_BS1D, of_values)
+        return torch.cat([turns_BS1D] * self.num_turned + [of_values_BS1D] * self.num_values, dim=2)
 
 
 def can_be_lean(body: Any) -> bool:
@@ -125,5 +136,6 @@ def make_lean(body: Any, fuse: Fuse, *, operands: torch.dtype, attended: torch.d
     """Replace all layers of a transformer that `can_be_lean`; their weights can no longer be read or trained."""
     for place, layer in enumerate(body.layers):
         body.layers[place] = LeanLayer(layer, fuse, operands=operands, attended=attended)
-    body.rotary_emb = _SignedRotary(body.rotary_emb)
+    num_heads, num_key_heads, num_values = body.layers[0].parts
+    body.rotary_emb = _SignedRotary(body.rotary_emb, num_heads + num_key_heads, num_values)
     body.norm = _Norm(body.norm)
