@@ -79,7 +79,7 @@ def train_apart(arguments: list[str]) -> int:
 
 def train(plan: Plan, name: str, seed: int, run: Train = train_apart) -> tuple[Path, float, int]:
     """Train a row's stages, but for those that are there. Returns the model folder or, where the last stage writes one,
-    the system's folder; the minutes of all its stages; the most memory of its last one, in MiB."""
+    the system's folder; the minutes of all its stages; the most memory of one of them, in MiB."""
     if name == SHIPPED:
         return plan.base, 0.0, 0
     rival = RIVALS[name]
@@ -96,12 +96,12 @@ def train(plan: Plan, name: str, seed: int, run: Train = train_apart) -> tuple[P
         done = out / "done.json"
         if not done.is_file():
             arguments = [stage, "--preset", name, "--start", str(folder), "--out", str(out), "--runs", str(plan.runs)]
-            peak_mib = run([*arguments, "--workers", "0", f"seed={seed}", *plan.settings])
+            peak = run([*arguments, "--workers", "0", f"seed={seed}", *plan.settings])
             written = RunFolder(str(out))
             position = json.loads(written.read(f"{checkpoints(written)[-1]}/position.json") or b"{}")
-            done.write_text(json.dumps({"minutes": position["elapsed_s"] / 60, "peak_mib": peak_mib}) + "\n")
+            done.write_text(json.dumps({"minutes": position["elapsed_s"] / 60, "peak_mib": peak}) + "\n")
         found = json.loads(done.read_text())
-        minutes, peak_mib, folder = minutes + found["minutes"], found["peak_mib"], out / "model"
+        minutes, peak_mib, folder = minutes + found["minutes"], max(peak_mib, found["peak_mib"]), out / "model"
     return folder, minutes, peak_mib
 
 
