@@ -343,7 +343,7 @@ def test_the_shipped_model_is_measured_on_ray(tmp_path: Path) -> None:
         metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
         found = {one["metric"]: one for one in metrics["metrics"]}
         assert found["lpips"]["n"] == 2 and 0 < found["lpips"]["mean"] < 1.5 and found["fact_accuracy"]["n"] == 2
-        assert set(metrics["missing"]) == {"clip_i", "clip_t", "fid", "inception_score"}
+        assert set(metrics["missing"]) == {"clip_i", "clip_t", "fid", "fid_published", "inception_score"}
         assert metrics["draw"]["steps"] == 1 and metrics["system"]["name"] == "storybook"
         before = (tmp_path / "out" / "metrics.json").read_bytes()
         assert evaluate.main(words) == 0, "measured again, asked nothing"
