@@ -229,6 +229,7 @@ def _table(metrics: dict[str, Any]) -> str:
     for one in metrics["metrics"]:
         ends = "" if one["low"] is None else f"  [{one['low']:.4f}, {one['high']:.4f}]"
         lines.append(f"  {one['group']:16} {one['metric']:28} {one['mean']:10.4f}{ends}  n {one['n']}")
+    lines += [f"  not judged: {count} answers ({why})" for why, count in metrics["unjudged"].items()]
     lines += [f"  not measured: {name} ({why})" for name, why in metrics["missing"].items()]
     return "\n".join(lines)
 

@@ -99,7 +99,7 @@ def test_interleavedbench_items_have_the_next_picture_wherever_they_say() -> Non
     assert (row["source"], told(row)) == ("interleavedbench", ["Write a report.", "#", ". It goes on:", "#"])
     assert golden_pattern(row) == ("text", "picture")
     first, second = parse_items(json.dumps([INTERLEAVEDBENCH] * 2).encode(), name="x.json")
-    assert (first.id, second.id) == ("0", "1"), "its own ids repeat"
+    assert (first.id, second.id) == ("0", "1"), "items are named by their places"
     assert [part.picture for part in first.asked if part.picture] == [
         "zipped_images/report/3_0.png",
         "zipped_images/report/3_1.png",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,6 +27,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.answers: list[tuple[int, str]] = []
         self.asked: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        self.pause_s = 0.0
+        """After each byte of an answer."""
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -45,7 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Location", said)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        for byte in data if self.server.pause_s else ():
+            self.wfile.write(bytes([byte]))
+            time.sleep(self.server.pause_s)
+        if not self.server.pause_s:
+            self.wfile.write(data)
 
     do_GET = do_POST  # noqa: N815
 
@@ -101,6 +109,14 @@ def test_a_judge_that_fails_three_times_or_refuses_is_an_error(server: Server) -
     with pytest.raises(JudgeError, match="401"):
         new_judge(server).marks(["a"], ["b"])
     assert len(server.asked) == 1
+
+
+def test_a_reply_that_comes_byte_by_byte_ends_with_the_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TRIES", 1)
+    server.answers, server.pause_s = [(200, GOOD)], 0.05
+    with pytest.raises(JudgeError, match="its reply was not there after 0.3 seconds"):
+        dataclasses.replace(new_judge(server), timeout_s=0.3).marks(["a"], ["b"])
+    server.pause_s = 0.001
 
 
 def test_a_redirect_is_not_followed(server: Server) -> None:

@@ -78,7 +78,7 @@ def parse_items(data: bytes, *, name: str) -> list[Item]:
 
 def _parse(value: dict[str, Any], number: int) -> Item:
     if "conversations" in value and isinstance(value.get("image"), list):
-        form, name = "interleavedbench", number - 1  # its own ids repeat between tasks: loaders count instead
+        form, name = "interleavedbench", number - 1  # as public loaders name an item: its place
         question, *answers = [turn["value"] for turn in value["conversations"]]
         asked = list(_marked(question, iter(value["image"])))
         golden = list(_marked(answers[0], itertools.repeat("of the answer"))) if answers else []
