@@ -21,11 +21,12 @@ import ray.data
 from batch_jobs.asking import ANSWER_SCHEMA, ROWS_PER_SYSTEM, Ask
 from batch_jobs.evaluation_rows import Block, Fetch, RowReader, RowSource, blocks_of, open_rows
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.job import Output, limits, new_parser, pool_size, positive, run_command, work
+from batch_jobs.job import Output, limits, new_parser, pool_size, run_command, work
 from batch_jobs.measuring import Judging, measure, write_submission
 from batch_jobs.pipeline import Limits, Pool, RemoteMonitor, check_capacity, connect, finished_rows, map_with_pool
 from batch_jobs.report import Report
 from batch_jobs.stages import Row
+from minigpt5.commands import positive
 from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation.judge import Judge
 from minigpt5.evaluation.protocols.protocol import Protocol, Settings

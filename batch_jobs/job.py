@@ -223,13 +223,6 @@ def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> ar
     return parser
 
 
-def positive(text: str) -> int:
-    """Read a number from 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} but must be 1 or more")
-    return number
-
-
 def pool_size(text: str) -> tuple[int, int]:
     """Read N, or MIN:MAX of a pool that grows."""
     minimum, _, maximum = text.partition(":")

@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from batch_jobs.dataset_readers import DATASET_READERS, STORYBOOK, Source, read_items, storybook_item
 from batch_jobs.pipeline import connect
-from minigpt5.commands import check_kept
+from minigpt5.commands import check_kept, positive
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.objective.stored_example import REJECT_SCHEMA, ROW_SCHEMA, BadRow, Item, as_unicode, to_row
 from minigpt5.storage import open_place, read_json, write_whole
@@ -177,7 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("layout", choices=names, metavar="LAYOUT", help=", ".join(names))
     parser.add_argument("source", nargs="?", default="", help="folder, file or URI (none for storybook)")
     parser.add_argument("--output", required=True, help="folder or URI")
-    parser.add_argument("--limit", type=int, help="so many rows of the source at most")
+    parser.add_argument("--limit", type=positive, help="so many rows of the source at most")
     parser.add_argument("--seed", type=int, default=1, help="of storybook rows (default %(default)s)")
     return parser
 

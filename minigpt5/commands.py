@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import sys
@@ -60,3 +61,10 @@ def check_kept(place: str, *, option: str) -> None:
             f"{option} is {place}, but a submitted job runs in a copy of its folder that Ray deletes: give an absolute "
             "path or a URI"
         )
+
+
+def positive(text: str) -> int:
+    """Read a number from 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} but must be 1 or more")
+    return number

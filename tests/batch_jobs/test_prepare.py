@@ -619,3 +619,9 @@ def test_only_what_no_time_mends_becomes_a_reject(failure: OSError, outcome: typ
     segments = (Segment(text="a fox"), Segment(picture="fox.png", caption="a fox"))
     with pytest.raises(outcome, match=r"fox\.png"):
         to_row(Item(id="x", kind="story", segments=segments), source="s", read=read)
+
+
+def test_a_limit_is_a_number_from_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["storybook:caption", "--limit", "-2", "--output", str(tmp_path / "rows")])
+    assert "-2 but must be 1 or more" in capsys.readouterr().err and not (tmp_path / "rows").exists()
