@@ -10,7 +10,8 @@ Stories of 4 pages with 48 tokens of text each: default requests, and pictures o
   eager      our own decoder in float32 with torch's own kernels: pictures alone
   pipeline   diffusers' own pipeline: pictures alone
 
-on the same cores, in one run and in turns, each in a process of its own. The machine's own peak stands beside them.
+on the same cores, in one run and in turns, each in a process of its own. The machine's own peak stands beside them. The
+file is written after every round, so that a run that is stopped has measured something.
 """
 
 from __future__ import annotations
@@ -159,18 +160,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     load, began = LOADS[options.load], time.perf_counter()
+    given = sys.argv[1:] if arguments is None else arguments
+    about = {"machine": machine(), "command": " ".join(["python -m benchmarks.engines", *given])}
     missing: dict[str, str] = {}
+
+    def write(report: dict[str, Any]) -> None:
+        report["figures"]["seconds"] = round(time.perf_counter() - began)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({**report, **about}, indent=2) + "\n")
+
+    def keep(figures: Figures, num_rounds: int) -> None:
+        print(f"round {num_rounds} of {load.rounds} is measured", flush=True)
+        rest = f"the run ended after {num_rounds} of {load.rounds} rounds"
+        write(report_of(figures, load, {**missing, "rest": rest}))
+
     with running_programs(options, missing) as programs:
-        figures = measure(programs, load)
+        figures = measure(programs, load, keep)
     report = report_of(figures, load, missing)
     if load.long_prompt_tokens:
         report["figures"]["long_prompt"] = measure_long_prompt(options)
-    report["figures"]["seconds"] = round(time.perf_counter() - began)
+    write(report)
     show(report)
-    given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m benchmarks.engines", *given])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**report, "machine": machine(), "command": command}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ What the ratios need is measured in every round, all else once, after the last o
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,24 +62,40 @@ class Figures:
     counters: dict[str, int] = field(default_factory=dict)
 
 
-def measure(programs: Programs, load: Load) -> Figures:
-    """All rounds, and what is measured once."""
+def measure(
+    programs: Programs, load: Load, keep: Callable[[Figures, int], None] = lambda figures, num_rounds: None
+) -> Figures:
+    """All rounds, and what is measured once. `keep` gets what there is after each round, and how many those are."""
     figures = Figures(stories={pictures: {} for pictures in load.stories})
     _warm_up(programs, load)
     _measure_once_before(programs, load, figures)
-    for _ in range(load.rounds):
+    for num_rounds in range(1, load.rounds + 1):
         _measure_alone(programs, load, figures)
         for pictures, nums in load.repeated.items():
             _measure_stories(programs, load, figures, pictures, nums)
+        _measure_server(programs, figures)
+        keep(_with_middles(figures), num_rounds)
     for pictures, nums in load.stories.items():
         _measure_the_rest(programs, load, figures, pictures, nums)
-    for ways in figures.stories.values():
-        for way in ("ours", "http"):
-            ways[way] = {num: middle(rounds) for num, rounds in ways.get(way, {}).items()}
+    _measure_server(programs, figures)
+    return _with_middles(figures)
+
+
+def _measure_server(programs: Programs, figures: Figures) -> None:
     figures.counters = programs.ours.measure("counters")
     if programs.http:
         figures.server["memory_gib"] = programs.http.memory_gib()
-    return figures
+
+
+def _with_middles(figures: Figures) -> Figures:
+    """The rounds of stories as one each; pictures that no round has had yet are left out."""
+    stories = {
+        pictures: ways
+        | {way: {num: middle(rounds) for num, rounds in ways.get(way, {}).items()} for way in ("ours", "http")}
+        for pictures, ways in figures.stories.items()
+        if "published" in ways
+    }
+    return dataclasses.replace(figures, stories=stories)
 
 
 def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:

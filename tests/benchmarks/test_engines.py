@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
 import threading
@@ -76,9 +77,16 @@ def programs(engines: Engines) -> dict[str, InThisProcess]:
 
 
 @pytest.fixture(scope="module")
-def figures(engines: Engines, programs: dict[str, InThisProcess]) -> rounds.Figures:
+def kept() -> list[rounds.Figures]:
+    """What the bench had after each round."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def figures(engines: Engines, programs: dict[str, InThisProcess], kept: list[rounds.Figures]) -> rounds.Figures:
     started: Any = {name: found for name, found in programs.items() if name != "long"}
-    return rounds.measure(rounds.Programs(**started, http=OverHttp(engines, TINY)), TINY)
+    asked = rounds.Programs(**started, http=OverHttp(engines, TINY))
+    return rounds.measure(asked, TINY, lambda figures, num_rounds: kept.append(copy.deepcopy(figures)))
 
 
 def test_it_measures_every_way_and_gives_the_ratios(
@@ -106,6 +114,17 @@ def test_what_ratios_need_is_measured_in_every_round(figures: rounds.Figures) ->
     assert len(default["http"]["2"]["stories_per_s_of_rounds"]) == 1
     assert default["ours"]["2"]["story_s"]["num"] == 2
     assert all(len(values) == TINY.rounds for values in figures.peak.values())
+
+
+def test_a_run_that_is_stopped_has_the_ratios_of_its_rounds(
+    figures: rounds.Figures, kept: list[rounds.Figures]
+) -> None:
+    assert [len(one.stories[DEFAULT]["bound_s"]) for one in kept] == [1, 2] and TINY.rounds == 2
+    found = bench.report_of(kept[0], TINY, {"rest": "the run ended after 1 of 2 rounds"})
+    of_peers = {"tokens_1_vs_llamacpp", "tokens_1_vs_vllm", "tokens_16_vs_vllm"}
+    assert {name for name, value in found["ratios"].items() if value is None} == of_peers
+    assert "| default | over HTTP, 16 at once |" in engine_tables.engines_load({"engines": found["figures"]})
+    assert figures.stories[DEFAULT]["http"]["1"].keys() == kept[0].stories[DEFAULT]["http"]["1"].keys()
 
 
 def test_its_tables_show_what_was_measured(figures: rounds.Figures) -> None:
