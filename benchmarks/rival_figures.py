@@ -1,13 +1,14 @@
-"""Items of a rival's answers, from one or more seeds -> its metrics with 95 % intervals.
+"""Items of a rival's answers -> its metrics with 95 % intervals, and those of several seeds as one.
 
-The intervals are percentiles of a bootstrap that draws items, and where there are several also seeds, both with
-replacement. Every seed answers the same items, so a resample has the same items of each.
+The intervals are percentiles of a bootstrap that draws items with replacement. Several seeds have the mean of theirs,
+and reach from the lowest bound of a seed to the highest: that holds what items do and what seeds do.
 
-Shape letters: S seeds, N items, R resamples, D features.
+Shape letters: N items, R resamples, D features.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,24 +30,36 @@ METRICS = (*RATIOS, "efficientnet_distance", "bleu_1", "bleu_2", "meteor")
 Figure = dict[str, float] | None
 
 
-def figures(of_seeds: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+def figures(items: dict[str, Any]) -> dict[str, Figure]:
     """Every metric of METRICS; None where the system does not do it, or nothing was there to be counted."""
-    first = of_seeds[0]
     found: dict[str, Figure] = dict.fromkeys(METRICS)
-    for name in RATIOS:
-        if name in first:
-            found[name] = _of_ratio(np.array([_weighted(items[name]) for items in of_seeds]))
-    if "features_drawn" in first:
-        pairs = [(np.array(items["features_drawn"]), np.array(items["features_true"])) for items in of_seeds]
+    found |= {name: _of_ratio(_weighted(items[name])) for name in RATIOS if name in items}
+    if "features_drawn" in items:
+        drawn_ND, true_ND = np.array(items["features_drawn"]), np.array(items["features_true"])
         found["efficientnet_distance"] = _of_all(
-            len(pairs[0][0]), pairs, lambda pair, places: distance(pair[0][places], pair[1][places])
+            len(drawn_ND), lambda places: distance(drawn_ND[places], true_ND[places])
         )
-    if "said" in first:
-        texts = [(items["said"], items["references"]) for items in of_seeds]
-        num = len(texts[0][0])
+    if "said" in items:
+        said, true = items["said"], items["references"]
         for order in (1, 2):
-            found[f"bleu_{order}"] = _of_all(num, texts, lambda pair, places, order=order: _bleu(pair, places, order))
-        found["meteor"] = _meteor(texts)
+            found[f"bleu_{order}"] = _of_all(
+                len(said),
+                lambda places, order=order: bleu(
+                    [said[place] for place in places], [true[place] for place in places], order=order
+                ),
+            )
+        found["meteor"] = _meteor(said, true)
+    return found
+
+
+def over_seeds(of_seeds: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
+    """One row of several; a metric that only some seeds have is of those."""
+    found: dict[str, Figure] = dict.fromkeys(of_seeds[0])
+    for name in found:
+        if values := [figure for metrics in of_seeds if (figure := metrics[name])]:
+            mean = statistics.mean(value["mean"] for value in values)
+            lowest, highest = min(value["low"] for value in values), max(value["high"] for value in values)
+            found[name] = {"mean": round(mean, 4), "low": lowest, "high": highest}
     return found
 
 
@@ -65,46 +78,33 @@ def _weighted(values: list[Any]) -> np.ndarray:
     return array if array.ndim == 2 else np.stack([array, np.ones_like(array)], axis=1)
 
 
-def _of_ratio(items_SN2: np.ndarray) -> Figure:
-    sums_2 = items_SN2.sum(axis=(0, 1))
-    if not sums_2[1]:
+def _of_ratio(items_N2: np.ndarray) -> Figure:
+    value, weight = items_N2.sum(axis=0)
+    if not weight:
         return None
-    rng, (num_seeds, num_items) = np.random.default_rng(0), items_SN2.shape[:2]
-    values = []
-    for _ in range(RESAMPLES):
-        seeds, places = rng.integers(num_seeds, size=num_seeds), rng.integers(num_items, size=num_items)
-        value, weight = items_SN2[seeds][:, places].sum(axis=(0, 1))
-        values += [value / weight] if weight else []
-    return _figure(float(sums_2[0] / sums_2[1]), values)
+    rng, num_items = np.random.default_rng(0), len(items_N2)
+    sums_R2 = np.stack([items_N2[rng.integers(num_items, size=num_items)].sum(axis=0) for _ in range(RESAMPLES)])
+    sums_R2 = sums_R2[sums_R2[:, 1] > 0]
+    return _figure(float(value / weight), sums_R2[:, 0] / sums_R2[:, 1])
 
 
-def _of_all(num: int, of_seeds: Sequence[Any], statistic: Callable[[Any, np.ndarray], float]) -> Figure:
-    """The mean over seeds of a statistic of all items. Doubles bias it, so the interval is the spread of the resamples,
-    laid about the value (minigpt5/evaluation/bootstrap.py)."""
-    rng = np.random.default_rng(0)
-    values = []
-    for _ in range(SLOW_RESAMPLES):
-        seeds, places = rng.integers(len(of_seeds), size=len(of_seeds)), rng.integers(num, size=num)
-        values.append(float(np.mean([statistic(of_seeds[seed], places) for seed in seeds])))
-    value = float(np.mean([statistic(one, np.arange(num)) for one in of_seeds]))
-    return _figure(value, [one - float(np.mean(values)) + value for one in values])
+def _of_all(num: int, statistic: Callable[[np.ndarray], float]) -> Figure:
+    """A statistic of all items. Doubles bias it, so the interval is the spread of the resamples, laid about the value
+    (minigpt5/evaluation/bootstrap.py)."""
+    rng, value = np.random.default_rng(0), statistic(np.arange(num))
+    values_R = np.array([statistic(rng.integers(num, size=num)) for _ in range(SLOW_RESAMPLES)])
+    return _figure(value, values_R - values_R.mean() + value)
 
 
-def _bleu(texts: tuple[list[str], list[str]], places: np.ndarray, order: int) -> float:
-    said, true = texts
-    return bleu([said[place] for place in places], [true[place] for place in places], order=order)
-
-
-def _meteor(texts: Sequence[tuple[list[str], list[str]]]) -> Figure:
+def _meteor(said: Sequence[str], true: Sequence[str]) -> Figure:
     """None where there is no WordNet."""
     try:
         wordnet = load_wordnet()
     except BaseModelNotFound:
         return None
-    scores = [[meteor([one], [other], wordnet) for one, other in zip(said, true, strict=True)] for said, true in texts]
-    return _of_ratio(np.stack([_weighted(one) for one in scores]))
+    return _of_ratio(_weighted([meteor([one], [other], wordnet) for one, other in zip(said, true, strict=True)]))
 
 
-def _figure(mean: float, values: Sequence[float]) -> dict[str, float]:
+def _figure(mean: float, values: np.ndarray) -> dict[str, float]:
     low, high = np.quantile(values, (0.025, 0.975))
     return {"mean": round(mean, 4), "low": round(float(low), 4), "high": round(float(high), 4)}

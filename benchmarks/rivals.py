@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import machine
-from benchmarks.rival_figures import figures
+from benchmarks.rival_figures import figures, over_seeds
 from benchmarks.rival_questions import Nums, measure
 from benchmarks.rival_tables import ORDER
 from minigpt5.codec import to_json
@@ -42,6 +44,8 @@ SHIPPED = "shipped"
 SEEDS = {"minigpt5": 3, "gill": 3, "divter": 3}
 """Rows of more than one seed: ours and its two closest rivals. Their further seeds come after all rows."""
 RESULTS = Path("benchmarks") / "results" / "rivals.json"
+UNIT = ("minutes", "peak_mib", "metrics")
+"""What is kept of one seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +58,6 @@ class Plan:
     nums: Nums = Nums()
     settings: tuple[str, ...] = ()
     """key=value for every stage: a shorter run."""
-
-    def items(self, name: str, seed: int) -> Path:
-        return self.runs / "items" / f"{name}-{seed}.json"
 
 
 Train = Callable[[list[str]], int]
@@ -88,7 +89,12 @@ def train(plan: Plan, name: str, seed: int, run: Train = train_apart) -> tuple[P
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         make_start(name, partial, base=plan.base, seed=seed)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            shutil.rmtree(partial)  # a bench of other rows made it meanwhile
     key, minutes, peak_mib = shape, 0.0, 0
     for stage, preset in rival.stages.items():
         key = _key([key, _settings(preset), plan.settings], seed)
@@ -143,39 +149,43 @@ def unit(plan: Plan, name: str, seed: int, run: Train = train_apart) -> None:
     sheet = plan.runs / "sheets" / f"{name}-{seed}.png"
     items = measure(load_system(str(folder), num_threads=1), load_scorer(), plan.nums, sheet=sheet)
     minutes += (time.monotonic() - began) / 60
-    path = plan.items(name, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, {"minutes": minutes, "peak_mib": peak_mib, "items": items})
-    write_row(plan, name)
+    measured = {"seed": seed, "minutes": round(minutes, 1), "peak_mib": peak_mib, "metrics": figures(items)}
+    write_row(plan, name, measured)
 
 
-def write_row(plan: Plan, name: str) -> None:
-    """Write a row's figures over all of its seeds that there are, in the order of the bench."""
-    found = {seed: path for seed in range(1, _num_seeds(name) + 1) if (path := plan.items(name, seed)).is_file()}
-    content = [json.loads(path.read_text()) for path in found.values()]
-    row = {
+def write_row(plan: Plan, name: str, measured: dict[str, Any]) -> None:
+    """Write a row with a seed more, in the order of the bench. A row of several seeds keeps the figures of each, so
+    that the next one can be measured anywhere."""
+    rows = {one["name"]: one for one in read_rows(plan.out)}
+    units = [one for one in _units(rows.get(name)) if one["seed"] != measured["seed"]] + [measured]
+    units.sort(key=lambda one: one["seed"])
+    rows[name] = {
         "name": name,
-        "seeds": list(found),
-        "minutes": round(sum(one["minutes"] for one in content) / len(content), 1),
-        "peak_mib": max(one["peak_mib"] for one in content),
-        "metrics": figures([one["items"] for one in content]),
+        "seeds": [one["seed"] for one in units],
+        "minutes": round(statistics.mean(one["minutes"] for one in units), 1),
+        "peak_mib": max(one["peak_mib"] for one in units),
+        "metrics": over_seeds([one["metrics"] for one in units]),
+        **({"of_seeds": units} if len(units) > 1 else {}),
     }
-    rows = [one for one in read_rows(plan.out) if one["name"] != name] + [row]
-    rows.sort(key=lambda one: ORDER.index(one["name"]))
+    ordered = sorted(rows.values(), key=lambda one: ORDER.index(one["name"]))
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     budget = {"captions": plan.nums.captions, "stories": plan.nums.stories, "dialogues": plan.nums.dialogues}
     command = shlex.join(["python", "-m", "benchmarks.rivals"])
-    _write(plan.out, {"rows": rows, "items": budget, "machine": machine(), "command": command})
+    content = {"rows": ordered, "items": budget, "machine": machine(), "command": command}
+    partial = plan.out.with_name(f".{plan.out.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(plan.out)
+
+
+def _units(row: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The figures of each seed of a row: a row of one seed is those itself."""
+    if row is None:
+        return []
+    return row.get("of_seeds") or [{"seed": row["seeds"][0], **{name: row[name] for name in UNIT}}]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(path)
 
 
 def _num_seeds(name: str) -> int:

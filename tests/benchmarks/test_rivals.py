@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,14 +86,33 @@ def test_the_shipped_model_is_measured_as_it_is(tmp_path: Path) -> None:
     assert rivals.make_system(plan, SHIPPED, 1, folder) == plan.base and not minutes and not runs.stages
 
 
+def unit(seed: int, value: float) -> dict[str, Any]:
+    metrics = {"lpips": {"mean": value, "low": value - 0.1, "high": value + 0.1}, "bleu_1": None}
+    return {"seed": seed, "minutes": 10.0 * seed, "peak_mib": 5, "metrics": metrics}
+
+
 def test_a_row_is_of_all_its_seeds(tmp_path: Path) -> None:
     plan = Plan(runs=tmp_path, out=tmp_path / "rivals.json")
-    for seed, value in ((1, 1.0), (2, 0.0)):
-        path = plan.items("gill", seed)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"minutes": 10.0 * seed, "peak_mib": 5, "items": {"caption_who": [value] * 3}}))
-        rivals.write_row(plan, "gill")
+    rivals.write_row(plan, "gill", unit(1, 0.5))
     (row,) = rivals.read_rows(plan.out)
-    assert (row["name"], row["seeds"], row["minutes"]) == ("gill", [1, 2], 15.0)
-    assert row["metrics"]["caption_who"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    assert row == {"name": "gill", "seeds": [1], **{name: unit(1, 0.5)[name] for name in rivals.UNIT}}
+    for seed, value in ((3, 0.8), (2, 0.9), (2, 0.2)):  # the second one again
+        rivals.write_row(plan, "gill", unit(seed, value))
+    (row,) = rivals.read_rows(plan.out)
+    assert (row["seeds"], row["minutes"]) == ([1, 2, 3], 20.0)
+    assert row["metrics"]["lpips"] == {"mean": 0.5, "low": pytest.approx(0.1), "high": pytest.approx(0.9)}
     assert row["metrics"]["bleu_1"] is None
+    assert row["of_seeds"] == [unit(1, 0.5), unit(2, 0.2), unit(3, 0.8)]
+
+
+def test_a_start_that_another_bench_made_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_start(name: str, out: Path, *, base: Path, seed: int) -> None:
+        out.mkdir(parents=True)
+        other = out.with_name(out.name.split(".")[0])
+        other.mkdir()
+        (other / "config.json").write_text("{}")
+
+    monkeypatch.setattr(rivals, "make_start", make_start)
+    plan, runs = Plan(runs=tmp_path, base=tmp_path), Runs()
+    rivals.train(plan, "minigpt5", 1, runs)
+    assert runs.stages == ["align", "learn"] and not list(tmp_path.glob("*.partial-*"))
