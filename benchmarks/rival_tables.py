@@ -10,7 +10,7 @@ ORDER = (
     *("minigpt5", "gill", "divter", "two-stage"),
     *("no-caption-loss", "no-diffusion-loss", "no-guidance-dropout", "no-stage-1"),
     *("stable-diffusion", "text-only", "minigpt4", "no-transformer", "vokens-1", "vokens-4", "vokens-16"),
-    *("frozen", "full", "data-10", "data-30", "shipped"),
+    *("frozen", "prefix", "full", "data-10", "data-30", "shipped"),
 )
 """Rows, in the order in which the bench makes them."""
 CAPTIONS = {

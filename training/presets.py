@@ -172,9 +172,11 @@ class VokenPreset(Preset):
     num_examples: int = 0
     """If not 0: the picture world has so many examples, which come again and again."""
     draws_by: DrawsBy = "vokens"
-    tunes: Literal["adapter", "body"] = "adapter"
-    """What the optimizer's rate trains of the language model in "learn": an adapter; or all of it, which the model
-    folder then holds as a base model of its own."""
+    tunes: Literal["adapter", "prefix", "body"] = "adapter"
+    """What the optimizer's rate trains of the language model in "learn": an adapter; keys and values before every
+    sequence; or all of it, which the model folder then holds as a base model of its own."""
+    prefix_tokens: int = 5
+    """Tokens of the prefix, as the published code has them."""
     keeps_states: bool = False
     """Keep the frozen language model's voken states of captions under the runs, for others that begin alike."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -196,7 +198,7 @@ class DistillPreset(Preset):
 RIVALS = (
     *("minigpt5", "gill", "divter", "two-stage", "stable-diffusion", "text-only", "minigpt4"),
     *("no-caption-loss", "no-diffusion-loss", "no-guidance-dropout", "no-stage-1", "no-transformer"),
-    *("vokens-1", "vokens-4", "vokens-16", "frozen", "full", "data-10", "data-30"),
+    *("vokens-1", "vokens-4", "vokens-16", "frozen", "prefix", "full", "data-10", "data-30"),
 )
 """Presets of one reduced budget: our model, others' ways and ablations. See training/storybook/rivals.py."""
 PRESETS = {

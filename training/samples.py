@@ -65,7 +65,7 @@ def answer_steps(steps: Asked, model: Objective) -> None:
         except StopIteration:
             return
         if isinstance(asked, Read):
-            if surplus := cache.get_seq_length() - asked.start:  # a stop string reaches back over some tokens
+            if surplus := language.num_read(cache) - asked.start:  # a stop string reaches back over some tokens
                 cache.crop(-surplus)
             embeds_1SH = language.embed(torch.tensor([asked.ids], device=model.device))
             answer = language.states(embeds_1SH, cache=cache)[0, -asked.num_states :]

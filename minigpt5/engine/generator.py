@@ -359,22 +359,24 @@ def new_cache(language: LanguageModel, limits: Limits, *, num_positions: int) ->
 
     Raises SettingsError where blocks have no room for one sequence of `num_positions`.
     """
-    device = language.embedding.device
+    device, prefix = language.embedding.device, language.prefix
+    make = partial(
+        SlotCache.for_model,
+        language.body,
+        num_slots=limits.num_slots,
+        num_positions=num_positions,
+        prefix_L2GFD=prefix().detach() if prefix else None,
+    )
     if device.type == "cpu" and limits.kv_cache_gib is None:
-        return SlotCache.for_model(language.body, num_slots=limits.num_slots, num_positions=num_positions)
+        return make()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     used_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     size = kv_cache_bytes(limits, free_bytes=free_bytes, total_bytes=total_bytes, used_bytes=used_bytes)
     block_bytes = BLOCK * bytes_per_token(language.body)
-    needed = num_blocks(num_positions)
+    needed = num_blocks(num_positions + (prefix.num_tokens if prefix else 0))
     if size < needed * block_bytes:
         raise SettingsError(
             f"the KV store has {size / 2**30:.2f} GiB, but one request of {num_positions} tokens takes "
             f"{needed * block_bytes / 2**30:.2f}: set kv_cache_gib to at least that, or use a GPU with more memory"
         )
-    return SlotCache.for_model(
-        language.body,
-        num_slots=limits.num_slots,
-        num_positions=num_positions,
-        num_shared_blocks=min(size // block_bytes, limits.num_slots * needed),
-    )
+    return make(num_shared_blocks=min(size // block_bytes, limits.num_slots * needed))

@@ -16,8 +16,10 @@ cut short, continue from any position.
 Memory comes in one of two ways. On a CPU each slot has room for all its positions, which the system maps as they are
 filled. Elsewhere slots share blocks of positions (`kv_blocks.py`), and attention gathers those of a slot.
 
+Every slot begins with the language model's prefix, where it has one. Lengths and numbers of positions are without it.
+
 Shape letters: R slots, G key heads, A query heads, S positions of a slot, T tokens of a pass, D head width, P places of
-a store in blocks, N slots of a pass, B blocks of a slot.
+a store in blocks, N slots of a pass, B blocks of a slot, L layers, F tokens of the prefix.
 """
 
 from __future__ import annotations
@@ -48,10 +50,14 @@ class SlotCache(Cache):
     Memory is bounded from the start. Whole slots take it from the system only as positions are filled.
     """
 
-    def __init__(self, *, num_slots: int, num_positions: int, blocks: Blocks | None = None) -> None:
+    def __init__(
+        self, *, num_slots: int, num_positions: int, blocks: Blocks | None = None, prefix_L2GFD: Tensor | None = None
+    ) -> None:
         """`blocks`: which slots share; None: each slot has room for all its positions."""
         super().__init__(layers=[])
         self.num_slots, self.num_positions, self.blocks = num_slots, num_positions, blocks
+        self._prefix_L2GFD = prefix_L2GFD
+        self._num_before = 0 if prefix_L2GFD is None else prefix_L2GFD.shape[3]
         self.stored_keys: list[Tensor] = []
         """Layer by layer, in the type of the first key that a layer gives: (R, G, S, D), or (1, G, P, D) in blocks."""
         self.stored_values: list[Tensor] = []
@@ -60,7 +66,13 @@ class SlotCache(Cache):
     @classmethod
     @torch.no_grad()
     def for_model(
-        cls, body: Any, *, num_slots: int, num_positions: int, num_shared_blocks: int | None = None
+        cls,
+        body: Any,
+        *,
+        num_slots: int,
+        num_positions: int,
+        num_shared_blocks: int | None = None,
+        prefix_L2GFD: Tensor | None = None,
     ) -> SlotCache:
         """A cache for a transformer, with or without an adapter, whose attention is set to read it.
 
@@ -72,7 +84,7 @@ class SlotCache(Cache):
         if model.config._attn_implementation != ATTENTION:
             raise ValueError(f"a {model.config.model_type} does not attend through transformers' attention interface")
         blocks = Blocks(num_slots=num_slots, num_blocks=num_shared_blocks) if num_shared_blocks else None
-        cache = cls(num_slots=num_slots, num_positions=num_positions, blocks=blocks)
+        cache = cls(num_slots=num_slots, num_positions=num_positions, blocks=blocks, prefix_L2GFD=prefix_L2GFD)
         cache.take(0, 1, idle=[])
         cache.forward(body, _first_embedding(body)[0], [(0, 1)])
         cache.lengths[0] = 0
@@ -87,25 +99,33 @@ class SlotCache(Cache):
         if self.blocks is None:
             return True
         kept = int(self.blocks.num_blocks * (1 - share))
-        return num_blocks(num_positions) + kept <= self.blocks.num_available(idle)
+        return num_blocks(self._num_before + num_positions) + kept <= self.blocks.num_available(idle)
 
     def take(self, slot: int, num_positions: int, *, idle: Iterable[int]) -> None:
         """Reserve positions for an idle slot, which keeps what it has read of so many; other idle slots forget theirs,
         one after another, as far as their blocks are needed."""
         self.lengths[slot] = min(self.lengths[slot], num_positions)
-        if self.blocks is None:
-            return
-        for other in idle:
-            if self.blocks.num_available([slot]) >= num_blocks(num_positions):
-                break
-            self.lengths[other] = 0
-            self.trim(other)
-        self.blocks.resize(slot, num_positions)
+        if self.blocks:
+            num_positions += self._num_before
+            for other in idle:
+                if self.blocks.num_available([slot]) >= num_blocks(num_positions):
+                    break
+                self.lengths[other] = 0
+                self.trim(other)
+            self.blocks.resize(slot, num_positions)
+        if self._prefix_L2GFD is not None:
+            where = self._places(slot, 0)
+            for stored, of_layers in zip(
+                (self.stored_keys, self.stored_values), self._prefix_L2GFD.unbind(1), strict=True
+            ):
+                for store, states_GFD in zip(stored, of_layers, strict=False):  # no stores yet: `for_model` reads first
+                    store[where] = states_GFD.to(store)
 
     def trim(self, slot: int) -> None:
         """Give back what a slot has reserved beyond its length."""
         if self.blocks:
-            self.blocks.resize(slot, self.lengths[slot])
+            length = self.lengths[slot]
+            self.blocks.resize(slot, self._num_before + length if length else 0)
 
     def forward(
         self,
@@ -122,8 +142,10 @@ class SlotCache(Cache):
         their positions, where that is not their place in the slot. `last_seen_T`: the last place in its slot that each
         token sees, where that is not its own; it is among the tokens of this pass.
         """
+        if last_seen_T is not None:
+            last_seen_T = last_seen_T + self._num_before
         planned = self._plan(counts, last_seen_T, embeds_TH.device)
-        positions = planned.positions_1T if positions_3T is None else positions_3T[:, None]
+        positions = planned.positions_1T if positions_3T is None else positions_3T[:, None] + self._num_before
         token = PASS.set(planned)
         try:
             states_1TH = body(
@@ -141,14 +163,18 @@ class SlotCache(Cache):
     def copy(self, source: int, target: int, length: int) -> None:
         """Make `target` begin as `source` does; it then has `length` positions, and none where this fails."""
         self.lengths[target] = 0
-        stores = [*self.stored_keys, *self.stored_values]
-        begins: list[tuple[Any, ...]] = [(slot, slice(None), slice(length)) for slot in (source, target)]
-        if self.blocks:
-            places_NS = upload(self.blocks.places([source, target])[:, :length], stores[0].device)
-            begins = [(0, slice(None), places_S) for places_S in places_NS]
-        for store in stores:
+        begins = [self._places(slot, length) for slot in (source, target)]
+        for store in (*self.stored_keys, *self.stored_values):
             store[begins[1]] = store[begins[0]]
         self.lengths[target] = length
+
+    def _places(self, slot: int, length: int) -> tuple[Any, ...]:
+        """Index of a slot's prefix and of so many positions after it."""
+        num_places = self._num_before + length
+        if self.blocks is None:
+            return slot, slice(None), slice(num_places)
+        device = self.stored_keys[0].device if self.stored_keys else torch.device("cpu")
+        return 0, slice(None), upload(self.blocks.places([slot])[0, :num_places], device)
 
     def _plan(self, counts: Sequence[tuple[int, int]], last_seen_T: Tensor | None, device: torch.device) -> Pass:
         slots: list[int] = []
@@ -156,7 +182,7 @@ class SlotCache(Cache):
         positions: list[int] = []
         spans: list[Span] = []
         for number, (slot, num_tokens) in enumerate(counts):
-            start, past = len(slots), self.lengths[slot]
+            start, past = len(slots), self._num_before + self.lengths[slot]
             slots += [slot] * num_tokens
             numbers += [number] * num_tokens
             positions += range(past, past + num_tokens)
@@ -184,7 +210,7 @@ class SlotCache(Cache):
             spans=[span for span in spans if span not in joined],
             together=together,
             num_positions=max(span.length for span in spans),
-            slot_positions=self.num_positions,
+            slot_positions=self._num_before + self.num_positions,
             last_seen_T=last_seen_T,
         )
 
@@ -210,7 +236,7 @@ class SlotCache(Cache):
         """A layer's store of keys or of values."""
         _, num_heads, _, width = like_1GTD.shape
         if self.blocks is None:
-            shape = self.num_slots, num_heads, self.num_positions, width
+            shape = self.num_slots, num_heads, self._num_before + self.num_positions, width
             return reserve(shape, like_1GTD.dtype, like_1GTD.device)
         # What is gathered of a place lies together.
         shape_PGD = (self.blocks.num_blocks + 1) * BLOCK, num_heads, width

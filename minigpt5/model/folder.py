@@ -5,6 +5,7 @@ vokens.safetensors    rows of the embedding and the head
 vocabulary.safetensors  the base model's own rows, where an imported checkpoint has others
 mapper.safetensors    fc, queries, transformer
 adapter/              LoRA in PEFT's format, after stage 2
+prefix.safetensors    keys and values before every sequence, where stage 2 trained a prefix in place of LoRA
 language/             the whole language model, where all of it was trained, in transformers' layout
 vision/               Q-Former and projection; the frozen encoder, where it is no base model
 decoder/              VAE, denoiser, scheduler/ in diffusers' layout, where they are no base model; in both cases
@@ -30,7 +31,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
 from minigpt5.model.folder_config import DECODER, IP_ADAPTER, PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
-from minigpt5.model.weights import load_module, save_module, save_tensors
+from minigpt5.model.weights import load_module, load_tensors, save_module, save_tensors
 from minigpt5.types import (
     DISTILLED,
     DISTILLED_FOLDER,
@@ -48,12 +49,14 @@ if TYPE_CHECKING:
     from minigpt5.model.decoders.diffusion import Diffusion
     from minigpt5.model.language import LanguageModel
     from minigpt5.model.mapper import Mapper
+    from minigpt5.model.prefix import Prefix
     from minigpt5.model.prompt import Template
     from minigpt5.model.vision import Vision
 
 DISTILLED_DRAW = DrawSettings(steps=4, guidance_scale=1.0, scheduler=DISTILLED)
 LANGUAGE = "language"
 VOKENS = "vokens.safetensors"
+PREFIX = "prefix.safetensors"
 MAPPER = "mapper.safetensors"
 QFORMER = "vision/qformer.safetensors"
 VOCABULARY = "vocabulary.safetensors"
@@ -241,11 +244,24 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
         rows = load_file(vocabulary)
         language.replace_vocabulary(rows["embedding"], rows["head"])
     load_module(language.voken_embeddings, folder / VOKENS)
+    if (folder / PREFIX).is_file():
+        language.prefix = _load_prefix(folder / PREFIX, language).requires_grad_(False)
     if (folder / "adapter").is_dir():
         language.load_adapter(folder / "adapter", is_trained=adapter == "trained")
         if adapter == "merged":
             language.merge_adapter()
     return language
+
+
+def _load_prefix(path: Path, language: LanguageModel) -> Prefix:
+    """Raises ModelFolderError where it is not one of this language model."""
+    from minigpt5.model.prefix import Prefix, prefix_shape
+
+    states = load_tensors(path).get("states")
+    num_tokens = states.shape[3] if states is not None and states.dim() == 5 else 0
+    prefix = Prefix(prefix_shape(language.body, num_tokens))
+    load_module(prefix, path)
+    return prefix
 
 
 def load_template(folder: str | Path) -> Template:
@@ -310,6 +326,8 @@ def save(
     save_module(mapper, folder / MAPPER)
     if config.vision.has_qformer:
         save_module(vision.qformer, folder / QFORMER)
+    if language.prefix:
+        save_module(language.prefix.settle(), folder / PREFIX)
     if hasattr(language.body, "peft_config"):
         language.body.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
@@ -344,7 +362,7 @@ def save_distilled(
     """Write the model folder `start` with another distilled denoiser, as float16, and return the config. No other
     weights are read. `decoder`: as `save` takes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (VOKENS, MAPPER, VOCABULARY):
+    for name in (VOKENS, MAPPER, VOCABULARY, PREFIX):
         if (start / name).is_file():
             shutil.copyfile(start / name, folder / name)
     _copy_folders(start, folder, "adapter", "vision", "examples", base=config.vision.encoder)

@@ -37,6 +37,7 @@ from minigpt5.model.chat_template import protect_control_tokens
 from minigpt5.model.packed_linear import can_pack
 from minigpt5.model.packing import CodesByLayer, pack_body, pack_head
 from minigpt5.model.positions import grid_positions, last_seen
+from minigpt5.model.prefix import AnyPrefix, ProjectedPrefix, begin, prefix_shape
 from minigpt5.model.vision_language import is_vision_language
 from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 from minigpt5.model.weights import load_quietly, stored_dtype
@@ -107,6 +108,8 @@ class LanguageModel(nn.Module):
         self.head: Any = head
         """The base model's output layer, from states to logits."""
         self.voken_embeddings = voken_embeddings
+        self.prefix: AnyPrefix | None = None
+        """What stands before every sequence, where prefix tuning trained it."""
         self._packed_head: nn.Module | None = None
 
     @classmethod
@@ -166,6 +169,35 @@ class LanguageModel(nn.Module):
         with _peft_is_quiet():
             self.body = get_peft_model(self.body, peft_config)
 
+    def add_prefix(self, num_tokens: int, *, context_tokens: int) -> None:
+        """Put a fresh trainable prefix before the frozen body. Raises ModelFolderError where its layers take none."""
+        if self.sees_whole_pictures:
+            raise ModelFolderError(
+                "in this language model pictures see all of themselves, and no prefix: train an adapter"
+            )
+        known = getattr(self.body.config, "max_position_embeddings", 0)
+        is_turned = any("rotary" in name for name, _ in self.body.named_modules())  # by any position
+        if not is_turned and known and context_tokens + num_tokens > known:
+            raise ModelFolderError(
+                f"a prefix of {num_tokens} tokens and a context of {context_tokens} are more than the {known} places "
+                "that the language model knows: set a smaller context_tokens in config.json, or train an adapter"
+            )
+        try:
+            shape = prefix_shape(self.body, num_tokens)
+        except ValueError as error:
+            raise ModelFolderError(f"this language model takes no prefix: {error}; train an adapter") from error
+        self.prefix = ProjectedPrefix(shape).to(self.embedding.device)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing that texts are read with is trained; rows of vokens may be."""
+        parts = [part for part in (self.body, self.prefix) if part is not None]
+        return not any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def num_read(self, cache: Cache) -> int:
+        """Tokens that a cache has read, without the prefix."""
+        return max(0, cache.get_seq_length() - (self.prefix.num_tokens if self.prefix else 0))
+
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them (arXiv 1604.06174)."""
         self.body.gradient_checkpointing_enable({"use_reentrant": False})
@@ -224,10 +256,15 @@ class LanguageModel(nn.Module):
 
         `is_picture_BS`: where embeddings of pictures are, in sequences that are read whole.
         """
+        if self.prefix:
+            cache = DynamicCache() if cache is None else cache
+            mask_BS, positions_BS = self._begin(embeds_BSH, mask_BS, cache, positions_BS)
         mask: Any = mask_BS
         positions = positions_BS
         if is_picture_BS is not None:
-            positions = self.positions(is_picture_BS)
+            positions = positions_BS
+            if (on_grid := self.positions(is_picture_BS)) is not None:
+                positions = on_grid + (self.prefix.num_tokens if self.prefix else 0)
             mask = self._mask(embeds_BSH, mask_BS, is_picture_BS) if self.sees_whole_pictures else mask_BS
         return self.body(
             **body_inputs(self.body, embeds_BSH),
@@ -236,6 +273,24 @@ class LanguageModel(nn.Module):
             position_ids=positions,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    def _begin(
+        self, embeds_BSH: Tensor, mask_BS: Tensor | None, cache: Any, positions_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Put the prefix into an empty cache. Returns the mask with it, and positions after it."""
+        assert self.prefix
+        (num_sequences, num_positions, _), device = embeds_BSH.shape, embeds_BSH.device
+        if not cache.get_seq_length():
+            is_autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.embedding.dtype
+            begin(cache, self.prefix(), num_sequences=num_sequences, dtype=dtype)
+        num_read = self.num_read(cache)
+        if mask_BS is None:
+            mask_BS = torch.ones(num_sequences, num_read + num_positions, dtype=torch.long, device=device)
+        if positions_BS is None:
+            positions_BS = torch.arange(num_read, num_read + num_positions, device=device).expand(num_sequences, -1)
+        num_before = self.prefix.num_tokens
+        return F.pad(mask_BS, (num_before, 0), value=1), positions_BS + num_before
 
     def _mask(self, embeds_BSH: Tensor, mask_BS: Tensor | None, is_picture_BS: Tensor) -> dict[str, Tensor]:
         """The masks of each kind of layer, by transformers' own function: a picture's embeddings see all of it."""

@@ -112,7 +112,7 @@ class Objective(nn.Module):
         has_pictures = any(example.drawn for example in examples)
         if self.dummies:
             examples = self.dummies.complete(examples)
-        takes_short_cut = self.body_is_frozen and not self.dummies
+        takes_short_cut = self.language.is_frozen and not self.dummies
         bare = [example for example in examples if takes_short_cut and example.is_caption]
         whole = [example for example in examples if not (takes_short_cut and example.is_caption)]
         read = [self._read_captions(bare)] if bare else []
@@ -144,10 +144,6 @@ class Objective(nn.Module):
         if self.whitening:
             self.whitening.fold_into(mapper.first_layer)
         return mapper
-
-    @property
-    def body_is_frozen(self) -> bool:
-        return not any(parameter.requires_grad for parameter in self.language.body.parameters())
 
     def encode(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
         tokens = prompt.encode(

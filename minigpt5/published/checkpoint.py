@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from minigpt5.config import LoraConfig, ModelConfig, VisionConfig, minigpt5_7b
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
+from minigpt5.model.folder import PREFIX
 from minigpt5.model.folder_config import check_folder, write_config
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
@@ -124,6 +125,8 @@ def export_checkpoint(folder: Path) -> tuple[Tensors, Tensors | None, Tensors]:
     config = check_folder(folder)
     if config.vision.family != "eva-clip":
         raise ModelFolderError(f"{folder} is no published model: its vision family is {config.vision.family!r}")
+    if (folder / PREFIX).is_file():
+        raise ModelFolderError(f"{folder} has a prefix, for which the published layout has no place: train an adapter")
     mapper, rows = load_file(folder / "mapper.safetensors"), load_file(folder / "vokens.safetensors")
     old = load_file(folder / "vocabulary.safetensors")
     whole = {part: torch.cat([old[part].to(rows[part]), rows[part]]) for part in rows}

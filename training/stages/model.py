@@ -62,12 +62,14 @@ class ModelStage(ABC):
         data: StageData,
         *,
         trains_adapter: bool = False,
+        prefix_tokens: int = 0,
         first_timestep: int = 0,
         samples_latents: bool = False,
         keeps_replay: bool = False,
         guidance_dropout: float = 0.1,
     ) -> None:
-        """Load the model folder that the stage starts from. Raises TrainingError where there is none."""
+        """Load the model folder that the stage starts from. `prefix_tokens`: of a prefix that is trained, where the
+        folder has none. Raises TrainingError where there is none."""
         torch.manual_seed(preset.seed)
         self.bf16, self.data = preset.bf16, data
         self.start = start = sources.need_model(preset.stage)
@@ -81,6 +83,10 @@ class ModelStage(ABC):
         )
         if trains_adapter and not (start / "adapter").is_dir():
             self.language.add_adapter(self.config.lora)
+        if prefix_tokens and self.language.prefix:
+            self.language.prefix.requires_grad_(True)
+        elif prefix_tokens:
+            self.language.add_prefix(prefix_tokens, context_tokens=self.config.context_tokens)
         self.mapper = model_folder.load_mapper(start, self.config)
         self._decoder = find_decoder(start, self.config, sources)
         self.diffusion = self._decoder.load(keeps_dtype=preset.halves_frozen)
@@ -159,7 +165,8 @@ class ModelStage(ABC):
 
     def saved_parameters(self) -> list[nn.Parameter]:
         adapter = [one for name, one in self.language.body.named_parameters() if "lora_" in name]
-        parts = (self.language.voken_embeddings, self.mapper, self.vision.qformer)
+        parts = [self.language.voken_embeddings, self.mapper, self.vision.qformer]
+        parts += [self.language.prefix] if self.language.prefix else []
         return [*adapter, *(one for part in parts for one in part.parameters())]
 
     def sample_examples(self) -> list[Example]:

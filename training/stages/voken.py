@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minigpt5.errors import TrainingError
 from minigpt5.model import folder as model_folder
 from minigpt5.model.cache import hash_file
+from minigpt5.model.folder import PREFIX, VOKENS
 from minigpt5.model.language import pad, padding_id
 from minigpt5.model.locate import find_part
 from minigpt5.model.prompt import text_segment
@@ -74,11 +75,18 @@ class VokenStage(ModelStage):
         self.preset = preset
         trains_language = preset.stage == "learn" and preset.optimizer.learning_rate > 0
         self.trains_body = trains_language and preset.tunes == "body"
+        trains_prefix = trains_language and preset.tunes == "prefix"
+        if trains_prefix and preset.checkpoint_activations:
+            raise TrainingError(
+                "transformers keeps no prefix while activations are recomputed: set checkpoint_activations=false, or "
+                "tunes=adapter"
+            )
         super().__init__(
             preset,
             sources,
             data,
-            trains_adapter=trains_language and not self.trains_body,
+            trains_adapter=trains_language and preset.tunes == "adapter",
+            prefix_tokens=preset.prefix_tokens if trains_prefix else 0,
             first_timestep=preset.first_timestep,
             samples_latents=preset.samples_latents,
             keeps_replay=preset.replay.steps > 0,
@@ -159,7 +167,7 @@ class VokenStage(ModelStage):
         """Of all that voken states depend on."""
         config = self.config
         parts = [config.language_model, config.text_encoder, *(text for both in captions for text in both)]
-        parts += [hash_file(path) for path in sorted(self.start.glob("vokens.safetensors"))]
+        parts += [hash_file(self.start / name) for name in (VOKENS, PREFIX) if (self.start / name).is_file()]
         parts += [hash_file(path) for path in sorted(self.start.glob("adapter/*.safetensors"))]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -200,6 +208,11 @@ class VokenStage(ModelStage):
         groups: list[dict[str, Any]] = [
             {"params": trained(self.language.voken_embeddings), "lr": preset.voken_learning_rate, "weight_decay": 0.0},
             {"params": trained(self.mapper), "lr": preset.mapper_learning_rate},
-            {"params": trained(self.language.body), "lr": preset.optimizer.learning_rate},
+            {"params": self._tuned(), "lr": preset.optimizer.learning_rate},
         ]
         return [group for group in groups if group["params"]]
+
+    def _tuned(self) -> list[nn.Parameter]:
+        """What is trained of the language model."""
+        prefix = self.language.prefix
+        return [*trained(self.language.body), *(trained(prefix) if prefix else [])]

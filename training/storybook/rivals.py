@@ -162,6 +162,8 @@ RIVALS: dict[str, Rival] = {
     "vokens-4": Rival(stages={"align": ALIGN, "learn": LEARN}, config={"num_vokens": 4}),
     "vokens-16": Rival(stages={"align": ALIGN, "learn": LEARN}, config={"num_vokens": 16}),
     "frozen": Rival(stages={"align": ALIGN, "learn": _FROZEN}),
+    # Keys and values before every sequence (arXiv 2101.00190), as many as the published code has.
+    "prefix": Rival(stages={"align": ALIGN, "learn": dataclasses.replace(LEARN, tunes="prefix")}),
     # All weights of the language model, at a tenth of the adapter's rate.
     "full": Rival(
         stages={

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minigpt5.engine.vllm.exported import Export, Exported, FinalNorm, NormKind
 from minigpt5.engine.vllm.settings import Dtype
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
-from minigpt5.model.folder import load_language
+from minigpt5.model.folder import PREFIX, load_language
 from minigpt5.model.folder_config import check_folder
 from minigpt5.model.language import LanguageModel, load_base, load_tokenizer
 from minigpt5.model.locate import find_part, locate
@@ -47,6 +47,8 @@ def export(model: str | Path, folder: Path, *, dtype: Dtype = "bfloat16") -> Non
         raise ModelFolderError(
             f"{model} reads pictures with its language model, which is not exported: use engine=torch"
         )
+    if (source / PREFIX).is_file():
+        raise ModelFolderError(f"{model} has a prefix, which vLLM cannot put before its texts: use engine=torch")
     if config.published_quirks:
         raise ModelFolderError(f"{model} repeats the published code's bugs, which vLLM cannot: use engine=torch")
     base = find_part(source, config, config.language_model)

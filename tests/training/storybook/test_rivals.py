@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples.own_model.tiny_bases import make_bases
 from minigpt5 import new
@@ -12,11 +13,12 @@ from minigpt5.errors import TrainingError
 from minigpt5.evaluation.systems import marks
 from minigpt5.evaluation.systems.load import RIVALS as SYSTEMS
 from minigpt5.evaluation.systems.load import read_kind
-from minigpt5.model.folder import load_language
+from minigpt5.model.folder import PREFIX, load_language
 from minigpt5.model.folder_config import check_folder, load_config
 from minigpt5.model.language import load_tokenizer
 from minigpt5.model.locate import find_part
 from minigpt5.model.published_template import PUBLISHED
+from minigpt5.model.weights import load_tensors
 from minigpt5.objective.example import Example
 from training import presets
 from training.data.tokeniser import Tokeniser
@@ -109,7 +111,9 @@ def run(stage: str, name: str, start: Path, out: Path, *settings: str) -> Path:
     return out / "model"
 
 
-@pytest.mark.parametrize("name", ["no-caption-loss", "no-transformer", "vokens-1", "full", "divter", "text-only"])
+@pytest.mark.parametrize(
+    "name", ["no-caption-loss", "no-transformer", "vokens-1", "full", "prefix", "divter", "text-only"]
+)
 def test_a_rival_learns(name: str, base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "start"
     make_start(name, folder, base=base)
@@ -131,6 +135,23 @@ def test_a_language_model_that_was_trained_whole_is_a_base_of_its_own(base: Path
     moved = [name for name, value in trained.items() if (value - weights[name]).abs().max() > 1e-3]
     assert set(weights) == set(trained) and len(moved) > len(trained) / 2
     assert len(load_tokenizer(find_part(folder, config, "language"), config)) > config.vocabulary
+
+
+def test_a_prefix_is_trained_alone_and_goes_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_start("prefix", tmp_path / "start", base=base)
+    settings = ("whitens=false", "standardises=false", "learning_rate=0.01", "replay.steps=0", "prefix_tokens=3")
+    folder = run("learn", "prefix", tmp_path / "start", tmp_path / "learn", *settings)
+    assert not (folder / "adapter").exists() and check_folder(folder).language_model != "language"
+    first = load_tensors(folder / PREFIX)["states"]
+    assert first.shape[3] == 3
+    again = run("learn", "prefix", folder, tmp_path / "again", *settings)
+    moved = (load_tensors(again / PREFIX)["states"].float() - first.float()).abs().max()
+    assert 1e-3 < moved < 0.1, "it goes on from the folder's own"
+    adapted = run("learn", "minigpt5", folder, tmp_path / "adapted", *settings)
+    assert torch.equal(load_tensors(adapted / PREFIX)["states"], first) and (adapted / "adapter").is_dir()
+    options = ["--preset", "prefix", "--start", str(folder), "--out", str(tmp_path / "recomputed"), "--workers", "0"]
+    assert main(["learn", *options, *QUICK, *settings, "checkpoint_activations=true"]) == 1
+    assert "set checkpoint_activations=false" in capsys.readouterr().err
 
 
 def test_gill_becomes_a_system(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Trained keys and values before every sequence: prefix tuning (arXiv 2101.00190), which the published code has beside
+LoRA. The language model itself stays as it is.
+
+As in PEFT, the prefix is a past that was never read: tokens have the positions after it, and its keys are those of a
+cache, already turned by their positions.
+
+Shape letters: L layers, B sequences, G key heads, P tokens of the prefix, D head width, H hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+PROJECTION = 1_024
+"""Hidden width of the network that a prefix is trained through, as published."""
+
+
+class Prefix(nn.Module):
+    """Keys and values of P tokens in every layer: (L, 2, G, P, D)."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.states = nn.Parameter(torch.zeros(shape))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.states.shape[3]
+
+    def forward(self) -> Tensor:
+        return self.states
+
+    def settle(self) -> Prefix:
+        """As it is saved: itself."""
+        return self
+
+
+class ProjectedPrefix(nn.Module):
+    """A prefix that is trained as the answer of a network, which the paper found to be more stable (4.3)."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.num_tokens = shape, shape[3]
+        layers, _, num_heads, _, width = shape
+        self.tokens = nn.Embedding(self.num_tokens, PROJECTION)
+        self.project = nn.Sequential(
+            nn.Linear(PROJECTION, PROJECTION), nn.Tanh(), nn.Linear(PROJECTION, layers * 2 * num_heads * width)
+        )
+
+    def forward(self) -> Tensor:
+        layers, _, num_heads, num_tokens, width = self.shape
+        return self.project(self.tokens.weight).view(num_tokens, layers, 2, num_heads, width).permute(1, 2, 3, 0, 4)
+
+    @torch.no_grad()
+    def settle(self) -> Prefix:
+        """What the network answers."""
+        prefix = Prefix(self.shape)
+        prefix.states.copy_(self())
+        return prefix
+
+
+AnyPrefix = Prefix | ProjectedPrefix
+
+
+def prefix_shape(body: Any, num_tokens: int) -> tuple[int, ...]:
+    """The shape of a transformer's prefix, which reads a token to show it. Raises ValueError where its layers keep
+    anything but keys and values, or differ in their sizes."""
+    embedding = body.get_input_embeddings()
+    ids_11 = torch.zeros(1, 1, dtype=torch.long, device=next(embedding.parameters()).device)
+    cache = DynamicCache()
+    with torch.no_grad():
+        body(inputs_embeds=embedding(ids_11), past_key_values=cache, use_cache=True)
+    shapes = {states.shape for layer in cache.layers for states in (layer.keys, layer.values)}
+    if len(shapes) != 1:
+        raise ValueError(f"its layers keep keys and values of several shapes: {sorted(map(tuple, shapes))}")
+    _, num_heads, _, width = shapes.pop()
+    return len(cache.layers), 2, num_heads, num_tokens, width
+
+
+def begin(cache: DynamicCache, states_L2GPD: Tensor, *, num_sequences: int, dtype: torch.dtype) -> None:
+    """Make an empty cache begin with a prefix."""
+    states_L2BGPD = states_L2GPD.to(dtype)[:, :, None].expand(-1, -1, num_sequences, -1, -1, -1)
+    for layer, (keys, values) in enumerate(states_L2BGPD):
+        cache.update(keys, values, layer)
