@@ -11,7 +11,8 @@ Stories of 4 pages with 48 tokens of text each: default requests, and pictures o
   pipeline   diffusers' own pipeline: pictures alone
 
 on the same cores, in one run and in turns, each in a process of its own. The machine's own peak stands beside them. The
-file is written after every round, so that a run that is stopped has measured something.
+figures so far are written after every round, beside the file as engines.partial.json: a run that fails has measured
+something.
 """
 
 from __future__ import annotations
@@ -164,22 +165,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {"machine": machine(), "command": " ".join(["python -m benchmarks.engines", *given])}
     missing: dict[str, str] = {}
 
-    def write(report: dict[str, Any]) -> None:
+    partial = options.out.with_suffix(".partial.json")
+
+    def write(path: Path, report: dict[str, Any]) -> None:
         report["figures"]["seconds"] = round(time.perf_counter() - began)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**report, **about}, indent=2) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**report, **about}, indent=2) + "\n")
 
     def keep(figures: Figures, num_rounds: int) -> None:
         print(f"round {num_rounds} of {load.rounds} is measured", flush=True)
         rest = f"the run ended after {num_rounds} of {load.rounds} rounds"
-        write(report_of(figures, load, {**missing, "rest": rest}))
+        write(partial, report_of(figures, load, {**missing, "rest": rest}))
 
     with running_programs(options, missing) as programs:
         figures = measure(programs, load, keep)
     report = report_of(figures, load, missing)
     if load.long_prompt_tokens:
         report["figures"]["long_prompt"] = measure_long_prompt(options)
-    write(report)
+    write(options.out, report)
+    partial.unlink(missing_ok=True)
     show(report)
 
 

@@ -181,6 +181,11 @@ class VokenPreset(Preset):
     """Keep the frozen language model's voken states of captions under the runs, for others that begin alike."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix_tokens < 1:
+            raise ValueError(f"prefix_tokens is {self.prefix_tokens} but must be 1 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillPreset(Preset):

@@ -246,6 +246,7 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
     load_module(language.voken_embeddings, folder / VOKENS)
     if (folder / PREFIX).is_file():
         language.prefix = _load_prefix(folder / PREFIX, language).requires_grad_(False)
+        language.check_prefix(language.prefix.num_tokens, context_tokens=config.context_tokens)
     if (folder / "adapter").is_dir():
         language.load_adapter(folder / "adapter", is_trained=adapter == "trained")
         if adapter == "merged":

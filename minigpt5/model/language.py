@@ -170,11 +170,21 @@ class LanguageModel(nn.Module):
             self.body = get_peft_model(self.body, peft_config)
 
     def add_prefix(self, num_tokens: int, *, context_tokens: int) -> None:
-        """Put a fresh trainable prefix before the frozen body. Raises ModelFolderError where its layers take none."""
+        """Put a fresh trainable prefix before the frozen body. Raises ModelFolderError as `check_prefix` does, or where
+        its layers take none."""
+        self.check_prefix(num_tokens, context_tokens=context_tokens)
         if self.sees_whole_pictures:
             raise ModelFolderError(
                 "in this language model pictures see all of themselves, and no prefix: train an adapter"
             )
+        try:
+            shape = prefix_shape(self.body, num_tokens)
+        except ValueError as error:
+            raise ModelFolderError(f"this language model takes no prefix: {error}; train an adapter") from error
+        self.prefix = ProjectedPrefix(shape).to(self.embedding.device)
+
+    def check_prefix(self, num_tokens: int, *, context_tokens: int) -> None:
+        """Raises ModelFolderError where the positions that the body has learnt do not reach over prefix and context."""
         known = getattr(self.body.config, "max_position_embeddings", 0)
         is_turned = any("rotary" in name for name, _ in self.body.named_modules())  # by any position
         if not is_turned and known and context_tokens + num_tokens > known:
@@ -182,11 +192,6 @@ class LanguageModel(nn.Module):
                 f"a prefix of {num_tokens} tokens and a context of {context_tokens} are more than the {known} places "
                 "that the language model knows: set a smaller context_tokens in config.json, or train an adapter"
             )
-        try:
-            shape = prefix_shape(self.body, num_tokens)
-        except ValueError as error:
-            raise ModelFolderError(f"this language model takes no prefix: {error}; train an adapter") from error
-        self.prefix = ProjectedPrefix(shape).to(self.embedding.device)
 
     @property
     def is_frozen(self) -> bool:
@@ -281,9 +286,7 @@ class LanguageModel(nn.Module):
         assert self.prefix
         (num_sequences, num_positions, _), device = embeds_BSH.shape, embeds_BSH.device
         if not cache.get_seq_length():
-            is_autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.embedding.dtype
-            begin(cache, self.prefix(), num_sequences=num_sequences, dtype=dtype)
+            begin(cache, self.prefix(), num_sequences=num_sequences)
         num_read = self.num_read(cache)
         if mask_BS is None:
             mask_BS = torch.ones(num_sequences, num_read + num_positions, dtype=torch.long, device=device)
@@ -317,6 +320,8 @@ class LanguageModel(nn.Module):
         them: what training with a frozen body needs, and no more. The body is in evaluation mode meanwhile: in
         training mode, with activation checkpointing, transformers ignores the cache.
         """
+        if self.prefix:  # between it and a text there is no padding, which a sliding window would count
+            return self._whole_voken_states(ids_BS, mask_BS)
         cache = DynamicCache()
         lengths_B = mask_BS.sum(dim=1)
         num_positions = ids_BS.shape[1]
@@ -341,6 +346,18 @@ class LanguageModel(nn.Module):
                 positions_BS=lengths_B[:, None] + offsets_V,
             )
         return torch.cat([text_BSH[:, -1:], at_vokens_BVH], dim=1)
+
+    def _whole_voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """As `voken_states`, with gradients everywhere."""
+        new = self.voken_embeddings
+        offsets_V = torch.arange(new.num_vokens, device=mask_BS.device)
+        places_BV = mask_BS.sum(dim=1, keepdim=True) + offsets_V
+        vokens_BV = torch.tensor(new.ids, device=mask_BS.device).expand(len(ids_BS), -1)
+        ids_BS = F.pad(ids_BS, (0, new.num_vokens)).scatter(1, places_BV, vokens_BV)
+        mask_BS = F.pad(mask_BS, (0, new.num_vokens)).scatter(1, places_BV, 1)
+        with evaluating(self.body):
+            states_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS)
+        return states_BSH.gather(1, (places_BV - 1)[..., None].expand(-1, -1, states_BSH.shape[-1]))
 
 
 def body_inputs(body: Any, embeds_BSH: Tensor) -> dict[str, Any]:

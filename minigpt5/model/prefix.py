@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, DynamicLayer
 
 PROJECTION = 1_024
 """Hidden width of the network that a prefix is trained through, as published."""
@@ -31,7 +32,7 @@ class Prefix(nn.Module):
         return self.states.shape[3]
 
     def forward(self) -> Tensor:
-        return self.states
+        return self.states.clone()  # ZeRO 3 takes the parameter back after the call
 
     def settle(self) -> Prefix:
         """As it is saved: itself."""
@@ -46,19 +47,24 @@ class ProjectedPrefix(nn.Module):
         self.shape, self.num_tokens = shape, shape[3]
         layers, _, num_heads, _, width = shape
         self.tokens = nn.Embedding(self.num_tokens, PROJECTION)
-        self.project = nn.Sequential(
-            nn.Linear(PROJECTION, PROJECTION), nn.Tanh(), nn.Linear(PROJECTION, layers * 2 * num_heads * width)
-        )
+        self.first = nn.Linear(PROJECTION, PROJECTION)
+        self.last = nn.Linear(PROJECTION, layers * 2 * num_heads * width)
 
     def forward(self) -> Tensor:
+        places_P = torch.arange(self.num_tokens, device=self.tokens.weight.device)
+        return self._split(self.last(self.first(self.tokens(places_P)).tanh()))
+
+    def _split(self, states_PX: Tensor) -> Tensor:
         layers, _, num_heads, num_tokens, width = self.shape
-        return self.project(self.tokens.weight).view(num_tokens, layers, 2, num_heads, width).permute(1, 2, 3, 0, 4)
+        return states_PX.view(num_tokens, layers, 2, num_heads, width).permute(1, 2, 3, 0, 4)
 
     @torch.no_grad()
     def settle(self) -> Prefix:
-        """What the network answers."""
+        """What the network answers. One worker of several may ask, so no module is called: under ZeRO 3 it would wait
+        for the others."""
+        hidden_PH = F.linear(self.tokens.weight, self.first.weight, self.first.bias).tanh()
         prefix = Prefix(self.shape)
-        prefix.states.copy_(self())
+        prefix.states.copy_(self._split(F.linear(hidden_PH, self.last.weight, self.last.bias)))
         return prefix
 
 
@@ -80,8 +86,20 @@ def prefix_shape(body: Any, num_tokens: int) -> tuple[int, ...]:
     return len(cache.layers), 2, num_heads, num_tokens, width
 
 
-def begin(cache: DynamicCache, states_L2GPD: Tensor, *, num_sequences: int, dtype: torch.dtype) -> None:
+class _PrefixLayer(DynamicLayer):
+    """A layer of a cache that begins with a prefix, in the type of the first keys that come after it."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self.keys.to(key_states), self.values.to(value_states)
+        return super().update(key_states, value_states, *args, **options)
+
+
+def begin(cache: DynamicCache, states_L2GPD: Tensor, *, num_sequences: int) -> None:
     """Make an empty cache begin with a prefix."""
-    states_L2BGPD = states_L2GPD.to(dtype)[:, :, None].expand(-1, -1, num_sequences, -1, -1, -1)
-    for layer, (keys, values) in enumerate(states_L2BGPD):
-        cache.update(keys, values, layer)
+    states_L2BGPD = states_L2GPD[:, :, None].expand(-1, -1, num_sequences, -1, -1, -1)
+    cache.layers = [_PrefixLayer(keys, values) for keys, values in states_L2BGPD]

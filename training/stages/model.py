@@ -83,10 +83,12 @@ class ModelStage(ABC):
         )
         if trains_adapter and not (start / "adapter").is_dir():
             self.language.add_adapter(self.config.lora)
-        if prefix_tokens and self.language.prefix:
-            self.language.prefix.requires_grad_(True)
-        elif prefix_tokens:
-            self.language.add_prefix(prefix_tokens, context_tokens=self.config.context_tokens)
+        if prefix_tokens:
+            self._train_prefix(prefix_tokens)
+        if preset.checkpoint_activations and self.language.prefix:
+            raise TrainingError(
+                "transformers keeps no prefix while activations are recomputed: set checkpoint_activations=false"
+            )
         self.mapper = model_folder.load_mapper(start, self.config)
         self._decoder = find_decoder(start, self.config, sources)
         self.diffusion = self._decoder.load(keeps_dtype=preset.halves_frozen)
@@ -122,6 +124,18 @@ class ModelStage(ABC):
                 read=next(read, None),
                 drawn=next(drawn, None),
             )
+
+    def _train_prefix(self, num_tokens: int) -> None:
+        """Train the folder's prefix, or a fresh one. Raises TrainingError where the folder's has another length."""
+        prefix = self.language.prefix
+        if not prefix:
+            self.language.add_prefix(num_tokens, context_tokens=self.config.context_tokens)
+        elif (found := prefix.num_tokens) != num_tokens:
+            raise TrainingError(
+                f"{self.start} has a prefix of {found} tokens, not of {num_tokens}: set prefix_tokens={found}"
+            )
+        else:
+            prefix.requires_grad_(True)
 
     @abstractmethod
     def freeze(self) -> None:

@@ -76,11 +76,6 @@ class VokenStage(ModelStage):
         trains_language = preset.stage == "learn" and preset.optimizer.learning_rate > 0
         self.trains_body = trains_language and preset.tunes == "body"
         trains_prefix = trains_language and preset.tunes == "prefix"
-        if trains_prefix and preset.checkpoint_activations:
-            raise TrainingError(
-                "transformers keeps no prefix while activations are recomputed: set checkpoint_activations=false, or "
-                "tunes=adapter"
-            )
         super().__init__(
             preset,
             sources,
@@ -92,7 +87,8 @@ class VokenStage(ModelStage):
             keeps_replay=preset.replay.steps > 0,
             guidance_dropout=preset.guidance_dropout,
         )
-        self._states_folder = sources.runs / "states" if preset.keeps_states else None
+        # A fresh prefix changes states, and stands in no file of the start.
+        self._states_folder = sources.runs / "states" if preset.keeps_states and not trains_prefix else None
         num_whitened = max(NUM_WHITENED, math.ceil(MIN_STATES * self.config.hidden / self.config.num_vokens))
         num_captions = num_whitened if preset.whitens else NUM_STANDARDISED * preset.standardises
         captions = self._fill() if preset.replay.fill else self._some_captions(num_captions)

@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, GPT2Config, GPT2Model
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2Model,
+    GPT2Config,
+    GPT2Model,
+    MistralConfig,
+    MistralModel,
+)
 
 from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
@@ -19,7 +28,7 @@ from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.prefix import Prefix, ProjectedPrefix, prefix_shape
 from minigpt5.model.vokens import VokenEmbeddings
-from minigpt5.types import GeneratorEvent, Sampling, StoryRequest, Vokens
+from minigpt5.types import GeneratorEvent, Sampling, StoryRequest, TextPrecision, Vokens
 from tests.helpers.tiny import save_tiny, tiny_config, tiny_language, tiny_tokenizer, tiny_vision
 
 BEFORE, AFTER = [5, 17, 3, 40, 8], [9, 2, 33, 12, 21, 7]
@@ -68,6 +77,41 @@ def test_vokens_are_read_after_the_prefix() -> None:
     for states_VH, ids in zip(found, (AFTER, AFTER[:2]), strict=True):
         whole = torch.tensor([BEFORE + ids])
         torch.testing.assert_close(states_VH, plain.voken_states(whole, torch.ones_like(whole))[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_vokens_are_the_same_beside_a_longer_text_where_a_window_slides(kind: str) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "sliding_window": 12}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    body = {
+        "mistral": lambda: MistralModel(MistralConfig(**sizes, **heads)),
+        "gemma2": lambda: Gemma2Model(Gemma2Config(**sizes, **heads)),
+    }[kind]()
+    language = LanguageModel(body.eval(), nn.Linear(32, 99), VokenEmbeddings(99, 2, 32))
+    language.prefix = Prefix(prefix_shape(body, 4))
+    language.prefix.states.normal_()
+    short, long = torch.tensor([[5, 9, 2]]), torch.randint(0, 90, (1, 20))
+    alone = language.voken_states(short, torch.ones_like(short))[0]
+    ids_BS = torch.cat([F.pad(short, (0, 17)), long])
+    mask_BS = torch.tensor([[1] * 3 + [0] * 17, [1] * 20])
+    torch.testing.assert_close(language.voken_states(ids_BS, mask_BS)[0], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_packed_language_model_reads_after_the_prefix(precision: TextPrecision, expected: Tensor) -> None:
+    language = language_after(BEFORE)
+    assert language.prefix
+    language.pack(precision)
+    embeds_1SH = language.embed(torch.tensor([AFTER]))
+    bound = {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.05}[precision]
+    assert (language.states(embeds_1SH)[0] - expected).abs().max() < bound * expected.abs().max()
+    cache = SlotCache.for_model(language.body, num_slots=2, num_positions=64, prefix_L2GFD=language.prefix())
+    cache.take(1, 64, idle=[])
+    found = cache.forward(language.body, embeds_1SH[0], [(1, len(AFTER))])
+    assert (found - expected).abs().max() < bound * expected.abs().max()
 
 
 @torch.no_grad()
@@ -199,4 +243,5 @@ def test_learned_positions_must_reach_over_prefix_and_context() -> None:
     with pytest.raises(ModelFolderError, match="the 64 places .*: set a smaller context_tokens"):
         language.add_prefix(5, context_tokens=60)
     language.add_prefix(4, context_tokens=60)
+    language.check_prefix(4, context_tokens=60)
     assert language.prefix and language.prefix().shape == (2, 2, 4, 4, 8)

@@ -147,11 +147,26 @@ def test_a_prefix_is_trained_alone_and_goes_on(base: Path, tmp_path: Path, capsy
     again = run("learn", "prefix", folder, tmp_path / "again", *settings)
     moved = (load_tensors(again / PREFIX)["states"].float() - first.float()).abs().max()
     assert 1e-3 < moved < 0.1, "it goes on from the folder's own"
+    options = ["--preset", "prefix", "--start", str(folder), "--out", str(tmp_path / "other"), "--workers", "0", *QUICK]
+    assert main(["learn", *options, *settings, "prefix_tokens=4"]) == 1
+    assert "set prefix_tokens=3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["learn", *options, *settings, "prefix_tokens=0"])
+    assert "prefix_tokens is 0 but must be 1 or more" in capsys.readouterr().err
     adapted = run("learn", "minigpt5", folder, tmp_path / "adapted", *settings)
     assert torch.equal(load_tensors(adapted / PREFIX)["states"], first) and (adapted / "adapter").is_dir()
-    options = ["--preset", "prefix", "--start", str(folder), "--out", str(tmp_path / "recomputed"), "--workers", "0"]
-    assert main(["learn", *options, *QUICK, *settings, "checkpoint_activations=true"]) == 1
-    assert "set checkpoint_activations=false" in capsys.readouterr().err
+    for preset in ("prefix", "minigpt5"):
+        options[1], options[5] = preset, str(tmp_path / f"recomputed-{preset}")
+        assert main(["learn", *options, *settings, "checkpoint_activations=true"]) == 1
+        assert "set checkpoint_activations=false" in capsys.readouterr().err
+
+
+def test_states_with_a_fresh_prefix_are_kept_for_nobody(base: Path, tmp_path: Path) -> None:
+    make_start("prefix", tmp_path / "start", base=base)
+    run("learn", "prefix", tmp_path / "start", tmp_path / "learn")
+    assert not list((tmp_path / "runs").glob("states/*"))
+    run("learn", "minigpt5", tmp_path / "start", tmp_path / "other")
+    assert list((tmp_path / "runs").glob("states/*"))
 
 
 def test_gill_becomes_a_system(base: Path, tmp_path: Path) -> None:
