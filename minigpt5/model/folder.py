@@ -31,7 +31,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.model.base_models import resolve
 from minigpt5.model.folder_config import DECODER, IP_ADAPTER, PICKLES, STYLES, check_folder, load_config, write_config
 from minigpt5.model.locate import contains, find_part, locate
-from minigpt5.model.weights import load_module, load_tensors, save_module, save_tensors
+from minigpt5.model.weights import load_module, save_module, save_tensors
 from minigpt5.types import (
     DISTILLED,
     DISTILLED_FOLDER,
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from minigpt5.model.decoders.diffusion import Diffusion
     from minigpt5.model.language import LanguageModel
     from minigpt5.model.mapper import Mapper
-    from minigpt5.model.prefix import Prefix
     from minigpt5.model.prompt import Template
     from minigpt5.model.vision import Vision
 
@@ -237,6 +236,7 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
     from safetensors.torch import load_file
 
     from minigpt5.model.language import LanguageModel, load_base
+    from minigpt5.model.prefix import load_prefix
 
     found = find_part(folder, config, config.language_model)
     language = LanguageModel.from_causal(base or load_base(found), config, found)
@@ -245,24 +245,12 @@ def load_language(folder: Path, config: ModelConfig, *, adapter: Adapter = "merg
         language.replace_vocabulary(rows["embedding"], rows["head"])
     load_module(language.voken_embeddings, folder / VOKENS)
     if (folder / PREFIX).is_file():
-        language.prefix = _load_prefix(folder / PREFIX, language).requires_grad_(False)
-        language.check_prefix(language.prefix.num_tokens, context_tokens=config.context_tokens)
+        language.prefix = load_prefix(folder / PREFIX, language.body, context_tokens=config.context_tokens)
     if (folder / "adapter").is_dir():
         language.load_adapter(folder / "adapter", is_trained=adapter == "trained")
         if adapter == "merged":
             language.merge_adapter()
     return language
-
-
-def _load_prefix(path: Path, language: LanguageModel) -> Prefix:
-    """Raises ModelFolderError where it is not one of this language model."""
-    from minigpt5.model.prefix import Prefix, prefix_shape
-
-    states = load_tensors(path).get("states")
-    num_tokens = states.shape[3] if states is not None and states.dim() == 5 else 0
-    prefix = Prefix(prefix_shape(language.body, num_tokens))
-    load_module(prefix, path)
-    return prefix
 
 
 def load_template(folder: str | Path) -> Template:

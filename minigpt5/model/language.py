@@ -37,9 +37,9 @@ from minigpt5.model.chat_template import protect_control_tokens
 from minigpt5.model.packed_linear import can_pack
 from minigpt5.model.packing import CodesByLayer, pack_body, pack_head
 from minigpt5.model.positions import grid_positions, last_seen
-from minigpt5.model.prefix import AnyPrefix, ProjectedPrefix, begin, prefix_shape
+from minigpt5.model.prefix import AnyPrefix, begin, new_prefix
 from minigpt5.model.vision_language import is_vision_language
-from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
+from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, align, voken_names
 from minigpt5.model.weights import load_quietly, stored_dtype
 from minigpt5.types import TextPrecision
 
@@ -170,28 +170,12 @@ class LanguageModel(nn.Module):
             self.body = get_peft_model(self.body, peft_config)
 
     def add_prefix(self, num_tokens: int, *, context_tokens: int) -> None:
-        """Put a fresh trainable prefix before the frozen body. Raises ModelFolderError as `check_prefix` does, or where
-        its layers take none."""
-        self.check_prefix(num_tokens, context_tokens=context_tokens)
+        """Put a fresh trainable prefix before the frozen body. Raises ModelFolderError where it takes none."""
         if self.sees_whole_pictures:
             raise ModelFolderError(
                 "in this language model pictures see all of themselves, and no prefix: train an adapter"
             )
-        try:
-            shape = prefix_shape(self.body, num_tokens)
-        except ValueError as error:
-            raise ModelFolderError(f"this language model takes no prefix: {error}; train an adapter") from error
-        self.prefix = ProjectedPrefix(shape).to(self.embedding.device)
-
-    def check_prefix(self, num_tokens: int, *, context_tokens: int) -> None:
-        """Raises ModelFolderError where the positions that the body has learnt do not reach over prefix and context."""
-        known = getattr(self.body.config, "max_position_embeddings", 0)
-        is_turned = any("rotary" in name for name, _ in self.body.named_modules())  # by any position
-        if not is_turned and known and context_tokens + num_tokens > known:
-            raise ModelFolderError(
-                f"a prefix of {num_tokens} tokens and a context of {context_tokens} are more than the {known} places "
-                "that the language model knows: set a smaller context_tokens in config.json, or train an adapter"
-            )
+        self.prefix = new_prefix(self.body, num_tokens, context_tokens=context_tokens).to(self.embedding.device)
 
     @property
     def is_frozen(self) -> bool:
@@ -350,14 +334,12 @@ class LanguageModel(nn.Module):
     def _whole_voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """As `voken_states`, with gradients everywhere."""
         new = self.voken_embeddings
-        offsets_V = torch.arange(new.num_vokens, device=mask_BS.device)
-        places_BV = mask_BS.sum(dim=1, keepdim=True) + offsets_V
+        places_BV = mask_BS.sum(dim=1, keepdim=True) + torch.arange(new.num_vokens, device=mask_BS.device)
         vokens_BV = torch.tensor(new.ids, device=mask_BS.device).expand(len(ids_BS), -1)
         ids_BS = F.pad(ids_BS, (0, new.num_vokens)).scatter(1, places_BV, vokens_BV)
         mask_BS = F.pad(mask_BS, (0, new.num_vokens)).scatter(1, places_BV, 1)
         with evaluating(self.body):
-            states_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS)
-        return states_BSH.gather(1, (places_BV - 1)[..., None].expand(-1, -1, states_BSH.shape[-1]))
+            return align(self.states(self.embed(ids_BS), mask_BS=mask_BS), ids_BS, new)[0]
 
 
 def body_inputs(body: Any, embeds_BSH: Tensor) -> dict[str, Any]:

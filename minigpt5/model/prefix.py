@@ -9,12 +9,16 @@ Shape letters: L layers, B sequences, G key heads, P tokens of the prefix, D hea
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, DynamicLayer
+
+from minigpt5.errors import ModelFolderError
+from minigpt5.model.weights import load_module, load_tensors
 
 PROJECTION = 1_024
 """Hidden width of the network that a prefix is trained through, as published."""
@@ -84,6 +88,36 @@ def prefix_shape(body: Any, num_tokens: int) -> tuple[int, ...]:
         raise ValueError(f"its layers keep keys and values of several shapes: {sorted(map(tuple, shapes))}")
     _, num_heads, _, width = shapes.pop()
     return len(cache.layers), 2, num_heads, num_tokens, width
+
+
+def new_prefix(body: Any, num_tokens: int, *, context_tokens: int) -> ProjectedPrefix:
+    """A fresh one, to be trained. Raises ModelFolderError as `check_positions` does, or where the layers take none."""
+    check_positions(body, num_tokens, context_tokens=context_tokens)
+    try:
+        return ProjectedPrefix(prefix_shape(body, num_tokens))
+    except ValueError as error:
+        raise ModelFolderError(f"this language model takes no prefix: {error}; train an adapter") from error
+
+
+def load_prefix(path: Path, body: Any, *, context_tokens: int) -> Prefix:
+    """A trained one, frozen. Raises ModelFolderError as `check_positions` does, or where it is another body's."""
+    states = load_tensors(path).get("states")
+    num_tokens = states.shape[3] if states is not None and states.dim() == 5 else 0
+    prefix = Prefix(prefix_shape(body, num_tokens))
+    load_module(prefix, path)
+    check_positions(body, num_tokens, context_tokens=context_tokens)
+    return prefix.requires_grad_(False)
+
+
+def check_positions(body: Any, num_tokens: int, *, context_tokens: int) -> None:
+    """Raises ModelFolderError where the positions that a transformer has learnt do not reach over both."""
+    known = getattr(body.config, "max_position_embeddings", 0)
+    is_turned = any("rotary" in name for name, _ in body.named_modules())  # by any position
+    if not is_turned and known and context_tokens + num_tokens > known:
+        raise ModelFolderError(
+            f"a prefix of {num_tokens} tokens and a context of {context_tokens} are more than the {known} places "
+            "that the language model knows: set a smaller context_tokens in config.json, or train an adapter"
+        )
 
 
 class _PrefixLayer(DynamicLayer):

@@ -26,8 +26,9 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.limits import default_limits
 from minigpt5.model import folder as model_folder
 from minigpt5.model.language import LanguageModel
-from minigpt5.model.prefix import Prefix, ProjectedPrefix, prefix_shape
+from minigpt5.model.prefix import Prefix, ProjectedPrefix, check_positions, load_prefix, prefix_shape
 from minigpt5.model.vokens import VokenEmbeddings
+from minigpt5.model.weights import save_tensors
 from minigpt5.types import GeneratorEvent, Sampling, StoryRequest, TextPrecision, Vokens
 from tests.helpers.tiny import save_tiny, tiny_config, tiny_language, tiny_tokenizer, tiny_vision
 
@@ -221,13 +222,13 @@ def test_a_folder_keeps_its_prefix(tmp_path: Path) -> None:
     }
     saved = model_folder.save(tmp_path / "prefixed", config, language=language, **parts, start=tmp_path / "plain")
     assert saved.fingerprint != config.fingerprint
-    found = model_folder._load_prefix(tmp_path / "prefixed" / "prefix.safetensors", language)
+    found = load_prefix(tmp_path / "prefixed" / "prefix.safetensors", language.body, context_tokens=600)
     assert language.prefix
     torch.testing.assert_close(found(), language.prefix(), atol=1e-2, rtol=1e-2)
     for damaged in (torch.zeros(2, 2, 3, 4, 5), torch.zeros(7)):
-        model_folder.save_tensors({"states": damaged}, tmp_path / "damaged.safetensors")
+        save_tensors({"states": damaged}, tmp_path / "damaged.safetensors")
         with pytest.raises(ModelFolderError, match="does not fit"):
-            model_folder._load_prefix(tmp_path / "damaged.safetensors", language)
+            load_prefix(tmp_path / "damaged.safetensors", language.body, context_tokens=600)
 
 
 def test_a_prefix_is_refused_where_pictures_see_all_of_themselves() -> None:
@@ -243,5 +244,5 @@ def test_learned_positions_must_reach_over_prefix_and_context() -> None:
     with pytest.raises(ModelFolderError, match="the 64 places .*: set a smaller context_tokens"):
         language.add_prefix(5, context_tokens=60)
     language.add_prefix(4, context_tokens=60)
-    language.check_prefix(4, context_tokens=60)
+    check_positions(language.body, 4, context_tokens=60)
     assert language.prefix and language.prefix().shape == (2, 2, 4, 4, 8)
