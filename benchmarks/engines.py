@@ -11,7 +11,7 @@ Stories of 4 pages with 48 tokens of text each: default requests, and pictures o
   pipeline   diffusers' own pipeline: pictures alone
 
 on the same cores, in one run and in turns, each in a process of its own. The machine's own peak stands beside them. The
-figures so far are written after every round, beside the file as engines.partial.json: a run that fails has measured
+figures so far are written after every round, beside the file as engines.json.partial: a run that fails has measured
 something.
 """
 
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {"machine": machine(), "command": " ".join(["python -m benchmarks.engines", *given])}
     missing: dict[str, str] = {}
 
-    partial = options.out.with_suffix(".partial.json")
+    partial = options.out.with_name(f"{options.out.name}.partial")
 
     def write(path: Path, report: dict[str, Any]) -> None:
         report["figures"]["seconds"] = round(time.perf_counter() - began)

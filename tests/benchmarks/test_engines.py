@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,30 @@ def test_a_run_that_is_stopped_has_the_ratios_of_its_rounds(
     assert {name for name, value in found["ratios"].items() if value is None} == of_peers
     assert "| default | over HTTP, 16 at once |" in engine_tables.engines_load({"engines": found["figures"]})
     assert figures.stories[DEFAULT]["http"]["1"].keys() == kept[0].stories[DEFAULT]["http"]["1"].keys()
+
+
+def test_a_run_that_fails_leaves_its_rounds_beside_the_results(
+    kept: list[rounds.Figures], figures: rounds.Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(programs: object, load: Load, keep: Callable[[rounds.Figures, int], None]) -> rounds.Figures:
+        keep(kept[0], 1)
+        raise RuntimeError("a program ended")
+
+    monkeypatch.setattr(bench, "running_programs", lambda options, missing: contextlib.nullcontext())
+    monkeypatch.setattr(bench, "measure", measure)
+    out = tmp_path / "engines.json"
+    out.write_text("the last whole run")
+    with pytest.raises(RuntimeError, match="a program ended"):
+        bench.main(["--tiny", "--out", str(out)])
+    assert out.read_text() == "the last whole run"
+    partial = json.loads((tmp_path / "engines.json.partial").read_text())
+    assert partial["figures"]["not_measured"] == {"rest": "the run ended after 1 of 2 rounds"}
+    assert partial["ratios"]["overlap"] > 0
+    monkeypatch.setattr(bench, "measure", lambda programs, load, keep: figures)
+    monkeypatch.setattr(bench, "measure_long_prompt", lambda options: {"ratio": 1.0})
+    bench.main(["--tiny", "--out", str(out)])
+    assert json.loads(out.read_text())["figures"]["not_measured"] == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["engines.json"]
 
 
 def test_its_tables_show_what_was_measured(figures: rounds.Figures) -> None:
