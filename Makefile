@@ -87,8 +87,8 @@ serve: $(SERVES)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder S
 	@$(RUN) -m deployments --port $(PORT) $(if $(MODEL),--model "$$MODEL_PATH") $(if $(STORAGE),--storage "$$STORAGE_URI") \
 	    $(if $(VLLM),--vllm "$$VLLM_PATH")
 
-story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html)
-	@$(RUN) -m minigpt5 --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
+story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html MODEL=folder)
+	@$(RUN) -m minigpt5 $(if $(MODEL),--model "$$MODEL_PATH") --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
 
 test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one bulk job, one training run on Ray
 	$(RUN) -m pytest -n 2
