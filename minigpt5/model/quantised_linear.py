@@ -1,7 +1,7 @@
 """Linear layers that multiply by quantised weights, for inference on a CPU.
 
-A row's result has the same bits in any company: the 4-bit kernel adds a row's products in an order of its own, and the
-8-bit ones add integers.
+A row's result has the same bits in any company: the 4-bit kernel adds a row's products in an order of its own, the
+8-bit ones add integers, and bfloat16 ones are called with few rows, where the CPU has AMX.
 
 Shape letters: B rows, O outputs, I inputs, K groups of 32 inputs, R ranks of an adapter.
 """
@@ -28,6 +28,8 @@ RANK_MULTIPLE = 16
 FBGEMM = "fbgemm"
 PLANE = 128
 """Values of a plane of 7 bits."""
+EVEN_ROWS = 32
+"""Rows of a bfloat16 call with AMX: oneDNN adds in another order where it has more."""
 
 
 class Int4Linear(nn.Module):
@@ -135,15 +137,33 @@ class Avx2Int8Linear(nn.Module):
 
 
 class Bfloat16Linear(nn.Module):
-    """bfloat16 weights and activations; sums are made in float32 and rounded to bfloat16."""
+    """bfloat16 weights and activations; sums are made in float32 and rounded to bfloat16.
+
+    With AMX, weights are laid out for it, and a call takes at most EVEN_ROWS rows: so many have the same bits in any
+    company. On other CPUs, a row's last bits depend on its company.
+    """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
-        self.weight_OI = weight_OI.detach().bfloat16()
+        weight_OI = weight_OI.detach().bfloat16()
+        self.is_packed = has_amx()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, EVEN_ROWS) if self.is_packed else weight_OI
         self.bias_O = None if bias_O is None else bias_O.bfloat16()
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.to(torch.bfloat16), self.weight_OI, self.bias_O).to(input.dtype)
+        input_BI = input.to(torch.bfloat16).view(-1, input.shape[-1])
+        if not self.is_packed:
+            out_BO = F.linear(input_BI, self.weight, self.bias_O)
+        elif len(input_BI) <= EVEN_ROWS:
+            out_BO = self._multiply(input_BI)
+        else:
+            out_BO = torch.cat([self._multiply(rows_BI) for rows_BI in input_BI.split(EVEN_ROWS)])
+        return out_BO.view(*input.shape[:-1], -1).to(input.dtype)
+
+    __call__ = forward  # torch looks for hooks first, which takes as long as a small operation
+
+    def _multiply(self, rows_BI: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows_BI, self.weight, self.bias_O, "none", [], "")
 
 
 class Float32Linear(nn.Module):
@@ -189,6 +209,11 @@ LowRankPair = tuple[Tensor, Tensor]
 def can_multiply_int8() -> bool:
     """Whether this CPU multiplies 8-bit integers by one of the kernels here."""
     return _has_vnni() or FBGEMM in torch.backends.quantized.supported_engines
+
+
+def has_amx() -> bool:
+    """Whether this CPU has matrix units for bfloat16 (AMX), and oneDNN may use them."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
 def make_int8(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Module:

@@ -30,6 +30,7 @@ from minigpt5.model.quantised_linear import (
     LowRank,
     VnniInt8Linear,
     can_multiply_int8,
+    has_amx,
     make_int8,
     stack_adapters,
 )
@@ -154,14 +155,18 @@ def _layers() -> list[nn.Module]:
     weight_OI = torch.randn(96, 128)
     adapter = LowRank(torch.randn(24, 128), torch.randn(96, 24))
     layers: list[nn.Module] = [Int4Linear(some_codes(96, 128)), Int4Linear(some_codes(96, 128), None, adapter)]
-    return [*layers, make_int8(weight_OI)] if can_multiply_int8() else layers
+    if can_multiply_int8():
+        layers.append(make_int8(weight_OI))
+    if has_amx():
+        layers += [Bfloat16Linear(weight_OI, torch.randn(96)), Bfloat16Linear(torch.randn(1536, 128))]
+    return layers
 
 
 @pytest.mark.parametrize("layer", _layers(), ids=lambda layer: type(layer).__name__)
 def test_a_row_has_the_same_bits_in_any_company(layer: nn.Module) -> None:
-    rows = torch.randn(40, 128).bfloat16()
+    rows = torch.randn(100, 128).bfloat16()
     alone = torch.cat([layer(row[None]) for row in rows])
-    for num_rows in (2, 3, 5, 16, 24, 40):
+    for num_rows in (2, 3, 5, 16, 24, 33, 64, 100):
         assert torch.equal(layer(rows[:num_rows]), alone[:num_rows])
 
 
