@@ -22,6 +22,8 @@ def load() -> Measurements:
         path, n_ctx=CONTEXT_TOKENS, n_threads=int(num_threads), n_threads_batch=int(num_threads), verbose=False
     )
 
+    next(model.generate([0], temp=0.0))  # where it cannot compute on this machine, it fails here
+
     def text(prompts: list[list[int]], num_tokens: int) -> float:
         """Seconds of one greedy text after another; the end of the text is a token like others."""
         began = time.perf_counter()

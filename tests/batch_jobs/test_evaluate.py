@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from batch_jobs import evaluate, failpoints, measuring
+from batch_jobs import evaluate, evaluation_rows, failpoints, measuring
 from batch_jobs.asking import ANSWER_SCHEMA, Ask, answers_of, to_part
 from batch_jobs.evaluation_rows import EVALUATION_ROW, Fetch, RowReader, blocks_of, open_rows
 from batch_jobs.job import Output, work
@@ -32,6 +32,7 @@ from batch_jobs.stages import Row
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
 from minigpt5.evaluation import judge as judge_module
 from minigpt5.evaluation.judge import ASPECTS, Judge, JudgeError
+from minigpt5.evaluation.protocols import items as items_module
 from minigpt5.evaluation.protocols.protocol import Settings
 from minigpt5.evaluation.protocols.scorers import Scorers
 from minigpt5.evaluation.protocols.table import PROTOCOLS
@@ -241,6 +242,39 @@ def test_a_judge_is_asked_once_about_each_answer(tmp_path: Path, monkeypatch: py
     server.server_close()
 
 
+def test_a_question_with_a_damaged_picture_is_not_judged(tmp_path: Path) -> None:
+    """A system that reads no pictures has answered it."""
+    run = Run(tmp_path, "interleave", items(tmp_path / "bench"))
+    run.ask()
+    (tmp_path / "bench" / "images" / "0.png").write_bytes(b"broken")
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.answers = [(200, json.dumps(dict.fromkeys(ASPECTS, 3)))] * 2
+    measured = run.measure(Judging(judge=Judge(url=server.url, model="critic"), limit=3))
+    assert [one["n"] for one in measured["metrics"] if one["metric"] == "judge"] == [2]
+    ((reason, count),) = measured["unjudged"].items()
+    assert "picture" in reason and count == 1
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_file_of_items_is_read_to_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, lengths = items(tmp_path / "bench"), list[int]()
+    parse = evaluation_rows.parse_items
+
+    def parse_and_count(data: bytes, *, name: str) -> Any:
+        lengths.append(len(data))
+        return parse(data, name=name)
+
+    monkeypatch.setattr(evaluation_rows, "parse_items", parse_and_count)
+    for module in (evaluation_rows, items_module):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 100)
+    evaluation_rows._items.cache_clear()
+    with pytest.raises(InvalidRequest, match="more than 100 bytes: split it"):
+        open_rows(place).index()
+    assert lengths == [101]
+
+
 # Rows
 
 
@@ -322,6 +356,23 @@ def test_a_system_that_does_not_answer_a_protocol_is_refused(tmp_path: Path, mon
     options = command("vist", "--data", "rows", "--out", str(tmp_path / "out"))
     with pytest.raises(InvalidRequest, match="vist asks for picture, which storybook does not answer"):
         evaluate.run(options, failpoints.no_failpoint)
+
+
+def test_rivals_of_one_model_folder_are_not_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, plans = evaluate.read_system(MODEL), list[dict[str, Any]]()
+
+    def take_plan(rows: list[evaluate.Asked], output: Output, make: Any, **options: Any) -> Report:
+        plans.append(output.plan)
+        return Report(left=len(rows))
+
+    monkeypatch.setattr(evaluate, "work", take_plan)
+    options = command("cc3m", "--data", prepared(tmp_path / "data", *captions("a")), "--out", str(tmp_path / "out"))
+    for kind in (None, "gill", "divter"):
+        one = dataclasses.replace(info, kind=kind)
+        monkeypatch.setattr(evaluate, "read_system", lambda folder, draw, one=one: one)
+        evaluate.run(options, failpoints.no_failpoint)
+    ours, gill, divter = plans
+    assert ours != gill != divter and gill | {"kind": "divter"} == divter
 
 
 def story_data(folder: Path, kind: str, count: int) -> str:
