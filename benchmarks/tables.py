@@ -79,7 +79,7 @@ def results(found: Results) -> str:
         ("captions of held-out pairs whose picture shows all five facts", interval(shown)),
         ("pages of self-written stories whose picture shows the character", interval(pages["who"])),
         (
-            "stories a second over HTTP, 16 default requests at once, 128 px",
+            "stories a second over HTTP, 16 default requests at once",
             f"{http:.2f} ({http / published:.1f} times the published way)",
         ),
         (
