@@ -66,10 +66,8 @@ class EngineLoop(Generic[J]):
         advance: Callable[[list[J]], None],
         leave: Callable[[J], None],
         max_jobs: int,
-        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """`begin` is what the thread does first."""
-        self._name, self.max_jobs, self._begin = name, max_jobs, begin
+        self._name, self.max_jobs = name, max_jobs
         self._choose, self._advance, self._leave = choose, advance, leave
         self._jobs: list[J] = []
         self._signal = _Signal()
@@ -106,7 +104,7 @@ class EngineLoop(Generic[J]):
                 raise EngineFull(f"the {self._name} takes at most {self.max_jobs} requests at once: try again later")
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=_work, args=(weakref.ref(self), self._signal, self._begin), name=self._name, daemon=True
+                    target=_work, args=(weakref.ref(self), self._signal), name=self._name, daemon=True
                 )
                 self._thread.start()
                 # A thread that is in the middle of a step when the interpreter ends would bring it down.
@@ -173,9 +171,8 @@ class _Signal:
         self.has_work = self.is_ended = False
 
 
-def _work(engine: weakref.ref[EngineLoop[Any]], signal: _Signal, begin: Callable[[], None]) -> None:
+def _work(engine: weakref.ref[EngineLoop[Any]], signal: _Signal) -> None:
     """Step while there is work, until the engine is gone or the interpreter ends."""
-    begin()
     while True:
         with signal.changed:
             signal.changed.wait_for(lambda: signal.has_work or signal.is_ended)

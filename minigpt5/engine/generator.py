@@ -32,7 +32,7 @@ from minigpt5.engine.picture_reader import PictureReader
 from minigpt5.engine.prompts import Prompt, Prompter
 from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
 from minigpt5.engine.steps import Asked, Read, Score, Steps
-from minigpt5.engine.threads import single_thread
+from minigpt5.engine.threads import Team, single_thread
 from minigpt5.errors import SettingsError
 from minigpt5.limits import BLOCK, Limits, default_limits, kv_cache_bytes
 from minigpt5.model.language import LanguageModel
@@ -87,8 +87,8 @@ class VokenGenerator(QueuedEngine):
         draws_on_device: bool | None = None,
     ) -> None:
         """Requests beyond `limits` (default: those of the device) wait, and beyond `max_jobs` they are refused.
-        `num_threads`: torch threads of a step (default: as many as here). `draws_on_device`: whether tokens are drawn
-        in one call where their logits lie (default: on a GPU).
+        `num_threads`: torch threads of a step at most (default: as many as here). `draws_on_device`: whether tokens are
+        drawn in one call where their logits lie (default: on a GPU).
 
         Raises SettingsError where the KV store has no room for a request as long as the context.
         """
@@ -114,13 +114,13 @@ class VokenGenerator(QueuedEngine):
         self._num_reserved = int(MIN_SHARE * self.limits.num_slots)
         self._pictures = PictureReader(vision)
         self._fair = FairShare(self.limits.max_batch, min_places=1)
+        self._team = Team(num_threads or torch.get_num_threads())
         self._loop = EngineLoop[_Job](
             "generator",
             choose=self._choose,
             advance=self._advance,
             leave=self._leave,
             max_jobs=max_jobs,
-            begin=partial(torch.set_num_threads, num_threads or torch.get_num_threads()),
         )
 
     @classmethod
@@ -133,9 +133,9 @@ class VokenGenerator(QueuedEngine):
         precision: TextPrecision | None = None,
         limits: Limits | None = None,
     ) -> VokenGenerator:
-        """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step. `device`: the GPU
-        that this process sees where there is one, else the CPU. `precision` of the language model: by default what
-        is fastest on this CPU of what keeps its text, and bfloat16 on a GPU. `limits`: by default those of the
+        """Load a model folder by its path, URI or hub id. `num_threads`: torch threads of a step at most. `device`:
+        the GPU that this process sees where there is one, else the CPU. `precision` of the language model: by default
+        what is fastest on this CPU of what keeps its text, and bfloat16 on a GPU. `limits`: by default those of the
         device."""
         from minigpt5.model.folder import default_device, load_generator_model
 
@@ -230,8 +230,12 @@ class VokenGenerator(QueuedEngine):
         source = int(num_known.argmax())
         return source, int(num_known[source])
 
-    @torch.no_grad()
     def _advance(self, jobs: list[_Job]) -> None:
+        with self._team.working():
+            self._step(jobs)
+
+    @torch.no_grad()
+    def _step(self, jobs: list[_Job]) -> None:
         """One step of the language model, and what follows from it."""
         parts = self._part(jobs)
         if not parts:

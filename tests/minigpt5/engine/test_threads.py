@@ -1,12 +1,16 @@
 """Teams of threads belong to engines."""
 
+import asyncio
+
 import pytest
 import torch
 
 from minigpt5.config import default_model_folder
 from minigpt5.engine.decoder import DiffusionDecoder
+from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.threads import Team, share, single_thread
 from minigpt5.model.folder import load_decoder_model
+from minigpt5.types import Sampling, StoryRequest
 
 
 def test_the_number_of_threads_comes_back() -> None:
@@ -36,6 +40,22 @@ def test_who_loads_an_engine_has_no_team(monkeypatch: pytest.MonkeyPatch) -> Non
     finally:
         torch.set_num_threads(before)
     assert decoder._team.max_threads == 3
+
+
+def test_a_generator_leaves_cores_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = VokenGenerator.from_pretrained(default_model_folder(), num_threads=2)
+    seen, step = list[int](), generator._step
+    monkeypatch.setattr(generator, "_step", lambda jobs: (seen.append(torch.get_num_threads()), step(jobs))[1])
+    generator._team.num = 1  # as beside a busy process
+    monkeypatch.setattr(generator._team, "_decide", lambda *times: None)
+
+    async def write() -> None:
+        sampling = Sampling(min_page_tokens=2, max_page_tokens=2)
+        async for _ in generator.generate(StoryRequest(prompt=("A fox",), pages=1, sampling=sampling)):
+            pass
+
+    asyncio.run(write())
+    assert set(seen) == {1} and generator._team.max_threads == 2
 
 
 @pytest.mark.parametrize(
