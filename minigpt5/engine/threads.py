@@ -64,10 +64,10 @@ class Team:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Around a step, in the engine's thread."""
+        torch.set_num_threads(self.num)
         if self.max_threads == 1:
             yield
             return
-        torch.set_num_threads(self.num)
         before = self._read()
         yield
         self._sums = [sum_ + now - then for sum_, now, then in zip(self._sums, self._read(), before, strict=True)]

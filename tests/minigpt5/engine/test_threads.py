@@ -82,3 +82,13 @@ def test_a_team_is_as_large_as_it_finds_cores(
         assert torch.get_num_threads() == num
     torch.set_num_threads(before)
     assert team.num == expected
+
+
+def test_a_team_of_one_is_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Team(1).working():
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
