@@ -80,7 +80,7 @@ class Replica:
         return num_gpus_here(), device, os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize("num_gpus", [0, pytest.param(1, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_gpus", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.gpu)])
 @pytest.mark.cluster
 def test_a_replica_computes_where_ray_has_placed_it(own_ray: None, num_gpus: int) -> None:
     """One without a GPU stays on the CPU, on a machine with GPUs too."""

@@ -133,7 +133,7 @@ def test_it_writes_reads_and_draws(made: Path) -> None:
 def test_the_language_model_writes_in_bfloat16(made: Path) -> None:
     generator = VokenGenerator.from_pretrained(made, precision="bfloat16")
     multiplied = [part for part in generator.language.body.modules() if isinstance(part, Bfloat16Linear)]
-    assert multiplied and all(part.weight_OI.dtype == torch.bfloat16 for part in multiplied)
+    assert multiplied and all(part.weight.dtype == torch.bfloat16 for part in multiplied)
     rotary = [value for name, value in generator.language.named_buffers() if name.endswith("inv_freq")]
     assert rotary and all(value.dtype == torch.float32 for value in rotary), "angles of far positions need it"
 
