@@ -76,8 +76,8 @@ AnyPrefix = Prefix | ProjectedPrefix
 
 
 def prefix_shape(body: Any, num_tokens: int) -> tuple[int, ...]:
-    """The shape of a transformer's prefix, which reads a token to show it. Raises ValueError where its layers keep
-    anything but keys and values, or differ in their sizes."""
+    """The shape of a transformer's prefix, which reads a token to show it. Raises ModelFolderError where its layers
+    keep keys and values of several shapes."""
     embedding = body.get_input_embeddings()
     ids_11 = torch.zeros(1, 1, dtype=torch.long, device=next(embedding.parameters()).device)
     cache = DynamicCache()
@@ -85,22 +85,22 @@ def prefix_shape(body: Any, num_tokens: int) -> tuple[int, ...]:
         body(inputs_embeds=embedding(ids_11), past_key_values=cache, use_cache=True)
     shapes = {states.shape for layer in cache.layers for states in (layer.keys, layer.values)}
     if len(shapes) != 1:
-        raise ValueError(f"its layers keep keys and values of several shapes: {sorted(map(tuple, shapes))}")
+        raise ModelFolderError(
+            "this language model takes no prefix: its layers keep keys and values of several shapes: "
+            f"{sorted(map(tuple, shapes))}; train an adapter"
+        )
     _, num_heads, _, width = shapes.pop()
     return len(cache.layers), 2, num_heads, num_tokens, width
 
 
 def new_prefix(body: Any, num_tokens: int, *, context_tokens: int) -> ProjectedPrefix:
-    """A fresh one, to be trained. Raises ModelFolderError as `check_positions` does, or where the layers take none."""
+    """A fresh one, to be trained. Raises ModelFolderError as `check_positions` and `prefix_shape` do."""
     check_positions(body, num_tokens, context_tokens=context_tokens)
-    try:
-        return ProjectedPrefix(prefix_shape(body, num_tokens))
-    except ValueError as error:
-        raise ModelFolderError(f"this language model takes no prefix: {error}; train an adapter") from error
+    return ProjectedPrefix(prefix_shape(body, num_tokens))
 
 
 def load_prefix(path: Path, body: Any, *, context_tokens: int) -> Prefix:
-    """A trained one, frozen. Raises ModelFolderError as `check_positions` does, or where it is another body's."""
+    """A trained one, frozen. Raises ModelFolderError as `new_prefix` does, or where it is another body's."""
     states = load_tensors(path).get("states")
     num_tokens = states.shape[3] if states is not None and states.dim() == 5 else 0
     prefix = Prefix(prefix_shape(body, num_tokens))

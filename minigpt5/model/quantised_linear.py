@@ -49,7 +49,7 @@ class Int4Linear(nn.Module):
         self.adapter = adapter
 
     def forward(self, input: Tensor) -> Tensor:
-        input_BI = input.to(torch.bfloat16).view(-1, input.shape[-1])
+        input_BI = input.to(torch.bfloat16).reshape(-1, input.shape[-1])
         out_BO = torch._weight_int4pack_mm_for_cpu(input_BI, self.packed, GROUP, self.scales_KO2)
         if self.bias_O is not None:
             out_BO += self.bias_O
@@ -93,7 +93,7 @@ class VnniInt8Linear(nn.Module):
         self.bias_O = bias_O
 
     def forward(self, input: Tensor) -> Tensor:
-        input_BI = input.float().view(-1, input.shape[-1])
+        input_BI = input.float().reshape(-1, input.shape[-1])
         num = len(input_BI)
         steps_B1 = input_BI.abs().amax(dim=1, keepdim=True).clamp_min_(1e-30).mul_(1 / 32512)
         # 128 in each byte stands for zero, and the conversion rounds down.
@@ -122,7 +122,7 @@ class Avx2Int8Linear(nn.Module):
         self.bias_O = bias_O
 
     def forward(self, input: Tensor) -> Tensor:
-        input_BI = input.float().view(-1, input.shape[-1])
+        input_BI = input.float().reshape(-1, input.shape[-1])
         num = len(input_BI)
         norms_B1 = torch.linalg.vector_norm(input_BI, torch.inf, dim=1, keepdim=True)
         steps_B1 = norms_B1.mul_(1 / (PLANE // 2 - 1)).add_(1e-30)
@@ -151,7 +151,7 @@ class Bfloat16Linear(nn.Module):
         self.bias_O = None if bias_O is None else bias_O.bfloat16()
 
     def forward(self, input: Tensor) -> Tensor:
-        input_BI = input.to(torch.bfloat16).view(-1, input.shape[-1])
+        input_BI = input.to(torch.bfloat16).reshape(-1, input.shape[-1])
         if not self.is_packed:
             out_BO = F.linear(input_BI, self.weight, self.bias_O)
         elif len(input_BI) <= EVEN_ROWS:
@@ -212,7 +212,7 @@ def can_multiply_int8() -> bool:
 
 
 def has_amx() -> bool:
-    """Whether this CPU has matrix units for bfloat16 (AMX), and oneDNN may use them."""
+    """Whether this CPU has matrix units (AMX), and torch has oneDNN."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 

@@ -170,6 +170,12 @@ def test_a_row_has_the_same_bits_in_any_company(layer: nn.Module) -> None:
         assert torch.equal(layer(rows[:num_rows]), alone[:num_rows])
 
 
+@pytest.mark.parametrize("layer", _layers(), ids=lambda layer: type(layer).__name__)
+def test_inputs_may_lie_in_any_order(layer: nn.Module) -> None:
+    inputs = torch.randn(128, 3, 2).bfloat16().permute(2, 1, 0)
+    assert torch.equal(layer(inputs), layer(inputs.contiguous()))
+
+
 def test_stacked_adapters_are_what_merging_makes() -> None:
     torch.manual_seed(0)
     shape = LlamaConfig(
