@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +27,7 @@ from benchmarks.lockstep import Lockstep
 from benchmarks.machine_peak import measure_peak
 from benchmarks.ours import Ours
 from benchmarks.published import draw, new_pipeline
-from benchmarks.turns import Measurements
+from benchmarks.turns import Measurements, running
 from minigpt5.config import ModelConfig
 from minigpt5.engine.decoder import DiffusionDecoder, encode
 from minigpt5.engine.denoising import denoise
@@ -298,6 +299,12 @@ def test_without_the_peers_environment_the_run_says_so(tmp_path: Path) -> None:
     missing: dict[str, str] = {}
     assert bench.peer_commands(options, tmp_path, missing) == {}
     assert set(missing) == {"llamacpp", "vllm"} and "make install-peers" in missing["vllm"]
+
+
+def test_a_peer_that_cannot_compute_is_found_at_its_start() -> None:
+    dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGILL)"]
+    with pytest.raises(RuntimeError, match="ended with -4"), running(dies):
+        pytest.fail("it has not loaded")
 
 
 class Stories(BaseHTTPRequestHandler):

@@ -246,3 +246,18 @@ def test_learned_positions_must_reach_over_prefix_and_context() -> None:
     language.add_prefix(4, context_tokens=60)
     check_positions(language.body, 4, context_tokens=60)
     assert language.prefix and language.prefix().shape == (2, 2, 4, 4, 8)
+
+
+def test_layers_of_several_shapes_take_no_prefix() -> None:
+    class Uneven(nn.Module):
+        embedding = nn.Embedding(4, 8)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embedding
+
+        def forward(self, inputs_embeds: Tensor, past_key_values: DynamicCache, use_cache: bool) -> None:
+            for layer, width in enumerate((4, 8)):
+                past_key_values.update(torch.zeros(1, 2, 1, width), torch.zeros(1, 2, 1, width), layer)
+
+    with pytest.raises(ModelFolderError, match="takes no prefix: its layers keep keys and values of several shapes"):
+        prefix_shape(Uneven(), 4)
