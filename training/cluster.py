@@ -70,6 +70,7 @@ def run_on_ray(run: Run, num_workers: int, *, num_gpus: float = 0.0) -> None:
         ray.init(**({} if "RAY_ADDRESS" in os.environ else own))
     if "RAY_ADDRESS" not in os.environ:
         check_gpus(num_workers, num_gpus, ray.cluster_resources().get("GPU", 0))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else what a worker prints comes twice
     settings = WorkerSettings(run=dataclasses.replace(run, owner=checkpoint.claim(run.out)))
     resources = {"CPU": 0.5} | ({"GPU": num_gpus} if num_gpus else {})
     with tempfile.TemporaryDirectory() as scratch:

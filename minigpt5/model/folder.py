@@ -318,7 +318,8 @@ def save(
     if language.prefix:
         save_module(language.prefix.settle(), folder / PREFIX)
     if hasattr(language.body, "peft_config"):
-        language.body.save_pretrained(str(folder / "adapter"))
+        # By default PEFT asks the Hub for the base model, whose embeddings it might have to save: ours are frozen.
+        language.body.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
         _name_base(folder / "adapter" / "adapter_config.json", config.language_model)
         _halve(folder / "adapter" / "adapter_model.safetensors")

@@ -127,7 +127,7 @@ def tiny_diffusion(config: ModelConfig, *, is_distilled: bool = False) -> Stable
     return StableDiffusion(vae, unet, noise, distilled if is_distilled else None).eval()
 
 
-def save_tiny(folder: Path) -> ModelConfig:
+def save_tiny(folder: Path, *, language: LanguageModel | None = None) -> ModelConfig:
     """A whole model folder of tiny parts."""
     from minigpt5.model import folder as model_folder
 
@@ -136,7 +136,7 @@ def save_tiny(folder: Path) -> ModelConfig:
     return model_folder.save(
         folder,
         config,
-        language=tiny_language(config),
+        language=language or tiny_language(config),
         mapper=tiny_mapper(config),
         vision=tiny_vision(config),
     )

@@ -153,7 +153,9 @@ def _ray_examples(source: ExampleSource, preset: Preset, *, first_step: int, ran
         made[:] = [source.example_at(int(position)) for position in positions]
         return {"example": made}
 
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_fallback_to_arrow_object_ext_type = True  # examples are objects; unset, Ray warns of them
     share = preset.batch_size // num_workers
     num_examples = (preset.steps - first_step) * preset.optimizer.gradient_accumulation_steps * share
     blocks = min(MAX_BLOCKS, max(1, num_examples // (8 * share)))

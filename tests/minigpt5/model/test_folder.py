@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from minigpt5.codec import to_json
-from minigpt5.config import default_model_folder, storybook
+from minigpt5.config import LoraConfig, default_model_folder, storybook
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import cache
 from minigpt5.model.cache import KEPT_BYTES
 from minigpt5.model.folder import MAX_EXAMPLE_PICTURE_BYTES, load_example_pictures, save_distilled
 from minigpt5.model.folder_config import check_folder, compute_fingerprint, load_config, write_config
-from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion
+from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_language
 
 WEBP = b"RIFF\x1a\x00\x00\x00WEBPVP8L"
 
@@ -39,6 +40,21 @@ def test_a_saved_folder_says_what_the_config_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(to_json(again)))
     put(tmp_path, 1, WEBP)
     assert check_folder(tmp_path) == again and compute_fingerprint(tmp_path) == saved.fingerprint
+
+
+def test_who_saves_an_adapter_asks_nobody_for_its_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*arguments: object) -> None:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", ask)
+    language = tiny_language(tiny_config())
+    language.add_adapter(LoraConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj",)))
+    save_tiny(tmp_path / "first", language=language)
+    again = tiny_language(tiny_config())
+    again.load_adapter(tmp_path / "first" / "adapter", is_trained=True)  # as a stage that goes on with it
+    save_tiny(tmp_path / "second", language=again)
+    first, second = (load_file(tmp_path / one / "adapter" / "adapter_model.safetensors") for one in ("first", "second"))
+    assert first.keys() == second.keys() and all("lora_" in name for name in first)
 
 
 def test_a_large_file_is_hashed_once_and_its_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
