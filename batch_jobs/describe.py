@@ -18,6 +18,7 @@ from batch_jobs.job import (
     generator_pool,
     limits,
     new_parser,
+    precisions,
     read_table,
     run_command,
     work,
@@ -89,9 +90,10 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         "input_sha256": digest_of(options.input),
         "model": config.fingerprint,
         "question": options.question,
+        **precisions(options),
     }
-    output = Output.at(options.output, DESCRIPTION_SCHEMA, plan, flush_s=options.flush_seconds, failpoint=failpoint)
     make = partial(describe, config=config, pool=generator_pool(options, model), limits=limits(options))
+    output = Output.at(options.output, DESCRIPTION_SCHEMA, plan, flush_s=options.flush_seconds, failpoint=failpoint)
     return work(
         _read(options.input, options.question),
         output,

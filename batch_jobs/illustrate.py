@@ -27,6 +27,7 @@ from batch_jobs.job import (
     generator_pool,
     limits,
     new_parser,
+    precisions,
     read_table,
     run_command,
     work,
@@ -139,7 +140,11 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         "input_sha256": digest_of(options.input),
         "model": config.fingerprint,
         "pictures": options.pictures,
+        **precisions(options),
     }
+    engines = Engines(
+        generator=generator_pool(options, model), decoder=decoder_pool(options, model), limits=limits(options)
+    )
     output = Output.at(
         options.output,
         STORY_SCHEMA,
@@ -147,9 +152,6 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         keeps_pictures=options.pictures == "files",
         flush_s=options.flush_seconds,
         failpoint=failpoint,
-    )
-    engines = Engines(
-        generator=generator_pool(options, model), decoder=decoder_pool(options, model), limits=limits(options)
     )
     report = illustrate(
         _read(options.input, config),

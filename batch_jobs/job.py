@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import pyarrow as pa
 from ray.exceptions import RayError
@@ -37,6 +37,7 @@ from minigpt5.limits import default_limits
 from minigpt5.model.folder_config import check_folder
 from minigpt5.model.locate import check_bases, locate, shared_name
 from minigpt5.story.stream import describe
+from minigpt5.types import DecoderBackend, Precision, TextPrecision
 
 REPORT_S = 5.0
 
@@ -138,22 +139,42 @@ def _take_in(
         output.sink.flush()
 
 
-def load_generator(folder: str, num_threads: int, num_gpus: float = 0.0, vllm: VllmSettings | None = None) -> Generator:
+def load_generator(
+    folder: str,
+    num_threads: int,
+    num_gpus: float = 0.0,
+    vllm: VllmSettings | None = None,
+    precision: TextPrecision | None = None,
+) -> Generator:
     """A generator on the GPU that Ray gives its actor, else on the CPU: without one it may see those of others. With
     `vllm`, vLLM writes; where its own process is gone, the actor ends too."""
     device = "cuda" if num_gpus else "cpu"
     limits = default_limits(device, gpu_share=min(1.0, num_gpus or 1.0))
     return load_engine(
-        folder, num_threads=num_threads, device=device, limits=limits, vllm=vllm, on_death=lambda: os._exit(1)
+        folder,
+        num_threads=num_threads,
+        device=device,
+        limits=limits,
+        precision=precision,
+        vllm=vllm,
+        on_death=lambda: os._exit(1),
     )
 
 
-def load_decoder(folder: str, num_threads: int, num_gpus: float = 0.0) -> Decoder:
+def load_decoder(
+    folder: str,
+    num_threads: int,
+    num_gpus: float = 0.0,
+    precision: Precision | None = None,
+    backend: DecoderBackend = "auto",
+) -> Decoder:
     """As `load_generator`."""
     from minigpt5.engine.decoder import DiffusionDecoder
 
     device = "cuda" if num_gpus else "cpu"
-    return DiffusionDecoder.from_pretrained(folder, num_threads=num_threads, device=device)
+    return DiffusionDecoder.from_pretrained(
+        folder, num_threads=num_threads, device=device, precision=precision, backend=backend
+    )
 
 
 def check_model(folder: str) -> tuple[str, ModelConfig]:
@@ -165,13 +186,24 @@ def check_model(folder: str) -> tuple[str, ModelConfig]:
     return shared_name(folder), config
 
 
+def precisions(options: argparse.Namespace) -> dict[str, str]:
+    """Those that are set, as part of a job's plan: half of the rows in another precision would be another job."""
+    values = vars(options)
+    return {name: values[name] for name in ("generator_precision", "decoder_precision") if values.get(name)}
+
+
 def generator_pool(options: argparse.Namespace, model: str) -> Pool:
     min_engines, max_engines = options.generators
     num_engines = max_engines + getattr(options, "decoders", (0, 0))[1]
     num_threads = max(1, (os.cpu_count() or 1) // num_engines)
+    if options.vllm and options.generator_precision:
+        raise MiniGPT5Error(
+            f"--generator-precision is {options.generator_precision} but vLLM computes in the precision of the "
+            "exported folder: leave it out"
+        )
     vllm = VllmSettings(folder=os.path.abspath(options.vllm), python=options.vllm_python) if options.vllm else None
     return Pool(
-        load=partial(load_generator, model, num_threads, options.generator_gpus, vllm),
+        load=partial(load_generator, model, num_threads, options.generator_gpus, vllm, options.generator_precision),
         min_engines=min_engines,
         max_engines=max_engines,
         num_gpus=options.generator_gpus,
@@ -182,7 +214,10 @@ def generator_pool(options: argparse.Namespace, model: str) -> Pool:
 def decoder_pool(options: argparse.Namespace, model: str) -> Pool:
     min_engines, max_engines = options.decoders
     # Drawing gains most from threads; the decoder gives back those whose cores others need (engine/threads.py).
-    load = partial(load_decoder, model, max(1, (os.cpu_count() or 1) // max_engines), options.decoder_gpus)
+    num_threads = max(1, (os.cpu_count() or 1) // max_engines)
+    load = partial(
+        load_decoder, model, num_threads, options.decoder_gpus, options.decoder_precision, options.decoder_backend
+    )
     return Pool(load=load, min_engines=min_engines, max_engines=max_engines, num_gpus=options.decoder_gpus)
 
 
@@ -207,7 +242,24 @@ def new_parser(name: str, about: str, *, generators: bool, decoders: bool) -> ar
                 help=f"actors that {what} (default 1)",
             )
             parser.add_argument(f"--{pool}-gpus", type=float, default=0.0, help="GPUs of each of them (default 0)")
+    if decoders:
+        parser.add_argument(
+            "--decoder-precision",
+            choices=get_args(Precision),
+            help="of the denoiser and the VAE (default float32, on a GPU bfloat16)",
+        )
+        parser.add_argument(
+            "--decoder-backend",
+            choices=get_args(DecoderBackend),
+            default="auto",
+            help="what computes them (default: OpenVINO, on a GPU eager)",
+        )
     if generators:
+        parser.add_argument(
+            "--generator-precision",
+            choices=get_args(TextPrecision),
+            help="of the language model (default: the faster of float32 and int4, on a GPU bfloat16)",
+        )
         parser.add_argument("--vllm", metavar="FOLDER", help="vLLM writes, with what was exported of the model")
         parser.add_argument(
             "--vllm-python", default=str(VLLM_PYTHON), metavar="PATH", help="its interpreter (default %(default)s)"

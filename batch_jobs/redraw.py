@@ -20,7 +20,7 @@ from pyarrow import ArrowException, dataset, fs, parquet
 
 from batch_jobs.failpoints import FailpointHook
 from batch_jobs.inputs import digest_of
-from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, run_command, work
+from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, precisions, run_command, work
 from batch_jobs.outputs import STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import (
     ROWS_PER_DECODER,
@@ -215,6 +215,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         "guidance_scale": chosen.guidance_scale,
         "scheduler": chosen.scheduler,
         "seed": options.seed,
+        **precisions(options),
     }
     if chosen.width or chosen.height:  # a job of version 0.2 names no size
         plan |= {"width": chosen.width, "height": chosen.height}
