@@ -35,6 +35,7 @@ from minigpt5.errors import BaseModelNotFound
 from minigpt5.evaluation.systems.folder import save_system
 from minigpt5.evaluation.systems.load import load_system
 from minigpt5.evaluation.text import load_wordnet
+from minigpt5.model.folder_config import load_config
 from minigpt5.storybook.scorer import load_scorer
 from training.checkpoint import checkpoints
 from training.presets import Preset
@@ -46,6 +47,7 @@ SHIPPED = "shipped"
 SEEDS = {"minigpt5": 3, "gill": 3, "divter": 3}
 """Rows of more than one seed: ours and its two closest rivals. Their further seeds come after all rows."""
 RESULTS = Path("benchmarks") / "results" / "rivals.json"
+QUICK = Path("runs") / "rivals-quick"
 UNIT = ("minutes", "peak_mib", "metrics")
 """What is kept of one seed."""
 
@@ -86,18 +88,9 @@ def train(plan: Plan, name: str, seed: int, run: Train = train_apart) -> tuple[P
     if name == SHIPPED:
         return plan.base, 0.0, 0
     rival = RIVALS[name]
-    shape = _key(dict(rival.config), seed)
-    folder = plan.runs / f"start-{shape}"
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-        make_start(name, partial, base=plan.base, seed=seed)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            shutil.rmtree(partial)  # a bench of other rows made it meanwhile
-    key, minutes, peak_mib = shape, 0.0, 0
+    folder = _start(plan, name, seed)
+    key, minutes, peak_mib = folder.name.removeprefix("start-"), 0.0, 0
+    _make_once(folder, lambda partial: make_start(name, partial, base=plan.base, seed=seed))
     for stage, preset in rival.stages.items():
         key = _key([key, _settings(preset), plan.settings], seed)
         out = plan.runs / f"{stage}-{key}"
@@ -111,6 +104,26 @@ def train(plan: Plan, name: str, seed: int, run: Train = train_apart) -> tuple[P
         found = json.loads(done.read_text())
         minutes, peak_mib, folder = minutes + found["minutes"], max(peak_mib, found["peak_mib"]), out / "model"
     return folder, minutes, peak_mib
+
+
+def _start(plan: Plan, name: str, seed: int) -> Path:
+    """The model folder that a row starts from; rows of one shape and base share it."""
+    return plan.runs / f"start-{_key([dict(RIVALS[name].config), load_config(plan.base).fingerprint], seed)}"
+
+
+def _make_once(folder: Path, make: Callable[[Path], object]) -> None:
+    """A folder that is there whole or not at all. A bench of other rows may make it meanwhile."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    make(partial)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(partial)
 
 
 def _settings(preset: Preset) -> dict[str, Any]:
@@ -134,12 +147,10 @@ def make_system(plan: Plan, name: str, seed: int, trained: Path) -> Path:
     rival = RIVALS.get(name)
     if rival is None or not rival.system or (trained / "model").is_dir():
         return trained
-    folder = plan.runs / "systems" / f"{name}-{seed}"
-    if not (folder / "config.json").is_file():
-        starts = plan.runs / f"start-{_key(dict(rival.config), seed)}"
-        is_diffusion = (trained / "unet").is_dir()
-        model, decoder = (starts, trained) if is_diffusion else (trained, None)
-        save_system(folder, rival.system, model, decoder=decoder)
+    folder = plan.runs / "systems" / f"{name}-{trained.parent.name}"
+    is_diffusion = (trained / "unet").is_dir()
+    model, decoder = (_start(plan, name, seed), trained) if is_diffusion else (trained, None)
+    _make_once(folder, lambda partial: save_system(partial, rival.system, model, decoder=decoder))
     return folder
 
 
@@ -205,12 +216,16 @@ def units_left(plan: Plan, names: Sequence[str]) -> list[tuple[str, int]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description=__doc__)
     parser.add_argument("--rows", nargs="+", choices=ORDER, default=ORDER, metavar="NAME", help="by default all")
-    parser.add_argument("--runs", type=Path, default=Plan.runs, help="folder of all runs (default %(default)s)")
+    parser.add_argument("--runs", type=Path, help=f"folder of all runs (default {Plan.runs}, {QUICK} with --quick)")
     parser.add_argument("--base", type=Path, default=default_model_folder(), help="model folder that all start from")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help=f"file of the rows (default {RESULTS}, in --runs with --quick)")
     parser.add_argument("--quick", action="store_true", help="two steps and few items: a check that the bench runs")
     options = parser.parse_args(arguments)
-    plan = Plan(runs=options.runs.absolute(), base=options.base, out=options.out)
+    runs = (options.runs or (QUICK if options.quick else Plan.runs)).absolute()
+    out = options.out or (runs / RESULTS.name if options.quick else RESULTS)
+    if options.quick and out.resolve() == RESULTS.resolve():
+        parser.error(f"--out is {out}, which is for whole runs: name another file with --quick")
+    plan = Plan(runs=runs, base=options.base, out=out)
     if options.quick:
         plan = dataclasses.replace(
             plan, nums=Nums(captions=2, stories=2, dialogues=1), settings=("steps=2", "batch_size=2")
