@@ -16,7 +16,7 @@ from batch_jobs.evaluation_rows import Row, RowReader
 from batch_jobs.outputs import RowSink
 from minigpt5.errors import MiniGPT5Error
 from minigpt5.evaluation.bootstrap import LEVEL, RESAMPLES
-from minigpt5.evaluation.judge import Judge, JudgeError, judge
+from minigpt5.evaluation.judge import MAX_PICTURES, Judge, JudgeError, judge, shrink
 from minigpt5.evaluation.protocols.interleave import KEY
 from minigpt5.evaluation.protocols.items import file_name, submit
 from minigpt5.evaluation.protocols.measure import Measures
@@ -93,12 +93,14 @@ class Judging:
     def judge_all(self, sink: RowSink, reader: RowReader, folder: str) -> Counter[str]:
         """Ask about each answer that has no marks yet, the first `limit` ones by the hash of their ids.
 
-        Returns how many have none then, by the reason. Raises JudgeError where these are more than MAX_JUDGE_FAILURES;
-        what the judge said stays."""
+        Returns how many have none then, by the reason. Raises JudgeError where the judge has failed more often than
+        MAX_JUDGE_FAILURES; what it said stays. A question that cannot be shown to it would fail again, and ends
+        nothing: such as one with a damaged picture, which a system need not have opened."""
         files, _ = open_place(folder)
         ids = [row_id for row_id, error in sink.written().items() if error is None]
         wanted = set(sorted(ids, key=lambda row_id: hashlib.sha256(row_id.encode()).digest())[: self.limit])
-        failures: list[MiniGPT5Error] = []
+        failures: list[JudgeError] = []
+        lasting: list[MiniGPT5Error] = []
         places = threading.BoundedSemaphore(2 * JUDGED_AT_ONCE)  # questions with their pictures are not piled up
 
         def ask(row_id: str, question: list[AnswerPart], answer: tuple[AnswerPart, ...]) -> None:
@@ -118,8 +120,8 @@ class Judging:
                 if stored["id"] in wanted and read_json(files, self._place(stored["id"], folder)) is None:
                     try:
                         question, answer = question_parts(reader[stored["id"]]), answers_of(stored)[KEY]
-                    except MiniGPT5Error as failure:  # such as a damaged picture, which a system need not have opened
-                        failures.append(failure)
+                    except MiniGPT5Error as failure:
+                        lasting.append(failure)
                         continue
                     places.acquire()
                     tasks.append(threads.submit(ask, stored["id"], question, answer))
@@ -127,7 +129,7 @@ class Judging:
             task.result()
         if len(failures) > MAX_JUDGE_FAILURES:
             raise JudgeError(f"{len(failures)} answers were not judged, the same command asks again: {failures[0]}")
-        return Counter(str(one)[:200] for one in failures)
+        return Counter(str(one)[:200] for one in (*failures, *lasting))
 
     def with_marks(self, samples: list[Sample], folder: str) -> list[Sample]:
         """The samples of an answer with its marks, where it has some."""
@@ -142,10 +144,16 @@ class Judging:
 
 
 def question_parts(row: Row) -> list[AnswerPart]:
-    return [
-        segment["text"] if segment["text"] is not None else open_picture(segment["picture"])
-        for segment in row["segments"]
-    ]
+    """What a judge is shown of a question, each picture as small as it is sent."""
+    parts: list[AnswerPart] = []
+    num_pictures = 0
+    for segment in row["segments"]:
+        if segment["text"] is not None:
+            parts.append(segment["text"])
+        elif num_pictures < MAX_PICTURES:
+            parts.append(shrink(open_picture(segment["picture"])))
+            num_pictures += 1
+    return parts
 
 
 def write_submission(sink: RowSink, reader: RowReader, folder: str, *, model: str) -> str:

@@ -37,6 +37,10 @@ DEVIATIONS = 3.0
 """Standard deviations over rounds that a figure may lie under its mean."""
 ANSWERS = 1.5
 """So many answers of a figure may be wrong for nothing: few rounds may agree by chance."""
+LEAST_ANSWERS = 0.5
+"""Share of the known answers that a figure has to rest on: a model that says nothing says nothing wrong."""
+NOTHING = {"share": 0.0, "num": 0.0}
+"""A fact that no page has said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ def measure(
     found: dict[str, Mapping[str, float]] = {
         **{f"caption: the picture shows {fact}": share for fact, share in shown.items()},
         "caption: crispness": crisp(drawn, asked)["both"],
-        **{f"story: a page shows {fact}": told["pictures"][fact] for fact in STORY_FACTS},
+        **{f"story: a page shows {fact}": told["pictures"].get(fact, NOTHING) for fact in STORY_FACTS},
         "story: the prompt's cast": told["stories_with_the_prompts_cast"],
         "story: all pages and pictures": told["stories_with_all_pages_and_pictures"],
         "story: facts that a page refers to": referring[VOKENS]["referred_to"]["all"],
@@ -89,7 +93,7 @@ def noise(rounds: Sequence[Mapping[str, Figure]]) -> dict[str, dict[str, object]
     for name, first in rounds[0].items():
         values = [one[name].value for one in rounds]
         mean, deviation = statistics.fmean(values), statistics.stdev(values)
-        least = mean - max(DEVIATIONS * deviation, ANSWERS / first.num)
+        least = mean - max(DEVIATIONS * deviation, ANSWERS / max(1, first.num))
         found[name] = {
             "mean": round(mean, 4),
             "deviation": round(deviation, 4),
@@ -101,22 +105,26 @@ def noise(rounds: Sequence[Mapping[str, Figure]]) -> dict[str, dict[str, object]
 
 
 def worse(figures: Mapping[str, Figure], known: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Names of the figures that are lower than the noise allows.
+    """Names of the figures that are lower than the noise allows, or rest on far fewer answers.
 
     Raises ValueError where figures and noise do not have the same names: the noise has to be measured again."""
     if set(figures) != set(known):
         differing = ", ".join(sorted(set(figures) ^ set(known)))
         raise ValueError(f"figures and {RESULTS.name} differ in {differing}: run python -m benchmarks.gate --noise 5")
-    return [name for name, one in figures.items() if one.value < known[name]["least"]]
+    return [name for name, one in figures.items() if _is_worse(one, known[name])]
+
+
+def _is_worse(figure: Figure, known: Mapping[str, float]) -> bool:
+    return not (figure.value >= known["least"] and figure.num >= LEAST_ANSWERS * known["num"])
 
 
 def to_text(figures: Mapping[str, Figure], known: Mapping[str, Mapping[str, float]]) -> str:
     """A line for each figure."""
-    lines = [f"{'':<38} {'now':>7} {'mean':>7} {'noise':>7} {'least':>7}"]
+    lines = [f"{'':<38} {'now':>7} {'mean':>7} {'noise':>7} {'least':>7} {'answers':>8}"]
     for name, one in figures.items():
         mean, deviation, least = (known[name][key] for key in ("mean", "deviation", "least"))
-        mark = "" if one.value >= least else "  WORSE"
-        lines.append(f"{name:<38} {one.value:>7.3f} {mean:>7.3f} {deviation:>7.4f} {least:>7.3f}{mark}")
+        mark = "  WORSE" if _is_worse(one, known[name]) else ""
+        lines.append(f"{name:<38} {one.value:>7.3f} {mean:>7.3f} {deviation:>7.4f} {least:>7.3f} {one.num:>8}{mark}")
     return "\n".join(lines)
 
 

@@ -65,7 +65,7 @@ class Client:
 
         Another machine is reached through the proxy that the environment names, if any. Raises ClientError where the
         URL or the proxy cannot be used."""
-        key = key or os.environ.get(KEY_VARIABLE, "")
+        key = (key or os.environ.get(KEY_VARIABLE, "")).strip()  # files of secrets end with a new line
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = url or os.environ.get(URL_VARIABLE, URL)
         parsed = _parse_url(self.url)

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -59,10 +59,14 @@ class Judge:
     url: str
     """Up to /v1."""
     model: str
-    key: str = ""
+    key: str = field(default="", repr=False)
+    """Spaces and new lines around it are no part of it."""
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key.strip())
+        if not (self.key.isascii() and self.key.isprintable()):  # the library's own error would quote it
+            raise InvalidRequest("judge", "the judge's key has characters that no header takes: is it the key alone?")
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise InvalidRequest(
                 "judge", f"judge is {self.url[:200]!r} but must be an http or https address, up to /v1"
@@ -109,25 +113,41 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def to_messages(question: Sequence[AnswerPart], answer: Sequence[AnswerPart]) -> list[dict[str, Any]]:
-    """The instruction, then the question and the answer in their order, within bounds."""
-    left_px, left_text = MAX_PICTURES, MAX_TEXT
+    """The instruction, then the question and the answer in their order, within bounds: each has half of the pictures
+    and characters at least."""
+    sides = {"QUESTION": question, "ANSWER": answer}
+    pictures = _halves([sum(not isinstance(part, str) for part in parts) for parts in sides.values()], MAX_PICTURES)
+    texts = _halves([sum(len(part) for part in parts if isinstance(part, str)) for parts in sides.values()], MAX_TEXT)
     content: list[dict[str, Any]] = []
-    for title, parts in (("QUESTION", question), ("ANSWER", answer)):
+    for (title, parts), num_pictures, length in zip(sides.items(), pictures, texts, strict=True):
         content.append({"type": "text", "text": f"{title}:"})
         for part in parts:
             if isinstance(part, str):
-                content.append({"type": "text", "text": part[:left_text]})
-                left_text = max(0, left_text - len(part))
-            elif left_px:
+                if text := part[:length]:
+                    content.append({"type": "text", "text": text})
+                length -= len(text)
+            elif num_pictures:
                 content.append({"type": "image_url", "image_url": {"url": _data_url(part)}})
-                left_px -= 1
+                num_pictures -= 1
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
 
 
-def _data_url(picture: Image.Image) -> str:
-    small, file = picture.convert("RGB"), io.BytesIO()
+def _halves(wanted: Sequence[int], most: int) -> list[int]:
+    """What two sides get of `most`: a half, and what the other leaves of its own."""
+    one, other = wanted
+    return [min(one, max(most // 2, most - other)), min(other, max(most - most // 2, most - one))]
+
+
+def shrink(picture: Image.Image) -> Image.Image:
+    """The picture as it is sent: MAX_PX at most."""
+    small = picture.convert("RGB")
     small.thumbnail((MAX_PX, MAX_PX))
-    small.save(file, "JPEG", quality=90)
+    return small
+
+
+def _data_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    shrink(picture).save(file, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -23,5 +23,10 @@ def missing(pattern: Sequence[str]) -> dict[str, float]:
 
 def structure(pattern: Sequence[str], expected: Sequence[str]) -> float:
     """1 where an answer has the asked pattern of "text" and "picture" exactly, else 0: the structural level of
-    ISG-Bench (arXiv 2411.17188), which needs no judge."""
-    return float(tuple(pattern) == tuple(expected))
+    ISG-Bench (arXiv 2411.17188), which needs no judge. Texts that follow each other are one: annotators' steps without
+    a picture are texts of their own, and an answer has one text between two pictures."""
+    return float(_joined(pattern) == _joined(expected))
+
+
+def _joined(pattern: Sequence[str]) -> list[str]:
+    return [part for before, part in zip(("", *pattern), pattern, strict=False) if (before, part) != ("text", "text")]

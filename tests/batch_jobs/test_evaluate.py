@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -242,7 +243,7 @@ def test_a_judge_is_asked_once_about_each_answer(tmp_path: Path, monkeypatch: py
     server.server_close()
 
 
-def test_a_question_with_a_damaged_picture_is_not_judged(tmp_path: Path) -> None:
+def test_a_question_with_a_damaged_picture_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that reads no pictures has answered it."""
     run = Run(tmp_path, "interleave", items(tmp_path / "bench"))
     run.ask()
@@ -254,8 +255,19 @@ def test_a_question_with_a_damaged_picture_is_not_judged(tmp_path: Path) -> None
     assert [one["n"] for one in measured["metrics"] if one["metric"] == "judge"] == [2]
     ((reason, count),) = measured["unjudged"].items()
     assert "picture" in reason and count == 1
+    monkeypatch.setattr(measuring, "MAX_JUDGE_FAILURES", 0)  # it would be damaged for ever
+    assert run.measure(Judging(judge=Judge(url=server.url, model="critic"), limit=3))["unjudged"] == {reason: 1}
     server.shutdown()
     server.server_close()
+
+
+def test_a_judge_sees_small_pictures_and_no_more_than_are_sent() -> None:
+    large = io.BytesIO()
+    Image.new("RGB", (600, 300), "red").save(large, "PNG")
+    picture = {"text": None, "picture": large.getvalue()}
+    parts = measuring.question_parts({"segments": [{"text": "Look.", "picture": None}, *[picture] * 25]})
+    assert parts[0] == "Look." and len(parts) == 1 + 20
+    assert {part.size for part in parts[1:]} == {(512, 256)}  # type: ignore[union-attr]
 
 
 def test_a_file_of_items_is_read_to_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +307,12 @@ def test_a_place_without_rows_is_refused(tmp_path: Path) -> None:
 def test_other_rows_have_another_digest(tmp_path: Path) -> None:
     one, same = (open_rows(prepared(tmp_path / name, *captions("a"))).digest() for name in ("one", "same"))
     assert one == same != open_rows(prepared(tmp_path / "more", *captions("a", "b"))).digest()
+    sizes, digests = set(), set()
+    for name, texts in (("other", ("a red fox", "an owl")), ("texts", ("a big dog", "my owl"))):
+        place = prepared(tmp_path / name, *captions(*texts))
+        sizes.add(sum(path.stat().st_size for path in Path(place).rglob("*.parquet")))
+        digests.add(open_rows(place).digest())
+    assert len(sizes) == 1 and len(digests) == 2, "files of one size with other texts"
 
 
 def test_rows_of_the_picture_world_are_read(tmp_path: Path) -> None:

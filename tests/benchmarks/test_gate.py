@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -29,10 +30,19 @@ def test_noise_is_the_spread_over_rounds_and_at_least_one_answer() -> None:
     assert known["all"]["least"] == pytest.approx(0.97), "one answer of fifty passes, two do not"
 
 
-@pytest.mark.parametrize(("value", "failed"), [(0.87, []), (0.85, ["who"])])
-def test_only_what_is_worse_than_the_noise_fails(value: float, failed: list[str]) -> None:
-    known = {"who": {"mean": 0.92, "deviation": 0.02, "least": 0.86}}
-    figures = {"who": Figure(value=value, num=100)}
+@pytest.mark.parametrize(
+    ("value", "num", "failed"),
+    [
+        (0.87, 100, []),
+        (0.85, 100, ["who"]),
+        (0.87, 60, []),
+        (1.0, 1, ["who"]),  # of one answer, where a hundred are known
+        (math.nan, 100, ["who"]),
+    ],
+)
+def test_only_what_is_worse_than_the_noise_fails(value: float, num: int, failed: list[str]) -> None:
+    known = {"who": {"mean": 0.92, "deviation": 0.02, "least": 0.86, "num": 100}}
+    figures = {"who": Figure(value=value, num=num)}
     assert worse(figures, known) == failed
     assert ("WORSE" in to_text(figures, known)) == bool(failed)
 

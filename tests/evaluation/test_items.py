@@ -88,6 +88,12 @@ def test_mmie_items_have_a_picture_after_its_text() -> None:
     assert golden_pattern(one_row({key: value for key, value in MMIE.items() if key != "gt_answer"})) == ()
 
 
+def test_two_items_of_one_id_are_refused_with_their_places() -> None:
+    data = json.dumps([MMIE, ISG, MMIE | {"question": [{"text": "And then?", "image": None}]}]).encode()
+    with pytest.raises(InvalidRequest, match="items 1 and 3 of data.json both have the id '7': give each its own"):
+        parse_items(data, name="data.json")
+
+
 def test_isg_items_are_typed_parts() -> None:
     row = one_row(ISG)
     assert (row["source"], told(row)) == ("isg", ["Show two pictures.", "#"])

@@ -141,9 +141,39 @@ def test_marks_are_whole_numbers_from_0_to_5(reply: str) -> None:
         read_marks(reply)
 
 
+def sent(question: list[Any], answer: list[Any]) -> tuple[str, str]:
+    """What the judge sees of both: texts, and # for a picture."""
+    (_, user) = to_messages(question, answer)
+    said = [part.get("text", "#") for part in user["content"]]
+    assert "" not in said
+    start = said.index("ANSWER:")
+    return "".join(said[1:start]), "".join(said[start + 1 :])
+
+
 def test_what_is_sent_has_bounds() -> None:
     (_, user) = to_messages(["x" * MAX_TEXT, "y"], [RED] * (MAX_PICTURES + 5))
     texts = [part["text"] for part in user["content"] if part["type"] == "text"]
     assert sum(map(len, texts)) == MAX_TEXT + len("QUESTION:ANSWER:")
     assert len(user["content"]) - len(texts) == MAX_PICTURES
     assert len(user["content"][-1]["image_url"]["url"]) < 20_000, "2000 px are sent as 512"
+
+
+def test_a_long_question_leaves_the_answer_its_half() -> None:
+    red = RED.resize((8, 8))
+    many = [red] * MAX_PICTURES
+    assert sent(many, ["One.", red, "", "Two.", red]) == ("#" * (MAX_PICTURES - 2), "One.#Two.#")
+    assert sent(many, many) == ("#" * (MAX_PICTURES // 2), "#" * (MAX_PICTURES // 2))
+    assert sent(["a"], many) == ("a", "#" * MAX_PICTURES)
+    long = "x" * MAX_TEXT
+    assert [len(one) for one in sent([long], ["answer", long])] == [MAX_TEXT // 2, MAX_TEXT // 2]
+    assert sent([long], ["answer"]) == ("x" * (MAX_TEXT - 6), "answer")
+
+
+def test_a_key_is_never_said(server: Server) -> None:
+    server.answers = [(200, GOOD)]
+    judge = new_judge(server, key="secret-123\n")  # as files of secrets end
+    judge.marks(["a"], ["b"])
+    assert server.asked[0][1]["Authorization"] == "Bearer secret-123" and "secret" not in repr(judge)
+    with pytest.raises(InvalidRequest, match="no header takes") as error:
+        new_judge(server, key="secret\n123")
+    assert "secret" not in str(error.value)

@@ -188,9 +188,9 @@ def test_a_dialogues_relevance_is_that_of_its_parts() -> None:
     measures = Measures(MMDIALOG, Scorers(parts={"clip": FakeClip()}))
     measures.add(
         [
-            sample("a", key="2", said="abc", reference="abcdef"),
-            sample("a", key="3", said="abc", reference="abc", drawn=white, true=white),
-            sample("a", key="4", said="abc", reference="abc", drawn=white),
+            sample("a", key="2", said="abc", reference="abcdef", parts=("abc",)),
+            sample("a", key="3", said="abc", reference="abc", drawn=white, true=white, parts=("abc", white)),
+            sample("a", key="4", said="abc", reference="abc", drawn=white, parts=("abc", white)),
         ]
     )
     found = results(measures)
@@ -200,6 +200,18 @@ def test_a_dialogues_relevance_is_that_of_its_parts() -> None:
     precision, recall = total / 5, total / 4
     f1 = 2 * precision * recall / (precision + recall)
     assert found["all", "clip_f1_published"]["mean"] == pytest.approx(f1, rel=1e-5)
+
+
+def test_a_reply_in_another_order_is_paired_as_it_stands() -> None:
+    """The picture first, against the text first; and what comes after the true turn's parts counts for nothing."""
+    white = np.full((4, 4, 3), 255, np.uint8)
+    for parts, expected in (
+        ((white, "abc"), 2 * np.cos(1 - 0.3)),  # white lies at 1, three letters at 0.3
+        (("abc", white, "abcdef"), 2.0),
+    ):
+        measures = Measures(MMDIALOG, Scorers(parts={"clip": FakeClip()}))
+        measures.add([sample("a", key="2", said="abc", reference="abc", drawn=white, true=white, parts=parts)])
+        assert results(measures)["all", "mm_relevance"]["mean"] == pytest.approx(10 * expected / 2, rel=1e-5)
 
 
 def test_likeness_of_pages_is_measured_by_distance() -> None:

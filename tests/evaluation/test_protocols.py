@@ -19,6 +19,7 @@ from minigpt5.evaluation.protocols.protocol import (
 )
 from minigpt5.evaluation.protocols.sheets import Sheets
 from minigpt5.evaluation.protocols.table import PROTOCOLS
+from minigpt5.evaluation.replies import structure
 from minigpt5.evaluation.systems.face import Question
 from minigpt5.model.image_transforms import fit_drawn
 from minigpt5.storybook.captions import Facts, canonical_caption
@@ -179,6 +180,22 @@ def test_drawing_is_right_or_wrong_turn_by_turn() -> None:
     missed = collect("mmdialog", row("dialogue", "Hello.", "Here.", PNG))
     assert [sample.values for sample in missed] == [{"draw_recall": 0}]
     assert samples["4"].reference == "Here." and samples["4"].said == "Can I see it?"
+
+
+def test_a_reply_keeps_the_order_of_its_parts() -> None:
+    asked = row("dialogue", "A fox?", "Look.", PNG)
+    picture = paint("a fox")
+    (sample,) = PROTOCOLS["mmdialog"].collect(asked, {"2": (picture, "Look.", "Nice, is it not?")})
+    kinds = ["text" if isinstance(part, str) else "picture" for part in sample.parts]
+    assert kinds == ["picture", "text", "text"] and sample.said == "Look. Nice, is it not?"
+
+
+def test_texts_in_a_row_are_one_of_a_pattern() -> None:
+    """Annotators' steps without a picture are texts of their own; an answer has one text between two pictures."""
+    golden = ("text", "text", "picture", "text", "text", "picture")
+    assert structure(("text", "picture", "text", "picture"), golden) == 1
+    assert structure(("text", "picture", "picture", "text"), golden) == 0
+    assert structure(("picture", "picture"), ("picture",)) == 0 and structure((), ()) == 1
 
 
 # Own stories

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from PIL import Image
 
 from examples.own_model.tiny_bases import make_bases
 from minigpt5 import new
+from minigpt5.config import NO_VISION
 from minigpt5.errors import InvalidRequest
 from minigpt5.evaluation.systems.divter import DivterSystem
 from minigpt5.evaluation.systems.face import Question
-from minigpt5.evaluation.systems.folder import MODEL, save_system
+from minigpt5.evaluation.systems.folder import MODEL, save_system, write_system
 from minigpt5.evaluation.systems.gill import GillSystem
 from minigpt5.evaluation.systems.load import load_system, read_system
 from minigpt5.evaluation.systems.marks import END_MARK, MARK, describe
@@ -27,7 +29,7 @@ from minigpt5.evaluation.systems.two_stage import TwoStageSystem
 from minigpt5.evaluation.systems.writing import TextWriter
 from minigpt5.model import folder as model_folder
 from minigpt5.model.decoders.load import load_diffusion
-from minigpt5.model.folder_config import check_folder, write_config
+from minigpt5.model.folder_config import check_folder, load_config, write_config
 from minigpt5.types import DrawSettings, InputImage, Role, Sampling
 from tests.helpers.picture_files import encode
 from tests.helpers.tiny import save_tiny, tiny_diffusion
@@ -145,6 +147,7 @@ def test_a_text_system_is_opened_by_its_folder(model: Path, tmp_path: Path) -> N
     save_system(folder, "text-only", model)
     info = read_system(str(folder))
     assert (info.name, info.kinds) == ("text-only", frozenset({"text", "reply"}))
+    assert info.reads_pictures == (load_config(model).vision.family != "none")
     assert info.version == json.loads((model / "config.json").read_text())["fingerprint"]
     system = load_system(str(folder))
     (answer,) = system.answer([asked("reply", "Hello.")])
@@ -166,6 +169,30 @@ def test_a_finetuned_denoiser_takes_the_place_of_the_models_own(tmp_path: Path) 
     assert saved.draw_distilled is None and not (tmp_path / "rival" / MODEL / "decoder" / "unet_distilled").exists()
     denoiser = load_diffusion(tmp_path / "rival" / MODEL / "decoder").denoiser
     assert bool((denoiser.conv_out.bias == 0.5).all())
+
+
+@pytest.mark.parametrize(
+    ("system", "sees", "reads"), [("gill", True, True), ("two-stage", False, False), ("stable-diffusion", True, False)]
+)
+def test_who_reads_no_pictures_says_so(tmp_path: Path, system: str, sees: bool, reads: bool) -> None:
+    save_tiny(tmp_path / "model")
+    if not sees:
+        write_config(tmp_path / "model", dataclasses.replace(load_config(tmp_path / "model"), vision=NO_VISION))
+    save_system(tmp_path / "rival", system, tmp_path / "model")
+    assert read_system(str(tmp_path / "rival")).reads_pictures == reads
+
+
+def test_another_index_is_another_version(tmp_path: Path) -> None:
+    config = save_tiny(tmp_path / "model")
+    versions = []
+    for place in range(2):
+        (tmp_path / f"{place}").mkdir()
+        shutil.copytree(tmp_path / "model", tmp_path / f"{place}" / MODEL)
+        index = PictureIndex(np.full((1, 16, 16, 3), place, np.uint8), torch.eye(256)[:1])
+        save_retrieval(tmp_path / f"{place}", Retrieval(config.num_vokens, config.hidden), index)
+        write_system(tmp_path / f"{place}", "gill", draw=config.draw)
+        versions.append(read_system(str(tmp_path / f"{place}")).version)
+    assert len({*versions, config.fingerprint}) == 3
 
 
 def test_gill_shows_a_picture_of_its_index_where_it_decides_so(model: Path, tmp_path: Path) -> None:

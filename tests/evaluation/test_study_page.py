@@ -152,6 +152,17 @@ def test_a_seed_makes_the_same_study_and_no_seed_another(runs: list[Path], tmp_p
     assert [len(one["comparisons"]) for one in again] == [3, 3, 3, 3]
 
 
+def test_the_key_of_another_study_is_never_replaced(runs: list[Path], tmp_path: Path) -> None:
+    """Raters may be answering it."""
+    out = tmp_path / "study.html"
+    _, first, key = make(out, *runs, "--seed", 7)
+    page = out.read_text()
+    with pytest.raises(SystemExit, match="is the key of another study: name another --out, or move it"):
+        make(out, *runs)
+    assert json.loads(key_path(out).read_text()) == key and out.read_text() == page
+    assert make(out, *runs, "--seed", 7)[1] == first, "the same study may be written again"
+
+
 def test_pairs_of_more_than_two_runs() -> None:
     runs, items = ["a", "b", "c"], [f"row-{number}" for number in range(7)]
     balanced = Counter(pair for _, pair in PAIRINGS["balanced"](items, runs))

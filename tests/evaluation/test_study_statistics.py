@@ -86,6 +86,17 @@ def test_wins_in_the_ratio_of_strengths_give_these_strengths() -> None:
     np.testing.assert_allclose(bradley_terry(wins_RR[None])[0], expected_R, atol=1e-6)
 
 
+def test_clusters_that_hang_by_few_votes_have_their_distance() -> None:
+    """Thousands of votes within each of two clusters, and one and a half to half a vote between them."""
+    wins_RR = np.zeros((4, 4))
+    wins_RR[0, 1] = wins_RR[1, 0] = wins_RR[2, 3] = wins_RR[3, 2] = 5_000
+    wins_RR[0, 2], wins_RR[2, 0] = 1.5, 0.5
+    scores_R = bradley_terry(wins_RR[None])[0]
+    np.testing.assert_allclose(scores_R, np.log(3) / 2 * np.array([1, 1, -1, -1]), atol=1e-8)
+    one_sided = np.array([[0, 1e6], [0.5, 0]])
+    assert bradley_terry(one_sided[None])[0] @ [1, -1] == pytest.approx(math.log(2e6))
+
+
 def test_runs_that_no_vote_connects_have_no_common_scale() -> None:
     votes = [vote(1, 1, "a"), vote(1, 1, "c", "c", "d")]
     assert score_runs(votes, ["a", "b", "c", "d"], np.ones((2, 2))) is None

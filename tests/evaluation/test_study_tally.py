@@ -98,6 +98,7 @@ def broken(change: str, found: dict[str, Any]) -> dict[str, Any]:
         "format": {"format": "minigpt5-study-key-1"},
         "no rater": {"rater": ""},
         "no answer": {"answers": []},
+        "no choice": {"answers": [first | {"choices": {}}]},
         "twice": {"answers": [first, first]},
         "comparison": {"answers": [first | {"comparison": "c99"}]},
         "no name": {"answers": [first | {"comparison": ["c1"]}]},
@@ -115,6 +116,7 @@ def broken(change: str, found: dict[str, Any]) -> dict[str, Any]:
         ("format", "holds no answers to a study"),
         ("no rater", "names no rater"),
         ("no answer", "holds no answer: leave it out"),
+        ("no choice", "holds no answer: leave it out"),
         ("twice", "answers 'c1' twice"),
         ("comparison", r"an answer that the study does not ask for \('c99'\)"),
         ("no name", "does not ask for"),
@@ -146,3 +148,9 @@ def test_damaged_files_and_a_rater_twice_are_refused_by_name(tmp_path: Path) -> 
     ):
         with pytest.raises(SystemExit, match=complaint):
             main(["tally", *map(str, words)])
+
+
+def test_few_resamples_give_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tally", "key.json", "a.json", "--resamples", "1"])
+    assert "1 gives no interval: at least 100" in capsys.readouterr().err

@@ -120,10 +120,10 @@ class RetrieveStage(TeachesNoWriting):
     def save(self, folder: Path) -> None:
         """Write the system: the model it started from, the retrieval and the index."""
         shutil.copytree(self.start, folder / MODEL)
-        write_system(folder, SYSTEM, draw=load_config(self.start).draw)
         retrieval = self.objective.retrieval
         embeddings_NW = retrieval.embed_features(self.objective.index_features_NE)
         save_retrieval(folder, retrieval, PictureIndex(self.pictures_NYXC, embeddings_NW))
+        write_system(folder, SYSTEM, draw=load_config(self.start).draw)
 
 
 def agrees(said: Facts, shown: Facts) -> bool:

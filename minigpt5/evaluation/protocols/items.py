@@ -73,6 +73,11 @@ def parse_items(data: bytes, *, name: str) -> list[Item]:
             ) from error
     if not items:
         raise InvalidRequest("data", f"{name} has no items")
+    places: dict[str, int] = {}
+    for number, item in enumerate(items, start=1):
+        if (first := places.setdefault(item.id, number)) != number:
+            twice = f"items {first} and {number} of {name} both have the id {item.id!r}"
+            raise InvalidRequest("data", f"{twice}: give each its own")
     return items
 
 

@@ -24,7 +24,7 @@ from minigpt5.evaluation.protocols.scorers import NEEDS, Scorers
 BATCH_SAMPLES = 64
 SET_RESAMPLES = 100
 WIDE = 512
-"""Features of more dimensions than this, after `_reduce`, are resampled less often: a distance takes a second then."""
+"""Features of more dimensions than this, after `_reduce`, are resampled less often: a distance takes seconds then."""
 WIDE_RESAMPLES = 20
 SETS = ("fid", "fid_published", "inception_score", "efficientnet_distance")
 """Metrics of sets of pictures."""

@@ -172,8 +172,8 @@ def of_row(metric: str, samples: Sequence[Sample], scorers: Scorers) -> dict[str
 
 
 def _parts(sample: Sample) -> tuple[list[alignment.Part], list[alignment.Part]]:
-    """A reply and the true one as MMDialog pairs them: the text, then the picture."""
-    replies: list[list[alignment.Part]] = []
-    for words, picture in ((sample.said, sample.drawn), (sample.reference, sample.true)):
-        replies.append([*([words] if words else []), *([picture] if picture is not None else [])])
-    return replies[0], replies[1]
+    """A reply as it was given, and the true one as MMDialog has it: the text, then the picture."""
+    true: list[alignment.Part] = [sample.reference] if sample.reference else []
+    if sample.true is not None:
+        true.append(sample.true)
+    return [part for part in sample.parts if len(part)], true

@@ -61,6 +61,8 @@ class Sample:
     """What the drawn picture should show."""
     facts: Facts | None = None
     """The facts that it should show; None within: not said."""
+    parts: tuple[str | np.ndarray, ...] = ()
+    """Texts and pictures of a reply, in their order, where a metric compares that."""
     said: str | None = None
     said_first: str | None = None
     """The part of `said` before the first picture, where the published code's own forms are computed."""
@@ -171,6 +173,11 @@ def facts_of(row: Row, step: Step) -> Facts | None:
 def picture_in(answer: Sequence[AnswerPart]) -> np.ndarray | None:
     """The first picture of an answer."""
     return next((pixels_of(part) for part in answer if isinstance(part, Image.Image)), None)
+
+
+def parts_in(answer: Sequence[AnswerPart]) -> tuple[str | np.ndarray, ...]:
+    """The texts and pictures of an answer, in their order."""
+    return tuple(part if isinstance(part, str) else pixels_of(part) for part in answer)
 
 
 def text_in(answer: Sequence[AnswerPart]) -> str:

@@ -14,7 +14,7 @@ from minigpt5.evaluation.study.answers import read_key, read_votes
 from minigpt5.evaluation.study.design import PAIRINGS, PICTURE_PX, make_design
 from minigpt5.evaluation.study.page import write_study
 from minigpt5.evaluation.study.runs import find_common, open_runs
-from minigpt5.evaluation.study.statistics import NUM_RESAMPLES
+from minigpt5.evaluation.study.statistics import MIN_RESAMPLES, NUM_RESAMPLES
 from minigpt5.evaluation.study.tally import count, to_markdown, write_tally
 
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     tallies.add_argument("key", type=Path, metavar="KEY")
     tallies.add_argument("answers", type=Path, nargs="+", metavar="ANSWERS")
     tallies.add_argument("--out", type=Path, help="a folder for tally.md, tally.json and tally.svg")
-    tallies.add_argument("--resamples", type=_positive, default=NUM_RESAMPLES, help="default %(default)s")
+    tallies.add_argument("--resamples", type=_many, default=NUM_RESAMPLES, help="default %(default)s")
     tallies.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     options = parser.parse_args(arguments)
     try:
@@ -77,6 +77,12 @@ def _tally(options: argparse.Namespace) -> None:
     print(to_markdown(tally), end="")
     for path in write_tally(tally, options.out) if options.out else []:
         print(path)
+
+
+def _many(text: str) -> int:
+    if (number := _positive(text)) < MIN_RESAMPLES:
+        raise argparse.ArgumentTypeError(f"{number} gives no interval: at least {MIN_RESAMPLES}")
+    return number
 
 
 def _positive(text: str) -> int:

@@ -75,8 +75,8 @@ def read_votes(key: Key, paths: Sequence[Path]) -> list[Vote]:
 
 
 def _read_rater(key: Key, path: Path, rater: str, answers: object) -> list[Vote]:
-    if not isinstance(answers, list) or not answers:
-        raise StudyError(f"{path} holds no answer: leave it out, or {SEND_AGAIN}")
+    if not isinstance(answers, list):
+        raise StudyError(f"{path} holds no list of answers: {SEND_AGAIN}")
     votes: list[Vote] = []
     seen: set[str] = set()
     for answer in answers:
@@ -88,6 +88,8 @@ def _read_rater(key: Key, path: Path, rater: str, answers: object) -> list[Vote]
             raise StudyError(f"{path} answers {comparison!r} twice: {SEND_AGAIN}")
         seen.add(comparison)
         votes += [_vote(key, path, rater, comparison, *choice) for choice in choices.items()]
+    if not votes:
+        raise StudyError(f"{path} holds no answer: leave it out, or {SEND_AGAIN}")
     return votes
 
 

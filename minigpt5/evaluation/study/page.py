@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from minigpt5.errors import StorageError
+from minigpt5.evaluation.study.answers import read_key
 from minigpt5.evaluation.study.design import Design
 from minigpt5.evaluation.study.runs import StudyError
 from minigpt5.storage import open_place, write_whole
@@ -34,6 +35,7 @@ def write_study(design: Design, out: Path) -> tuple[Path, Path]:
             f"{out} would have {size / 2**20:.0f} MiB of pictures, above {MAX_BYTES // 2**20}: lower --items or "
             "--picture-px, or let --out name a folder for a web server"
         )
+    check_key_is_free(key, design.key.study)
     files = {key: design.key.to_json().encode(), page: to_html(design, inline=is_file).encode()}
     if not is_file:
         files |= {out / PICTURES / name: data for name, data in design.pictures.items()}
@@ -44,6 +46,12 @@ def write_study(design: Design, out: Path) -> tuple[Path, Path]:
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error.strerror}): name another place") from error
     return page, key
+
+
+def check_key_is_free(path: Path, study: str) -> None:
+    """Raises StudyError where the key of another study is there: its answers could never be tallied without it."""
+    if path.exists() and read_key(path).study != study:
+        raise StudyError(f"{path} is the key of another study: name another --out, or move it")
 
 
 def key_path(out: Path) -> Path:

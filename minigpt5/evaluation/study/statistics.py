@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from minigpt5.evaluation.study.answers import Vote
 
 NUM_RESAMPLES = 2000
+MIN_RESAMPLES = 100
+"""Fewer say nothing of the ends of an interval."""
 LEVEL = 0.95
 """Share of the intervals."""
 HALF_WIN = 0.5
 """Added to both sides of each pair that was compared (Anscombe's correction): a run that won each time has a finite
 score."""
 TOLERANCE = 1e-9
-MAX_STEPS = 10_000
+MAX_STEPS = 200
 
 Floats = NDArray[np.float64]
 
@@ -119,22 +121,25 @@ def score_runs(votes: Sequence[Vote], runs: Sequence[str], weights_SV: Floats) -
 
 
 def bradley_terry(wins_SRR: Floats) -> Floats:
-    """Scores (S, R) from wins of a run (rows) over another (columns), by Hunter's minorisation-maximisation (2004).
+    """Scores (S, R) from wins of a run (rows) over another (columns): the maximum of the likelihood (Bradley and Terry,
+    1952), by Newton's method on its logarithm, which is concave.
 
     Each run must have won and lost, or the scores have no end.
     """
     games_SRR = wins_SRR + wins_SRR.transpose(0, 2, 1)
-    wins_SR = wins_SRR.sum(axis=2)
-    strengths_SR = np.ones(wins_SR.shape)
+    scores_SR = np.zeros(wins_SRR.shape[:2])
     for _ in range(MAX_STEPS):
-        sums_SRR = strengths_SR[:, :, None] + strengths_SR[:, None, :]
-        new_SR = wins_SR / (games_SRR / sums_SRR).sum(axis=2)
-        new_SR /= np.exp(np.log(new_SR).mean(axis=1, keepdims=True))
-        change = np.abs(np.log(new_SR / strengths_SR)).max()
-        strengths_SR = new_SR
-        if change < TOLERANCE:
+        chance_SRR = 1 / (1 + np.exp(scores_SR[:, None, :] - scores_SR[:, :, None]))
+        slope_SR = (wins_SRR - games_SRR * chance_SRR).sum(axis=2)
+        weight_SRR = games_SRR * chance_SRR * (1 - chance_SRR)
+        # All scores may move together, which changes nothing: the added ones hold their sum.
+        curve_SRR = np.eye(len(scores_SR[0])) * weight_SRR.sum(axis=2)[:, :, None] - weight_SRR + 1
+        step_SR = np.linalg.solve(curve_SRR, slope_SR[:, :, None])[:, :, 0]
+        largest_S1 = np.abs(step_SR).max(axis=1, keepdims=True)
+        scores_SR = scores_SR + step_SR / np.maximum(1, largest_S1)  # further than 1 it may overshoot
+        if largest_S1.max() < TOLERANCE:
             break
-    return np.log(strengths_SR)
+    return scores_SR - scores_SR.mean(axis=1, keepdims=True)
 
 
 def agreement(votes: Iterable[Vote]) -> float | None:

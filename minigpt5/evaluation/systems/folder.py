@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from minigpt5.model.folder_config import load_config, write_config
 from minigpt5.types import DISTILLED_FOLDER, UPSCALING_FOLDER, DrawSettings
 
 MODEL = "model"
+CONFIG = "config.json"
 
 
 def save_system(folder: Path, system: str, model: Path, *, decoder: Path | None = None) -> None:
@@ -36,13 +38,23 @@ def save_system(folder: Path, system: str, model: Path, *, decoder: Path | None 
 
 
 def write_system(folder: Path, system: str, *, draw: DrawSettings) -> None:
-    """Write `config.json` of a folder whose `model/` is there."""
+    """Write `config.json` of a folder whose `model/` and files beside it are there."""
     config = load_config(folder / MODEL)
     values = {
         "system": system,
         "name": system,
-        "version": config.fingerprint,
+        "version": _version(folder, config.fingerprint),
+        "reads_pictures": config.vision.family != "none",
         "sampling": to_json(config.sampling),
         "draw": to_json(draw),
     }
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _version(folder: Path, fingerprint: str) -> str:
+    """The model's fingerprint; where files lie beside `model/`, such as a picture index, a hash of all."""
+    beside = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != CONFIG]
+    if not beside:
+        return fingerprint
+    hashes = [fingerprint, *(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in beside)]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

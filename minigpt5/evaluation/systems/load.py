@@ -25,7 +25,7 @@ RIVALS: dict[str, str] = {
     "gill": "minigpt5.evaluation.systems.gill:GillSystem",
 }
 """The `system` of a rival's config.json -> "module:Class". The class has the attribute `kinds` of a System, and
-`from_pretrained(folder, *, num_threads, device)`."""
+`from_pretrained(folder, *, num_threads, device)`, and `reads_pictures` where it reads none whatever its model does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
     """Read a system's config and check it. `draw`: fields of DrawSettings that differ from its default.
 
     A rival's config.json may have `name`, `version`, `reads_pictures` (default true), and `sampling` and `draw` in the
-    form that ours has. Raises
-    ModelFolderError, BaseModelNotFound, and InvalidRequest where the model does not draw so.
+    form that ours has. Raises ModelFolderError, BaseModelNotFound, and InvalidRequest where the model does not draw so.
     """
     local, kind = locate(folder), read_kind(folder)
     changes = dict(draw or {})
@@ -79,7 +78,7 @@ def read_system(folder: str, draw: Mapping[str, Any] | None = None) -> SystemInf
         name=str(values.get("name", kind)),
         version=str(values.get("version", "")),
         kinds=load_class(kind).kinds,
-        reads_pictures=values.get("reads_pictures", True) is True,
+        reads_pictures=values.get("reads_pictures", True) is True and getattr(load_class(kind), "reads_pictures", True),
         sampling=sampling,
         draw=chosen,
     )

@@ -15,6 +15,7 @@ class StableDiffusionSystem:
     """A `System`."""
 
     kinds = frozenset({"picture"})
+    reads_pictures = False
 
     def __init__(self, drawer: TextToPicture) -> None:
         self.drawer, self.name = drawer, drawer.config.name
