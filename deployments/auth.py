@@ -30,7 +30,10 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.api.errors import error_response
+from deployments.api.errors import error_response, lost_response
+from deployments.api.paths import route_path
+from deployments.stories.uninterrupted import uninterrupted
+from minigpt5.errors import EngineLost
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,7 +48,7 @@ RELOAD_S = 1.0
 """Shortest time between two looks at whether the file has changed."""
 GUARDED = "/v1/"
 SHA256 = re.compile("[0-9a-f]{64}")
-SHARED = (".html", ".epub", ".pdf", ".png")
+SHARED = (".html", ".epub", ".pdf", ".png", ".jpeg", ".webp")
 """What may be read by a signed URL."""
 
 
@@ -268,7 +271,7 @@ class KeyGuard:
         self.app, self.keys, self.quota = app, keys, quota
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
+        if scope["type"] != "http" or not route_path(scope).startswith(GUARDED):
             return await self.app(scope, receive, send)
         key = self._key(scope)
         if key is None:
@@ -280,16 +283,28 @@ class KeyGuard:
             )
             return await refusal(scope, receive, send)
         scope[CLIENT] = key.name
-        if scope["method"] in ("GET", "HEAD", "DELETE") or scope["path"].endswith("/cancel"):
+        if scope["method"] in ("GET", "HEAD", "DELETE") or route_path(scope).endswith("/cancel"):
             return await self.app(scope, receive, send)
-        if wait_s := await self.quota.begin(key):
-            message = f"key {key.name} may make {key.per_minute} requests a minute and {key.concurrent} at once"
-            headers = {"Retry-After": str(max(1, round(wait_s)))}
-            return await error_response(429, message, code="rate_limit_exceeded", headers=headers)(scope, receive, send)
+        wait_s: float | None = None
+
+        async def begin() -> None:
+            nonlocal wait_s
+            wait_s = await self.quota.begin(key)
+
         try:
+            try:
+                await uninterrupted(begin())  # who leaves meanwhile is counted, and must be counted as done
+            except EngineLost as failure:
+                return await lost_response(failure)(scope, receive, send)
+            if wait_s:
+                message = f"key {key.name} may make {key.per_minute} requests a minute and {key.concurrent} at once"
+                headers = {"Retry-After": str(max(1, round(wait_s)))}
+                refusal = error_response(429, message, code="rate_limit_exceeded", headers=headers)
+                return await refusal(scope, receive, send)
             await self.app(scope, receive, send)
         finally:
-            await self.quota.end(key)
+            if wait_s == 0:
+                await uninterrupted(self.quota.end(key))
 
     def _key(self, scope: Scope) -> Key | None:
         headers = dict(scope["headers"])
@@ -304,9 +319,10 @@ class KeyGuard:
 
     def _is_shared(self, scope: Scope) -> bool:
         """Whether it is read by a signed URL."""
-        if scope["method"] not in ("GET", "HEAD") or not scope["path"].endswith(SHARED):
+        path = route_path(scope)
+        if scope["method"] not in ("GET", "HEAD") or not path.endswith(SHARED):
             return False
-        if not self.keys.is_signed_url(scope["path"], scope["query_string"].decode("latin-1")):
+        if not self.keys.is_signed_url(path, scope["query_string"].decode("latin-1")):
             return False
         scope[CLIENT] = None
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -38,6 +39,7 @@ MAX_NAME_CHARACTERS = 80
 MAX_VOKENS_CHARACTERS = 2**20
 """Eight vokens of a width of 4096 take 171 KiB."""
 MAX_SEED = 2**53 - 1  # exact in every JSON reader
+_HALF = re.compile("[\ud800-\udfff]")
 UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image", "as-object", "as-refusal", "as-unread"}
 """What pydantic puts into an error's path for the members of our unions."""
 
@@ -48,10 +50,30 @@ def shown(value: object, *, max_length: int = 60) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
+    text = text.encode(errors="replace").decode()
     return text if len(text) <= max_length else f"{text[:max_length]}..."
 
 
-class Body(BaseModel):
+class Readable(BaseModel):
+    """JSON whose texts are texts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def has_no_halves(cls, values: Any) -> Any:
+        """JSON may hold half of a surrogate pair, as of an emoji that was cut: no file and no tokenizer takes it."""
+        left = [values]
+        while left:
+            match left.pop():
+                case dict() as inner:
+                    left += [*inner, *inner.values()]
+                case list() as inner:
+                    left += inner
+                case str() as text if not text.isascii() and _HALF.search(text):
+                    raise ValueError(f"{shown(text)} has half of a surrogate pair, which is no character")
+        return values
+
+
+class Body(Readable):
     """A request body: an unknown field is an error, and so is a value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)

@@ -9,6 +9,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import RESULT
+from deployments.api.paths import route_path
 from deployments.auth import CLIENT
 from deployments.observability.metrics import HTTP_REQUESTS
 from deployments.observability.recording import begin_at_zero, record
@@ -61,7 +62,7 @@ class AccessLog:
             result = "storage_error" if isinstance(failure, OSError | StorageError) else "internal_error"
             raise
         finally:
-            if scope["path"].startswith("/v1/"):
+            if route_path(scope).startswith("/v1/"):
                 record(HTTP_REQUESTS, 1, result=result)
             fields = {
                 "method": scope["method"],

@@ -202,8 +202,8 @@ async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Res
 
 
 async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEvent]:
-    """A reply's events. A picture that fails fails the reply: it has no page to say so. Raises Overloaded or
-    InvalidRequest before the first one."""
+    """A reply's events. A picture that fails fails the reply, which has no page to say so, and so does a text that the
+    filter stops. Raises Overloaded or InvalidRequest before the first one, Blocked later."""
     with front.admission.reserve(request) as reservation:
         await front.engines.validate_request(request)
         texts: dict[int, str] = {}
@@ -223,9 +223,12 @@ async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEve
                 reservation.observe(event)
                 if isinstance(event, TextDelta):
                     texts[event.page] = texts.get(event.page, "") + event.text
+                if isinstance(event, SlotOpened):
+                    check_texts(front, [texts.get(event.page)], "the reply")
                 if isinstance(event, PictureFailed):
                     raise ApiError(500, f"a picture could not be drawn: {event.error}", code="picture_failed")
                 yield event
+        check_texts(front, texts.values(), "the reply")
 
 
 def to_reply_request(body: CreateChat, config: ModelConfig, *, client: str) -> tuple[StoryRequest, list[str]]:

@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.api.paths import route_path
+from deployments.observability.story_context import current_request
 from deployments.schemas import UNION_TAGS, shown
 from deployments.stories.admission import Overloaded
 from deployments.stories.idempotency import KeyTaken
@@ -117,6 +119,10 @@ def error_response(
     return JSONResponse(content, status, headers=dict(headers or {}))
 
 
+def lost_response(error: EngineLost) -> JSONResponse:
+    return error_response(503, str(error), code="engine_lost", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
 def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> JSONResponse:
@@ -141,7 +147,7 @@ def install_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(EngineLost)
     async def ask_again(request: Request, error: EngineLost) -> JSONResponse:
         request.scope[RESULT] = "internal_error"
-        return error_response(503, str(error), code="engine_lost", headers={"Retry-After": str(RETRY_AFTER_S)})
+        return lost_response(error)
 
     @api.exception_handler(StorageError)
     async def wait_for_storage(request: Request, error: StorageError) -> JSONResponse:
@@ -196,7 +202,9 @@ def install_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:
-        return error_response(500, "internal error: the server's log has the details", code="internal_error")
+        message = "internal error: the server's log has the details"
+        headers = {"X-Request-Id": current_request()}  # AccessLog, which names all others, lies within
+        return error_response(500, message, code="internal_error", headers=headers)
 
 
 async def describe_failure(request: Request, failure: Exception) -> dict[str, Any]:
@@ -210,7 +218,7 @@ async def describe_failure(request: Request, failure: Exception) -> dict[str, An
 
 
 def _invalid_status(request: Request) -> int:
-    return 400 if request.url.path.startswith(OPENAI_PATHS) else 422
+    return 400 if route_path(request.scope).startswith(OPENAI_PATHS) else 422
 
 
 def _read_validation_error(error: Mapping[str, Any]) -> tuple[str | None, str, str]:

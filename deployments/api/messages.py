@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict, Discriminator, Tag
 
-from deployments.schemas import MAX_PROMPT_PARTS, check_prompt_text, decode_data_url
+from deployments.schemas import MAX_PROMPT_PARTS, Readable, check_prompt_text, decode_data_url
 from minigpt5.errors import InvalidRequest
 from minigpt5.types import InputImage, PromptPart, Role
 
@@ -25,7 +25,7 @@ UnreadType = Literal["audio", "file", "input_audio", "input_file", "reasoning", 
 """Parts without a text for the model and without a picture."""
 
 
-class Lenient(BaseModel):
+class Lenient(Readable):
     """An object of a history: it may have come from any model, so that unknown fields are passed over."""
 
     model_config = ConfigDict(extra="ignore", strict=True)

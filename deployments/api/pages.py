@@ -11,10 +11,11 @@ from fastapi.responses import Response
 from deployments.api.drawing import draw_alone
 from deployments.api.errors import ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_owner, check_texts, note_story
-from deployments.api.replies import BEGUN, answer, reply
+from deployments.api.replies import BEGUN, answer, failure_reply, reply
 from deployments.engines.handover import read_page
 from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryReply, page_reply, redrawn
 from deployments.stories.store_threads import reading, writing
+from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.errors import InvalidRequest, StoryNotFound
 from minigpt5.story.state import PageState, StoryState, image_state
 from minigpt5.story.stream import page_seed, shown_on
@@ -54,7 +55,7 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
         old = await reading(front.store.load_page, story_id, page)
         if body.variant is not None:
             chosen = _choose(old, body.variant)
-            await writing(lease.store.save_page, story_id, chosen)
+            await uninterrupted(writing(lease.store.save_page, story_id, chosen))
             return reply(front, page_reply(story_id, chosen))
         state = await reading(front.store.load, story_id)
         request = await reading(front.store.load_request, story_id)
@@ -63,6 +64,8 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
         new = PageState(index=page, text=(body.text or "").strip())
         changed = tuple(new if one.index == page else one for one in state.pages)
         state = dataclasses.replace(state, pages=changed)
+        if state.status != "done":  # pages that it never came to are not made by the way
+            request = dataclasses.replace(request, pages=max(page, len(_complete(state))))
         given = tuple(one.text for one in _complete(state))[: request.pages]
         await front.engines.validate_request(dataclasses.replace(request, given=given))
 
@@ -73,7 +76,10 @@ async def change_page(story_id: str, page: int, body: ChangePage, front: FrontOf
 
         await front.runner.resume(state, request, lease, change=change)
     await front.relay.wait(story_id)
-    return reply(front, page_reply(story_id, await reading(front.store.load_page, story_id, page)))
+    state = await reading(front.store.load, story_id)
+    if state.status == "failed":
+        return failure_reply(state)
+    return reply(front, page_reply(story_id, next(one for one in state.pages if one.index == page)))
 
 
 @pages.post(
@@ -112,7 +118,7 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
             lease.store.save_picture(story_id, picture, variant=number)
             lease.store.save_page(story_id, new)
 
-        await writing(keep)
+        await uninterrupted(writing(keep))
     return reply(front, page_reply(story_id, new), 201)
 
 

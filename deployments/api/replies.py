@@ -24,6 +24,7 @@ from deployments.sse import KEEP_ALIVE, encode
 from deployments.stories.events import Position
 from deployments.stories.store_threads import reading
 from minigpt5.errors import EngineLost
+from minigpt5.story.state import StoryState
 from minigpt5.story.stream import describe
 
 logger = logging.getLogger("ray.serve")
@@ -51,9 +52,14 @@ async def answer(front: Front, begin: Callable[[], Awaitable[str]], *, stream: b
         await front.relay.wait(story_id)
     state = await reading(front.store.load, story_id)
     if state.status == "failed":
-        message = f"{story_id} failed: {state.error}; what was finished is at {path}"
-        return error_response(500, message, code="story_failed", headers={"Location": path})
+        return failure_reply(state)
     return reply(front, story_reply(state), 201 if wait else 202, headers={"Location": path})
+
+
+def failure_reply(state: StoryState) -> Response:
+    path = f"/v1/stories/{state.id}"
+    message = f"{state.id} failed: {state.error}; what was finished is at {path}"
+    return error_response(500, message, code="story_failed", headers={"Location": path})
 
 
 def reply(front: Front, content: BaseModel, status: int = 200, *, headers: Mapping[str, str] | None = None) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
 import logging
 import time
 from collections.abc import Coroutine
@@ -13,11 +14,12 @@ from deployments.observability.metrics import ADMITTED_REQUESTS, PAGES, STORIES
 from deployments.observability.recording import begin_at_zero, record
 from deployments.observability.story_context import story_context
 from deployments.stories.admission import Admission
-from deployments.stories.leases import Leases
+from deployments.stories.leases import Leases, StoryBusy
 from deployments.stories.ledger import HEARTBEAT_S, Instructions, Ledger
 from deployments.stories.relay import EventRelay
 from deployments.stories.store_threads import writing
 from deployments.stories.story_runner import StoryRunner
+from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.errors import StoryNotFound
 from minigpt5.story.store import StoryStore
 from minigpt5.story.stream import describe
@@ -76,10 +78,23 @@ class Coordinator:
             await asyncio.create_task(self._runner.recover(story_id), context=story_context(story_id))
 
     async def cancel(self, story_id: str) -> None:
-        """Stop a story wherever it runs; returns when that is stored, or after CANCEL_S."""
-        if not await self._runner.cancel(story_id) and await self._ledger.cancel(story_id):
+        """Stop a story wherever it runs, or before a front recovers it; returns when that is stored, or after
+        CANCEL_S."""
+        if await self._runner.cancel(story_id):
+            return
+        if await self._ledger.cancel(story_id):
             with contextlib.suppress(StoryNotFound):
                 await self._relay.wait(story_id, CANCEL_S)
+        with contextlib.suppress(StoryBusy, StoryNotFound):
+            if await writing(self._store.load_status, story_id) == "drawing":
+                await self._end_orphan(story_id)
+
+    async def _end_orphan(self, story_id: str) -> None:
+        """Store that a story which no front runs is cancelled. Raises StoryBusy where one runs it after all."""
+        async with self._leases.exclusive(story_id) as lease:
+            state = await writing(self._store.load, story_id)
+            if state.status == "drawing":
+                await uninterrupted(writing(lease.store.save, dataclasses.replace(state, status="cancelled")))
 
     def _apply(self, instructions: Instructions) -> None:
         self._admission.others = instructions.load

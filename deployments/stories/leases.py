@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from deployments.stories.ledger import Ledger
 from deployments.stories.store_threads import writing
 from deployments.stories.uninterrupted import uninterrupted
-from minigpt5.errors import StoryTaken
+from minigpt5.errors import StoryNotFound, StoryTaken
 from minigpt5.story.store import StoryStore
 from minigpt5.story.stream import describe
 
@@ -74,6 +74,7 @@ class Leases:
     @contextlib.asynccontextmanager
     async def exclusive(self, story_id: str) -> AsyncIterator[Lease]:
         """Hold a story to change it. The store has it marked as running, so that a change that was cut off is found.
+        One that is still to be made afterwards keeps the mark, and is recovered.
 
         Raises StoryBusy while the story runs, or while another request changes it."""
         async with self.hold(story_id) as lease:
@@ -83,7 +84,7 @@ class Leases:
             finally:
                 if not lease.is_kept:
                     with contextlib.suppress(StoryTaken):
-                        await uninterrupted(writing(lease.store.mark, story_id, is_running=False))
+                        await uninterrupted(writing(_unmark, lease.store, story_id))
 
     @contextlib.asynccontextmanager
     async def wait_for(self, name: str) -> AsyncIterator[Lease]:
@@ -115,3 +116,11 @@ class Leases:
             return None
         self._held[name] = number
         return Lease(name=name, number=number, store=self._store.owned(number))
+
+
+def _unmark(store: StoryStore, story_id: str) -> None:
+    """Take the mark off, unless the story is still to be made: whoever recovers it knows marks alone."""
+    with contextlib.suppress(StoryNotFound):
+        if store.load_status(story_id) == "drawing":
+            return
+    store.mark(story_id, is_running=False)

@@ -80,7 +80,8 @@ class Ledger(Protocol):
         owner."""
 
     async def publish(self, name: str, number: int, start: int, events: Sequence[StreamEvent]) -> bool:
-        """Store a running story's events from number `start` on; False where no reader asks for them any longer."""
+        """Store a running story's events from number `start` on; False where no reader asks for them any longer, or
+        those before `start` are not here: a ledger that is new has to get all."""
 
 
 @dataclass
@@ -203,6 +204,8 @@ class LocalLedger:
     async def publish(self, name: str, number: int, start: int, events: Sequence[StreamEvent]) -> bool:
         relay = self._relays.get(name)
         if relay is None or relay.number != number or not self._is_followed(name, self._clock()):
+            return False
+        if start > len(relay.events):
             return False
         relay.events[start:] = events
         return True

@@ -9,7 +9,7 @@ import time
 
 from deployments.stories.leases import Leases, StoryBusy
 from deployments.stories.store_threads import writing
-from minigpt5.errors import StorageError, StoryNotFound
+from minigpt5.errors import StoryNotFound, StoryTaken
 from minigpt5.story.store import StoryStore
 
 logger = logging.getLogger("ray.serve")
@@ -30,7 +30,7 @@ async def keep_within(store: StoryStore, leases: Leases, *, max_age_s: float | N
             await writing(store.delete_once, older_than_s=ONCE_S)
             if max_age_s is not None or max_bytes is not None:
                 await remove_old(store, leases, max_age_s=max_age_s, max_bytes=max_bytes)
-        except (OSError, StorageError) as failure:  # of a store that answers again later
+        except Exception as failure:  # of a store or a ledger that answers again later, or of one story
             logger.error("old stories stay for now: %s", failure.__cause__ or failure)
         await asyncio.sleep(LOOK_S)
 
@@ -44,14 +44,16 @@ async def remove_old(
     total = sum(sizes.values())
     for story_id in sorted(sizes):
         try:
+            state = await writing(store.load, story_id)
+            is_old = max_age_s is not None and time.time() - state.created > max_age_s
+            is_too_much = max_bytes is not None and total > max_bytes
+            if state.status == "drawing" or not (is_old or is_too_much):
+                continue
             async with leases.exclusive(story_id) as lease:
-                state = await writing(store.load, story_id)
-                is_old = max_age_s is not None and time.time() - state.created > max_age_s
-                is_too_much = max_bytes is not None and total > max_bytes
-                if state.status == "drawing" or not (is_old or is_too_much):
+                if await writing(store.load_status, story_id) == "drawing":  # somebody has added to it meanwhile
                     continue
                 await writing(lease.store.delete, story_id)
-        except (StoryBusy, StoryNotFound):
+        except (StoryBusy, StoryNotFound, StoryTaken):
             continue
         total -= sizes[story_id]
         removed.append(story_id)

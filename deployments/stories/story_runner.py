@@ -30,7 +30,7 @@ from minigpt5.story.safety import TextFilter
 from minigpt5.story.state import PageState, StoryBuilder, StoryState, new_story_id
 from minigpt5.story.store import STORY_ID, StoryStore
 from minigpt5.story.stream import describe, stream_story
-from minigpt5.types import Page, SlotOpened, StoryRequest
+from minigpt5.types import Page, SlotOpened, StoryRequest, TextReset
 
 logger = logging.getLogger("ray.serve")
 
@@ -140,7 +140,7 @@ class StoryRunner:
         try:
             await self._engines.validate_request(builder.request)
             story = RunningStory(builder, ResumedEngines(self._engines, lease.store, lease.name, pages), lease)
-            await writing(story.keep_request, change)
+            await uninterrupted(writing(story.keep_request, change))  # who leaves meanwhile leaves a story to recover
         except BaseException:
             reservation.release()
             raise
@@ -197,13 +197,22 @@ class StoryRunner:
             async for event in events:
                 story.builder.add(event)
                 if self._text_filter and isinstance(event, SlotOpened):
-                    self._text_filter.check_text(story.builder.text(event.page), f"page {event.page}")
+                    self._check_page(story, event.page, self._text_filter)
                 reservation.observe(event)
                 if isinstance(event, STORED):  # a thread for each piece of text would cost more than the text
                     with clock.storing(event):
                         await uninterrupted(writing(story.keep, event))
                 clock.observe(event)
                 story.announce(event)
+
+    def _check_page(self, story: RunningStory, page: int, text_filter: TextFilter) -> None:
+        """Raises Blocked, after the text is taken back: its readers drop it, and it is not stored."""
+        try:
+            text_filter.check_text(story.builder.text(page), f"page {page}")
+        except Blocked:
+            story.builder.add(TextReset(page=page))
+            story.announce(TextReset(page=page))
+            raise
 
     async def _end(self, story: RunningStory, state: StoryState) -> StoryState | None:
         """Store how a story ended; None where it is another front's now, or the storage fails."""

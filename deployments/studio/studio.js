@@ -1,5 +1,6 @@
 // The studio: a story is submitted, its events are followed, and what is shown is what the server has stored.
-// A lost connection is taken up by the browser's EventSource, which sends the id of the last event that it had.
+// A lost connection is taken up by the browser's EventSource, which sends the id of the last event that it had. One
+// that the server refuses is closed for good: the story is asked for then, and followed from its beginning.
 
 const $ = (id) => document.getElementById(id);
 const isMouse = matchMedia("(pointer: fine)").matches; // else a focused field opens the keyboard
@@ -8,38 +9,44 @@ let story = null; // {id, prompt}
 let events = null;
 let before = Promise.resolve(); // what ends before a page can be changed: the story's own work, or another change
 let ended = () => {}; // says that the story's own work is over
+let login = null; // while the dialog is open: all that need a key wait for the same one
 
 async function call(method, path, body) {
   const reply = await fetch(path, {
     method,
     headers: body ? { "Content-Type": "application/json" } : {},
     body: body && JSON.stringify(body),
-  });
+  }).catch(() => { throw new Error("The server cannot be reached."); });
   if (reply.status === 204) return null;
   if (reply.status === 401 && path !== "/login") {
     await logIn();
     return call(method, path, body);
   }
+  if (reply.ok) return reply.json();
   const answer = await reply.json().catch(() => ({}));
-  if (!reply.ok) throw new Error(answer.error?.message ?? `the server answered ${reply.status}`);
-  return answer;
+  throw refusal(answer.error?.message ?? `the server answered ${reply.status}`, reply.status);
 }
 
-// Until a key is accepted, which the server answers with a cookie.
+function refusal(message, status) { return Object.assign(new Error(message), { status }); }
+
+// Until a key is accepted, which the server answers with a cookie. Fails where the dialog is closed without one.
 function logIn() {
-  return new Promise((resolve) => {
-    if (!$("login").open) $("login").showModal();
+  login ??= new Promise((resolve, reject) => {
+    $("login-error").textContent = "";
+    $("login").showModal();
+    $("login").onclose = () => { if (!$("login").open) reject(refusal("This server asks for a key.", 401)); };
     $("login-form").onsubmit = async (event) => {
       event.preventDefault();
       try {
         await call("POST", "/login", { key: $("key").value });
-        $("login").close();
         resolve();
+        $("login").close();
       } catch (failure) {
         $("login-error").textContent = failure.message;
       }
     };
-  });
+  }).finally(() => { login = null; });
+  return login;
 }
 
 // `isOver`: nothing follows it, so that it fades.
@@ -53,7 +60,7 @@ async function attempt(work) {
   try {
     await work();
   } catch (failure) {
-    say(failure.message === "Failed to fetch" ? "The server cannot be reached." : failure.message, { isError: true });
+    say(failure.message, { isError: true });
   }
 }
 
@@ -177,7 +184,7 @@ const inSight = new IntersectionObserver((changes) => {
 
 // Changes a page when it is its turn: the server makes one change of a story at a time.
 function alter(page, method, path, body) {
-  const { id } = story, buttons = page.tools.querySelectorAll("button"), focused = document.activeElement;
+  const asked = story, buttons = page.tools.querySelectorAll("button"), focused = document.activeElement;
   const wait = (text) => {
     say(text);
     page.progress.removeAttribute("value"); // how far it is, is not told here
@@ -186,10 +193,11 @@ function alter(page, method, path, body) {
   buttons.forEach((button) => { button.disabled = true; });
   wait(`Page ${page.number} is next.`);
   before = before.then(() => attempt(async () => {
+    if (story !== asked) return; // another one was opened meanwhile
     wait(`Drawing page ${page.number} ...`);
     try {
-      const known = await call(method, `/v1/stories/${id}/pages/${page.number}${path}`, body);
-      if (story.id !== id) return; // another one was opened meanwhile
+      const known = await call(method, `/v1/stories/${asked.id}/pages/${page.number}${path}`, body);
+      if (story !== asked) return;
       show(known);
       say(`Page ${page.number} is drawn.`, { isOver: true });
     } finally {
@@ -262,45 +270,82 @@ const on = {
     }
   },
   page: show,
-  done(whole) { finish(whole, whole.status === "cancelled" ? "Stopped." : "The story is finished.", { isOver: true }); },
+  done: conclude,
 };
 
+// Until the story's own work is over.
 function follow() {
-  events?.close();
-  // What is there is told once more from the beginning: texts start empty, so that none is shown twice.
-  shown.forEach((page) => { page.text.textContent = ""; });
-  before = new Promise((resolve) => { ended = resolve; });
-  events = new EventSource(`/v1/stories/${story.id}/events`);
-  for (const [name, act] of Object.entries(on)) events.addEventListener(name, (event) => act(JSON.parse(event.data)));
-  // The server's own `error` event has data; the browser's, of a lost connection, has none.
-  events.addEventListener("error", (event) => {
-    if (event.data) attempt(async () => {
-      const { error } = JSON.parse(event.data);
-      finish(await call("GET", `/v1/stories/${story.id}`), `The story broke off: ${error.message}`, { isError: true });
-    });
-    else if (events.readyState === EventSource.CLOSED) { // refused for good: look whether it is there still
-      setTimeout(() => story && attempt(follow), 2000);
-    } else say("The connection is lost; trying again ...");
-  });
   swap($("begin"), $("stop"));
+  return new Promise((resolve) => {
+    ended = resolve;
+    connect();
+  });
+}
+
+const PAUSE_MS = 1000, MAX_PAUSE_MS = 30_000;
+
+// `pause`: what to wait for after a refusal, until the server is asked again.
+function connect(pause = PAUSE_MS) {
+  events?.close();
+  const source = events = new EventSource(`/v1/stories/${story.id}/events`);
+  source.addEventListener("open", () => say("Writing ..."));
+  source.addEventListener("open", () => {
+    pause = PAUSE_MS;
+    // What is there is told once more from the beginning: texts start empty, so that none is shown twice.
+    shown.forEach((page) => { page.text.textContent = ""; });
+  }, { once: true });
+  for (const [name, act] of Object.entries(on)) source.addEventListener(name, (event) => act(JSON.parse(event.data)));
+  source.addEventListener("error", (event) => {
+    if (event.data) source.close(); // the server's own, of a story that failed; the browser's has no data
+    if (source.readyState === EventSource.CLOSED) attempt(() => look(source, pause));
+    else say("The connection is lost; trying again ...");
+  });
+}
+
+// What became of the story, which a closed source does not say: it ended, it is gone, a key is needed, or it goes on.
+async function look(source, pause) {
+  let whole = null;
+  try {
+    whole = await call("GET", `/v1/stories/${story.id}`);
+  } catch (failure) {
+    const isFinal = failure.status < 500 && failure.status !== 429; // else the server is away, or asks for patience
+    if (isFinal && events === source) leave(failure.message, { isError: true });
+  }
+  if (events !== source) return; // it was left, or another story was opened meanwhile
+  if (whole && whole.status !== "drawing") return conclude(whole);
+  say("The connection is lost; trying again ...");
+  setTimeout(() => { if (events === source) connect(Math.min(2 * pause, MAX_PAUSE_MS)); }, pause);
+}
+
+function conclude(whole) {
+  if (whole.status === "failed") finish(whole, `The story broke off: ${whole.error}`, { isError: true });
+  else finish(whole, whole.status === "cancelled" ? "Stopped." : "The story is finished.", { isOver: true });
 }
 
 function finish(whole, text, options) {
-  events?.close();
-  events = null;
   whole.pages.forEach(show);
-  swap($("stop"), $("begin"));
   $("after").hidden = false;
+  $("read").hidden = !shown.size;
   $("as-html").href = `/v1/stories/${whole.id}.html`;
   $("as-epub").href = `/v1/stories/${whole.id}.epub`;
   $("as-pdf").href = `/v1/stories/${whole.id}.pdf`;
+  leave(text, options);
+}
+
+// Follows the story no more; what waits for the end of its own work is done now.
+function leave(text, options) {
+  events?.close();
+  events = null;
+  swap($("stop"), $("begin"));
   say(text, options);
   ended();
 }
 
 function open(id, prompt) {
   story = { id, prompt };
+  ended(); // what waits at another story is not done: it sees that this one was opened
   before = Promise.resolve();
+  $("go-on").disabled = false;
   shown.clear();
   $("pages-shown").replaceChildren();
   $("strip").replaceChildren();
@@ -318,7 +363,7 @@ window.onpopstate = () => location.reload(); // back to another story, or to the
 async function openStored(id) {
   const whole = await call("GET", `/v1/stories/${id}`);
   open(whole.id, whole.prompt);
-  if (whole.status === "drawing") follow();
+  if (whole.status === "drawing") before = follow();
   else finish(whole, whole.error ?? "");
   $("story").focus();
 }
@@ -345,8 +390,7 @@ $("ask").onsubmit = (event) => {
     if (file) body.prompt = [{ type: "text", text: prompt }, { type: "image", image: await dataUrl(file) }];
     const accepted = await call("POST", "/v1/stories", { ...body, wait: false, previews: true });
     open(accepted.id, prompt);
-    say("Writing ...");
-    follow();
+    before = follow();
     if (!isMouse || !$("ask").contains(document.activeElement)) $("story").focus();
   });
 };
@@ -371,12 +415,18 @@ $("skip").onclick = (event) => {
 $("stop").onclick = () => attempt(() => call("POST", `/v1/stories/${story.id}/cancel`));
 
 $("go-on").onclick = () => {
-  const { id } = story;
+  const asked = story;
+  $("go-on").disabled = true;
   before = before.then(() => attempt(async () => {
-    if (story.id !== id) return;
-    await call("POST", `/v1/stories/${id}/pages`, { count: 1, wait: false });
+    if (story !== asked) return;
+    try {
+      await call("POST", `/v1/stories/${asked.id}/pages`, { count: 1, wait: false });
+    } finally {
+      $("go-on").disabled = false;
+    }
+    if (story !== asked) return;
     $("after").hidden = true;
-    follow();
+    await follow();
   }));
 };
 

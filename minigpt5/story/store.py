@@ -21,22 +21,27 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from pyarrow import ArrowException, fs
 
 from minigpt5.codec import from_json, to_json
 from minigpt5.errors import StorageError, StoryNotFound, StoryTaken
 from minigpt5.storage import open_folder, patient, read_whole, unusable, write_whole
-from minigpt5.story.state import PageState, StoryState
+from minigpt5.story.state import PageState, Status, StoryState
 from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import Page, Picture, Story, StoryRequest, Vokens
 
+logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 IMAGE_NAME = re.compile(r"img_[0-9a-f]{41}\.(png|jpeg|webp)", re.ASCII)
 WAIT_S = 30.0
 """How long what is written waits for an object store that fails; and a read for a story that is being made."""
@@ -97,8 +102,8 @@ class StoryStore:
 
     def load_request(self, story_id: str) -> StoryRequest:
         """Raises StoryNotFound."""
-        data = self._read(f"{_folder(story_id)}/request.json", f"story {story_id!r} has no stored request")
-        return from_json(StoryRequest, json.loads(data))
+        missing = f"story {story_id!r} has no stored request"
+        return self._parse(StoryRequest, f"{_folder(story_id)}/request.json", missing)
 
     def mark(self, story_id: str, *, is_running: bool) -> None:
         """Note that a story is being made, by the owner of this store's number, or no longer. Raises StoryTaken."""
@@ -215,17 +220,31 @@ class StoryStore:
 
     def load_owner(self, story_id: str) -> str:
         """Load the owner of a story. Raises StoryNotFound."""
-        values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
-        return values.get("owner", "")
+        return self._load_empty(story_id).owner
+
+    def load_status(self, story_id: str) -> Status:
+        """Load how far a story is. Raises StoryNotFound."""
+        return self._load_empty(story_id).status
 
     def load(self, story_id: str) -> StoryState:
         """Raises StoryNotFound."""
-        values = json.loads(self._read(f"{_folder(story_id)}/story.json", f"no story {story_id!r}"))
+        state = self._load_empty(story_id)
         infos = self._list(f"{_folder(story_id)}/pages", recursive=True)
         paths = [info.path for info in infos if info.base_name == "page.json"]
-        pages = [from_json(PageState, json.loads(self._read(path, f"no story {story_id!r}"))) for path in paths]
-        state = from_json(StoryState, values)
+        pages = [self._parse(PageState, path, f"no story {story_id!r}") for path in paths]
         return dataclasses.replace(state, pages=tuple(sorted(pages, key=lambda page: page.index)))
+
+    def _load_empty(self, story_id: str) -> StoryState:
+        """Without its pages. Raises StoryNotFound."""
+        return self._parse(StoryState, f"{_folder(story_id)}/story.json", f"no story {story_id!r}")
+
+    def _parse(self, kind: type[T], path: str, missing: str) -> T:
+        """Raises StoryNotFound, also for a file that somebody else has damaged: the others are read."""
+        try:
+            return from_json(kind, json.loads(self._read(path, missing)))
+        except (ValueError, TypeError, AttributeError) as error:
+            logger.error("%s is damaged: %s", path, error)
+            raise StoryNotFound(f"{missing} that can be read: {path} is damaged") from error
 
     def load_vokens(self, story_id: str, page: int) -> Vokens:
         """Raises StoryNotFound."""
@@ -268,8 +287,7 @@ class StoryStore:
     def load_page(self, story_id: str, page: int) -> PageState:
         """Raises StoryNotFound."""
         missing = f"story {story_id!r} has no page {page}"
-        data = self._read(f"{_folder(story_id)}/{_page(story_id, page)}/page.json", missing)
-        return from_json(PageState, json.loads(data))
+        return self._parse(PageState, f"{_folder(story_id)}/{_page(story_id, page)}/page.json", missing)
 
     def load_picture(self, story_id: str, page: int, *, variant: int = 0) -> bytes:
         """The PNG. Raises StoryNotFound."""

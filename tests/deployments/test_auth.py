@@ -8,14 +8,17 @@ import os
 import stat
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 
 from deployments import auth
+from deployments.api.images import Kind
+from deployments.api.routes import create_api
 from deployments.auth import COOKIE, VARIABLE, KeyGuard, Keys, KeysError, add_key, load_keys, watch_keys
 from deployments.stories.ledger import LocalLedger
+from minigpt5.errors import EngineLost
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.served import Served, assert_error, read_events
 
@@ -471,3 +474,59 @@ def test_without_keys_everything_is_open(tmp_path: Path) -> None:
     links = served.request("POST", f"/v1/stories/{story['id']}/share", json={}).json()
     assert served.request("GET", links["html"]).status_code == 200
     assert json.dumps(story)
+
+
+def test_no_prefix_leads_around_the_keys(guarded: Guarded) -> None:
+    """Serve leaves an application's route_prefix in the path."""
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(create_api(guarded.front), root_path="/api")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for path in ("/api/v1/stories", "/v1/stories"):
+                assert (await client.post(path, json=BODY)).status_code == 401
+                assert (await client.post(path, json=BODY, headers=guarded.alice)).status_code == 201
+            story = (await client.get("/api/v1/stories", headers=guarded.alice)).json()["data"][0]
+            url = story["pages"][0]["image"]["url"]
+            assert (await client.get(f"/api{url}")).status_code == 200
+            bad = await client.post("/api/v1/chat/completions", json={"messages": 1}, headers=guarded.alice)
+            assert bad.status_code == 400, "as OpenAI's clients expect it"
+
+    asyncio.run(main())
+
+
+def test_who_leaves_while_it_is_counted_is_counted_as_done(tmp_path: Path) -> None:
+    class Remote(LocalLedger):
+        async def begin(self, *arguments: Any, **options: Any) -> float:
+            granted = await super().begin(*arguments, **options)
+            await asyncio.sleep(0.02)  # the answer is on its way
+            return granted
+
+    guarded = Guarded(tmp_path, ledger=Remote(), concurrent=1)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        task = asyncio.create_task(client.post("/v1/stories", json=BODY, headers=guarded.alice))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait({task})
+        assert (await client.post("/v1/stories", json=BODY, headers=guarded.alice)).status_code == 201
+
+    guarded.run(use)
+
+
+def test_without_the_ledger_a_client_is_told_to_come_back(tmp_path: Path) -> None:
+    class Away(LocalLedger):
+        async def begin(self, *arguments: Any, **options: Any) -> float:
+            raise EngineLost("the fronts' ledger does not answer")
+
+    guarded = Guarded(tmp_path, ledger=Away())
+    reply = guarded.request("POST", "/v1/stories", json=BODY, headers=guarded.alice)
+    assert_error(reply, 503, says=("ledger does not answer",))
+    assert reply.headers["Retry-After"] and reply.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_a_picture_of_each_kind_is_read_by_its_signed_url(guarded: Guarded, kind: str) -> None:
+    body = {"prompt": "A fox", "response_format": "url", "output_format": kind}
+    made = guarded.request("POST", "/v1/images/generations", json=body, headers=guarded.alice).json()
+    reply = guarded.request("GET", made["data"][0]["url"])
+    assert reply.status_code == 200 and reply.headers["content-type"] == f"image/{kind}"

@@ -62,3 +62,23 @@ def test_a_stopped_picture_is_a_stated_reason_on_its_page(tmp_path: Path) -> Non
         "the picture was stopped by the picture filter",
         None,
     ]
+
+
+def test_a_stopped_text_is_taken_back_and_kept_nowhere(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TextFilter, "score", lambda self, text: float("Page 2" in text))
+    events = read_events(served.post({"prompt": "A fox", "pages": 3, "stream": True}).text)
+    story = events[0][2]["id"]
+    last = [name for _, name, data in events if data.get("page") == 2][-1]
+    assert last == "restart" and "Page 2" not in str(events[-1])
+    pages = served.request("GET", f"/v1/stories/{story}").json()["pages"]
+    assert [page["text"] for page in pages][1:] == [""] and "Page 1" in pages[0]["text"]
+    assert "Page 2" not in served.request("GET", f"/v1/stories/{story}.html").text
+
+
+def test_a_reply_of_a_chat_is_filtered_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TextFilter, "score", lambda self, text: float("Page 2" in text))
+    body = {"messages": [{"role": "user", "content": "A fox?"}], "pages": 2}
+    reply = served.post(body, "/v1/chat/completions")
+    assert_error(reply, 400, says=("the reply was stopped by the text filter",))
+    streamed = served.post({**body, "stream": True}, "/v1/chat/completions").text
+    assert "the reply was stopped by the text filter" in streamed and "[DONE]" not in streamed

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import shutil
+import threading
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from deployments.api.pages import MAX_VARIANTS
+from minigpt5.story.state import StoryState
+from minigpt5.story.store import StoryStore
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
 from tests.helpers.served import Served, assert_error
 
@@ -214,3 +220,59 @@ def test_books_can_be_fetched(served: Served) -> None:
     assert html.text.count("data:image/png;base64") == 2
     assert epub.headers["content-type"] == "application/epub+zip" and epub.content.startswith(b"PK")
     assert_error(served.request("GET", "/v1/stories/story_none.html"), 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"), [("POST", "pages", {"count": 1, "wait": False}), ("PATCH", "pages/1", {"text": "New."})]
+)
+def test_who_leaves_while_a_change_is_stored_leaves_a_story_that_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: dict[str, object]
+) -> None:
+    served = Served(tmp_path)
+    story = served.post(BODY).json()["id"]
+    stored, go_on, save = threading.Event(), threading.Event(), StoryStore.save
+
+    def slow(store: StoryStore, state: StoryState) -> None:
+        save(store, state)
+        stored.set()
+        go_on.wait(5)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        monkeypatch.setattr(StoryStore, "save", slow)
+        task = asyncio.create_task(client.request(method, f"/v1/stories/{story}/{path}", json=body))
+        await asyncio.to_thread(stored.wait, 5)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await asyncio.wait({task})
+        assert served.store.load(story).status == "drawing" and served.store.running() == [story]
+        await served.front.coordinator.recover()
+        await served.front.relay.wait(story, 10)
+
+    served.run(use)
+    assert served.store.load(story).status == "done" and served.store.running() == []
+
+
+def test_an_edit_whose_story_fails_says_so(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = served.post(BODY).json()["id"]
+
+    async def generate(request: object) -> AsyncGenerator[None]:
+        raise RuntimeError("the generator broke")
+        yield
+
+    monkeypatch.setattr(served.front.engines, "generate", generate)
+    reply = served.request("PATCH", f"/v1/stories/{story}/pages/1", json={"text": "A new text."})
+    assert_error(reply, 500, says=(f"{story} failed",))
+    assert reply.json()["error"]["code"] == "story_failed"
+    assert served.store.load(story).pages[0].text == "A new text."
+
+
+def test_an_edit_of_a_cancelled_story_makes_no_further_pages(served: Served) -> None:
+    story = served.post({**BODY, "pages": 4}).json()["id"]
+    state = served.store.load(story)
+    served.store.save(dataclasses.replace(state, status="cancelled"))
+    for page in (3, 4):  # it never came to these
+        shutil.rmtree(Path(served.store.uri) / "stories" / story / "pages" / str(page))
+    reply = served.request("PATCH", f"/v1/stories/{story}/pages/1", json={"text": "A new text."})
+    assert reply.status_code == 200 and reply.json()["image"]
+    assert [page.text for page in served.store.load(story).pages] == ["A new text.", state.pages[1].text]

@@ -771,3 +771,35 @@ def test_the_schedulers_are_those_that_the_decoder_knows() -> None:
     annotation = CreateStory.model_fields["scheduler"].annotation
     names = {name for member in get_args(annotation) for name in get_args(member)}
     assert names == set(SAMPLERS)
+
+
+HALF = "A \\ud83d fox"
+"""As JSON has it: half of an emoji, which JavaScript sends where it has cut one."""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/stories", f'{{"prompt": "{HALF}"}}', 422),
+        ("/v1/stories", f'{{"prompt": [{{"type": "text", "text": "{HALF}"}}]}}', 422),
+        ("/v1/stories", f'{{"prompt": "A fox", "colour": "{HALF}"}}', 422),
+        ("/v1/stories", f'{{"prompt": "A fox", "{HALF}": 1}}', 422),
+        ("/v1/images/generations", f'{{"prompt": "A fox", "output_format": "{HALF}"}}', 400),
+        ("/v1/chat/completions", f'{{"messages": [{{"role": "user", "content": "{HALF}"}}]}}', 400),
+        (
+            "/v1/chat/completions",
+            f'{{"messages": [{{"role": "assistant", "tool_calls": [{{"function": {{"name": "f", '
+            f'"arguments": {{"a": "{HALF}"}}}}}}]}}, {{"role": "user", "content": "x"}}]}}',
+            400,
+        ),
+    ],
+)
+def test_half_of_a_character_is_refused_wherever_it_stands(served: Served, path: str, body: str, status: int) -> None:
+    reply = served.request("POST", path, content=body, headers={"Content-Type": "application/json"})
+    assert_error(reply, status, says=("half of a surrogate pair",))
+
+
+def test_a_whole_character_of_two_halves_is_taken(served: Served) -> None:
+    body = '{"prompt": "A \\ud83e\\udd8a", "pages": 1}'
+    reply = served.request("POST", "/v1/stories", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 201 and reply.json()["prompt"] == "A \U0001f98a"

@@ -254,6 +254,22 @@ def test_a_lost_server_is_waited_for_and_nothing_is_missed(page: Any, studio: St
     assert texts(page) == [f"Page {n} of 7." for n in range(1, 7)]
 
 
+def test_a_session_that_ends_during_a_story_asks_for_the_key_and_goes_on(page: Any, studio: Studio) -> None:
+    if not studio.key:
+        pytest.skip("no key is asked for")
+    tell(page, pages=6)
+    until(page, "document.querySelectorAll('.page .tools:not([hidden])').length >= 2")
+    page.click("button[aria-label='Draw page 1 again']")
+    studio.stop()
+    page.context.clear_cookies()
+    studio.start()
+    page.wait_for_selector("#login[open]")
+    log_in(page, studio.key)
+    wait_until_finished(page)
+    assert texts(page) == [f"Page {n} of 7." for n in range(1, 7)]
+    page.wait_for_selector(".page:nth-of-type(1) .variants button:nth-child(2)[aria-pressed=true]")
+
+
 def test_what_fails_is_said_where_it_failed(page: Any, studio: Studio) -> None:
     studio.stop()
     studio.start(fails_on_page=2)

@@ -105,3 +105,20 @@ def test_a_ledger_that_fails_is_asked_again(tmp_path: Path, caplog: pytest.LogCa
 
     asyncio.run(main())
     assert caplog.text.count("the ledger does not answer: the ledger restarts") == 3
+
+
+def test_a_story_whose_front_has_died_is_cancelled_before_it_is_recovered(tmp_path: Path) -> None:
+    async def main() -> None:
+        first = Served(tmp_path)
+        first.generator.gate.clear()
+        story = await first.front.runner.start(REQUEST)
+        _, task = first.front.runner._running[story.id]
+        task.cancel()  # as the process ends
+        await asyncio.wait({task})
+        second = Served(tmp_path)
+        await second.front.coordinator.cancel(story.id)
+        assert second.store.load(story.id).status == "cancelled" and second.store.running() == []
+        await second.front.coordinator.recover()
+        assert second.front.runner.find(story.id) is None
+
+    asyncio.run(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from deployments.stories import ledger as ledger_module
 from deployments.stories.leases import Lease, Leases, StoryBusy
 from deployments.stories.ledger import LocalLedger
 from minigpt5.errors import StoryTaken
-from minigpt5.story.state import PageState
+from minigpt5.story.state import PageState, StoryState
 from minigpt5.story.store import StoryStore
 
 
@@ -157,5 +159,29 @@ def test_a_ledger_that_does_not_answer_keeps_nobody_from_going(tmp_path: Path) -
         async with leases.hold("story_1"):
             pass
         assert leases.held == {}
+
+    asyncio.run(main())
+
+
+def test_a_story_that_is_still_to_be_made_keeps_its_mark(tmp_path: Path) -> None:
+    """By which a front that recovers it finds it, whatever somebody wanted to change meanwhile."""
+
+    async def main() -> None:
+        store, one, _ = two(tmp_path)
+        state = StoryState(id="story_1", created=1, model="m", prompt="A fox", seed=7, num_pages=1, status="drawing")
+        store.mark("story_1", is_running=True)
+        store.save(state)
+        for failure in (None, ValueError("refused")):
+            with contextlib.suppress(ValueError):
+                async with one.exclusive("story_1"):
+                    if failure:
+                        raise failure
+            assert store.running() == ["story_1"]
+        async with one.exclusive("story_1") as lease:
+            lease.store.save(dataclasses.replace(state, status="done"))
+        assert store.running() == []
+        async with one.exclusive("story_none"):
+            pass
+        assert store.running() == []
 
     asyncio.run(main())

@@ -142,3 +142,12 @@ def test_admission_counts_what_other_fronts_have_promised() -> None:
     reservation.release()
     here.others = Load.total([])
     assert not here.is_full and here.wait_s(story()) == pytest.approx(alone_s)
+
+
+def test_events_that_would_leave_a_gap_are_not_taken(ask: Callable[..., Any]) -> None:
+    """A ledger that is new has none of those before: the publisher begins again."""
+    number = ask("claim", "a", "story_1")
+    ask("read", "story_1", 0)
+    assert not ask("publish", "story_1", number, 2, ["third"])
+    assert ask("publish", "story_1", number, 0, ["first", "second"]) and ask("publish", "story_1", number, 2, ["third"])
+    assert ask("read", "story_1", 0).events == ("first", "second", "third")

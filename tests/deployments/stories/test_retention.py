@@ -11,9 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deployments.schemas import CreateStory, to_story_request
 from deployments.stories.retention import ONCE_S, keep_within, remove_old
-from minigpt5.errors import StorageError
-from tests.helpers.served import Served
+from minigpt5.errors import EngineLost, StorageError, StoryTaken
+from minigpt5.story.state import StoryBuilder
+from tests.helpers.served import CONFIG, Served, assert_error
 
 BODY = {"prompt": "A fox", "pages": 1, "seed": 7}
 
@@ -92,3 +94,56 @@ def test_keys_of_requests_are_forgotten_after_a_day_and_owners_indexed(tmp_path:
     asyncio.run(look_once())
     assert not marker.exists()
     assert served.request("POST", "/v1/stories", json=BODY, headers=headers).json()["id"] != first
+
+
+def test_stories_of_a_front_that_died_are_recovered_beside_it(tmp_path: Path) -> None:
+    """It holds their leases for a moment, at worst, and leaves their marks."""
+    request = to_story_request(CreateStory(prompt="A fox", pages=2, seed=7), CONFIG)
+    store = Served(tmp_path).store
+    for number in range(4):
+        state = StoryBuilder(request, story_id=f"story_{number}", model="m").state()
+        store.mark(state.id, is_running=True)
+        store.save_request(state.id, request)
+        store.save(state)
+
+    async def main() -> None:
+        served = Served(tmp_path)
+        looks = remove_old(served.store, served.front.leases, max_age_s=-1, max_bytes=0)
+        removed, _ = await asyncio.gather(looks, served.front.coordinator.recover())
+        assert removed == []
+        await served.front.coordinator.recover()
+        for story_id in store.list_ids():
+            await served.front.relay.wait(story_id, 10)
+
+    asyncio.run(main())
+    assert [store.load(one).status for one in store.list_ids()] == ["done"] * 4 and store.running() == []
+
+
+@pytest.mark.parametrize(
+    "failure", [EngineLost("the ledger is away"), StoryTaken("another front has it"), ValueError()]
+)
+def test_nothing_ends_the_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    served, calls = Served(tmp_path), list[str]()
+    served.post(BODY)
+
+    async def claim(front: str, name: str, *, is_new: bool = False) -> int | None:
+        calls.append(name)
+        if len(calls) == 3:
+            raise asyncio.CancelledError
+        raise failure
+
+    monkeypatch.setattr(served.front.leases._ledger, "claim", claim)
+    monkeypatch.setattr("deployments.stories.retention.LOOK_S", 0.0)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(keep_within(served.store, served.front.leases, max_age_s=-1, max_bytes=None))
+    assert len(calls) == 3
+
+
+def test_a_story_that_somebody_has_damaged_hides_no_other(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    good, bad = (served.post(BODY).json()["id"] for _ in range(2))
+    (tmp_path / "stories" / bad / "story.json").write_text("")
+    served.store.index_owners()
+    assert [one["id"] for one in served.request("GET", "/v1/stories").json()["data"]] == [good]
+    assert_error(served.request("GET", f"/v1/stories/{bad}"), 404, says=("is damaged",))
+    assert remove(served, max_bytes=0) == [good]
