@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of
+from batch_jobs.inputs import DESCRIBE_COLUMNS, BadRow, ImageJob, check_image_rows, digest_of, earlier_plan
 from batch_jobs.job import (
     Output,
     check_model,
@@ -93,7 +93,14 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         **precisions(options),
     }
     make = partial(describe, config=config, pool=generator_pool(options, model), limits=limits(options))
-    output = Output.at(options.output, DESCRIPTION_SCHEMA, plan, flush_s=options.flush_seconds, failpoint=failpoint)
+    output = Output.at(
+        options.output,
+        DESCRIPTION_SCHEMA,
+        plan,
+        earlier=earlier_plan(options.input),
+        flush_s=options.flush_seconds,
+        failpoint=failpoint,
+    )
     return work(
         _read(options.input, options.question),
         output,

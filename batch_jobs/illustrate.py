@@ -19,7 +19,7 @@ from typing import Any
 
 from batch_jobs import books
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, digest_of
+from batch_jobs.inputs import COLUMNS, BadRow, StoryJob, check_rows, digest_of, earlier_plan
 from batch_jobs.job import (
     Output,
     check_model,
@@ -149,6 +149,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         options.output,
         STORY_SCHEMA,
         plan,
+        earlier=earlier_plan(options.input),
         keeps_pictures=options.pictures == "files",
         flush_s=options.flush_seconds,
         failpoint=failpoint,

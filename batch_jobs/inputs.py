@@ -147,20 +147,38 @@ J = TypeVar("J", StoryJob, ImageJob)
 
 
 def digest_of(uri: str) -> str:
-    """Hash the content of a file or folder: a job's second run must get the same. Raises StorageError."""
-    digest = hashlib.sha256()
+    """Hash the content of a file, or the names and contents of a folder's files: a job's second run must get the same.
+    Pictures that rows only name are not part of it. Raises StorageError."""
     try:
         filesystem, path = open_place(uri)
-        if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            found = filesystem.get_file_info(fs.FileSelector(path))
-            digest.update(repr(sorted((info.base_name, info.size) for info in found)).encode())
-        else:
-            with filesystem.open_input_stream(path, compression=None) as file:
-                while chunk := file.read(2**20):
-                    digest.update(chunk)
+        if filesystem.get_file_info(path).type != fs.FileType.Directory:
+            return _digest_of_file(filesystem, path)
+        files = [(name.rpartition("/")[2], _digest_of_file(filesystem, name)) for name in _files_at(filesystem, path)]
     except (OSError, ArrowException) as error:
         raise StorageError(f"{uri} cannot be read ({error}): check its name, format and permissions") from error
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _digest_of_file(filesystem: fs.FileSystem, path: str) -> str:
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path, compression=None) as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def earlier_plan(uri: str) -> dict[str, str]:
+    """What earlier versions noted of an input in a job's plan, where that was something else: of a folder they hashed
+    names and sizes alone. A job that was begun with it goes on. Raises StorageError."""
+    try:
+        filesystem, path = open_place(uri)
+        if filesystem.get_file_info(path).type != fs.FileType.Directory:
+            return {}
+        found = filesystem.get_file_info(fs.FileSelector(path))
+    except (OSError, ArrowException) as error:
+        raise StorageError(f"{uri} cannot be read ({error}): check its name, format and permissions") from error
+    listing = repr(sorted((info.base_name, info.size) for info in found))
+    return {"input_sha256": hashlib.sha256(listing.encode()).hexdigest()}
 
 
 def check_rows(raw_rows: Iterable[RawRow], config: ModelConfig) -> Iterator[StoryJob | BadRow]:
@@ -174,10 +192,12 @@ def check_image_rows(raw_rows: Iterable[RawRow], *, question: str) -> Iterator[I
 
 
 def _unique(raw_rows: Iterable[RawRow], check: Callable[..., J | BadRow]) -> Iterator[J | BadRow]:
-    """A row without an id gets one from its content; a row whose id an earlier row has becomes a bad row."""
+    """A row without an id gets one from its content. A row whose id an earlier row has becomes a bad row, with an id
+    that no row of the input has: the same one in every run."""
+    rows = [(raw, check(raw, row=number)) for number, raw in enumerate(raw_rows, start=1)]
+    ids = {checked.id for _, checked in rows}
     first_row_of: dict[str, int] = {}
-    for number, raw in enumerate(raw_rows, start=1):
-        checked = check(raw, row=number)
+    for number, (raw, checked) in enumerate(rows, start=1):
         first = first_row_of.setdefault(checked.id, number)
         if first != number:
             reason = (
@@ -186,9 +206,15 @@ def _unique(raw_rows: Iterable[RawRow], check: Callable[..., J | BadRow]) -> Ite
                 else f"id {checked.id!r} is already that of row {first}: give each row its own"
             )
             shown = getattr(checked, "prompt", "")
-            checked = BadRow(row=number, id=f"{checked.id}#{number}", prompt=shown, error=reason)
-            first_row_of.setdefault(checked.id, number)
+            checked = BadRow(row=number, id=_free_id(f"{checked.id}#{number}", ids), prompt=shown, error=reason)
+            ids.add(checked.id)
         yield checked
+
+
+def _free_id(wanted: str, ids: set[str]) -> str:
+    while wanted in ids:
+        wanted += "#"
+    return wanted
 
 
 def check_row(raw: RawRow, *, row: int, config: ModelConfig) -> StoryJob | BadRow:

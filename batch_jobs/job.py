@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, get_args
 
@@ -56,6 +56,8 @@ class Output:
     store: PageStore
     plan: dict[str, Any]
     """What makes this job this job: a second run must have the same."""
+    earlier: dict[str, Any] = field(default_factory=dict)
+    """What an earlier version noted in the place of some values of the plan."""
     failpoint: FailpointHook = no_failpoint
 
     @classmethod
@@ -65,6 +67,7 @@ class Output:
         schema: pa.Schema,
         plan: dict[str, Any],
         *,
+        earlier: dict[str, Any] | None = None,
         keeps_pictures: bool = False,
         flush_s: float = FLUSH_S,
         failpoint: FailpointHook = no_failpoint,
@@ -72,7 +75,17 @@ class Output:
         check_kept(uri, option="--output")
         state, store = JobState(uri), PageStore(uri, keeps_pictures=keeps_pictures)
         sink = RowSink(uri, schema, store=store, flush_s=flush_s, check=state.check_owner, failpoint=failpoint)
-        return cls(sink=sink, state=state, store=store, plan=plan, failpoint=failpoint)
+        return cls(sink=sink, state=state, store=store, plan=plan, earlier=earlier or {}, failpoint=failpoint)
+
+    def check_unused(self) -> None:
+        """Raise MiniGPT5Error where rows, pages, pictures or books lie here. For a job that begins: it would take those
+        of another job for its own, because it knows them by the ids of their rows."""
+        left = [*([self.sink.uri] if self.sink.written() else []), *self.store.left_over()]
+        if left:
+            raise MiniGPT5Error(
+                f"{', '.join(left)}: files of an earlier job lie there, but {self.state.output}.state/manifest.json, "
+                "which says what job that was, does not: move or delete them, or name another output"
+            )
 
 
 def work(
@@ -86,13 +99,15 @@ def work(
     """Do all items that `output` does not hold yet. `make` gives finished rows, in any order, and None now and then.
 
     A job that an earlier run finished is left alone: `Report.skipped` is all of it. A row that met a failing store is
-    not put into the output, and the job is not finished. Raises MiniGPT5Error where the output is another job's, and
-    what `items` raises.
+    not put into the output, and the job is not finished. Raises MiniGPT5Error where the output is another job's, or
+    holds what another one left, and what `items` raises.
     """
-    if output.state.is_finished(output.plan):
+    if output.state.is_finished(output.plan, earlier=output.earlier):
         manifest = output.state.manifest() or {}
         return Report(rows=manifest["rows"], skipped=manifest["rows"])
     items = list(items)  # before anything is written: an input that cannot be read leaves the output free
+    if output.state.manifest() is None:
+        output.check_unused()
     was_begun = output.state.take(output.plan)
     try:
         done = output.sink.written()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +22,7 @@ import ray.data
 from pyarrow import ArrowException, dataset, fs, parquet
 
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import digest_of
+from batch_jobs.inputs import earlier_plan
 from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, precisions, run_command, work
 from batch_jobs.outputs import STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import (
@@ -41,6 +44,12 @@ from minigpt5.storage import open_place
 from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import Consistency, DrawSettings
+
+COLUMNS = [
+    *("id", "prompt", "seed", "error", "kind"),
+    *(f"pages.list.element.{name}" for name in ("index", "text", "vokens", "seed", "error")),
+]
+"""All that a job reads of the data set. Most of its bytes are pictures, which are not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +77,9 @@ class Fetch:
         """Each page by itself, so that all decoders share a story's."""
         filesystem, _ = open_place(self.uri)
         for path in files["path"].to_pylist():
-            columns = ["id", "pages", "error", "kind"]
-            for batch in parquet.ParquetFile(path, filesystem=filesystem).iter_batches(16, columns=columns):
-                for story in batch.to_pylist():
-                    if story["id"] in self.ids:
-                        yield from (pa.Table.from_pylist([row], schema=PAGE_SCHEMA) for row in self.pages(story))
+            for story in _stories(path, filesystem):
+                if story["id"] in self.ids:
+                    yield from (pa.Table.from_pylist([row], schema=PAGE_SCHEMA) for row in self.pages(story))
 
     def pages(self, story: Row) -> Iterator[Row]:
         drawn = dataclasses.asdict(self.settings)
@@ -148,14 +155,38 @@ def parts(uri: str) -> list[str]:
     return paths
 
 
+def _stories(path: str, filesystem: fs.FileSystem) -> Iterator[Row]:
+    """Rows of a file, without their pictures."""
+    for batch in parquet.ParquetFile(path, filesystem=filesystem).iter_batches(16, columns=COLUMNS):
+        yield from batch.to_pylist()
+
+
+def digest_of_stories(uri: str) -> str:
+    """Hash all that a job reads of the data set, texts and vokens among it: a second run must get the same. Pictures
+    are neither read nor hashed. Raises StorageError."""
+    filesystem, _ = open_place(uri)
+    digest = hashlib.sha256()
+    try:
+        for path in parts(uri):
+            for story in _stories(path, filesystem):
+                digest.update(json.dumps(story, default=lambda data: hashlib.sha256(data).hexdigest()).encode())
+    except (OSError, ArrowException) as error:
+        raise StorageError(f"{uri} cannot be read ({error}): name the output of batch_jobs.illustrate") from error
+    return digest.hexdigest()
+
+
 def read_stories(uri: str, *, fingerprint: str) -> Iterator[StoredStory]:
-    """Raises StorageError, and MiniGPT5Error where another model's vokens are stored."""
+    """Raises StorageError, also where two rows have the same id, and MiniGPT5Error where another model's vokens are
+    stored."""
     filesystem, _ = open_place(uri)
     try:
         table = dataset.dataset(parts(uri), filesystem=filesystem).to_table(["id", "prompt", "seed"])
         vokens = _first_vokens(uri)
     except (OSError, ArrowException) as error:
         raise StorageError(f"{uri} cannot be read ({error}): name the output of batch_jobs.illustrate") from error
+    twice = next((id for id, count in Counter(table["id"].to_pylist()).items() if count > 1), None)
+    if twice is not None:
+        raise StorageError(f"{uri} has two rows with the id {twice!r}: remove one of them")
     if vokens and unpack(vokens, page=1).fingerprint != fingerprint:
         raise MiniGPT5Error(f"the vokens of {uri} are another model's: name with --model the one that wrote them")
     yield from (StoredStory(**row) for row in table.to_pylist())
@@ -208,7 +239,7 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         )
     plan = {
         "job": "redraw",
-        "input_sha256": digest_of(options.input),
+        "input_sha256": digest_of_stories(options.input),
         "model": config.fingerprint,
         "pictures": options.pictures,
         "steps": chosen.steps,
@@ -227,7 +258,13 @@ def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
         print(f"pictures are drawn in the model's own size, {config.drawn_px}x{config.drawn_px}, and resampled")
     keeps = options.pictures == "files"
     output = Output.at(
-        options.output, STORY_SCHEMA, plan, keeps_pictures=keeps, flush_s=options.flush_seconds, failpoint=failpoint
+        options.output,
+        STORY_SCHEMA,
+        plan,
+        earlier=earlier_plan(options.input),
+        keeps_pictures=keeps,
+        flush_s=options.flush_seconds,
+        failpoint=failpoint,
     )
     make = partial(
         redraw,

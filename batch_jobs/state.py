@@ -21,8 +21,9 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -56,6 +57,7 @@ class PageStore:
         """`keeps_pictures`: pictures stay files of their own, beside the output."""
         self.output, self.keeps_pictures = output.rstrip("/"), keeps_pictures
         self._files, base = open_place(self.output)
+        self._base = base
         self._pages, self._pictures = f"{base}.state/pages", f"{base}.pictures"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,6 +107,17 @@ class PageStore:
                     self._files.delete_dir(info.path)
         return kept
 
+    def left_over(self) -> list[str]:
+        """Folders beside the output that hold files which a job would take for its own. Before a job has begun there
+        should be none."""
+        endings = (".state/pages", ".pictures", ".books")
+        with self._answers():
+            return [self.output + ending for ending in endings if self._has_files(self._base + ending)]
+
+    def _has_files(self, folder: str) -> bool:
+        found = self._files.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        return any(info.is_file and not info.base_name.startswith(".") for info in found)
+
     def _read(self, path: str) -> bytes | None:
         with self._answers():
             return read_whole(self._files, path)
@@ -153,13 +166,16 @@ class JobState:
         self._plan: dict[str, Any] = {}
         self._num_heartbeats, self._heartbeat_at = 0, 0.0
 
-    def is_finished(self, plan: dict[str, Any]) -> bool:
-        """Whether an earlier run did all of `plan`. Raises MiniGPT5Error where it was another plan."""
+    def is_finished(self, plan: dict[str, Any], *, earlier: Mapping[str, Any] = MappingProxyType({})) -> bool:
+        """Whether an earlier run did all of `plan`. Raises MiniGPT5Error where it was another plan.
+
+        `earlier`: what an earlier version noted in the place of some of its values."""
         manifest = self.manifest()
         if manifest is None:
             return False
         old = manifest["plan"]
-        changed = [name for name in sorted({*old, *plan}) if old.get(name) != plan.get(name)]
+        known = {**plan, **{name: value for name, value in earlier.items() if old.get(name) == value}}
+        changed = [name for name in sorted({*old, *plan}) if old.get(name) != known.get(name)]
         if changed:
             differences = ", ".join(f"{name} is {plan.get(name)!r} but was {old.get(name)!r}" for name in changed)
             raise MiniGPT5Error(

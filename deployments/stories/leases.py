@@ -119,7 +119,7 @@ class Leases:
 
 
 def _unmark(store: StoryStore, story_id: str) -> None:
-    """Take the mark off, unless the story is still to be made: whoever recovers it knows marks alone."""
+    """Take the mark off, unless the story is still to be made: a front that recovers it knows marks alone."""
     with contextlib.suppress(StoryNotFound):
         if store.load_status(story_id) == "drawing":
             return

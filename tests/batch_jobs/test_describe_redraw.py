@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -131,6 +132,42 @@ def test_stories_of_another_model_and_of_no_job_are_refused(tmp_path: Path) -> N
         redraw.parts(str(tmp_path))
 
 
+def replace_in(path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
+    """Write a file of a data set again with other rows."""
+    table = parquet.read_table(path)
+    parquet.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), path)
+
+
+def with_pages(name: str, value: object) -> Callable[[list[Row]], list[Row]]:
+    return lambda rows: [{**row, "pages": [{**page, name: value} for page in row["pages"]]} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"), [("text", "A red fox", "A sly cat"), ("vokens", b"1234", b"4321"), ("seed", 1, 2)]
+)
+def test_stories_with_another_value_of_the_same_size_are_another_input(
+    tmp_path: Path, name: str, one: object, other: object
+) -> None:
+    illustrate_here(jobs_in(PROMPTS[0]), new_output(tmp_path))
+    (path,), uri = (tmp_path / "out").glob("part-*"), str(tmp_path / "out")
+    replace_in(path, with_pages(name, one))
+    before = redraw.digest_of_stories(uri)
+    assert redraw.digest_of_stories((tmp_path / "out").as_uri()) == before
+    replace_in(path, with_pages(name, other))
+    assert redraw.digest_of_stories(uri) != before
+    replace_in(path, with_pages(name, one))
+    replace_in(path, with_pages("png", b"a picture, which is not read"))
+    assert redraw.digest_of_stories(uri) == before
+
+
+def test_a_data_set_with_two_rows_of_an_id_is_refused(tmp_path: Path) -> None:
+    illustrate_here(jobs_in(PROMPTS[0]), new_output(tmp_path))
+    (path,) = (tmp_path / "out").glob("part-*")
+    replace_in(path, lambda rows: rows * 2)
+    with pytest.raises(StorageError, match="two rows with the id 'fox'"):
+        list(redraw.read_stories(str(tmp_path / "out"), fingerprint=FINGERPRINT))
+
+
 def test_the_commands_refuse_what_they_cannot_do_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +179,28 @@ def test_the_commands_refuse_what_they_cannot_do_in_one_line(
     with pytest.raises(SystemExit):
         illustrate.make_parser().parse_args(["x.jsonl", "--output", "y", "--decoders", "3:1"])
     assert illustrate.make_parser().parse_args(["x", "--output", "y", "--decoders", "1:3"]).decoders == (1, 3)
+
+
+@pytest.mark.parametrize("job", [illustrate, describe, redraw])
+def test_the_commands_refuse_a_folder_that_was_changed_since_they_began(
+    tmp_path: Path, job: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise MiniGPT5Error("no cluster")
+
+    monkeypatch.setattr(job, "check_model", lambda folder: (folder, CONFIG))
+    monkeypatch.setattr(job, "connect", connect)
+    (tmp_path / "in").mkdir()
+    said = []
+    for prompt in ("A red fox", "A red fox", "A sly cat"):
+        if job is redraw:
+            row: Row = {"id": "fox", "prompt": prompt, "seed": 1, "pages": []}
+            parquet.write_table(pa.Table.from_pylist([row], schema=STORY_SCHEMA), tmp_path / "in" / "part-1.parquet")
+        else:
+            (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"prompt": prompt, "image": f"{prompt}.png"}))
+        assert job.main([str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 2
+        said.append(capsys.readouterr().err.splitlines()[-1])
+    assert said[:2] == ["error: no cluster"] * 2 and "other settings (input_sha256 is" in said[2]
 
 
 @pytest.mark.cluster

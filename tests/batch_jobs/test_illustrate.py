@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from batch_jobs.outputs import STORY_SCHEMA
 from batch_jobs.pipeline import Limits, Pool, check_failures, check_started
 from batch_jobs.report import Report
 from batch_jobs.stages import Draw, Row, Write, as_table, unpack
-from batch_jobs.state import PageStore, _key
+from batch_jobs.state import PageStore, StoredPage, _key
 from minigpt5.config import default_model_folder, storybook
 from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
 from minigpt5.storage import patient
@@ -56,7 +57,7 @@ from tests.helpers.processes import ROOT, Cluster
 CONFIG = storybook()
 NO_MODEL = "models/storybook is not there yet: train it with `make storybook-model`"
 
-PROMPTS = [
+PROMPTS: list[dict[str, object]] = [
     {"id": "fox", "prompt": "a fox", "pages": 3, "seed": 7, "steps": 2, "guidance_scale": 2.5},
     {"id": "owl", "prompt": "an owl"},
     {"prompt": "a cat", "pages": 1},
@@ -451,6 +452,75 @@ def test_pictures_as_files_are_named_by_their_rows(tmp_path: Path) -> None:
     pictures = [Path(page["uri"]).read_bytes() for page in story["pages"]]
     assert [png for _, png in asyncio.run(in_process(PROMPTS[0]))] == pictures
     assert not list((tmp_path / "out").rglob("*.png")), "readers of the data set would take them for parquet"
+
+
+def begin_again(folder: Path, *, removed: tuple[str, ...]) -> Output:
+    """A job over the prompt of another one, whose row has the same id, after `removed` was removed of that one."""
+    output = Output.at(str(folder / "out"), STORY_SCHEMA, {}, keeps_pictures=True)
+    illustrate_here(jobs_in({"id": "fox", "prompt": "a fox", "pages": 1}), output)
+    books.write_books(output.sink, model="fake")
+    for name in removed:
+        shutil.rmtree(folder / name)
+    return Output.at(str(folder / "out"), STORY_SCHEMA, {}, keeps_pictures=True)
+
+
+@pytest.mark.parametrize("left", ["out", "out.pictures", "out.books"])
+def test_a_new_job_refuses_what_another_one_left_and_keeps_it(tmp_path: Path, left: str) -> None:
+    removed = tuple({"out", "out.state", "out.pictures", "out.books"} - {left})
+    output = begin_again(tmp_path, removed=removed)
+    files = {path: path.read_bytes() for path in (tmp_path / left).rglob("*") if path.is_file()}
+    rows = jobs_in({"id": "fox", "prompt": "a whale", "pages": 1})
+    for _ in range(2):
+        with pytest.raises(MiniGPT5Error, match=rf"/{left}: files of an earlier job .* name another output"):
+            illustrate.illustrate(rows, output, make_pages=refuse)
+    assert {path: path.read_bytes() for path in (tmp_path / left).rglob("*") if path.is_file()} == files
+    assert not (tmp_path / "out.state").exists(), "it is as free as before"
+
+
+def test_a_job_draws_its_own_pictures_where_all_of_another_one_was_removed(tmp_path: Path) -> None:
+    output = begin_again(tmp_path, removed=("out", "out.state", "out.pictures", "out.books"))
+    (tmp_path / "out.pictures").mkdir()
+    (tmp_path / "out.pictures" / ".DS_Store").touch()
+    row: dict[str, object] = {
+        "id": "fox",
+        "prompt": "a whale",
+        "pages": 1,
+        "seed": 7,
+        "steps": 2,
+        "guidance_scale": 2.5,
+    }
+    assert illustrate_here(jobs_in(row), output).pictures == 1
+    (page,) = read_output(tmp_path)["fox"]["pages"]
+    assert [(page["text"], Path(page["uri"]).read_bytes())] == asyncio.run(in_process(row))
+    illustrate_here(jobs_in(row), output)  # finished: what it made is its own
+
+
+def test_pages_without_a_manifest_are_another_jobs(tmp_path: Path) -> None:
+    output = new_output(tmp_path)
+    output.store.save_text("fox", 1, StoredPage(text="Another story.", vokens=b""))
+    with pytest.raises(MiniGPT5Error, match="/out.state/pages: files of an earlier job"):
+        illustrate_here(jobs_in(PROMPTS[0]), output)
+
+
+def test_a_second_row_of_an_id_costs_no_other_row_after_a_kill(tmp_path: Path) -> None:
+    rows = jobs_in(
+        {"id": "fox#3", "prompt": "a fox", "pages": 1},
+        {"id": "fox", "prompt": "an owl", "pages": 1},
+        {"id": "fox", "prompt": "a cat", "pages": 1},
+    )
+
+    def break_off(jobs: list[StoryJob], report: Report) -> Iterator[Row | None]:
+        yield None
+        raise RuntimeError("the cluster is gone")
+
+    with pytest.raises(RuntimeError):
+        illustrate.illustrate(rows, new_output(tmp_path), make_pages=break_off)
+    assert len(read_output(tmp_path)) == 1, "the bad row is in place"
+    report = illustrate_here(rows, new_output(tmp_path))
+    assert (report.skipped, report.stories, report.errors) == (1, 2, 0)
+    found = read_output(tmp_path)
+    assert (found["fox#3"]["prompt"], found["fox"]["prompt"]) == ("a fox", "an owl") and len(found) == 3
+    assert found["fox#3"]["error"] is found["fox"]["error"] is None
 
 
 def test_books_show_every_story_and_the_index_names_them_all(tmp_path: Path) -> None:

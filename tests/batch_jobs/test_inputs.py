@@ -4,6 +4,7 @@ before it writes anything."""
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import json
 import math
@@ -13,19 +14,22 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from pyarrow import fs, parquet
 
 from batch_jobs import illustrate
-from batch_jobs.inputs import COLUMNS, BadRow, RawRow, StoryJob, check_rows, read_rows
+from batch_jobs.inputs import COLUMNS, BadRow, RawRow, StoryJob, check_rows, digest_of, earlier_plan, read_rows
 from batch_jobs.job import Output, read_table
 from batch_jobs.outputs import STORY_SCHEMA
 from batch_jobs.report import Report
+from batch_jobs.state import JobState
 from minigpt5.config import storybook
-from minigpt5.errors import StorageError
+from minigpt5.errors import MiniGPT5Error, StorageError
 from tests.helpers.batch_fakes import jobs_in
+from tests.helpers.flaky_files import FlakyFiles
 
 CONFIG = storybook()
-FOX, OWL = {"id": "1", "prompt": "a fox"}, {"id": "2", "prompt": "an owl"}
+FOX: dict[str, object] = {"id": "1", "prompt": "a fox"}
+OWL: dict[str, object] = {"id": "2", "prompt": "an owl"}
 JSONL = json.dumps(FOX) + "\n" + json.dumps(OWL) + "\n"
 CSV = "id,prompt\n1,a fox\n2,an owl\n"
 
@@ -181,6 +185,90 @@ def test_duplicate_ids_across_the_files_of_a_folder_are_errors(tmp_path: Path) -
     (tmp_path / "b.csv").write_text("id,prompt\n2,a cat\n")
     rows = list(check_rows(table(tmp_path), CONFIG))
     assert "id '2' is already that of row 2" in error_of(rows[2]) and rows[2].id == "2#3"
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_the_id_that_a_second_row_gets_is_no_other_rows(place: int) -> None:
+    """The row that has the wanted id may come earlier or later."""
+    rows: list[dict[str, object]] = [{"id": "fox", "prompt": "a fox"}, {"id": "fox", "prompt": "a second fox"}, OWL]
+    number = 2 + (place < 2)  # of the second fox, once the other row is there
+    rows.insert(place, {"id": f"fox#{number}", "prompt": "its own"})
+    checked = jobs_in(*rows, {"id": f"fox#{number}#", "prompt": "its own, too"})
+    assert jobs_in(*rows, {"id": f"fox#{number}#", "prompt": "its own, too"}) == checked, "in every run"
+    assert {row.id for row in checked if isinstance(row, StoryJob)} == {"fox", f"fox#{number}", f"fox#{number}#", "2"}
+    (bad,) = (row for row in checked if isinstance(row, BadRow))
+    assert (bad.id, bad.row) == (f"fox#{number}##", number) and "already that of row" in bad.error
+
+
+# What tells an input from others
+
+
+def test_a_folder_with_another_text_of_the_same_length_is_another_input(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"prompt": "A red fox"}\n')
+    (folder / "b.jsonl").write_text(JSONL)
+    before = digest_of(str(folder))
+    assert digest_of(folder.as_uri()) == before
+    (folder / "_SUCCESS").touch()
+    assert digest_of(str(folder)) == before, "it holds no rows"
+    listing = earlier_plan(str(folder))
+    (folder / "a.jsonl").write_text('{"prompt": "A sly cat"}\n')
+    changed = digest_of(str(folder))
+    assert changed != before and earlier_plan(str(folder)) == listing
+    (folder / "b.jsonl").rename(folder / "0.jsonl")
+    assert digest_of(str(folder)) not in (before, changed), "the rows have another order"
+
+
+def test_a_folder_is_hashed_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FlakyFiles(tmp_path)
+    monkeypatch.setattr("batch_jobs.inputs.open_place", lambda uri: (fs.PyFileSystem(store), uri))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(b"x" * (3 * 2**20 - 1))
+    (tmp_path / "in" / "b.jsonl").write_bytes(b"x")
+    digest_of("in")
+    assert store.requests[-2:] == ["open in/a.jsonl", "open in/b.jsonl"] and store.num_reads >= 3 + 1
+
+
+def run_over(folder: Path, output: Path, *, earlier: bool = False) -> tuple[Report, list[str]]:
+    """A job whose input is a folder, as it would be asked for now or as an earlier version noted it; and its ids."""
+    plan = {"job": "illustrate", "input_sha256": digest_of(str(folder))}
+    plan |= earlier_plan(str(folder)) if earlier else {}
+    place = Output.at(str(output), STORY_SCHEMA, plan, earlier=earlier_plan(str(folder)))
+    asked: list[str] = []
+
+    def stop_at(jobs: list[StoryJob], report: Report) -> tuple[()]:
+        asked.extend(job.prompt for job in jobs)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        return illustrate.illustrate(check_rows(table(folder), CONFIG), place, make_pages=stop_at), asked
+    return Report(), asked
+
+
+def test_a_begun_job_refuses_a_folder_with_another_text_of_the_same_length(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"prompt": "A red fox"}\n')
+    assert run_over(folder, tmp_path / "out")[1] == run_over(folder, tmp_path / "out")[1] == ["A red fox"]
+    (folder / "a.jsonl").write_text('{"prompt": "A sly cat"}\n')
+    with pytest.raises(MiniGPT5Error, match="input_sha256 is"):
+        run_over(folder, tmp_path / "out")
+
+
+def test_a_job_over_a_folder_that_an_earlier_version_began_goes_on_and_is_noted_as_now(tmp_path: Path) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"prompt": "A red fox"}\n')
+    run_over(folder, output, earlier=True)
+    noted = JobState(str(output)).manifest() or {}
+    assert noted["plan"] == {"job": "illustrate", **earlier_plan(str(folder))}
+    assert run_over(folder, output)[1] == ["A red fox"]
+    noted = JobState(str(output)).manifest() or {}
+    assert noted["plan"]["input_sha256"] == digest_of(str(folder))
+    (folder / "a.jsonl").write_text('{"prompt": "A sly cat"}\n')
+    with pytest.raises(MiniGPT5Error, match="input_sha256 is"):
+        run_over(folder, output)
 
 
 # What is wrong with a file

@@ -51,7 +51,7 @@ def test_who_saves_an_adapter_asks_nobody_for_its_base_model(tmp_path: Path, mon
     language.add_adapter(LoraConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj",)))
     save_tiny(tmp_path / "first", language=language)
     again = tiny_language(tiny_config())
-    again.load_adapter(tmp_path / "first" / "adapter", is_trained=True)  # as a stage that goes on with it
+    again.load_adapter(tmp_path / "first" / "adapter", is_trained=True)  # as the next stage does
     save_tiny(tmp_path / "second", language=again)
     first, second = (load_file(tmp_path / one / "adapter" / "adapter_model.safetensors") for one in ("first", "second"))
     assert first.keys() == second.keys() and all("lora_" in name for name in first)
