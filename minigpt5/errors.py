@@ -47,6 +47,10 @@ class StoryNotFound(MiniGPT5Error, KeyError):
         return str(self.args[0]) if self.args else "story not found"
 
 
+class StoryDamaged(StoryNotFound):
+    """A stored story whose files somebody else has damaged."""
+
+
 class StoryTaken(MiniGPT5Error):
     """A story is being made by another process: what this one has of it is no longer to be stored."""
 

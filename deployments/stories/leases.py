@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from deployments.stories.ledger import Ledger
 from deployments.stories.store_threads import writing
 from deployments.stories.uninterrupted import uninterrupted
-from minigpt5.errors import StoryNotFound, StoryTaken
+from minigpt5.errors import StoryDamaged, StoryNotFound, StoryTaken
 from minigpt5.story.store import StoryStore
 from minigpt5.story.stream import describe
 
@@ -120,7 +120,11 @@ class Leases:
 
 def _unmark(store: StoryStore, story_id: str) -> None:
     """Take the mark off, unless the story is still to be made: a front that recovers it knows marks alone."""
-    with contextlib.suppress(StoryNotFound):
+    try:
         if store.load_status(story_id) == "drawing":
             return
+    except StoryDamaged:  # somebody may mend it
+        return
+    except StoryNotFound:
+        pass
     store.mark(story_id, is_running=False)

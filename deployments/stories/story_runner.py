@@ -25,7 +25,15 @@ from deployments.stories.store_threads import writing
 from deployments.stories.story_clock import StoryClock
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.config import ModelConfig
-from minigpt5.errors import Blocked, InvalidRequest, MiniGPT5Error, StorageError, StoryNotFound, StoryTaken
+from minigpt5.errors import (
+    Blocked,
+    InvalidRequest,
+    MiniGPT5Error,
+    StorageError,
+    StoryDamaged,
+    StoryNotFound,
+    StoryTaken,
+)
 from minigpt5.story.safety import TextFilter
 from minigpt5.story.state import PageState, StoryBuilder, StoryState, new_story_id
 from minigpt5.story.store import STORY_ID, StoryStore
@@ -113,6 +121,8 @@ class StoryRunner:
         await writing(store.mark, story_id, is_running=True)
         try:
             state = await writing(store.load, story_id)
+        except StoryDamaged:  # somebody may mend it
+            raise
         except StoryNotFound:  # it was never accepted, or is deleted
             return await writing(store.mark, story_id, is_running=False)
         if state.status != "drawing":  # only the mark was left

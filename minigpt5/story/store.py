@@ -33,7 +33,7 @@ from typing import TypeVar
 from pyarrow import ArrowException, fs
 
 from minigpt5.codec import from_json, to_json
-from minigpt5.errors import StorageError, StoryNotFound, StoryTaken
+from minigpt5.errors import StorageError, StoryDamaged, StoryNotFound, StoryTaken
 from minigpt5.storage import open_folder, patient, read_whole, unusable, write_whole
 from minigpt5.story.state import PageState, Status, StoryState
 from minigpt5.story.voken_file import pack, unpack
@@ -239,12 +239,12 @@ class StoryStore:
         return self._parse(StoryState, f"{_folder(story_id)}/story.json", f"no story {story_id!r}")
 
     def _parse(self, kind: type[T], path: str, missing: str) -> T:
-        """Raises StoryNotFound, also for a file that somebody else has damaged: the others are read."""
+        """Raises StoryNotFound, or StoryDamaged, which is one as well: who lists stories passes over it."""
         try:
             return from_json(kind, json.loads(self._read(path, missing)))
         except (ValueError, TypeError, AttributeError) as error:
             logger.error("%s is damaged: %s", path, error)
-            raise StoryNotFound(f"{missing} that can be read: {path} is damaged") from error
+            raise StoryDamaged(f"{missing} that can be read: {path} is damaged") from error
 
     def load_vokens(self, story_id: str, page: int) -> Vokens:
         """Raises StoryNotFound."""
