@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -41,6 +41,13 @@ from minigpt5.storybook.scenes import Scene, draw_scene, scene_at
 from minigpt5.storybook.stories import story_at
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PROBLEM = 500
+"""Characters of the reason why an item cannot be a row."""
+MAX_KEY_PARTS = 128
+MAX_KEY_BYTES = 2**27
+"""What is read of one key of a tar file: members, and bytes of its pictures and captions together."""
+KEPT_PATHS = 2**19
+"""A path of cc3m that comes again is known by at least so many different paths before it."""
 
 
 class Source:
@@ -67,6 +74,10 @@ class Source:
         found = self._files.get_file_info(fs.FileSelector(self._folder, recursive=True))
         names = [info.path[len(self._folder) :].lstrip("/") for info in found if info.is_file]
         return sorted(name for name in names if name.lower().endswith(suffixes))
+
+    def infos(self, names: list[str]) -> list[fs.FileInfo]:
+        """What the file system says of files, or of the folder itself by the name ""."""
+        return self._files.get_file_info([f"{self._folder}/{name}".rstrip("/") for name in names])
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError; ValueError where the name leads out of the folder."""
@@ -117,9 +128,13 @@ def read_items(layout: str, source: Source, name: str) -> Iterator[Item]:
     """The items of one file. A file that is cut, damaged or no UTF-8 ends with an item whose problem says so."""
     try:
         for item in DATASET_READERS[layout].items(source, name):
-            yield replace(item, id=as_unicode(item.id))
+            yield replace(item, id=as_unicode(item.id), problem=_shortened(item.problem))
     except StorageError as problem:
-        yield Item(id=name, kind="caption", segments=(), problem=f"damaged file: {problem}")
+        yield Item(id=name, kind="caption", segments=(), problem=_shortened(f"damaged file: {problem}"))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_PROBLEM else f"{text[: MAX_PROBLEM - 3]}..."
 
 
 def picture(where: bytes | str, caption: str = "") -> Segment:
@@ -130,6 +145,7 @@ def picture(where: bytes | str, caption: str = "") -> Segment:
 
 
 def _cc3m(source: Source, name: str) -> Iterator[Item]:
+    known = _Paths()
     for line in source.lines(name):
         row = f"{name}:{line.number}"
         try:
@@ -142,25 +158,78 @@ def _cc3m(source: Source, name: str) -> Iterator[Item]:
             yield Item(id=row, kind="caption", segments=(), problem=str(problem))
             continue
         caption = clean_caption(fields[0])
-        yield Item(id=fields[1], kind="caption", segments=(Segment(text=caption), picture(fields[1], caption)))
+        path = fields[1]
+        row = f"{path}:{line.number}" if known.has(path) else path
+        yield Item(id=row, kind="caption", segments=(Segment(text=caption), picture(path, caption)))
+
+
+class _Paths:
+    """Paths that came before: the last KEPT_PATHS of them, and up to twice as many, by their hashes."""
+
+    def __init__(self) -> None:
+        self._newer, self._older = set[int](), set[int]()
+
+    def has(self, path: str) -> bool:
+        """Whether a path came before. It is known from then on."""
+        key = hash(path)
+        if key in self._newer:
+            return True
+        is_known = key in self._older
+        if len(self._newer) >= KEPT_PATHS:
+            self._newer, self._older = set(), self._newer
+        self._newer.add(key)
+        return is_known
+
+
+@dataclass(kw_only=True)
+class _Sample:
+    """The members of one key of a tar file; without them where they are too many or too large."""
+
+    key: str
+    parts: list[Part] = field(default_factory=list)
+    num_parts: int = 0
+    size_bytes: int = 0
+
+    def add(self, part: Part) -> None:
+        self.num_parts += 1
+        self.size_bytes += len(part.data or b"")
+        self.parts.append(part)
+        if self.problem:
+            self.parts.clear()
+
+    @property
+    def problem(self) -> str:
+        if self.num_parts > MAX_KEY_PARTS:
+            return (
+                f"too many parts: {self.num_parts} have this key, at most {MAX_KEY_PARTS} are taken; a key ends at the "
+                "first dot of a name, so rename files that have a dot before it, such as v1.0_1.jpg"
+            )
+        if self.size_bytes > MAX_KEY_BYTES:
+            return f"too large: the parts of this key have {self.size_bytes} bytes, at most {MAX_KEY_BYTES} are taken"
+        return ""
+
+    def to_item(self, name: str) -> Item:
+        if self.problem:
+            return Item(id=f"{name}:{self.key}", kind="caption", segments=(), problem=self.problem)
+        return _tar_item(f"{name}:{self.key}", self.parts)
 
 
 def _cc3m_tar(source: Source, name: str) -> Iterator[Item]:
-    key, parts = "", list[Part]()
+    sample = _Sample(key="")
     try:
         for part in source.parts(name):
-            if part.key != key and parts:
-                yield _tar_item(f"{name}:{key}", parts)
-                parts = []
-            key = part.key
-            parts.append(part)
+            if part.key != sample.key:
+                if sample.num_parts:
+                    yield sample.to_item(name)
+                sample = _Sample(key=part.key)
+            sample.add(part)
     except StorageError:
-        last = _tar_item(f"{name}:{key}", parts)
+        last = sample.to_item(name)
         if not last.problem:
             yield last
         raise
-    if parts:
-        yield _tar_item(f"{name}:{key}", parts)
+    if sample.num_parts:
+        yield sample.to_item(name)
 
 
 def _tar_item(name: str, parts: list[Part]) -> Item:
@@ -282,7 +351,8 @@ def _mmdialog(source: Source, name: str) -> Iterator[Item]:
         try:
             values = parse_json(line.text)
             turns = values["conversation"]
-            name_of_item = str(values["conversation_id"])
+            given = values["conversation_id"]
+            name_of_item = f"{name}:{line.number}" if given is None else str(given)
             segments: list[Segment] = []
             for index, turn in enumerate(turns):
                 elements = turn["turn"]
@@ -349,7 +419,8 @@ def _folder(source: Source, name: str) -> Iterator[Item]:
         row = f"{name}:{line.number}"
         try:
             values = parse_json(line.text)
-            row = str(values.get("id", row))
+            if (given := values.get("id")) is not None:
+                row = str(given)
             yield _own_row(row, values, place)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             words = f"missing {error}" if isinstance(error, KeyError) else str(error)

@@ -6,7 +6,8 @@
 Each picture is replaced by the VAE's moments and the vision encoder's features, both float16: what training would
 compute from it at every epoch. With `--stages` rows hold what those stages read and no more: `align` needs no features.
 Both are as the encoders give them: training draws from the moments, and normalises what it has drawn. A file that is
-written is never written again: the same command resumes where it stopped.
+written is never written again: the same command resumes where it stopped. Pictures that the source holds encoded only
+are taken as they are, where the source names the same encoders; else the job is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from pyarrow import fs, parquet
 
 from batch_jobs.pipeline import ENGINE_CPUS, check_capacity, connect
 from batch_jobs.prepare import to_parquet
-from minigpt5.codec import to_json
+from minigpt5.codec import from_json, to_json
 from minigpt5.commands import check_default_model, check_kept
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.image_transforms import fit_drawn, fit_read
-from minigpt5.objective.encoders import ALL_FIELDS, fields_read
+from minigpt5.objective.encoders import ALL_FIELDS, Encoders, fields_read, find_encoders
 from minigpt5.objective.stored_example import ROW_SCHEMA
 from minigpt5.storage import open_place, read_json, write_whole
 
@@ -63,8 +64,10 @@ class Encode:
         from minigpt5.model.locate import find_part, locate
 
         torch.set_num_threads(num_threads)
-        folder = locate(model)
+        folder = self._model = locate(model)
         self.config = load_config(folder)
+        self.fields = fields
+        self._encoders: Encoders | None = None
         self.vision = self.diffusion = None
         if "features" in fields and self.config.vision.family != "none":
             self.vision = load_vision(folder, self.config).eval().to(device)
@@ -77,22 +80,51 @@ class Encode:
         self._source, self._output = source, output
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        """Write one file. `problem` says why its rows cannot be encoded; then no file is written."""
         files, folder = open_place(self._output)
         path = f"{folder}/rows/{row['file'].rpartition('/')[2]}"
         if files.get_file_info(path).type == fs.FileType.File:
-            return {"pictures": 0, "files": 0}
+            with files.open_input_file(path) as file:
+                return {"pictures": count_pictures(file), "files": 0, "problem": ""}
         source, _ = open_place(self._source)
         with source.open_input_file(row["file"]) as file:
             rows = parquet.read_table(file).to_pylist()
-        segments = [one for stored in rows for one in stored["segments"] if one["picture"] is not None]
+        pictures = [one for stored in rows for one in stored["segments"] if one["text"] is None]
+        segments = [one for one in pictures if one["picture"] is not None]
+        try:
+            self._take([one for one in pictures if one["picture"] is None])
+        except InvalidRequest as problem:
+            return {"pictures": 0, "files": 0, "problem": str(problem)}
         for start in range(0, len(segments), BATCH_PICTURES):
             self._encode(segments[start : start + BATCH_PICTURES])
         write_whole(files, path, to_parquet(rows, ROW_SCHEMA))
-        return {"pictures": len(segments), "files": 1}
+        return {"pictures": len(pictures), "files": 1, "problem": ""}
+
+    def _take(self, segments: list[dict[str, Any]]) -> None:
+        """Keep of segments without pictures what this job would make. Raises InvalidRequest where another model made
+        it, or it is not there."""
+        if not segments:
+            return
+        own = self._find_encoders()
+        check_taken(self._source, own)
+        for segment in segments:
+            for field in ALL_FIELDS:
+                if own.maker_of(field) is None:
+                    segment[field] = None
+                elif segment[field] is None:
+                    raise InvalidRequest("source", f"{self._source} has rows with neither pictures nor {field}")
+
+    def _find_encoders(self) -> Encoders:
+        # Not a cached_property: Ray copies the class, and that of Python 3.11 holds a lock.
+        if self._encoders is None:
+            self._encoders = find_encoders(self._model, self.config, fields=self.fields)
+        return self._encoders
 
     def _encode(self, segments: list[dict[str, Any]]) -> None:
         import torch
 
+        for segment in segments:
+            segment.update(dict.fromkeys(ALL_FIELDS))  # another model may have made them
         with torch.no_grad():
             if self.diffusion:
                 self._store("moments", segments, self._encode_drawn(segments))
@@ -113,6 +145,15 @@ class Encode:
     def _store(self, field: str, segments: list[dict[str, Any]], encoded: Tensor) -> None:
         for segment, array in zip(segments, encoded.half().cpu().numpy(), strict=True):
             segment[field] = to_npy(array)
+
+
+def count_pictures(file: Any) -> int:
+    """The pictures of a file of rows, encoded or not: its segments that are no text."""
+    stored = parquet.ParquetFile(file)
+    paths = [stored.schema.column(index).path for index in range(len(stored.schema.names))]
+    texts = next(path for path in paths if path.startswith("segments.") and path.endswith(".text"))
+    segments = stored.read(columns=[texts])["segments"].combine_chunks().flatten()
+    return int(segments.field("text").null_count)
 
 
 def to_npy(array: np.ndarray) -> bytes:
@@ -166,8 +207,12 @@ def precompute(
         num_cpus=ENGINE_CPUS,
         num_gpus=num_gpus or None,
     )
-    counts = done.take_all()
-    manifest = {**asked, "files": len(names), "pictures": sum(int(count["pictures"]) for count in counts)}
+    num_pictures = 0
+    for count in done.iter_rows():
+        if count["problem"]:
+            raise InvalidRequest("source", count["problem"])
+        num_pictures += int(count["pictures"])
+    manifest = {**asked, "files": len(names), "pictures": num_pictures}
     target, place = open_place(output)
     write_whole(target, f"{place}/manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
@@ -177,15 +222,14 @@ def begin(
     source: str, output: str, *, model: str, keeps_pictures: bool, fields: tuple[str, ...] = ALL_FIELDS
 ) -> dict[str, Any]:
     """Write OUTPUT/plan.json, which says what the rows are encoded from and by, and return it. Raises InvalidRequest
-    where OUTPUT was begun otherwise."""
+    where OUTPUT was begun otherwise, or the source was encoded by another model and holds no pictures."""
     from minigpt5.model.folder_config import load_config
     from minigpt5.model.locate import locate
-    from minigpt5.objective.encoders import find_encoders
 
     folder = locate(model)
     config = load_config(folder)
-    encoders = to_json(find_encoders(folder, config, fields=fields))
-    asked = {"source": source, "model": config.fingerprint, "encoders": encoders, "keeps_pictures": keeps_pictures}
+    own = find_encoders(folder, config, fields=fields)
+    asked = {"source": source, "model": config.fingerprint, "encoders": to_json(own), "keeps_pictures": keeps_pictures}
     files, place = open_place(output)
     begun = read_json(files, f"{place}/plan.json")
     if begun is None and files.get_file_info(f"{place}/rows").type != fs.FileType.NotFound:
@@ -194,8 +238,33 @@ def begin(
         raise InvalidRequest(
             "output", f"{output} was begun from another source or model, or for other stages: name another"
         )
+    if noted_of(source).get("keeps_pictures") is False:
+        check_taken(source, own)
     write_whole(files, f"{place}/plan.json", json.dumps(asked).encode())
     return asked
+
+
+def check_taken(source: str, own: Encoders) -> None:
+    """Raise InvalidRequest where what a source holds of pictures is not known to be of these encoders."""
+    noted = noted_of(source).get("encoders")
+    made_by = from_json(Encoders, noted) if noted else None
+    for field in ALL_FIELDS:
+        if own.maker_of(field) and (made_by is None or made_by.maker_of(field) != own.maker_of(field)):
+            whose = "does not say which encoders made" if made_by is None else "was encoded by others that made"
+            raise InvalidRequest(
+                "source",
+                f"{source} holds no pictures, and {whose} its {field}: name the rows as they were before precompute",
+            )
+
+
+def noted_of(source: str) -> dict[str, Any]:
+    """What an earlier job wrote of a data set in its plan and its manifest."""
+    files, folder = open_place(source)
+    return {
+        key: value
+        for name in ("plan.json", "manifest.json")
+        for key, value in (read_json(files, f"{folder}/{name}") or {}).items()
+    }
 
 
 def absolute(uri: str) -> str:

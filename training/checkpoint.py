@@ -21,7 +21,7 @@ from training.run_folder import RunFolder
 
 PREFIX = "checkpoint-"
 KEPT = 2
-OWNER = "owner"
+OWNER, RUN = "owner", "run.json"
 
 
 @dataclass
@@ -30,6 +30,52 @@ class Position:
 
     step: int = 0
     elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What makes a run this run: a folder resumes no other. What may change is not in it: the length, the rates, the
+    number of workers.
+
+    Example: RunIdentity(stage="align", start="3f2a", decoder="", data="/data/cc3m (900 rows)", data_digest="9be1",
+    seed=42, examples_per_step=48)
+    """
+
+    stage: str
+    start: str
+    """Fingerprint of the model folder that the run starts from; empty: parts that earlier stages left."""
+    decoder: str
+    """Folder that replaces the start's decoder; empty: none."""
+    data: str
+    """Where the examples lie, for messages: rows may be moved."""
+    data_digest: str
+    """Changes with the examples."""
+    seed: int
+    examples_per_step: int
+    """A position counts steps: with another number the same examples would come again, or some never."""
+
+
+def check_identity(folder: RunFolder, identity: RunIdentity) -> None:
+    """Write down which run a folder belongs to. Raises TrainingError where its checkpoints are another run's.
+
+    A folder of an earlier version does not say whose it is, and is taken as it is.
+    """
+    before: dict[str, Any] = json.loads(folder.read(RUN) or b"{}") if checkpoints(folder) else {}
+    now = vars(identity)
+    different = [name for name in now if name != "data" and name in before and before[name] != now[name]]
+    if different:
+        shown = {"data_digest": "data"}
+        pairs = [
+            f"{name} was {before.get(name)!r} and is {now[name]!r}"
+            if before.get(name) != now[name]
+            else f"{name} {now[name]!r} has other files than before"
+            for name in (shown.get(one, one) for one in different)
+        ]
+        raise TrainingError(
+            f"{folder.uri} holds another run: {'; '.join(pairs)}. Name another folder with --out, or give the command "
+            "of that run again"
+        )
+    folder.write(RUN, json.dumps(now, indent=1).encode())
 
 
 def save_checkpoint(folder: RunFolder, position: Position, state: dict[str, Any], average: dict[str, Tensor]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigpt5.errors import NotFinite
 from training.checkpoint import load_checkpoint
 from training.data.batches import Batch
 from training.devices import autocast
@@ -46,8 +47,8 @@ def fit(
     run with the token `owner` (see checkpoint.claim).
 
     `batches(step)` yields the batches from that step on, `preset.optimizer.gradient_accumulation_steps` for each step.
-    `validation` is measured at every checkpoint. Raises NotFinite where the loss is not, TrainingError where the folder
-    cannot be written.
+    `validation` is measured at every checkpoint. Raises NotFinite where a loss, a gradient or a weight is not,
+    TrainingError where the folder cannot be written.
     """
     strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer, device)
     trained = strategy.trained
@@ -81,7 +82,7 @@ def fit(
                 learnt.append(batch)
                 parts.append({name: loss.detach() for name, loss in losses.items()})
             run.agree(learnt, parts)
-            with timer.phase("optimizer_s"):
+            with timer.phase("optimizer_s"), naming_examples(learnt):
                 strategy.step(rate)
             timer.seconds["communication_s"] = strategy.communication_s - communicated_s
             position = run.advance(timer.seconds, rate)
@@ -90,6 +91,19 @@ def fit(
                 value.lerp_(trained[name].detach(), 1 - decay)
             run.keep_up(position)
         run.finish(position)
+
+
+@contextlib.contextmanager
+def naming_examples(learnt: Sequence[Batch[Any]]) -> Iterator[None]:
+    """Within it NotFinite names the step, and the examples of this worker."""
+    try:
+        yield
+    except NotFinite as error:
+        ids = [batch.ids for batch in learnt]
+        raise NotFinite(
+            f"{error} at step {learnt[0].step}, examples {', '.join(map(str, ids))}: "
+            "lower the learning rate or look at these examples; the last checkpoint is kept"
+        ) from None
 
 
 class PhaseTimer:

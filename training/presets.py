@@ -6,6 +6,7 @@ The presets of the shipped model are in training/storybook/presets.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pkgutil
 import types
 import typing
@@ -16,6 +17,16 @@ from typing import Any, Literal, TypeVar
 DrawsBy = Literal["vokens", "description", "mark"]
 """What the language model writes where a picture is drawn: vokens; the picture's caption between marks (Divter, arXiv
 2110.08515); a mark alone."""
+NUM_LIVE_PARAMETERS = 1_000_000_000
+
+
+def check_ranges(config: object, names: str, *, least: float = 0, most: float = math.inf, group: str = "") -> None:
+    """Raise ValueError where one of the fields `names`, which spaces part, is out of its range, or no number."""
+    for name in names.split():
+        value = getattr(config, name)
+        if not least <= value <= most:
+            bounds = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+            raise ValueError(f"{group}{name} is {value} but must be {bounds}: set {group}{name}=")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +36,7 @@ class OptimizerConfig:
     learning_rate: float = 0.0
     """Learning rate of what the stage trains first of all; stages name other rates themselves. 0 freezes the part."""
     warmup_steps: int = 100
+    """Steps in which the rate grows to its full height; 0: none."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """After the warm-up: half a cosine down to a hundredth, or a line down to 0."""
     weight_decay: float = 0.01
@@ -39,7 +51,7 @@ class OptimizerConfig:
     """ZeRO stage of DeepSpeed, 0 to 3; none: torch's own optimizer."""
     zero_offload: bool = False
     """DeepSpeed keeps the optimizer's state in the host's memory."""
-    zero_live_parameters: int = 1_000_000_000
+    zero_live_parameters: int = NUM_LIVE_PARAMETERS
     """Elements of the weights that a worker holds whole at once under ZeRO 3, which gathers them layer by layer."""
     times_communication: bool = False
     """Wait for and time each of DeepSpeed's messages. Without, their time is part of the phase that sends them."""
@@ -47,8 +59,19 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.zero_stage is not None and not 0 <= self.zero_stage <= 3:
             raise ValueError(f"zero_stage is {self.zero_stage} but must be from 0 to 3, or none")
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps} but must be 1 or more")
+        check_ranges(self, "gradient_accumulation_steps", least=1)
+        check_ranges(self, "learning_rate warmup_steps weight_decay max_grad_norm zero_live_parameters")
+        check_ranges(self, "beta2 ema_decay", most=1)
+        if self.beta2 == 1:  # AdamW divides by what is missing to 1
+            raise ValueError("beta2 is 1 but must be less: set beta2=")
+        stage = "none" if self.zero_stage is None else self.zero_stage
+        if self.zero_offload and not self.zero_stage:
+            raise ValueError(f"zero_offload is true but zero_stage is {stage}: set zero_stage to 1, 2 or 3")
+        if self.zero_live_parameters != NUM_LIVE_PARAMETERS and self.zero_stage != 3:
+            raise ValueError(
+                f"zero_live_parameters is {self.zero_live_parameters} but zero_stage is {stage}: set zero_stage=3, or "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +88,10 @@ class ReplayConfig:
     """If not 0: the first so many captions of the run are read once, before its first step, and every step replays
     them. For stage "align" with voken rows that are not trained: then their states do not change."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "steps fill", group="replay.")
+        check_ranges(self, "batch_size min_size", least=1, group="replay.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -75,7 +102,7 @@ class Preset:
     steps: int
     """Optimizer steps of the whole run; 0: none, but for `epochs`."""
     epochs: float = 0.0
-    """If not 0: how often every stored example is used; replaces `steps`."""
+    """If not 0: how often every stored example is used. `steps` is 0 then."""
     minutes: float = 0.0
     """If not 0: the run ends after this time even if `steps` are not done; the schedule follows the nearer end."""
     batch_size: int
@@ -101,13 +128,21 @@ class Preset:
     log_every: int = 50
     """Steps."""
     profiles: bool = False
-    """Wait for the GPU after each phase of a step, so that its seconds are its own. Without, a step waits once."""
+    """Wait for the GPU after each phase of a step, so that its seconds are its own. Without, a step waits for its
+    losses and for the norm of its gradient."""
     log_examples: bool = False
     """Keep the ids of every step's examples in examples-<worker>.jsonl, to say afterwards what was used."""
 
     def __post_init__(self) -> None:
         if self.frozen_bf16 and not self.bf16:
             raise ValueError("frozen_bf16 is true but bf16 is false: set bf16=true")
+        check_ranges(self, "batch_size num_threads log_every", least=1)
+        check_ranges(self, "steps epochs minutes per_gpu_batch_size seed validation_batches")
+        check_ranges(self, "checkpoint_every_s sheet_every_s")
+        if self.steps and self.epochs:
+            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs:g}: leave one out, or set it to 0")
+        if self.minutes and not self.steps and not self.epochs:
+            raise ValueError(f"minutes is {self.minutes:g} but steps is 0, which ends the run at once: set steps=")
 
     @property
     def halves_frozen(self) -> bool:
@@ -124,6 +159,11 @@ class VisionPreset(Preset):
     """Share of the run that learns words alone, without a pass of the language model."""
     checkpoint_activations: bool = False
     """See VokenPreset."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, "text_weight")
+        check_ranges(self, "words_until", most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +223,11 @@ class VokenPreset(Preset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prefix_tokens < 1:
-            raise ValueError(f"prefix_tokens is {self.prefix_tokens} but must be 1 or more")
+        check_ranges(self, "prefix_tokens", least=1)
+        check_ranges(self, "voken_learning_rate mapper_learning_rate voken_noise first_timestep num_examples")
+        check_ranges(self, "text_weight picture_weight caption_weight contrast_weight")
+        check_ranges(self, "picture_from guidance_dropout caption_share phrasing_share story_share", most=1)
+        check_ranges(self, "dialogue_share question_share", most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +241,11 @@ class DistillPreset(Preset):
     canonical_share: float = 0.7
     """Share of captions of the picture world in the one phrasing that the vokens are aligned with."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, "teacher_steps", least=1)
+        check_ranges(self, "canonical_share", most=1)
 
 
 RIVALS = (
@@ -317,7 +365,8 @@ def override(preset: P, settings: list[str]) -> P:
     """Apply `key=value` settings: fields of the preset, fields of its optimizer by their own name or as
     `optimizer.name`, fields of other groups as `group.name`, such as `replay.steps=3`.
 
-    Raises ValueError: for an unknown key, and for a value of the wrong type.
+    Raises ValueError: for an unknown key, for a value of the wrong type or out of its range, and for settings that
+    exclude each other.
     """
     places = _places(preset)
     changes: dict[str, dict[str, Any]] = {}
@@ -331,6 +380,8 @@ def override(preset: P, settings: list[str]) -> P:
     own = changes.pop("", {})
     if "steps" in own:
         own.setdefault("epochs", 0.0)  # a number of steps says how long the run is
+    elif own.get("epochs"):
+        own["steps"] = 0
     if {"batch_size", "per_gpu_batch_size"} <= set(own):
         raise ValueError("batch_size and per_gpu_batch_size are both set: leave one out")
     groups = {group: dataclasses.replace(vars(preset)[group], **values) for group, values in changes.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 from html import escape
 
@@ -27,7 +28,7 @@ th:first-child, td:first-child {{ text-align: left }}</style></head>
 
 def write_report(folder: RunFolder) -> str:
     """RUN/report.html, one self-contained file; returns its name."""
-    lines = [json.loads(line) for line in folder.read_log("log.jsonl").splitlines()]
+    lines = read_lines(folder)
     title = f"Run {folder.uri.rstrip('/').rpartition('/')[2]}"
     body = [_summary(lines, folder), *(_curve(lines, name) for name in CURVES if _points(lines, name))]
     for name in folder.names():
@@ -42,6 +43,16 @@ def write_report(folder: RunFolder) -> str:
         )
     folder.write("report.html", PAGE.format(title=escape(title), body="\n".join(body)).encode())
     return "report.html"
+
+
+def read_lines(folder: RunFolder) -> list[dict[str, float]]:
+    """The lines of a run's log, but for those that a full disk has cut."""
+    lines: list[dict[str, float]] = []
+    for line in folder.read_log("log.jsonl").splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(found := json.loads(line), dict):
+                lines.append(found)
+    return lines
 
 
 def _summary(lines: list[dict[str, float]], folder: RunFolder) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,8 +60,10 @@ class RunFolder:
         """Add lines to a log, which one process writes. Objects cannot grow: on a store a log is `name`, `name.1`,
         `name.2` and so on, of which the last is written again."""
         if self.local is not None:
-            with self.writing(name), (self.local / name).open("a") as file:
-                file.write(text)
+            with self.writing(name), (self.local / name).open("ab+") as file:
+                if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                    text = f"\n{text}"  # a full disk cut the last line: the next one stands on its own
+                file.write(text.encode())
             return
         if name not in self._last_parts:
             parts = self._log_parts(name) or [b""]

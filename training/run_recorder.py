@@ -7,15 +7,15 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from minigpt5.errors import TrainingError
+from minigpt5.errors import NotFinite, TrainingError
 from minigpt5.model.language import evaluating
 from training.checkpoint import CheckpointWriter, Position, copy_to_host
 from training.data.batches import Batch
@@ -128,6 +128,7 @@ class RunRecorder:
 
     def _save(self, position: Position) -> None:
         state = self.strategy.state()  # of all workers, called by all of them
+        _check_finite(state["trained"] if is_first_worker() else {}, position)
         if is_first_worker():
             self._writer.write(position, state, copy_to_host(self.average))
         if self.validation:
@@ -201,6 +202,20 @@ class RunRecorder:
             except Exception as failure:  # a sample is for a person to look at: it costs no training
                 print(f"a sample could not be drawn: {type(failure).__name__}: {failure}", flush=True)
         torch.set_rng_state(random_state)
+
+
+def _check_finite(trained: Mapping[str, Tensor | None], position: Position) -> None:
+    """Raise NotFinite on every worker where what the first one is about to save is not finite."""
+    broken = [name for name, value in trained.items() if value is not None and not value.isfinite().all()]
+    num_broken = torch.tensor(float(len(broken)))
+    if distributed.is_initialized():  # the others hold no copy, and would wait for the first one
+        distributed.all_reduce(num_broken)
+    if num_broken:
+        names = f": {', '.join(broken[:5])}" if broken else ""
+        raise NotFinite(
+            f"{num_broken.item():.0f} trained weights are not finite after step {position.step}{names}; lower the "
+            "learning rate, or set max_grad_norm=1; the last checkpoint is kept"
+        )
 
 
 class Averaged:

@@ -20,7 +20,7 @@ def progress_of(preset: Preset, position: Position) -> float:
 
 def learning_rate_factor(step: int, progress: float, preset: Preset) -> float:
     """Linear warm-up, then a half cosine down to a hundredth, or a line down to nothing."""
-    warm = min(1.0, (step + 1) / preset.optimizer.warmup_steps)
+    warm = min(1.0, (step + 1) / max(1, preset.optimizer.warmup_steps))
     if preset.optimizer.schedule == "linear":
         return warm * max(0.0, 1 - progress)
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from minigpt5.errors import NotFinite
 from training.checkpoint import copy_to_host
 from training.data.batches import Batch
 from training.presets import OptimizerConfig
@@ -31,7 +33,8 @@ class Strategy(Protocol):
         """Add the gradients of one batch to those of the batches before it."""
 
     def step(self, factor: float) -> None:
-        """Use the gradients, the learning rates multiplied by `factor`."""
+        """Use the gradients, the learning rates multiplied by `factor`. Raises NotFinite on every worker, and changes
+        no weight, where the gradient is not finite."""
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
         """Within it the first worker holds `parameters` whole, to read them. Called by every worker."""
@@ -65,8 +68,9 @@ class TorchStrategy:
         began = time.perf_counter()
         average_over_workers(self.trained)
         self.communication_s += time.perf_counter() - began
+        norm = check_gradients(self.trained.values())
         if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(self.trained.values(), self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -94,8 +98,34 @@ def new_strategy(
     if config.zero_stage != 3:  # which shares the weights out first
         objective.to(device)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+    _keep_settings(optimizer)
     if config.zero_stage is None:
         return TorchStrategy(objective, optimizer, config)
+    if config.zero_stage == 0:  # DeepSpeed looks at the gradients of the other stages itself
+        optimizer.register_step_pre_hook(_check_before_step)
     from training.zero import ZeroStrategy
 
     return ZeroStrategy(objective, optimizer, config)
+
+
+def check_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the gradient. Raises NotFinite where it is not: the step would spoil every weight."""
+    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    if not norm.isfinite():
+        raise NotFinite(f"the gradient has the norm {norm.item()}")
+    return norm
+
+
+def _check_before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    check_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Let a loaded state bring its moments alone: weight decay and betas stay those of the run as it is told now."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+    def restore(loaded: torch.optim.Optimizer) -> None:
+        for group, own in zip(loaded.param_groups, settings, strict=True):
+            group.update(own)
+
+    optimizer.register_load_state_dict_post_hook(restore)

@@ -4,20 +4,22 @@
     ray job submit --working-dir . -- python -m training.train learn --data s3://b/vist --start s3://b/align/model \\
         --out s3://b/learn --workers 8 zero_stage=2
 
-A stopped run resumes from its newest checkpoint when the same command is given again. `OUT/model` is a model folder,
-served as it is.
+A stopped run resumes from its newest checkpoint when the same command is given again; `OUT/run.json` says which run a
+folder belongs to. `OUT/model` is a model folder, served as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+from pyarrow import fs
 
 from minigpt5.commands import check_kept
 from minigpt5.config import ModelConfig
@@ -27,16 +29,17 @@ from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import find_part, shared_name
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.objective.encoders import find_encoders
+from minigpt5.objective.objective import REPLAY_CAPACITY
 from training import checkpoint, devices, loop, presets
 from training.data import batches as data
 from training.data.batches import StageData
 from training.data.encoded import check_encoders
-from training.data.stored import StoredExamples
+from training.data.stored import StoredExamples, open_place
 from training.data.tokeniser import Tokeniser
 from training.presets import DistillPreset, Preset, VisionPreset, VokenPreset
 from training.run_folder import RunFolder
 from training.stage import build_stage
-from training.weight_sources import WeightSources
+from training.weight_sources import PREVIOUS, WeightSources
 
 LEARNS_ROWS = VokenPreset | VisionPreset | DistillPreset
 """Presets of the stages that take stored examples."""
@@ -113,6 +116,48 @@ def picture_world(preset: Preset, sources: WeightSources) -> StageData:
     return StageData(training=training, validation=validation)
 
 
+def check_replay(preset: Preset) -> None:
+    """Raise TrainingError where a replay buffer can never hold what replaying needs. Stages whose samples differ in
+    size ask their buffers later."""
+    if not (isinstance(preset, VokenPreset) and preset.replay.steps):
+        return
+    for name in ("min_size", "fill"):
+        if (asked := getattr(preset.replay, name)) > REPLAY_CAPACITY:
+            raise TrainingError(
+                f"replay.{name} is {asked} but the replay buffer of {preset.stage} holds {REPLAY_CAPACITY} samples: "
+                f"set replay.{name}={REPLAY_CAPACITY} or less"
+            )
+
+
+def identify(preset: Preset, sources: WeightSources, uri: str | None, examples: StageData) -> checkpoint.RunIdentity:
+    """What makes a run this run. `uri`: of stored examples, None for the picture world's. Raises TrainingError."""
+    has_model = sources.start or preset.stage in PREVIOUS
+    data_name, digest = "the picture world", ""
+    if uri:
+        assert isinstance(examples.training, StoredExamples)
+        data_name = f"{uri if '://' in uri else Path(uri).absolute()} ({len(examples.training)} rows)"
+        digest = digest_rows(uri)
+    elif isinstance(preset, VokenPreset):
+        digest = str(preset.num_examples)
+    return checkpoint.RunIdentity(
+        stage=preset.stage,
+        start=load_config(sources.need_model(preset.stage)).fingerprint if has_model else "",
+        decoder=str(sources.decoder or ""),
+        data=data_name,
+        data_digest=digest,
+        seed=preset.seed,
+        examples_per_step=data.examples_per_step(preset),
+    )
+
+
+def digest_rows(uri: str) -> str:
+    """A digest of the names and sizes of a data set's files: it stays when they are moved, and reads none of them."""
+    files, folder = open_place(uri)
+    infos = files.get_file_info(fs.FileSelector(f"{folder}/rows"))
+    names = sorted(f"{info.base_name} {info.size}" for info in infos if info.path.endswith(".parquet"))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         sources = WeightSources(
             runs=options.runs.absolute(), start=start, decoder=options.decoder and options.decoder.absolute()
         )
+        check_replay(preset)
         place = str(options.out or options.runs / options.stage)
         check_kept(place, option="--out")
         out = RunFolder(place)
@@ -165,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
             preset, examples = find_examples(preset, sources, options.data)
         else:
             examples = picture_world(preset, sources)
+        checkpoint.check_identity(out, identify(preset, sources, options.data, examples))
         if options.workers == 0:
             run(preset, sources, out, examples)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, distributed, nn
 
-from minigpt5.errors import TrainingError
+from minigpt5.errors import NotFinite, TrainingError
 from training.checkpoint import copy_to_host
 from training.data.batches import Batch
 from training.presets import OptimizerConfig
@@ -90,7 +91,10 @@ class ZeroStrategy:
     def step(self, factor: float) -> None:
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.engine.step()
+        self.engine.step()  # but for stage 0 it leaves out a step whose gradient is not finite, and says nothing
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None and not 0 <= float(norm) < math.inf:  # it stands for others as infinite, or as -1
+            raise NotFinite("the gradient's norm is not finite")
         self.num_parts = 0
         if self.times_communication:
             self.communication_s += sum(timer.elapsed() for timer in comm.timers.get_timers().values()) / 1000

@@ -228,24 +228,26 @@ class Objective(nn.Module):
     def _picture_losses(
         self, examples: list[Example], vokens_PVH: Tensor, weights: LossWeights, *, is_kept: bool
     ) -> dict[str, Tensor]:
-        """`is_kept`: for the replay buffer, where there is one."""
+        """`is_kept`: for the replay buffer, where there is one. Workers that share out weights compute the same for a
+        batch that is not kept, or the others would wait."""
         captions = [caption for example in examples for caption in example.captions]
         is_null_P = (torch.rand(len(captions)) < (self.guidance_dropout if self.training else 0.0)).to(self.device)
         condition_PQD = self.mapper(vokens_PVH.masked_fill(is_null_P[:, None, None], 0))
         losses: dict[str, Tensor] = {}
         latents_PCYX = None
-        if weights.picture:
+        keeps = self.training and self.keeps_replay
+        if weights.picture or (keeps and self.dummies):  # later, no worker may lack latents to replay
             latents_PCYX = self.to_latents(examples)
+        if weights.picture and latents_PCYX is not None:
             losses["picture"] = self.diffusion.training_loss(
                 latents_PCYX, condition_PQD, first_timestep=self.first_timestep
             )
-        keeps = self.training and self.keeps_replay and is_kept
-        if weights.caption or keeps:
+        if weights.caption or (keeps and (is_kept or self.dummies)):
             target_PQD = self.text_encoder(captions)
             has_contrasts = weights.contrast and all(example.contrasts for example in examples if example.drawn)
             others_PKQD = self._encode_contrasts(examples) if has_contrasts else None
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
-            if keeps:
+            if keeps and is_kept:
                 self.store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)
         return losses
 

@@ -96,10 +96,7 @@ def vist_samples(
     `variant(count)` chooses among `count` published wordings, from 0.
     """
     for index, (words, picture) in enumerate(steps):
-        history = "".join(f"{past}{SLOT}" for past, _ in steps[:index]) + ("\n" if index else "")
-        read = tuple(past for _, past in steps[:index])
-        prompt = f"{READ_AND_TELL}###Human:{history}"
-        said = READ_AND_TELL + "".join(f" {past.strip()}{SLOT}" for past, _ in steps[:index])
+        prompt, said, read = _tell(steps[:index])
         ask = ASKS_FOR_PICTURE[variant(len(ASKS_FOR_PICTURE))]
         source = f"{prompt}{ask}{words} ###Assistant:"
         turns = (f"{said}\n{ask.strip()} {words.strip()}",)
@@ -115,18 +112,35 @@ def vist_samples(
         yield Sample(source=source, target=f"{words}{END}", turns=turns, read=(*read, picture), task="text")
 
 
+def ending_sample(steps: Sequence[tuple[str, str]], words: str) -> Sample:
+    """What a story tells after its last picture. VIST has no such text: of the published wordings it takes the one that
+    names no picture."""
+    prompt, said, read = _tell(steps)
+    ask = ASKS_FOR_BOTH[-1]
+    source, turns = f"{prompt}{ask} ###Assistant:", (f"{said}\n{ask.strip()}",)
+    return Sample(source=source, target=f"{words}{END}", turns=turns, read=read, task="ending")
+
+
+def _tell(steps: Sequence[tuple[str, str]]) -> tuple[str, str, tuple[str, ...]]:
+    """Earlier steps as the source has them, as its turns have them, and their pictures."""
+    history = "".join(f"{past}{SLOT}" for past, _ in steps) + ("\n" if steps else "")
+    said = READ_AND_TELL + "".join(f" {past.strip()}{SLOT}" for past, _ in steps)
+    return f"{READ_AND_TELL}###Human:{history}", said, tuple(picture for _, picture in steps)
+
+
 def mmdialog_samples(
     turns: Sequence[Turn],
     *,
     is_training: bool = True,
     has_picture: Callable[[str], bool] = lambda picture: True,
     count_tokens: Callable[[str], int] = lambda words: len(words.split()),
+    max_turn_tokens: int | None = MAX_TURN_TOKENS,
 ) -> Iterator[Sample]:
     """One dialogue -> a sample for each turn but the first; Human turns are predicted too. Among a sample's `turns` the
     one that is predicted is the assistant's.
 
     The dialogue ends before the first turn without text, with a file name for a text, with a picture that is not
-    there, or, in training, with more than 50 tokens.
+    there, or, in training, with more than `max_turn_tokens`; None: with any number.
     """
     usable: list[Turn] = []
     for turn in turns:
@@ -134,7 +148,7 @@ def mmdialog_samples(
         is_lost = turn.picture is not None and not has_picture(turn.picture)
         if not words or words.endswith(".jpg") or is_lost:
             break
-        if is_training and count_tokens(words) > MAX_TURN_TOKENS:
+        if is_training and max_turn_tokens is not None and count_tokens(words) > max_turn_tokens:
             break
         usable.append(Turn(text=words, picture=turn.picture))
     for index in range(1, len(usable)):

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from batch_jobs import dataset_readers
 from batch_jobs import prepare as module
-from batch_jobs.dataset_readers import DATASET_READERS, Source, storybook_item
-from batch_jobs.prepare import Part, main, write_part
+from batch_jobs.dataset_readers import DATASET_READERS, Source, read_items, storybook_item
+from batch_jobs.prepare import Part, main, plan, runs_of, write_part, write_run
 from batch_jobs.wml import macros_in, stories_in
 from minigpt5.errors import StorageError
 from minigpt5.objective import stored_example
@@ -84,7 +87,7 @@ def test_cc3m_rows_and_what_is_wrong_with_the_others(tmp_path: Path) -> None:
     assert rows[0]["segments"][1]["picture"] == jpeg()
     assert reasons["train/1.jpg"].startswith("bad picture: train/1.jpg is a JPEG file that is damaged")
     assert reasons["train/2.jpg"] == "missing file: train/2.jpg"
-    assert reasons["train/0.jpg"] == "empty text"
+    assert reasons["train/0.jpg:5"] == "empty text"
     assert "must have at most 33554432 pixels" in reasons["train/3.png"]
     assert reasons["c.tsv:7"] == "1 columns, not 2"
     assert "leads out of" in reasons["../secret.jpg"]
@@ -203,6 +206,39 @@ def test_a_tar_is_not_read_into_memory_without_bound(tmp_path: Path, monkeypatch
     rows, reasons = read_tar(tmp_path, tar_of(large))
     assert rows == [["an owl", "#"]]
     assert reasons == {"a.tar:0": f"too large: jpg has {len(jpeg()) + 2000} bytes"}
+
+
+def pairs(names: list[str], picture: bytes) -> bytes:
+    return tar_of(
+        {f"{name}.{suffix}": data for name in names for suffix, data in (("jpg", picture), ("txt", b"A fox."))}
+    )
+
+
+def test_names_with_a_dot_before_the_number_are_one_short_reject_in_bounded_memory(tmp_path: Path) -> None:
+    names = [f"v1.0_{number:06d}" for number in range(1000)]
+    source = Source(str(write(tmp_path, {"a.tar": pairs(names, b"\xff\xd8" + b"x" * 20_000)})))
+    tracemalloc.start()
+    (item,) = read_items("cc3m-tar", source, "a.tar")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert item.id == "a.tar:v1" and item.problem.startswith("too many parts: 2000 have this key")
+    assert "a key ends at the first dot" in item.problem and len(item.problem) < 300
+    assert peak_bytes < 12e6  # the file has 21 MB
+
+
+def test_the_pictures_of_a_key_have_a_bounded_size_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_readers, "MAX_KEY_BYTES", 2 * len(jpeg()))
+    members = {"0.jpg": jpeg(), "0.txt": b"A fox.", "0.a.jpg": jpeg(), "1.jpg": jpeg(), "1.txt": b"An owl."}
+    rows, reasons = read_tar(tmp_path, tar_of(members))
+    assert rows == [["an owl", "#"]]
+    assert reasons["a.tar:0"].startswith("too large: the parts of this key have ")
+
+
+def test_a_reason_is_short_however_long_a_name_is(tmp_path: Path) -> None:
+    members = {f"1.{letter * 5000}.jpg": jpeg() for letter in "ab"} | {"1.txt": b"A fox."}
+    _, reasons = read_tar(tmp_path, tar_of(members))
+    (reason,) = reasons.values()
+    assert reason.startswith("several parts: aaa") and len(reason) == dataset_readers.MAX_PROBLEM
 
 
 ROW = json.dumps({"id": "s1", "caption": "A fox", "picture": "1.png"})
@@ -562,6 +598,208 @@ def test_pictures_are_stored_as_they_are_and_of_bounded_size(monkeypatch: pytest
 def test_a_row_has_a_form(segments: tuple[Segment, ...], reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
         to_row(Item(id="x", kind="story", segments=segments), source="s", read=lambda name: PNG)
+
+
+def tsv(paths: list[str]) -> str:
+    return "".join(f"caption number {number}\t{path}\n" for number, path in enumerate(paths))
+
+
+def test_captions_of_one_picture_are_rows_of_their_own(tmp_path: Path) -> None:
+    """COCO has five captions of each picture."""
+    source = write(tmp_path / "in", {"c.tsv": tsv(["1.png", "2.png", *["1.png"] * 4]), "1.png": PNG, "2.png": PNG})
+    rows, reasons = rows_of("cc3m", source, tmp_path / "out")
+    assert [row["id"] for row in rows] == ["1.png", "2.png", "1.png:3", "1.png:4", "1.png:5", "1.png:6"]
+    assert not reasons
+
+
+def test_captions_of_one_picture_have_other_ids_in_other_parts(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"c.tsv": tsv(["1.png"] * 4), "1.png": PNG})
+    halves = [Part(number=number, file="c.tsv", start=2 * number, count=2) for number in (0, 1)]
+    for part in reversed(halves):
+        write_part(part, layout="cc3m", uri=str(source), output=str(tmp_path / "out"), seed=1)
+    assert ids_in(tmp_path / "out") == ["1.png", "1.png:2", "1.png:3", "1.png:4"]
+
+
+def test_paths_of_captions_are_known_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_readers, "KEPT_PATHS", 4)
+    known = dataset_readers._Paths()
+    for path in "abcd":
+        assert not known.has(path)
+    for path in "efghijklmnopqrstuvwxyz":
+        assert known.has("a") and not known.has(path)
+        assert len(known._newer) + len(known._older) <= 8
+    assert not known.has("b")
+
+
+def test_an_id_that_is_null_is_missing(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": None, "caption": f"fox {number}", "picture": "1.png"}) for number in range(3)]
+    rows, reasons = rows_of("folder", write(tmp_path / "in", {"story.jsonl": "\n".join(lines), "1.png": PNG}), tmp_path)
+    assert [row["id"] for row in rows] == ["story.jsonl:1", "story.jsonl:2", "story.jsonl:3"] and not reasons
+    talk = json.dumps({**json.loads(TALK), "conversation_id": None})
+    source = write(tmp_path / "talks", {"t.jsonl": f"{talk}\n{talk}\n", "a.jpg": jpeg()})
+    rows, reasons = rows_of("mmdialog", source, tmp_path / "out")
+    assert [row["id"] for row in rows] == ["t.jsonl:1", "t.jsonl:2"] and not reasons
+
+
+def ids_in(output: Path) -> list[str]:
+    return [row for path in sorted((output / "rows").iterdir()) for row in parquet.read_table(path)["id"].to_pylist()]
+
+
+class Here:
+    """What the job uses of a Ray dataset, in this process."""
+
+    def __init__(self, rows: list[dict[str, Any]], **_: Any) -> None:
+        self.rows = rows
+
+    def map(self, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Here:
+        return Here([work(row) for row in self.rows])
+
+    def take_all(self) -> list[dict[str, Any]]:
+        return self.rows
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray.data, "from_items", Here)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(module, "connect", lambda num_engines: None)
+
+
+def book(source: Path, name: str, count: int) -> None:
+    lines = [json.dumps({"id": f"{name}-{n}", "caption": f"fox {n}", "picture": "1.png"}) for n in range(count)]
+    write(source / name, {"story.jsonl": "\n".join(lines), "1.png": PNG})
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda source: book(source, "a", 4), "(a/story.jsonl is new)"),
+        (lambda source: (source / "b" / "story.jsonl").unlink(), "(b/story.jsonl is gone)"),
+        (lambda source: book(source, "c", 3), "(c/story.jsonl had 2 items, and has 3)"),
+        (lambda source: book(source, "c/", 2), "(c/story.jsonl had 107 bytes, and has 109)"),
+    ],
+)
+def test_a_source_that_has_changed_is_refused_and_nothing_is_lost(
+    change: Callable[[Path], object], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    book(source, "b", 3)
+    book(source, "c", 2)
+    command = ["folder", str(source), "--output", str(output)]
+    assert main(command) == main(command) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    change(source)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert words in error and "name another --output" in error and error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert main(["folder", str(source), "--output", str(tmp_path / "another")]) == 0
+
+
+def as_earlier(output: Path) -> None:
+    """Write the plan as version 0.2.0 did."""
+    noted = json.loads((output / "plan.json").read_text())
+    del noted["files"]
+    (output / "plan.json").write_text(json.dumps({**noted, "format": 3}))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_an_output_of_an_earlier_version_goes_on_where_that_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "PART_ITEMS", 2)
+    source, output = tmp_path / "in", tmp_path / "out"
+    book(source, "b", 3)
+    book(source, "c", 2)
+    command = ["folder", str(source), "--output", str(output)]
+    assert main(command) == 0
+    noted, ids = json.loads((output / "plan.json").read_text()), ids_in(output)
+    assert noted["format"] == 4 and noted["files"]["c/story.jsonl"]["items"] == 2
+    for kind, suffix in (("rows", "parquet"), ("parts", "json")):
+        (output / kind / f"part-000001.{suffix}").unlink()
+    as_earlier(output)
+    assert main(command) == 0
+    assert ids_in(output) == ids and json.loads((output / "plan.json").read_text()) == noted
+    as_earlier(output)
+    book(source, "d", 1)
+    assert main(command) == 2
+    assert "d/story.jsonl is newer" in capsys.readouterr().err
+    book(source, "a", 1)
+    assert main(command) == 2
+    assert "part-000000 has 2 items, not 1" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_an_output_of_an_earlier_version_that_rejected_captions_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write(tmp_path / "in", {"c.tsv": tsv(["1.png"] * 2), "1.png": PNG}), tmp_path / "out"
+    command = ["cc3m", str(source), "--output", str(output)]
+    assert main(command) == 0
+    done = output / "parts" / "part-000000.json"
+    counts = {**json.loads(done.read_text()), "rows": 1, "rejects": 1, "reasons": {"a second row with this id": 1}}
+    done.write_text(json.dumps(counts))
+    as_earlier(output)
+    assert main(command) == 2
+    assert "rejected rows that repeat an id: name another --output" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_same_rows_come_in_the_same_parts_however_they_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_ITEMS", 3)
+    files: dict[str, bytes | str] = {f"{name}.tsv": tsv([f"{n}.png" for n in range(size)]) for name, size in SIZES}
+    source = write(tmp_path / "in", {**files, **{f"{n}.png": PNG for n in range(20)}})
+    assert main(["cc3m", str(source), "--limit", "33", "--output", str(tmp_path / "out")]) == 0
+    sizes = {f"{name}.tsv": size for name, size in SIZES}
+    for part in plan(sizes, limit=33):
+        write_part(part, layout="cc3m", uri=str(source), output=str(tmp_path / "single"), seed=1)
+    for kind in ("rows", "rejects", "parts"):
+        found = {path.name: path.read_bytes() for path in (tmp_path / "out" / kind).glob("*")}
+        assert found == {path.name: path.read_bytes() for path in (tmp_path / "single" / kind).glob("*")}
+    assert len(ids_in(tmp_path / "out")) == 32  # one picture of b is not there
+
+
+SIZES = (("a", 7), ("b", 21), ("c", 8))
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 4])
+def test_a_run_reads_its_file_once_and_what_is_written_not_at_all(
+    num_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_ITEMS", 5)
+    names = [f"{number}.png" for number in range(20)]
+    source = write(tmp_path / "in", {"c.tsv": tsv(names), **dict.fromkeys(names, PNG)})
+    how = {"layout": "cc3m", "uri": str(source), "output": str(tmp_path / "out"), "seed": 1}
+    parts = plan({"c.tsv": 20}, limit=None)
+    for part in parts[:num_done]:
+        write_part(part, **how)  # type: ignore[arg-type]
+    read: list[str] = []
+
+    def counted(*arguments: Any) -> Iterator[Item]:
+        for item in read_items(*arguments):
+            read.append(item.id)
+            yield item
+
+    monkeypatch.setattr(module, "read_items", counted)
+    assert [counts["rows"] for counts in write_run(parts, **how)] == [5, 5, 5, 5]  # type: ignore[arg-type]
+    assert len(read) == (20 if num_done < 4 else 0)
+
+
+def test_runs_share_out_large_files_and_read_none_of_them_often() -> None:
+    parts = plan({"a": 3_300_000, "b": 1, "c": 2_500}, limit=None)
+    for num_tasks, expected in ((1, 1), (8, 8), (1000, 16)):
+        runs = runs_of(parts, num_tasks=num_tasks)
+        assert [part for run in runs for part in run] == parts
+        assert all(len({part.file for part in run}) == 1 for run in runs)
+        assert sum(run[0].file == "a" for run in runs) == expected
 
 
 @pytest.mark.cluster

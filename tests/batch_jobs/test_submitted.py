@@ -8,11 +8,14 @@ import shlex
 import shutil
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from pyarrow import dataset, parquet
+from ray import cloudpickle
 from ray._private.runtime_env.packaging import create_package
 
+from batch_jobs import describe, evaluate, illustrate, precompute, prepare, redraw
 from batch_jobs.prepare import Part, write_part
 from minigpt5.commands import check_kept
 from minigpt5.config import default_model_folder
@@ -77,6 +80,18 @@ def succeed(cluster: Cluster, *command: str) -> str:
     job = cluster.submit(*command)
     assert job.returncode == 0, (job.stdout + job.stderr)[-4000:]
     return job.stdout
+
+
+@pytest.mark.parametrize("module", [describe, evaluate, illustrate, precompute, prepare, redraw])
+def test_classes_of_a_command_can_be_sent(module: ModuleType) -> None:
+    """Run by `python -m`, a module is `__main__`, and Ray sends its classes whole."""
+    classes = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        copies = [cloudpickle.loads(cloudpickle.dumps(one)) for one in classes]
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    assert [one.__name__ for one in copies] == [one.__name__ for one in classes]
 
 
 @pytest.mark.cluster

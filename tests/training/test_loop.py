@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5.errors import TrainingError
+from minigpt5.errors import NotFinite, TrainingError
 from minigpt5.objective.example import Example
 from minigpt5.storybook.captions import facts_in
 from minigpt5.storybook.scenes import is_held_out
@@ -31,6 +32,8 @@ from training.storybook import presets as storybook_presets
 from training.storybook.examples import StorybookExamples, example_at
 from training.storybook.rivals import RIVALS
 from training.storybook.vae import VaeStage
+from training.strategy import TorchStrategy, new_strategy
+from training.train import check_replay
 from training.weight_sources import WeightSources
 
 TINY = dataclasses.replace(
@@ -42,6 +45,9 @@ TINY = dataclasses.replace(
     sheet_every_s=1e9,
     checkpoint_every_s=1e9,
 )
+
+
+PARTS, NAMES = ("words", "picture"), ("weight", "bias")
 
 
 class Stopped(Exception):
@@ -208,6 +214,79 @@ def test_a_loss_that_is_not_finite_stops_with_the_examples(tmp_path: Path) -> No
         loop.fit(stage, TINY, RunFolder(tmp_path), data.local_batches(StorybookExamples(TINY), TINY))
 
 
+class SteepStage(ToyStage):
+    """A finite loss with a gradient that is not, at one step."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        whole = self.objective.forward
+
+        def forward(batch: data.Batch[torch.Tensor], progress: float) -> dict[str, torch.Tensor]:
+            losses = whole(batch, progress)
+            if batch.step == at:
+                losses["loss"] = losses["loss"] + (self.objective.words.weight * 0).abs().sum().sqrt()
+            return losses
+
+        self.objective.forward = forward  # type: ignore[method-assign]
+
+    def save(self, folder: Path) -> None:
+        raise AssertionError("a broken model is not saved")
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_gradient_that_is_not_finite_reaches_no_weight_and_no_checkpoint(
+    tmp_path: Path, at: int, max_grad_norm: float
+) -> None:
+    """Its loss is finite. The last step of a run has no other step after it that would see the weights."""
+    stage, folder = SteepStage(at), RunFolder(tmp_path)
+    preset = presets.override(TOY, ["steps=3", f"max_grad_norm={max_grad_norm}"])
+    first = at * TOY.batch_size
+    with pytest.raises(NotFinite, match=rf"norm nan at step {at}, examples \[{first}, .*the last checkpoint is kept"):
+        loop.fit(stage, preset, folder, loop_batches())
+    state, position = checkpoint.load_checkpoint(folder, [f"{one}.{name}" for one in PARTS for name in NAMES])
+    assert state and position.step == at
+    assert all(value.isfinite().all() for value in state["trained"].values())
+    assert all(parameter.isfinite().all() for parameter in stage.objective.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A step of a finite gradient can make them so."""
+    preset = presets.override(TOY, ["steps=2"])
+
+    class Huge(ToyStage):
+        def parameter_groups(self) -> list[dict[str, object]]:
+            return [{**group, "lr": 3e38, "weight_decay": 1e38} for group in super().parameter_groups()]
+
+    with pytest.raises(NotFinite, match="trained weights are not finite after step 1: .*words.weight"):
+        loop.fit(Huge(), preset, RunFolder(tmp_path), loop_batches())
+    assert not checkpoint.checkpoints(RunFolder(tmp_path)) and not (tmp_path / "model").exists()
+
+
+def test_a_resumed_run_takes_its_new_settings_of_the_optimizer() -> None:
+    def new(**settings: float) -> TorchStrategy:
+        stage = ToyStage()
+        config = presets.OptimizerConfig(**settings)  # type: ignore[arg-type]
+        strategy = new_strategy(stage.objective, stage.parameter_groups(), config)
+        assert isinstance(strategy, TorchStrategy)
+        return strategy
+
+    first, then = new(), new(weight_decay=0.5, beta2=0.9)
+    first.backward(first.losses(next(loop_batches()(0)), 0.0)["loss"])
+    first.step(1.0)
+    then.load(first.state())
+    for group in then.optimizer.param_groups:
+        assert (group["weight_decay"], group["betas"]) == (0.5, (0.9, 0.9))
+    for one, other in zip(first.optimizer.state.values(), then.optimizer.state.values(), strict=True):
+        assert one["step"] == other["step"] == 1 and one["exp_avg"].equal(other["exp_avg"])
+
+
+def test_a_run_without_warm_up_begins_at_the_full_rate(tmp_path: Path) -> None:
+    preset = presets.override(TOY, ["steps=2", "warmup_steps=0"])
+    assert learning_rate_factor(0, 0.0, preset) == 1.0
+    loop.fit(ToyStage(), preset, RunFolder(tmp_path), loop_batches())
+
+
 def test_the_rate_warms_up_and_decays() -> None:
     preset = presets.override(TINY, ["steps=100", "warmup_steps=10"])
     rates = [learning_rate_factor(step, step / 100, preset) for step in range(100)]
@@ -235,6 +314,53 @@ def test_settings_are_checked() -> None:
         presets.override(TINY, ["schedule=steep"])
     with pytest.raises(ValueError, match="unknown setting 'mapper_learning_rate=1'"):  # another stage's
         presets.override(TINY, ["mapper_learning_rate=1"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "said"),
+    [
+        ("align", "steps=-3", "steps is -3 but must be 0 or more"),
+        ("align", "steps=5 epochs=3", "steps is 5 and epochs is 3: leave one out"),
+        ("align", "steps=0 epochs=0 minutes=5", "minutes is 5 but steps is 0"),
+        ("align", "epochs=-1", "epochs is -1.0"),
+        ("align", "minutes=nan", "minutes is nan"),
+        ("align", "batch_size=0", "batch_size is 0 but must be 1 or more: set batch_size="),
+        ("align", "log_every=0", "log_every is 0"),
+        ("align", "num_threads=0", "num_threads is 0"),
+        ("align", "seed=-1", "seed is -1"),
+        ("align", "warmup_steps=-1", "warmup_steps is -1"),
+        ("align", "learning_rate=-1", "learning_rate is -1.0"),
+        ("align", "beta2=1", "beta2 is 1 but must be less"),
+        ("align", "ema_decay=1.5", "ema_decay is 1.5 but must be from 0 to 1"),
+        ("align", "guidance_dropout=7", "guidance_dropout is 7.0 but must be from 0 to 1"),
+        ("align", "zero_offload=true", "zero_offload is true but zero_stage is none: set zero_stage to 1, 2 or 3"),
+        ("align", "zero_offload=true zero_stage=0", "zero_offload is true but zero_stage is 0"),
+        ("align", "zero_live_parameters=5 zero_stage=2", "zero_live_parameters is 5 but zero_stage is 2"),
+        ("align", "replay.min_size=0", "replay.min_size is 0 but must be 1 or more"),
+        ("vision", "words_until=2", "words_until is 2.0"),
+        ("distill", "teacher_steps=0", "teacher_steps is 0"),
+    ],
+)
+def test_values_out_of_range_and_settings_that_exclude_each_other_are_refused(
+    stage: str, settings: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        presets.override(presets.PUBLISHED[stage], settings.split())
+
+
+def test_epochs_replace_the_steps_of_a_preset_and_steps_its_epochs() -> None:
+    by_steps = storybook_presets.STORYBOOK["align"]
+    assert (by_epochs := presets.override(by_steps, ["epochs=3"])).steps == 0 and by_epochs.epochs == 3
+    assert (again := presets.override(by_epochs, ["steps=7"])).steps == 7 and again.epochs == 0
+    presets.override(by_steps, ["zero_stage=3", "zero_offload=true", "zero_live_parameters=5", "ema_decay=0"])
+
+
+def test_a_replay_buffer_that_is_never_full_enough_is_refused() -> None:
+    align = storybook_presets.STORYBOOK["align"]
+    for name in ("min_size", "fill"):
+        with pytest.raises(TrainingError, match=f"replay.{name} is 30000 but the replay buffer of align holds 24576"):
+            check_replay(presets.override(align, [f"replay.{name}=30000"]))
+    check_replay(presets.override(align, ["replay.min_size=30000", "replay.steps=0"]))
 
 
 @pytest.mark.parametrize("stage", presets.STAGES)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
+from minigpt5.errors import TrainingError
 from training import run_folder
+from training.report import read_lines, write_report
 from training.run_folder import RunFolder
 
 LINES = [f'{{"step": {number}}}\n' for number in range(300)]
@@ -54,3 +59,30 @@ def test_a_run_that_resumes_goes_on_with_its_log(monkeypatch: pytest.MonkeyPatch
 
 def test_there_may_be_no_log_yet() -> None:
     assert RunFolder("mock:///run").read_log("log.jsonl") == b""
+
+
+def test_a_line_that_a_full_disk_cut_costs_itself_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": step, "elapsed_s": 1.0, "loss": 1.0}) + "\n" for step in range(1, 5)]
+    folder.append("log.jsonl", lines[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(lines[0]) + 9, hard))  # the kernel refuses to write on
+    try:
+        with pytest.raises(TrainingError, match="make room"):
+            folder.append("log.jsonl", lines[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    again = RunFolder(tmp_path)
+    for line in lines[2:]:
+        again.append("log.jsonl", line)
+    assert again.read_log("log.jsonl").decode() == lines[0] + lines[1][:9] + "\n" + "".join(lines[2:])
+    assert [line["step"] for line in read_lines(again)] == [1, 3, 4]
+    assert write_report(again) == "report.html"
+
+
+def test_a_report_skips_what_an_earlier_version_left_of_a_cut_line(tmp_path: Path) -> None:
+    """It wrote the next line right behind."""
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n{"ste{"step": 2}\n7\n\xff\n{"step": 3}\n')
+    assert read_lines(RunFolder(tmp_path)) == [{"step": 1, "loss": 2.0}, {"step": 3}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,6 +146,57 @@ for step in range(6):
 """
 )
 
+REPLAYING_WORKER = (
+    MODEL_WORKER
+    + """
+from training.presets import ReplayConfig
+
+zero_stage, counts = int(sys.argv[2]), []
+model = new_model()
+model.keeps_replay = True
+if zero_stage != 3:
+    model.dummies = None
+preset = VokenPreset(
+    stage="learn", steps=8, batch_size=2, mapper_learning_rate=1e-3, voken_learning_rate=1e-3, text_weight=1.0,
+    picture_weight=1.0, picture_from=0.5, caption_weight=0.0,
+    optimizer=OptimizerConfig(warmup_steps=1, zero_stage=zero_stage),
+    replay=ReplayConfig(steps=1, batch_size=2, min_size=2),
+)
+stage = Stage(model, preset)
+strategy = new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
+for step in range(8):  # in the first step one worker has text alone, and one of them at each new one
+    examples = [only_text if (step // 2 + distributed.get_rank()) % 2 else story()]
+    losses = strategy.losses(Batch(examples=examples, ids=[step], step=step), step / 8)
+    strategy.backward(losses["loss"])
+    strategy.step(1.0)
+    counts.append(int(any("replayed" in name for name in losses)))
+print("REPLAYED", json.dumps(counts))
+"""
+)
+
+BUFFERS_WORKER = """
+import datetime, json
+from torch import distributed
+from training.data.batches import Batch
+from training.data.replay import WorkersReplay
+from training.presets import ReplayConfig
+
+distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+workers, size, found, num_messages = WorkersReplay(ReplayConfig(steps=1, min_size=2)), 0, [], 0
+all_reduce = distributed.all_reduce
+
+def count(*arguments, **options):
+    global num_messages
+    num_messages += 1
+    return all_reduce(*arguments, **options)
+
+distributed.all_reduce = count
+for step in range(10):
+    found.append(workers.is_replay(Batch(examples=[], ids=[], step=step), size))
+    size += 0 if found[-1] or (step < 4 and distributed.get_rank()) else 2
+print("REPLAYED", json.dumps([found, num_messages]))
+"""
+
 FROZEN_WORKER = """
 import dataclasses, json, sys
 import torch
@@ -214,6 +266,55 @@ for zero_stage in sys.argv[1:]:
         if parameter.requires_grad:
             distributed.broadcast(first := parameter.detach().clone(), 0)
             assert torch.equal(parameter, first), zero_stage
+"""
+
+STEEP_WORKER = """
+import sys
+import torch
+from torch import distributed
+from minigpt5.errors import NotFinite
+from tests.helpers.toy_stage import ToyStage, batches, TOY
+from training.checkpoint import Position
+from training.presets import override
+from training.run_recorder import _check_finite
+from training.strategy import new_strategy
+
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+for zero_stage in sys.argv[1:]:
+    def new(*settings):
+        stage = ToyStage()
+        preset = override(TOY, [f"zero_stage={zero_stage}", *settings])
+        return stage.objective, new_strategy(stage.objective, stage.parameter_groups(), preset.optimizer)
+
+    toy, strategy = new()
+    stream = batches(rank, distributed.get_world_size())(0)
+    strategy.backward(strategy.losses(next(stream), 0.0)["loss"])
+    strategy.step(1.0)
+    saved = [strategy.state()]
+    distributed.broadcast_object_list(saved, src=0)
+    loss = strategy.losses(next(stream), 0.0)["loss"]
+    if rank == 1:  # finite, with a gradient that is not
+        loss = loss + (toy.words.weight * 0).abs().sum().sqrt()
+    strategy.backward(loss)
+    try:
+        strategy.step(1.0)
+        print("LEFT OUT", zero_stage)
+    except NotFinite as error:
+        print("REFUSED", zero_stage, error)
+    state = strategy.state()
+    _check_finite(state["trained"] if rank == 0 else {}, Position(2))
+    if rank == 0:
+        assert all(value.equal(saved[0]["trained"][name]) for name, value in state["trained"].items()), zero_stage
+    _, resumed = new("weight_decay=0.5", "beta2=0.9")
+    resumed.load(saved[0])
+    optimizer = resumed.engine.optimizer if zero_stage != "none" else resumed.optimizer
+    assert all((one["weight_decay"], one["betas"]) == (0.5, (0.9, 0.9)) for one in optimizer.param_groups), zero_stage
+try:
+    _check_finite({"words": torch.tensor(float("nan"))} if rank == 0 else {}, Position(2))
+except NotFinite as error:
+    print("BROKEN", error)
 """
 
 VALIDATED_WORKER = WORKER.replace(
@@ -299,6 +400,38 @@ def test_a_worker_that_saves_a_prefix_keeps_no_other_waiting() -> None:
 def test_workers_begin_with_the_first_ones_trained_weights_and_frozen_ones_are_not_written() -> None:
     """A page of a mapped file that is written to is shared no more."""
     run_ranks(UNEQUAL_WORKER, ["0", "2"], num=2)
+
+
+def replayed(outputs: list[str]) -> list[Any]:
+    """What each worker says that it has replayed."""
+    said = (next(line for line in output.splitlines() if line.startswith("REPLAYED")) for output in outputs)
+    return [json.loads(line[8:]) for line in said]
+
+
+def test_workers_replay_at_the_same_steps_however_full_their_buffers_are() -> None:
+    one, other = replayed(run_ranks(BUFFERS_WORKER, [], num=2))
+    assert one == other
+    steps, num_messages = one
+    assert [step for step, is_replay in enumerate(steps) if is_replay] == [6, 8]
+    assert num_messages == 4  # none once all buffers are full enough
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_workers_that_lack_pictures_replay_together(tmp_path: Path, zero_stage: int) -> None:
+    """As published, "learn" has no caption loss, and its picture loss may begin later."""
+    one, other = replayed(run_ranks(REPLAYING_WORKER, [str(tmp_path), str(zero_stage)], num=2))
+    assert one == other == [0, 0, 0, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.timeout(600)
+def test_a_gradient_that_is_not_finite_on_one_worker_changes_no_weight_of_any() -> None:
+    """Neither do settings of the optimizer that a resumed run was given come from its checkpoint."""
+    for output in run_ranks(STEEP_WORKER, ["none", "0", "2"], num=2):
+        assert "REFUSED none the gradient has the norm nan" in output and "REFUSED 0 the gradient" in output, output
+        assert "REFUSED 2 the gradient's norm is not finite" in output and "LEFT OUT" not in output
+        assert "BROKEN 1 trained weights are not finite after step 2" in output
 
 
 @pytest.mark.slow

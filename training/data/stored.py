@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,17 @@ from minigpt5.objective.example import Example
 from minigpt5.published.data import (
     COMMAND_EVERY,
     COMMANDS,
+    MAX_TURN_TOKENS,
     Sample,
     Turn,
     cc3m_samples,
+    ending_sample,
     mmdialog_samples,
     sample_segments,
     vist_samples,
 )
-from training.data.long_rows import FindWindows, pages_of_a_task, whole_or_part
+from minigpt5.types import WHOLE_PAGES
+from training.data.long_rows import FindWindows, cut_texts, largest, pages_before, pages_of_a_task, whole_or_part
 from training.data.row_index import WINDOW_GROUPS, RowIndex, RowOrder, index_rows, is_validation
 
 NEEDS_PICTURES = ("vision", *DRAWS_CAPTIONS)
@@ -67,6 +70,8 @@ class StoredExamples:
         self.uri, self.seed, self.is_validation = uri, seed, False
         self.read_px = None if config.vision.family == "none" else config.vision.image_px
         self.draw_px = config.image_px
+        self.context_tokens = config.context_tokens
+        self._has_cut = False
         self.fields_read = fields_read(stage, reads_pictures=self.read_px is not None)
         """Which of what precompute.py stores of a picture the stage reads."""
         self._files, folder = open_place(uri)
@@ -116,31 +121,72 @@ class StoredExamples:
         return rows.filter(pa.array(is_validation(rows["id"]) == self.is_validation)).to_pylist()
 
     def example_at(self, position: int) -> tuple[str, Example]:
-        """The id of the stored row at a position, and one of the examples that the row gives."""
-        stored = self._fitting(position)
-        rng = np.random.default_rng([self.seed, position])
+        """The id of the stored row at a position, and one of the examples that the row gives. Rows that give none are
+        passed over. Raises TrainingError where no row gives one."""
+        found = None
+        for found in self._usable(position):
+            if example := self._to_example(found, position):
+                return found["id"], example
+        if found is None:
+            raise TrainingError(
+                f"no row of {self.uri} has a picture, which {self.stage} learns from: prepare rows with some"
+            )
+        raise TrainingError(
+            f"no row of {self.uri} fits the {self.context_tokens} tokens that the model reads, however its texts are "
+            "cut: its pictures alone take more"
+        )
+
+    def _usable(self, position: int) -> Iterator[dict[str, Any]]:
+        """The rows from a position on, each once, for a stage of pictures those that have one."""
+        for later in range(len(self)):
+            stored = self.stored(position + later)
+            if self.stage not in NEEDS_PICTURES or any(map(_is_picture, stored["segments"])):
+                yield stored
+
+    def _to_example(self, stored: dict[str, Any], position: int) -> Example | None:
+        """One of a row's examples, of what the model reads at once; None where nothing of it fits."""
+        example = self._make(stored, position)
+        if self._is_read_whole(example):
+            return example
+        bare = _without_pictures(stored)
+
+        def fits(max_history: int, max_text: int | None = None) -> bool:
+            row = bare if max_text is None else cut_texts(bare, max_text)
+            return self._is_read_whole(self._make(row, position, max_history))
+
+        max_history = largest(fits, 0, WHOLE_PAGES)
+        if max_history is not None:
+            return self._make(stored, position, max_history)
+        texts = [one[name] or "" for one in stored["segments"] for name in ("text", "caption")]
+        max_text = largest(lambda most: fits(0, most), 1, max(map(len, [stored["prompt"] or "", *texts])))
+        if not self._has_cut:
+            self._has_cut = True
+            done = "left out" if max_text is None else "cut"
+            print(
+                f"row {stored['id']} of {self.uri} is longer than the {self.context_tokens} tokens that the model "
+                f"reads: it is {done}, and other such rows without a word",
+                flush=True,
+            )
+        return None if max_text is None else self._make(cut_texts(stored, max_text), position, 0)
+
+    def _make(self, stored: dict[str, Any], position: int, max_history: int | None = None) -> Example:
+        """See `to_example`."""
         example = to_example(
             stored,
-            rng,
+            np.random.default_rng([self.seed, position]),
             stage=self.stage,
             story_share=self.story_share,
             read_px=self.read_px,
             draw_px=self.draw_px,
             template=self.template,
             find_windows=self.find_windows,
+            max_history=max_history,
         )
-        return stored["id"], self.tokenise(example) if self.tokenise else example
+        return self.tokenise(example) if self.tokenise else example
 
-    def _fitting(self, position: int) -> dict[str, Any]:
-        """The row at a position, or the next one with a picture for a stage that learns from nothing else. Raises
-        TrainingError where no row has one."""
-        for later in range(len(self)):
-            stored = self.stored(position + later)
-            if self.stage not in NEEDS_PICTURES or any(map(_is_picture, stored["segments"])):
-                return stored
-        raise TrainingError(
-            f"no row of {self.uri} has a picture, which {self.stage} learns from: prepare rows with some"
-        )
+    def _is_read_whole(self, example: Example) -> bool:
+        """Whether the language model reads all of it, as far as that is known here. "distill" has no language model."""
+        return self.stage == "distill" or not example.tokens or len(example.tokens.ids) <= self.context_tokens
 
     def __getstate__(self) -> dict[str, Any]:
         """Sent to another process without what is cached."""
@@ -169,12 +215,14 @@ def to_example(
     draw_px: int,
     template: Template = PUBLISHED,
     find_windows: FindWindows | None = None,
+    max_history: int | None = None,
 ) -> Example:
     """One of a stored row's examples, chosen by chance; the published code makes examples of all of them.
 
     "vision", "align" and "distill" learn captions: of a story or a dialogue, that of one of its pictures. "learn"
     learns all of the published tasks, and with `story_share` a whole story where its prompt is known. `read_px` is None
     for a model that reads no pictures: of a story it learns the whole, of a dialogue what needs no picture read.
+    `max_history`: earlier pages that a published task of a story has, of its window; None: as many as are read whole.
     """
     segments = stored["segments"]
     if stage == "vision":
@@ -185,15 +233,16 @@ def to_example(
     if stage in DRAWS_CAPTIONS:
         return _aligned(stored, rng, draw_px, template)
     if stored["kind"] == "dialogue":
-        samples = [one for one in mmdialog_samples(_turns(segments)) if read_px or not one.read]
+        most = MAX_TURN_TOKENS if stored["source"] == "mmdialog" else None
+        samples = [one for one in mmdialog_samples(_turns(segments), max_turn_tokens=most) if read_px or not one.read]
         if not samples:
             return _aligned(stored, rng, draw_px, template)
         return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
-    steps = _steps(segments)
+    steps, ending = _steps(segments)
     prompt, texts = stored["prompt"] or steps[0][0], [words for words, _ in steps]
     knows_prompt = stored["kind"] == "story" and stored["prompt"] and rng.random() < story_share
     if knows_prompt or (stored["kind"] == "story" and not read_px):
-        part = whole_or_part([prompt], texts, rng, template=template, find_windows=find_windows)
+        part = whole_or_part([prompt], texts, rng, template=template, find_windows=find_windows, ending=ending)
         steps = [steps[page - 1] for page in part.pages]
         return Example(
             segments=part.segments,
@@ -203,8 +252,21 @@ def to_example(
             captions=[segments[int(at)]["caption"] or words for words, at in steps],
         )
     pages = pages_of_a_task([prompt], texts, rng, find_windows=find_windows)
-    samples = list(vist_samples([steps[page - 1] for page in pages], variant=lambda count: int(rng.integers(count))))
-    return _example(samples[rng.integers(len(samples))], segments, read_px, draw_px, template)
+    samples = _tasks([steps[page - 1] for page in pages], ending if pages[-1] == len(steps) else "", rng)
+    sample = samples[rng.integers(len(samples))]
+    if max_history is not None:
+        number = len(sample.read) - (sample.task == "text")
+        before = pages_before(number, pages, [prompt], texts, find_windows=find_windows, most=max_history)
+        shorter = _tasks([steps[page - 1] for page in [*before, *pages[number : number + 1]]], ending, rng)
+        # A page without earlier ones has the picture's task alone.
+        sample = next((one for one in reversed(shorter) if one.task == sample.task), shorter[0])
+    return _example(sample, segments, read_px, draw_px, template)
+
+
+def _tasks(steps: list[tuple[str, str]], ending: str, rng: np.random.Generator) -> list[Sample]:
+    """The published samples of a story, and that of the text after its last picture, where there is one."""
+    samples = list(vist_samples(steps, variant=lambda count: int(rng.integers(count))))
+    return [*samples, ending_sample(steps, ending)] if ending else samples
 
 
 def _caption(stored: dict[str, Any], rng: np.random.Generator) -> tuple[str, int]:
@@ -255,8 +317,9 @@ def _said_before(segments: list[dict[str, Any]], at: int) -> str:
     return next(one["text"] for one in reversed(segments[:at]) if not _is_picture(one))
 
 
-def _steps(segments: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(text, place of the picture) of each page; a page without a picture is told with the next one."""
+def _steps(segments: list[dict[str, Any]]) -> tuple[list[tuple[str, str]], str]:
+    """(text, place of the picture) of each page, and what is told after the last picture. A page without a picture is
+    told with the next one."""
     steps: list[tuple[str, str]] = []
     words: list[str] = []
     for at, segment in enumerate(segments):
@@ -265,7 +328,7 @@ def _steps(segments: list[dict[str, Any]]) -> list[tuple[str, str]]:
             words = []
         else:
             words.append(segment["text"])
-    return steps
+    return steps, " ".join(words)
 
 
 def _turns(segments: list[dict[str, Any]]) -> list[Turn]:
@@ -290,6 +353,15 @@ def _drawn(segment: dict[str, Any], px: int) -> np.ndarray:
     if segment["moments"] is not None:
         return load_array(segment["moments"])
     return fit_drawn(segment["picture"], px)
+
+
+def _without_pictures(stored: dict[str, Any]) -> dict[str, Any]:
+    """The row with empty arrays for pictures, where texts alone are measured."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.zeros(0), allow_pickle=False)
+    empty = dict.fromkeys(ALL_FIELDS, file.getvalue())
+    segments = [{**one, **empty} if _is_picture(one) else one for one in stored["segments"]]
+    return {**stored, "segments": segments}
 
 
 def load_array(data: bytes) -> np.ndarray:

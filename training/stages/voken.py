@@ -28,7 +28,7 @@ from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights
 from minigpt5.objective.objective import Objective
 from training.data.batches import Batch, StageData
-from training.data.replay import is_replay
+from training.data.replay import WorkersReplay
 from training.presets import VokenPreset
 from training.samples import write_story
 from training.stages.model import ModelStage, trained
@@ -51,6 +51,7 @@ class VokenObjective(nn.Module):
     def __init__(self, objective: Objective, preset: VokenPreset) -> None:
         super().__init__()
         self.model, self.preset = objective, preset
+        self._workers = WorkersReplay(preset.replay)
 
     def outer_parameters(self) -> list[nn.Parameter]:
         return self.model.outer_parameters()
@@ -63,7 +64,7 @@ class VokenObjective(nn.Module):
             caption=preset.caption_weight,
             contrast=preset.contrast_weight,
         )
-        if self.training and (preset.replay.fill or is_replay(batch, preset.replay, len(self.model.replay_buffer))):
+        if self.training and (preset.replay.fill or self._workers.is_replay(batch, len(self.model.replay_buffer))):
             return self.model.replay(preset.replay.batch_size, weights)
         return self.model(batch.examples, weights)
 

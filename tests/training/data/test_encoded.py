@@ -236,6 +236,87 @@ def test_a_job_goes_on_with_its_own_encoders_alone(
         precompute.begin(plain, str(rows), **again)
 
 
+def files_of(folder: Path) -> list[Path]:
+    return sorted((folder / "rows").iterdir())
+
+
+def test_pictures_of_another_model_are_not_passed_on_as_this_models(
+    encoded: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The source holds no pictures, and each model would name its own encoders for them."""
+    for model, field in (("other-vae", "moments"), ("other-vision", "features")):
+        with pytest.raises(InvalidRequest, match=f"holds no pictures.*others that made its {field}.*before precompute"):
+            encode(str(encoded), tmp_path / model, models[model])
+        assert not (tmp_path / model).exists()
+    earlier = shutil.copytree(encoded, tmp_path / "earlier")
+    plan = json.loads((earlier / "plan.json").read_text())
+    del plan["encoders"]
+    (earlier / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InvalidRequest, match="does not say which encoders made its moments"):
+        encode(str(earlier), tmp_path / "out", models["own"])
+
+
+def test_pictures_that_the_same_model_has_encoded_are_taken_as_they_are(
+    encoded: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    again = encode(str(encoded), tmp_path / "again", models["own"])
+    assert parquet.read_table(files_of(again)[0]).equals(parquet.read_table(files_of(encoded)[0]))
+    start("learn", again, models["own"])
+    drawn = encode(str(encoded), tmp_path / "drawn", models["own"], fields=("moments",))
+    stored = parquet.read_table(files_of(drawn)[0]).to_pylist()
+    pictures = [one for row in stored for one in row["segments"] if one["text"] is None]
+    assert pictures and all(one["moments"] and not one["features"] for one in pictures)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "words"),
+    [("other-vae", ALL_FIELDS, "others that made its moments"), ("own", ("moments",), "neither pictures nor moments")],
+)
+def test_each_picture_that_is_not_there_is_looked_at(
+    model: str, fields: tuple[str, ...], words: str, encoded: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A plan may say that pictures are kept where only some are."""
+    source = shutil.copytree(encoded, tmp_path / "source")
+    plan = json.loads((source / "plan.json").read_text())
+    (source / "plan.json").write_text(json.dumps({**plan, "keeps_pictures": True}))
+    (path,) = files_of(source)
+    if model == "own":
+        stored = parquet.read_table(path).to_pylist()
+        for row in stored:
+            for one in row["segments"]:
+                one["moments"] = None
+        path.write_bytes(to_parquet(stored, ROW_SCHEMA))
+    how = {"model": str(models[model]), "keeps_pictures": False, "fields": fields}
+    precompute.begin(str(source), str(tmp_path / "out"), **how)
+    actor = precompute.Encode(source=str(source), output=str(tmp_path / "out"), num_threads=1, **how)
+    assert words in actor({"file": str(path)})["problem"]
+    assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_what_another_model_made_of_a_kept_picture_is_replaced_or_left_out(
+    plain: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    kept = encode(plain, tmp_path / "kept", models["own"], keeps_pictures=True)
+    other = encode(str(kept), tmp_path / "other", models["other-vae"], fields=("moments",), keeps_pictures=True)
+    start("align", other, models["other-vae"])
+    start("learn", other, models["other-vae"])  # it makes the features itself
+    with pytest.raises(TrainingError, match="encoded by another VAE"):
+        start("align", other, models["own"])
+
+
+def test_a_second_run_counts_the_pictures_of_files_that_are_there(
+    plain: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    how = {"model": str(models["blind"]), "keeps_pictures": True}
+    output = tmp_path / "counted"
+    precompute.begin(plain, str(output), **how)
+    actor = precompute.Encode(source=plain, output=str(output), num_threads=1, **how)
+    file = {"file": str(files_of(Path(plain))[0])}
+    first, second = actor(file), actor(file)
+    assert first["pictures"] == second["pictures"] > 0
+    assert (first["files"], second["files"]) == (1, 0)
+
+
 def test_encoders_are_told_by_their_weights_wherever_they_lie(
     models: dict[str, Path], bases: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -132,6 +132,21 @@ def test_a_dialogue_gives_a_turn() -> None:
     assert all("###Human:" in text for text in spelt)
 
 
+def test_long_turns_end_the_dialogues_of_mmdialog_alone() -> None:
+    """Its authors' limit of 50 words is not one of a user's own rows."""
+    stored = row_of("dialogue")
+    turns = [one for one in stored["segments"] if one["text"]]
+    turns[1]["text"] = " ".join(["word"] * 60)
+    learnt = {}
+    for source in ("folder", "mmdialog"):
+        row = {**stored, "source": source}
+        examples = [sample(row, number) for number in range(40)]
+        learnt[source] = {one.text.strip(" #") for example in examples for one in example.segments if one.is_target}
+    later = {turn["text"] for turn in turns[1:]}
+    assert later <= learnt["folder"]
+    assert not any(turn["text"] in learnt["mmdialog"] for turn in turns[1:])
+
+
 def test_rows_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="python -m batch_jobs.prepare"):
         StoredExamples(str(tmp_path), CONFIG, stage="align", seed=1)
