@@ -215,6 +215,7 @@ def test_both_jobs_run_on_ray(tmp_path: Path) -> None:
         uri=uri,
         settings=SETTINGS,
         seed=5,
+        consistency="off",
         pool=Pool(load=FakeDecoder),
         limits=Limits(),
         output=drawn,
