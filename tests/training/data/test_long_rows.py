@@ -100,19 +100,17 @@ def test_each_page_is_learnt_once_after_what_serving_reads_before_it(num_pages: 
     assert sorted(learnt) == list(range(1, num_pages + 1))
 
 
+def example_of(row: dict[str, Any], seed: int, share: float) -> Example:
+    """One of a row's examples for "learn", by chance: whole stories at the share 1, tasks at 0."""
+    rng = np.random.default_rng(seed)
+    return to_example(row, rng, stage="learn", story_share=share, read_px=64, draw_px=8, find_windows=find_windows)
+
+
 def test_a_stored_row_of_many_pages_gives_a_part_with_its_pictures() -> None:
     row = row_of("story", texts_of(40), prompt=PROMPT)
     for seed in range(8):
         for share in (0.0, 1.0):
-            example = to_example(
-                row,
-                np.random.default_rng(seed),
-                stage="learn",
-                story_share=share,
-                read_px=64,
-                draw_px=8,
-                find_windows=find_windows,
-            )
+            example = example_of(row, seed, share)
             assert len(example.drawn) == sum(one.kind == "draw" for one in example.segments) <= 8
             assert len(example.read) == sum(one.kind == "read" for one in example.segments) <= 8
 
@@ -187,18 +185,7 @@ def test_pages_after_the_last_picture_are_learnt_as_text() -> None:
     row["segments"] += row_of("story", ["Page three."])["segments"][:1]
     learnt: dict[float, set[str]] = {}
     for share in (0.0, 1.0):
-        examples = [
-            to_example(
-                row,
-                np.random.default_rng(seed),
-                stage="learn",
-                story_share=share,
-                read_px=64,
-                draw_px=8,
-                find_windows=find_windows,
-            )
-            for seed in range(40)
-        ]
+        examples = [example_of(row, seed, share) for seed in range(40)]
         learnt[share] = {"".join(one.text or "<D>" for one in e.segments if one.is_target) for e in examples}
         assert all(len(e.drawn) == sum(one.kind == "draw" for one in e.segments) for e in examples)
     assert learnt[1.0] == {" Page one.<D> Page two. Page three. ###"}
