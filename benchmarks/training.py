@@ -34,6 +34,8 @@ import psutil
 from benchmarks import training_memory, training_rows
 from benchmarks.quality import machine
 from tests.training.test_zero import MODEL_WORKER, largest_difference, train
+from training.report import read_lines
+from training.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
@@ -275,7 +277,7 @@ def speed_of(out: Path, *options: str) -> dict[str, float]:
                     peak = max(peak, child.memory_info().rss)
         time.sleep(2)  # to look at all of Ray's processes takes a tenth of a second
     assert process.returncode == 0, options
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = read_lines(RunFolder(str(out)))
     steps = [line for line in lines if "loss" in line]
     late = steps[len(steps) // 2 :]
     rate = (late[-1]["step"] - late[0]["step"]) / (late[-1]["elapsed_s"] - late[0]["elapsed_s"])

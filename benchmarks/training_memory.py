@@ -22,6 +22,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from batch_jobs.prepare import Part, write_part
 from examples.own_model.tiny_bases import make_qwen3, make_stable_diffusion, make_tokenizer
 from tests.helpers.ranks import run_ranks
+from training.report import read_lines
+from training.run_folder import RunFolder
 
 SAMPLE_S = 0.02
 HIDDEN, NUM_LAYERS = 1024, 17
@@ -189,7 +191,7 @@ def run_workers(made: Made, out: Path, settings: list[str], *, num_workers: int)
 def measure(made: Made, out: Path, way: str, *, num_workers: int) -> dict[str, float]:
     """Mean peaks of a way's workers in MiB, and the seconds of a step after the first."""
     peaks = run_workers(made, out, WAYS[way], num_workers=num_workers)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = read_lines(RunFolder(str(out)))
     at_s = [line["elapsed_s"] for line in lines if "loss" in line]
     return {
         "step_s": (at_s[-1] - at_s[0]) / (len(at_s) - 1),

@@ -96,7 +96,7 @@ class Stage:
         condition_PQD = self.mapper(vokens_PVH)
         draw = {"noise": case["noise"], "timesteps": case["timesteps"]}
         losses = {
-            "text": self.objective.text_loss(states_1SH, labels_1S),
+            "text": self.objective.text_losses(states_1SH, F.pad(labels_1S[:, 1:], (0, 1), value=IGNORED)).mean(),
             "picture": self.diffusion.weighted_loss(case["latents"], condition_PQD[:1], **draw).mean(),
         }
         if self.number == 1:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from training.report import PAGE
+from training.report import PAGE, read_lines
+from training.run_folder import RunFolder
 
 LOSSES = ("text", "picture", "caption")
 WORDS = {
@@ -28,7 +29,7 @@ the caption's own condition, the third row what it draws from the vokens.</p>"""
 def read_stage(run: Path) -> dict[str, Any]:
     """A run's losses on rows that it never trained on, before its first step and when they were last measured, with the
     steps and minutes until then."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = read_lines(RunFolder(str(run)))
     measured = [line for line in lines if "validation_loss" in line]
     steps = measured[-1]["step"]
     trained = [line for line in lines if "elapsed_s" in line and line["step"] <= steps]
@@ -43,7 +44,7 @@ def find_redone(run: Path) -> dict[str, float]:
     """Lines of a run's log that a kill made it write twice, and the largest relative difference of their losses."""
     seen: dict[int, float] = {}
     differences = []
-    for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+    for line in read_lines(RunFolder(str(run))):
         if "loss" in line:
             if (step := line["step"]) in seen:
                 differences.append(abs(line["loss"] / seen[step] - 1))

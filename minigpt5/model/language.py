@@ -39,7 +39,7 @@ from minigpt5.model.packing import CodesByLayer, pack_body, pack_head
 from minigpt5.model.positions import grid_positions, last_seen
 from minigpt5.model.prefix import AnyPrefix, begin, new_prefix
 from minigpt5.model.vision_language import is_vision_language
-from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, align, voken_names
+from minigpt5.model.vokens import PLACEHOLDER, VokenEmbeddings, voken_names
 from minigpt5.model.weights import load_quietly, stored_dtype
 from minigpt5.types import TextPrecision
 
@@ -297,15 +297,17 @@ class LanguageModel(nn.Module):
         extend = new.extend if self._packed_head is None else new.extend_evenly
         return scale_logits(extend(old_BST, states_BSH), self.body.config)
 
-    def voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Right-padded texts -> the states that condition the picture after each: (B, V, H).
+    def voken_states(self, ids_BS: Tensor, mask_BS: Tensor, *, next_ids: Sequence[int] = ()) -> Tensor:
+        """Right-padded texts -> the states that condition the picture after each: (B, V, H). With `next_ids`, the N
+        tokens after every picture, the states that predict them follow: (B, V + N, H).
 
-        The same as `align` on the whole sequences, but the text is read without gradients and only the vokens with
+        The same as in the whole sequences, but the text is read without gradients and only what comes after it with
         them: what training with a frozen body needs, and no more. The body is in evaluation mode meanwhile: in
         training mode, with activation checkpointing, transformers ignores the cache.
         """
+        after_A = torch.tensor([*self.voken_embeddings.ids, *next_ids], device=mask_BS.device)
         if self.prefix:  # between it and a text there is no padding, which a sliding window would count
-            return self._whole_voken_states(ids_BS, mask_BS)
+            return self._whole_voken_states(ids_BS, mask_BS, after_A)
         cache = DynamicCache()
         lengths_B = mask_BS.sum(dim=1)
         num_positions = ids_BS.shape[1]
@@ -314,32 +316,31 @@ class LanguageModel(nn.Module):
         positions_BS = places_S - (num_positions - lengths_B)[:, None]
         mask_BS = (positions_BS >= 0).long()
         ids_BS = ids_BS.gather(1, positions_BS % num_positions)
-        offsets_V = torch.arange(self.voken_embeddings.num_vokens - 1, device=mask_BS.device)
-        voken_ids_BV = torch.tensor(self.voken_embeddings.ids[:-1], device=mask_BS.device).expand(len(ids_BS), -1)
+        ids_BA = after_A[:-1].expand(len(ids_BS), -1)
         with evaluating(self.body):
             with torch.no_grad():
                 text_BSH = self.states(
                     self.embed(ids_BS), mask_BS=mask_BS, cache=cache, positions_BS=positions_BS.clamp(min=0)
                 )
-            if not voken_ids_BV.shape[1]:  # one voken, whose state is that of the text
+            if not ids_BA.shape[1]:  # one voken, whose state is that of the text
                 return text_BSH[:, -1:]
-            at_vokens_BVH = self.states(
-                self.embed(voken_ids_BV),
-                mask_BS=torch.cat([mask_BS, torch.ones_like(voken_ids_BV)], dim=1),
+            after_BAH = self.states(
+                self.embed(ids_BA),
+                mask_BS=torch.cat([mask_BS, torch.ones_like(ids_BA)], dim=1),
                 cache=cache,
-                positions_BS=lengths_B[:, None] + offsets_V,
+                positions_BS=lengths_B[:, None] + torch.arange(ids_BA.shape[1], device=mask_BS.device),
             )
-        return torch.cat([text_BSH[:, -1:], at_vokens_BVH], dim=1)
+        return torch.cat([text_BSH[:, -1:], after_BAH], dim=1)
 
-    def _whole_voken_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def _whole_voken_states(self, ids_BS: Tensor, mask_BS: Tensor, after_A: Tensor) -> Tensor:
         """As `voken_states`, with gradients everywhere."""
-        new = self.voken_embeddings
-        places_BV = mask_BS.sum(dim=1, keepdim=True) + torch.arange(new.num_vokens, device=mask_BS.device)
-        vokens_BV = torch.tensor(new.ids, device=mask_BS.device).expand(len(ids_BS), -1)
-        ids_BS = F.pad(ids_BS, (0, new.num_vokens)).scatter(1, places_BV, vokens_BV)
-        mask_BS = F.pad(mask_BS, (0, new.num_vokens)).scatter(1, places_BV, 1)
+        num_after = len(after_A)
+        places_BA = mask_BS.sum(dim=1, keepdim=True) + torch.arange(num_after, device=mask_BS.device)
+        ids_BS = F.pad(ids_BS, (0, num_after)).scatter(1, places_BA, after_A.expand(len(ids_BS), -1))
+        mask_BS = F.pad(mask_BS, (0, num_after)).scatter(1, places_BA, 1)
         with evaluating(self.body):
-            return align(self.states(self.embed(ids_BS), mask_BS=mask_BS), ids_BS, new)[0]
+            states_BSH = self.states(self.embed(ids_BS), mask_BS=mask_BS)
+        return states_BSH.take_along_dim(places_BA[..., None] - 1, dim=1)
 
 
 def body_inputs(body: Any, embeds_BSH: Tensor) -> dict[str, Any]:

@@ -178,7 +178,8 @@ def encode(
             if segment.is_target:
                 learnt[0] = new[0]
                 if published_quirks:
-                    learnt = new if num_drawn else [new[0], *learnt[1:-1], new[-1]]
+                    learnt[-1] = new[-1]
+                    learnt = new if num_drawn else learnt
                 num_drawn += 1
         ids += new
         labels += learnt

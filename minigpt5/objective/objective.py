@@ -1,7 +1,7 @@
 """A batch -> losses: text, picture and caption, one module for every stage of the model (arXiv 2310.02239, 3.3).
 
-Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, K captions that are not true of a
-picture, Q condition positions, D condition width.
+Shape letters: B sequences, S positions, H hidden width, P pictures, V vokens, A vokens and what a template writes
+after them, N learnt tokens, K captions that are not true of a picture, Q condition positions, D condition width.
 """
 
 from __future__ import annotations
@@ -117,11 +117,12 @@ class Objective(nn.Module):
         whole = [example for example in examples if not (takes_short_cut and example.is_caption)]
         read = [self._read_captions(bare)] if bare else []
         if whole:
-            whole, vokens_PVH, text = self._read_by_length(whole)
-            read.append((vokens_PVH, text))
+            whole, vokens_PVH, texts_N = self._read_by_length(whole)
+            read.append((vokens_PVH, texts_N))
         examples = [*bare, *whole]
         vokens_PVH = torch.cat([vokens for vokens, _ in read]).float()
-        losses = {"text": torch.stack([text for _, text in read]).mean()}
+        texts_N = torch.cat([texts for _, texts in read])
+        losses = {"text": texts_N.float().sum() / max(1, len(texts_N))}
         if len(vokens_PVH):
             pictures = self._picture_losses(examples, vokens_PVH, weights, is_kept=has_pictures)
             losses |= pictures if has_pictures else {name: 0 * loss for name, loss in pictures.items()}
@@ -160,13 +161,18 @@ class Objective(nn.Module):
         return (example.tokens.ids, example.tokens.labels) if example.tokens else self.encode(example.segments)
 
     def _read_captions(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        """Bare captions under a frozen body: gradients at the vokens only, and one position of logits."""
-        first = self.language.voken_embeddings.first
-        whole = [self._tokens_of(example)[0] for example in examples]
-        ids_BS, mask_BS = self._pad([ids[: ids.index(first)] for ids in whole], padding_id(self.tokenizer))
-        states_BVH = self.language.voken_states(ids_BS, mask_BS)
-        first_B = torch.full((len(examples),), first, device=self.device)
-        return states_BVH, F.cross_entropy(self.language.logits(states_BVH[:, 0]), first_B)
+        """As `read`, for bare captions under a frozen body: gradients at the vokens and after them only."""
+        encoded = [self._tokens_of(example) for example in examples]
+        starts = [ids.index(self.language.voken_embeddings.first) for ids, _ in encoded]
+        (ids, labels), start = encoded[0], starts[0]
+        ends = {tuple(ids[start:]) for (ids, _), start in zip(encoded, starts, strict=True)}
+        assert len(ends) == 1, "all captions end in the picture and what the template writes after it"
+        texts = [ids[:start] for (ids, _), start in zip(encoded, starts, strict=True)]
+        ids_BS, mask_BS = self._pad(texts, padding_id(self.tokenizer))
+        num_vokens = self.config.num_vokens
+        states_BAH = self.language.voken_states(ids_BS, mask_BS, next_ids=ids[start + num_vokens :])
+        labels_BA = torch.tensor(labels[start:], device=self.device).expand(len(examples), -1)
+        return states_BAH[:, :num_vokens], self.text_losses(states_BAH, labels_BA)
 
     def _read_by_length(self, examples: list[Example]) -> tuple[list[Example], Tensor, Tensor]:
         """`read` with less padding: in several passes where lengths differ much. Returns the examples in the order in
@@ -182,20 +188,14 @@ class Objective(nn.Module):
             dataclasses.replace(example, tokens=Tokens(ids=ids, labels=labels))
             for example, (ids, labels) in zip(examples, encoded, strict=True)
         ]
-        labels = [of_one for _, of_one in encoded]
-        groups = like_lengths([len(one) for one in labels], pass_cost=PASS_COST)
-        learnt = [sum(label != IGNORED for index in group for label in labels[index][1:]) for group in groups]
-        if len(groups) == 1 or not any(learnt):
-            return examples, *self.read(examples)
+        groups = like_lengths([len(ids) for ids, _ in encoded], pass_cost=PASS_COST)
         read = [self.read([examples[index] for index in group]) for group in groups]
-        texts = [count * text for count, (_, text) in zip(learnt, read, strict=True) if count]
-        text = torch.stack(texts).sum() / sum(learnt)
         ordered = [examples[index] for group in groups for index in group]
-        return ordered, torch.cat([vokens for vokens, _ in read]), text
+        return ordered, torch.cat([vokens for vokens, _ in read]), torch.cat([texts for _, texts in read])
 
     def read(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        """Read whole sequences: the voken states of their pictures (P, V, H), and the text loss. Logits are computed at
-        the learnt positions only."""
+        """Read whole sequences: the voken states of their pictures (P, V, H), and the losses of their learnt tokens
+        (N,)."""
         encoded = [self._tokens_of(example) for example in examples]
         ids_BS, mask_BS = self._pad([ids for ids, _ in encoded], padding_id(self.tokenizer))
         labels_BS, _ = self._pad([labels for _, labels in encoded], IGNORED)
@@ -208,7 +208,7 @@ class Objective(nn.Module):
             embeds_BSH, mask_BS=mask_BS, is_picture_BS=None if image_NQH is None else is_picture_BS
         )
         vokens_PVH, _ = align(states_BSH, ids_BS, self.language.voken_embeddings)
-        return vokens_PVH, self.text_loss(states_BSH, labels_BS)
+        return vokens_PVH, self.text_losses(states_BSH, F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED))
 
     def _pad(self, sequences: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
         ids_BS, mask_BS = pad(sequences, value)
@@ -219,11 +219,10 @@ class Objective(nn.Module):
         has_pixels = pictures[0].dtype == np.uint8
         return self.vision(pictures) if has_pixels else self.vision.embed_features(np.stack(pictures))
 
-    def text_loss(self, states_BSH: Tensor, labels_BS: Tensor) -> Tensor:
-        """Cross-entropy of the next token where it is learnt; logits are computed there only."""
-        next_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
+    def text_losses(self, states_BSH: Tensor, next_BS: Tensor) -> Tensor:
+        """Cross-entropy of each next token that is learnt (N,), in reading order; logits are computed there only."""
         is_learnt_BS = next_BS != IGNORED
-        return F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS])
+        return F.cross_entropy(self.language.logits(states_BSH[is_learnt_BS]), next_BS[is_learnt_BS], reduction="none")
 
     def _picture_losses(
         self, examples: list[Example], vokens_PVH: Tensor, weights: LossWeights, *, is_kept: bool
@@ -246,6 +245,8 @@ class Objective(nn.Module):
             target_PQD = self.text_encoder(captions)
             has_contrasts = weights.contrast and all(example.contrasts for example in examples if example.drawn)
             others_PKQD = self._encode_contrasts(examples) if has_contrasts else None
+            if self.dummies and weights.contrast and not has_contrasts:
+                self.text_encoder([""])  # other workers call it for their contrasts, and would wait
             losses |= self._caption_losses(condition_PQD, target_PQD, others_PKQD, is_null_P)
             if keeps and is_kept:
                 self.store_for_replay(vokens_PVH, target_PQD, others_PKQD, latents_PCYX)

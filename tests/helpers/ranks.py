@@ -10,6 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
+# gloo's threads that still run when a process ends abort it, now and then.
+END = """
+from torch import distributed as group_of_ranks
+if group_of_ranks.is_initialized():
+    group_of_ranks.destroy_process_group()
+"""
 
 
 def run_ranks(program: str, arguments: list[str], *, num: int) -> list[str]:
@@ -21,7 +27,7 @@ def run_ranks(program: str, arguments: list[str], *, num: int) -> list[str]:
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
+            [sys.executable, "-c", program + END, *arguments],
             cwd=ROOT,
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(num)},
             stdout=subprocess.PIPE,

@@ -31,7 +31,7 @@ from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings
 from training import presets
 from training.data.batches import Batch
-from training.data.replay import validate_room
+from training.data.replay import remember
 from training.presets import DistillPreset, ReplayConfig
 from training.stages.distill import DistillObjective
 from training.stages.model import find_decoder
@@ -190,9 +190,14 @@ def test_the_replay_buffer_is_bounded_in_bytes() -> None:
         buffer.extend(Remembered(values_BN=torch.full((2, 500), float(number)), others_BN=torch.zeros(2, 100)))
     assert len(buffer) == 10_000 // 2_400
     assert {sample.values_BN[0, 0].item() for sample in buffer.sample(50)} == {3.0, 4.0}, "the newest"
-    validate_room(buffer, ReplayConfig(steps=1, min_size=4))
+    newest = Remembered(values_BN=torch.full((1, 500), 9.0), others_BN=torch.zeros(1, 100))
+    remember(buffer, newest, ReplayConfig(steps=1, min_size=4))
+    assert {sample.values_BN[0, 0].item() for sample in buffer.sample(50)} == {3.0, 4.0, 9.0}
     with pytest.raises(TrainingError, match="min_size is 5 but 4 samples of this model fit"):
-        validate_room(buffer, ReplayConfig(steps=1, min_size=5))
+        remember(buffer, newest, ReplayConfig(steps=1, min_size=5))
+    empty: ReplayBuffer[Remembered] = ReplayBuffer(max_bytes=10_000)
+    remember(empty, newest, ReplayConfig(steps=0))
+    assert not len(empty), "nothing is replayed"
 
 
 def make_folder(name: str, folder: Path) -> Path:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from minigpt5.errors import TrainingError
-from minigpt5.objective.replay_buffer import ReplayBuffer
+from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from training.data.batches import Batch
 from training.presets import ReplayConfig
 from training.workers import num_workers
+
+T = TypeVar("T", bound=TensorBatch)
 
 
 def is_replay(batch: Batch[Any], config: ReplayConfig, num_replayable: int) -> bool:
@@ -50,8 +52,12 @@ def _smallest(size: int) -> int:
     return int(said)
 
 
-def validate_room(buffer: ReplayBuffer[Any], config: ReplayConfig) -> None:
-    """Raise TrainingError where a buffer, which has a sample, can never hold as many as replaying needs."""
+def remember(buffer: ReplayBuffer[T], samples: T, config: ReplayConfig) -> None:
+    """Keep samples, where the stage replays. Raises TrainingError where the buffer can never hold as many of their size
+    as replaying needs."""
+    if not config.steps:
+        return
+    buffer.extend(samples)
     if buffer.capacity < config.min_size:
         room = "" if buffer.max_bytes is None else f" in {buffer.max_bytes // 2**20} MiB"
         raise TrainingError(

@@ -33,7 +33,7 @@ from minigpt5.objective.example import Example
 from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.types import DrawSettings
 from training.data.batches import Batch, StageData
-from training.data.replay import is_replay, validate_room
+from training.data.replay import is_replay, remember
 from training.devices import autocast
 from training.presets import DistillPreset
 from training.samples import save_sheet
@@ -94,9 +94,8 @@ class DistillObjective(nn.Module):
             taught = TeacherSteps.cat(self._replay_buffer.sample(len(batch.examples)))
         else:
             taught = self._ask_teacher(batch)
-            if self.training and self.preset.replay.steps:
-                self._replay_buffer.extend(taught)
-                validate_room(self._replay_buffer, self.preset.replay)
+            if self.training:
+                remember(self._replay_buffer, taught, self.preset.replay)
         predicted_BCYX = self.diffusion.predict(
             self.student, taught.begin_BCYX, taught.timesteps_B, taught.condition_BQD
         )

@@ -29,7 +29,7 @@ from minigpt5.objective.replay_buffer import ReplayBuffer, TensorBatch
 from minigpt5.storybook.scenes import Scene
 from minigpt5.types import DISTILLED
 from training.data.batches import Batch, StageData
-from training.data.replay import is_replay
+from training.data.replay import is_replay, remember
 from training.stage import TeachesNoWriting
 from training.storybook.examples import WeightedScene
 from training.storybook.presets import SharpenPreset
@@ -125,7 +125,7 @@ class SharpenObjective(nn.Module):
             return DrawnBatch.cat(self._replay_buffer.sample(len(batch.examples) - first))
         drawn = self._draw(batch.examples[first:])
         if self.training:
-            self._replay_buffer.extend(drawn)
+            remember(self._replay_buffer, drawn, self.preset.replay)
         return drawn
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from minigpt5.objective.replay_buffer import ReplayBuffer
 from minigpt5.storybook.scenes import draw_scene
 from minigpt5.types import UPSCALING_FOLDER
 from training.data.batches import Batch, StageData
-from training.data.replay import is_replay
+from training.data.replay import is_replay, remember
 from training.stage import TeachesNoWriting
 from training.storybook.examples import WeightedScene
 from training.storybook.feature_loss import FeatureLoss
@@ -86,7 +86,7 @@ class UpscaleObjective(nn.Module):
             return UpscaledBatch.cat(self._replay_buffer.sample(len(batch.examples) - first))
         drawn = self._draw(batch.examples[first:])
         if self.training:
-            self._replay_buffer.extend(drawn)
+            remember(self._replay_buffer, drawn, self.preset.replay)
         return drawn
 
     @torch.no_grad()

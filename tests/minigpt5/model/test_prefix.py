@@ -78,6 +78,11 @@ def test_vokens_are_read_after_the_prefix() -> None:
     for states_VH, ids in zip(found, (AFTER, AFTER[:2]), strict=True):
         whole = torch.tensor([BEFORE + ids])
         torch.testing.assert_close(states_VH, plain.voken_states(whole, torch.ones_like(whole))[0], atol=1e-5, rtol=0)
+    found = language.voken_states(ids_BS, mask_BS, next_ids=[3, 7])
+    for states_AH, ids in zip(found, (AFTER, AFTER[:2]), strict=True):
+        whole = torch.tensor([BEFORE + ids])
+        expected = plain.voken_states(whole, torch.ones_like(whole), next_ids=[3, 7])[0]
+        torch.testing.assert_close(states_AH, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

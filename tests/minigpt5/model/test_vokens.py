@@ -73,13 +73,17 @@ def test_generated_and_teacher_forced_states_are_the_same(generator: VokenGenera
 
 def test_captions_with_a_cached_text_give_the_states_of_the_whole_sequence(generator: VokenGenerator) -> None:
     language = generator.language
-    texts = [[1, 40, 41, 42], [1, 50], [1, 60, 61]]
+    texts, end = [[1, 40, 41, 42], [1, 50], [1, 60, 61]], [70, 71]
     ids_BS, mask_BS = pad(texts, 2)
-    whole_BS, whole_mask_BS = pad([text + language.voken_embeddings.ids for text in texts], 2)
+    whole_BS, whole_mask_BS = pad([text + language.voken_embeddings.ids + end for text in texts], 2)
     with torch.no_grad():
         whole_BSH = language.states(language.embed(whole_BS), mask_BS=whole_mask_BS)
         expected_PVH, where_P2 = align(whole_BSH, whole_BS, language.voken_embeddings)
         torch.testing.assert_close(language.voken_states(ids_BS, mask_BS), expected_PVH, atol=1e-5, rtol=1e-4)
+        with_end_BAH = language.voken_states(ids_BS, mask_BS, next_ids=end)
+    for text, whole_SH, states_AH in zip(texts, whole_BSH, with_end_BAH, strict=True):
+        expected_AH = whole_SH[len(text) - 1 :][: language.voken_embeddings.num_vokens + len(end)]
+        torch.testing.assert_close(states_AH, expected_AH, atol=1e-5, rtol=1e-4)
     assert where_P2.tolist() == [[0, 3], [1, 1], [2, 2]]
 
 

@@ -18,6 +18,7 @@ from minigpt5.model.mapper import Mapper
 from minigpt5.model.published_template import PUBLISHED
 from minigpt5.model.text_encoder import TextEncoder, load_text_encoder
 from minigpt5.objective import objective as objective_module
+from minigpt5.objective.dummy_examples import DummyExamples
 from minigpt5.objective.example import Example
 from minigpt5.objective.losses import LossWeights
 from minigpt5.objective.objective import Objective
@@ -49,8 +50,10 @@ class NarrowEncoder(torch.nn.Module):
         return self.encoder(captions)[..., : self.width]
 
 
-def new_objective(language: LanguageModel | None = None, *, keeps_replay: bool = False) -> Objective:
-    config = tiny_config()
+def new_objective(
+    language: LanguageModel | None = None, *, config: ModelConfig | None = None, keeps_replay: bool = False
+) -> Objective:
+    config = config or tiny_config()
     return Objective(
         config,
         tiny_tokenizer(config),
@@ -122,12 +125,27 @@ def test_passes_cost_least() -> None:
         assert sum(lengths) < cost <= 8 * max(lengths) + 64
 
 
-def test_the_short_cut_for_bare_captions_changes_no_loss() -> None:
-    objective = new_objective()
-    examples = [caption("a fox beside a tent"), caption("an owl")]
-    short = loss_of(objective, examples)
-    next(objective.language.body.parameters()).requires_grad_(True)  # now gradients must go through the text
-    assert loss_of(objective, examples)["caption"] == pytest.approx(short["caption"], rel=1e-5)
+@pytest.mark.parametrize("num_vokens", [1, 8])
+@pytest.mark.parametrize("has_quirks", [False, True])
+def test_the_short_cut_for_bare_captions_changes_no_loss(has_quirks: bool, num_vokens: int) -> None:
+    """A caption's own end is learnt, as published, and its text has no gradients; a story beside it changes neither."""
+    config = dataclasses.replace(tiny_config(), published_quirks=has_quirks, num_vokens=num_vokens)
+    objective = new_objective(config=config).eval()
+    weights = LossWeights(text=1.0, picture=0.0, caption=1.0)
+    captions = [caption("a fox beside a tent"), caption("an owl")]
+    for examples in (captions, [captions[0], story(), captions[1]]):
+        found = {}
+        for is_whole in (False, True):
+            # One weight of the body that is trained: now gradients must go through the text.
+            next(objective.language.body.parameters()).requires_grad_(is_whole)
+            objective.zero_grad()
+            found[is_whole] = loss_of(objective, examples, weights)
+            objective(examples, weights)["text"].backward()
+            gradient = objective.language.voken_embeddings.embedding.grad
+            assert gradient is not None
+            found[is_whole]["gradient of the last voken"] = gradient[-2].norm().item()
+        assert found[True] == pytest.approx(found[False], rel=1e-4)
+        assert found[True]["gradient of the last voken"] > 0
 
 
 def test_captions_and_stories_share_a_batch() -> None:
@@ -141,6 +159,24 @@ def test_captions_and_stories_share_a_batch() -> None:
     for target, asked in zip(remembered, expected, strict=True):
         assert torch.allclose(target, asked, atol=1e-5) or torch.allclose(target, null, atol=1e-5)
     assert any(torch.allclose(target, asked, atol=1e-5) for target, asked in zip(remembered, expected, strict=True))
+
+
+def test_workers_that_share_out_weights_call_the_same_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their batches have: pictures that are read or drawn, contrasts, or none of them."""
+    objective = new_objective()
+    objective.dummies = DummyExamples(objective.config, reads_pictures=True)
+    calls: list[str] = []
+    for name in ("language.body", "vision", "mapper", "text_encoder", "diffusion.denoiser", "diffusion.vae.encoder"):
+        objective.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    written = Example(segments=PUBLISHED.describe("A fox."), read=[PICTURE], drawn=[], captions=[])
+    contrasted = dataclasses.replace(caption("an owl"), contrasts=[["a fox", "a tent"]])
+    made = []
+    for examples in ([written], [contrasted], [caption("an owl")], [contrasted, caption("a fox")]):
+        calls.clear()
+        objective(examples, LossWeights(text=1.0, picture=1.0, caption=1.0, contrast=1.0))
+        made.append(tuple(calls))
+    assert len(set(made)) == 1, made
+    assert made[0].count("text_encoder") == 3
 
 
 def test_only_what_is_trained_gets_gradients() -> None:
