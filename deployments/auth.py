@@ -31,7 +31,7 @@ from typing import Any, Protocol
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.api.errors import error_response, lost_response
-from deployments.api.paths import route_path
+from deployments.api.paths import public_path, route_path
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.errors import EngineLost
 
@@ -277,7 +277,7 @@ class KeyGuard:
         if key is None:
             if self._is_shared(scope):
                 return await self.app(scope, receive, send)
-            message = "this server asks for a key: send Authorization: Bearer KEY, or log in at /"
+            message = f"this server asks for a key: send Authorization: Bearer KEY, or log in at {public_path('/')}"
             refusal = error_response(
                 401, message, code="invalid_api_key", headers={"WWW-Authenticate": 'Bearer realm="minigpt5"'}
             )
@@ -329,7 +329,9 @@ class KeyGuard:
 
 
 def session_cookie(keys: Keys, key: Key, *, is_secure: bool) -> str:
-    attributes = f"Path=/; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict{'; Secure' if is_secure else ''}"
+    attributes = (
+        f"Path={public_path('/')}; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict{'; Secure' if is_secure else ''}"
+    )
     return f"{COOKIE}={keys.new_session(key)}; {attributes}"
 
 

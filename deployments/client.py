@@ -153,7 +153,14 @@ class Client:
 
     def picture(self, url: str) -> bytes:
         """The PNG under a URL of a reply."""
-        return self._ask("GET", url).content
+        return self._ask("GET", self.address(url)).content
+
+    def address(self, url: str) -> str:
+        """A URL of a reply, whole. It has the prefix that Serve gives the application, and none that a proxy takes
+        away."""
+        base = self._http.base_url
+        prefix = base.path.rstrip("/")
+        return f"{str(base).rstrip('/')}{url.removeprefix(prefix) if url.startswith(f'{prefix}/') else url}"
 
     def close(self) -> None:
         self._http.close()
@@ -346,7 +353,8 @@ def run(client: Client, options: argparse.Namespace) -> None:
         pages = len(client.story(options.id)["pages"]) + options.count
         show_progress(client.add_pages(options.id, options.count), pages)
     elif options.command == "redraw":
-        print(client.url + client.redraw(options.id, options.page, **chosen("seed", "width", "height"))["image"]["url"])
+        page = client.redraw(options.id, options.page, **chosen("seed", "width", "height"))
+        print(client.address(page["image"]["url"]))
     elif options.command == "export":
         print(client.export(options.id, options.out))
     elif options.command == "list":

@@ -9,7 +9,7 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api.errors import RESULT
-from deployments.api.paths import route_path
+from deployments.api.paths import enter_application, route_path
 from deployments.auth import CLIENT
 from deployments.observability.metrics import HTTP_REQUESTS
 from deployments.observability.recording import begin_at_zero, record
@@ -42,6 +42,7 @@ class AccessLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        enter_application(scope)
         given = dict(scope["headers"]).get(HEADER, b"")
         request_id = given if _ID.fullmatch(given) else new_request_id().encode()
         enter_request(request_id.decode())

@@ -52,9 +52,5 @@ async def share_story(story_id: str, body: ShareStory, front: FrontOf) -> ShareR
     """Links to the book that need no key, until they expire."""
     await reading(front.store.load, story_id)
     expires = int(time.time()) + body.expires_s
-
-    def link(suffix: str) -> str:
-        path = f"/v1/stories/{story_id}{suffix}"
-        return front.keys.sign_url(path, expires=expires) if front.keys else path
-
-    return ShareReply(html=link(".html"), epub=link(".epub"), pdf=link(".pdf"), expires=expires)
+    links = [front.public_url(f"/v1/stories/{story_id}.{kind}", expires=expires) for kind in ("html", "epub", "pdf")]
+    return ShareReply(html=links[0], epub=links[1], pdf=links[2], expires=expires)

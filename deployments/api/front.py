@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from deployments.api.errors import ApiError
+from deployments.api.paths import public_path
 from deployments.auth import CLIENT, Key, Keys
 from deployments.engines.handles import Engines
 from deployments.observability.story_context import enter_story
@@ -62,6 +63,10 @@ class Front:
     """None: every client may do everything."""
     example_pictures: Mapping[int, bytes] = field(default_factory=dict)
     """Number of one of the model's examples, from 1 -> its picture (WebP)."""
+
+    def public_url(self, path: str, *, expires: int | None = None) -> str:
+        """The URL in a reply: what a client asks for, signed where there are keys; see `Keys.sign_url`."""
+        return public_path(self.keys.sign_url(path, expires=expires) if self.keys else path)
 
 
 def build_front(

@@ -24,7 +24,7 @@ from deployments.api.drawing import draw
 from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
 from deployments.api.openai_body import Ignored, OpenAIBody, check_model, ignored_fields, note
-from deployments.api.replies import EventStream, sign_urls
+from deployments.api.replies import EventStream, public_urls
 from deployments.engines.handover import draw_across_models, read_caption
 from deployments.schemas import Style, check_prompt_text, shown
 from deployments.sse import encode
@@ -226,7 +226,7 @@ async def create_images(body: CreateImages, front: FrontOf, client: ClientOf) ->
     return JSONResponse(
         {
             "created": int(time.time()),
-            "data": sign_urls(front, data),
+            "data": public_urls(front, data),
             **output.described,
             "usage": ImagesUsage.of(usage).model_dump(),
             **note(body.ignored),

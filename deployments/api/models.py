@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from deployments.api.errors import ApiError, document
 from deployments.api.front import Front, FrontOf, refuse_unknown_query
 from deployments.api.openai_body import check_model
+from deployments.api.paths import public_path
 from deployments.schemas import CreateStory, Defaults, ExampleReply, ModelList, ModelReply, shown
 from minigpt5.types import MAX_CHARACTERS
 
@@ -44,7 +45,7 @@ async def get_model(model_id: str, front: FrontOf) -> ModelReply:
 
 def _model_reply(front: Front) -> ModelReply:
     config = front.config
-    pictures = f"/v1/models/{quote(config.name)}/examples"
+    pictures = public_path(f"/v1/models/{quote(config.name)}/examples")
     return ModelReply(
         id=config.name,
         about=config.about,

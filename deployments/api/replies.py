@@ -1,6 +1,7 @@
 """A story -> an HTTP reply: whole, as a stream, or where to look later. EventStream sends every stream of the API.
 
 Where there are keys, the URLs in a reply are signed: who has one needs no key for what it names, until it expires.
+URLs begin with the `route_prefix` that Serve gives the application.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.api.errors import EVENTS, describe_failure, error_response
 from deployments.api.front import Front
+from deployments.api.paths import public_path
 from deployments.schemas import StoryReply, story_reply
 from deployments.sse import KEEP_ALIVE, encode
 from deployments.stories.events import Position
@@ -47,7 +49,7 @@ async def answer(front: Front, begin: Callable[[], Awaitable[str]], *, stream: b
     if stream:
         return EventStream(_begin_and_follow(front, begin), error_name="error")
     story_id = await begin()
-    path = f"/v1/stories/{story_id}"
+    path = public_path(f"/v1/stories/{story_id}")
     if wait:
         await front.relay.wait(story_id)
     state = await reading(front.store.load, story_id)
@@ -57,25 +59,23 @@ async def answer(front: Front, begin: Callable[[], Awaitable[str]], *, stream: b
 
 
 def failure_reply(state: StoryState) -> Response:
-    path = f"/v1/stories/{state.id}"
+    path = public_path(f"/v1/stories/{state.id}")
     message = f"{state.id} failed: {state.error}; what was finished is at {path}"
     return error_response(500, message, code="story_failed", headers={"Location": path})
 
 
 def reply(front: Front, content: BaseModel, status: int = 200, *, headers: Mapping[str, str] | None = None) -> Response:
     """Encode a reply as JSON."""
-    return JSONResponse(sign_urls(front, content.model_dump(exclude_none=True)), status, headers=dict(headers or {}))
+    return JSONResponse(public_urls(front, content.model_dump(exclude_none=True)), status, headers=dict(headers or {}))
 
 
-def sign_urls(front: Front, data: Any) -> Any:
-    """The same JSON; every "url" in it is signed where there are keys."""
-    if not front.keys:
-        return data
+def public_urls(front: Front, data: Any) -> Any:
+    """The same JSON; every "url" in it is as a client asks for it."""
     if isinstance(data, list):
-        return [sign_urls(front, value) for value in data]
+        return [public_urls(front, value) for value in data]
     if isinstance(data, dict):
         return {
-            key: front.keys.sign_url(value) if key == "url" and isinstance(value, str) else sign_urls(front, value)
+            key: front.public_url(value) if key == "url" and isinstance(value, str) else public_urls(front, value)
             for key, value in data.items()
         }
     return data
@@ -154,6 +154,6 @@ async def follow(front: Front, story_id: str, seen: Position | None) -> AsyncGen
     try:
         async with contextlib.aclosing(front.relay.follow(story_id, seen)) as events:
             async for event in events:
-                yield dataclasses.replace(event, data=sign_urls(front, event.data)).encode()
+                yield dataclasses.replace(event, data=public_urls(front, event.data)).encode()
     except Exception as failure:
         logger.warning("a stream of %s is cut off: %s", story_id, describe(failure), extra={"story_id": story_id})

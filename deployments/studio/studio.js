@@ -11,8 +11,12 @@ let before = Promise.resolve(); // what ends before a page can be changed: the s
 let ended = () => {}; // says that the story's own work is over
 let login = null; // while the dialog is open: all that need a key wait for the same one
 
+// A path of the server, or a URL of a reply, as seen from this page: it may be served under a prefix, by Serve or by a
+// proxy that the server does not know of.
+function here(url) { return `.${url.slice(Math.max(0, url.lastIndexOf("/v1/")))}`; }
+
 async function call(method, path, body) {
-  const reply = await fetch(path, {
+  const reply = await fetch(here(path), {
     method,
     headers: body ? { "Content-Type": "application/json" } : {},
     body: body && JSON.stringify(body),
@@ -80,7 +84,7 @@ function card(words, picture, act) {
   button.className = "card";
   if (picture) {
     const image = document.createElement("img");
-    image.src = picture;
+    image.src = here(picture);
     image.alt = "";
     button.append(image);
   }
@@ -221,7 +225,7 @@ function show(known) {
   page.image.hidden = !known.image;
   if (!known.image) return;
   page.image.classList.remove("coarse");
-  page.image.src = known.variants[known.variant].url;
+  page.image.src = here(known.variants[known.variant].url);
   page.image.alt = `Picture of page ${known.index}: ${known.text}`;
   const small = page.stop.firstElementChild;
   small.src = page.image.src;
@@ -233,7 +237,7 @@ function show(known) {
     button.setAttribute("aria-pressed", number === known.variant);
     button.setAttribute("aria-label", `Picture ${number + 1}: seed ${variant.seed}, ${variant.steps} steps`);
     button.title = `seed ${variant.seed}, ${variant.steps} steps, guidance ${variant.guidance_scale}, ${variant.scheduler}`;
-    image.src = variant.url;
+    image.src = here(variant.url);
     image.alt = "";
     button.append(image);
     button.onclick = () => attempt(async () =>
@@ -287,7 +291,7 @@ const PAUSE_MS = 1000, MAX_PAUSE_MS = 30_000;
 // `pause`: what to wait for after a refusal, until the server is asked again.
 function connect(pause = PAUSE_MS) {
   events?.close();
-  const source = events = new EventSource(`/v1/stories/${story.id}/events`);
+  const source = events = new EventSource(here(`/v1/stories/${story.id}/events`));
   source.addEventListener("open", () => say("Writing ..."));
   source.addEventListener("open", () => {
     pause = PAUSE_MS;
@@ -326,9 +330,9 @@ function finish(whole, text, options) {
   whole.pages.forEach(show);
   $("after").hidden = false;
   $("read").hidden = !shown.size;
-  $("as-html").href = `/v1/stories/${whole.id}.html`;
-  $("as-epub").href = `/v1/stories/${whole.id}.epub`;
-  $("as-pdf").href = `/v1/stories/${whole.id}.pdf`;
+  $("as-html").href = here(`/v1/stories/${whole.id}.html`);
+  $("as-epub").href = here(`/v1/stories/${whole.id}.epub`);
+  $("as-pdf").href = here(`/v1/stories/${whole.id}.pdf`);
   leave(text, options);
 }
 
@@ -434,7 +438,7 @@ $("print").onclick = () => window.print();
 
 $("share").onclick = () => attempt(async () => {
   const { html, expires } = await call("POST", `/v1/stories/${story.id}/share`, {});
-  await navigator.clipboard.writeText(new URL(html, location.href).href);
+  await navigator.clipboard.writeText(new URL(here(html), location.href).href);
   const until = new Date(1000 * expires).toLocaleString();
   say(`A link to the book is in the clipboard. It is good until ${until}.`, { isOver: true });
 });
@@ -487,7 +491,7 @@ async function list(after) {
     remove.onclick = () => attempt(async () => {
       if (!confirm("Delete this story for good?")) return;
       await call("DELETE", `/v1/stories/${one.id}`);
-      if (story?.id === one.id) location.assign("/");
+      if (story?.id === one.id) location.assign("./");
       else item.remove();
     });
     item.append(remove);

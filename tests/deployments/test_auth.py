@@ -487,7 +487,14 @@ def test_no_prefix_leads_around_the_keys(guarded: Guarded) -> None:
                 assert (await client.post(path, json=BODY, headers=guarded.alice)).status_code == 201
             story = (await client.get("/api/v1/stories", headers=guarded.alice)).json()["data"][0]
             url = story["pages"][0]["image"]["url"]
-            assert (await client.get(f"/api{url}")).status_code == 200
+            assert url.startswith("/api/v1/stories/")
+            assert (await client.get(url)).status_code == 200
+            links = (await client.post(f"/api/v1/stories/{story['id']}/share", json={}, headers=guarded.alice)).json()
+            for kind in ("html", "epub", "pdf"):
+                assert (await client.get(links[kind])).status_code == 200
+            logged_in = await client.post("/api/login", json={"key": guarded.alice["Authorization"].split()[1]})
+            assert "Path=/api/;" in logged_in.headers["Set-Cookie"], "for no other application of the cluster"
+            assert (await client.get("/api/v1/stories")).status_code == 200, "by the cookie"
             bad = await client.post("/api/v1/chat/completions", json={"messages": 1}, headers=guarded.alice)
             assert bad.status_code == 400, "as OpenAI's clients expect it"
 

@@ -18,7 +18,7 @@ from tests.deployments.test_auth import Guarded
 from tests.deployments.test_sse import OTHER_LINE_ENDS
 from tests.helpers.fakes import FakeGenerator
 from tests.helpers.processes import find_free_port
-from tests.helpers.served import Listening, Served
+from tests.helpers.served import Listening, Served, under
 
 
 @pytest.fixture
@@ -55,6 +55,23 @@ def test_a_story_is_made_followed_changed_and_taken_away(url: str, tmp_path: Pat
             client.export(story["id"], tmp_path / "book.docx")
         with pytest.raises(ClientError, match="pages is 99"):
             list(client.create("A fox", pages=99))
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_server_under_a_prefix_is_asked_there(
+    tmp_path: Path, port: int, is_known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listening = Listening(Served(tmp_path), port, put=lambda app: under("/some/app", app, is_known=is_known))
+    for url in (f"http://127.0.0.1:{port}/some/app", f"http://127.0.0.1:{port}/some/app/"):
+        with Client(url) as client:
+            story = list(client.create("A fox", pages=1))[-1].data
+            picture = story["pages"][0]["image"]["url"]
+            assert picture.startswith("/some/app/v1/") == is_known
+            assert client.picture(picture).startswith(b"\x89PNG")
+            assert client.export(story["id"], tmp_path / "book.html").read_bytes()
+            run(client, parse_args(["redraw", story["id"], "1"]))
+        assert capsys.readouterr().out.startswith(f"http://127.0.0.1:{port}/some/app/v1/stories/")
+    listening.stop()
 
 
 def test_a_server_that_dies_and_comes_back_is_waited_for(tmp_path: Path, port: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments import sse
 from deployments.api.front import Front, build_front
@@ -109,13 +110,28 @@ def let_writers_end() -> None:
     together.wait(timeout=60)
 
 
+def under(prefix: str, app: ASGIApp, *, is_known: bool) -> ASGIApp:
+    """An application as Serve's `route_prefix` puts it; not `is_known`: as a proxy does that takes a prefix away."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            assert path.startswith(prefix), f"{path} is not under {prefix}"
+            scope = {**scope, **({"root_path": prefix} if is_known else {"path": path.removeprefix(prefix)})}
+        await app(scope, receive, send)
+
+    return answer
+
+
 class Listening:
     """A front on a socket, which may be cut off and come back."""
 
-    def __init__(self, served: Served, port: int, **options: Any) -> None:
-        """`options`: of uvicorn."""
+    def __init__(
+        self, served: Served, port: int, *, put: Callable[[ASGIApp], ASGIApp] = lambda app: app, **options: Any
+    ) -> None:
+        """`put`: the application elsewhere than at "/". `options`: of uvicorn."""
         options = {"log_level": "error", "timeout_graceful_shutdown": 0, **options}
-        self.server = uvicorn.Server(uvicorn.Config(create_api(served.front), port=port, **options))
+        self.server = uvicorn.Server(uvicorn.Config(put(create_api(served.front)), port=port, **options))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:

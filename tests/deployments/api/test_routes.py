@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from deployments.api.images import CreateImages, Output
+from deployments.api.routes import create_api
 from deployments.engines import handover
 from deployments.schemas import CreateStory, to_story_request
 from deployments.stories.events import Position
@@ -26,7 +27,7 @@ from minigpt5.story.voken_file import pack, unpack
 from minigpt5.types import DrawSettings
 from tests.helpers.fakes import FINGERPRINT, PREVIEW, FakeDecoder, FakeGenerator, make_png
 from tests.helpers.picture_files import png_header
-from tests.helpers.served import CONFIG, VOKENS, Served, assert_error, data_url, read_events
+from tests.helpers.served import CONFIG, VOKENS, Served, assert_error, data_url, read_events, under
 
 
 @pytest.fixture
@@ -539,6 +540,32 @@ def test_a_picture_is_there_under_its_url_for_an_hour(served: Served, monkeypatc
     assert served.request("GET", urls[0]).status_code == 200
     served.store.delete_images(older_than_s=-2)
     assert served.request("GET", urls[0]).status_code == 404
+
+
+def test_urls_in_replies_are_where_the_application_is(tmp_path: Path) -> None:
+    """Serve's `route_prefix`: a cluster serves several applications."""
+    config = dataclasses.replace(CONFIG, examples=("A fox",))
+    served = Served(tmp_path, config=config, example_pictures={1: b"RIFF"})
+
+    async def main() -> None:
+        app = under("/books", create_api(served.front), is_known=True)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            assert (await client.get("/books")).headers["Location"].endswith("/books/")
+            begun = await client.post("/books/v1/stories", json={"prompt": "A fox", "pages": 2, "wait": False})
+            story = (await client.get(f"{begun.headers['Location']}?wait=30")).json()
+            body = {"prompt": "A fox", "response_format": "url"}
+            drawn = (await client.post("/books/v1/images/generations", json=body)).json()
+            (model,) = (await client.get("/books/v1/models")).json()["data"]
+            events = (await client.get(f"/books/v1/stories/{story['id']}/events")).text
+            told = [data["url"] for _, name, data in read_events(events) if name == "image"]
+            assert told == [page["image"]["url"] for page in story["pages"]]
+            for url in (*told, drawn["data"][0]["url"], model["examples"][0]["picture"]):
+                assert url.startswith("/books/v1/")
+                assert (await client.get(url)).status_code == 200
+            document = (await client.get("/books/openapi.json")).json()
+            assert document["servers"] == [{"url": "/books"}]
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from PIL import Image
 from deployments.api.routes import create_api
 from deployments.auth import Keys, add_key, load_keys
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
-from tests.helpers.served import CONFIG, Served
+from tests.helpers.served import CONFIG, Served, under
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -41,12 +41,15 @@ WEBP = _make_webp()
 class Studio:
     """A server that can be stopped and started again on its port and storage."""
 
-    def __init__(self, storage: Path, *, key: str = "", keys: Keys | None = None) -> None:
-        self.storage, self.key, self.keys = storage, key, keys
+    def __init__(
+        self, storage: Path, *, key: str = "", keys: Keys | None = None, prefix: str = "", is_known: bool = True
+    ) -> None:
+        """`is_known`: the prefix is Serve's, and none that a proxy takes away."""
+        self.storage, self.key, self.keys, self.prefix, self.is_known = storage, key, keys, prefix, is_known
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}{prefix}"
         self.start()
 
     def start(self, **decoder: Any) -> None:
@@ -58,7 +61,8 @@ class Studio:
             keys=self.keys,
             example_pictures={1: WEBP},
         )
-        config = uvicorn.Config(create_api(self.served.front), port=self.port, log_level="error", lifespan="on")
+        app = under(self.prefix, create_api(self.served.front), is_known=self.is_known)
+        config = uvicorn.Config(app, port=self.port, log_level="error", lifespan="on")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
         self.thread.start()
@@ -70,12 +74,17 @@ class Studio:
         self.thread.join()
 
 
+PREFIXES = {"by Serve": True, "by a proxy": False}
+
+
 @pytest.fixture(params=["open", "with keys"])
 def studio(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Studio]:
-    key = ""
-    if request.param == "with keys":
+    key, is_known = "", PREFIXES.get(request.param, True)
+    if request.param != "open":
         key = add_key(tmp_path / "keys.json", "alice", per_minute=60, concurrent=8)
-    studio = Studio(tmp_path, key=key, keys=load_keys(str(tmp_path / "keys.json")) if key else None)
+    keys = load_keys(str(tmp_path / "keys.json")) if key else None
+    prefix = "/some/app" if request.param in PREFIXES else ""
+    studio = Studio(tmp_path, key=key, keys=keys, prefix=prefix, is_known=is_known)
     yield studio
     studio.stop()
 
@@ -88,7 +97,7 @@ def page(studio: Studio) -> Iterator[Any]:
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda line: problems.append(line.text) if "Content Security" in line.text else None)
-        page.goto(studio.url)
+        page.goto(f"{studio.url}/")
         if studio.key:
             log_in(page, studio.key)
         yield page
@@ -308,7 +317,7 @@ def test_a_wrong_key_is_told_so_and_a_session_lasts(page: Any, studio: Studio) -
     if not studio.key:
         pytest.skip("no key is asked for")
     page.context.clear_cookies()
-    page.goto(studio.url)
+    page.goto(f"{studio.url}/")
     page.fill("#key", "wrong")
     page.keyboard.press("Enter")
     until(page, "document.querySelector('#login-error').textContent.includes('no key')")
@@ -318,15 +327,27 @@ def test_a_wrong_key_is_told_so_and_a_session_lasts(page: Any, studio: Studio) -
     wait_until_finished(page)
 
 
+def count_pictures(page: Any) -> int:
+    return page.evaluate("[...document.querySelectorAll('.page img')].filter(e => e.naturalWidth).length")
+
+
+@pytest.mark.parametrize("studio", ["open", "with keys", *PREFIXES], indirect=True)
 def test_a_story_is_taken_home_and_shared(page: Any, studio: Studio) -> None:
+    until(page, "document.querySelector('#examples img')?.naturalWidth > 0")
     tell(page)
     wait_until_finished(page)
+    until(page, "document.querySelectorAll('.page img').length >= 2")
+    assert count_pictures(page) >= 2
+    page.reload()
+    wait_until_finished(page)
+    assert page.evaluate("location.href").startswith(f"{studio.url}/#story_")
+    assert count_pictures(page) >= 2
     for name, start in (("epub", b"PK"), ("pdf", b"%PDF")):
         with page.expect_download() as download:
             page.click(f"#as-{name}")
         assert download.value.suggested_filename.endswith(f".{name}")
         assert Path(download.value.path()).read_bytes().startswith(start)
-    html = page.request.get(f"{studio.url}{page.get_attribute('#as-html', 'href')}")
+    html = page.request.get(page.evaluate("document.querySelector('#as-html').href"))
     assert html.ok and "Page 2 of 7." in html.text()
 
 
