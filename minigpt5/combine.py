@@ -72,13 +72,13 @@ def combine(
     each run once. Raises ModelFolderError where a base model does not fit, BaseModelNotFound where it is not there.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from minigpt5.model.base_models import pin, resolve
     from minigpt5.model.cache import hash_weights
     from minigpt5.model.chat_template import find_caption_opening
     from minigpt5.model.decoders.load import load_diffusion
     from minigpt5.model.language import load_base
+    from minigpt5.model.libraries import load_base_tokenizer
     from minigpt5.model.mapper import Mapper
     from minigpt5.model.text_encoder import load_text_encoder
     from minigpt5.model.vision import Vision, load_tower
@@ -90,7 +90,7 @@ def combine(
     vision = _choose_vision(vision, bases[language], image_px)
     sizes = language_sizes(bases[language], context_tokens) | diffusion_sizes(bases[diffusion], condition_length)
     hashes = tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items())
-    tokenizer = AutoTokenizer.from_pretrained(bases[language])
+    tokenizer = load_base_tokenizer(bases[language])
     sizes["vocabulary"] = len(tokenizer)
     base = load_base(bases[language])
     if vision == "own":

@@ -20,6 +20,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.evaluation.perceptual import Lpips
 from minigpt5.evaluation.text import check_pairs
 from minigpt5.model.base_models import resolve
+from minigpt5.model.libraries import load_base_config, load_base_tokenizer, load_whole
 from minigpt5.model.pixels import to_tensor
 
 Part = str | np.ndarray
@@ -34,16 +35,16 @@ class Clip:
     def __init__(self, folder: str, *, batch_size: int = 16, device: str = "cpu") -> None:
         """`folder`: a folder with CLIP's safetensors weights, or a hub id. Raises BaseModelNotFound,
         ModelFolderError."""
-        from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+        from transformers import CLIPImageProcessorPil, CLIPModel
 
         path = resolve(folder)
-        if (kind := AutoConfig.from_pretrained(path).model_type) != "clip":
+        if (kind := load_base_config(path).model_type) != "clip":
             raise ModelFolderError(
                 f"{path} is a {kind} model: give a CLIP model, such as openai/clip-vit-large-patch14"
             )
-        model: Any = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model: Any = load_whole(CLIPModel, path, dtype=torch.float32)
         self.model = model.eval().requires_grad_(False).to(device)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.tokenizer: Any = load_base_tokenizer(path)
         self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(path)  # the other one needs torchvision
         self.batch_size = batch_size
 

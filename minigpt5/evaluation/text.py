@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minigpt5.errors import BaseModelNotFound, InvalidRequest
 from minigpt5.model.base_models import resolve
+from minigpt5.model.libraries import load_auto, load_base_tokenizer
 
 if TYPE_CHECKING:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
@@ -153,11 +154,12 @@ class SentenceEncoder:
 
     def __init__(self, folder: str = "minilm-l6", *, batch_size: int = 32) -> None:
         """`folder`: a base-model id or a folder."""
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         path = resolve(folder)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.model: Any = AutoModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+        self.tokenizer: Any = load_base_tokenizer(path)
+        model = load_auto(AutoModel, path, may_lack=("pooler.",), dtype=torch.float32)
+        self.model: Any = model.eval().requires_grad_(False)
         self.batch_size = batch_size
 
     @torch.no_grad()

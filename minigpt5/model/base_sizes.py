@@ -24,9 +24,9 @@ def language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
 
     `vocabulary` is that of its matrices; its tokenizer may have fewer tokens.
     """
-    from transformers import AutoConfig
+    from minigpt5.model.libraries import load_base_config
 
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    config = load_base_config(folder).get_text_config()
     if config.is_encoder_decoder:
         raise ModelFolderError(f"{folder} is an encoder-decoder ({config.model_type}): name a causal language model")
     longest = longest_context(config)
@@ -59,10 +59,12 @@ def find_lora_targets(folder: Path) -> tuple[str, ...]:
     """The attention's query and value layers, as published, or the layer that holds both, as in Phi-3."""
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
+
+    from minigpt5.model.libraries import load_base_config
 
     with torch.device("meta"):
-        body = AutoModel.from_config(config := AutoConfig.from_pretrained(folder))
+        body = AutoModel.from_config(config := load_base_config(folder))
     body = body.get_decoder() if hasattr(config, "vision_config") else body
     linears = {name.rpartition(".")[2] for name, module in body.named_modules() if isinstance(module, nn.Linear)}
     fused = sorted(name for name in linears if "qkv" in name.lower() or name in ("query_key_value", "c_attn"))

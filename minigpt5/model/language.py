@@ -18,10 +18,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     Cache,
     DynamicCache,
     PreTrainedTokenizerBase,
@@ -33,6 +31,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
 
 from minigpt5.config import LoraConfig, ModelConfig
 from minigpt5.errors import ModelFolderError
+from minigpt5.model import libraries
 from minigpt5.model.chat_template import protect_control_tokens
 from minigpt5.model.packed_linear import can_pack
 from minigpt5.model.packing import CodesByLayer, pack_body, pack_head
@@ -46,7 +45,7 @@ from minigpt5.types import TextPrecision
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The base tokenizer with the vokens and the placeholder added after its own tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = libraries.load_base_tokenizer(folder)
     if len(tokenizer) != config.vocabulary:
         raise ModelFolderError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens but the model was made for {config.vocabulary}: "
@@ -71,9 +70,9 @@ def load_base(folder: str | Path, *, has_weights: bool = True, keeps_dtype: bool
     auto = AutoModelForImageTextToText if is_vision_language(folder) else AutoModelForCausalLM
     if has_weights:
         dtype = stored_dtype(folder) if keeps_dtype else torch.float32
-        base = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        base = libraries.load_auto(auto, folder, dtype=dtype)
     else:
-        config = AutoConfig.from_pretrained(folder)
+        config = libraries.load_base_config(folder)
         with torch.device("meta"):  # where no other way to run a mixture of experts gives shapes
             base = auto.from_config(config, dtype=torch.float32, experts_implementation="batched_mm")
     return base.eval().requires_grad_(False)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from minigpt5.errors import MiniGPT5Error, ModelFolderError
 from minigpt5.model.cache import keep_in_cache
+from minigpt5.model.libraries import load_base_config
 from minigpt5.model.quantised import GROUP, Codes, has_codes
 from minigpt5.model.quantised_linear import OUTPUT_MULTIPLE, Int4Linear, can_multiply_int8, make_float32
 from minigpt5.types import TextPrecision
@@ -46,7 +46,7 @@ def choose_precision(base_folder: Path, *, num_threads: int | None = None) -> Te
     if not has_codes(base_folder):
         return "float32"
     num_threads = num_threads or torch.get_num_threads()
-    config = AutoConfig.from_pretrained(base_folder).get_text_config()
+    config = load_base_config(base_folder).get_text_config()
     shape = _round_up(config.intermediate_size, OUTPUT_MULTIPLE), _round_up(config.hidden_size, GROUP)
     machine = [platform.machine(), *_cpu(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
     key = json.dumps([*machine, torch.__version__, num_threads, *shape])

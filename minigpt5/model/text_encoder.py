@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from minigpt5.config import ModelConfig
 from minigpt5.model.decoders.load import find_family
+from minigpt5.model.libraries import load_auto, load_base_tokenizer
 from minigpt5.model.weights import load_quietly
 
 
@@ -22,8 +23,9 @@ class TextEncoder(nn.Module):
 
     def __init__(self, folder: str | Path, *, num_positions: int) -> None:
         super().__init__()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.tokenizer = load_base_tokenizer(folder)
+        model = load_auto(AutoModel, folder, may_lack=("pooler.",), dtype=torch.float32)
+        self.model = model.eval().requires_grad_(False)
         self.num_positions = num_positions
 
     @torch.no_grad()

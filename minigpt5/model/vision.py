@@ -19,8 +19,6 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     Blip2QFormerConfig,
     Blip2QFormerModel,
@@ -34,6 +32,7 @@ from minigpt5.config import ModelConfig, VisionConfig
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.image_transforms import fit_read
 from minigpt5.model.language import load_base
+from minigpt5.model.libraries import load_auto, load_base_config, load_image_processor, load_whole
 from minigpt5.model.vision_language import OwnEncoder
 from minigpt5.model.weights import load_module
 
@@ -127,17 +126,18 @@ class TowerEncoder(nn.Module):
         """Read the tower and its processor from a base model's folder; without `has_weights` the tower lies on the
         meta device. Raises ModelFolderError."""
         super().__init__()
-        config = AutoConfig.from_pretrained(folder)
+        config = load_base_config(folder)
         kind = config.model_type
         if has_weights:
-            tower = TOWERS.get(kind, AutoModel)
-            self.network = tower.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            tower, unread = TOWERS.get(kind, AutoModel), ("pooler.", "vision_model.head.")
+            load = load_whole if kind in TOWERS else load_auto
+            self.network = load(tower, folder, may_lack=unread, dtype=torch.float32)
         else:
             with torch.device("meta"):
                 self.network = AutoModel.from_config(getattr(config, "vision_config", config))
         if not hasattr(self.network.config, "image_size"):
             raise ModelFolderError(f"{folder} is a {kind} and no vision tower: name a CLIP, SigLIP or DINOv2 model")
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision is not needed
+        self.processor = load_image_processor(folder)
         self.image_px = self.prepare(torch.zeros(1, 3, 64, 64)).shape[-1]
         self.eval().requires_grad_(False)
 

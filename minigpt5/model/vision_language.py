@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from minigpt5.config import VisionConfig
 from minigpt5.errors import ModelFolderError
+from minigpt5.model.libraries import load_base_config, load_image_processor
 
 UNREAD = ("num_crops", "rows", "cols")
 """What image processors tell the text processors alone."""
@@ -168,12 +169,12 @@ FAMILIES: dict[str, type] = {
 
 def is_vision_language(folder: str | Path) -> bool:
     """Tell whether a base model has a vision tower of its own."""
-    return hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    return hasattr(load_base_config(folder), "vision_config")
 
 
 def find_family(folder: str | Path) -> str:
     """The key of FAMILIES that a base model has. Raises ModelFolderError where it has none."""
-    kind = AutoConfig.from_pretrained(folder).model_type
+    kind = load_base_config(folder).model_type
     if kind not in FAMILIES:
         raise ModelFolderError(
             f"{folder} is a vision-language model of type {kind}, whose way to read pictures is not known here: name "
@@ -195,7 +196,7 @@ class OwnEncoder(nn.Module):
         """
         super().__init__()
         self.network: Any = model.base_model
-        self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")  # torchvision is not needed
+        self.processor: Any = load_image_processor(folder)
         self.family: Family = FAMILIES[find_family(folder)](model.config, self.processor)
         self.image_px = image_px or self.family.default_px
         num_units, rest = divmod(self.image_px, self.family.unit_px)

@@ -20,7 +20,7 @@ from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
 from minigpt5.errors import ModelFolderError
 from minigpt5.limits import Limits
-from minigpt5.model.language import LanguageModel, load_base, load_tokenizer
+from minigpt5.model.language import LanguageModel, load_base
 from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
@@ -44,13 +44,14 @@ PARTS = (7, 1, 1)
 def compare_base(folder: Path) -> bool:
     """Print how far a language model's states and logits deviate from transformers', and whether greedy text is equal.
     Raises ModelFolderError where it cannot be read or run."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from minigpt5.model.libraries import load_base_tokenizer
 
     logging.disable_progress_bar()
     try:
         causal = load_base(folder)
-        vocabulary = len(AutoTokenizer.from_pretrained(folder))
+        vocabulary = len(load_base_tokenizer(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ModelFolderError(f"{folder} is no causal language model of transformers ({describe(error)})") from error
     config = dataclasses.replace(
@@ -61,7 +62,7 @@ def compare_base(folder: Path) -> bool:
         vocabulary=vocabulary,
         context_tokens=CONTEXT,
     )
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = load_base_tokenizer(folder, config)
     language = LanguageModel.from_causal(causal, config, folder)
     language.initialise_vokens(seed=0)
     print(f"language model {folder} ({causal.config.model_type})")

@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from minigpt5.config import LoraConfig, ModelConfig, VisionConfig, minigpt5_7b
 from minigpt5.errors import ModelFolderError
+from minigpt5.model import libraries
 from minigpt5.model.base_models import resolve
 from minigpt5.model.folder import PREFIX
 from minigpt5.model.folder_config import check_folder, write_config
@@ -89,7 +90,7 @@ def import_checkpoint(
     config = _config_of(stage1, stage2, vision, llm=llm, diffusion=diffusion, like=like)
     _validate_shapes("the stage-1 checkpoint", stage1, stage1_shapes(config))
     if stage2 is not None:
-        base = AutoConfig.from_pretrained(resolve(llm))
+        base = libraries.load_base_config(resolve(llm))
         _validate_shapes("the stage-2 checkpoint", stage2, stage2_shapes(config, base))
     vision = {key: value for key, value in vision.items() if key != _IGNORED}
     _validate_shapes("the vision weights", vision, vision_shapes(config))
@@ -207,7 +208,7 @@ def _config_of(
     _, condition_length, condition_width = stage1["t2i_decoder_prompt"].shape
     rank = next((value.shape[0] for key, value in (stage2 or {}).items() if "lora_A" in key), like.lora.rank)
     targets = {match[1].split(".")[3] for key in stage2 or {} if (match := _LORA.fullmatch(key))}
-    base = AutoConfig.from_pretrained(resolve(llm))
+    base = libraries.load_base_config(resolve(llm))
     unet, vae = (json.loads((resolve(diffusion) / part / "config.json").read_text()) for part in ("unet", "vae"))
     return dataclasses.replace(
         like,

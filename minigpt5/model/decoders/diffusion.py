@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.decoders.noise import NoiseProcess
 from minigpt5.model.decoders.styles import Styles
+from minigpt5.model.libraries import load_whole
 from minigpt5.model.weights import stored_dtype
 from minigpt5.types import DISTILLED, DISTILLED_FOLDER, DrawSettings
 
@@ -298,7 +299,7 @@ class Diffusion(nn.Module, ABC):
         return latents_BCYX * std + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Per channel where the VAE's config has statistics, else its shift and scaling factor."""
+        """The mean, per channel where the VAE's config has statistics, and what a unit of normalised latents is."""
         config = self.vae.config
         if config.get("latents_mean") is None:
             zero = torch.zeros(1, dtype=like.dtype, device=like.device)
@@ -307,7 +308,7 @@ class Diffusion(nn.Module, ABC):
             torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
         )
-        return mean, std
+        return mean, std / (config.get("scaling_factor") or 1.0)
 
     def to_pixels(self, latents_BCYX: Tensor, *, scale: int = 1) -> Tensor:
         """Normalised latents -> pictures in [-1, 1], some at a time, by the VAE or, where `scale_of` is more than 1, by
@@ -421,7 +422,7 @@ def load_part(folder: str | Path, name: str, *, keeps_dtype: bool = False) -> An
     if model is None or not hasattr(model, "from_pretrained"):
         raise ModelFolderError(f"{path} is a {read_config(path)['_class_name']}, which diffusers does not have")
     dtype = stored_dtype(path) if keeps_dtype else torch.float32
-    return model.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=keeps_dtype)
+    return load_whole(model, path, torch_dtype=dtype, low_cpu_mem_usage=keeps_dtype)
 
 
 def load_distilled(folder: str | Path, *, keeps_dtype: bool = False) -> Any | None:

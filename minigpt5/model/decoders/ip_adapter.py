@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from minigpt5.errors import ModelFolderError
+from minigpt5.model.libraries import load_whole
 from minigpt5.model.weights import load_tensors
 from minigpt5.pictures import open_picture
 
@@ -52,9 +53,7 @@ class IpAdapter(nn.Module):
         try:
             projection = denoiser._convert_ip_adapter_image_proj_to_diffusers(weights["image_proj"], False)
             found = denoiser._convert_ip_adapter_attn_to_diffusers([weights], False)
-            encoder = CLIPVisionModelWithProjection.from_pretrained(
-                folder / ENCODER, dtype=torch.float32, use_safetensors=True
-            )
+            encoder = load_whole(CLIPVisionModelWithProjection, folder / ENCODER, dtype=torch.float32)
             processors = {
                 name.removesuffix(".processor"): processor
                 for name, processor in found.items()

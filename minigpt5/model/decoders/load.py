@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from minigpt5.errors import ModelFolderError
-from minigpt5.model import decoders
+from minigpt5.model import decoders, libraries
 from minigpt5.model.decoders.diffusion import Diffusion, load_part, read_config
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
 from minigpt5.model.weights import load_quietly
@@ -73,7 +73,7 @@ def sketch_text_encoder(folder: Path) -> nn.Module:
     """The text encoders of a folder on the meta device, from config files alone."""
     parts = []
     for path in sorted(folder.glob("text_encoder*")):
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = libraries.load_base_config(path)
         model = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             parts.append(model(config) if model else transformers.AutoModel.from_config(config))

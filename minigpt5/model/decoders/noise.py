@@ -100,7 +100,7 @@ class VariancePreserving(NoiseProcess):
     samplers = {
         "ddim": Sampler(scheduler=DDIMScheduler, options=UNCLIPPED),
         "pndm": Sampler(scheduler=PNDMScheduler, options={"skip_prk_steps": True}),  # as Stable Diffusion's folder says
-        "dpm-solver++": Sampler(scheduler=DPMSolverMultistepScheduler),
+        "dpm-solver++": Sampler(scheduler=DPMSolverMultistepScheduler, options={"algorithm_type": "dpmsolver++"}),
         SDE_DPM_SOLVER: Sampler(
             scheduler=DPMSolverMultistepScheduler, options={"algorithm_type": "sde-dpmsolver++"}, adds_noise=True
         ),
@@ -150,7 +150,11 @@ class RectifiedFlow(NoiseProcess):
         "euler": Sampler(scheduler=FlowMatchEulerDiscreteScheduler),
         "dpm-solver++": Sampler(
             scheduler=DPMSolverMultistepScheduler,
-            options={"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+            options={
+                "algorithm_type": "dpmsolver++",
+                "use_flow_sigmas": True,
+                "prediction_type": "flow_prediction",
+            },
         ),
     }
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+
+from minigpt5.model.libraries import load_whole
 
 
 class PipelineTextEncoder(nn.Module):
@@ -36,11 +39,21 @@ class PipelineTextEncoder(nn.Module):
 
 def load_text_half(pipeline: type[Any], folder: str | Path, *, denoiser: str, left_out: tuple[str, ...] = ()) -> Any:
     """A pipeline without its VAE, its denoiser and the parts `left_out`, as float32."""
-    parts = absent_parts(folder) | dict.fromkeys(("vae", denoiser, *left_out))
-    return pipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **parts)
+    absent = absent_parts(folder) | dict.fromkeys(("vae", denoiser, *left_out))
+    encoders = {
+        name: load_whole(getattr(transformers, kind), Path(folder) / name, dtype=torch.float32)
+        for name, (library, kind) in _parts(folder).items()
+        if library == "transformers" and name.startswith("text_encoder") and name not in absent
+    }
+    return pipeline.from_pretrained(folder, **absent, **encoders)
 
 
 def absent_parts(folder: str | Path) -> dict[str, None]:
     """The parts that `model_index.json` says a folder goes without. diffusers wants them named."""
+    return {name: None for name, part in _parts(folder).items() if part == [None, None]}
+
+
+def _parts(folder: str | Path) -> dict[str, list[Any]]:
+    """Name of each part in `model_index.json` -> its library and class."""
     index = json.loads((Path(folder) / "model_index.json").read_text())
-    return {name: None for name, part in index.items() if part == [None, None]}
+    return {name: part for name, part in index.items() if isinstance(part, list) and len(part) == 2}

@@ -13,7 +13,11 @@ from torch import Tensor
 from minigpt5.errors import ModelFolderError
 from minigpt5.model.decoders.diffusion import DecoderSizes, join_pooled, read_config, split_pooled
 from minigpt5.model.decoders.pipeline_text import PipelineTextEncoder, load_text_half
-from minigpt5.model.decoders.stable_diffusion import StableDiffusion
+from minigpt5.model.decoders.stable_diffusion import (
+    StableDiffusion,
+    few_step_settings,
+    read_schedule,
+)
 from minigpt5.types import DrawSettings
 
 
@@ -24,22 +28,18 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def read_sizes(cls, folder: Path) -> DecoderSizes:
-        unet, vae, text, scheduler = (
-            read_config(folder / name) for name in ("unet", "vae", "text_encoder_2", "scheduler")
-        )
+        unet, vae, text = (read_config(folder / name) for name in ("unet", "vae", "text_encoder_2"))
+        schedule = read_schedule(folder)
         if unet.get("addition_embed_type") != "text_time":
             raise ModelFolderError(
                 f"the UNet of {folder} reads {unet.get('addition_embed_type')}, not a text and sizes"
             )
-        is_turbo = read_config(folder / "scheduler")["_class_name"] == "EulerAncestralDiscreteScheduler"
         return DecoderSizes(
             condition_length=text.get("max_position_embeddings", 77),
             condition_width=unet["cross_attention_dim"],
             condition_pooled=text["projection_dim"],
             image_px=unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
-            draw=DrawSettings(steps=1, guidance_scale=1.0, scheduler="euler-ancestral")
-            if is_turbo
-            else DrawSettings(steps=50, guidance_scale=5.0, scheduler="euler"),
+            draw=few_step_settings(unet, schedule) or DrawSettings(steps=50, guidance_scale=5.0, scheduler="euler"),
         )
 
     @classmethod
@@ -67,7 +67,13 @@ class StableDiffusionXL(StableDiffusion):
         rows, columns = (side * self.pixels_per_latent for side in latents_BCYX.shape[2:])
         sizes = torch.tensor([rows, columns, 0, 0, rows, columns], device=latents_BCYX.device)
         added = {"text_embeds": pooled_BP, "time_ids": sizes.to(latents_BCYX.dtype).expand(len(latents_BCYX), -1)}
-        return denoiser(latents_BCYX, timesteps_B, encoder_hidden_states=states_BQD, added_cond_kwargs=added).sample
+        return denoiser(
+            latents_BCYX,
+            timesteps_B,
+            encoder_hidden_states=states_BQD,
+            added_cond_kwargs=added,
+            **self.embed_guidance(guidance_B, latents_BCYX),
+        ).sample
 
     @property
     def _pooled_width(self) -> int:

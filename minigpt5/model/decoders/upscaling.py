@@ -19,6 +19,7 @@ from diffusers.models.autoencoders.vae import Decoder, DecoderOutput
 from torch import Tensor, nn
 
 from minigpt5.errors import ModelFolderError
+from minigpt5.model.libraries import load_whole
 from minigpt5.model.weights import load_tensors
 
 
@@ -118,4 +119,4 @@ def load_upscaling(folder: Path) -> Any:
     values = UpscalingDecoder.load_config(folder)
     if values.get("_class_name") != UpscalingDecoder.__name__:
         raise ModelFolderError(f"{folder} is a {values.get('_class_name')}, not a {UpscalingDecoder.__name__}")
-    return UpscalingDecoder.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    return load_whole(UpscalingDecoder, folder, torch_dtype=torch.float32)

@@ -15,11 +15,18 @@ from diffusers import (
 
 from examples.own_model.tiny_bases import make_clip_tokenizer, make_vae
 from tests.helpers.pipelines.clip import make_clip_text
+from tests.helpers.pipelines.stable_diffusion import make_consistency
 
-VARIANTS: dict[str, dict[str, Any]] = {"base": {}, "turbo": {"is_turbo": True}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "turbo": {"is_turbo": True},
+    "consistency": {"is_consistency": True},
+    "statistics": {"latents_mean": [0.5, -1.0, 0.25, 0.0], "latents_std": [1.0, 2.0, 3.0, 0.5]},
+}
 
 
-def make(folder: Path, *, is_turbo: bool = False) -> None:
+def make(folder: Path, *, is_turbo: bool = False, is_consistency: bool = False, **of_vae: Any) -> None:
+    """`of_vae`: of its config. A VAE with statistics has a scaling factor beside them, as Playground's has."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -43,7 +50,7 @@ def make(folder: Path, *, is_turbo: bool = False) -> None:
         else EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
     )
     StableDiffusionXLPipeline(
-        vae=make_vae(force_upcast=True),
+        vae=make_vae(force_upcast=True, **of_vae),
         unet=unet,
         scheduler=scheduler,
         text_encoder=make_clip_text(),
@@ -52,3 +59,5 @@ def make(folder: Path, *, is_turbo: bool = False) -> None:
         tokenizer_2=make_clip_tokenizer(),
         add_watermarker=False,
     ).save_pretrained(folder)
+    if is_consistency:
+        make_consistency(folder)

@@ -174,3 +174,97 @@ def test_a_transformer_of_another_kind_is_refused(
     write(tmp_path, pipeline=pipeline, transformer=transformer)
     with pytest.raises(ModelFolderError, match=said):
         find_family(tmp_path).read_sizes(tmp_path)
+
+
+UNET_OF = {
+    "StableDiffusionPipeline": {"sample_size": 64, "in_channels": 4, "cross_attention_dim": 1024},
+    "StableDiffusionXLPipeline": {
+        "sample_size": 64,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+    },
+}
+SD, XL = UNET_OF
+EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+
+
+def write_unet(folder: Path, pipeline: str, *, unet: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    text = {"max_position_embeddings": 77, "hidden_size": 1024, "projection_dim": 1280}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    parts = {
+        "unet": UNET_OF[pipeline] | unet,
+        "vae": {**VAE, "latent_channels": 4},
+        "text_encoder": text,
+        "text_encoder_2": text,
+    }
+    for name, config in parts.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "unet", "scheduler", "expected"),
+    [
+        (XL, {}, {"_class_name": EULER, "timestep_spacing": "leading"}, (50, 5.0, "euler")),
+        (XL, {}, {"_class_name": ANCESTRAL, "timestep_spacing": "leading"}, (50, 5.0, "euler")),
+        (XL, {}, {"_class_name": ANCESTRAL, "timestep_spacing": "trailing"}, (1, 1.0, "euler-ancestral")),
+        (
+            XL,
+            {},
+            {"_class_name": EULER, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+            (50, 5.0, "euler"),
+        ),
+        (XL, {"time_cond_proj_dim": 256}, {"_class_name": "LCMScheduler"}, (4, 8.5, "lcm")),
+        (SD, {}, {"_class_name": "PNDMScheduler"}, (50, 7.5, "ddim")),
+        (SD, {}, {"_class_name": EULER, "timestep_spacing": "trailing"}, (1, 1.0, "euler")),
+        (
+            SD,
+            {},
+            {"_class_name": EULER, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+            (50, 7.5, "ddim"),
+        ),
+    ],
+)
+def test_models_of_few_steps_are_known_by_their_scheduler(
+    tmp_path: Path,
+    pipeline: str,
+    unet: dict[str, Any],
+    scheduler: dict[str, Any],
+    expected: tuple[int, float, str],
+) -> None:
+    write_unet(tmp_path, pipeline, unet=unet, scheduler=scheduler)
+    found = find_family(tmp_path).read_sizes(tmp_path).draw
+    assert (found.steps, found.guidance_scale, found.scheduler) == expected
+
+
+@pytest.mark.parametrize("pipeline", UNET_OF)
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "is a EDMDPMSolverMultistepScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is a FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": EULER, "prediction_type": "sample"}, "predicts sample"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, "flow_prediction"),
+    ],
+)
+def test_other_noise_and_other_predictions_are_refused(
+    tmp_path: Path, pipeline: str, scheduler: dict[str, Any], said: str
+) -> None:
+    """They would be drawn and trained as another noise, without a word."""
+    write_unet(tmp_path, pipeline, unet={}, scheduler=scheduler)
+    family = find_family(tmp_path)
+    for read in (family.read_sizes, family.load_noise):
+        with pytest.raises(ModelFolderError, match=f"{said}.*epsilon or v_prediction"):
+            read(tmp_path)
+
+
+def test_a_sampler_is_the_one_that_is_named_whichever_the_folder_has(tmp_path: Path) -> None:
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    write_unet(tmp_path, SD, unet={}, scheduler=scheduler)
+    noise = find_family(tmp_path).load_noise(tmp_path)
+    for name, sampler in noise.samplers.items():
+        if sampler.scheduler is diffusers.DPMSolverMultistepScheduler:
+            found = noise.new_sampler(name).config.algorithm_type
+            assert found.startswith("sde") == sampler.adds_noise, "noise that no seed fixes"
