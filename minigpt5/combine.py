@@ -43,11 +43,14 @@ class Parts:
 @contextmanager
 def _readable() -> Iterator[None]:
     """Say which error of transformers or diffusers a base gave. Raises ModelFolderError."""
+    from safetensors import SafetensorError
+
     from minigpt5.story.stream import describe
 
+    unreadable = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except unreadable as error:
         raise ModelFolderError(
             f"a base model cannot be read ({type(error).__name__}: {describe(error)}): name folders in the layouts of "
             "transformers and diffusers"
@@ -91,8 +94,13 @@ def combine(
     sizes = language_sizes(bases[language], context_tokens) | diffusion_sizes(bases[diffusion], condition_length)
     hashes = tuple(BaseHash(id=ids[base], sha256=hash_weights(folder)) for base, folder in bases.items())
     tokenizer = load_base_tokenizer(bases[language])
-    sizes["vocabulary"] = len(tokenizer)
     base = load_base(bases[language])
+    if len(tokenizer) > (rows := len(base.get_input_embeddings().weight)):
+        raise ModelFolderError(
+            f"the tokenizer of {bases[language]} has {len(tokenizer)} tokens and its embedding {rows} rows: name a "
+            "model whose embedding was resized for added tokens, or take them out of the tokenizer"
+        )
+    sizes["vocabulary"] = len(tokenizer)
     if vision == "own":
         encoder: Any = OwnEncoder(base, bases[language], image_px=image_px)
         vision_config = encoder.vision_config(ids[language], tokenizer)

@@ -8,7 +8,6 @@ their config files are read, and nothing is written: sizes and memory are known 
 from __future__ import annotations
 
 import argparse
-import secrets
 import shutil
 import sys
 from collections.abc import Callable
@@ -62,15 +61,11 @@ def make_folder(
         template=template,
         name=out.name,
     )
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    try:
-        model_folder.save(partial, parts.config, language=parts.language, mapper=parts.mapper, vision=parts.vision)
+    with model_folder.new_folder(out) as folder:
+        model_folder.save(folder, parts.config, language=parts.language, mapper=parts.mapper, vision=parts.vision)
         if adapter:
-            add_ip_adapter(partial, adapter)
-            parts.diffusion.load_ip_adapter(partial / IP_ADAPTER)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            add_ip_adapter(folder, adapter)
+            parts.diffusion.load_ip_adapter(folder / IP_ADAPTER)
     return parts
 
 

@@ -50,7 +50,7 @@ class Stage:
         self.number = number
         self.cases = load_file(folder / f"stage{number}_cases.safetensors")
         self.told = json.loads((folder / f"stage{number}_cases.json").read_text())["cases"]
-        world = folder / "world"
+        world, scratch = folder / "world", scratch / f"stage{number}"
         self.config = import_checkpoint(
             scratch,
             stage1=read_state_dict(folder / "stage1_checkpoint.safetensors"),

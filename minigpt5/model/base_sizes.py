@@ -10,6 +10,10 @@ from minigpt5.errors import ModelFolderError
 
 DEFAULT_CONTEXT = 2048
 """Tokens. More costs memory in every slot of the KV store, whether it is used or not."""
+MIN_CONTEXT = 64
+"""Tokens: less holds no page with its picture."""
+DEQUANTISED = ("fp8", "mxfp4")
+"""Kinds of quantised weights that transformers reads as plain ones."""
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05
 QFORMER_WIDTH, QFORMER_LAYERS, HEAD_WIDTH = 768, 6, 64
 """Widest Q-Former of a new folder, its layers, and the width of an attention head of new parts."""
@@ -26,16 +30,23 @@ def language_sizes(folder: Path, context_tokens: int | None) -> dict[str, Any]:
     """
     from minigpt5.model.libraries import load_base_config
 
-    config = load_base_config(folder).get_text_config()
+    whole = load_base_config(folder)
+    config = whole.get_text_config()
     if config.is_encoder_decoder:
         raise ModelFolderError(f"{folder} is an encoder-decoder ({config.model_type}): name a causal language model")
+    quantised = getattr(whole, "quantization_config", None) or {}
+    if quantised and (method := quantised.get("quant_method")) not in DEQUANTISED:
+        raise ModelFolderError(f"the weights of {folder} are quantised ({method}): name the model that is not")
     longest = longest_context(config)
-    if context_tokens and context_tokens > longest:
-        raise ModelFolderError(f"context is {context_tokens} but {folder} sees {longest} tokens: name at most that")
+    context = min(DEFAULT_CONTEXT, longest) if context_tokens is None else context_tokens
+    if not min(MIN_CONTEXT, longest) <= context <= longest:
+        raise ModelFolderError(
+            f"context is {context} but {folder} takes {min(MIN_CONTEXT, longest)} to {longest} tokens"
+        )
     return {
         "hidden": config.hidden_size,
         "vocabulary": config.vocab_size,
-        "context_tokens": context_tokens or min(DEFAULT_CONTEXT, longest),
+        "context_tokens": context,
         "lora": LoraConfig(rank=LORA_RANK, alpha=LORA_ALPHA, dropout=LORA_DROPOUT, targets=find_lora_targets(folder)),
     }
 
@@ -56,7 +67,8 @@ def longest_context(config: Any) -> int:
 
 
 def find_lora_targets(folder: Path) -> tuple[str, ...]:
-    """The attention's query and value layers, as published, or the layer that holds both, as in Phi-3."""
+    """The attention's query and value layers, as published, or the layer that holds both, as in Phi-3. Of latent
+    attention (arXiv 2405.04434) the layers that widen the latents to queries, and to keys and values."""
     import torch
     from torch import nn
     from transformers import AutoModel
@@ -70,6 +82,8 @@ def find_lora_targets(folder: Path) -> tuple[str, ...]:
     fused = sorted(name for name in linears if "qkv" in name.lower() or name in ("query_key_value", "c_attn"))
     if {"q_proj", "v_proj"} <= linears:
         return ("q_proj", "v_proj")
+    if "kv_b_proj" in linears:
+        return ("q_b_proj" if "q_b_proj" in linears else "q_proj", "kv_b_proj")
     if not fused:
         raise ModelFolderError(
             f"{folder} has no attention layers that LoRA knows: it has {', '.join(sorted(linears)) or 'no linear ones'}"

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -323,7 +325,7 @@ def save(
         (folder / "adapter" / "README.md").unlink(missing_ok=True)
         _name_base(folder / "adapter" / "adapter_config.json", config.language_model)
         _halve(folder / "adapter" / "adapter_model.safetensors")
-    if start and (start / VOCABULARY).is_file():
+    if start and (start / VOCABULARY).is_file() and config.language_model != LANGUAGE:
         shutil.copyfile(start / VOCABULARY, folder / VOCABULARY)
     if start and contains(start, config.vision.encoder):
         ignored = shutil.ignore_patterns(*NOT_COPIED, Path(QFORMER).name)
@@ -333,17 +335,44 @@ def save(
     return write_config(folder, _copy_decoder(folder, config, start=start, decoder=decoder))
 
 
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end, whole, or is removed."""
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_language(folder: Path, config: ModelConfig, language: LanguageModel, base: Path) -> ModelConfig:
     """Write a language model of which all weights were trained, as float16, beside what else its folder `base` holds.
     Returns the config that names it; `save` comes after."""
+    from minigpt5.model.language import load_base
+
     place = folder / LANGUAGE
     shutil.copytree(base, place, ignore=shutil.ignore_patterns(*NOT_COPIED, "*.safetensors*"))
-    weights = {f"{language.body.base_model_prefix}.{name}": value for name, value in language.body.state_dict().items()}
-    if language.head.weight is not language.embedding:
-        weights["lm_head.weight"] = language.head.weight
+    causal = load_base(base, has_weights=False)
+    names = {id(module): name for name, module in causal.named_modules()}
+    body, head = names[id(causal.base_model)], names[id(causal.get_output_embeddings())]
+    weights = {f"{body}.{name}": value for name, value in language.body.state_dict().items()}
+    weights |= {f"{head}.{name}": value for name, value in language.head.state_dict().items()}
+    if language.head.weight is language.embedding:
+        del weights[f"{head}.weight"]
+    else:  # published rows part a head from the embedding that it was
+        _untie(place / "config.json")
     save_tensors({name: value.half() for name, value in weights.items()}, place / "model.safetensors")
     bases = tuple(one for one in config.bases if one.id != config.language_model)
     return dataclasses.replace(config, language_model=LANGUAGE, bases=bases)
+
+
+def _untie(file: Path) -> None:
+    """Have transformers read the head from the weights of a language model that it would tie."""
+    values = json.loads(file.read_text())
+    if values.get("tie_word_embeddings", True):
+        file.write_text(json.dumps(values | {"tie_word_embeddings": False}, indent=2) + "\n")
 
 
 def save_distilled(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from minigpt5.errors import ModelFolderError
@@ -35,7 +36,10 @@ def load_whole(kind: Any, folder: str | Path, *, may_lack: tuple[str, ...] = (),
     Raises ModelFolderError where the folder lacks weights: both libraries fill them with random numbers, others each
     time.
     """
-    model, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    try:
+        model, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ModelFolderError(f"the weights in {folder} cannot be read ({error}): restore them") from error
     missing = sorted(name for name in found["missing_keys"] if not any(part in name for part in may_lack))
     if missing:
         more = f" and {len(missing) - NUM_NAMED} more" if len(missing) > NUM_NAMED else ""

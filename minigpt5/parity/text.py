@@ -20,7 +20,7 @@ from minigpt5.engine.generator import VokenGenerator
 from minigpt5.engine.kv_cache import SlotCache
 from minigpt5.errors import ModelFolderError
 from minigpt5.limits import Limits
-from minigpt5.model.language import LanguageModel, load_base
+from minigpt5.model.language import LanguageModel, load_base, load_tokenizer
 from minigpt5.model.prompt import encode, request_segments
 from minigpt5.model.template import make_template
 from minigpt5.model.vision import Vision
@@ -62,7 +62,7 @@ def compare_base(folder: Path) -> bool:
         vocabulary=vocabulary,
         context_tokens=CONTEXT,
     )
-    tokenizer = load_base_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config)
     language = LanguageModel.from_causal(causal, config, folder)
     language.initialise_vokens(seed=0)
     print(f"language model {folder} ({causal.config.model_type})")

@@ -31,8 +31,8 @@ from transformers import AutoModel, PreTrainedConfig
 from minigpt5.config import LoraConfig, ModelConfig, VisionConfig, minigpt5_7b
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import libraries
-from minigpt5.model.base_models import resolve
-from minigpt5.model.folder import PREFIX
+from minigpt5.model.base_models import pin, resolve
+from minigpt5.model.folder import PREFIX, new_folder
 from minigpt5.model.folder_config import check_folder, write_config
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
@@ -79,8 +79,11 @@ def import_checkpoint(
 ) -> ModelConfig:
     """Published state dicts -> a model folder. Sizes are read from the tensors; what they do not tell, from `like`.
 
-    Raises ModelFolderError naming every key that is missing, too many or of the wrong shape.
+    Raises ModelFolderError naming every key that is missing, too many or of the wrong shape, or where `out` is taken.
     """
+    out = Path(out).expanduser().absolute()
+    if out.exists():
+        raise ModelFolderError(f"{out} exists: name a new folder")
     like = like or minigpt5_7b()
     if stage1 is None:
         raise ModelFolderError(
@@ -95,27 +98,28 @@ def import_checkpoint(
     vision = {key: value for key, value in vision.items() if key != _IGNORED}
     _validate_shapes("the vision weights", vision, vision_shapes(config))
 
-    out.mkdir(parents=True, exist_ok=True)
     newest, names = (stage1, _STAGE1) if stage2 is None else (stage2, _STAGE2)
     with torch.device("meta"):
         mapper_keys = Mapper(config).state_dict().keys()
     mapper = {key: (stage1 | newest)[published_mapper_key(key)] for key in mapper_keys}
-    save_file(_contiguous(mapper), out / "mapper.safetensors")
     rows = {part: newest[key] for part, key in names.items()}
-    save_file(_contiguous({k: v[config.vocabulary :] for k, v in rows.items()}), out / "vokens.safetensors")
-    save_file(_contiguous({k: v[: config.vocabulary] for k, v in rows.items()}), out / "vocabulary.safetensors")
-    if stage2 is not None:
-        lora = {
-            f"base_model.model.{m[1]}.weight": value for key, value in stage2.items() if (m := _LORA.fullmatch(key))
-        }
-        (out / "adapter").mkdir(exist_ok=True)
-        save_file(_contiguous(lora), out / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-        (out / "adapter" / "adapter_config.json").write_text(json.dumps(_adapter_config(config), indent=2) + "\n")
     encoder, qformer = _split_vision(vision, config)
-    (out / "vision").mkdir(exist_ok=True)
-    save_file(_contiguous(encoder), out / "vision" / "model.safetensors")
-    save_file(_contiguous(qformer), out / "vision" / "qformer.safetensors")
-    return write_config(out, config)
+    with new_folder(out) as folder:
+        save_file(_contiguous(mapper), folder / "mapper.safetensors")
+        save_file(_contiguous({k: v[config.vocabulary :] for k, v in rows.items()}), folder / "vokens.safetensors")
+        save_file(_contiguous({k: v[: config.vocabulary] for k, v in rows.items()}), folder / "vocabulary.safetensors")
+        if stage2 is not None:
+            lora = {
+                f"base_model.model.{m[1]}.weight": value for key, value in stage2.items() if (m := _LORA.fullmatch(key))
+            }
+            place = folder / "adapter"
+            place.mkdir()
+            save_file(_contiguous(lora), place / "adapter_model.safetensors", metadata={"format": "pt"})
+            (place / "adapter_config.json").write_text(json.dumps(_adapter_config(config), indent=2) + "\n")
+        (folder / "vision").mkdir()
+        save_file(_contiguous(encoder), folder / "vision" / "model.safetensors")
+        save_file(_contiguous(qformer), folder / "vision" / "qformer.safetensors")
+        return write_config(folder, config)
 
 
 def export_checkpoint(folder: Path) -> tuple[Tensors, Tensors | None, Tensors]:
@@ -212,13 +216,13 @@ def _config_of(
     unet, vae = (json.loads((resolve(diffusion) / part / "config.json").read_text()) for part in ("unet", "vae"))
     return dataclasses.replace(
         like,
-        language_model=llm,
+        language_model=pin(llm, resolve(llm)),
         hidden=hidden,
         vocabulary=total - like.num_vokens - 1,
         context_tokens=base.max_position_embeddings,
         vision=_vision_config(vision, like.vision),
-        text_encoder=diffusion,
-        diffusion=diffusion,
+        text_encoder=pin(diffusion, resolve(diffusion)),
+        diffusion=pin(diffusion, resolve(diffusion)),
         condition_length=condition_length,
         condition_width=condition_width,
         mapper_layers=layers,

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -194,7 +197,12 @@ def test_a_base_without_safetensors_is_refused(bases: dict[str, Path], tmp_path:
 
 @pytest.mark.parametrize(
     ("config", "targets"),
-    [(Phi3Config, ("qkv_proj",)), (LlamaConfig, ("q_proj", "v_proj")), (GPTNeoXConfig, ("query_key_value",))],
+    [
+        (Phi3Config, ("qkv_proj",)),
+        (LlamaConfig, ("q_proj", "v_proj")),
+        (GPTNeoXConfig, ("query_key_value",)),
+        (DeepseekV3Config, ("q_b_proj", "kv_b_proj")),
+    ],
 )
 def test_lora_finds_the_attention_of_every_family(
     config: type[PretrainedConfig], targets: tuple[str, ...], tmp_path: Path
@@ -247,6 +255,23 @@ def test_what_does_not_fit_is_one_line(
     change_json(tmp_path / "narrow" / "text_encoder" / "config.json", hidden_size=64)
     shutil.copytree(places["language"], tmp_path / "vl")
     change_json(tmp_path / "vl" / "config.json", model_type="paligemma", vision_config={})
+    shutil.copytree(places["language"], tmp_path / "quantised")
+    change_json(tmp_path / "quantised" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    shutil.copytree(places["language"], tmp_path / "wordless")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "wordless" / name).unlink()
+    shutil.copytree(places["language"], tmp_path / "widened")
+    widened = AutoTokenizer.from_pretrained(tmp_path / "widened")
+    widened.add_tokens([f"<more-{number}>" for number in range(NUM_PADDING_ROWS + 1)])
+    widened.save_pretrained(tmp_path / "widened")
+    shutil.copytree(places["language"], tmp_path / "foreign")
+    change_json(tmp_path / "foreign" / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.MineConfig"})
+    for part, folder in (("unet", "diffusion"), ("text_encoder", "diffusion"), ("", "vision")):
+        place = shutil.copytree(places[folder], tmp_path / f"lacking-{part or folder}") / part
+        (file,) = place.glob("*.safetensors")
+        weights = load_file(file)
+        gone = next(name for name in sorted(weights) if name.endswith(("to_k.weight", "k_proj.weight")))
+        save_file({name: value for name, value in weights.items() if name != gone}, file, {"format": "pt"})
     capsys.readouterr()
     for option, place, words in (
         ("language", "empty", "a base model cannot be read"),
@@ -256,6 +281,13 @@ def test_what_does_not_fit_is_one_line(
         ("diffusion", "empty", "has no unet/: name a model in the layout of diffusers"),
         ("diffusion", "xl", "is no Stable Diffusion 1.x or 2.x (its UNet has text_time)"),
         ("diffusion", "narrow", "has width 64 but its UNet reads 32"),
+        ("language", "quantised", "are quantised (gptq): name the model that is not"),
+        ("language", "wordless", "has no tokenizer (the one that was made of its files has"),
+        ("language", "widened", "name a model whose embedding was resized"),
+        ("language", "foreign", "needs code of its own, which is never run"),
+        ("diffusion", "lacking-unet", "lacks the weights"),
+        ("diffusion", "lacking-text_encoder", "lacks the weights"),
+        ("vision", "lacking-vision", "lacks the weights"),
     ):
         value = place if place == "own" else str(tmp_path / place)
         arguments = {**{name: str(base) for name, base in places.items()}, option: value}
@@ -270,8 +302,9 @@ def test_what_does_not_fit_is_one_line(
     same = [word for name, value in places.items() for word in (f"--{name}", str(value))]
     assert new.main([*same, "--out", str(tmp_path / "empty")]) == 1
     assert "exists: name a new folder with --out" in capsys.readouterr().err
-    assert new.main([*same, "--out", str(tmp_path / "out"), "--context", "4096"]) == 1
-    assert "context is 4096 but" in capsys.readouterr().err
+    for context in (4096, 1, 0, -5):
+        assert new.main([*same, "--out", str(tmp_path / "out"), "--context", str(context)]) == 1
+        assert f"context is {context} but" in capsys.readouterr().err
     assert new.main([*same, "--out", str(tmp_path / "out"), "--image-px", "448"]) == 1
     assert "only own takes a size" in capsys.readouterr().err
     for positions in (0, 78):

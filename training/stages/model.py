@@ -62,24 +62,31 @@ class ModelStage(ABC):
         data: StageData,
         *,
         trains_adapter: bool = False,
+        trains_body: bool = False,
         prefix_tokens: int = 0,
         first_timestep: int = 0,
         samples_latents: bool = False,
         keeps_replay: bool = False,
         guidance_dropout: float = 0.1,
     ) -> None:
-        """Load the model folder that the stage starts from. `prefix_tokens`: of a prefix that is trained, where the
-        folder has none. Raises TrainingError where there is none."""
+        """Load the model folder that the stage starts from. `trains_body`: all weights of the language model, into
+        which an adapter of the folder goes. `prefix_tokens`: of a prefix that is trained, where the folder has none.
+        Raises TrainingError where there is no folder, or its body cannot be trained."""
         torch.manual_seed(preset.seed)
         self.bf16, self.data = preset.bf16, data
         self.start = start = sources.need_model(preset.stage)
         self.config = load_config(start)
+        if trains_body and self.config.vision.family == "own":
+            raise TrainingError(
+                f"tunes is body, but the language model of {start} also reads pictures, and would be saved without its "
+                "vision tower: set tunes=adapter or tunes=prefix"
+            )
         self.language, self.vision = model_folder.load_language_and_vision(
             start,
             self.config,
-            adapter="trained" if trains_adapter else "frozen",
+            adapter="trained" if trains_adapter else "merged" if trains_body else "frozen",
             has_encoder="features" in fields_read(preset.stage, reads_pictures=self.config.vision.family != "none"),
-            keeps_dtype=preset.halves_frozen,
+            keeps_dtype=preset.halves_frozen and not trains_body,  # steps are smaller than bfloat16 tells apart
         )
         if trains_adapter and not (start / "adapter").is_dir():
             self.language.add_adapter(self.config.lora)

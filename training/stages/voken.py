@@ -82,6 +82,7 @@ class VokenStage(ModelStage):
             sources,
             data,
             trains_adapter=trains_language and preset.tunes == "adapter",
+            trains_body=self.trains_body,
             prefix_tokens=preset.prefix_tokens if trains_prefix else 0,
             first_timestep=preset.first_timestep,
             samples_latents=preset.samples_latents,
@@ -195,10 +196,12 @@ class VokenStage(ModelStage):
         return list(dict.fromkeys([*super().saved_parameters(), *body]))
 
     def save(self, folder: Path) -> None:
+        config = self.config
         if self.trains_body:
-            base = find_part(self.start, self.config, self.config.language_model)
-            self.config = model_folder.save_language(folder, self.config, self.language, base)
+            base = find_part(self.start, config, config.language_model)
+            self.config = model_folder.save_language(folder, config, self.language, base)
         super().save(folder)
+        self.config = config
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         preset = self.preset

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -29,6 +30,8 @@ from transformers import (
 )
 
 from minigpt5.config import LoraConfig
+from minigpt5.errors import ModelFolderError
+from minigpt5.model.folder import save_language
 from minigpt5.model.language import LanguageModel
 from minigpt5.model.vokens import align
 from tests.helpers.tiny import tiny_config
@@ -77,6 +80,41 @@ def test_logits_are_those_of_the_bases_own_library(name: str, tmp_path: Path) ->
         vokens_1SH = language.embed(torch.tensor([language.voken_embeddings.ids]))
         assert 0.5 < float(vokens_1SH.std() / language.embed(ids_1S).std()) < 2, "vokens are as large as words"
     assert logits_1ST.shape[-1] == PADDED + config.num_vokens + 1
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *BASES, "qwen2, rows of its own"])
+def test_trained_weights_are_read_as_they_were_saved(name: str, tmp_path: Path) -> None:
+    """Whatever the family calls its parts, with a bias on the head, and where published rows part a tied head."""
+    torch.manual_seed(0)
+    kind, shape = (FAMILIES | BASES).get(name) or BASES["qwen2, tied"]
+    kind(shape).save_pretrained(tmp_path / "base")
+    config = dataclasses.replace(tiny_config(), vocabulary=PADDED, hidden=32)
+    language = LanguageModel.from_base(tmp_path / "base", config)
+    if name.endswith("rows of its own"):
+        language.replace_vocabulary(torch.randn(PADDED, 32), torch.randn(PADDED, 32))
+    for parameter in dict.fromkeys([*language.body.parameters(), *language.head.parameters()]):
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    saved = save_language(tmp_path / "saved", config, language, tmp_path / "base")
+    again = LanguageModel.from_base(tmp_path / "saved" / saved.language_model, config)
+    ids_1S = torch.tensor([[5, 17, 80, 3]])
+    with torch.no_grad():
+        expected, found = (one.logits(one.states(one.embed(ids_1S)))[..., :PADDED] for one in (language, again))
+    torch.testing.assert_close(found, expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers, others at each start."""
+    kind, shape = BASES["llama, untied"]
+    kind(shape).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"], weights["model.layers.0.self_attn.k_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = dataclasses.replace(tiny_config(), vocabulary=99, hidden=32)
+    with pytest.raises(ModelFolderError, match=r"lacks the weights lm_head.weight, model.layers.0.self_attn.k_proj"):
+        LanguageModel.from_base(tmp_path, config)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ModelFolderError, match=f"the weights in {tmp_path} cannot be read"):
+        LanguageModel.from_base(tmp_path, config)
 
 
 def test_activation_checkpointing_changes_no_voken_state(tmp_path: Path) -> None:

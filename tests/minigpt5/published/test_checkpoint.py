@@ -66,7 +66,7 @@ def test_import_of_an_export_is_identical(tmp_path: Path) -> None:
 
 
 def test_an_imported_model_writes_and_draws(tmp_path: Path) -> None:
-    model = MiniGPT5.from_pretrained(bring_in(tmp_path, stage2=read("stage2_checkpoint")))
+    model = MiniGPT5.from_pretrained(bring_in(tmp_path / "model", stage2=read("stage2_checkpoint")))
     picture = model.draw(model.vokens("dad at the grill"), seed=1, settings=DrawSettings(steps=2, scheduler="pndm"))
     assert (picture.width, picture.height) == (32, 32)
 
@@ -77,7 +77,7 @@ def test_keys_are_named_that_are_missing_too_many_or_of_another_shape(tmp_path: 
     stage1["fc.9.bias"] = torch.zeros(1)
     stage1["fc.2.bias"] = torch.zeros(3)
     with pytest.raises(ModelFolderError) as failure:
-        bring_in(tmp_path, stage1=stage1)
+        bring_in(tmp_path / "model", stage1=stage1)
     for part in ("lacks fc.0.bias", "has fc.9.bias", "fc.2.bias is (3,) and not (32,)"):
         assert part in str(failure.value)
     assert not (tmp_path / "config.json").exists()
@@ -85,9 +85,9 @@ def test_keys_are_named_that_are_missing_too_many_or_of_another_shape(tmp_path: 
 
 def test_stage_2_needs_stage_1(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="needs its stage-1 checkpoint too: fc and the queries"):
-        bring_in(tmp_path, stage1=None, stage2=read("stage2_checkpoint"))
+        bring_in(tmp_path / "model", stage1=None, stage2=read("stage2_checkpoint"))
     with pytest.raises(ModelFolderError, match="is it a stage-2 file"):
-        bring_in(tmp_path, stage1=read("stage2_checkpoint"))
+        bring_in(tmp_path / "model", stage1=read("stage2_checkpoint"))
 
 
 def test_nothing_but_tensors_is_unpickled(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_other_sizes_are_read_from_the_tensors(tmp_path: Path) -> None:
         for key, value in stage2.items()
     }
     vision = {key: value for key, value in vision.items() if ".blocks.1." not in key and ".layer.3." not in key}
-    config = load_config(bring_in(tmp_path, stage2=stage2, vision=vision))
+    config = load_config(bring_in(tmp_path / "model", stage2=stage2, vision=vision))
     assert config.vision.eva is not None
     assert (config.lora.rank, config.vision.eva.num_layers, config.vision.num_layers) == (4, 1, 3)
 
