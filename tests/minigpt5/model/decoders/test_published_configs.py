@@ -9,9 +9,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from examples.own_model.tiny_bases import make_vae
 from minigpt5.errors import ModelFolderError
-from minigpt5.model.decoders.diffusion import DecoderSizes
+from minigpt5.model.decoders.diffusion import DecoderSizes, load_part
 from minigpt5.model.decoders.load import find_family
 from minigpt5.types import DrawSettings
 
@@ -268,3 +270,24 @@ def test_a_sampler_is_the_one_that_is_named_whichever_the_folder_has(tmp_path: P
         if sampler.scheduler is diffusers.DPMSolverMultistepScheduler:
             found = noise.new_sampler(name).config.algorithm_type
             assert found.startswith("sde") == sampler.adds_noise, "noise that no seed fixes"
+
+
+def test_a_vae_with_the_old_names_of_attention_is_whole(tmp_path: Path) -> None:
+    """Stable Diffusion 1.x was published with them; a weight that is missing is another thing."""
+    torch.manual_seed(0)
+    vae = make_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        weights = {name.replace(f".{new}.", f".{old}."): value for name, value in weights.items()}
+    assert any(".proj_attn." in name for name in weights)
+    save_file(weights, file, {"format": "pt"})
+    latents = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        found, expected = (one.decode(latents).sample for one in (load_part(tmp_path, "vae").eval(), vae.eval()))
+    torch.testing.assert_close(found, expected)
+    del weights["encoder.mid_block.attentions.0.key.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelFolderError, match="lacks the weights encoder.mid_block.attentions.0.to_k.weight"):
+        load_part(tmp_path, "vae")
