@@ -16,12 +16,14 @@ from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
 from minigpt5.model.window import FIRST_PAGES
 from minigpt5.pictures import ACCEPTED, open_picture
-from minigpt5.story.state import ImageState, PageState, StoryState
+from minigpt5.story.state import PageState, StoryState
 from minigpt5.story.voken_file import unpack
 from minigpt5.types import (
     MAX_CHARACTERS,
+    MAX_GUIDANCE,
     MAX_PAGES,
     MAX_SIDE,
+    MAX_STEPS,
     WHOLE_PAGES,
     Character,
     Consistency,
@@ -138,8 +140,8 @@ class CreateStory(Body):
     ] = 4
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stream: bool = False
-    steps: Annotated[int, Field(ge=1, le=100)] | None = None
-    guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    guidance_scale: Annotated[float, Field(ge=1, le=MAX_GUIDANCE)] | None = None
     scheduler: Scheduler | None = None
     width: Side | None = None
     height: Side | None = None
@@ -174,8 +176,8 @@ class Redraw(Body):
     which is a new one, and for what does not go together: see ModelConfig.draw_settings."""
 
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    steps: Annotated[int, Field(ge=1, le=100)] | None = None
-    guidance_scale: Annotated[float, Field(ge=1, le=20)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    guidance_scale: Annotated[float, Field(ge=1, le=MAX_GUIDANCE)] | None = None
     scheduler: Scheduler | None = None
     width: Side | None = None
     height: Side | None = None
@@ -256,10 +258,10 @@ def to_draw_request(body: CreatePicture, config: ModelConfig, *, client: str) ->
     )
 
 
-def redrawn(body: Redraw, shown_image: ImageState | None, config: ModelConfig) -> tuple[int, DrawSettings]:
-    """The seed and the settings of another picture. Raises InvalidRequest."""
+def redrawn(body: Redraw, like: DrawSettings, config: ModelConfig) -> tuple[int, DrawSettings]:
+    """The seed and the settings of another picture, `like` those of before. Raises InvalidRequest."""
     seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    return seed, config.draw_settings(_sent(body, DrawSettings), like=shown_image.draw if shown_image else None)
+    return seed, config.draw_settings(_sent(body, DrawSettings), like=like)
 
 
 def _sent(body: CreateStory | Redraw, settings: type[Sampling] | type[DrawSettings]) -> dict[str, Any]:

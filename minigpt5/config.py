@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -17,7 +18,10 @@ from minigpt5.errors import InvalidRequest
 from minigpt5.types import (
     DISTILLED,
     MAX_DISTILLED_STEPS,
+    MAX_GUIDANCE,
+    MAX_LCM_STEPS,
     MAX_SIDE,
+    MAX_STEPS,
     MIN_SIDE,
     MIN_WINDOW_PAGES,
     SDE_DPM_SOLVER,
@@ -370,8 +374,8 @@ def fits_distilled(draw: DrawSettings) -> bool:
 
 
 def check_sampler(draw: DrawSettings, samplers: tuple[str, ...]) -> None:
-    """Raises InvalidRequest for a sampler that is none of the model's `samplers`, and where the distilled UNet is asked
-    for what it does not do."""
+    """Raises InvalidRequest for a sampler that is none of the model's `samplers`, for steps and guidance that nothing
+    draws with, and where the distilled UNet is asked for what it does not do."""
     names = ", ".join(samplers)
     if draw.scheduler == DISTILLED and DISTILLED not in samplers:
         raise InvalidRequest(
@@ -379,6 +383,13 @@ def check_sampler(draw: DrawSettings, samplers: tuple[str, ...]) -> None:
         )
     if draw.scheduler not in samplers:
         raise InvalidRequest("scheduler", f"scheduler is {draw.scheduler!r} but must be one of {names}")
+    most = MAX_LCM_STEPS if draw.scheduler == "lcm" else MAX_STEPS
+    if not (isinstance(draw.steps, Integral) and 1 <= draw.steps <= most):
+        message = f"steps is {draw.steps!r} but must be a whole number from 1 to {most} with {draw.scheduler}"
+        raise InvalidRequest("steps", message)
+    if not 0 <= draw.guidance_scale <= MAX_GUIDANCE:
+        message = f"guidance_scale is {draw.guidance_scale} but must be from 1, which is none, to {MAX_GUIDANCE}"
+        raise InvalidRequest("guidance_scale", message)
     if draw.scheduler != DISTILLED or fits_distilled(draw):
         return
     if draw.style:

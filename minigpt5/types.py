@@ -35,6 +35,9 @@ MAX_CHARACTERS = 4
 """Of a story, that a request shows."""
 NUM_PREVIEWS = 3
 """Previews of each picture of a story, where they are asked for."""
+MAX_STEPS, MAX_GUIDANCE = 100, 20
+MAX_LCM_STEPS = 50
+"""As many as a consistency model was distilled over."""
 MAX_DISTILLED_STEPS = 8
 """Largest number that was measured (benchmarks/results/steps.json); more steps use the original UNet."""
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -16,7 +16,7 @@ from deployments.api.errors import ApiError
 from deployments.schemas import MAX_SEED, Body, shown
 from minigpt5.config import ModelConfig
 from minigpt5.errors import InvalidRequest
-from minigpt5.types import DrawSettings
+from minigpt5.types import MAX_STEPS, DrawSettings
 
 IGNORED = "ignored"
 """Mark of a field that is accepted and does nothing."""
@@ -32,8 +32,8 @@ class OpenAIBody(Body):
     extra_body: dict[str, Any] | None = None
     """Its fields are taken for the body's own, as OpenAI's Python client sends them."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    steps: Annotated[int, Field(ge=1, le=100)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1, le=100)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Another name of `steps`."""
     guidance_scale: Annotated[float, Field(ge=0, le=20)] | None = None
     """Up to 1: no guidance."""

@@ -19,7 +19,7 @@ from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.errors import InvalidRequest, StoryNotFound
 from minigpt5.story.state import PageState, StoryState, image_state
 from minigpt5.story.stream import page_seed, shown_on
-from minigpt5.types import MAX_PAGES, DrawRequest, InputImage, Reference, Vokens
+from minigpt5.types import MAX_PAGES, DrawRequest, InputImage, Reference, StoryRequest, Vokens
 
 MAX_VARIANTS = 16
 """Pictures of one page."""
@@ -97,14 +97,15 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
         if len(variants) >= MAX_VARIANTS:
             raise ApiError(409, f"page {page} has {len(variants)} pictures and may not have more", code="too_many")
         vokens = await reading(front.store.load_vokens, story_id, page)
-        seed, draw = redrawn(body, old.image, front.config)
+        asked = front.config.fitted(await reading(front.store.load_request, story_id))
+        seed, draw = redrawn(body, old.image.draw if old.image else asked.draw, front.config)
 
         async def read_again() -> Vokens:
             nonlocal vokens
             vokens = await _read_again(front, story_id, page, key=client)
             return vokens
 
-        reference, characters = await _company(front, story_id, page)
+        reference, characters = await _company(front, story_id, page, asked)
         request = DrawRequest(
             vokens=vokens, seed=seed, settings=draw, reference=reference, characters=characters, key=client
         )
@@ -122,9 +123,10 @@ async def redraw_page(story_id: str, page: int, body: Redraw, front: FrontOf, cl
     return reply(front, page_reply(story_id, new), 201)
 
 
-async def _company(front: Front, story_id: str, page: int) -> tuple[Reference | None, tuple[InputImage, ...]]:
+async def _company(
+    front: Front, story_id: str, page: int, request: StoryRequest
+) -> tuple[Reference | None, tuple[InputImage, ...]]:
     """What a page is drawn beside, as its story asks: the first page as it is shown, and its characters' pictures."""
-    request = front.config.fitted(await reading(front.store.load_request, story_id))
     state = await reading(front.store.load, story_id)
     texts = [one.text for one in state.pages if one.index <= page]
     characters = shown_on(texts, request.characters)

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import re
+import unicodedata
 from collections.abc import AsyncGenerator, Callable, Sequence
+
+import regex
 
 from minigpt5.model.window import may_read
 from minigpt5.types import (
@@ -38,6 +40,9 @@ from minigpt5.types import (
     Vokens,
 )
 
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+"""Scripts that put no space between words."""
+IN_WORD = r"[\w\p{M}]"
 Generate = Callable[[StoryRequest], AsyncGenerator[GeneratorEvent, None]]
 Decode = Callable[[DrawRequest], AsyncGenerator[DecoderEvent, None]]
 
@@ -53,9 +58,17 @@ def shown_on(texts: Sequence[str], characters: Sequence[Character]) -> tuple[Inp
     before. On the first page, all."""
     shown = tuple(characters)
     for text in texts:
-        named = (one for one in characters if re.search(rf"(?<!\w){re.escape(one.name)}(?!\w)", text, re.IGNORECASE))
-        shown = tuple(named) or shown
+        shown = tuple(one for one in characters if is_named(one.name, text)) or shown
     return tuple(one.image for one in shown)
+
+
+def is_named(name: str, text: str) -> bool:
+    """Whether a text has a name as words of its own, in any case. In scripts that put no space between words it may
+    stand anywhere, and in Korean what follows it may be a particle."""
+    name, text = (unicodedata.normalize("NFC", one).casefold() for one in (name, text))
+    left = "" if regex.match(rf"[{UNSPACED}]", name) else rf"(?<!{IN_WORD})"
+    right = "" if regex.search(rf"[{UNSPACED}\p{{Hangul}}]\p{{M}}*$", name) else rf"(?!{IN_WORD})"
+    return regex.search(f"{left}{regex.escape(name)}{right}", text) is not None
 
 
 async def stream_story(

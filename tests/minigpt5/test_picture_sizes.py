@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -120,6 +120,28 @@ def test_requests_know_every_sampler_and_a_model_draws_with_its_own() -> None:
     assert config.draw_settings({"scheduler": "lcm"}).scheduler == "lcm"
     with pytest.raises(InvalidRequest, match="scheduler is 'pndm' but must be one of euler, lcm$"):
         config.draw_settings({"scheduler": "pndm"})
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ({"steps": 0}, "steps is 0 but must be a whole number from 1 to 100 with euler"),
+        ({"steps": 101}, "steps is 101 but"),
+        ({"steps": 2.5}, "steps is 2.5 but"),
+        ({"steps": 64, "scheduler": "lcm"}, "steps is 64 but must be a whole number from 1 to 50 with lcm"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan but must be from 1, which is none, to 20"),
+        ({"guidance_scale": -5.0}, "guidance_scale is -5"),
+        ({"guidance_scale": 1e30}, "guidance_scale is 1e"),
+    ],
+)
+def test_what_nothing_draws_with_is_said_before_a_text_is_written(sent: dict[str, Any], message: str) -> None:
+    config = dataclasses.replace(storybook(), schedulers=("euler", "lcm"), draw=DrawSettings(scheduler="euler"))
+    with pytest.raises(InvalidRequest, match=message) as failure:
+        config.draw_settings(sent)
+    assert failure.value.field in sent
+    with pytest.raises(InvalidRequest, match=message):
+        config.check_draw(dataclasses.replace(config.draw, **sent))
+    assert config.draw_settings({"steps": np.int64(3), "guidance_scale": 0.0}).steps == 3
 
 
 def test_sizes_drawn_at_once_are_what_each_is_alone() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
@@ -24,10 +25,21 @@ from minigpt5.model.libraries import load_whole
 from minigpt5.model.weights import load_tensors
 from minigpt5.pictures import open_picture
 
+MAX_RATIO = 2
+"""Of a picture's sides, as the encoder's processor gets it: that resizes the short one and then cuts, so that a line of
+1 x 4,000 pixels would take gigabytes. What is beyond has no part in the middle that is left."""
 WEIGHTS = "ip_adapter.safetensors"
 ENCODER = "image_encoder"
 SCALE = 0.6
 """How much a picture counts beside the condition: the authors advise 0.5 to 0.6 where there is a text, too."""
+
+
+def _middle(picture: bytes) -> Image.Image:
+    """A picture file, cut to a middle of MAX_RATIO. Raises BadPicture."""
+    found = open_picture(picture)
+    longest = MAX_RATIO * min(found.size)
+    left, top = (max(0, side - longest) // 2 for side in found.size)
+    return found.crop((left, top, found.width - left, found.height - top))
 
 
 class IpAdapter(nn.Module):
@@ -78,7 +90,7 @@ class IpAdapter(nn.Module):
     @torch.no_grad()
     def states(self, pictures: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         """What the UNet attends to for picture files, and for as many of none: (K T, D) both. Raises BadPicture."""
-        pixels = [self._prepare(open_picture(picture), return_tensors="pt").pixel_values for picture in pictures]
+        pixels = [self._prepare(_middle(picture), return_tensors="pt").pixel_values for picture in pictures]
         none_TD = self._project(torch.zeros_like(pixels[0]), is_none=True)
         return torch.cat([self._project(one) for one in pixels]), none_TD.repeat(len(pictures), 1)
 

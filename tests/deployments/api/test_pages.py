@@ -16,7 +16,7 @@ from deployments.api.pages import MAX_VARIANTS
 from minigpt5.story.state import StoryState
 from minigpt5.story.store import StoryStore
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
-from tests.helpers.served import Served, assert_error
+from tests.helpers.served import CONFIG, Served, assert_error
 
 BODY = {"prompt": "A fox", "pages": 2, "seed": 7}
 
@@ -190,6 +190,19 @@ def test_a_page_whose_picture_failed_is_drawn_by_a_redraw(tmp_path: Path) -> Non
     decoder.fails_on_page = None
     page = served.request("POST", f"{path}/redraw", json={}).json()
     assert "error" not in page and len(page["variants"]) == 1
+
+
+def test_a_picture_that_failed_is_drawn_as_its_story_asked(tmp_path: Path) -> None:
+    decoder = FakeDecoder(fails_on_page=2)
+    config = dataclasses.replace(CONFIG, styles=("ink",))
+    served = Served(tmp_path, decoder=decoder, config=config)
+    asked = {"width": 64, "height": 128, "steps": 9, "guidance_scale": 4.0, "style": "ink"}
+    story = served.post({**BODY, "pages": 2, **asked}).json()
+    decoder.fails_on_page = None
+    for page in (1, 2):
+        served.request("POST", f"/v1/stories/{story['id']}/pages/{page}/redraw", json={"seed": 1})
+    *_, first, second = (request.settings for request in decoder.requests)
+    assert first == second and {name: getattr(second, name) for name in asked} == asked
 
 
 def test_a_story_that_is_being_made_is_not_changed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minigpt5.story.state import StoryBuilder
-from minigpt5.story.stream import Generate, page_seed, shown_on, stream_story, write_story
+from minigpt5.story.stream import Generate, is_named, page_seed, shown_on, stream_story, write_story
 from minigpt5.types import (
     NUM_PREVIEWS,
     Character,
@@ -179,6 +179,28 @@ def test_a_page_shows_the_characters_that_it_names_else_those_of_the_page_before
     for page, shown in enumerate(expected, start=1):
         assert shown_on(texts[:page], characters) == tuple(one.image for one in shown), page
     assert shown_on(texts, ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_there"),
+    [
+        ("小明", "小明走进了森林。", True),
+        ("小红", "小明走进了森林。", False),
+        ("ミア", "森でミアは歌った。", True),
+        ("미아", "미아는 숲으로 갔다.", True),
+        ("미아", "개미아저씨가 왔다.", False),
+        ("José", "Then Jose\u0301 sings.", True),
+        ("Jose", "Then Jose\u0301 sings.", False),
+        ("राम", "रामू घर गया।", False),
+        ("राम", "राम घर गया।", True),
+        ("สมชาย", "วันนี้สมชายไปตลาด", True),
+        ("Ana", "ANA's house", True),
+        ("Ana", "Anatole", False),
+        ("Mia (5)", "Mia (5), came", True),
+    ],
+)
+def test_a_name_is_found_in_the_words_of_its_script(name: str, text: str, is_there: bool) -> None:
+    assert is_named(name, text) == is_there
 
 
 def test_closing_the_stream_closes_both_engines() -> None:

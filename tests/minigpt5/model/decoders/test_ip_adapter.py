@@ -57,6 +57,24 @@ def finish(pair: Pair, *pictures: Denoising) -> list[Tensor]:
     return [picture.latents_1CYX for picture in pictures]
 
 
+def test_a_line_of_pixels_takes_no_more_than_its_middle(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor resizes the short side and then cuts: 1 x 4,000 pixels took gigabytes."""
+    adapter, prepare, seen = pair.ours.ip_adapter, pair.ours.ip_adapter._prepare, []
+    monkeypatch.setattr(adapter, "_prepare", lambda picture, **_: seen.append(picture.size) or prepare(picture, **_))
+
+    def png(width: int, height: int) -> bytes:
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[height // 2 :, width // 2 :] = 255
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    adapter.states([png(1, 4000), png(300, 20), png(50, 40)])
+    assert seen == [(1, 2), (40, 20), (50, 40)]
+    whole, middle = (prepare(Image.open(io.BytesIO(png(width, 20))), return_tensors="pt") for width in (300, 40))
+    torch.testing.assert_close(whole.pixel_values, middle.pixel_values)
+
+
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_characters_are_drawn_as_the_pipeline_draws_them(pair: Pair, scale: float) -> None:
     side = pair.ours.native_px
