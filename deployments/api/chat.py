@@ -31,7 +31,9 @@ from deployments.sse import encode
 from minigpt5.config import ModelConfig
 from minigpt5.story.stream import stream_story
 from minigpt5.types import (
+    MAX_PENALTY,
     MAX_REPLY_PICTURES,
+    MIN_PENALTY,
     DecoderEvent,
     DrawRequest,
     Picture,
@@ -111,7 +113,7 @@ class CreateChat(OpenAIBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_PENALTY, le=MAX_PENALTY)] | None = None
     stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

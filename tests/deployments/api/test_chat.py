@@ -161,6 +161,8 @@ def test_settings_reach_the_engine(served: Served) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]}, 400, "messages"),
         ({"stop": ["a"] * (MAX_STOPS + 1)}, 400, None),
         ({"modalities": ["audio"]}, 400, "modalities[0]"),
+        ({"repetition_penalty": 1e-310}, 400, "repetition_penalty"),
+        ({"repetition_penalty": 1000}, 400, "repetition_penalty"),
     ],
 )
 def test_what_would_mislead_is_refused(
