@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
@@ -48,6 +48,8 @@ from minigpt5.types import (
 )
 
 MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 256
+"""Stop strings are looked for at every token, in the engine's thread."""
 SERVED: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -68,6 +70,12 @@ SERVED: dict[str, tuple[object, ...]] = {
 """Fields whose effect a client would miss, with the values that ask for nothing."""
 
 chat = APIRouter()
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[
+    Annotated[Stop, Tag("as-string")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("as-strings")],
+    Discriminator(lambda stop: "as-strings" if isinstance(stop, list) else "as-string"),
+]
 
 
 class ChatChoice(BaseModel):
@@ -114,7 +122,7 @@ class CreateChat(OpenAIBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_PENALTY, le=MAX_PENALTY)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

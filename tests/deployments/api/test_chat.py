@@ -18,7 +18,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.image_generate_params import ImageGenerateParamsBase
 from PIL import Image
 
-from deployments.api.chat import MAX_STOPS, CreateChat, Reply
+from deployments.api.chat import MAX_STOP_CHARACTERS, MAX_STOPS, CreateChat, Reply
 from deployments.api.images import CreateImages
 from deployments.api.routes import create_api
 from minigpt5.types import InputImage, Role, Sampling, StoryRequest, Usage
@@ -159,7 +159,10 @@ def test_settings_reach_the_engine(served: Served) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0].image_url"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]}, 400, "messages"),
-        ({"stop": ["a"] * (MAX_STOPS + 1)}, 400, None),
+        ({"stop": ["a"] * (MAX_STOPS + 1)}, 400, "stop"),
+        ({"stop": "a" * (MAX_STOP_CHARACTERS + 1)}, 400, "stop"),
+        ({"stop": ["a", "a" * (MAX_STOP_CHARACTERS + 1)]}, 400, "stop[1]"),
+        ({"stop": [""]}, 400, "stop[0]"),
         ({"modalities": ["audio"]}, 400, "modalities[0]"),
         ({"repetition_penalty": 1e-310}, 400, "repetition_penalty"),
         ({"repetition_penalty": 1000}, 400, "repetition_penalty"),
