@@ -29,6 +29,7 @@ from deployments.engines.handover import draw_across_models, read_caption
 from deployments.schemas import Body
 from deployments.sse import encode
 from minigpt5.config import ModelConfig
+from minigpt5.errors import MiniGPT5Error
 from minigpt5.story.stream import stream_story
 from minigpt5.types import (
     MAX_PENALTY,
@@ -213,19 +214,27 @@ async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Res
 
 async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEvent]:
     """A reply's events. A picture that fails fails the reply, which has no page to say so, and so does a text that the
-    filter stops. Raises Overloaded or InvalidRequest before the first one, Blocked later."""
+    filter stops. Raises Overloaded or InvalidRequest before the first one, Blocked or what an engine raises later."""
     with front.admission.reserve(request) as reservation:
         await front.engines.validate_request(request)
         texts: dict[int, str] = {}
+        failures: dict[int, Exception] = {}
+        """What a story would only have as words on its page."""
 
-        def decode(drawing: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+        async def decode(drawing: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
             page = drawing.vokens.page
 
             async def read_again() -> Vokens:  # a reply cannot be read in its place: each page by itself
                 text = texts.get(page, "").strip() or request.prompt_text
                 return await read_caption(front.engines, text, page=page, key=request.key)
 
-            return draw_across_models(front.engines, drawing, read_again)
+            try:
+                async with contextlib.aclosing(draw_across_models(front.engines, drawing, read_again)) as events:
+                    async for event in events:
+                        yield event
+            except Exception as failure:
+                failures[page] = failure
+                raise
 
         events = stream_story(request, front.engines.generate, decode)
         async with contextlib.aclosing(events):
@@ -236,6 +245,8 @@ async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEve
                 if isinstance(event, SlotOpened):
                     check_texts(front, [texts.get(event.page)], "the reply")
                 if isinstance(event, PictureFailed):
+                    if isinstance(failure := failures[event.page], MiniGPT5Error):
+                        raise failure
                     raise ApiError(500, f"a picture could not be drawn: {event.error}", code="picture_failed")
                 yield event
         check_texts(front, texts.values(), "the reply")

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from PIL import Image
 from deployments.api.chat import MAX_STOP_CHARACTERS, MAX_STOPS, CreateChat, Reply
 from deployments.api.images import CreateImages
 from deployments.api.routes import create_api
-from minigpt5.types import InputImage, Role, Sampling, StoryRequest, Usage
+from minigpt5.errors import Blocked, EngineFull, EngineLost, InvalidRequest
+from minigpt5.types import (
+    DecoderEvent,
+    DrawRequest,
+    InputImage,
+    Role,
+    Sampling,
+    StoryRequest,
+    Usage,
+)
 from tests.helpers.fakes import FakeDecoder, FakeGenerator, make_png
 from tests.helpers.served import CONFIG, Served, assert_error, data_url
 
@@ -466,6 +475,40 @@ def test_failures_are_told_in_either_way(tmp_path: Path) -> None:
     streamed = served.post({**body, "stream": True}, "/v1/chat/completions")
     last = json.loads(streamed.text.strip().split("\n\n")[-1].removeprefix("data: "))
     assert "the decoder broke" in last["error"]["message"]
+    assert served.front.admission.num_running == 0
+
+
+class Failing(FakeDecoder):
+    def __init__(self, failure: Exception) -> None:
+        super().__init__()
+        self.failure = failure
+
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+        raise self.failure
+        yield
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (Blocked("the picture was stopped by the filter"), 400, "content_blocked"),
+        (EngineLost("an engine's process died"), 503, "engine_lost"),
+        (EngineFull("the decoder takes at most 512 requests at once: try again later"), 503, "overloaded"),
+        (InvalidRequest("steps", "steps is 200 but must be from 1 to 100"), 400, "invalid_value"),
+        (RuntimeError("the decoder broke"), 500, "picture_failed"),
+    ],
+)
+def test_a_reply_fails_as_its_picture_does_alone(tmp_path: Path, failure: Exception, status: int, code: str) -> None:
+    served = Served(tmp_path, decoder=Failing(failure))
+    reply = served.post({"messages": MESSAGES}, "/v1/chat/completions")
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], "Retry-After" in reply.headers) == (status, code, status == 503)
+    assert str(failure) in error["message"]
+    streamed = served.post({"messages": MESSAGES, "stream": True}, "/v1/chat/completions")
+    assert json.loads(streamed.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"] == error
+    if status < 500 or status == 503:
+        alone = served.post({"prompt": "A fox"}, "/v1/images/generations")
+        assert (alone.status_code, alone.json()["error"]) == (status, error)
     assert served.front.admission.num_running == 0
 
 
