@@ -294,15 +294,20 @@ class Reply:
         self.images: list[dict[str, Any]] = []
         self.usage = Usage(prompt_tokens=0, completion_tokens=0)
         self._offsets: dict[int, int] = {}
+        self._page = 1
+        """Page of the last text."""
 
     def add(self, event: StoryEvent) -> dict[str, Any] | None:
         """What is new, as a chunk's delta."""
         match event:
             case StoryStarted():
                 return {"role": "assistant", "content": ""}
-            case TextDelta():
-                text = event.text if self.content else event.text.lstrip()
-                self.content += text
+            case TextDelta(page=page, text=text):
+                if not self.content:
+                    text = text.lstrip()
+                elif page != self._page and not self.content[-1].isspace():
+                    text = f" {text}"  # a page's text comes without its first space
+                self.content, self._page = self.content + text, page
                 return {"content": text} if text else None
             case SlotOpened(page=page):
                 self._offsets[page] = len(self.content)

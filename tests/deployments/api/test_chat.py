@@ -26,9 +26,13 @@ from minigpt5.types import (
     DecoderEvent,
     DrawRequest,
     InputImage,
+    Picture,
     Role,
     Sampling,
+    SlotOpened,
+    StoryEvent,
     StoryRequest,
+    TextDelta,
     Usage,
 )
 from tests.helpers.fakes import FakeDecoder, FakeGenerator, make_png
@@ -391,6 +395,36 @@ def test_a_reply_that_fills_the_window_ends_for_its_length(num_written: int, fin
     reply = Reply(request, CONFIG, ignored=[])
     reply.add(Usage(prompt_tokens=55, completion_tokens=num_written))
     assert reply.finish == finish
+
+
+def test_the_texts_around_a_picture_are_parted() -> None:
+    reply = Reply(StoryRequest(prompt=("a",), pages=3, mode="reply"), CONFIG, ignored=[])
+    events: list[StoryEvent] = [
+        TextDelta(page=1, text=" A"),
+        TextDelta(page=1, text=" fox."),
+        SlotOpened(page=1),
+        TextDelta(page=2, text="It runs.\n"),
+        SlotOpened(page=2),
+        SlotOpened(page=3),
+        TextDelta(page=4, text="The"),
+        TextDelta(page=4, text=" end."),
+    ]
+    events += [Picture(page=page, png=b"", width=1, height=1, seed=1, denoise_steps=1) for page in (3, 1, 2)]
+    deltas = [delta for event in events if (delta := reply.add(event))]
+    [message] = [choice["message"] for choice in reply.whole()["choices"]]
+    assert message["content"] == "A fox. It runs.\nThe end."
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+    assert [message["content"][: image["offset"]] for image in message["images"]] == [
+        "A fox.",
+        *["A fox. It runs.\n"] * 2,
+    ]
+
+
+def test_several_pages_of_a_reply_are_parted_by_a_space(served: Served) -> None:
+    body = {"messages": MESSAGES, "pages": 2, "seed": 7}
+    message = served.post(body, "/v1/chat/completions").json()["choices"][0]["message"]
+    assert message["content"] == "Page 1 of 7. Page 2 of 7."
+    assert [image["offset"] for image in message["images"]] == [12, 25]
 
 
 def test_every_field_of_openais_schema_is_one_of_ours() -> None:
