@@ -249,25 +249,26 @@ class Reservation:
         self._has_reference = request.consistency == "story"
         self._known = {page.index for page in request.previous}
         """Pages that cost nothing: they are there."""
-        self._steps: dict[int, int] = {}
-        """Steps done, by page: not every one is told of."""
+        self._steps: dict[tuple[int, int], int] = {}
+        """Steps done, by page and picture of it: not every one is told of."""
         self._is_left = False
         for engine, cost in self._left.items():
             admission._promise(engine, self._key, cost)
 
-    def observe(self, event: StoryEvent | Vokens) -> None:
-        """Count down what an event shows to be done."""
+    def observe(self, event: StoryEvent | Vokens, *, picture: int = 0) -> None:
+        """Count down what an event shows to be done. `picture`: which one of its page, where several are drawn at
+        once."""
         if isinstance(event, SlotOpened | Vokens | Progress | Picture) and event.page in self._known:
             return
         if isinstance(event, SlotOpened | Vokens):
             self._take("generator", self._page_tokens)
         elif isinstance(event, Progress):
             samples = self._samples * (1 + (self._has_reference and event.page > 1))
-            self._take("decoder", samples * max(0, event.step - self._steps.get(event.page, 0)))
-            self._steps[event.page] = event.step
+            self._take("decoder", samples * max(0, event.step - self._steps.get((event.page, picture), 0)))
+            self._steps[event.page, picture] = event.step
         elif isinstance(event, Picture):
             self._take("decoder", FINISH_SAMPLES * self._relative_pixels)
-            self._steps.pop(event.page, None)  # another picture of the page begins at its first step
+            self._steps.pop((event.page, picture), None)  # another picture of the page begins at its first step
 
     def release(self) -> None:
         """Give the place back; a second time does nothing."""

@@ -464,6 +464,23 @@ def test_a_streamed_picture_has_openais_events(served: Served, num_partial: int,
     assert served.front.admission.num_running == 0
 
 
+class InStep(FakeDecoder):
+    """Pictures that are asked for at once have all made their last step before the first one is sent."""
+
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+        async for event in super().decode(request):
+            if isinstance(event, Picture):
+                await asyncio.sleep(0)
+            yield event
+
+
+def test_several_pictures_of_a_caption_are_all_the_work_that_was_promised(tmp_path: Path) -> None:
+    served = Served(tmp_path, decoder=InStep())
+    reply = served.post({"prompt": "A fox", "n": 3}, "/v1/images/generations")
+    assert len(reply.json()["data"]) == 3
+    assert len(served.front.admission._lateness) == 1, "how long it took is known, for nothing of it was left"
+
+
 def test_streamed_pictures_come_one_after_another(served: Served) -> None:
     body = {"prompt": "A fox", "stream": True, "n": 2, "partial_images": 1, "seed": 7}
     reply = served.post(body, "/v1/images/generations")

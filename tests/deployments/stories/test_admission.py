@@ -389,6 +389,18 @@ def test_several_pictures_of_a_page_are_counted_and_none_divides_by_zero() -> No
     other.release()
 
 
+def test_pictures_of_a_page_that_are_drawn_at_once_are_counted_one_by_one() -> None:
+    admission = make(1e9)
+    reservation = admission.reserve(story(pages=1), num_pictures=3)
+    for step in range(1, 21):
+        for picture in range(3):
+            reservation.observe(Progress(page=1, step=step, steps=20), picture=picture)
+    assert admission.load.work["decoder"] == {"a": pytest.approx(3 * FINISH_SAMPLES)}
+    for picture in range(3):
+        reservation.observe(PICTURE, picture=picture)
+    assert not admission.load.work["decoder"]
+
+
 def test_a_front_without_work_takes_the_others_speed_as_the_whole() -> None:
     busy, idle = make(), make()
     idle.others = dataclasses.replace(busy.load, num_running=1, per_s={"generator": 10.0, "decoder": 5.0})
