@@ -18,6 +18,7 @@ async def draw_alone(front: Front, request: DrawRequest, read_again: ReadAgain |
     if request.reference:
         story = dataclasses.replace(story, previous=(Page(index=1, text=""),), consistency="story")
     with front.admission.reserve(story) as reservation:
+        reservation.observe(request.vokens)  # they are there: the generator has nothing to do
         return await draw(front, reservation, request, read_again)
 
 
