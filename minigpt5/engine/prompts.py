@@ -213,5 +213,5 @@ def check_request(request: StoryRequest) -> None:
         raise InvalidRequest("seed", f"seed is {seed!r} but must be a whole number from 0")
     for name, (low, high) in SAMPLING_BOUNDS.items():
         value = getattr(request.sampling, name)
-        if not isinstance(value, Real) or not low <= value <= high:
+        if not isinstance(value, Real) or not low <= float(value) <= high:
             raise InvalidRequest(name, f"{name} is {value!r} but must be a number from {low:g} to {high:g}")
