@@ -137,7 +137,7 @@ class Writer:
         return {**self.engine.count_left(), "files": len(set(os.listdir("/dev/shm")) - files)}
 
     def refuse(self) -> str:
-        """The error of a request that vLLM refuses while another one is written."""
+        """The error of a request that is refused while another one is written."""
         ok = StoryRequest(prompt=("A fox",), pages=1, sampling=Sampling(temperature=0.0))
         bad = StoryRequest(prompt=("A fox",), pages=1, sampling=Sampling(temperature=0.5, top_p=7.0))
 

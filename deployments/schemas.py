@@ -42,7 +42,7 @@ MAX_VOKENS_CHARACTERS = 2**20
 """Eight vokens of a width of 4096 take 171 KiB."""
 MAX_SEED = 2**53 - 1  # exact in every JSON reader
 _HALF = re.compile("[\ud800-\udfff]")
-UNION_TAGS = {"as-string", "as-parts", "as-text", "as-image", "as-object", "as-refusal", "as-unread"}
+UNION_TAGS = {"as-string", "as-strings", "as-parts", "as-text", "as-image", "as-object", "as-refusal", "as-unread"}
 """What pydantic puts into an error's path for the members of our unions."""
 
 

@@ -31,6 +31,9 @@ STYLE_FILE = "pytorch_lora_weights.safetensors"
 MIN_SIDE = 64
 MAX_SIDE = 4096
 """Pixels of a requested width or height."""
+MIN_PENALTY = 0.01
+MAX_PENALTY = 100.0
+"""Of repetitions. Beyond, the choice of words changes no more, and numbers overflow."""
 MAX_CHARACTERS = 4
 """Of a story, that a request shows."""
 NUM_PREVIEWS = 3
@@ -87,6 +90,7 @@ class Sampling:
     temperature: float = 0.7
     top_p: float = 0.9
     repetition_penalty: float = 1.0
+    """What the logits of words so far are divided by, or multiplied by where they are negative."""
     min_page_tokens: int = 4
     """Minimum number of tokens before a page's picture, and before the end of a reply that needs one."""
     max_page_tokens: int = 64

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from deployments.api.errors import EVENTS, ApiError
 from deployments.api.front import ClientOf, Front, FrontOf, check_texts
@@ -29,9 +29,12 @@ from deployments.engines.handover import draw_across_models, read_caption
 from deployments.schemas import Body
 from deployments.sse import encode
 from minigpt5.config import ModelConfig
+from minigpt5.errors import MiniGPT5Error
 from minigpt5.story.stream import stream_story
 from minigpt5.types import (
+    MAX_PENALTY,
     MAX_REPLY_PICTURES,
+    MIN_PENALTY,
     DecoderEvent,
     DrawRequest,
     Picture,
@@ -46,6 +49,8 @@ from minigpt5.types import (
 )
 
 MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 256
+"""Stop strings are looked for at every token, in the engine's thread."""
 SERVED: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -66,6 +71,12 @@ SERVED: dict[str, tuple[object, ...]] = {
 """Fields whose effect a client would miss, with the values that ask for nothing."""
 
 chat = APIRouter()
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[
+    Annotated[Stop, Tag("as-string")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("as-strings")],
+    Discriminator(lambda stop: "as-strings" if isinstance(stop, list) else "as-string"),
+]
 
 
 class ChatChoice(BaseModel):
@@ -111,8 +122,8 @@ class CreateChat(OpenAIBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_PENALTY, le=MAX_PENALTY)] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -203,19 +214,27 @@ async def create_chat(body: CreateChat, front: FrontOf, client: ClientOf) -> Res
 
 async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEvent]:
     """A reply's events. A picture that fails fails the reply, which has no page to say so, and so does a text that the
-    filter stops. Raises Overloaded or InvalidRequest before the first one, Blocked later."""
+    filter stops. Raises Overloaded or InvalidRequest before the first one, Blocked or what an engine raises later."""
     with front.admission.reserve(request) as reservation:
         await front.engines.validate_request(request)
         texts: dict[int, str] = {}
+        failures: dict[int, Exception] = {}
+        """What a story would only have as words on its page."""
 
-        def decode(drawing: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+        async def decode(drawing: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
             page = drawing.vokens.page
 
             async def read_again() -> Vokens:  # a reply cannot be read in its place: each page by itself
                 text = texts.get(page, "").strip() or request.prompt_text
                 return await read_caption(front.engines, text, page=page, key=request.key)
 
-            return draw_across_models(front.engines, drawing, read_again)
+            try:
+                async with contextlib.aclosing(draw_across_models(front.engines, drawing, read_again)) as events:
+                    async for event in events:
+                        yield event
+            except Exception as failure:
+                failures[page] = failure
+                raise
 
         events = stream_story(request, front.engines.generate, decode)
         async with contextlib.aclosing(events):
@@ -226,6 +245,8 @@ async def answer(front: Front, request: StoryRequest) -> AsyncGenerator[StoryEve
                 if isinstance(event, SlotOpened):
                     check_texts(front, [texts.get(event.page)], "the reply")
                 if isinstance(event, PictureFailed):
+                    if isinstance(failure := failures[event.page], MiniGPT5Error):
+                        raise failure
                     raise ApiError(500, f"a picture could not be drawn: {event.error}", code="picture_failed")
                 yield event
         check_texts(front, texts.values(), "the reply")
@@ -273,15 +294,20 @@ class Reply:
         self.images: list[dict[str, Any]] = []
         self.usage = Usage(prompt_tokens=0, completion_tokens=0)
         self._offsets: dict[int, int] = {}
+        self._page = 1
+        """Page of the last text."""
 
     def add(self, event: StoryEvent) -> dict[str, Any] | None:
         """What is new, as a chunk's delta."""
         match event:
             case StoryStarted():
                 return {"role": "assistant", "content": ""}
-            case TextDelta():
-                text = event.text if self.content else event.text.lstrip()
-                self.content += text
+            case TextDelta(page=page, text=text):
+                if not self.content:
+                    text = text.lstrip()
+                elif page != self._page and not self.content[-1].isspace():
+                    text = f" {text}"  # a page's text comes without its first space
+                self.content, self._page = self.content + text, page
                 return {"content": text} if text else None
             case SlotOpened(page=page):
                 self._offsets[page] = len(self.content)

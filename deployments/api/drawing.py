@@ -18,19 +18,26 @@ async def draw_alone(front: Front, request: DrawRequest, read_again: ReadAgain |
     if request.reference:
         story = dataclasses.replace(story, previous=(Page(index=1, text=""),), consistency="story")
     with front.admission.reserve(story) as reservation:
+        reservation.observe(request.vokens)  # they are there: the generator has nothing to do
         return await draw(front, reservation, request, read_again)
 
 
 async def draw(
-    front: Front, reservation: Reservation, request: DrawRequest, read_again: ReadAgain | None = None
+    front: Front,
+    reservation: Reservation,
+    request: DrawRequest,
+    read_again: ReadAgain | None = None,
+    *,
+    picture: int = 0,
 ) -> Picture:
     """Draw in a place that was taken. Cancelling the caller cancels the drawing. `read_again`: see
-    draw_across_models; without it vokens of another model are refused."""
+    draw_across_models; without it vokens of another model are refused. `picture`: which one of the vokens, where
+    several are drawn at once."""
     decode = front.engines.decode
     drawing = draw_across_models(front.engines, request, read_again) if read_again else decode(request)
     async with contextlib.aclosing(drawing) as events:
         async for event in events:
-            reservation.observe(event)
+            reservation.observe(event, picture=picture)
             if isinstance(event, Picture):
                 return event
     raise AssertionError("the decoder ended without a picture")

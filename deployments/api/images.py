@@ -320,7 +320,10 @@ async def _draw_all(
         async with asyncio.TaskGroup() as drawing:
             requests = [DrawRequest(vokens=vokens, seed=seed, settings=request.draw, key=request.key) for seed in seeds]
             again = functools.partial(_write_again, front, request)
-            tasks = [drawing.create_task(draw(front, reservation, one, again)) for one in requests]
+            tasks = [
+                drawing.create_task(draw(front, reservation, one, again, picture=number))
+                for number, one in enumerate(requests)
+            ]
     except* Exception as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -16,7 +16,18 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-from minigpt5.types import DrawSettings, Picture, Progress, SlotOpened, StoryEvent, StoryRequest, Vokens
+from minigpt5.types import (
+    DrawSettings,
+    Picture,
+    PictureFailed,
+    Progress,
+    SlotOpened,
+    StoryEvent,
+    StoryRequest,
+    TextDelta,
+    Usage,
+    Vokens,
+)
 
 Engine = Literal["generator", "decoder"]
 ENGINES: tuple[Engine, ...] = ("generator", "decoder")
@@ -104,6 +115,8 @@ class Admission:
         self._work: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
         self._done: dict[Engine, defaultdict[str, float]] = {engine: defaultdict(float) for engine in ENGINES}
         """Done of the requests that run."""
+        self._at_work: dict[Engine, set[Reservation]] = {engine: set() for engine in ENGINES}
+        """Requests that an engine has something to do for now, as the decoder has once there are vokens."""
         self._speeds = {engine: _Speed(FIRST_SPEEDS[engine], clock) for engine in ENGINES}
         self._clock = clock
         self._arrivals: deque[tuple[float, dict[Engine, float]]] = deque()
@@ -212,7 +225,6 @@ class Admission:
     def _promise(self, engine: Engine, key: str, cost: float) -> None:
         if cost:
             self._work[engine][key] += cost
-            self._speeds[engine].wake()
 
     def _settle(self, engine: Engine, key: str, cost: float, *, is_done: bool) -> None:
         """Work is done, or will never be."""
@@ -222,7 +234,14 @@ class Admission:
         self._work[engine][key] -= cost
         if self._work[engine][key] <= NO_WORK:
             del self._work[engine][key]
-        if not self._work[engine]:
+
+    def _begin(self, engine: Engine, reservation: Reservation) -> None:
+        self._at_work[engine].add(reservation)
+        self._speeds[engine].wake()
+
+    def _pause(self, engine: Engine, reservation: Reservation) -> None:
+        self._at_work[engine].discard(reservation)
+        if not self._at_work[engine]:
             self._speeds[engine].rest()
 
     def _forget(self, engine: Engine, key: str, done: float) -> None:
@@ -230,6 +249,10 @@ class Admission:
         self._done[engine][key] -= done
         if self._done[engine][key] <= NO_WORK:
             del self._done[engine][key]
+
+
+_OF_PAGE = (TextDelta, SlotOpened, Vokens, Progress, Picture, PictureFailed)
+"""Events of the work for one page."""
 
 
 class Reservation:
@@ -242,32 +265,64 @@ class Reservation:
         self._promised = admission.predict(request, num_pictures=num_pictures)
         self._left = dict(self._promised)
         admission._arrivals.append((admission._clock(), self._promised))
-        self._page_tokens = self._left["generator"] / request.pages
+        self._num_unread = _prompt_tokens(request)
+        """Tokens of the prompt, until a text shows that it was read."""
+        self._page_tokens = (self._left["generator"] - self._num_unread) / request.pages
+        self._num_written = 0.0
+        """Tokens of the page that is being written."""
+        self._num_pictures, self._num_owed = num_pictures, 0
+        """Pictures of a page, and how many of those whose vokens are there are not drawn yet."""
         self._samples = self._relative_pixels * samples_per_step(
             request.draw, guides_in_one_call=admission.guides_in_one_call
         )
         self._has_reference = request.consistency == "story"
         self._known = {page.index for page in request.previous}
         """Pages that cost nothing: they are there."""
-        self._steps: dict[int, int] = {}
-        """Steps done, by page: not every one is told of."""
+        self._steps: dict[tuple[int, int], int] = {}
+        """Steps done, by page and picture of it: not every one is told of."""
         self._is_left = False
         for engine, cost in self._left.items():
             admission._promise(engine, self._key, cost)
+        admission._begin("generator", self)
 
-    def observe(self, event: StoryEvent | Vokens) -> None:
-        """Count down what an event shows to be done."""
-        if isinstance(event, SlotOpened | Vokens | Progress | Picture) and event.page in self._known:
+    def observe(self, event: StoryEvent | Vokens, *, picture: int = 0) -> None:
+        """Count down what an event shows to be done. `picture`: which one of its page, where several are drawn at
+        once."""
+        if self._is_left or (isinstance(event, _OF_PAGE) and event.page in self._known):
             return
-        if isinstance(event, SlotOpened | Vokens):
-            self._take("generator", self._page_tokens)
-        elif isinstance(event, Progress):
-            samples = self._samples * (1 + (self._has_reference and event.page > 1))
-            self._take("decoder", samples * max(0, event.step - self._steps.get(event.page, 0)))
-            self._steps[event.page] = event.step
-        elif isinstance(event, Picture):
-            self._take("decoder", FINISH_SAMPLES * self._relative_pixels)
-            self._steps.pop(event.page, None)  # another picture of the page begins at its first step
+        match event:
+            case TextDelta(text=text):
+                self._write(len(text) / CHARACTERS_PER_TOKEN)
+            case SlotOpened() | Vokens():
+                self._write(max(0.0, self._page_tokens - self._num_written))
+                self._num_written = 0.0
+                self._num_owed += self._num_pictures
+                self._admission._begin("decoder", self)
+            case Usage(prompt_tokens=num_read, completion_tokens=num_written):
+                num_counted = self._promised["generator"] - self._left["generator"]
+                self._take("generator", num_read + num_written - num_counted)
+                self._admission._pause("generator", self)  # a reply may have promised more
+            case Progress(page=page, step=step):
+                self._admission._begin("decoder", self)
+                samples = self._samples * (1 + (self._has_reference and page > 1))
+                self._take("decoder", samples * max(0, step - self._steps.get((page, picture), 0)))
+                self._steps[page, picture] = step
+            case Picture(page=page):
+                self._take("decoder", FINISH_SAMPLES * self._relative_pixels)
+                self._steps.pop((page, picture), None)  # another picture of the page begins at its first step
+                self._end_picture()
+            case PictureFailed():
+                self._end_picture()
+
+    def _write(self, num_tokens: float) -> None:
+        self._take("generator", self._num_unread + num_tokens)
+        self._num_unread = 0.0
+        self._num_written += num_tokens
+
+    def _end_picture(self) -> None:
+        self._num_owed = max(0, self._num_owed - 1)
+        if not self._num_owed:
+            self._admission._pause("decoder", self)
 
     def release(self) -> None:
         """Give the place back; a second time does nothing."""
@@ -277,15 +332,18 @@ class Reservation:
                 took_s = self._admission._clock() - self._began_at
                 self._admission._lateness.append(took_s / self._predicted_s)
             for engine, cost in self._left.items():
+                self._admission._pause(engine, self)
                 self._admission._settle(engine, self._key, cost, is_done=False)
                 self._admission._forget(engine, self._key, self._promised[engine] - cost)
             self._admission._change_running(-1)
 
     def _take(self, engine: Engine, cost: float) -> None:
         cost = min(cost, self._left[engine])
-        if cost > 0 and not self._is_left:
+        if cost > 0:
             self._left[engine] -= cost
             self._admission._settle(engine, self._key, cost, is_done=True)
+        if self._left[engine] <= NO_WORK:
+            self._admission._pause(engine, self)
 
     def __enter__(self) -> Reservation:
         return self
@@ -304,16 +362,20 @@ def predict(
     guides_in_one_call: bool = False,
 ) -> dict[Engine, float]:
     """The most that a request may cost after its previous pages: tokens, and UNet samples of the model's own size."""
-    prompt = sum(len(part) for part in request.prompt if isinstance(part, str)) / CHARACTERS_PER_TOKEN
     num_texts = {"story": request.pages, "reply": 1, "caption": 0, "scene": 1}[request.mode]
     num_drawn = 0 if request.pictures == "none" else request.pages * num_pictures
     samples = request.draw.steps * samples_per_step(request.draw, guides_in_one_call=guides_in_one_call)
     num_firsts = 0 if request.previous else num_pictures
     num_references = max(0, num_drawn - num_firsts) if request.consistency == "story" else 0
     return {
-        "generator": prompt + num_texts * request.sampling.max_page_tokens + 1.0,
+        "generator": _prompt_tokens(request) + num_texts * request.sampling.max_page_tokens + 1.0,
         "decoder": relative_pixels * (num_drawn * (samples + FINISH_SAMPLES) + num_references * samples),
     }
+
+
+def _prompt_tokens(request: StoryRequest) -> float:
+    """About as many as its texts have."""
+    return sum(len(part) for part in request.prompt if isinstance(part, str)) / CHARACTERS_PER_TOKEN
 
 
 def _whole(seconds: float) -> int:
@@ -340,6 +402,10 @@ class _Speed:
         self._busy_s: defaultdict[int, float] = defaultdict(float)
         self._known: dict[int, tuple[float, float]] = {}
         """Speed, and when it was measured."""
+        self._new_s: defaultdict[int, float] = defaultdict(float)
+        """Time since work was done last."""
+        self._shares: dict[int, float] = {}
+        """Of the bands in the time of the last work."""
         self._since: float | None = None
         """When the time began that is not counted yet; None: there is no work."""
         self._has_worked = False
@@ -359,7 +425,7 @@ class _Speed:
     def _is_stall(self, done: float, band: int) -> bool:
         """Whether this work came much later than the engine's speed explains. The first work of all comes late where
         the engine was starting."""
-        waited_s = self._clock() - self._since if self._since is not None else 0.0
+        waited_s = sum(self._new_s.values())
         if not self._known:
             return not self._has_worked and waited_s > max(SPEED_WINDOW_S, STALL * done / self._first)
         return waited_s > max(SPEED_AGE_S, STALL * done / self.per_s(band))
@@ -369,24 +435,32 @@ class _Speed:
             self._since = self._clock()
 
     def rest(self) -> None:
+        """There is nothing to do. Time that brought no work is not counted."""
         self._since = None
+        self._new_s.clear()
 
     def count_time(self, band: int) -> None:
         """The time so far had so many requests."""
         if self._since is not None:
             now = self._clock()
-            self._busy_s[band] += now - self._since
+            self._new_s[band] += now - self._since
             self._since = now
 
     def add(self, done: float, band: int) -> None:
-        """Work was done. The time of a stall does not count: a minute of it would take hours to be outweighed."""
-        if self._is_stall(done, band):
-            self._since = self._clock()
-        self._has_worked = True
+        """Work was done, evenly in the time since the last: what is told of in lumps makes no band a slow one. The time
+        of a stall does not count: a minute of it would take hours to be outweighed."""
         self.count_time(band)
-        self._done[band] += done
-        if self._busy_s[band] >= SPEED_WINDOW_S:
-            self._known[band] = self._done[band] / self._busy_s[band], self._clock()
-        if self._busy_s[band] >= SPEED_MEMORY_S:
-            self._done[band] /= 2
-            self._busy_s[band] /= 2
+        if self._is_stall(done, band):
+            self._new_s.clear()
+        self._has_worked = True
+        if new_s := sum(self._new_s.values()):
+            self._shares = {other: seconds / new_s for other, seconds in self._new_s.items()}
+        for other, share in (self._shares or {band: 1.0}).items():
+            self._done[other] += done * share
+            self._busy_s[other] += self._new_s[other]
+            if self._busy_s[other] >= SPEED_WINDOW_S:
+                self._known[other] = self._done[other] / self._busy_s[other], self._clock()
+            if self._busy_s[other] >= SPEED_MEMORY_S:
+                self._done[other] /= 2
+                self._busy_s[other] /= 2
+        self._new_s.clear()

@@ -327,22 +327,23 @@ class VokenGenerator(QueuedEngine):
                         self._begin(job, asked)
             if not asking:
                 return
-            choices = self._draw([asked for _, asked in asking])
-            answers = list(zip((job for job, _ in asking), choices, strict=True))
+            answers = self._draw(asking)
 
-    def _draw(self, asked: Sequence[Score]) -> list[Choice]:
-        """The tokens that follow some states."""
-        self.num_generated_tokens += len(asked)
+    def _draw(self, asking: Sequence[tuple[_Job, Score]]) -> list[tuple[_Job, Choice]]:
+        """The tokens that follow some states. On the CPU, a request whose token cannot be drawn fails alone."""
+        self.num_generated_tokens += len(asking)
         first_voken = self.language.voken_embeddings.first
-        logits_RT = self.language.logits(torch.stack([score.state_H for score in asked]))
-        draws = [score.draw for score in asked]
+        logits_RT = self.language.logits(torch.stack([score.state_H for _, score in asking]))
         if self._draws_on_device:
-            tokens = draw_tokens(logits_RT, draws, first_voken=first_voken)
-            return [Choice(token=token, margin=math.inf) for token in tokens]
-        logits = logits_RT.float().cpu().numpy()
-        return [
-            draw_token(logits_T, draw, first_voken=first_voken) for logits_T, draw in zip(logits, draws, strict=True)
-        ]
+            tokens = draw_tokens(logits_RT, [score.draw for _, score in asking], first_voken=first_voken)
+            return [(job, Choice(token=token, margin=math.inf)) for (job, _), token in zip(asking, tokens, strict=True)]
+        drawn = []
+        for (job, score), logits_T in zip(asking, logits_RT.float().cpu().numpy(), strict=True):
+            try:
+                drawn.append((job, draw_token(logits_T, score.draw, first_voken=first_voken)))
+            except Exception as failure:  # one request fails, the others go on
+                job.fail(failure)
+        return drawn
 
     def _begin(self, job: _Job, read: Read) -> None:
         self._cache.lengths[job.slot] = read.start

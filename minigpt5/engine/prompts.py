@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from minigpt5.config import ModelConfig
@@ -17,13 +18,28 @@ from minigpt5.model.prompt import VokenIds, encode, pictures_read, reads_back, r
 from minigpt5.model.story_windows import StoryWindows
 from minigpt5.model.template import make_template
 from minigpt5.model.window import Window, windows
-from minigpt5.types import MAX_PAGES, MAX_REPLY_PICTURES, GeneratorEvent, InputImage, Role, StoryRequest
+from minigpt5.types import (
+    MAX_PAGES,
+    MAX_PENALTY,
+    MAX_REPLY_PICTURES,
+    MIN_PENALTY,
+    GeneratorEvent,
+    InputImage,
+    Role,
+    StoryRequest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 READ_BACK_TOKENS = 16
 """Around a picture that is read back, and of what is asked after it."""
+SAMPLING_BOUNDS: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "repetition_penalty": (MIN_PENALTY, MAX_PENALTY),
+}
+"""Numbers by which a token can be drawn from any logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,3 +208,10 @@ def check_request(request: StoryRequest) -> None:
             raise InvalidRequest("given", f"given text {number} is empty: say what the page says")
     if not all(request.stop):
         raise InvalidRequest("stop", f"stop is {request.stop} but no stop string may be empty")
+    seed: object = request.seed
+    if not isinstance(seed, Integral) or int(seed) < 0:
+        raise InvalidRequest("seed", f"seed is {seed!r} but must be a whole number from 0")
+    for name, (low, high) in SAMPLING_BOUNDS.items():
+        value = getattr(request.sampling, name)
+        if not isinstance(value, Real) or not low <= float(value) <= high:
+            raise InvalidRequest(name, f"{name} is {value!r} but must be a number from {low:g} to {high:g}")

@@ -128,7 +128,10 @@ def uniform(seed: int, page: int, position: int) -> float:
 def sample_token(
     logits_T: np.ndarray, sampling: Sampling, *, seed: int, page: int, position: int, seen: list[int]
 ) -> Choice:
-    """Choose a token. `seen`: words so far, which the repetition penalty lowers."""
+    """Choose a token. `seen`: words so far, which the repetition penalty lowers. Raises FloatingPointError where the
+    model's logits are not finite."""
+    if not np.isfinite(best := logits_T.max()):
+        raise FloatingPointError(f"the best of the model's logits is {best}: use another precision, or another model")
     if sampling.repetition_penalty != 1 and seen:
         logits_T = logits_T.astype(np.float64)
         ids = np.unique(seen)

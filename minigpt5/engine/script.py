@@ -100,11 +100,7 @@ class Writer:
         self._num_given = self._num_written = 0
 
     def script(self) -> Script:
-        """The whole request; ends with Usage. Raises TypeError where sampling is not by numbers."""
-        sampling = self.request.sampling
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            if not isinstance(value := getattr(sampling, name), int | float):
-                raise TypeError(f"{name} is {value!r} but must be a number")
+        """The whole request; ends with Usage."""
         self._ids = list(self.prompt_ids)
         yield Say(ids=self.prompt_ids)
         scene = self._caption if self.request.given else self._story

@@ -45,10 +45,10 @@ class Turns:
         try:
             await entry[1]
         except asyncio.CancelledError:
-            if entry in self._waiting:
-                self._waiting.remove(entry)
-            else:  # it was admitted at this moment
+            if not entry[1].cancelled():  # it was admitted at this moment
                 self._end(key)
+            elif entry in self._waiting:
+                self._waiting.remove(entry)
             raise
 
     def _end(self, key: str) -> None:
@@ -58,6 +58,8 @@ class Turns:
 
     def _admit(self) -> None:
         """The oldest turn of the client with the fewest under way."""
+        # A cancelled turn stands here until its task runs.
+        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
         while self._waiting:
             entry = min(self._waiting, key=lambda entry: self._running[entry[0]])
             num_left = self.reserved if self._running[entry[0]] else 0

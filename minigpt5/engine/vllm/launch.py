@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from importlib import metadata
 from typing import Any
@@ -107,6 +108,7 @@ def new_params(sampling: Sampling, *, max_tokens: int, **given: Any) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    sampling = without_zero_top_p(sampling)
     try:
         return SamplingParams(
             temperature=sampling.temperature,
@@ -120,6 +122,11 @@ def new_params(sampling: Sampling, *, max_tokens: int, **given: Any) -> Any:
         )
     except ValueError as error:
         raise InvalidRequest("sampling", f"vLLM refuses these settings: {error}") from error
+
+
+def without_zero_top_p(sampling: Sampling) -> Sampling:
+    """The same choices by numbers that vLLM takes: a top_p of 0 keeps the best token alone, as greedy sampling does."""
+    return dataclasses.replace(sampling, temperature=0.0, top_p=1.0) if sampling.top_p == 0 else sampling
 
 
 def new_prompt(ids: list[int], *, placeholder: int, image_PH: Tensor | None) -> dict[str, Any]:

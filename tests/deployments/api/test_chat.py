@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,23 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.image_generate_params import ImageGenerateParamsBase
 from PIL import Image
 
-from deployments.api.chat import MAX_STOPS, CreateChat, Reply
+from deployments.api.chat import MAX_STOP_CHARACTERS, MAX_STOPS, CreateChat, Reply
 from deployments.api.images import CreateImages
 from deployments.api.routes import create_api
-from minigpt5.types import InputImage, Role, Sampling, StoryRequest, Usage
+from minigpt5.errors import Blocked, EngineFull, EngineLost, InvalidRequest
+from minigpt5.types import (
+    DecoderEvent,
+    DrawRequest,
+    InputImage,
+    Picture,
+    Role,
+    Sampling,
+    SlotOpened,
+    StoryEvent,
+    StoryRequest,
+    TextDelta,
+    Usage,
+)
 from tests.helpers.fakes import FakeDecoder, FakeGenerator, make_png
 from tests.helpers.served import CONFIG, Served, assert_error, data_url
 
@@ -159,8 +172,13 @@ def test_settings_reach_the_engine(served: Served) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0].image_url"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]}, 400, "messages"),
-        ({"stop": ["a"] * (MAX_STOPS + 1)}, 400, None),
+        ({"stop": ["a"] * (MAX_STOPS + 1)}, 400, "stop"),
+        ({"stop": "a" * (MAX_STOP_CHARACTERS + 1)}, 400, "stop"),
+        ({"stop": ["a", "a" * (MAX_STOP_CHARACTERS + 1)]}, 400, "stop[1]"),
+        ({"stop": [""]}, 400, "stop[0]"),
         ({"modalities": ["audio"]}, 400, "modalities[0]"),
+        ({"repetition_penalty": 1e-310}, 400, "repetition_penalty"),
+        ({"repetition_penalty": 1000}, 400, "repetition_penalty"),
     ],
 )
 def test_what_would_mislead_is_refused(
@@ -379,6 +397,36 @@ def test_a_reply_that_fills_the_window_ends_for_its_length(num_written: int, fin
     assert reply.finish == finish
 
 
+def test_the_texts_around_a_picture_are_parted() -> None:
+    reply = Reply(StoryRequest(prompt=("a",), pages=3, mode="reply"), CONFIG, ignored=[])
+    events: list[StoryEvent] = [
+        TextDelta(page=1, text=" A"),
+        TextDelta(page=1, text=" fox."),
+        SlotOpened(page=1),
+        TextDelta(page=2, text="It runs.\n"),
+        SlotOpened(page=2),
+        SlotOpened(page=3),
+        TextDelta(page=4, text="The"),
+        TextDelta(page=4, text=" end."),
+    ]
+    events += [Picture(page=page, png=b"", width=1, height=1, seed=1, denoise_steps=1) for page in (3, 1, 2)]
+    deltas = [delta for event in events if (delta := reply.add(event))]
+    [message] = [choice["message"] for choice in reply.whole()["choices"]]
+    assert message["content"] == "A fox. It runs.\nThe end."
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+    assert [message["content"][: image["offset"]] for image in message["images"]] == [
+        "A fox.",
+        *["A fox. It runs.\n"] * 2,
+    ]
+
+
+def test_several_pages_of_a_reply_are_parted_by_a_space(served: Served) -> None:
+    body = {"messages": MESSAGES, "pages": 2, "seed": 7}
+    message = served.post(body, "/v1/chat/completions").json()["choices"][0]["message"]
+    assert message["content"] == "Page 1 of 7. Page 2 of 7."
+    assert [image["offset"] for image in message["images"]] == [12, 25]
+
+
 def test_every_field_of_openais_schema_is_one_of_ours() -> None:
     chat_fields = CompletionCreateParamsBase.__required_keys__ | CompletionCreateParamsBase.__optional_keys__
     assert len(chat_fields) > 30 and chat_fields - set(CreateChat.model_fields) == set()
@@ -414,6 +462,23 @@ def test_a_streamed_picture_has_openais_events(served: Served, num_partial: int,
 
     ask(served, use)
     assert served.front.admission.num_running == 0
+
+
+class InStep(FakeDecoder):
+    """Pictures that are asked for at once have all made their last step before the first one is sent."""
+
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+        async for event in super().decode(request):
+            if isinstance(event, Picture):
+                await asyncio.sleep(0)
+            yield event
+
+
+def test_several_pictures_of_a_caption_are_all_the_work_that_was_promised(tmp_path: Path) -> None:
+    served = Served(tmp_path, decoder=InStep())
+    reply = served.post({"prompt": "A fox", "n": 3}, "/v1/images/generations")
+    assert len(reply.json()["data"]) == 3
+    assert len(served.front.admission._lateness) == 1, "how long it took is known, for nothing of it was left"
 
 
 def test_streamed_pictures_come_one_after_another(served: Served) -> None:
@@ -461,6 +526,40 @@ def test_failures_are_told_in_either_way(tmp_path: Path) -> None:
     streamed = served.post({**body, "stream": True}, "/v1/chat/completions")
     last = json.loads(streamed.text.strip().split("\n\n")[-1].removeprefix("data: "))
     assert "the decoder broke" in last["error"]["message"]
+    assert served.front.admission.num_running == 0
+
+
+class Failing(FakeDecoder):
+    def __init__(self, failure: Exception) -> None:
+        super().__init__()
+        self.failure = failure
+
+    async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+        raise self.failure
+        yield
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (Blocked("the picture was stopped by the filter"), 400, "content_blocked"),
+        (EngineLost("an engine's process died"), 503, "engine_lost"),
+        (EngineFull("the decoder takes at most 512 requests at once: try again later"), 503, "overloaded"),
+        (InvalidRequest("steps", "steps is 200 but must be from 1 to 100"), 400, "invalid_value"),
+        (RuntimeError("the decoder broke"), 500, "picture_failed"),
+    ],
+)
+def test_a_reply_fails_as_its_picture_does_alone(tmp_path: Path, failure: Exception, status: int, code: str) -> None:
+    served = Served(tmp_path, decoder=Failing(failure))
+    reply = served.post({"messages": MESSAGES}, "/v1/chat/completions")
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], "Retry-After" in reply.headers) == (status, code, status == 503)
+    assert str(failure) in error["message"]
+    streamed = served.post({"messages": MESSAGES, "stream": True}, "/v1/chat/completions")
+    assert json.loads(streamed.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"] == error
+    if status < 500 or status == 503:
+        alone = served.post({"prompt": "A fox"}, "/v1/images/generations")
+        assert (alone.status_code, alone.json()["error"]) == (status, error)
     assert served.front.admission.num_running == 0
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import get_args
 
@@ -24,7 +24,7 @@ from deployments.schemas import CreateStory, to_story_request
 from deployments.stories.events import Position
 from minigpt5.story.stream import page_seed
 from minigpt5.story.voken_file import pack, unpack
-from minigpt5.types import DrawSettings
+from minigpt5.types import DecoderEvent, DrawRequest, DrawSettings
 from tests.helpers.fakes import FINGERPRINT, PREVIEW, FakeDecoder, FakeGenerator, make_png
 from tests.helpers.picture_files import png_header
 from tests.helpers.served import CONFIG, VOKENS, Served, assert_error, data_url, read_events, under
@@ -638,6 +638,21 @@ def test_vokens_come_out_and_are_drawn_again_with_other_settings(served: Served)
     assert (asked.vokens.hidden_VH == vokens.hidden_VH).all()
     assert_error(served.request("GET", f"/v1/stories/{story['id']}/pages/3/vokens"), 404)
     assert served.front.admission.num_running == 0
+
+
+def test_drawing_vokens_again_is_no_work_of_the_generator(tmp_path: Path) -> None:
+    class Watched(FakeDecoder):
+        async def decode(self, request: DrawRequest) -> AsyncGenerator[DecoderEvent, None]:
+            at_work.append([engine for engine, requests in served.front.admission._at_work.items() if requests])
+            async for event in super().decode(request):
+                yield event
+
+    at_work: list[list[str]] = []
+    served = Served(tmp_path, decoder=Watched())
+    body = {"vokens": base64.b64encode(pack(VOKENS)).decode()}
+    assert served.post(body, "/v1/pictures").status_code == 200
+    assert at_work == [["decoder"]]
+    assert not any(served.front.admission._at_work.values())
 
 
 def test_vokens_in_base64_with_line_breaks_and_without_padding_are_read(served: Served) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
 from deployments.stories.admission import (
+    ENGINES,
     FINISH_SAMPLES,
     FIRST_SPEEDS,
     SPEED_UP,
@@ -18,7 +20,19 @@ from deployments.stories.admission import (
     _Speed,
     predict,
 )
-from minigpt5.types import DrawSettings, Page, Picture, Progress, Sampling, SlotOpened, StoryRequest, Vokens
+from minigpt5.types import (
+    DrawSettings,
+    Page,
+    Picture,
+    PictureFailed,
+    Progress,
+    Sampling,
+    SlotOpened,
+    StoryRequest,
+    TextDelta,
+    Usage,
+    Vokens,
+)
 from tests.helpers.fakes import FakeGenerator
 
 PICTURE_SAMPLES = 20 * 2 + FINISH_SAMPLES
@@ -356,6 +370,73 @@ def test_a_speed_of_a_stall_is_forgotten_where_a_newer_one_is_known() -> None:
     assert speed.per_s(1) == pytest.approx(20.0 * SPEED_UP)
 
 
+@pytest.mark.parametrize("pictures", ["none", "auto"])
+def test_replies_of_text_alone_leave_the_speeds_as_they_are(pictures: Literal["none", "auto"]) -> None:
+    clock = Clock()
+    admission = make(120.0, clock=clock)
+    reply = StoryRequest(
+        prompt=("What is a fox?",), pages=1, mode="reply", pictures=pictures, sampling=Sampling(max_page_tokens=64)
+    )
+
+    def write(*replies: Reservation) -> None:
+        """A second's text of them all, as fast as the simulated server writes."""
+        for _ in range(4):
+            clock.now += 0.25
+            for one in replies:
+                one.observe(TextDelta(page=1, text="a" * (20 if len(replies) == 1 else 15)))
+
+    def speeds() -> list[float]:
+        return [admission._per_s(engine, num) for engine in ENGINES for num in (1, 2)]
+
+    list(simulate([clock.now, clock.now], admission, clock))
+    before = speeds()
+    first = admission.reserve(reply)
+    for _ in range(900):
+        second = admission.reserve(reply)
+        write(first, second)
+        first.observe(Usage(prompt_tokens=4, completion_tokens=50))
+        first.release()
+        write(second)
+        first = second
+    first.release()
+    list(simulate([clock.now, clock.now], admission, clock))
+    # A story promises twice the tokens that it has here, and a reply is counted by those that it has.
+    assert all(now > 0.4 * then for now, then in zip(speeds(), before, strict=True)), (speeds(), before)
+    with admission.reserve(story("a")):
+        admission.reserve(story("b")).release()
+
+
+def test_what_a_reply_wrote_is_work_and_what_it_might_have_written_is_none() -> None:
+    clock = Clock()
+    admission = make(clock=clock)
+    request = dataclasses.replace(story(pages=1), mode="reply", sampling=Sampling(max_page_tokens=4000))
+    for _ in range(4):
+        with admission.reserve(request) as reservation:
+            clock.now += 2.0
+            reservation.observe(TextDelta(page=1, text="a" * 40))
+            reservation.observe(Usage(prompt_tokens=1, completion_tokens=19))
+            clock.now += 100.0  # the picture of a page that is not told of here
+    assert admission._per_s("generator", 1) == pytest.approx(10.0, rel=0.1)
+
+
+def test_the_decoder_is_measured_while_it_has_a_picture_to_draw() -> None:
+    clock = Clock()
+    admission = make(clock=clock)
+    with admission.reserve(story()) as reservation:
+        for page in range(1, 5):
+            clock.now += 50.0  # its text
+            reservation.observe(SlotOpened(page=page))
+            if page == 2:
+                reservation.observe(PictureFailed(page=page, error="no memory"))
+                continue
+            for step in range(1, 21):
+                clock.now += 0.25
+                reservation.observe(Progress(page=page, step=step, steps=20))
+            reservation.observe(dataclasses.replace(PICTURE, page=page))
+    assert admission._per_s("decoder", 1) == pytest.approx(8.0, rel=0.15)
+    assert not any(admission._at_work.values())
+
+
 def test_nothing_is_left_of_requests_of_one_key_whatever_their_sizes() -> None:
     rng = random.Random(5)
     for _ in range(300):
@@ -387,6 +468,18 @@ def test_several_pictures_of_a_page_are_counted_and_none_divides_by_zero() -> No
     reservation.observe(PICTURE)
     assert admission.wait_s(story("c")) > 0
     other.release()
+
+
+def test_pictures_of_a_page_that_are_drawn_at_once_are_counted_one_by_one() -> None:
+    admission = make(1e9)
+    reservation = admission.reserve(story(pages=1), num_pictures=3)
+    for step in range(1, 21):
+        for picture in range(3):
+            reservation.observe(Progress(page=1, step=step, steps=20), picture=picture)
+    assert admission.load.work["decoder"] == {"a": pytest.approx(3 * FINISH_SAMPLES)}
+    for picture in range(3):
+        reservation.observe(PICTURE, picture=picture)
+    assert not admission.load.work["decoder"]
 
 
 def test_a_front_without_work_takes_the_others_speed_as_the_whole() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import io
+import math
 import random
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -40,9 +41,14 @@ class Biased(LanguageModel):
         super().__init__(language.body, language.head, language.voken_embeddings)
         self.bias: dict[int, float] = {}
         self.shift = 0.0
+        self.breaks_on_row: int | None = None
+        """Row of the next step that has so many, whose logits are no numbers."""
 
     def logits(self, states_BSH: Tensor) -> Tensor:
         logits = super().logits(states_BSH) + self.shift
+        if self.breaks_on_row is not None and len(logits) > self.breaks_on_row:
+            logits[self.breaks_on_row] = torch.nan
+            self.breaks_on_row = None
         for token, bias in self.bias.items():
             logits[..., token] += bias
         return logits
@@ -668,23 +674,63 @@ def test_a_clients_long_prompts_do_not_hold_up_anothers_short_one() -> None:
     assert order[0] == "short", order
 
 
-def test_a_failure_ends_its_own_request_only(generator: VokenGenerator) -> None:
+def test_a_token_that_cannot_be_drawn_ends_its_own_request_only(generator: VokenGenerator) -> None:
+    language = generator.language
+    assert isinstance(language, Biased)
+    language.breaks_on_row = 1
+
     async def together() -> list[object]:
         async def collect(request: StoryRequest) -> str:
             return text([event async for event in generator.generate(request)])
 
-        broken = story(sampling=Sampling(temperature=0.1, top_p="much"))  # type: ignore[arg-type]
-        return await asyncio.gather(collect(story()), collect(broken), return_exceptions=True)
+        requests = [story(seed=seed, key=str(seed)) for seed in range(3)]
+        return await asyncio.gather(*map(collect, requests), return_exceptions=True)
 
-    good, bad = asyncio.run(together())
-    assert isinstance(bad, TypeError | np.exceptions.DTypePromotionError)
-    assert good == text(run(new_generator(), story())[0])
+    ends = asyncio.run(together())
+    [bad] = [end for end in ends if isinstance(end, Exception)]
+    assert isinstance(bad, FloatingPointError) and "logits is nan" in str(bad)
+    expected = [text(events) for events in run(new_generator(), *[story(seed=seed) for seed in range(3)])]
+    assert sum(end == one for end, one in zip(ends, expected, strict=True)) == 2
     assert generator.num_running == 0
+    assert text(run(generator, story())[0]) == expected[0]
+
+
+@pytest.mark.parametrize("draws_on_device", [False, True])
+def test_a_request_by_which_no_token_can_be_drawn_is_refused_beside_others(draws_on_device: bool) -> None:
+    generator = new_generator(draws_on_device=draws_on_device)
+    broken = [
+        story(sampling=dataclasses.replace(SHARP, top_p="much")),  # type: ignore[arg-type]
+        story(sampling=dataclasses.replace(SHARP, repetition_penalty=1e-310)),
+        story(seed=-1),
+    ]
+
+    async def together() -> list[object]:
+        async def collect(request: StoryRequest) -> str:
+            return text([event async for event in generator.generate(request)])
+
+        return await asyncio.gather(*map(collect, [story(), *broken]), return_exceptions=True)
+
+    good, *bad = asyncio.run(together())
+    assert [one.field for one in bad if isinstance(one, InvalidRequest)] == ["top_p", "repetition_penalty", "seed"]
+    assert good == text(run(new_generator(), story())[0])
 
 
 @pytest.mark.parametrize(
     ("request_", "field"),
-    [(story(pictures="none"), "pictures"), (story(stop=("###", "")), "stop"), (reply(prompt=("a " * 600,)), "prompt")],
+    [
+        (story(pictures="none"), "pictures"),
+        (story(stop=("###", "")), "stop"),
+        (reply(prompt=("a " * 600,)), "prompt"),
+        (story(seed=-1), "seed"),
+        (story(seed=0.5), "seed"),
+        (story(sampling=Sampling(temperature=-0.1)), "temperature"),
+        (story(sampling=Sampling(temperature=math.inf)), "temperature"),
+        (story(sampling=Sampling(top_p=math.nan)), "top_p"),
+        (story(sampling=Sampling(top_p=1.1)), "top_p"),
+        (reply(sampling=Sampling(repetition_penalty=0.0)), "repetition_penalty"),
+        (reply(sampling=Sampling(repetition_penalty=1e-310)), "repetition_penalty"),
+        (reply(sampling=Sampling(repetition_penalty=1e30)), "repetition_penalty"),
+    ],
 )
 def test_what_cannot_take_effect_is_refused(generator: VokenGenerator, request_: StoryRequest, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -70,6 +70,30 @@ def test_a_cancelled_turn_goes_to_the_next() -> None:
     asyncio.run(together())
 
 
+def test_a_turn_that_ends_while_a_waiting_one_is_cancelled_fails_nobody_and_all_are_counted() -> None:
+    async def together() -> None:
+        turns, go = Turns(2), asyncio.Event()
+
+        async def have(key: str) -> str:
+            async with turns.turn(key):
+                await go.wait()
+            return key
+
+        held = await hold(turns, "a")
+        ending, cancelled, last = [asyncio.create_task(have(key)) for key in "baa"]
+        await asyncio.sleep(0)
+        go.set()  # the first one's task runs before that of the second, which is cancelled meanwhile
+        cancelled.cancel()
+        ends = await asyncio.gather(ending, cancelled, last, return_exceptions=True)
+        assert (ends[0], type(ends[1]), ends[2]) == ("b", asyncio.CancelledError, "a")
+        assert (turns.num_running, turns.num_waiting) == (1, 0)
+        held.cancel()
+        await asyncio.gather(held, return_exceptions=True)
+        assert turns.num_running == 0
+
+    asyncio.run(together())
+
+
 async def hold(turns: Turns, key: str) -> asyncio.Task[None]:
     """A task that has a turn, or waits for one, until it is cancelled."""
 
