@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import os
-import secrets
 from html import escape
 from pathlib import Path
 
-from minigpt5.errors import StorageError
+from minigpt5.story.export.book_file import check_place, write_book
 from minigpt5.story.export.epub import describe_picture, to_epub
 from minigpt5.story.export.language import language_of
 from minigpt5.types import Page, Story
@@ -84,20 +82,10 @@ def to_book(story: Story, suffix: str) -> bytes:
 
 
 def save(story: Story, path: str) -> str:
-    """Write the story as one file, HTML or by its name EPUB or PDF, whole or not at all; returns the path. Raises
+    """Write the story as one file, by its name HTML, EPUB or PDF, whole or not at all; returns the path. Raises
     StorageError."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise StorageError(f"{path} cannot be written: there is no folder {target.parent}; create it or name another")
-    data = to_book(story, target.suffix.lower())
-    written = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        written.write_bytes(data)
-        os.replace(written, target)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error.strerror}): name another file") from error
-    finally:
-        written.unlink(missing_ok=True)
+    check_place(path)
+    write_book(path, to_book(story, Path(path).suffix.lower()))
     return path
 
 
