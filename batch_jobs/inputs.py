@@ -315,6 +315,12 @@ def load_image(image: str | bytes) -> bytes:
     return data
 
 
+def check_seed(seed: int | None) -> None:
+    """Raise InvalidRequest where a command's --seed fits no column of its output, or no source of random numbers."""
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest("seed", f"--seed is {seed} but must be from 0 to {MAX_SEED}")
+
+
 def prompt_seed(prompt: str) -> int:
     """The seed of a row that names none: the same prompt, the same story, in every run and every row order."""
     return int.from_bytes(_digest(prompt)[:4], "big") >> 1
