@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from minigpt5.story.export.book_file import check_place, write_book
-from minigpt5.story.export.epub import describe_picture, to_epub
+from minigpt5.story.export.epub import describe_picture, title_of, to_epub
 from minigpt5.story.export.language import language_of
 from minigpt5.types import Page, Story
 
@@ -58,16 +58,14 @@ def to_html_fragment(story: Story) -> str:
     return (
         f"<style>{STYLE}</style>\n"
         f'<article class="storybook" lang="{language_of(story)}">\n'
-        f'<header><h1 dir="auto">{escape(story.prompt)}</h1></header>\n{pages}\n'
+        f'<header><h1 dir="auto">{escape(title_of(story))}</h1></header>\n{pages}\n'
         f"<footer>{escape(story.model)} &middot; seed {story.seed}</footer>\n</article>"
     )
 
 
 def to_html(story: Story) -> str:
     """The story as a page of its own, with everything in it."""
-    return DOCUMENT.format(
-        language=language_of(story), title=escape(story.prompt) or "A story", story=to_html_fragment(story)
-    )
+    return DOCUMENT.format(language=language_of(story), title=escape(title_of(story)), story=to_html_fragment(story))
 
 
 def to_book(story: Story, suffix: str) -> bytes:

@@ -91,6 +91,12 @@ def test_each_text_has_its_own_direction_and_the_book_its_language(text: str, la
     assert "bdi" in tags  # the reason of a missing picture stands in an English sentence
 
 
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_a_story_without_words_has_a_title(prompt: str) -> None:
+    html = to_html(make_story(prompt=prompt))
+    assert "<title>A story</title>" in html and '<h1 dir="auto">A story</h1>' in html
+
+
 def test_a_notebook_shows_the_same_story() -> None:
     story = make_story(drawn(1, "One."))
     assert story._repr_html_() == to_html_fragment(story)
