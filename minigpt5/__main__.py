@@ -13,6 +13,7 @@ from typing import get_args
 
 from minigpt5.commands import check_default_model
 from minigpt5.config import default_model_folder
+from minigpt5.engine.prompts import check_text
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate
@@ -121,6 +122,7 @@ def write(
     """Write the storybook and return its path. What can be refused at once is, before the model is loaded."""
     if not prompt.strip():
         raise InvalidRequest("prompt", "prompt is empty: say what the story is about")
+    check_text("prompt", prompt)
     if not 1 <= pages <= MAX_PAGES:
         raise InvalidRequest("pages", f"pages is {pages} but must be from 1 to {MAX_PAGES}")
     if seed < 0:

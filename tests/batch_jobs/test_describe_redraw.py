@@ -49,6 +49,12 @@ def image_rows(folder: Path) -> list[ImageJob | BadRow]:
     )
 
 
+@pytest.mark.parametrize("field", ["image", "question"])
+def test_a_row_that_is_no_text_is_a_bad_row(field: str) -> None:
+    (row,) = check_images({"id": "fox", "image": "fox.png", field: "half \ud83e"})
+    assert isinstance(row, BadRow) and row.error.startswith(f"{field} 'half \\ud83e' holds half of a surrogate pair")
+
+
 def test_the_question_is_the_one_of_training() -> None:
     assert QUESTION == DESCRIBE
 
@@ -176,6 +182,10 @@ def test_the_commands_refuse_what_they_cannot_do_in_one_line(
         code = main([str(source), "--output", str(tmp_path / "out"), "--model", str(tmp_path)])
         error = capsys.readouterr().err
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert (
+        describe.main([str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--question", "o\udcf9 ?"]) == 2
+    )
+    assert capsys.readouterr().err.startswith("error: --question 'o\\udcf9 ?' holds")
     with pytest.raises(SystemExit):
         illustrate.make_parser().parse_args(["x.jsonl", "--output", "y", "--decoders", "3:1"])
     assert illustrate.make_parser().parse_args(["x", "--output", "y", "--decoders", "1:3"]).decoders == (1, 3)

@@ -121,6 +121,7 @@ def test_ids_and_seeds_of_the_content_do_not_depend_on_the_order() -> None:
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": ["a fox"]}, r"prompt is \['a fox'\] but must be a text"),
         ({"prompt": "half \ud83e"}, "surrogate"),
+        ({"prompt": "a fox", "images": ["half \ud83e.png"]}, "surrogate"),
         ({"prompt": "a fox", "pages": 0}, "pages is 0 but must be from 1 to 64"),
         ({"prompt": "a fox", "pages": 65}, "pages is 65 but must be from 1 to 64"),
         ({"prompt": "a fox", "pages": 2.5}, "pages is 2.5 but must be a whole number"),

@@ -47,6 +47,11 @@ def test_a_giraffe_is_told_what_the_model_knows(folder: Path, capsys: pytest.Cap
     assert first == "Draws bears." and second.startswith("error: the weights in")
 
 
+def test_a_prompt_that_is_not_utf_8_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["caf\udce9", "--model", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith("error: prompt 'caf\\udce9' holds half of a surrogate pair or a byte")
+
+
 @pytest.mark.parametrize(
     "out", ["", ".", "books", "story.docx", "books.html", "nowhere/story.html", "x" * 251 + ".html"]
 )
