@@ -8,10 +8,11 @@ import io
 from html import escape
 
 from PIL import Image
+from pyarrow import ArrowException
 
 from batch_jobs.outputs import RowSink
 from batch_jobs.stages import Row
-from minigpt5.storage import open_place, write_whole
+from minigpt5.storage import open_place, unusable, write_whole
 from minigpt5.story.export.epub import to_epub
 from minigpt5.story.export.html import to_html
 from minigpt5.types import Page, Picture, Story, Usage
@@ -36,7 +37,16 @@ li {{ margin: .4rem 0; overflow-wrap: anywhere; }} .error {{ color: #a33; }}</st
 
 
 def write_books(sink: RowSink, *, model: str) -> str:
-    """The place of the index page. A book that is already there stays as it is."""
+    """The place of the index page. A book that is already there stays as it is. Raises StorageError."""
+    place = f"{sink.uri.rstrip('/')}.books"
+    try:
+        _write(sink, model=model)
+    except (OSError, ArrowException) as error:
+        raise unusable(f"folder {place}", "cannot be written", error) from error
+    return f"{place}/index.html"
+
+
+def _write(sink: RowSink, *, model: str) -> None:
     files, base = open_place(sink.uri.rstrip("/"))
     entries = []
     for row in sink.rows():
@@ -54,7 +64,6 @@ def write_books(sink: RowSink, *, model: str) -> str:
         entries.append(f'<li dir="auto">{links}{error}</li>')
     title = f"{len(entries)} stories"
     write_whole(files, f"{base}.books/index.html", INDEX.format(title=title, entries="\n".join(entries)).encode())
-    return f"{sink.uri.rstrip('/')}.books/index.html"
 
 
 def to_story(row: Row, sink: RowSink, *, model: str) -> Story:
@@ -62,12 +71,14 @@ def to_story(row: Row, sink: RowSink, *, model: str) -> Story:
     pages = []
     for page in row["pages"]:
         png = page["png"] or (sink.store.load_picture(row["id"], page["index"]) if page["uri"] else None)
-        picture = None
+        picture, error = None, page["error"]
+        if page["uri"] and not png:
+            error = error or "its picture file is gone"
         if png:
             width, height = Image.open(io.BytesIO(png)).size
             picture = Picture(
                 page=page["index"], png=png, width=width, height=height, seed=page["seed"], denoise_steps=0
             )
-        pages.append(Page(index=page["index"], text=page["text"], picture=picture, error=page["error"]))
+        pages.append(Page(index=page["index"], text=page["text"], picture=picture, error=error))
     usage = Usage(prompt_tokens=0, completion_tokens=0)
     return Story(id=row["id"], prompt=row["prompt"], seed=row["seed"], model=model, pages=tuple(pages), usage=usage)

@@ -38,6 +38,7 @@ from batch_jobs.report import Report
 from batch_jobs.row_errors import ErrorKind
 from batch_jobs.stages import Row, Tell, as_table
 from minigpt5.config import ModelConfig
+from minigpt5.engine.prompts import check_text
 
 QUESTION = "Describe this image."
 """What the model was trained to be asked."""
@@ -84,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     """Check all that can be checked at once, then work."""
+    check_text("--question", options.question)
     model, config = check_model(options.model)
     plan = {
         "job": "describe",

@@ -21,6 +21,7 @@ import ray.data
 from batch_jobs.asking import ANSWER_SCHEMA, ROWS_PER_SYSTEM, Ask
 from batch_jobs.evaluation_rows import Block, Fetch, RowReader, RowSource, blocks_of, open_rows
 from batch_jobs.failpoints import FailpointHook
+from batch_jobs.inputs import check_seed
 from batch_jobs.job import Output, limits, new_parser, pool_size, run_command, work
 from batch_jobs.measuring import Judging, measure, write_submission
 from batch_jobs.pipeline import Limits, Pool, RemoteMonitor, check_capacity, connect, finished_rows, map_with_pool
@@ -126,6 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     """Check all that can be checked at once, ask, then measure."""
+    check_seed(options.seed)
     protocol = PROTOCOLS[options.protocol]
     info = _system(options, protocol)
     judging = _judging(options, protocol)

@@ -24,6 +24,7 @@ from pyarrow import ArrowException, fs, parquet
 from batch_jobs.text_files import CUT, MAX_LINE, check_utf8, open_text, parse_json, read_lines
 from minigpt5 import data_url
 from minigpt5.config import ModelConfig
+from minigpt5.engine.prompts import check_text
 from minigpt5.errors import InvalidRequest, StorageError
 from minigpt5.pictures import MAX_BYTES, open_picture
 from minigpt5.storage import is_final, open_place
@@ -235,8 +236,7 @@ def check_row(raw: RawRow, *, row: int, config: ModelConfig) -> StoryJob | BadRo
             bad = replace(bad, prompt=prompt)
         if not prompt.strip():
             raise InvalidRequest("prompt", "prompt is empty: say what the story is about")
-        if prompt != bad.prompt:
-            raise InvalidRequest("prompt", "prompt holds half of a surrogate pair: write it as UTF-8")
+        check_text("prompt", prompt)
         return StoryJob(
             row=row,
             id=row_id,
@@ -288,6 +288,9 @@ def check_image_row(raw: RawRow, *, row: int, question: str) -> ImageJob | BadRo
             raise InvalidRequest("image", f"image is {values['image']!r:.80} but must be a path, a URI or bytes")
         if not isinstance(values["question"], str | None):
             raise InvalidRequest("question", f"question is {values['question']!r:.80} but must be a text")
+        for field in ("image", "question"):
+            if isinstance(values[field], str):
+                check_text(field, values[field])
     except InvalidRequest as error:
         return BadRow(row=row, id=row_id, prompt="", error=str(error))
     return ImageJob(row=row, id=row_id, image=values["image"], question=values["question"] or question)
@@ -313,6 +316,12 @@ def load_image(image: str | bytes) -> bytes:
         raise StorageError(f"image {shown} cannot be read now ({error}): try again later") from error
     open_picture(data, name=f"image {shown}")
     return data
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise InvalidRequest where a command's --seed fits no column of its output, or no source of random numbers."""
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise InvalidRequest("seed", f"--seed is {seed} but must be from 0 to {MAX_SEED}")
 
 
 def prompt_seed(prompt: str) -> int:
@@ -415,8 +424,8 @@ def _texts(value: object) -> tuple[str, ...]:
         raise InvalidRequest("pages_text", f"pages_text has no text on page {empty}: each page needs one")
     if not 1 <= len(value) <= MAX_PAGES:
         raise InvalidRequest("pages_text", f"pages_text has {len(value)} pages but must have from 1 to {MAX_PAGES}")
-    if any(text != text.encode(errors="replace").decode() for text in value):
-        raise InvalidRequest("pages_text", "pages_text holds half of a surrogate pair: write it as UTF-8")
+    for text in value:
+        check_text("pages_text", text)
     return tuple(value)
 
 
@@ -438,6 +447,9 @@ def _images(value: object) -> tuple[str | bytes, ...]:
         raise InvalidRequest("images", f"images is {value!r:.80} but must be a list of paths, URIs or bytes")
     if len(images) > MAX_IMAGES:
         raise InvalidRequest("images", f"images has {len(images)} but at most {MAX_IMAGES} are read")
+    for image in images:
+        if isinstance(image, str):
+            check_text("images", image)
     return tuple(images)
 
 

@@ -25,6 +25,7 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from batch_jobs.dataset_readers import DATASET_READERS, STORYBOOK, Source, read_items, storybook_item
+from batch_jobs.inputs import check_seed
 from batch_jobs.pipeline import connect
 from minigpt5.commands import check_kept, positive
 from minigpt5.errors import InvalidRequest, MiniGPT5Error
@@ -276,6 +277,7 @@ def prepare(layout: str, uri: str, output: str, *, limit: int | None = None, see
     import ray
 
     check_kept(output, option="--output")
+    check_seed(seed)
     connect(0)
     files, folder = open_place(output)
     asked = {"format": FORMAT, "layout": layout, "source": uri, "limit": limit, "seed": seed}

@@ -22,7 +22,7 @@ import ray.data
 from pyarrow import ArrowException, dataset, fs, parquet
 
 from batch_jobs.failpoints import FailpointHook
-from batch_jobs.inputs import earlier_plan
+from batch_jobs.inputs import check_seed, earlier_plan
 from batch_jobs.job import Output, check_model, decoder_pool, limits, new_parser, precisions, run_command, work
 from batch_jobs.outputs import STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import (
@@ -212,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("redraw", __doc__ or "", generators=False, decoders=True)
     parser.add_argument("input", help="output of batch_jobs.illustrate, path or URI")
     parser.add_argument("--pictures", choices=("rows", "files"), default="rows", help="as in batch_jobs.illustrate")
-    parser.add_argument("--seed", type=int, help="of all stories (default: each picture keeps its own)")
+    parser.add_argument("--seed", type=int, help="of all stories, 0 or more (default: each picture keeps its own)")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 100 (default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="1 to 20 (default: the model's)")
     parser.add_argument("--scheduler", choices=tuple(SAMPLERS), help="(default: the model's)")
@@ -229,6 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, failpoint: FailpointHook) -> Report:
     """Check all that can be checked at once, then work."""
+    check_seed(options.seed)
     model, config = check_model(options.model)
     asked = {name: getattr(options, name) for name in DRAW_COLUMNS}
     chosen = config.draw_settings({name: value for name, value in asked.items() if value is not None})

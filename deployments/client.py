@@ -11,6 +11,7 @@ repeat (an Idempotency-Key), and the stream resumes after the last event that wa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import json
 import os
@@ -28,6 +29,8 @@ import httpx
 from tqdm import tqdm
 
 from deployments.sse import EventDecoder, EventTooLong
+from minigpt5.errors import StorageError
+from minigpt5.story.export.book_file import check_place, write_book
 
 URL, URL_VARIABLE, KEY_VARIABLE = "http://127.0.0.1:8000", "MINIGPT5_URL", "MINIGPT5_KEY"
 PATIENCE_S = 60.0
@@ -37,7 +40,6 @@ REFUSED, NO_ANSWER = (429, 503), (502, 504)
 """Statuses of a server that takes no more, and of a proxy in front of a server that is away."""
 PAUSE_S = 0.5
 """Between two tries, where the server does not say how long with Retry-After."""
-BOOKS = (".html", ".epub", ".pdf")
 
 
 class ClientError(Exception):
@@ -144,11 +146,11 @@ class Client:
         self._ask("DELETE", f"/v1/stories/{story_id}", again=False)
 
     def export(self, story_id: str, path: str | Path) -> Path:
-        """Write a story's book; the file's name says which: .html, .epub or .pdf."""
+        """Write a story's book, whole or not at all; the file's name says which: .html, .epub or .pdf."""
         path = Path(path)
-        if path.suffix not in BOOKS:
-            raise ClientError(f"{path} must end in one of {', '.join(BOOKS)}")
-        path.write_bytes(self._ask("GET", f"/v1/stories/{story_id}{path.suffix}").content)
+        with _writing():
+            check_place(path)
+            write_book(path, self._ask("GET", f"/v1/stories/{story_id}{path.suffix.lower()}").content)
         return path
 
     def picture(self, url: str) -> bytes:
@@ -181,6 +183,11 @@ class Client:
                 self._wait_after(failure if again else ClientError(f"{method} {path}: {failure}"), began, again=again)
             except ClientError as failure:
                 self._wait_after(failure, began, again=again)
+            except UnicodeEncodeError as failure:
+                text = failure.object[max(0, failure.start - 20) : failure.end]
+                raise ClientError(
+                    f"{text!r} holds half of a surrogate pair or a byte that is not UTF-8: write it as UTF-8"
+                ) from None
 
     def _wait_after(self, failure: Exception, since: float, *, again: bool) -> None:
         """Wait as long as a busy server says, or for PAUSE_S. Raises ClientError where the failure does not pass, or
@@ -265,6 +272,15 @@ def _without_password(proxy: str) -> str:
     return re.sub(r"//.*@", "//", proxy)
 
 
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Within it a book that cannot be written is a ClientError."""
+    try:
+        yield
+    except StorageError as error:
+        raise ClientError(str(error)) from error
+
+
 # The command line
 
 
@@ -338,12 +354,14 @@ def run(client: Client, options: argparse.Namespace) -> None:
         return {name: value for name, value in values.items() if value is not None}
 
     if options.command == "create":
-        if options.out and options.out.suffix not in BOOKS:
-            raise ClientError(f"{options.out} must end in one of {', '.join(BOOKS)}")
+        if options.out:
+            with _writing():
+                check_place(options.out)
         settings = chosen(
             *("pages", "seed", "steps", "guidance_scale", "width", "height", "style", "feedback", "consistency")
         )
         story = client.submit(options.prompt, **settings)
+        print(f"{story['id']} is begun", file=sys.stderr)  # whatever happens here, it can be followed
         story = show_progress(client.follow(story["id"]), options.pages)
         print(client.export(story["id"], options.out) if options.out else story["id"])
     elif options.command == "follow":

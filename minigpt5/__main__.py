@@ -9,14 +9,15 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import get_args
 
 from minigpt5.commands import check_default_model
 from minigpt5.config import default_model_folder
-from minigpt5.errors import InvalidRequest, MiniGPT5Error, StorageError
+from minigpt5.engine.prompts import check_text
+from minigpt5.errors import InvalidRequest, MiniGPT5Error
 from minigpt5.model.folder_config import load_config
 from minigpt5.model.locate import locate
+from minigpt5.story.export.book_file import check_place
 from minigpt5.types import MAX_PAGES, MAX_SIDE, MIN_SIDE, Consistency, PageDone, StoryEvent, TextDelta
 
 PROGRAM = "python -m minigpt5"
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=get_args(Consistency),
         help="story: pages are drawn with the first one beside them (default: the model's)",
     )
-    parser.add_argument("--out", default="story.html", help="the storybook (default %(default)s)")
+    parser.add_argument("--out", default="story.html", help="the storybook: .html, .epub or .pdf (default %(default)s)")
     parser.add_argument(
         "--model", default=str(default_model_folder()), help="model folder, URI or hub id (default %(default)s)"
     )
@@ -121,12 +122,12 @@ def write(
     """Write the storybook and return its path. What can be refused at once is, before the model is loaded."""
     if not prompt.strip():
         raise InvalidRequest("prompt", "prompt is empty: say what the story is about")
+    check_text("prompt", prompt)
     if not 1 <= pages <= MAX_PAGES:
         raise InvalidRequest("pages", f"pages is {pages} but must be from 1 to {MAX_PAGES}")
     if seed < 0:
         raise InvalidRequest("seed", f"seed is {seed} but must be 0 or more")
-    if not Path(out).parent.is_dir():
-        raise StorageError(f"{out} cannot be written: there is no folder {Path(out).parent}; create it or name another")
+    check_place(out)
     check_default_model(model)
     config = load_config(locate(model))
     if config.summary:

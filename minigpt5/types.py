@@ -314,7 +314,8 @@ class Story:
         return sum(page.picture.denoise_steps for page in self.pages if page.picture)
 
     def save(self, path: str) -> str:
-        """Write the story as one self-contained file, HTML, or by its name EPUB or PDF; returns the path."""
+        """Write the story as one self-contained file, by its name HTML, EPUB or PDF; returns the path. Raises
+        StorageError."""
         from minigpt5.story.export.html import save
 
         return save(self, path)

@@ -87,6 +87,8 @@ class _Job(Job[DecoderEvent | Drawn]):
         super().__init__(key=request.key, cost=request.settings.steps * self.num_samples)
         self.request = request
         self.denoising: Denoising | None = None
+        self.shown_step = 0
+        """Step of the last preview: samplers with more calls than steps come to a step twice."""
 
 
 class DiffusionDecoder(QueuedEngine):
@@ -313,7 +315,9 @@ class DiffusionDecoder(QueuedEngine):
     def _tell(self, job: _Job, denoising: Denoising) -> None:
         step, steps = denoising.step, job.request.settings.steps
         preview = None
-        if denoising.num_calls_left and is_shown(step, steps, job.request.num_previews):
+        is_new = step > job.shown_step
+        if is_new and denoising.num_calls_left and is_shown(step, steps, job.request.num_previews):
+            job.shown_step = step
             preview = encode(self._preview(denoising.pred_x0_1CYX), "JPEG", side_px=PREVIEW_PX)[0]
         job.put(Progress(page=job.request.vokens.page, step=step, steps=steps, preview=preview))
 

@@ -186,6 +186,9 @@ def check_request(request: StoryRequest) -> None:
     asks_by_text = request.mode == "scene" and bool(request.given)
     if not asks_by_text and not any(isinstance(part, InputImage) or part.strip() for part in said):
         raise InvalidRequest("prompt", "prompt is empty: say what the story or the picture is about")
+    for part in said:
+        if isinstance(part, str):
+            check_text("prompt", part)
     most = MAX_REPLY_PICTURES if request.mode == "reply" else MAX_PAGES
     if not 1 <= request.pages <= most:
         raise InvalidRequest("pages", f"pages is {request.pages} but must be from 1 to {most}")
@@ -206,6 +209,7 @@ def check_request(request: StoryRequest) -> None:
     for number, words in enumerate(request.given, start=1):
         if not words.strip():
             raise InvalidRequest("given", f"given text {number} is empty: say what the page says")
+        check_text("given", words)
     if not all(request.stop):
         raise InvalidRequest("stop", f"stop is {request.stop} but no stop string may be empty")
     seed: object = request.seed
@@ -215,3 +219,14 @@ def check_request(request: StoryRequest) -> None:
         value = getattr(request.sampling, name)
         if not isinstance(value, Real) or not low <= float(value) <= high:
             raise InvalidRequest(name, f"{name} is {value!r} but must be a number from {low:g} to {high:g}")
+
+
+def check_text(field: str, text: str) -> None:
+    """Raise InvalidRequest where a text holds what no tokenizer and no file takes. Python reads a byte of a command
+    line that is not UTF-8 as half of a surrogate pair, too."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            field, f"{field} {text!r:.80} holds half of a surrogate pair or a byte that is not UTF-8: write it as UTF-8"
+        ) from None

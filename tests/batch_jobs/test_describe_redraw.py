@@ -13,15 +13,15 @@ import pytest
 import ray
 from pyarrow import dataset, parquet
 
-from batch_jobs import describe, illustrate, redraw
+from batch_jobs import describe, illustrate, prepare, redraw
 from batch_jobs.describe import QUESTION
-from batch_jobs.inputs import BadRow, ImageJob, RawRow, check_image_rows
+from batch_jobs.inputs import MAX_SEED, BadRow, ImageJob, RawRow, check_image_rows, check_seed
 from batch_jobs.job import Output, work
 from batch_jobs.monitor import Monitor
-from batch_jobs.outputs import DESCRIPTION_SCHEMA, STORY_SCHEMA
+from batch_jobs.outputs import DESCRIPTION_SCHEMA, STORY_SCHEMA, Gathered
 from batch_jobs.pipeline import Limits, Pool
 from batch_jobs.report import Report
-from batch_jobs.stages import Row, Tell, as_table
+from batch_jobs.stages import CLOSING_PAGE, Row, Tell, as_table
 from minigpt5.config import storybook
 from minigpt5.errors import MiniGPT5Error, StorageError
 from minigpt5.pipeline import DESCRIBE
@@ -47,6 +47,12 @@ def image_rows(folder: Path) -> list[ImageJob | BadRow]:
         {"id": "missing", "image": str(folder / "owl.png")},
         {"id": "none"},
     )
+
+
+@pytest.mark.parametrize("field", ["image", "question"])
+def test_a_row_that_is_no_text_is_a_bad_row(field: str) -> None:
+    (row,) = check_images({"id": "fox", "image": "fox.png", field: "half \ud83e"})
+    assert isinstance(row, BadRow) and row.error.startswith(f"{field} 'half \\ud83e' holds half of a surrogate pair")
 
 
 def test_the_question_is_the_one_of_training() -> None:
@@ -176,9 +182,34 @@ def test_the_commands_refuse_what_they_cannot_do_in_one_line(
         code = main([str(source), "--output", str(tmp_path / "out"), "--model", str(tmp_path)])
         error = capsys.readouterr().err
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert (
+        describe.main([str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--question", "o\udcf9 ?"]) == 2
+    )
+    assert capsys.readouterr().err.startswith("error: --question 'o\\udcf9 ?' holds")
     with pytest.raises(SystemExit):
         illustrate.make_parser().parse_args(["x.jsonl", "--output", "y", "--decoders", "3:1"])
     assert illustrate.make_parser().parse_args(["x", "--output", "y", "--decoders", "1:3"]).decoders == (1, 3)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize(("main", "source"), [(redraw.main, "stories"), (prepare.main, "storybook:story")])
+def test_a_seed_that_cannot_be_stored_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], source: str, seed: int
+) -> None:
+    assert main([source, "--output", str(tmp_path / "out"), "--seed", str(seed)]) == 2
+    assert capsys.readouterr().err == f"error: --seed is {seed} but must be from 0 to {2**63 - 1}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_greatest_seed_can_be_stored(tmp_path: Path) -> None:
+    check_seed(MAX_SEED)
+    check_seed(None)
+    output = new_output(tmp_path)
+    gathered = Gathered("fox", "a fox", MAX_SEED)
+    gathered.add({"page": CLOSING_PAGE, "num_pages": 0, "seconds": 0.0, "error": None})
+    output.sink.add(gathered.story())
+    output.sink.flush()
+    assert read_output(tmp_path)["fox"]["seed"] == MAX_SEED
 
 
 @pytest.mark.parametrize("job", [illustrate, describe, redraw])

@@ -342,6 +342,7 @@ def command(*words: str) -> argparse.Namespace:
     ("words", "reason"),
     [
         (["--steps", "0"], "--steps is 0"),
+        (["--seed", "-1"], "--seed is -1"),
         (["--guidance", "30"], "--guidance is 30"),
         (["--judge", "http://127.0.0.1/v1"], "--judge needs the protocol interleave"),
         (["--clip", "/nowhere/clip"], "/nowhere/clip"),

@@ -121,6 +121,7 @@ def test_ids_and_seeds_of_the_content_do_not_depend_on_the_order() -> None:
         ({"prompt": " \n"}, "prompt is empty"),
         ({"prompt": ["a fox"]}, r"prompt is \['a fox'\] but must be a text"),
         ({"prompt": "half \ud83e"}, "surrogate"),
+        ({"prompt": "a fox", "images": ["half \ud83e.png"]}, "surrogate"),
         ({"prompt": "a fox", "pages": 0}, "pages is 0 but must be from 1 to 64"),
         ({"prompt": "a fox", "pages": 65}, "pages is 65 but must be from 1 to 64"),
         ({"prompt": "a fox", "pages": 2.5}, "pages is 2.5 but must be a whole number"),
@@ -534,6 +535,45 @@ def test_books_show_every_story_and_the_index_names_them_all(tmp_path: Path) -> 
     assert all("<img" in (index.parent / link).read_text() for link in links)
     books_there = [zipfile.ZipFile((index.parent / link).with_suffix(".epub")) for link in links]
     assert all("EPUB/picture-1.png" in book.namelist() for book in books_there)
+
+
+@pytest.mark.parametrize("broken", ["out.books", "out.books/index.html", "out"])
+def test_books_that_cannot_be_written_are_one_line(
+    tmp_path: Path, broken: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = new_output(tmp_path)
+    illustrate_here(jobs_in(PROMPTS[0]), output)
+
+    def run(options: argparse.Namespace, failpoint: failpoints.FailpointHook) -> Report:
+        books.write_books(output.sink, model="fake")
+        raise AssertionError("the books are written")
+
+    if broken == "out":  # what shall be read
+        (part,) = (tmp_path / "out").glob("part-*")
+        part.write_bytes(b"cut")
+    elif broken == "out.books":
+        (tmp_path / broken).touch()
+    else:
+        (tmp_path / broken).mkdir(parents=True)
+    assert run_command(run, argparse.Namespace()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: folder {tmp_path}/out.books cannot be written (")
+
+
+def test_a_book_says_that_a_kept_picture_is_gone(tmp_path: Path) -> None:
+    output = Output.at(str(tmp_path / "out"), STORY_SCHEMA, {}, keeps_pictures=True)
+    illustrate_here(jobs_in(PROMPTS[0]), output)
+    (row,) = read_output(tmp_path).values()
+    Path(row["pages"][1]["uri"]).unlink()
+    pages = books.to_story(row, output.sink, model="fake").pages
+    assert [(page.picture is not None, page.error) for page in pages] == [
+        (True, None),
+        (False, "its picture file is gone"),
+        (True, None),
+    ]
+    index = Path(books.write_books(output.sink, model="fake"))
+    (book,) = {*index.parent.glob("*.html")} - {index}
+    assert "This page has no picture: <bdi>its picture file is gone</bdi>" in book.read_text()
 
 
 def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import threading
 from collections.abc import Iterator
@@ -302,6 +303,79 @@ def test_a_key_comes_from_the_environment(tmp_path: Path, port: int, monkeypatch
     with Client() as client:
         assert client.submit("A fox", pages=1)["status"] in ("drawing", "done")
     listening.stop()
+
+
+def made_at_once(request: httpx.Request) -> httpx.Response:
+    """A server whose stories are made at once; its books are larger than some disks."""
+    if request.method == "POST":
+        return httpx.Response(202, json={"id": "story_1"})
+    if request.url.path.endswith("/events"):
+        return httpx.Response(200, headers=STREAM, text='id: 1\nevent: done\ndata: {"id": "story_1"}\n\n')
+    return httpx.Response(200, content=b"x" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("nowhere/story.pdf", "no folder .*nowhere"),
+        ("story.docx", "must end in one of"),
+        ("books.pdf", "it is a folder"),
+    ],
+)
+def test_a_book_that_cannot_be_written_is_refused_before_a_story_is_begun(tmp_path: Path, out: str, says: str) -> None:
+    (tmp_path / "books.pdf").mkdir()
+    asked: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return made_at_once(request)
+
+    with Client("http://gpu", transport=httpx.MockTransport(answer)) as client:
+        with pytest.raises(ClientError, match=says):
+            run(client, parse_args(["create", "A fox", "--out", str(tmp_path / out)]))
+        with pytest.raises(ClientError, match=says):
+            client.export("story_1", tmp_path / out)
+    assert not asked
+
+
+def test_a_full_disk_costs_neither_the_earlier_book_nor_the_storys_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = tmp_path / "story.pdf"
+    book.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # the kernel refuses to write on, as on a full disk
+    try:
+        client = Client("http://gpu", transport=httpx.MockTransport(made_at_once))
+        with client, pytest.raises(ClientError, match="cannot be written .File too large"):
+            run(client, parse_args(["create", "A fox", "--out", str(book)]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("story.pdf", "old")]
+    assert capsys.readouterr().err.startswith("story_1 is begun\n")
+
+
+def test_the_id_is_said_before_the_story_is_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    def leave(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            raise KeyboardInterrupt
+        return made_at_once(request)
+
+    with Client("http://gpu", transport=httpx.MockTransport(leave)) as client, pytest.raises(KeyboardInterrupt):
+        run(client, parse_args(["create", "A fox"]))
+    assert capsys.readouterr().err.startswith("story_1 is begun\n")
+
+
+@pytest.mark.parametrize(
+    "words", [["create", "caf\udce9"], ["create", "A fox", "--style", "\udce9"], ["show", "\udce9"]]
+)
+def test_words_that_are_not_utf_8_are_one_line(words: list[str]) -> None:
+    client = Client("http://gpu", transport=httpx.MockTransport(made_at_once))
+    with (
+        client,
+        pytest.raises(ClientError, match=r"\\udce9' holds half of a surrogate pair or a byte that is not UTF-8"),
+    ):
+        run(client, parse_args(words))
 
 
 def test_the_command_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

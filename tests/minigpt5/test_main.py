@@ -47,6 +47,25 @@ def test_a_giraffe_is_told_what_the_model_knows(folder: Path, capsys: pytest.Cap
     assert first == "Draws bears." and second.startswith("error: the weights in")
 
 
+def test_a_prompt_that_is_not_utf_8_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["caf\udce9", "--model", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith("error: prompt 'caf\\udce9' holds half of a surrogate pair or a byte")
+
+
+@pytest.mark.parametrize(
+    "out", ["", ".", "books", "story.docx", "books.html", "nowhere/story.html", "x" * 251 + ".html"]
+)
+def test_a_book_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("books", "books.html"):
+        (folder / name).mkdir()
+    assert main(["A bear", "--model", str(folder), "--out", out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "must end in one of" in line or "cannot be written" in line
+
+
 def test_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err

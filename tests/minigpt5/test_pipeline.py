@@ -124,6 +124,11 @@ def test_what_cannot_be_written_is_refused_in_every_way(model: MiniGPT5) -> None
     for refused in (lambda: model.write(" "), lambda: asyncio.run(blocking()), lambda: asyncio.run(model.awrite(" "))):
         with pytest.raises(InvalidRequest, match="prompt is empty"):
             refused()
+    for prompt in ("caf\udce9", "half \ud83e"):
+        with pytest.raises(InvalidRequest, match="prompt .* half of a surrogate pair"):
+            model.write(prompt)
+        with pytest.raises(InvalidRequest, match="prompt .* half of a surrogate pair"):
+            model.vokens(prompt)
     with pytest.raises(InvalidRequest, match="no distilled UNet"):
         model.write("A fox", draw=replace(DRAW, scheduler="distilled", guidance_scale=1.0))
 

@@ -77,7 +77,7 @@ img { width: 100%; max-width: 24em; height: auto; max-height: 80vh; object-fit: 
 
 def to_epub(story: Story, *, modified: datetime | None = None) -> bytes:
     """The book as one file. `modified` (default: now) is the only thing in it that is not the story's."""
-    title = _text(story.prompt) or "A story"
+    title = _text(title_of(story))
     moment = (modified or datetime.now(UTC)).astimezone(UTC)
     language = language_of(story)
     items, spine, links = [], [], []
@@ -94,6 +94,8 @@ def to_epub(story: Story, *, modified: datetime | None = None) -> bytes:
             picture = f"picture-{page.index}"
             items.append(f'<item id="{picture}" href="{picture}.png" media-type="image/png"{is_cover}/>')
             files[f"EPUB/{picture}.png"] = page.picture.png
+    if not links:  # a list without entries is no valid EPUB
+        links.append('<li><a href="nav.xhtml">This story has no pages</a></li>')
     contents = f'<h1 dir="auto">{title}</h1>\n<nav epub:type="toc"><ol>\n' + "\n".join(links) + "\n</ol></nav>"
     files["EPUB/nav.xhtml"] = _DOCUMENT.format(language=language, title=title, body=contents)
     files["EPUB/package.opf"] = _PACKAGE.format(
@@ -108,6 +110,11 @@ def to_epub(story: Story, *, modified: datetime | None = None) -> bytes:
         spine="\n".join(spine),
     )
     return _zip(files, moment)
+
+
+def title_of(story: Story) -> str:
+    """A book's title, which is never blank: a prompt may be pictures alone."""
+    return _NOT_XML.sub("", story.prompt).strip() or "A story"
 
 
 def describe_picture(page: Page) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
-import secrets
 from html import escape
 from pathlib import Path
 
-from minigpt5.errors import StorageError
-from minigpt5.story.export.epub import describe_picture, to_epub
+from minigpt5.story.export.book_file import check_place, write_book
+from minigpt5.story.export.epub import describe_picture, title_of, to_epub
 from minigpt5.story.export.language import language_of
 from minigpt5.types import Page, Story
 
@@ -60,16 +58,14 @@ def to_html_fragment(story: Story) -> str:
     return (
         f"<style>{STYLE}</style>\n"
         f'<article class="storybook" lang="{language_of(story)}">\n'
-        f'<header><h1 dir="auto">{escape(story.prompt)}</h1></header>\n{pages}\n'
+        f'<header><h1 dir="auto">{escape(title_of(story))}</h1></header>\n{pages}\n'
         f"<footer>{escape(story.model)} &middot; seed {story.seed}</footer>\n</article>"
     )
 
 
 def to_html(story: Story) -> str:
     """The story as a page of its own, with everything in it."""
-    return DOCUMENT.format(
-        language=language_of(story), title=escape(story.prompt) or "A story", story=to_html_fragment(story)
-    )
+    return DOCUMENT.format(language=language_of(story), title=escape(title_of(story)), story=to_html_fragment(story))
 
 
 def to_book(story: Story, suffix: str) -> bytes:
@@ -84,20 +80,10 @@ def to_book(story: Story, suffix: str) -> bytes:
 
 
 def save(story: Story, path: str) -> str:
-    """Write the story as one file, HTML or by its name EPUB or PDF, whole or not at all; returns the path. Raises
+    """Write the story as one file, by its name HTML, EPUB or PDF, whole or not at all; returns the path. Raises
     StorageError."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise StorageError(f"{path} cannot be written: there is no folder {target.parent}; create it or name another")
-    data = to_book(story, target.suffix.lower())
-    written = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        written.write_bytes(data)
-        os.replace(written, target)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error.strerror}): name another file") from error
-    finally:
-        written.unlink(missing_ok=True)
+    check_place(path)
+    write_book(path, to_book(story, Path(path).suffix.lower()))
     return path
 
 

@@ -6,7 +6,7 @@ import io
 import re
 from datetime import UTC, datetime
 
-from minigpt5.story.export.epub import describe_picture
+from minigpt5.story.export.epub import describe_picture, title_of
 from minigpt5.story.export.language import language_of
 from minigpt5.story.export.typesetting import NO_GLYPH, ShapedPDF, Typesetter
 from minigpt5.types import Page, Story
@@ -38,7 +38,7 @@ class _Book:
 
     def __init__(self, story: Story) -> None:
         self.story = story
-        self.title = story.prompt.strip() or "A story"
+        self.title = title_of(story)
         self.pdf = ShapedPDF(format=(SIDE_MM, SIDE_MM))
         self.pdf.set_margins(MARGIN_MM, MARGIN_MM)
         self.pdf.set_auto_page_break(False)

@@ -769,6 +769,7 @@ def test_a_given_text_is_read_as_a_written_page_is_and_the_story_goes_on_after_i
     [
         ({"given": ("a", "b", "c")}, "given has 3 texts but pages is 2"),
         ({"given": ("a", " ")}, "given text 2 is empty"),
+        ({"given": ("a", "half \ud83e")}, "given 'half .* half of a surrogate pair"),
         ({"given": ("a",), "mode": "reply"}, "a reply has no pages"),
         ({"given": ("a fox " * 400,)}, "context window"),
     ],

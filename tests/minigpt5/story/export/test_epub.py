@@ -28,6 +28,12 @@ def png() -> bytes:
     return file.getvalue()
 
 
+def make_blank_story() -> Story:
+    """Of pictures alone, whose first page failed."""
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    return Story(id="story_1", prompt=" \x00\n", seed=7, model="storybook", pages=(), usage=usage)
+
+
 def make_story() -> Story:
     picture = Picture(page=1, png=png(), width=128, height=128, seed=1, denoise_steps=20)
     pages = (
@@ -79,6 +85,16 @@ def test_text_stays_text_and_pictures_say_what_they_show() -> None:
     assert book.read("EPUB/picture-1.png") == png()
 
 
+def test_a_story_without_words_and_pages_has_a_title_and_contents() -> None:
+    book = zipfile.ZipFile(io.BytesIO(to_epub(make_blank_story())))
+    package = ElementTree.fromstring(book.read("EPUB/package.opf"))
+    assert [node.text for node in package.iter() if node.tag.endswith("}title")] == ["A story"]
+    contents = ElementTree.fromstring(book.read("EPUB/nav.xhtml"))
+    links = [(node.get("href"), node.text) for node in contents.findall(".//x:ol/x:li/x:a", NAMESPACES)]
+    assert links == [("nav.xhtml", "This story has no pages")]
+    assert [node.text for node in contents.iter() if node.tag.endswith(("}title", "}h1"))] == ["A story"] * 2
+
+
 def test_a_long_text_is_a_short_description() -> None:
     words = describe_picture(Page(index=1, text="fox " * 200))
     assert words.endswith("fox ...") and len(words) < 300
@@ -117,9 +133,10 @@ def test_the_book_says_its_language_and_direction(text: str, language: str, dire
 
 
 @pytest.mark.skipif(not shutil.which("epubcheck"), reason="epubcheck is not installed")
-def test_epubcheck_accepts_the_book(tmp_path: Path) -> None:
+@pytest.mark.parametrize("story", [make_story(), make_blank_story()], ids=["pages", "no pages"])
+def test_epubcheck_accepts_the_book(tmp_path: Path, story: Story) -> None:
     path = tmp_path / "book.epub"
-    path.write_bytes(to_epub(make_story()))
+    path.write_bytes(to_epub(story))
     checker = Path(str(shutil.which("epubcheck")))
     is_jar = checker.read_bytes()[:2] == b"PK"  # Debian's is one that only some kernels run by itself
     command = ["java", "-jar", str(checker)] if is_jar else [str(checker)]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import os
+import re
+import resource
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from minigpt5.errors import StorageError
+from minigpt5.story.export.book_file import check_place
 from minigpt5.story.export.html import save, to_html, to_html_fragment
 from minigpt5.types import Page, Picture, Story, Usage
 
@@ -87,6 +91,12 @@ def test_each_text_has_its_own_direction_and_the_book_its_language(text: str, la
     assert "bdi" in tags  # the reason of a missing picture stands in an English sentence
 
 
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_a_story_without_words_has_a_title(prompt: str) -> None:
+    html = to_html(make_story(prompt=prompt))
+    assert "<title>A story</title>" in html and '<h1 dir="auto">A story</h1>' in html
+
+
 def test_a_notebook_shows_the_same_story() -> None:
     story = make_story(drawn(1, "One."))
     assert story._repr_html_() == to_html_fragment(story)
@@ -95,6 +105,46 @@ def test_a_notebook_shows_the_same_story() -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no folder .*nowhere"):
         save(make_story(), str(tmp_path / "nowhere" / "story.html"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "books", "x.txt", "story.docx", "story"])
+def test_a_name_that_is_no_books_is_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    with pytest.raises(StorageError, match=f"^'{re.escape(name)}' must end in one of .html, .epub, .pdf"):
+        save(make_story(drawn(1, "One.")), name)
+    assert [path.name for path in tmp_path.iterdir()] == ["books"]
+
+
+def test_the_longest_name_can_be_written_and_a_longer_one_is_refused_at_once(tmp_path: Path) -> None:
+    longest = "x" * 250 + ".html"
+    assert Path(save(make_story(drawn(1, "One.")), str(tmp_path / longest))).read_text().startswith("<!doctype")
+    with pytest.raises(StorageError, match="File name too long"):
+        check_place(tmp_path / f"x{longest}")
+    assert [path.name for path in tmp_path.iterdir()] == [longest]
+
+
+def test_a_full_disk_keeps_the_earlier_book(tmp_path: Path) -> None:
+    path = tmp_path / "story.html"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # the kernel refuses to write on, as on a full disk
+    try:
+        with pytest.raises(StorageError, match="cannot be written .File too large"):
+            save(make_story(drawn(1, "New.")), str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("story.html", "old")]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match=f"folder {tmp_path} is read-only"):
+        check_place(tmp_path / "story.html")
+    tmp_path.chmod(0o700)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
