@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from minigpt5.config import ModelConfig
 from minigpt5.engine.engine_loop import Job
@@ -37,6 +37,7 @@ from minigpt5.limits import Limits, default_limits
 from minigpt5.model.chat_template import protect_control_tokens
 from minigpt5.model.folder import load_vision
 from minigpt5.model.folder_config import check_folder
+from minigpt5.model.libraries import load_base_tokenizer
 from minigpt5.model.locate import locate
 from minigpt5.model.vision import Vision
 from minigpt5.types import GeneratorEvent, Sampling, StoryRequest
@@ -104,7 +105,7 @@ class VllmGenerator:
         path. Raises ModelFolderError where the two are not of one model."""
         place = locate(folder)
         config = check_folder(place)
-        tokenizer = AutoTokenizer.from_pretrained(settings.folder)
+        tokenizer = load_base_tokenizer(settings.folder)
         if config.template == "chat":
             protect_control_tokens(tokenizer)
         return cls(
