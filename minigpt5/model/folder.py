@@ -359,20 +359,21 @@ def save_language(folder: Path, config: ModelConfig, language: LanguageModel, ba
     body, head = names[id(causal.base_model)], names[id(causal.get_output_embeddings())]
     weights = {f"{body}.{name}": value for name, value in language.body.state_dict().items()}
     weights |= {f"{head}.{name}": value for name, value in language.head.state_dict().items()}
-    if language.head.weight is language.embedding:
+    is_tied = language.head.weight is language.embedding
+    if is_tied:
         del weights[f"{head}.weight"]
-    else:  # published rows part a head from the embedding that it was
-        _untie(place / "config.json")
+    _describe_plain(place / "config.json", is_tied=is_tied)
     save_tensors({name: value.half() for name, value in weights.items()}, place / "model.safetensors")
     bases = tuple(one for one in config.bases if one.id != config.language_model)
     return dataclasses.replace(config, language_model=LANGUAGE, bases=bases)
 
 
-def _untie(file: Path) -> None:
-    """Have transformers read the head from the weights of a language model that it would tie."""
+def _describe_plain(file: Path, *, is_tied: bool) -> None:
+    """Have transformers read a language model as it is saved, which the base need not have been: its weights may have
+    been quantised, and published rows part a head from the embedding that it was."""
     values = json.loads(file.read_text())
-    if values.get("tie_word_embeddings", True):
-        file.write_text(json.dumps(values | {"tie_word_embeddings": False}, indent=2) + "\n")
+    values.pop("quantization_config", None)
+    file.write_text(json.dumps(values if is_tied else values | {"tie_word_embeddings": False}, indent=2) + "\n")
 
 
 def save_distilled(

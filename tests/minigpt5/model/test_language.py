@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import weakref
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def test_trained_weights_are_read_as_they_were_saved(name: str, tmp_path: Path) 
         language.replace_vocabulary(torch.randn(PADDED, 32), torch.randn(PADDED, 32))
     for parameter in dict.fromkeys([*language.body.parameters(), *language.head.parameters()]):
         parameter.data.add_(0.1 * torch.randn_like(parameter))
+    file = tmp_path / "base" / "config.json"  # of a base that transformers reads as plain weights
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
     saved = save_language(tmp_path / "saved", config, language, tmp_path / "base")
     again = LanguageModel.from_base(tmp_path / "saved" / saved.language_model, config)
     ids_1S = torch.tensor([[5, 17, 80, 3]])
