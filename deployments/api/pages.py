@@ -17,8 +17,9 @@ from deployments.schemas import AddPages, ChangePage, PageReply, Redraw, StoryRe
 from deployments.stories.store_threads import reading, writing
 from deployments.stories.uninterrupted import uninterrupted
 from minigpt5.errors import InvalidRequest, StoryNotFound
+from minigpt5.story.characters import shown_on
 from minigpt5.story.state import PageState, StoryState, image_state
-from minigpt5.story.stream import page_seed, shown_on
+from minigpt5.story.stream import page_seed
 from minigpt5.types import MAX_PAGES, DrawRequest, InputImage, Reference, StoryRequest, Vokens
 
 MAX_VARIANTS = 16

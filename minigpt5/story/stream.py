@@ -11,15 +11,12 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import unicodedata
-from collections.abc import AsyncGenerator, Callable, Sequence
-
-import regex
+from collections.abc import AsyncGenerator, Callable
 
 from minigpt5.model.window import may_read
+from minigpt5.story.characters import shown_on
 from minigpt5.types import (
     NUM_PREVIEWS,
-    Character,
     DecoderEvent,
     DrawRequest,
     GeneratorEvent,
@@ -40,9 +37,6 @@ from minigpt5.types import (
     Vokens,
 )
 
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-"""Scripts that put no space between words."""
-IN_WORD = r"[\w\p{M}]"
 Generate = Callable[[StoryRequest], AsyncGenerator[GeneratorEvent, None]]
 Decode = Callable[[DrawRequest], AsyncGenerator[DecoderEvent, None]]
 
@@ -51,24 +45,6 @@ def page_seed(story_seed: int, page: int) -> int:
     """The seed of a page's picture: a function of the story's seed and the page, never of what ran before."""
     digest = hashlib.sha256(f"{story_seed}/{page}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1  # 31 bits: fits every integer field on the way
-
-
-def shown_on(texts: Sequence[str], characters: Sequence[Character]) -> tuple[InputImage, ...]:
-    """Pictures of the characters on the last of a story's pages: those that its text names, else those of the page
-    before. On the first page, all."""
-    shown = tuple(characters)
-    for text in texts:
-        shown = tuple(one for one in characters if is_named(one.name, text)) or shown
-    return tuple(one.image for one in shown)
-
-
-def is_named(name: str, text: str) -> bool:
-    """Whether a text has a name as words of its own, in any case. In scripts that put no space between words it may
-    stand anywhere, and in Korean what follows it may be a particle."""
-    name, text = (unicodedata.normalize("NFC", one).casefold() for one in (name, text))
-    left = "" if regex.match(rf"[{UNSPACED}]", name) else rf"(?<!{IN_WORD})"
-    right = "" if regex.search(rf"[{UNSPACED}\p{{Hangul}}]\p{{M}}*$", name) else rf"(?!{IN_WORD})"
-    return regex.search(f"{left}{regex.escape(name)}{right}", text) is not None
 
 
 async def stream_story(

@@ -10,8 +10,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from minigpt5.story.characters import is_named, shown_on
 from minigpt5.story.state import StoryBuilder
-from minigpt5.story.stream import Generate, is_named, page_seed, shown_on, stream_story, write_story
+from minigpt5.story.stream import Generate, page_seed, stream_story, write_story
 from minigpt5.types import (
     NUM_PREVIEWS,
     Character,
