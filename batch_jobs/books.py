@@ -4,14 +4,14 @@ URI.books/index.html."""
 from __future__ import annotations
 
 import hashlib
-import io
 from html import escape
 
-from PIL import Image
 from pyarrow import ArrowException
 
 from batch_jobs.outputs import RowSink
 from batch_jobs.stages import Row
+from minigpt5.errors import BadPicture
+from minigpt5.pictures import open_picture
 from minigpt5.storage import open_place, unusable, write_whole
 from minigpt5.story.export.epub import to_epub
 from minigpt5.story.export.html import to_html
@@ -72,13 +72,17 @@ def to_story(row: Row, sink: RowSink, *, model: str) -> Story:
     for page in row["pages"]:
         png = page["png"] or (sink.store.load_picture(row["id"], page["index"]) if page["uri"] else None)
         picture, error = None, page["error"]
-        if page["uri"] and not png:
-            error = error or "its picture file is gone"
         if png:
-            width, height = Image.open(io.BytesIO(png)).size
-            picture = Picture(
-                page=page["index"], png=png, width=width, height=height, seed=page["seed"], denoise_steps=0
-            )
+            try:
+                width, height = open_picture(png).size
+            except BadPicture:
+                error = error or "its picture file is damaged"
+            else:
+                picture = Picture(
+                    page=page["index"], png=png, width=width, height=height, seed=page["seed"], denoise_steps=0
+                )
+        elif page["uri"]:
+            error = error or "its picture file is gone"
         pages.append(Page(index=page["index"], text=page["text"], picture=picture, error=error))
     usage = Usage(prompt_tokens=0, completion_tokens=0)
     return Story(id=row["id"], prompt=row["prompt"], seed=row["seed"], model=model, pages=tuple(pages), usage=usage)

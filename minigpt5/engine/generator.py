@@ -30,7 +30,7 @@ from minigpt5.engine.kv_cache import SlotCache, bytes_per_token
 from minigpt5.engine.kv_pass import upload
 from minigpt5.engine.picture_reader import PictureReader
 from minigpt5.engine.prompts import Prompt, Prompter
-from minigpt5.engine.sampling import Choice, draw_token, draw_tokens
+from minigpt5.engine.sampling import NOT_DRAWN, NOT_FINITE, Choice, draw_token, draw_tokens
 from minigpt5.engine.steps import Asked, Read, Score, Steps
 from minigpt5.engine.threads import Team, single_thread
 from minigpt5.errors import SettingsError
@@ -330,14 +330,19 @@ class VokenGenerator(QueuedEngine):
             answers = self._draw(asking)
 
     def _draw(self, asking: Sequence[tuple[_Job, Score]]) -> list[tuple[_Job, Choice]]:
-        """The tokens that follow some states. On the CPU, a request whose token cannot be drawn fails alone."""
+        """The tokens that follow some states. A request whose token cannot be drawn fails alone."""
         self.num_generated_tokens += len(asking)
         first_voken = self.language.voken_embeddings.first
         logits_RT = self.language.logits(torch.stack([score.state_H for _, score in asking]))
+        drawn = []
         if self._draws_on_device:
             tokens = draw_tokens(logits_RT, [score.draw for _, score in asking], first_voken=first_voken)
-            return [(job, Choice(token=token, margin=math.inf)) for (job, _), token in zip(asking, tokens, strict=True)]
-        drawn = []
+            for (job, _), token in zip(asking, tokens, strict=True):
+                if token == NOT_DRAWN:
+                    job.fail(FloatingPointError(NOT_FINITE))
+                else:
+                    drawn.append((job, Choice(token=token, margin=math.inf)))
+            return drawn
         for (job, score), logits_T in zip(asking, logits_RT.float().cpu().numpy(), strict=True):
             try:
                 drawn.append((job, draw_token(logits_T, score.draw, first_voken=first_voken)))

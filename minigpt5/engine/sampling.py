@@ -18,6 +18,9 @@ from torch import Tensor
 from minigpt5.engine.kv_pass import upload
 from minigpt5.types import Sampling
 
+NOT_DRAWN = -1
+"""What `draw_tokens` gives for a row whose logits are not finite."""
+NOT_FINITE = "the model's logits are not finite: use another precision, or another model"
 LIKELY = 12.0
 """Tokens whose scaled logit is so far below the best one's are first left out of sorting."""
 
@@ -76,7 +79,8 @@ def mask(logits_T: np.ndarray, closed: list[int], *, first_voken: int) -> np.nda
 def draw_tokens(logits_RT: Tensor, draws: Sequence[TokenDraw], *, first_voken: int) -> list[int]:
     """Choose the tokens of all rows on the device of their logits, as `draw_token` does.
 
-    A row's choice depends on its own logits and draw alone. The host waits once, for the ids.
+    A row's choice depends on its own logits and draw alone, and is NOT_DRAWN where `draw_token` raises
+    FloatingPointError. The host waits once, for the ids.
     """
     logits_RT = logits_RT.to(torch.float32, copy=True)
     device = logits_RT.device
@@ -99,7 +103,8 @@ def draw_tokens(logits_RT: Tensor, draws: Sequence[TokenDraw], *, first_voken: i
     last_R1 = (cumulative_RT < top_p_R1).sum(dim=1, keepdim=True).clamp(max=logits_RT.shape[1] - 1)
     draw_R1 = uniform_R1 * cumulative_RT.gather(1, last_R1)
     place_R1 = (cumulative_RT <= draw_R1).sum(dim=1, keepdim=True).minimum(last_R1)
-    ids: list[int] = order_RT.gather(1, place_R1.masked_fill(is_greedy_R1, 0))[:, 0].tolist()
+    ids_R1 = order_RT.gather(1, place_R1.masked_fill(is_greedy_R1, 0))
+    ids: list[int] = ids_R1.masked_fill(~sorted_RT[:, :1].isfinite(), NOT_DRAWN)[:, 0].tolist()
     return ids
 
 
@@ -130,8 +135,8 @@ def sample_token(
 ) -> Choice:
     """Choose a token. `seen`: words so far, which the repetition penalty lowers. Raises FloatingPointError where the
     model's logits are not finite."""
-    if not np.isfinite(best := logits_T.max()):
-        raise FloatingPointError(f"the best of the model's logits is {best}: use another precision, or another model")
+    if not np.isfinite(logits_T.max()):
+        raise FloatingPointError(NOT_FINITE)
     if sampling.repetition_penalty != 1 and seen:
         logits_T = logits_T.astype(np.float64)
         ids = np.unique(seen)

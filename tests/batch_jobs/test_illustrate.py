@@ -560,20 +560,26 @@ def test_books_that_cannot_be_written_are_one_line(
     assert line.startswith(f"error: folder {tmp_path}/out.books cannot be written (")
 
 
-def test_a_book_says_that_a_kept_picture_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("left", "error"),
+    [
+        (None, "its picture file is gone"),
+        (b"", "its picture file is gone"),
+        (b"\x89PNG", "its picture file is damaged"),
+    ],
+)
+def test_a_book_says_what_became_of_a_kept_picture(tmp_path: Path, left: bytes | None, error: str) -> None:
     output = Output.at(str(tmp_path / "out"), STORY_SCHEMA, {}, keeps_pictures=True)
     illustrate_here(jobs_in(PROMPTS[0]), output)
     (row,) = read_output(tmp_path).values()
-    Path(row["pages"][1]["uri"]).unlink()
+    kept = Path(row["pages"][1]["uri"])
+    kept.unlink() if left is None else kept.write_bytes(left)
     pages = books.to_story(row, output.sink, model="fake").pages
-    assert [(page.picture is not None, page.error) for page in pages] == [
-        (True, None),
-        (False, "its picture file is gone"),
-        (True, None),
-    ]
+    assert [page.picture is not None for page in pages] == [True, False, True]
+    assert [page.error for page in pages] == [None, error, None]
     index = Path(books.write_books(output.sink, model="fake"))
     (book,) = {*index.parent.glob("*.html")} - {index}
-    assert "This page has no picture: <bdi>its picture file is gone</bdi>" in book.read_text()
+    assert f"This page has no picture: <bdi>{error}</bdi>" in book.read_text()
 
 
 def test_every_point_at_which_a_job_can_be_killed_is_reached(tmp_path: Path) -> None:

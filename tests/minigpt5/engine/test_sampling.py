@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5.engine.sampling import Choice, TokenDraw, draw_token, draw_tokens, sample_token
+from minigpt5.engine.sampling import NOT_DRAWN, Choice, TokenDraw, draw_token, draw_tokens, sample_token
 from minigpt5.types import Sampling
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
@@ -154,6 +154,18 @@ def test_closed_tokens_and_later_vokens_never_follow() -> None:
     draws = [new_draw(position, closed=(1, 3)) for position in range(300)]
     assert set(draw_rows(draws, logits)) == {0, 2}
     assert set(draw_rows([new_draw(position) for position in range(300)], logits)) == {1, 3}
+
+
+@pytest.mark.parametrize("fault", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_with_broken_logits_is_not_drawn_and_its_neighbour_is(fault: float, temperature: float) -> None:
+    logits_RT = np.stack([LOGITS, LOGITS])
+    logits_RT[0, 1] = fault
+    draws = [new_draw(position, temperature=temperature) for position in range(2)]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw_token(logits_RT[0], draws[0], first_voken=3)
+    expected = draw_token(logits_RT[1], draws[1], first_voken=3).token
+    assert draw_tokens(torch.from_numpy(logits_RT), draws, first_voken=3) == [NOT_DRAWN, expected]
 
 
 def test_rows_leave_the_logits_as_they_are() -> None:
