@@ -46,7 +46,7 @@ export PROMPT_TEXT OUT_PATH MODEL_PATH STORAGE_URI VLLM_PATH
 .PHONY: help install install-peers install-s3 install-vllm serve story test test-full test-gpu test-vllm test-newest fuzz lint docs sbom quality quality-gate bench-engines bench-load bench-ingress bench-autoscaling bench-batching bench-company bench-probe bench-rivals bench-steps bench-bulk bench-training faults chaos own-model storybook-model clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## .venv/ with everything in it, base models converted (TORCH_INDEX=URL for a torch without CUDA)
 	@echo "installed: $$(du -sh .venv | cut -f1) in .venv; base models:"

@@ -36,6 +36,16 @@ REFUSAL = (
 )
 
 
+def warn_where_unguarded() -> None:
+    """Say so in the log of a node whose environment does not name the guard. What names another callback is silent."""
+    if not os.environ.get(CALLBACK_VARIABLE):
+        logger.warning(
+            "Serve's HTTP proxies have no bounds of headers: set %s=%s on every node before `ray start`",
+            CALLBACK_VARIABLE,
+            CALLBACK,
+        )
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's own, which refuses a request whose headers do not end."""
 

@@ -47,7 +47,7 @@ class AccessLog:
         request_id = given if _ID.fullmatch(given) else new_request_id().encode()
         enter_request(request_id.decode())
         status, began = 0, time.monotonic()
-        result = "answered"
+        result = "abandoned"  # by a client that leaves before its answer begins
 
         async def answer(message: Message) -> None:
             nonlocal status, result

@@ -45,6 +45,7 @@ from deployments.api.replies import BEGUN, RESUMED, EventStream, answer, follow,
 from deployments.auth import KeyGuard, check_host, session_cookie, watch_keys
 from deployments.engines.handles import NotReady, ServeEngines
 from deployments.observability.story_context import add_ids_to_log
+from deployments.proxy import warn_where_unguarded
 from deployments.schemas import (
     CreatePicture,
     CreateStory,
@@ -314,6 +315,7 @@ class Ingress:
         ledger: DeploymentHandle,
     ) -> None:
         add_ids_to_log()
+        warn_where_unguarded()
         keys = watch_keys(api_keys or None)
         check_host(get_host(), keys)
         folder = locate(model)

@@ -19,7 +19,7 @@ from deployments.observability.metrics import (
 )
 from deployments.observability.recording import Record, record
 from minigpt5.engine.fair_share import Occupancy
-from minigpt5.errors import Blocked
+from minigpt5.errors import Blocked, FingerprintMismatch, InvalidRequest
 from minigpt5.types import DecoderEvent, Picture, Progress
 
 PERIOD_S = 1.0
@@ -83,6 +83,8 @@ async def observe_picture(
                     record(PAGE_STAGE, now - since, stage="encode")
                 record(DRAWN_PICTURES, 1, result="drawn" if has_begun else "cached")
             yield event
+    except (FingerprintMismatch, InvalidRequest):  # none was begun: it is asked for again, or refused
+        raise
     except Blocked:
         record(DRAWN_PICTURES, 1, result="blocked")
         raise

@@ -23,6 +23,10 @@ FIRST_PICTURE_S = 60
 """p95 above which readers wait too long for a first picture."""
 QUEUE_REQUESTS = 8
 """Waiting requests below which a growing queue is no news."""
+SERVER = "namespace,application"
+"""Labels that tell servers apart: one Prometheus may watch several. Prometheus' operator adds the first."""
+ASKED = 'application!="",route!~".*/(healthz|readyz)"'
+"""Requests that are no probes: those of Serve's proxies belong to no application."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +49,29 @@ class Alert:
 
 def share(metric: Metric, window: str, bad: dict[str, str], good: dict[str, str] | None = None) -> str:
     """Part of a counter's increase that is bad: of all, or of bad and good together."""
-    whole = (
-        rate(metric, window) if good is None else f"({rate(metric, window, **bad)} + {rate(metric, window, **good)})"
-    )
-    return f"{rate(metric, window, **bad)} / {whole}"
+    part = rate(metric, window, by=SERVER, **bad)
+    whole = rate(metric, window, by=SERVER, **(good or {}))
+    return f"{part} / {whole}" if good is None else f"{part} / ({part} + {whole})"
 
 
 def refused(window: str) -> str:
     """Part of the requests that get 503, from a front or from a proxy whose queue is full or that finds no front."""
-    refusals = f'sum(rate({PROXY_ERRORS}{{error_code="503"}}[{window}]))'
-    return f"{refusals} / sum(rate({PROXY_REQUESTS}[{window}]))"
+    refusals = f'sum by ({SERVER}) (rate({PROXY_ERRORS}{{error_code="503",{ASKED}}}[{window}]))'
+    return f"{refusals} / sum by ({SERVER}) (rate({PROXY_REQUESTS}{{{ASKED}}}[{window}]))"
 
 
 def no_replica() -> str:
-    """`absent` of a comparison has no labels of its own."""
-    return " or ".join(
-        f'label_replace(absent({REPLICAS}{{deployment="{name}"}} == 1), "deployment", "{name}", "", "")'
-        for name in DEPLOYMENTS
-    )
+    """Where a server's replicas are known and none is healthy, or where no server has such a deployment at all."""
+    known = f'max by ({SERVER},deployment) ({REPLICAS}{{deployment=~"{"|".join(DEPLOYMENTS)}"}}) < 1'
+    unknown = (f'absent({REPLICAS}{{deployment="{name}"}})' for name in DEPLOYMENTS)
+    return " or ".join((known, *unknown))
+
+
+def no_metrics() -> str:
+    """Where a server has generators and Prometheus does not find them, or no generator of any server."""
+    running = series(RUNNING_REQUESTS)
+    replicas = f'max by ({SERVER}) ({REPLICAS}{{deployment="VokenGenerator"}})'
+    return f"{replicas} unless max by ({SERVER}) ({running}) or absent({running})"
 
 
 ALERTS = (
@@ -75,7 +84,7 @@ ALERTS = (
     ),
     Alert(
         name="MetricsMissing",
-        expression=f"absent({series(RUNNING_REQUESTS)})",
+        expression=no_metrics(),
         lasts="5m",
         severity="warning",
         summary="Prometheus finds no metrics of the engines.",
@@ -90,8 +99,8 @@ ALERTS = (
     Alert(
         name="QueueGrowing",
         expression=(
-            f"{total(QUEUED_REQUESTS, by='engine')} > {QUEUE_REQUESTS} "
-            f"and deriv({total(QUEUED_REQUESTS, by='engine')}[10m:30s]) > 0"
+            f"{total(QUEUED_REQUESTS, by=f'{SERVER},engine')} > {QUEUE_REQUESTS} "
+            f"and deriv({total(QUEUED_REQUESTS, by=f'{SERVER},engine')}[10m:30s]) > 0"
         ),
         lasts="10m",
         severity="warning",
@@ -99,7 +108,7 @@ ALERTS = (
     ),
     Alert(
         name="FirstPictureSlow",
-        expression=f"{quantile(FIRST_PICTURE, 0.95, '10m')} > {FIRST_PICTURE_S}",
+        expression=f"{quantile(FIRST_PICTURE, 0.95, '10m', by=SERVER)} > {FIRST_PICTURE_S}",
         lasts="10m",
         severity="warning",
         summary="One story in twenty waits {{ $value | humanizeDuration }} or longer for its first picture.",
@@ -107,7 +116,8 @@ ALERTS = (
     Alert(
         name="StorageFailing",
         expression=(
-            f"{rate(STORIES, '5m', outcome='storage_error')} + {rate(HTTP_REQUESTS, '5m', result='storage_error')} > 0"
+            f"{rate(STORIES, '5m', by=SERVER, outcome='storage_error')} "
+            f"+ {rate(HTTP_REQUESTS, '5m', by=SERVER, result='storage_error')} > 0"
         ),
         lasts="1m",
         severity="critical",

@@ -146,6 +146,7 @@ HTTP_REQUESTS = Metric(
     labels={
         "result": (
             "answered",
+            "abandoned",
             "invalid",
             "unauthorized",
             "not_found",

@@ -16,12 +16,18 @@ class StoryClock:
     """Begins with the story."""
 
     def __init__(
-        self, *, known: Container[int] = (), record: Record = record, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        known: Container[int] = (),
+        is_new: bool = True,
+        record: Record = record,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`known`: pages that were finished before, which take no time."""
+        """`known`: pages that were finished before, which take no time. `is_new`: the story has just been accepted; how
+        long the readers of an older one have waited for its first text and picture is not known here."""
         self._known, self._record, self._clock = known, record, clock
         self._started_at = self._text_at = self._page_at = clock()
-        self._has_text = self._has_picture = False
+        self._has_text = self._has_picture = not is_new
         self._storage_s: defaultdict[int, float] = defaultdict(float)
         """Seconds of storing, by page."""
 

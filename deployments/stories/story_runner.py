@@ -73,7 +73,7 @@ class StoryRunner:
         """Begin a new story. Raises Overloaded, or InvalidRequest where the generator cannot write it."""
         builder = StoryBuilder(request, story_id=story_id or new_story_id(), model=self._config.name)
         async with self._leases.hold(builder.state().id, is_new=True) as lease:
-            return await self._start(builder, (), lease)
+            return await self._start(builder, None, lease)
 
     async def resume(
         self, state: StoryState, request: StoryRequest, lease: Lease, *, change: Callable[[], None] = lambda: None
@@ -141,10 +141,12 @@ class StoryRunner:
     async def _start(
         self,
         builder: StoryBuilder,
-        pages: tuple[PageState, ...],
+        stored: tuple[PageState, ...] | None,
         lease: Lease,
         change: Callable[[], None] = lambda: None,
     ) -> RunningStory:
+        """`stored`: pages of a story that was accepted before; None of a new one."""
+        pages = stored or ()
         enter_story(lease.name)
         reservation = self._admission.reserve(_left_of(self._config.fitted(builder.request), pages))
         try:
@@ -155,12 +157,13 @@ class StoryRunner:
             reservation.release()
             raise
         lease.is_kept = True
-        task = asyncio.create_task(self._run(story, reservation), context=story_context(story.id))
+        clock = StoryClock(known=story.engines.drawn, is_new=stored is None)
+        task = asyncio.create_task(self._run(story, reservation, clock), context=story_context(story.id))
         self._running[story.id] = story, task
         return story
 
-    async def _run(self, story: RunningStory, reservation: Reservation) -> None:
-        builder, clock, final, outcome = story.builder, StoryClock(known=story.engines.drawn), None, "done"
+    async def _run(self, story: RunningStory, reservation: Reservation, clock: StoryClock) -> None:
+        builder, final, outcome = story.builder, None, "done"
         logger.info("story begins", extra={"pages": builder.request.pages})
         try:
             with TRACER.start_as_current_span("story"):

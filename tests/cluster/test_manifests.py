@@ -31,6 +31,7 @@ from tests.helpers.cluster_files import (
     IMAGES,
     KUBERNETES,
     PORTS,
+    SERVICES,
     VERSION,
     each_applied,
     each_build,
@@ -43,7 +44,7 @@ from tests.helpers.cluster_files import (
 from tests.helpers.manifests import Manifest, build, errors_of
 from tests.test_docs import TEXTS
 
-DRAIN_MARGIN_S = 30
+DRAIN_MARGIN_S = 10
 """Between the end of a front's streams and the kill of its pod: the grace of Kubernetes without any setting."""
 
 # Schemas
@@ -303,11 +304,21 @@ def test_pods_outlive_the_drain_of_their_fronts(name: str, tmp_path: Path) -> No
     workers = [pod for pod in pods(name) if pod.ray_labels]
     assert workers
     for pod in workers:
-        assert pod.spec["terminationGracePeriodSeconds"] >= drain_s + DRAIN_MARGIN_S, pod.name
+        env = {each["name"]: each["value"] for each in pod.container["env"]}
+        drains_s = float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert drain_s + DRAIN_MARGIN_S <= drains_s, pod.name
+        assert drains_s + DRAIN_MARGIN_S <= pod.spec["terminationGracePeriodSeconds"], pod.name
     (service,) = of_kind(name, "RayService")
     upgrade = service["spec"]["upgradeStrategy"].get("clusterUpgradeOptions")
     assert service["spec"]["rayClusterDeletionDelaySeconds"] >= drain_s
     assert upgrade is None or upgrade["intervalSeconds"] >= drain_s
+
+
+def test_no_two_clusters_have_one_head_service() -> None:
+    """KubeRay names it after the RayService or the RayCluster, and the workers of both would join whichever has it."""
+    of_services = {of_kind(name, "RayService")[0]["metadata"]["name"] for name in SERVICES}
+    (cluster,) = of_kind("raycluster", "RayCluster")
+    assert cluster["metadata"]["name"] not in of_services
 
 
 def test_a_preparation_installs_what_the_image_has() -> None:

@@ -17,7 +17,16 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments import proxy
-from deployments.proxy import MAX_HEADER_BYTES, OF_SERVE, TRUST_VARIABLE, BoundedProtocol, guard
+from deployments.proxy import (
+    CALLBACK,
+    CALLBACK_VARIABLE,
+    MAX_HEADER_BYTES,
+    OF_SERVE,
+    TRUST_VARIABLE,
+    BoundedProtocol,
+    guard,
+    warn_where_unguarded,
+)
 from tests.helpers.processes import find_free_port
 
 
@@ -107,3 +116,12 @@ def test_a_client_decides_what_is_traced_only_where_it_is_trusted(
 def test_serve_has_no_other_header_that_gives_orders() -> None:
     names = {value for name, value in vars(constants).items() if re.fullmatch("SERVE_HTTP_REQUEST_.*_HEADER", name)}
     assert {name.encode() for name in names - {"x-request-id"}} == set(OF_SERVE)
+
+
+@pytest.mark.parametrize(("callback", "warns"), [("", True), (CALLBACK, False), ("theirs.proxy.guard", False)])
+def test_a_node_without_the_guard_is_in_the_log(
+    callback: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(CALLBACK_VARIABLE, callback)
+    warn_where_unguarded()
+    assert (f"set {CALLBACK_VARIABLE}={CALLBACK} on every node" in caplog.text) == warns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -36,7 +37,8 @@ def find_version() -> str:
         except metadata.PackageNotFoundError:
             continue
     raise SettingsError(
-        "there is no vLLM in this environment: make install-vllm, and name its python under vllm.python"
+        f"{sys.executable} has no vLLM: make install-vllm, and name its python under vllm.python; under "
+        "ray_actor_options of a Serve config, which replace ours, as runtime_env: { py_executable: PYTHON } too"
     )
 
 

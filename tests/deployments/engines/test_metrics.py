@@ -27,7 +27,7 @@ from deployments.observability.metrics import (
     Metric,
 )
 from minigpt5.config import default_model_folder
-from minigpt5.errors import Blocked
+from minigpt5.errors import Blocked, FingerprintMismatch, InvalidRequest
 from minigpt5.types import DecoderEvent, Page, Picture, Progress, Sampling, StoryRequest, TextDelta, Vokens
 
 MODEL = default_model_folder()
@@ -67,8 +67,16 @@ def test_a_picture_of_the_cache_has_no_stages() -> None:
     assert seen == [(DRAWN_PICTURES, 1, "cached")]
 
 
-@pytest.mark.parametrize(("failure", "result"), [(Blocked("nude"), "blocked"), (RuntimeError("no memory"), "failed")])
-def test_a_picture_that_is_not_drawn_is_counted_by_its_reason(failure: Exception, result: str) -> None:
+@pytest.mark.parametrize(
+    ("failure", "results"),
+    [
+        (Blocked("nude"), ["blocked"]),
+        (RuntimeError("no memory"), ["failed"]),
+        (FingerprintMismatch("of another model"), []),  # an upgrade: it is asked for again every second
+        (InvalidRequest("steps", "steps is 0"), []),
+    ],
+)
+def test_a_picture_that_is_not_drawn_is_counted_by_its_reason(failure: Exception, results: list[str]) -> None:
     seen: list[tuple[Any, ...]] = []
 
     async def events() -> AsyncGenerator[DecoderEvent, None]:
@@ -77,7 +85,7 @@ def test_a_picture_that_is_not_drawn_is_counted_by_its_reason(failure: Exception
 
     with pytest.raises(type(failure)):
         observe(events(), seen)
-    assert seen == [(DRAWN_PICTURES, 1, result)]
+    assert seen == [(DRAWN_PICTURES, 1, result) for result in results]
 
 
 def observe(events: AsyncIterator[DecoderEvent], seen: list[tuple[Any, ...]], **options: Any) -> None:

@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from deployments.observability.__main__ import FOLDER, main
+from deployments.observability.alerts import DEPLOYMENTS
 from deployments.observability.dashboard import PANELS, WINDOW
+from deployments.observability.metrics import RUNNING_REQUESTS
 from tests.helpers.processes import MODEL, ROOT, Server, answers, find_free_port
 
 RULES = ROOT / FOLDER / "observability" / "alerts.yaml"
@@ -44,8 +46,10 @@ def test_promtool_takes_the_rules() -> None:
 
 
 def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
-    """Refusals for half an hour, and a decoder that goes away after ten minutes while the others stay."""
+    """Refusals for half an hour beside probes that all pass, a decoder that goes away after ten minutes, and generators
+    that are not scraped; meanwhile another server, with the same deployments, has none of it."""
     healthy = "ray_serve_deployment_replica_healthy"
+    asked = 'application="default",route="/v1/stories"'
     requests, errors = "ray_serve_num_http_requests_total", "ray_serve_num_http_error_requests_total"
     unit = {
         "rule_files": [str(RULES)],
@@ -54,29 +58,64 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
             {
                 "interval": "1m",
                 "input_series": [
-                    {"series": f'{requests}{{status_code="201"}}', "values": "0+80x30"},
-                    {"series": f'{requests}{{status_code="503"}}', "values": "0+10x30"},
-                    {"series": f'{requests}{{status_code="404"}}', "values": "0+10x30"},
-                    {"series": f'{errors}{{error_code="503"}}', "values": "0+10x30"},
-                    {"series": f'{errors}{{error_code="404"}}', "values": "0+10x30"},
-                    {"series": f'{healthy}{{deployment="Ingress",replica="a"}}', "values": "1x30"},
-                    {"series": f'{healthy}{{deployment="VokenGenerator",replica="b"}}', "values": "1x30"},
-                    {"series": f'{healthy}{{deployment="DiffusionDecoder",replica="c"}}', "values": "1x10 0x20"},
+                    {"series": f'{requests}{{status_code="201",{asked}}}', "values": "0+80x30"},
+                    {"series": f'{requests}{{status_code="503",{asked}}}', "values": "0+10x30"},
+                    {"series": f'{requests}{{status_code="404",{asked}}}', "values": "0+10x30"},
+                    {
+                        "series": f'{requests}{{status_code="200",application="",route="/-/healthz"}}',
+                        "values": "0+900x30",
+                    },
+                    {"series": f'{errors}{{error_code="503",{asked}}}', "values": "0+10x30"},
+                    {"series": f'{errors}{{error_code="404",{asked}}}', "values": "0+10x30"},
+                    {
+                        "series": f'{healthy}{{application="default",deployment="Ingress",replica="a"}}',
+                        "values": "1x30",
+                    },
+                    {
+                        "series": f'{healthy}{{application="default",deployment="VokenGenerator",replica="b"}}',
+                        "values": "1x30",
+                    },
+                    {
+                        "series": f'{healthy}{{application="default",deployment="DiffusionDecoder",replica="c"}}',
+                        "values": "1x10 0x20",
+                    },
+                    *[
+                        {
+                            "series": f'{healthy}{{application="other",deployment="{name}",replica="d"}}',
+                            "values": "2x30",
+                        }
+                        for name in DEPLOYMENTS
+                    ],
+                    {"series": f'{RUNNING_REQUESTS.exported}{{application="other"}}', "values": "1x30"},
+                    {
+                        "series": f'{requests}{{application="other",route="/readyz",status_code="503"}}',
+                        "values": "0+10x30",
+                    },
+                    {
+                        "series": f'{errors}{{application="other",route="/readyz",error_code="503"}}',
+                        "values": "0+10x30",
+                    },
                 ],
                 "alert_rule_test": [
                     expect("RequestsRefused", "9m", None),
                     expect(
                         "RequestsRefused",
                         "15m",
-                        {"severity": "warning"},
+                        {"severity": "warning", "application": "default"},
                         "10% of the requests are refused with 503.",
                     ),
                     expect("NoReplica", "10m", None),
                     expect(
                         "NoReplica",
                         "20m",
-                        {"severity": "critical", "deployment": "DiffusionDecoder"},
+                        {"severity": "critical", "application": "default", "deployment": "DiffusionDecoder"},
                         "DiffusionDecoder has no replica that passes its health checks.",
+                    ),
+                    expect(
+                        "MetricsMissing",
+                        "6m",
+                        {"severity": "warning", "application": "default"},
+                        "Prometheus finds no metrics of the engines.",
                     ),
                 ],
             }

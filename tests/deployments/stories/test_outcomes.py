@@ -112,6 +112,18 @@ def test_requests_that_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert told(caplog, "result") == ["not_found", "invalid", "invalid"]
 
 
+def test_a_request_whose_client_leaves_before_its_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def use(client: httpx.AsyncClient) -> None:
+        asking = asyncio.create_task(client.post("/v1/stories", json={**BODY, "pages": 8}))
+        while "story begins" not in caplog.text:
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait({asking})
+
+    Served(tmp_path, generator=FakeGenerator(delay_s=0.05)).run(use)
+    assert told(caplog, "result") == ["abandoned"] and told(caplog, "status") == [0]
+
+
 def test_every_end_has_a_place_in_the_table() -> None:
-    assert set(RESULTS.values()) < set(HTTP_REQUESTS.labels["result"])
+    assert {*RESULTS.values(), "abandoned"} < set(HTTP_REQUESTS.labels["result"])
     assert {"done", "cancelled", "engine_error", "storage_error", "blocked"} < set(STORIES.labels["outcome"])

@@ -21,8 +21,8 @@ class Times:
     def record(self, metric: Metric, value: float, /, **labels: str) -> None:
         self.seen.append((metric, value, *labels.values()))
 
-    def clock(self, known: tuple[int, ...] = ()) -> StoryClock:
-        return StoryClock(known=known, record=self.record, clock=lambda: self.now)
+    def clock(self, known: tuple[int, ...] = (), *, is_new: bool = True) -> StoryClock:
+        return StoryClock(known=known, is_new=is_new, record=self.record, clock=lambda: self.now)
 
 
 def test_first_text_first_picture_and_the_stages_of_a_page() -> None:
@@ -70,3 +70,17 @@ def test_pages_that_were_finished_before_are_not_timed() -> None:
     for event in (SlotOpened(page=1), PICTURE, PageDone(page=Page(index=1, text="a", picture=PICTURE))):
         clock.observe(event)
     assert not times.seen
+
+
+def test_first_text_and_first_picture_are_of_new_stories_alone() -> None:
+    times = Times()
+    clock = times.clock(is_new=False)
+    events: list[tuple[float, StoryEvent]] = [
+        (1.0, TextDelta(page=2, text="a")),
+        (4.0, SlotOpened(page=2)),
+        (7.0, PICTURE),
+        (9.0, PageDone(page=Page(index=2, text="a", picture=PICTURE))),
+    ]
+    for times.now, event in events:
+        clock.observe(event)
+    assert [metric for metric, *_ in times.seen] == [PAGE_STAGE, PAGE_INTERVAL, PAGE_STAGE, PAGES]
