@@ -123,7 +123,7 @@ def combine(
         schedulers=model.samplers,
         guides_in_one_call=not model.is_guided(DrawSettings(guidance_scale=2.0)),
         size_multiple=model.multiple,
-        consistency="off" if model.SHARES_ATTENTION else "none",
+        consistency="off" if model.shares_attention else "none",
         **sizes,
     )
     parts = Parts(

@@ -387,7 +387,7 @@ def check_sampler(draw: DrawSettings, samplers: tuple[str, ...]) -> None:
     if not (isinstance(draw.steps, Integral) and 1 <= draw.steps <= most):
         message = f"steps is {draw.steps!r} but must be a whole number from 1 to {most} with {draw.scheduler}"
         raise InvalidRequest("steps", message)
-    if not 0 <= draw.guidance_scale <= MAX_GUIDANCE:
+    if not 1 <= draw.guidance_scale <= MAX_GUIDANCE:
         message = f"guidance_scale is {draw.guidance_scale} but must be from 1, which is none, to {MAX_GUIDANCE}"
         raise InvalidRequest("guidance_scale", message)
     if draw.scheduler != DISTILLED or fits_distilled(draw):

@@ -89,7 +89,9 @@ def main(arguments: list[str] | None = None, *, show: Callable[[str], None] = pr
         metavar="BASE",
         help="causal language model of transformers, or a vision-language model",
     )
-    parser.add_argument("--diffusion", required=True, metavar="BASE", help="Stable Diffusion or FLUX.1")
+    parser.add_argument(
+        "--diffusion", required=True, metavar="BASE", help="text-to-image model in the layout of diffusers"
+    )
     parser.add_argument(
         "--vision",
         metavar="BASE",

@@ -49,19 +49,23 @@ def walk(folder: Path) -> Path:
     bases, model = make_bases(folder / "bases"), folder / "new"
     before = hash_files(folder / "bases")
     make_rows(folder / "data")
-    rows, encoded, align, learn, distill = (
-        str(folder / name) for name in ("rows", "encoded", "align", "learn", "distill")
+    rows, encoded, vision, align, learn, distill = (
+        str(folder / name) for name in ("rows", "encoded", "vision", "align", "learn", "distill")
     )
     places = [word for name, place in bases.items() for word in (f"--{name}", str(place))]
     commands = (
         (prepare.main, ["folder", str(folder / "data"), "--output", rows]),
         (new.main, [*places, "--context", "512", "--out", str(model)]),
         (precompute.main, [rows, "--model", str(model), "--output", encoded]),
+        (train.main, ["vision", "--data", encoded, "--start", str(model), "--out", vision, *STEPS]),
         (
             train.main,
-            ["align", "--data", encoded, "--start", str(model), "--out", align, "draws_samples=false", *STEPS],
+            ["align", "--data", encoded, "--start", f"{vision}/model", "--out", align, "draws_samples=false", *STEPS],
         ),
-        (train.main, ["learn", "--data", encoded, "--start", f"{align}/model", "--out", learn, *STEPS]),
+        (
+            train.main,
+            ["learn", "--data", encoded, "--start", f"{align}/model", "--out", learn, "story_share=0.5", *STEPS],
+        ),
         (
             train.main,
             ["distill", "--data", encoded, "--start", f"{learn}/model", "--out", distill, "teacher_steps=2", *STEPS],

@@ -29,7 +29,7 @@ from minigpt5.engine.denoising import Denoising, advance
 from minigpt5.engine.engine_loop import EngineLoop, Job, QueuedEngine
 from minigpt5.engine.fair_share import FairShare
 from minigpt5.engine.threads import Team, single_thread
-from minigpt5.errors import FingerprintMismatch, InvalidRequest, ModelFolderError
+from minigpt5.errors import FingerprintMismatch, InvalidRequest
 from minigpt5.model.decoders.diffusion import Diffusion
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.pixels import to_pixels
@@ -47,6 +47,7 @@ from minigpt5.types import (
     Vokens,
 )
 
+NOT_FINITE = "the picture's values are not finite: use another decoder_precision, or another model"
 PREVIEW_PX = 64
 PICTURE_BYTES = 64 * 2**20
 """Size of the finished pictures that are kept."""
@@ -230,7 +231,12 @@ class DiffusionDecoder(QueuedEngine):
         pictures = self._begin(requests)
         while running := [picture for picture in pictures if picture.num_calls_left]:
             advance(self.diffusion, running, self.null_1QD)
-        return [self._fit(drawn.to_picture(), drawn.request) for drawn in self._finish(requests, pictures)]
+        drawn = []
+        for request, pixels_YXC in zip(requests, self._paint(pictures), strict=True):
+            if isinstance(pixels_YXC, Exception):
+                raise pixels_YXC
+            drawn.append(self._fit(Drawn(request=request, pixels_YXC=pixels_YXC).to_picture(), request))
+        return drawn
 
     def _choose(self, jobs: list[_Job]) -> list[_Job]:
         return self._fair.choose(jobs, key=lambda job: job.key, cost=lambda job: job.num_samples)
@@ -245,25 +251,35 @@ class DiffusionDecoder(QueuedEngine):
                 job.fail(failure)
             else:
                 job.is_started = True
-        running = [(job, job.denoising) for job in jobs if job.denoising is not None]
+        running = {id(job.denoising): (job, job.denoising) for job in jobs if job.denoising is not None}
+
+        def fail(failure: Exception, pictures: Sequence[Denoising]) -> None:
+            for picture in pictures:
+                running.pop(id(picture))[0].fail(failure)
+
         with self._team.working():
-            advance(self.diffusion, [denoising for _, denoising in running], self.null_1QD)
+            advance(self.diffusion, [denoising for _, denoising in running.values()], self.null_1QD, fail=fail)
         self.num_denoising_steps += len(running)
-        for job, denoising in running:
+        for job, denoising in running.values():
             job.cost = denoising.num_calls_left * job.num_samples
-            self._tell(job, denoising)
-        finished = [(job, denoising) for job, denoising in running if not denoising.num_calls_left]
-        drawn = self._finish([job.request for job, _ in finished], [denoising for _, denoising in finished])
-        for (job, _), picture in zip(finished, drawn, strict=True):
-            job.put(picture)
-            job.is_done = True
+            try:
+                self._tell(job, denoising)
+            except Exception as failure:  # as above
+                job.fail(failure)
+        finished = [(job, one) for job, one in running.values() if not (job.is_done or one.num_calls_left)]
+        for (job, _), pixels_YXC in zip(finished, self._paint([one for _, one in finished]), strict=True):
+            if isinstance(pixels_YXC, Exception):
+                job.fail(pixels_YXC)
+            else:
+                job.put(Drawn(request=job.request, pixels_YXC=pixels_YXC))
+                job.is_done = True
 
     def _with_style(self, jobs: list[_Job]) -> list[_Job]:
         """Those whose style can be loaded, which is done here; the others fail, and no picture beside them."""
         for job in jobs:
             try:
                 self.diffusion.use_style(job.request.settings.style)
-            except ModelFolderError as failure:
+            except Exception as failure:  # whatever is in the file
                 job.fail(failure)
         return [job for job in jobs if not job.is_done]
 
@@ -326,22 +342,28 @@ class DiffusionDecoder(QueuedEngine):
         is_small = max(latents_1CYX.shape[2:]) < PREVIEW_PX // 2
         return self.diffusion.to_pixels(latents_1CYX) if is_small else self.diffusion.to_preview(latents_1CYX)
 
-    def _finish(self, requests: Sequence[DrawRequest], pictures: Sequence[Denoising]) -> list[Drawn]:
-        """Latents -> pixels: those of one size go through the VAE together."""
-
-        def size(picture: Denoising) -> tuple[int, torch.Size]:
-            return self.diffusion.scale_of(picture.draw), picture.latents_1CYX.shape
-
-        pixels: dict[int, np.ndarray] = {}
-        for of_size in dict.fromkeys(map(size, pictures)):
-            alike = [picture for picture in pictures if size(picture) == of_size]
-            latents_BCYX = torch.cat([picture.latents_1CYX for picture in alike])
-            pixels_BCYX = self.diffusion.to_pixels(latents_BCYX, scale=of_size[0])
-            pixels |= dict(zip(map(id, alike), to_pixels(pixels_BCYX), strict=True))
-        return [
-            Drawn(request=request, pixels_YXC=pixels[id(picture)])
-            for request, picture in zip(requests, pictures, strict=True)
-        ]
+    def _paint(self, pictures: Sequence[Denoising]) -> list[np.ndarray | Exception]:
+        """Latents -> pixels of each picture, or why there are none. Those of one size go through the VAE together."""
+        alike: dict[tuple[int, torch.Size], list[Denoising]] = {}
+        painted: dict[int, np.ndarray | Exception] = {}
+        for picture in pictures:
+            if picture.latents_1CYX.isfinite().all():
+                size = self.diffusion.scale_of(picture.draw), picture.latents_1CYX.shape
+                alike.setdefault(size, []).append(picture)
+            else:
+                painted[id(picture)] = FloatingPointError(NOT_FINITE)
+        for (scale, _), together in alike.items():
+            try:
+                latents_BCYX = torch.cat([picture.latents_1CYX for picture in together])
+                pixels_BCYX = self.diffusion.to_pixels(latents_BCYX, scale=scale)
+                is_finite = pixels_BCYX.isfinite().flatten(1).all(dim=1).tolist()
+                pixels_BYXC = to_pixels(pixels_BCYX)
+            except Exception as failure:  # such as a size for which the memory is too small
+                painted |= {id(picture): failure for picture in together}
+            else:
+                for picture, pixels_YXC, is_drawn in zip(together, pixels_BYXC, is_finite, strict=True):
+                    painted[id(picture)] = pixels_YXC if is_drawn else FloatingPointError(NOT_FINITE)
+        return [painted[id(picture)] for picture in pictures]
 
 
 def content_key(request: DrawRequest) -> Hashable:

@@ -9,7 +9,8 @@ Shape letters: B pictures, C latent channels, Y X latent rows and columns, Q con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Denoising:
         self.draw, self.guidance_rescale, self.condition_QD = draw, guidance_rescale, condition_QD
         self.is_guided = diffusion.is_guided(draw)
         self.sampler = diffusion.new_sampler(draw)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(_fold(seed))
         """Source of all noise: the first latents, and noise that the sampler adds."""
         self._noise = diffusion.noise
         if noise_1CYX is None:
@@ -106,21 +107,43 @@ def guide(conditional_BCYX: Tensor, unconditional_BCYX: Tensor, *, scale: float,
     return predicted_BCYX * (rescale * spread_B111 + 1 - rescale)
 
 
+def _fold(seed: int) -> int:
+    """torch takes the low 32 bits of a seed on a CPU: those of a larger one are a hash of all of it."""
+    return seed if seed < 2**32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
+
+
+def _raise(failure: Exception, pictures: Sequence[Denoising]) -> None:
+    raise failure
+
+
 @torch.no_grad()
-def advance(diffusion: Diffusion, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:
+def advance(
+    diffusion: Diffusion,
+    pictures: Sequence[Denoising],
+    null_1QD: Tensor,
+    *,
+    fail: Callable[[Exception, Sequence[Denoising]], None] = _raise,
+) -> None:
     """A step of all pictures and their references, whichever each is at: one call for all of one denoiser, style and
-    size."""
+    size, which fail together and without the others. `fail` is told of it; without it the failure is raised."""
     alike: dict[tuple[int, str, torch.Size], tuple[Any, list[Denoising]]] = {}
     for picture in pictures:
-        rows = [picture, *([picture.reference] if picture.reference else [])]
-        is_changed = any(one.shown_reference or one.characters for one in rows)
+        is_changed = any(one.shown_reference or one.characters for one in _rows([picture]))
         denoiser = diffusion.denoiser_for(picture.draw.scheduler, picture.draw.style, is_changed=is_changed)
         key = id(denoiser), picture.draw.style, picture.latents_1CYX.shape
-        alike.setdefault(key, (denoiser, []))[1].extend(rows)
+        alike.setdefault(key, (denoiser, []))[1].append(picture)
     for (_, style, _), (denoiser, together) in alike.items():
-        if together[0].draw.scheduler != DISTILLED:
-            diffusion.use_style(style)
-        _advance_together(diffusion, denoiser, together, null_1QD)
+        try:
+            if together[0].draw.scheduler != DISTILLED:
+                diffusion.use_style(style)
+            _advance_together(diffusion, denoiser, _rows(together), null_1QD)
+        except Exception as failure:  # such as a size for which the memory is too small
+            fail(failure, together)
+
+
+def _rows(pictures: Sequence[Denoising]) -> list[Denoising]:
+    """Pictures, each followed by its reference."""
+    return [one for picture in pictures for one in (picture, picture.reference) if one]
 
 
 def _advance_together(diffusion: Diffusion, denoiser: Any, pictures: Sequence[Denoising], null_1QD: Tensor) -> None:

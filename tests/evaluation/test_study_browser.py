@@ -37,7 +37,7 @@ def study(tmp_path: Path) -> Path:
 def page(study: Path) -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda line: problems.append(line.text))
@@ -124,6 +124,21 @@ def test_progress_is_kept_by_rater(page: Any) -> None:
     page.reload()
     enter(page, "two")
     assert page.inner_text("#place") == "Pair 1 of 3 (0 answered)"
+
+
+def test_a_second_tab_loses_no_answer_of_the_first(page: Any) -> None:
+    other = page.context.new_page()
+    other.goto(page.url)
+    enter(page, "one")
+    page.keyboard.press("1")
+    enter(other, "one")
+    for key in "111":
+        other.keyboard.press(key)
+    page.keyboard.press("1")
+    for tab in (page, other):
+        tab.reload()
+        enter(tab, "one")
+        assert tab.inner_text("#place") == "Pair 2 of 3 (1 answered)"
 
 
 def test_raters_get_other_orders_and_sides(page: Any) -> None:

@@ -108,6 +108,16 @@ def test_a_run_that_always_won_has_a_finite_score() -> None:
     assert scores is not None and 0 < scores["a"].low <= scores["a"].high < 5
 
 
+def test_a_resample_without_a_vote_of_a_question_is_no_even_score() -> None:
+    """One of eight raters has answered: most resamples leave out all that was answered."""
+    others = [vote(rater, item, "a") for rater in range(1, 8) for item in range(3)]
+    votes = [vote(0, item, "a") for item in range(3)]
+    weights_SV = resample([*votes, *others], num_resamples=400, seed=0)[:, : len(votes)]
+    assert (weights_SV.sum(axis=1) == 0).mean() > 0.3
+    scores = score_runs(votes, ["a", "b"], weights_SV)
+    assert scores is not None and scores["a"].low > 0 and scores["b"].high < 0
+
+
 def test_shares_are_counted_and_sum_to_one() -> None:
     votes = [vote(1, item, winner) for item, winner in enumerate(["a", "a", "b", None])]
     [pair] = compare_pairs(votes, resample(votes, num_resamples=200, seed=0))

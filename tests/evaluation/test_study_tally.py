@@ -88,7 +88,9 @@ def test_alpha_is_said_to_be_undefined_for_one_rater(tmp_path: Path, capsys: pyt
     key_file = make_study(tmp_path, "a", "b")
     file = answer(read_key(key_file), tmp_path / "1.json", "r1", ["a", "b"])
     main(["tally", str(key_file), str(file)])
-    assert "| not defined |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| not defined |" in said
+    assert "| a | b | 100.0% | 0.0% | 0.0% | 4 | not defined |" in said  # and no interval that holds for certain
 
 
 def broken(change: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def score_runs(votes: Sequence[Vote], runs: Sequence[str], weights_SV: Floats) -
         np.add.at(wins_SRR, (rows_S1, second_V, first_V), weights_SV * (1 - share_V))
         return bradley_terry(wins_SRR + HALF_WIN * compared_RR)
 
+    weights_SV = weights_SV[weights_SV.sum(axis=1) > 0]  # a resample without a vote of this question says nothing
     scores_R, resampled_SR = fit(np.ones((1, len(votes))))[0], fit(weights_SV)
     return {run: _estimate(float(scores_R[number]), resampled_SR[:, number]) for run, number in index.items()}
 

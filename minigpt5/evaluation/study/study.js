@@ -50,6 +50,11 @@ function kept() {
   }
 }
 
+// A second tab may have added some.
+function takeKept() {
+  answers = { ...answers, ...kept() };
+}
+
 const isAnswered = (step) => data.questions.every((one) => answers[step.id]?.[one.id]);
 
 function showOnly(id) {
@@ -71,6 +76,7 @@ function choice(question, step, value, label) {
   const input = make("input", { type: "radio", name: question.id, value, required: true });
   input.checked = answers[step.id]?.[question.id] === value;
   input.addEventListener("change", () => {
+    takeKept();
     answers[step.id] = { ...answers[step.id], [question.id]: value };
     find("status").textContent = "";
     keep();
@@ -123,6 +129,7 @@ function back() {
 }
 
 function download() {
+  takeKept();
   const content = {
     format: data.format, study: data.study, rater,
     answers: plan.filter((step) => answers[step.id]).map((step) => (

@@ -90,13 +90,14 @@ def to_markdown(tally: Tally) -> str:
     """Tables of the win rates and, for more than two runs, of the scores; then what the raters answered."""
     lines = [
         f"Study {tally.study}: {_some(tally.num_items, 'item')}, {_some(tally.num_comparisons, 'comparison')}, "
-        f"{_some(len(tally.votes_of_rater), 'rater')}. Intervals hold {LEVEL:.0%} of a bootstrap by item and rater.",
+        f"{_some(len(tally.votes_of_rater), 'rater')}. Intervals hold {LEVEL:.0%} of a bootstrap by item and rater; "
+        "votes that are all alike, or one alone, have none.",
         "",
         "| question | first | second | first wins | tie | second wins | votes | alpha |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for pair in tally.pairs:
-        shares = " | ".join(_percent(one) for one in (pair.wins, pair.ties, pair.losses))
+        shares = " | ".join(_with_interval(one, ".1%") for one in (pair.wins, pair.ties, pair.losses))
         lines.append(
             f"| {QUESTIONS[pair.question][0]} | {pair.first} | {pair.second} | {shares} | {pair.num_votes} | "
             f"{'not defined' if pair.alpha is None else f'{pair.alpha:.2f}'} |"
@@ -109,7 +110,7 @@ def to_markdown(tally: Tally) -> str:
             lines.append(f"| {name} | all | the votes do not connect all runs |")
             continue
         ranked = sorted(scores.items(), key=lambda pair: -pair[1].value)
-        lines += [f"| {name} | {run} | {one.value:+.2f} [{one.low:+.2f}, {one.high:+.2f}] |" for run, one in ranked]
+        lines += [f"| {name} | {run} | {_with_interval(one, '+.2f')} |" for run, one in ranked]
     lines += ["", *_remarks(tally)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -126,8 +127,9 @@ def _remarks(tally: Tally) -> list[str]:
     return remarks
 
 
-def _percent(one: Estimate) -> str:
-    return f"{one.value:.1%} [{one.low:.1%}, {one.high:.1%}]"
+def _with_interval(one: Estimate, form: str) -> str:
+    """The ends of a bootstrap of values that are all alike are that value: they say nothing of other votes."""
+    return f"{one.value:{form}}" + ("" if one.low == one.high else f" [{one.low:{form}}, {one.high:{form}}]")
 
 
 def _some(number: int, noun: str) -> str:

@@ -72,8 +72,6 @@ class Diffusion(nn.Module, ABC):
     """Sides of a picture's latents are multiples of this."""
     ZERO_IS_EMPTY: ClassVar[bool] = False
     """Whether a position of zeros holds no state of the caption: padding, or an encoder that the folder lacks."""
-    SHARES_ATTENTION: ClassVar[bool] = False
-    """Whether a picture can attend to another one (shared_attention.py): UNets have layers of self-attention alone."""
     PIPELINE_OPTIONS: ClassVar[dict[str, Any]] = {}
     """What the pipeline is asked for beside the caption and the draw settings, to draw as the family does."""
 
@@ -238,9 +236,14 @@ class Diffusion(nn.Module, ABC):
             )
         return self.distilled if is_changed else self.stand_ins.get("distilled", self.distilled)
 
+    @property
+    def shares_attention(self) -> bool:
+        """Whether a picture can attend to another one (shared_attention.py)."""
+        return False
+
     def check_shares_attention(self) -> None:
         """Raises InvalidRequest where a picture cannot attend to another one."""
-        if not self.SHARES_ATTENTION:
+        if not self.shares_attention:
             raise InvalidRequest(
                 "consistency",
                 f"consistency is 'story' but a {type(self.denoiser).__name__} ({type(self).__name__}) has no "

@@ -106,7 +106,7 @@ class VariancePreserving(NoiseProcess):
         ),
         "euler": Sampler(scheduler=EulerDiscreteScheduler, grows=True),
         "euler-ancestral": Sampler(scheduler=EulerAncestralDiscreteScheduler, adds_noise=True, grows=True),
-        "lcm": Sampler(scheduler=LCMScheduler, adds_noise=True),
+        "lcm": Sampler(scheduler=LCMScheduler, options=UNCLIPPED, adds_noise=True),
         DISTILLED: Sampler(scheduler=MultistepScheduler, options=DISTILLED_LEVELS, adds_noise=True),
     }
 

@@ -27,11 +27,9 @@ class _SharedProcessor:
         self._plain, self._reference_of, self._share = plain, reference_of, share
 
     def __call__(
-        self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **options: Any
+        self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: None = None, **options: Any
     ) -> Tensor:
         """(B, N, C) -> (B, N, C). Rows without a reference are computed as they are without this processor."""
-        if encoder_hidden_states is not None:  # this UNet's layer attends to the condition instead
-            return self._plain(attention, hidden_states, encoder_hidden_states=encoder_hidden_states, **options)
         pages = list(self._reference_of)
         others = [row for row in range(len(hidden_states)) if row not in self._reference_of]
         own_BNC = hidden_states[pages]
@@ -50,6 +48,16 @@ class _SharedProcessor:
         return order[: round(self._share * num)].sort().values.to(hidden_BNC.device)
 
 
+def shared_layers(denoiser: nn.Module) -> list[Any]:
+    """The self-attentions that pictures can share: none of a UNet whose up blocks have none, or attend to the condition
+    alone."""
+    return [
+        block.attn1
+        for name, block in denoiser.named_modules()
+        if name.startswith("up_blocks.") and hasattr(block, "attn1") and not block.only_cross_attention
+    ]
+
+
 @contextmanager
 def shared_attention(denoiser: Any, reference_of: Mapping[int, int], *, share: float = SHARE) -> Iterator[None]:
     """Within it, rows of `denoiser`'s calls attend to their references too. `reference_of`: row -> the reference's row;
@@ -57,9 +65,7 @@ def shared_attention(denoiser: Any, reference_of: Mapping[int, int], *, share: f
     if not reference_of:
         yield
         return
-    layers = [
-        layer for name, layer in denoiser.named_modules() if name.startswith("up_blocks.") and name.endswith(".attn1")
-    ]
+    layers = shared_layers(denoiser)
     plain = [layer.processor for layer in layers]
     for layer, processor in zip(layers, plain, strict=True):
         layer.processor = _SharedProcessor(processor, reference_of, share)

@@ -16,6 +16,7 @@ from minigpt5.errors import ModelFolderError
 from minigpt5.model.decoders.diffusion import DecoderSizes, Diffusion, read_config
 from minigpt5.model.decoders.ip_adapter import IpAdapter
 from minigpt5.model.decoders.noise import VariancePreserving
+from minigpt5.model.decoders.shared_attention import shared_layers
 from minigpt5.model.libraries import load_whole
 from minigpt5.types import DrawSettings
 
@@ -32,7 +33,10 @@ class StableDiffusion(Diffusion):
 
     PIPELINES: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     DENOISER = "unet"
-    SHARES_ATTENTION = True
+
+    @property
+    def shares_attention(self) -> bool:
+        return bool(shared_layers(self.denoiser))
 
     @classmethod
     def load_noise(cls, folder: str | Path) -> VariancePreserving:

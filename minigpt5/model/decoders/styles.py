@@ -7,10 +7,11 @@ the denoiser's part is used: vokens stand where the text encoder was.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Styles:
         path = self.folder / name / STYLE_FILE
         tensors, alphas, metadata = self._read(path)
         try:
-            with warnings.catch_warnings():
+            with _fitting(path), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
                 warnings.filterwarnings("ignore", message="Adapter .* was active")  # of a load that fails
                 self.denoiser.load_lora_adapter(
@@ -93,9 +94,9 @@ class Styles:
                     network_alphas=alphas,
                     metadata=metadata,
                 )
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except ModelFolderError:
             self._remove_leftovers(name)
-            raise _foreign(path, str(error)) from error
+            raise
         self._active = _UNKNOWN  # a new adapter is the active one in the layers that it has
         added = {key: value for key, value in self.denoiser.state_dict().items() if f".{_adapter(name)}." in key}
         num_expected = sum(key.startswith(f"{self._prefix}.") for key in tensors)
@@ -116,7 +117,7 @@ class Styles:
         """Tensors by name, the scales that other trainers' files have, and what the file says of its adapter."""
         check_style_file(path)
         options = {"unet_config": self.denoiser.config} if self._prefix == "unet" else {}
-        try:
+        with _fitting(path):
             tensors, *alphas, metadata = self._pipeline.lora_state_dict(
                 path.parent,
                 weight_name=path.name,
@@ -125,11 +126,11 @@ class Styles:
                 return_lora_metadata=True,
                 **options,
             )
-        except (KeyError, ValueError) as error:
-            raise _foreign(path, str(error)) from error
         if not any(key.startswith(f"{self._prefix}.") for key in tensors):
             raise _foreign(path, f"no tensor's name begins with {self._prefix!r}")
-        if metadata is not None:
+        if not isinstance(metadata, dict | None):
+            raise _foreign(path, f"its {METADATA} is no object")
+        if metadata:
             kept = tuple(f"{self._prefix}.{key}" for key in KEPT_METADATA)
             metadata = {key: value for key, value in metadata.items() if key in kept}
         return tensors, (alphas[0] if alphas else None), metadata or None
@@ -179,6 +180,15 @@ def _ranks_said(metadata: Any) -> list[int]:
 def _adapter(name: str) -> str:
     """PEFT keeps adapters by name among a module's attributes; no attribute has this name."""
     return f"style_{name}"
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """diffusers and PEFT raise whatever they stumble over in foreign files. Raises ModelFolderError."""
+    try:
+        yield
+    except Exception as error:
+        raise _foreign(path, str(error) or type(error).__name__) from error
 
 
 def _foreign(path: Path, why: str) -> ModelFolderError:

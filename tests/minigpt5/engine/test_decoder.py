@@ -8,12 +8,14 @@ import io
 import logging
 import random
 from pathlib import Path
+from typing import Any
 from unittest import TestCase
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from minigpt5.engine.bounded_cache import BoundedCache
 from minigpt5.engine.decoder import DiffusionDecoder
@@ -224,6 +226,71 @@ def test_pictures_of_all_settings_drawn_at_once_are_within_one_level_of_each_alo
         assert isinstance(found, Picture)
         assert np.abs(pixels(found) - pixels(alone)).max() <= 1
     assert decoder.num_running == decoder.num_waiting == decoder.queued_cost == 0
+
+
+def end_together(decoder: DiffusionDecoder, requests: list[DrawRequest]) -> list[object]:
+    """The last event of each picture, or its failure."""
+
+    async def last(request: DrawRequest) -> object:
+        return [event async for event in decoder.decode(request)][-1]
+
+    async def together() -> list[object]:
+        return await asyncio.gather(*map(last, requests), return_exceptions=True)
+
+    return asyncio.run(together())
+
+
+@pytest.mark.parametrize("part", ["predict", "to_pixels"])
+def test_a_size_for_which_the_memory_is_too_small_fails_no_picture_of_another(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = new_decoder()
+    whole = getattr(decoder.diffusion, part)
+    large = DrawSettings(steps=2, guidance_scale=2.0, width=64, height=32)
+
+    def fail_where_wide(*args: Any, **options: Any) -> Any:
+        if any(isinstance(one, Tensor) and one.dim() == 4 and one.shape[3] > one.shape[2] for one in args):
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(*args, **options)
+
+    requests = [DrawRequest(vokens=vokens(page), seed=page, settings=FAST) for page in (1, 2)]
+    expected = [end[-1] for end in run(new_decoder(), requests)]
+    monkeypatch.setattr(decoder.diffusion, part, fail_where_wide)
+    bad, *others = end_together(decoder, [DrawRequest(vokens=vokens(3), seed=3, settings=large), *requests])
+    assert isinstance(bad, torch.OutOfMemoryError)
+    assert [pixels(other).shape for other in others] == [pixels(one).shape for one in expected]  # type: ignore
+    assert max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(others, expected, strict=True)) <= 1  # type: ignore
+    assert decoder.num_running == decoder.num_waiting == 0
+
+
+@pytest.mark.parametrize("where", ["vokens", "vae"])
+def test_a_picture_that_is_no_numbers_is_a_failure_and_no_black_picture(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = new_decoder()
+    broken, whole = vokens(2), decoder.diffusion.to_pixels
+    if where == "vokens":
+        broken.hidden_VH[0, 0] = np.nan
+    else:
+
+        def overflow(latents_BCYX: Tensor, **options: Any) -> Tensor:
+            pixels_BCYX = whole(latents_BCYX, **options)
+            pixels_BCYX[1] = torch.nan
+            return pixels_BCYX
+
+        monkeypatch.setattr(decoder.diffusion, "to_pixels", overflow)
+    requests = [DrawRequest(vokens=one, seed=1, settings=FAST) for one in (vokens(1), broken)]
+    picture, failure = end_together(decoder, requests)
+    assert isinstance(picture, Picture) and isinstance(failure, FloatingPointError)
+    with pytest.raises(FloatingPointError, match="decoder_precision"):
+        decoder.draw(requests)
+
+
+def test_seeds_of_more_than_32_bits_are_other_seeds(decoder: DiffusionDecoder) -> None:
+    seeds = (7, 7 + 2**32, 7 + 2**40, 2**53 - 1)
+    noise = [start(decoder, DrawRequest(vokens=vokens(), seed=seed, settings=FAST)).latents_1CYX for seed in seeds]
+    torch.testing.assert_close(noise[0], torch.randn(noise[0].shape, generator=torch.Generator().manual_seed(7)))
+    assert all((one != other).any() for number, one in enumerate(noise) for other in noise[:number])
 
 
 def test_a_picture_joins_those_under_way_and_leaves_before_them(decoder: DiffusionDecoder) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minigpt5.errors import MiniGPT5Error
+from minigpt5.model.backends import openvino
 from minigpt5.model.backends.choose import choose, warm_up
 from minigpt5.model.backends.folded_upsampling import FoldedUpsample, folded_upsampling
 from minigpt5.model.backends.openvino import Converted, Unconvertible, convert
@@ -183,6 +185,17 @@ class Branching(nn.Module):
         return SimpleNamespace(sample=self.layer(input) if input.mean() > 0 else -self.layer(input))
 
 
+class Sampled(Branching):
+    """What OpenVINO computes as torch does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.layer(input))
+
+
 class Foreign(Branching):
     """What OpenVINO does not have."""
 
@@ -206,6 +219,38 @@ def test_a_trace_that_is_wrong_is_not_used(tmp_path: Path, capsys: pytest.Captur
         assert torch.equal(stand_in(input).sample, module(input).sample)
     err = capsys.readouterr().err
     assert err.count("torch computes Branching for inputs of (2, 4, 4), not OpenVINO: its values deviate by") == 1
+
+
+def test_one_broken_picture_leaves_its_size_to_openvino(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = nn.Linear(4, 4).eval()
+    stand_in = converted(Sampled(module).eval(), tmp_path / "part")
+    with torch.no_grad():
+        assert stand_in(torch.full((2, 4, 4), torch.nan)).sample.isnan().all()
+        torch.testing.assert_close(stand_in(torch.ones(2, 4, 4)).sample, module(torch.ones(2, 4, 4)))
+    assert list(stand_in._is_right.values()) == [True] and "torch computes" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capabilities", "hint"),
+    [
+        (torch.float32, ["FP32", "BF16", "FP16"], "f32"),
+        (torch.bfloat16, ["FP32", "BF16"], "bf16"),
+        (torch.bfloat16, ["FP32"], "f32"),
+        (torch.float16, ["FP32", "BF16"], "f32"),  # and not bfloat16, in which a picture in a style is not drawn
+        (torch.float16, ["FP32", "BF16", "FP16"], "f16"),
+    ],
+)
+def test_openvino_computes_in_the_precision_of_the_weights_where_the_cpu_can(
+    dtype: torch.dtype, capabilities: list[str], hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {}
+    there = SimpleNamespace(
+        get_property=lambda *names: capabilities,
+        compile_model=lambda path, device, asked: options.update(asked),
+    )
+    monkeypatch.setattr(openvino, "core", lambda: there)
+    _ = Converted(nn.Linear(1, 1).to(dtype), "forward", Path("model.xml"), num_threads=1)._compiled
+    assert options["INFERENCE_PRECISION_HINT"] == hint
 
 
 def test_what_cannot_be_converted_is_not_tried_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

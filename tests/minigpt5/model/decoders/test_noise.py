@@ -118,3 +118,5 @@ def test_latents_are_not_cut_off_where_a_folder_names_a_sampler_that_says_nothin
     (tmp_path / "unet" / "config.json").write_text("{}")
     noise = StableDiffusion.load_noise(tmp_path)
     assert not noise.new_sampler("ddim").config.clip_sample
+    noise.schedule.save_pretrained(tmp_path / "scheduler")  # which writes DDIM's own default
+    assert not StableDiffusion.load_noise(tmp_path).new_sampler("lcm").config.clip_sample

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from minigpt5.engine.decoder import DiffusionDecoder, content_key
 from minigpt5.engine.denoising import Denoising
@@ -133,3 +134,22 @@ def test_a_reference_that_does_not_fit_is_refused(decoder: DiffusionDecoder, tmp
             dataclasses.replace(request(2, reference=FIRST), settings=DrawSettings(scheduler="euler"))
         )
     assert refusal.value.field == "consistency"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"up_block_types": ("UpBlock2D", "UpBlock2D")},
+        {"only_cross_attention": True},
+    ],
+)
+def test_a_unet_whose_up_blocks_have_no_self_attention_shares_none(changed: dict[str, Any]) -> None:
+    config = tiny_config()
+    diffusion = tiny_diffusion(config)
+    assert diffusion.shares_attention
+    options = {key: value for key, value in diffusion.denoiser.config.items() if not key.startswith("_")}
+    diffusion.denoiser = UNet2DConditionModel(**{**options, **changed})
+    assert not diffusion.shares_attention
+    decoder = DiffusionDecoder(config, tiny_mapper(config), diffusion)
+    with pytest.raises(InvalidRequest, match="has no self-attention that pictures could share"):
+        decoder.validate_request(request(2, reference=FIRST))

@@ -163,6 +163,17 @@ def bad_file(kind: str, path: Path, good: dict[str, torch.Tensor]) -> None:
         write_style(path.parent, good | {lora_b: torch.zeros(1, MAX_RANK + 1)})
     elif kind == "said":
         write_style(path.parent, good, **{"unet.r": 10**9, "unet.lora_alpha": 4})
+    elif kind == "list":
+        path.parent.mkdir(parents=True)
+        save_file(good, path, metadata={LORA_ADAPTER_METADATA_KEY: "[1]"})
+    elif kind == "scalars":
+        write_style(path.parent, {key: torch.tensor(1.0) for key in good})
+    elif kind == "pattern":
+        write_style(path.parent, good, **{"unet.r": 2, "unet.lora_alpha": 2, "unet.rank_pattern": {"(": 3}})
+    elif kind == "alphas":
+        name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+        two = {"lora_down.weight": torch.zeros(2, 16), "lora_up.weight": torch.zeros(16, 2), "alpha": torch.ones(2)}
+        write_style(path.parent, {f"{name}.{part}": value for part, value in two.items()})
     elif kind == "size":
         path.parent.mkdir(parents=True)
         with path.open("wb") as file:
@@ -178,6 +189,10 @@ def bad_file(kind: str, path: Path, good: dict[str, torch.Tensor]) -> None:
         ("text", "no tensor's name begins with 'unet'"),
         ("rank", f"rank {MAX_RANK + 1} but must have at most"),
         ("said", "rank 1000000000 but must have at most"),
+        ("list", "does not fit"),
+        ("scalars", "does not fit"),
+        ("pattern", "does not fit"),
+        ("alphas", "does not fit"),
         ("size", f"{STYLE_BYTES + 1} bytes but a style must have"),
     ],
 )
