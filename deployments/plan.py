@@ -1,11 +1,12 @@
 """`python -m deployments.plan --stories-per-hour N --pages P --profile measured.json`: how many replicas a load needs.
 
 Assumptions, which the output repeats. Stories arrive at random (Poisson) and independently. Each replica's batch is so
-many servers, whose seconds grow with the number of items inside. A story stays with one generator, which is a queue
-of its own. All decoders are one queue. Waits are those of M/G/c by Allen and Cunneen: the mean wait of M/M/c, times
-half the sum of two squared coefficients of variation. That of arrivals is the number of pages that a story asks for
-while a decoder's queue remembers it; that of service was measured. Replicas are as few as keep their use below
-`--max-use`. Start times, failures and autoscaling are left out.
+many servers, whose seconds grow with the number of items inside. A story stays with one generator, which is a queue of
+its own, in which stories take turns, so that the spread of their lengths does not matter: its wait is that of M/M/c.
+All decoders are one queue, whose wait is that of M/G/c by Allen and Cunneen: the mean wait of M/M/c, times half the sum
+of two squared coefficients of variation. That of arrivals is the number of pages that a story asks for while the queue
+remembers it; that of service was measured. Replicas are as few as keep their use below `--max-use`. Start times,
+failures and autoscaling are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from minigpt5.errors import SettingsError
 MAX_USE = 0.7
 ASSUMPTIONS = (
     "Poisson arrivals, one story a client, every page with one picture",
-    "M/G/c for each stage, waits by Allen and Cunneen",
+    "texts take turns and wait as in M/M/c, pictures as in M/G/c by Allen and Cunneen",
     "a story stays with its generator, and every decoder draws for all",
     "all replicas are up",
 )

@@ -35,6 +35,10 @@ PAUSE_S, MAX_PAUSE_S = 0.5, 15.0
 """The first and the longest pause between two tries."""
 READ_BYTES = 2**26
 """Bytes of a file that one request to an object store asks for."""
+SMALL_BYTES = 5 * 2**20
+"""Size of a file below which pyarrow sends it to S3 in one request; it sends larger ones in parts of 10 MiB."""
+READ_TRIES = 20
+"""How often a file is read again that is replaced meanwhile."""
 FINAL_KINDS = (
     FileNotFoundError,
     FileExistsError,
@@ -53,6 +57,8 @@ FINAL_TEXT = re.compile(
     r"|(HTTP status|Azure Error: \[\w*\]) 4(?!08|29)\d\d"
 )
 """Failures that say no more than OSError by their kind. S3 and Azure have such; GCS has kinds for all."""
+SECRET = re.compile(r"[?&](client_secret|sas_token|account_key|access_key|secret_key)=", re.IGNORECASE)
+"""A URI with a key among its options."""
 PASSWORD = re.compile(r"[^/]*//[^/@:]*:(?!\d+/)[^@]*@")
 """A URI with a password, which may hold slashes; and not one with a port."""
 ADVICE = {
@@ -75,21 +81,24 @@ def open_place(place: str | Path, *, wait_s: float = WAIT_S) -> tuple[fs.FileSys
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
     parts = urlsplit(uri)
-    if ("@" in parts.netloc and parts.scheme == "s3") or PASSWORD.match(uri):
+    if ("@" in parts.netloc and parts.scheme == "s3") or PASSWORD.match(uri) or SECRET.search(uri):
         raise StorageError(
             f"this {parts.scheme}:// URI holds credentials, which logs would show: give them by the provider's "
             "variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
+    if parts.fragment:
+        raise StorageError(f"{uri} has a #, behind which nothing of a URI counts: write %23")
     joint = "&" if parts.query else "?"
-    if parts.scheme == "s3":  # one request for a small file, in place of the three of a multipart upload
-        uri += f"{joint}allow_delayed_open=true"
-    elif parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
         uri += f"{joint}retry_limit_seconds={TRY_S}"
     try:
         files, path = patiently(lambda: fs.FileSystem.from_uri(uri), wait_s=wait_s)  # may ask where a bucket lies
+        if parts.scheme != "s3":
+            return patient(files, wait_s=wait_s), path
+        small, _ = fs.FileSystem.from_uri(f"{uri}{joint}allow_delayed_open=true")
     except (OSError, ArrowException) as error:
         raise unusable(place, "is no place that can be used", error) from error
-    return patient(files, wait_s=wait_s), path
+    return fs.PyFileSystem(_PatientFiles(files, wait_s, small)), path
 
 
 def open_folder(place: str | Path, *, wait_s: float = WAIT_S) -> tuple[fs.FileSystem, str]:
@@ -105,11 +114,12 @@ def open_folder(place: str | Path, *, wait_s: float = WAIT_S) -> tuple[fs.FileSy
 def patient(files: fs.FileSystem, *, wait_s: float) -> fs.FileSystem:
     """The same files, whose requests are made again for `wait_s` seconds while the store fails. A local file system
     stays as it is: its failures do not pass."""
-    if handler := _patience_of(files):
+    handler = _patience_of(files)
+    if handler:
         files = handler.files
-    if files.type_name == "local" or not wait_s:
+    if files.type_name == "local" or not (wait_s or handler):
         return files
-    return fs.PyFileSystem(_PatientFiles(files, wait_s))
+    return fs.PyFileSystem(_PatientFiles(files, wait_s, handler.small if handler else None))
 
 
 def unusable(place: str | Path, what: str, error: Exception) -> StorageError:
@@ -133,10 +143,13 @@ def write_whole(
 
 
 def read_whole(files: fs.FileSystem, path: str) -> bytes | None:
-    """A file's content; None where there is no file. Raises OSError."""
+    """A file's content, as it was put in place; None where there is no file. Raises OSError."""
+    handler = _patience_of(files)
     try:
-        with files.open_input_file(path) as file:  # a stream would be read by 256 KiB, each a request
-            return b"".join(iter(lambda: file.read(READ_BYTES), b""))
+        if handler:
+            return handler.read_whole(path)
+        with files.open_input_file(path) as file:
+            return file.read()
     except FileNotFoundError:
         return None
 
@@ -179,11 +192,33 @@ class _PatientFiles(fs.FileSystemHandler):
     """A file system whose every request is made again while the store fails. `write_whole` repeats what is written,
     from its beginning: so a stream to write to is the store's own."""
 
-    def __init__(self, files: fs.FileSystem, wait_s: float) -> None:
-        self.files, self.wait_s = files, wait_s
+    def __init__(self, files: fs.FileSystem, wait_s: float, small: fs.FileSystem | None = None) -> None:
+        """`small`: the same S3, which begins to write with the first part of a file. That takes one request for a small
+        one, in place of three; of a large one whose beginning fails it would leave an empty object."""
+        self.files, self.wait_s, self.small = files, wait_s, small
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _PatientFiles) and (self.files, self.wait_s) == (other.files, other.wait_s)
+
+    def read_whole(self, path: str) -> bytes:
+        """Read a file of one version. pyarrow asks for its size first: of one that is replaced then, it would give the
+        beginning, or the whole and zeros behind it. Raises OSError."""
+        for _ in range(READ_TRIES):
+            file = self._again(lambda: self.files.open_input_file(path))
+            reader = _PatientReader(file, self._again(file.size), self._again)
+            # A stream would be read by 256 KiB, each a request.
+            data, failure = b"", None
+            try:
+                data = b"".join(iter(lambda: reader.read(READ_BYTES), b""))  # noqa: B023
+            except OSError as error:
+                failure = error
+            version = _version_of(file)
+            reader.close()
+            if version is None or version == self._again(lambda: _version_of(self.files.open_input_file(path))):
+                if failure:
+                    raise failure
+                return data
+        raise OSError(f"{path} was replaced {READ_TRIES} times while it was read")
 
     def _again(self, work: Callable[[], T]) -> T:
         return patiently(work, wait_s=self.wait_s)
@@ -254,6 +289,11 @@ def _patience_of(files: fs.FileSystem) -> _PatientFiles | None:
     return cast(_PatientFiles, files.handler) if is_patient else None
 
 
+def _version_of(file: pa.NativeFile) -> bytes | None:
+    """The tag of an object's content, which a store sends with its size; None of a file of another kind."""
+    return {key.lower(): value for key, value in (file.metadata() or {}).items()}.get("etag")
+
+
 class _PatientReader:
     """What pyarrow asks of a Python file that it reads. Each part of the object is a request, made again by itself."""
 
@@ -290,14 +330,21 @@ class _PatientReader:
 
 def _put(files: fs.FileSystem, path: str, data: bytes | memoryview | pa.Buffer, check: Callable[[], None]) -> None:
     """Needs no rename: a store shows an object only when it is complete, and the earlier one until then."""
+    handler = _patience_of(files)
+    if handler and handler.small and memoryview(data).nbytes < SMALL_BYTES:
+        files = handler.small
     check()
     try:
         stream = files.open_output_stream(path)
     except FileNotFoundError:  # one that has folders, as HDFS
         files.create_dir(path.rpartition("/")[0], recursive=True)
         stream = files.open_output_stream(path)
-    stream.write(data)
-    stream.close()  # only now: closing after a failed write may put an empty object in place
+    try:
+        stream.write(data)
+        stream.close()  # only now: closing after a failed write may put an empty object in place
+    except BaseException:
+        del stream  # which closes it: now, and not after the next owner has written
+        raise
 
 
 def _write_local(path: Path, data: bytes | memoryview | pa.Buffer, check: Callable[[], None]) -> None:

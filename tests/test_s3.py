@@ -90,7 +90,34 @@ def test_a_large_file_is_read_in_few_requests(s3: str, monkeypatch: pytest.Monke
         files, path = open_place("s3://bucket/large")
         before = sum(faults.counts.values())
         assert read_whole(files, path) == data
-        assert sum(faults.counts.values()) == before + 3  # its size, and two parts
+        assert sum(faults.counts.values()) == before + 4  # its size, two parts, and whether it is still the same
+
+
+def test_a_large_file_whose_beginning_fails_leaves_the_earlier_one(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with failing_s3(s3, faults := Faults(kinds=("slow down",))) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        files, path = open_place("s3://bucket/begun", wait_s=0)
+        write_whole(files, path, b"earlier")
+        faults.rate = 1.0
+        with pytest.raises(OSError, match="SLOW_DOWN"):
+            write_whole(files, path, bytes(20 * 2**20))
+        faults.rate = 0.0
+        assert read_whole(files, path) == b"earlier"
+        write_whole(files, path, bytes(20 * 2**20))
+        assert read_whole(files, path) == bytes(20 * 2**20)
+
+
+def test_a_file_is_read_whole_while_it_is_replaced(s3: str) -> None:
+    files, path = open_place("s3://bucket/replaced")
+    contents = {b"a" * 13, b"b" * 212}
+    write_whole(files, path, b"a" * 13)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [write_whole(files, path, data) for _ in range(50) for data in contents])
+        num_read = 0
+        while not writing.done():
+            assert read_whole(files, path) in contents
+            num_read += 1
+    assert num_read > 20
 
 
 def test_a_failing_server_loses_nothing(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

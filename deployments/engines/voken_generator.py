@@ -19,7 +19,7 @@ from deployments.observability.tracing import name_span
 from minigpt5.engine.load import load_engine
 from minigpt5.engine.vllm.settings import VllmSettings
 from minigpt5.limits import default_limits
-from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision, Vokens
+from minigpt5.types import GeneratorEvent, StoryRequest, TextPrecision, Usage, Vokens
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,8 +72,11 @@ class VokenGenerator:
             story = stack.enter_context(self._count(request))
             events = await stack.enter_async_context(contextlib.aclosing(self.engine.generate(request)))
             texts = coalesce_text(events, interval_s=lambda: text_interval_s(self.engine.num_running))
+            has_drawn = False
             async for event in await stack.enter_async_context(contextlib.aclosing(texts)):
-                if isinstance(event, Vokens):
+                # A reply without a picture is an item too.
+                if isinstance(event, Vokens) or (isinstance(event, Usage) and not has_drawn):
+                    has_drawn = True
                     self.clock.finish_item()
                     story.pages_left -= 1
                 yield event

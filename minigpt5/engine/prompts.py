@@ -136,6 +136,12 @@ class Prompter:
             window, num_again = story.of(sizes)[num_before], story.num_read_again(sizes, first=num_before + 1)
             num_at_once = max(num_at_once, story.longest_reading(sizes, first=num_before + 1))
         ids = self._ids(request, window)
+        if reads_back(request) and len(ids) + num_at_once > context:  # its turns take more than those of a story
+            raise InvalidRequest(
+                "prompt",
+                f"prompt takes {len(ids)} tokens with the page that is read back, and a new page up to {num_at_once}, "
+                f"but the context window is {context} tokens: shorten the prompt or ask for shorter pages",
+            )
         return Prompt(
             request=request,
             ids=ids,

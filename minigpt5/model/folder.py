@@ -385,7 +385,7 @@ def save_distilled(
     for name in (VOKENS, MAPPER, VOCABULARY, PREFIX):
         if (start / name).is_file():
             shutil.copyfile(start / name, folder / name)
-    _copy_folders(start, folder, "adapter", "vision", "examples", base=config.vision.encoder)
+    _copy_folders(start, folder, LANGUAGE, "adapter", "vision", "examples", base=config.vision.encoder)
     config = _copy_decoder(folder, config, start=start, decoder=decoder)
     shutil.rmtree(folder / DECODER / DISTILLED_FOLDER, ignore_errors=True)
     save_part(distilled, folder / DECODER / DISTILLED_FOLDER)

@@ -56,6 +56,7 @@ def _import(options: argparse.Namespace) -> None:
         vision=vision,
         llm=options.llm,
         diffusion=options.diffusion,
+        tell=print,
     )
     print(f"{options.out}: {config.name}, fingerprint {config.fingerprint[:12]}")
     for part, share in drift(options.out, options.llm).items():

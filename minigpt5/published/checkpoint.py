@@ -20,7 +20,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from minigpt5.model import libraries
 from minigpt5.model.base_models import pin, resolve
 from minigpt5.model.folder import PREFIX, new_folder
 from minigpt5.model.folder_config import check_folder, write_config
+from minigpt5.model.locate import contains
 from minigpt5.model.mapper import Mapper
 from minigpt5.model.vision import Vision
 
@@ -63,8 +65,9 @@ _QFORMER_NAMES = {
     "layers.encoder.": "Qformer.bert.encoder.",
     "attention.attention.": "attention.self.",
 }
-_IGNORED = "Qformer.bert.embeddings.position_ids"
-"""A constant that the checkpoint's own library stored."""
+_UNREAD = re.compile(r"Qformer\.bert\.embeddings\.position_ids|t5_proj\.|(visual_encoder\.)?(norm|fc_norm|head)\.")
+"""What the published code's own files hold of the vision path and it builds nothing of: a constant, BLIP-2's projection
+to T5, and what follows the encoder's blocks. It drops the last block too."""
 
 
 def import_checkpoint(
@@ -76,8 +79,10 @@ def import_checkpoint(
     llm: str,
     diffusion: str,
     like: ModelConfig | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> ModelConfig:
-    """Published state dicts -> a model folder. Sizes are read from the tensors; what they do not tell, from `like`.
+    """Published state dicts -> a model folder. Sizes are read from the tensors; what they do not tell, from `like`, and
+    that the encoder has no more blocks than it has there. `tell` is called with what is left out.
 
     Raises ModelFolderError naming every key that is missing, too many or of the wrong shape, or where `out` is taken.
     """
@@ -90,12 +95,15 @@ def import_checkpoint(
             "a stage-2 checkpoint needs its stage-1 checkpoint too: fc and the queries are trained in stage 1 and "
             "kept as they are in stage 2, whose file does not hold them; give --stage1"
         )
+    if unread := sorted(key for key in vision if _is_unread(key, like.vision)):
+        parts = dict.fromkeys(re.sub(r"(blocks\.\d+\.).*", r"\1*", key) for key in unread)
+        tell(f"not read, as in the published code: {', '.join(parts)}")
+        vision = {key: value for key, value in vision.items() if key not in unread}
     config = _config_of(stage1, stage2, vision, llm=llm, diffusion=diffusion, like=like)
     _validate_shapes("the stage-1 checkpoint", stage1, stage1_shapes(config))
     if stage2 is not None:
         base = libraries.load_base_config(resolve(llm))
         _validate_shapes("the stage-2 checkpoint", stage2, stage2_shapes(config, base))
-    vision = {key: value for key, value in vision.items() if key != _IGNORED}
     _validate_shapes("the vision weights", vision, vision_shapes(config))
 
     newest, names = (stage1, _STAGE1) if stage2 is None else (stage2, _STAGE2)
@@ -132,6 +140,10 @@ def export_checkpoint(folder: Path) -> tuple[Tensors, Tensors | None, Tensors]:
         raise ModelFolderError(f"{folder} is no published model: its vision family is {config.vision.family!r}")
     if (folder / PREFIX).is_file():
         raise ModelFolderError(f"{folder} has a prefix, for which the published layout has no place: train an adapter")
+    if contains(folder, config.language_model):
+        raise ModelFolderError(
+            f"{folder} has a language model of its own, for which the published layout has no place: train an adapter"
+        )
     mapper, rows = load_file(folder / "mapper.safetensors"), load_file(folder / "vokens.safetensors")
     old = load_file(folder / "vocabulary.safetensors")
     whole = {part: torch.cat([old[part].to(rows[part]), rows[part]]) for part in rows}
@@ -143,6 +155,8 @@ def export_checkpoint(folder: Path) -> tuple[Tensors, Tensors | None, Tensors]:
         stage2 |= {_STAGE2[part]: value for part, value in whole.items()}
         for key, value in load_file(folder / "adapter" / "adapter_model.safetensors").items():
             name = key.removeprefix("base_model.model.").removesuffix(".weight")
+            if "lora_B" in name:  # the layout has no place for alpha, and who reads it takes the published one
+                value = value * (config.lora.alpha / minigpt5_7b().lora.alpha)
             stage2[f"{_LLM}base_model.model.model.{name}.default.weight"] = value
     vision = folder / "vision"
     return (
@@ -267,6 +281,11 @@ def _vision_config(vision: Tensors, like: VisionConfig) -> VisionConfig:
     )
 
 
+def _is_unread(key: str, like: VisionConfig) -> bool:
+    block = re.match(r"visual_encoder\.blocks\.(\d+)\.", key)
+    return bool(_UNREAD.match(key) or (block and like.eva and int(block[1]) >= like.eva.num_layers))
+
+
 def _count(tensors: Iterable[str], pattern: str) -> int:
     return 1 + max((int(match[1]) for key in tensors if (match := re.match(pattern, key))), default=-1)
 
@@ -351,7 +370,7 @@ def read_state_dict(path: Path) -> Tensors:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise ModelFolderError(
             f"{path} cannot be read as tensors alone ({error}); nothing else is ever read"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from pyarrow import ArrowException, dataset, fs, parquet
 
 from minigpt5 import storage
 from minigpt5.errors import StorageError
-from minigpt5.storage import is_final, open_place, patient, read_whole, write_whole
+from minigpt5.storage import _PatientFiles, is_final, open_place, patient, read_whole, write_whole
 from tests.helpers.flaky_files import FlakyFiles
 from tests.helpers.processes import find_free_port
 
@@ -56,6 +57,52 @@ def test_a_uri_with_credentials_is_refused_without_showing_them(uri: str) -> Non
     with pytest.raises(StorageError, match="holds credentials") as refusal:
         open_place(uri)
     assert not {"key", "abc", "secret"} & set(str(refusal.value).replace("/", " ").replace(":", " ").split())
+
+
+@pytest.mark.parametrize("option", ["client_secret", "sas_token", "account_key", "secret_key"])
+def test_a_key_among_the_options_of_a_uri_is_refused_without_showing_it(option: str) -> None:
+    with pytest.raises(StorageError, match="holds credentials") as refusal:
+        open_place(f"abfss://account@container.example/path?{option}=HIDDEN")
+    assert "HIDDEN" not in str(refusal.value)
+
+
+def test_what_follows_a_number_sign_is_not_lost() -> None:
+    with pytest.raises(StorageError, match="write %23"):
+        open_place("s3://bucket/runs#1")
+    assert open_place("s3://bucket/runs%231?region=eu-west-1")[1] == "bucket/runs#1"
+
+
+class Versions:
+    """A store in which an object is replaced while it is read, by these contents in turn."""
+
+    type_name = "s3"
+
+    def __init__(self, *contents: bytes) -> None:
+        self.contents, self.num_opened = contents, 0
+
+    def open_input_file(self, path: str) -> Any:
+        version = min(self.num_opened, len(self.contents) - 1)
+        self.num_opened += 1
+        data = self.contents[version]
+        later = self.contents[min(version + 1, len(self.contents) - 1)]
+        return SimpleNamespace(
+            size=lambda: len(data),
+            read_at=lambda size, at: later[at : at + size].ljust(size, b"\0"),  # as pyarrow does
+            metadata=lambda: {"ETag": str(version).encode()},
+            close=lambda: None,
+        )
+
+
+@pytest.mark.parametrize("contents", [(b"short", b"a longer one"), (b"a longer one", b"short")])
+def test_an_object_that_is_replaced_while_it_is_read_is_read_whole(contents: tuple[bytes, ...]) -> None:
+    store: Any = Versions(*contents)
+    assert _PatientFiles(store, 0).read_whole("bucket/object") == contents[-1]
+
+
+def test_an_object_that_is_replaced_all_the_time_is_an_error() -> None:
+    store: Any = Versions(*(bytes([number]) * number for number in range(1, 200)))
+    with pytest.raises(OSError, match="was replaced 20 times while it was read"):
+        _PatientFiles(store, 0).read_whole("bucket/object")
 
 
 def test_a_path_may_hold_an_at_sign() -> None:

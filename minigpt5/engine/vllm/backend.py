@@ -148,6 +148,8 @@ class VllmGenerator:
         Raises InvalidRequest, EngineFull, or EngineLost where vLLM's process is gone.
         """
         prompt = self.prompter.encode(request)
+        if not self._is_serving:
+            raise EngineLost("vLLM's process is gone")
         if len(self._jobs) >= self.max_jobs:
             raise EngineFull(f"the generator takes at most {self.max_jobs} requests at once: try again later")
         job: Job[GeneratorEvent] = Job(key=request.key, cost=len(prompt.ids) + prompt.num_new)
@@ -174,7 +176,7 @@ class VllmGenerator:
 
     def close(self) -> None:
         """End vLLM's processes; what is under way fails."""
-        self._is_serving = False
+        self._fail_all("this engine is closed")
         with contextlib.suppress(AttributeError):
             self._llm.shutdown()
         self._call(self._mailbox.close())
@@ -212,11 +214,15 @@ class VllmGenerator:
         """vLLM's process is gone."""
         if not self._is_serving:  # it is still starting, or meant to end
             return
+        self._fail_all("vLLM's process died")
+        self._on_death()
+
+    def _fail_all(self, why: str) -> None:
+        """Requests that are under way, and those that come later."""
         self._is_serving = False
         for job in list(self._jobs):
-            job.fail(EngineLost("vLLM's process died"))
+            job.fail(EngineLost(why))
             job.close()
-        self._on_death()
 
     async def _write(self, job: Job[GeneratorEvent], prompt: Prompt) -> None:
         """Run a request's script, and tell the job how it ends."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from deployments.autoscaling.policy import DECODER, GENERATOR, StoryPolicy
 from deployments.engines.diffusion_decoder import DiffusionDecoder
 from deployments.engines.stage_clock import StageClock
 from deployments.engines.voken_generator import VokenGenerator
-from minigpt5.types import DrawRequest, DrawSettings, StoryRequest, Vokens
+from minigpt5.types import DrawRequest, DrawSettings, GeneratorEvent, StoryRequest, TextDelta, Usage, Vokens
 from tests.helpers.fakes import FakeDecoder, FakeGenerator
 from tests.helpers.served import VOKENS
 
@@ -281,6 +281,26 @@ def test_a_generator_reports_what_its_stories_will_ask_for() -> None:
         stats = await generator.record_autoscaling_stats()
         assert (stats["pages_left"], stats["pictures_left"]) == (2, 0)
         await silent.aclose()
+
+    asyncio.run(main())
+
+
+class Talker(RunningFake):
+    async def generate(self, request: StoryRequest) -> AsyncGenerator[GeneratorEvent, None]:
+        yield TextDelta(page=1, text="Hello.")
+        yield Usage(prompt_tokens=1, completion_tokens=2)
+
+
+def test_a_reply_without_a_picture_is_an_item() -> None:
+    """Its time would else be that of the pages of other stories, and one of them would ask for many replicas."""
+
+    async def main() -> None:
+        generator, now = TestedGenerator(Talker()), Clocked()
+        generator.clock = StageClock(1, clock=now)
+        for _ in range(50):
+            async for _ in generator.generate(StoryRequest(prompt=("Hi",), pages=1, mode="reply", pictures="none")):
+                now.now += 1.0
+        assert (await generator.record_autoscaling_stats())["page_s"] == pytest.approx(2.0)
 
     asyncio.run(main())
 

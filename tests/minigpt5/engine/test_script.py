@@ -195,6 +195,28 @@ def test_a_reply_has_no_more_pictures_than_before() -> None:
         prompter.encode(StoryRequest(prompt=("A fox",), mode="reply", pages=17))
 
 
+@pytest.mark.parametrize("limit", [4, 64])
+def test_a_turn_that_reads_a_page_back_fits_the_window_or_is_refused(limit: int) -> None:
+    """The templates of its turns take more tokens than a story's prompt."""
+    config = dataclasses.replace(CONFIG, context_tokens=600, template="published")
+    prompter = Prompter(config, TOKENIZER, engine="none 1")
+    picture = Picture(page=1, png=b"a picture", width=8, height=8, seed=0, denoise_steps=1)
+    ends = []
+    for num_words in range(300, 600, 4):
+        request = StoryRequest(
+            prompt=("fox " * num_words,), previous=(Page(index=1, text="A fox.", picture=picture),), pages=1,
+            feedback="pictures", sampling=Sampling(max_page_tokens=limit, min_page_tokens=1),
+        )  # fmt: skip
+        try:
+            num = len(prompter.encode(request).ids) + limit + config.num_vokens
+        except InvalidRequest:
+            ends.append("refused")
+        else:
+            ends.append("fits")
+            assert num <= config.context_tokens
+    assert set(ends) == {"fits", "refused"} and ends == sorted(ends)
+
+
 def test_pictures_that_are_read_back_are_those_of_a_window() -> None:
     prompter = Prompter(CONFIG, TOKENIZER, engine="none 1")
     png = b"a picture"

@@ -20,9 +20,9 @@ from minigpt5.errors import InvalidRequest, ModelFolderError
 from minigpt5.model.batch_invariance import make_batch_invariant
 from minigpt5.model.decoders.multistep_scheduler import NUM_LEVELS
 from minigpt5.model.decoders.stable_diffusion import StableDiffusion
-from minigpt5.model.folder import DISTILLED_DRAW, save_diffusion
+from minigpt5.model.folder import DISTILLED_DRAW, LANGUAGE, save_diffusion, save_distilled
 from minigpt5.types import DISTILLED, DrawRequest, DrawSettings, Picture, Vokens
-from tests.helpers.tiny import tiny_config, tiny_diffusion, tiny_mapper
+from tests.helpers.tiny import save_tiny, tiny_config, tiny_diffusion, tiny_mapper
 
 GUIDED = DrawSettings(steps=20, guidance_scale=3.0, scheduler="ddim")
 MODEL = dataclasses.replace(storybook(), draw=GUIDED, draw_distilled=DISTILLED_DRAW, prefers_distilled=True)
@@ -171,3 +171,14 @@ def test_steps_beyond_the_levels_begin_at_the_last_one_again() -> None:
     assert abs(noise.mean().item()) < 0.3 and abs(noise.std().item() - 1) < 0.2, "clean latents under new noise"
     assert torch.equal(long[3], latents(4, 1)[3]), "a picture is its seed's"
     assert not torch.allclose(long[3], latents(3, 1)[2])
+
+
+def test_a_language_model_that_was_trained_whole_stays_with_the_folder(tmp_path: Path) -> None:
+    config = save_tiny(tmp_path / "start")
+    (tmp_path / "start" / LANGUAGE).mkdir()
+    (tmp_path / "start" / LANGUAGE / "model.safetensors").write_bytes(b"weights")
+    config = dataclasses.replace(config, language_model=LANGUAGE)
+    distilled = tiny_diffusion(config, is_distilled=True).distilled
+    assert distilled is not None
+    save_distilled(tmp_path / "out", config, start=tmp_path / "start", distilled=distilled)
+    assert (tmp_path / "out" / LANGUAGE / "model.safetensors").read_bytes() == b"weights"

@@ -57,7 +57,8 @@ def test_more_than_the_bound_is_said_and_fails(capsys: pytest.CaptureFixture[str
     assert "more than" not in capsys.readouterr().out
     assert not report("states", 2 * TOLERANCE)
     assert "deviate by 2.0e-04 of the largest, more than 1e-04" in capsys.readouterr().out
-    assert not report("states", float("nan"))
+    assert not report("states", 1e-6, float("nan"))
+    assert not report("states", float("nan"), 1e-6)
 
 
 def test_what_is_no_model_is_refused_in_one_line(

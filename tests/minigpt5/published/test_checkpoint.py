@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from minigpt5.config import minigpt5_7b
 from minigpt5.errors import ModelFolderError
 from minigpt5.model import sizes
 from minigpt5.model.decoders.stable_diffusion import ClipTextEncoder
-from minigpt5.model.folder_config import load_config
+from minigpt5.model.folder_config import load_config, write_config
 from minigpt5.model.prompt import DRAW_TARGET, IGNORED, encode, text_segment
 from minigpt5.model.vokens import VokenEmbeddings
 from minigpt5.published import checkpoint as published
@@ -33,11 +35,11 @@ def read(name: str) -> published.Tensors:
     return published.read_state_dict(FOLDER / f"{name}.safetensors")
 
 
-def bring_in(out: Path, **files: published.Tensors | None) -> Path:
+def bring_in(out: Path, **files: Any) -> Path:
     """Import the reference, with other tensors where `files` says so: stage1, stage2 (None at first), vision."""
     given = {"stage1": read("stage1_checkpoint"), "stage2": None, "vision": read("vision"), **files}
     base = {"llm": str(WORLD / "llm"), "diffusion": str(WORLD / "stable-diffusion"), "like": LIKE}
-    published.import_checkpoint(out, **given, **base)  # type: ignore[arg-type]
+    published.import_checkpoint(out, **{**base, **given})
     return out
 
 
@@ -81,6 +83,56 @@ def test_keys_are_named_that_are_missing_too_many_or_of_another_shape(tmp_path: 
     for part in ("lacks fc.0.bias", "has fc.9.bias", "fc.2.bias is (3,) and not (32,)"):
         assert part in str(failure.value)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_what_the_published_code_does_not_read_is_named_and_left_out(tmp_path: Path) -> None:
+    """Its files hold one block more than it builds, and BLIP-2's projection to T5."""
+    said: list[str] = []
+    vision = read("vision")
+    eva = load_config(bring_in(tmp_path / "plain")).vision.eva
+    assert eva is not None
+    last, like = eva.num_layers - 1, dataclasses.replace(LIKE, vision=dataclasses.replace(LIKE.vision, eva=eva))
+    more = {
+        key.replace(f".{last}.", f".{last + 1}.", 1): value.clone()
+        for key, value in vision.items()
+        if key.startswith(f"visual_encoder.blocks.{last}.")
+    }
+    surplus = {**more, "t5_proj.weight": torch.zeros(3), "norm.weight": torch.zeros(3)}
+    found = bring_in(tmp_path / "model", vision={**vision, **surplus}, like=like, tell=said.append)
+    assert load_config(found).vision.eva == eva
+    constant = "Qformer.bert.embeddings.position_ids"
+    parts = f"{constant}, norm.weight, t5_proj.weight, visual_encoder.blocks.{last + 1}.*"
+    assert said == [f"not read, as in the published code: {parts}"]
+    with pytest.raises(ModelFolderError, match="has t6_proj.weight, which nothing is made of"):
+        bring_in(tmp_path / "other", vision={**vision, "t6_proj.weight": torch.zeros(3)})
+
+
+def test_another_alpha_is_part_of_an_export(tmp_path: Path) -> None:
+    """The layout has no place for it, and who reads an export takes the published one."""
+    folder = bring_in(tmp_path / "model", stage2=read("stage2_checkpoint"))
+    config = load_config(folder)
+    write_config(
+        folder, dataclasses.replace(config, lora=dataclasses.replace(config.lora, alpha=2 * config.lora.alpha))
+    )
+    _, plain, _ = published.export_checkpoint(bring_in(tmp_path / "same", stage2=read("stage2_checkpoint")))
+    _, doubled, _ = published.export_checkpoint(folder)
+    assert plain is not None and doubled is not None and plain.keys() == doubled.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(doubled[key], 2 * value if "lora_B" in key else value)
+
+
+def test_a_language_model_that_was_trained_whole_has_no_place_in_an_export(tmp_path: Path) -> None:
+    folder = bring_in(tmp_path / "model")
+    (folder / "language").mkdir()
+    write_config(folder, dataclasses.replace(load_config(folder), language_model="language"))
+    with pytest.raises(ModelFolderError, match="has a language model of its own"):
+        published.export_checkpoint(folder)
+
+
+def test_a_file_of_an_older_torch_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    torch.save({"model": {"a": torch.ones(2)}}, path, _use_new_zipfile_serialization=False)
+    assert published.read_state_dict(path)["a"].tolist() == [1, 1]
 
 
 def test_stage_2_needs_stage_1(tmp_path: Path) -> None:
