@@ -269,17 +269,20 @@ def test_a_picture_that_is_no_numbers_is_a_failure_and_no_black_picture(
 ) -> None:
     decoder = new_decoder()
     broken, whole = vokens(2), decoder.diffusion.to_pixels
+    wide = dataclasses.replace(FAST, width=64, height=32)
     if where == "vokens":
         broken.hidden_VH[0, 0] = np.nan
     else:
 
         def overflow(latents_BCYX: Tensor, **options: Any) -> Tensor:
-            pixels_BCYX = whole(latents_BCYX, **options)
-            pixels_BCYX[1] = torch.nan
-            return pixels_BCYX
+            is_wide = latents_BCYX.shape[3] > latents_BCYX.shape[2]
+            return whole(latents_BCYX, **options) * (torch.nan if is_wide else 1)
 
         monkeypatch.setattr(decoder.diffusion, "to_pixels", overflow)
-    requests = [DrawRequest(vokens=one, seed=1, settings=FAST) for one in (vokens(1), broken)]
+    requests = [
+        DrawRequest(vokens=vokens(1), seed=1, settings=FAST),
+        DrawRequest(vokens=broken, seed=1, settings=FAST if where == "vokens" else wide),
+    ]
     picture, failure = end_together(decoder, requests)
     assert isinstance(picture, Picture) and isinstance(failure, FloatingPointError)
     with pytest.raises(FloatingPointError, match="decoder_precision"):
