@@ -8,6 +8,7 @@ profile files and roles, and never from a URI: see docs/operations.md.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -212,9 +213,9 @@ class _PatientFiles(fs.FileSystemHandler):
                 data = b"".join(iter(lambda: reader.read(READ_BYTES), b""))  # noqa: B023
             except OSError as error:
                 failure = error
-            version = _version_of(file)
+            tag = _tag(file)
             reader.close()
-            if version is None or version == self._again(lambda: _version_of(self.files.open_input_file(path))):
+            if not tag or _is_of(tag, data) or tag == self._again(lambda: _tag(self.files.open_input_file(path))):
                 if failure:
                     raise failure
                 return data
@@ -289,9 +290,16 @@ def _patience_of(files: fs.FileSystem) -> _PatientFiles | None:
     return cast(_PatientFiles, files.handler) if is_patient else None
 
 
-def _version_of(file: pa.NativeFile) -> bytes | None:
-    """The tag of an object's content, which a store sends with its size; None of a file of another kind."""
-    return {key.lower(): value for key, value in (file.metadata() or {}).items()}.get("etag")
+def _tag(file: pa.NativeFile) -> str:
+    """Of an object's content, which a store sends with its size; nothing of a file of another kind."""
+    tags = {key.lower(): value for key, value in (file.metadata() or {}).items()}
+    return tags.get("etag", b"").decode().strip('"')
+
+
+def _is_of(tag: str, data: bytes) -> bool:
+    """Whether a tag says by itself that it is of this content: on S3 it is a hash, but for what came in parts or is
+    encrypted by a key of KMS."""
+    return len(tag) == 32 and tag == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 class _PatientReader:

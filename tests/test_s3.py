@@ -79,6 +79,8 @@ def test_a_small_file_is_one_request(s3: str, monkeypatch: pytest.MonkeyPatch) -
         before = sum(faults.counts.values())
         write_whole(files, f"{path}/file", b"x" * 1000)
         assert sum(faults.counts.values()) == before + 1
+        assert read_whole(files, f"{path}/file") == b"x" * 1000
+        assert sum(faults.counts.values()) == before + 3  # its size and itself
 
 
 def test_a_large_file_is_read_in_few_requests(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,10 +111,10 @@ def test_a_large_file_whose_beginning_fails_leaves_the_earlier_one(s3: str, monk
 
 def test_a_file_is_read_whole_while_it_is_replaced(s3: str) -> None:
     files, path = open_place("s3://bucket/replaced")
-    contents = {b"a" * 13, b"b" * 212}
-    write_whole(files, path, b"a" * 13)
+    contents = [f"{number:03}".encode() * (5 if number % 2 else 70) for number in range(100)]
+    write_whole(files, path, contents[0])
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(lambda: [write_whole(files, path, data) for _ in range(50) for data in contents])
+        writing = pool.submit(lambda: [write_whole(files, path, data) for data in contents])
         num_read = 0
         while not writing.done():
             assert read_whole(files, path) in contents

@@ -91,6 +91,7 @@ def figures(engines: Engines, programs: dict[str, InThisProcess], kept: list[rou
     return rounds.measure(asked, TINY, lambda figures, num_rounds: kept.append(copy.deepcopy(figures)))
 
 
+@pytest.mark.slow
 def test_it_measures_every_way_and_gives_the_ratios(
     figures: rounds.Figures, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_it_measures_every_way_and_gives_the_ratios(
     assert "default_16_http_vs_limit" in shown and "not measured: vllm: there is none" in shown
 
 
+@pytest.mark.slow
 def test_what_ratios_need_is_measured_in_every_round(figures: rounds.Figures) -> None:
     default, guided = figures.stories[DEFAULT], figures.stories["20"]
     for measured in (default, guided):
@@ -118,6 +120,7 @@ def test_what_ratios_need_is_measured_in_every_round(figures: rounds.Figures) ->
     assert all(len(values) == TINY.rounds for values in figures.peak.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_has_the_ratios_of_its_rounds(
     figures: rounds.Figures, kept: list[rounds.Figures]
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_run_that_is_stopped_has_the_ratios_of_its_rounds(
     assert figures.stories[DEFAULT]["http"]["1"].keys() == kept[0].stories[DEFAULT]["http"]["1"].keys()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_its_rounds_beside_the_results(
     kept: list[rounds.Figures], figures: rounds.Figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +157,7 @@ def test_a_run_that_fails_leaves_its_rounds_beside_the_results(
     assert [path.name for path in tmp_path.iterdir()] == ["engines.json"]
 
 
+@pytest.mark.slow
 def test_its_tables_show_what_was_measured(figures: rounds.Figures) -> None:
     found = {"engines": bench.report_of(figures, TINY, {})["figures"]}
     assert "| 20 steps | over HTTP, 16 at once |" in engine_tables.engines_load(found)
@@ -283,6 +288,7 @@ def test_a_story_has_the_folders_own_settings_but_for_the_length_of_pages() -> N
     assert Load().story(0, config, pictures="50").draw == dataclasses.replace(config.draw, steps=50)
 
 
+@pytest.mark.slow
 def test_the_gap_between_tokens_is_measured_with_and_without_a_long_prompt(programs: dict[str, InThisProcess]) -> None:
     found = programs["long"].measure("gaps")
     assert found["ratio"] == pytest.approx(found["p95_with_s"] / found["p95_without_s"])

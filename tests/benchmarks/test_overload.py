@@ -14,6 +14,7 @@ from benchmarks import overload
 from tests.helpers.served import Listening, Served
 
 
+@pytest.mark.slow
 def test_every_answer_is_a_story_or_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overload, "SETTLE_S", 0.0)
     with socket.socket() as free:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from benchmarks import sheets
@@ -32,6 +33,7 @@ def test_a_row_is_one_scene_in_seen_and_unseen_phrasings() -> None:
         assert texts[column] == phrase(facts, np.random.default_rng([SEED, 0, column]), kind)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_shipped_model_fills_them(tmp_path: Path) -> None:
     model = MiniGPT5.from_pretrained(default_model_folder())
     sheets.save_phrasings(model, tmp_path / "phrasings.webp", num_scenes=1, num=2)

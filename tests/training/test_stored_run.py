@@ -11,7 +11,8 @@ from pyarrow import parquet
 
 from batch_jobs import precompute
 from batch_jobs.prepare import Part, write_part
-from minigpt5 import MiniGPT5
+from examples.own_model.tiny_bases import make_bases
+from minigpt5 import MiniGPT5, new
 from minigpt5.config import default_model_folder
 from minigpt5.types import DrawSettings
 from tests.helpers.processes import Cluster
@@ -66,9 +67,12 @@ def test_both_stages_train_on_them_and_the_model_writes(encoded: Path, tmp_path:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_submitted_job_trains_with_two_workers(encoded: Path, tmp_path: Path, cluster: Cluster) -> None:
-    out = tmp_path / "align"
-    command = ["-m", "training.train", "align", "--data", str(encoded), "--start", MODEL, "--out", str(out)]
+def test_a_submitted_job_trains_with_two_workers(tmp_path: Path, cluster: Cluster) -> None:
+    places = [word for name, place in make_bases(tmp_path / "bases").items() for word in (f"--{name}", str(place))]
+    made, rows, out = tmp_path / "made", tmp_path / "rows", tmp_path / "align"
+    assert new.main([*places, "--context", "512", "--out", str(made)]) == 0
+    write_part(Part(number=0, file="", start=0, count=12), layout="storybook:caption", uri="", output=str(rows), seed=3)
+    command = ["-m", "training.train", "align", "--data", str(rows), "--start", str(made), "--out", str(out)]
     command += ["--workers", "2", "steps=2", "zero_stage=2", "ema_decay=0", *QUICK]
     job = cluster.submit(*command)
     assert job.returncode == 0, (job.stdout + job.stderr)[-4000:]

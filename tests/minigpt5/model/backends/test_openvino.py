@@ -124,7 +124,10 @@ def test_ctrl_c_is_heard_after_another_thread_has_let_the_last_model_go() -> Non
     assert process.stdout == "heard\n", (process.returncode, process.stderr[-1000:])
 
 
-@pytest.mark.parametrize(("num_allowed", "num_traced"), [(0.5, 1), (1, 1), (2, 2), (8, 3)])
+@pytest.mark.parametrize(
+    ("num_allowed", "num_traced"),
+    [(0.5, 1), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow), (8, 3)],
+)
 def test_tracing_decodes_no_more_pictures_at_once_than_drawing(
     num_allowed: float, num_traced: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
