@@ -70,7 +70,7 @@ def no_replica() -> str:
 def no_metrics() -> str:
     """Where a server has generators and Prometheus does not find them, or no generator of any server."""
     running = series(RUNNING_REQUESTS)
-    replicas = f'max by ({SERVER}) ({REPLICAS}{{deployment="VokenGenerator"}})'
+    replicas = f'max by ({SERVER}) ({REPLICAS}{{deployment="VokenGenerator"}}) > 0'
     return f"{replicas} unless max by ({SERVER}) ({running}) or absent({running})"
 
 
