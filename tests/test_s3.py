@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,6 +231,7 @@ def test_a_story_survives_a_killed_server(url: str, tmp_path: Path) -> None:
                         assert client.get("/v1/stories").json()["data"] == []
                 finally:
                     _end(process, signal.SIGKILL if number == 0 else signal.SIGTERM)
+                    _wait_until_free(port)
     assert faults.counts[""] > 20 and len(faults.counts) > 2
 
 
@@ -245,8 +248,20 @@ def _wait_for_end(client: httpx.Client) -> dict:
 
 
 def _end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
-    os.killpg(process.pid, how)
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, how)
     process.wait(60)
+
+
+def _wait_until_free(port: int) -> None:
+    """Processes of a killed server live until they notice that it is gone."""
+    deadline = time.monotonic() + 60
+    while True:
+        with socket.socket() as asking:
+            if asking.connect_ex(("127.0.0.1", port)):
+                return
+        assert time.monotonic() < deadline, f"port {port} stays taken"
+        time.sleep(0.2)
 
 
 def run(environment: dict[str, str], *command: str, is_killed_at: str = "") -> str:
