@@ -90,8 +90,9 @@ serve: $(SERVES)  ## stories over HTTP on this machine (PORT=8000 MODEL=folder S
 story: $(SERVES)  ## one story without a server (PROMPT="..." PAGES=4 SEED=7 OUT=story.html MODEL=folder)
 	@$(RUN) -m minigpt5 $(if $(MODEL),--model "$$MODEL_PATH") --pages $(PAGES) --seed $(SEED) --out "$$OUT_PATH" -- "$$PROMPT_TEXT"
 
+# Two processes, on two cores: threads of theirs would wait for each other.
 test: $(STAMP)  ## the tests that must pass: all that is fast, one server, one bulk job, one training run on Ray
-	$(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 test-full: $(STAMP) $(S3_STAMP)  ## all tests: every training stage and job on Ray, hostile input, long random runs
 	$(RUN) -m pytest -m "not bench and not fuzz and not gpu"
