@@ -94,12 +94,11 @@ def open_place(place: str | Path, *, wait_s: float = WAIT_S) -> tuple[fs.FileSys
         uri += f"{joint}retry_limit_seconds={TRY_S}"
     try:
         files, path = patiently(lambda: fs.FileSystem.from_uri(uri), wait_s=wait_s)  # may ask where a bucket lies
-        if parts.scheme != "s3":
-            return patient(files, wait_s=wait_s), path
-        small, _ = fs.FileSystem.from_uri(f"{uri}{joint}allow_delayed_open=true")
+        is_s3 = parts.scheme == "s3"
+        small = fs.FileSystem.from_uri(f"{uri}{joint}allow_delayed_open=true")[0] if is_s3 else None
     except (OSError, ArrowException) as error:
         raise unusable(place, "is no place that can be used", error) from error
-    return fs.PyFileSystem(_PatientFiles(files, wait_s, small)), path
+    return patient(files, wait_s=wait_s, small=small), path
 
 
 def open_folder(place: str | Path, *, wait_s: float = WAIT_S) -> tuple[fs.FileSystem, str]:
@@ -112,15 +111,14 @@ def open_folder(place: str | Path, *, wait_s: float = WAIT_S) -> tuple[fs.FileSy
     return files, path
 
 
-def patient(files: fs.FileSystem, *, wait_s: float) -> fs.FileSystem:
+def patient(files: fs.FileSystem, *, wait_s: float, small: fs.FileSystem | None = None) -> fs.FileSystem:
     """The same files, whose requests are made again for `wait_s` seconds while the store fails. A local file system
-    stays as it is: its failures do not pass."""
-    handler = _patience_of(files)
-    if handler:
-        files = handler.files
-    if files.type_name == "local" or not (wait_s or handler):
+    stays as it is: its failures do not pass. `small`: see _PatientFiles."""
+    if handler := _patience_of(files):
+        files, small = handler.files, handler.small
+    if files.type_name == "local":
         return files
-    return fs.PyFileSystem(_PatientFiles(files, wait_s, handler.small if handler else None))
+    return fs.PyFileSystem(_PatientFiles(files, wait_s, small))
 
 
 def unusable(place: str | Path, what: str, error: Exception) -> StorageError:
@@ -349,9 +347,9 @@ def _put(files: fs.FileSystem, path: str, data: bytes | memoryview | pa.Buffer, 
         stream = files.open_output_stream(path)
     try:
         stream.write(data)
-        stream.close()  # only now: closing after a failed write may put an empty object in place
+        stream.close()  # not by `with`, which would close it after a failed write too, and some stores keep what came
     except BaseException:
-        del stream  # which closes it: now, and not after the next owner has written
+        del stream  # pyarrow closes one that nobody holds: now, and not after somebody else has written
         raise
 
 

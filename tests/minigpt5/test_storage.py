@@ -18,7 +18,7 @@ from pyarrow import ArrowException, dataset, fs, parquet
 
 from minigpt5 import storage
 from minigpt5.errors import StorageError
-from minigpt5.storage import _PatientFiles, is_final, open_place, patient, read_whole, write_whole
+from minigpt5.storage import is_final, open_place, patient, read_whole, write_whole
 from tests.helpers.flaky_files import FlakyFiles
 from tests.helpers.processes import find_free_port
 
@@ -94,15 +94,21 @@ class Versions:
 
 
 @pytest.mark.parametrize("contents", [(b"short", b"a longer one"), (b"a longer one", b"short")])
-def test_an_object_that_is_replaced_while_it_is_read_is_read_whole(contents: tuple[bytes, ...]) -> None:
+@pytest.mark.parametrize("wait_s", [0, 1])
+def test_an_object_that_is_replaced_while_it_is_read_is_read_whole(contents: tuple[bytes, ...], wait_s: int) -> None:
     store: Any = Versions(*contents)
-    assert _PatientFiles(store, 0).read_whole("bucket/object") == contents[-1]
+    assert read_whole(patient(store, wait_s=wait_s), "bucket/object") == contents[-1]
+
+
+def test_a_local_uri_is_a_local_file_system(tmp_path: Path) -> None:
+    files, path = open_place(tmp_path.as_uri(), wait_s=0)
+    assert isinstance(files, fs.LocalFileSystem) and Path(path) == tmp_path
 
 
 def test_an_object_that_is_replaced_all_the_time_is_an_error() -> None:
     store: Any = Versions(*(bytes([number]) * number for number in range(1, 200)))
     with pytest.raises(OSError, match="was replaced 20 times while it was read"):
-        _PatientFiles(store, 0).read_whole("bucket/object")
+        read_whole(patient(store, wait_s=1), "bucket/object")
 
 
 def test_a_path_may_hold_an_at_sign() -> None:

@@ -258,8 +258,9 @@ def test_a_size_for_which_the_memory_is_too_small_fails_no_picture_of_another(
     monkeypatch.setattr(decoder.diffusion, part, fail_where_wide)
     bad, *others = end_together(decoder, [DrawRequest(vokens=vokens(3), seed=3, settings=large), *requests])
     assert isinstance(bad, torch.OutOfMemoryError)
-    assert [pixels(other).shape for other in others] == [pixels(one).shape for one in expected]  # type: ignore
-    assert max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(others, expected, strict=True)) <= 1  # type: ignore
+    drawn = [one for one in others if isinstance(one, Picture)]
+    assert len(drawn) == len(expected)
+    assert max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(drawn, expected, strict=True)) <= 1
     assert decoder.num_running == decoder.num_waiting == 0
 
 
